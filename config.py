@@ -1,0 +1,280 @@
+"""The knobs of every script, one commented line each, and the command line made from them.
+
+Edit a default here or give ``--knob value`` on the command line: both are the same thing. A preset (``--preset``) changes
+several defaults at once; a knob named on the command line wins over the preset. Standard library only, so that ``-h`` is quick.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import sys
+import typing
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line: what was expected, what came, what to do."""
+
+
+# Datasets and backbones by name: the single list that choices, help and loading are made from.
+DATASETS = ("cifar10", "CIFAR100", "fashion", "STL10", "CatsvsDogs", "mvtec", "lbot", "digits", "folder")
+BACKBONES = {  # name here -> timm model (SPEC 4: the released code's names; any other timm name works as it is)
+    "VIT": "vit_base_patch16_384.orig_in21k_ft_in1k",
+    "VIT_L": "vit_large_patch16_384.augreg_in21k_ft_in1k",
+    "deit": "deit_base_distilled_patch16_384.fb_in1k",
+    "cait": "cait_s24_384.fb_dist_in1k",
+    "clip": "vit_base_patch16_clip_224.openai",
+    "efficientnet_lite0": "tf_efficientnet_lite0",
+}
+FUSIONS = ("class_attention", "hilo", "spectral", "none")
+NORMALIZATIONS = ("none", "standardize", "power_l2", "whiten", "power_l2+whiten")
+SCORES = ("latent", "likelihood", "latent_knn")
+
+
+def knob(default, text, choices=None, low=None, high=None):
+    """One knob: its default, its help, and the values it takes (one of ``choices``, or from ``low`` to ``high``)."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "low": low, "high": high})
+
+
+Size = tuple[int, int]
+Triple = tuple[float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All knobs. Frozen: a changed configuration is a new one (``dataclasses.replace``). Raises UserError on a bad value."""
+
+    # --- run
+    preset: str = knob("paper", "paper, paper_L, released, accurate, quickstart or ablation: a named set of defaults (see PRESETS)")
+    modelname: str = knob("foad_mfff", "name of the run: results go to runs/<modelname>/")
+    device: str = knob("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N")
+    seed: int = knob(0, "first random seed; every class starts from it alike", low=0)
+    n_seeds: int = knob(1, "how many seeds to run: seed, seed + 1, ...; the table gives mean and std", low=1)
+    threads: int = knob(0, "CPU threads for torch; 0: all cores", low=0)
+    verbose: bool = knob(True, "print the loss and AUROC of every epoch")
+    hide_tqdm_bar: bool = knob(False, "no progress bars")
+    save_model: bool = knob(True, "keep a checkpoint per class and seed (safetensors + JSON)")
+    resume: bool = knob(False, "main.py: keep the classes and seeds that a run of the same configuration has finished")
+    plots: bool = knob(True, "main.py: draw score histograms, ROC, curves over epochs and contact sheets into the run's folder")
+    nbins1: int = knob(50, "bins of the score histogram of normal images", low=1)
+    nbins2: int = knob(100, "bins of the score histogram of anomalous images", low=1)
+
+    # --- data
+    dataset: str = knob("cifar10", "data set (see README for the folder layouts)", choices=DATASETS)
+    dataset_path: str | None = knob(None, "folder of the raw images; none: data/<dataset>")
+    class_name: str = knob("all", "normal class: one, several separated by commas, or all")
+    feature_path: str | None = knob(None, "folder of the feature cache; none: features/<dataset>-<extractor>-<size>-<grid>")
+    pretrained: bool = knob(False, "True: the features are already extracted, stop if they are not; False: extract what is missing")
+
+    # --- backbone and extraction
+    extractor: str = knob("VIT", f"backbone: {', '.join(BACKBONES)} or any timm model name")
+    weights_path: str | None = knob(None, "local weights instead of the hub's: .pth, .safetensors, .npz where timm reads it; random: untrained")
+    n_feat: int | None = knob(None, "feature channels C; none: the backbone's", low=2)
+    img_size: Size | None = knob(None, "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's")
+    norm_mean: Triple | None = knob(None, "pixel mean, three numbers separated by commas; none: the backbone's")
+    norm_std: Triple | None = knob(None, "pixel standard deviation, likewise")
+    token_grid: str = knob("full", "patch tokens kept: full, a number g (average-pooled to g x g), or compact (low and high band per window)")
+    pooling: str = knob("correct", "correct, or released (mixes tokens with channels before pooling, as the released code did)", choices=("correct", "released"))
+    precision: str = knob("auto", "backbone arithmetic: float32, bfloat16, float16; auto: the fastest half precision the device has", choices=("auto", "float32", "bfloat16", "float16"))
+    extract_batch: int = knob(0, "images per backbone pass; 0: chosen for the device", low=0)
+    workers: int = knob(-1, "processes that decode images; -1: chosen for the machine", low=-1)
+    compile: bool = knob(False, "torch.compile the backbone: pays on long runs only")
+
+    # --- flow
+    n_coupling_blocks: int = knob(4, "coupling layers K", low=1)
+    fc_internal: int | None = knob(None, "hidden width H of the subnets; none: C, as in the paper", low=1)
+    clamp: float = knob(3.0, "soft clamp alpha of the log-scales", low=1e-6)
+    fusion: str = knob("hilo", "multi-frequency fusion module", choices=FUSIONS)
+    n_heads: int = knob(0, "attention heads; 0: 4 for class_attention, 8 for hilo", low=0)
+    alpha: float = knob(0.5, "hilo: share of the heads given to the low frequencies", low=0.0, high=1.0)
+    window: int = knob(3, "hilo and the compact token grid: side of a window in patches", low=1)
+    use_gamma: bool = knob(True, "learn a gain per channel on the fused features")
+    identity_start: bool = knob(False, "zero the last layer of every subnet, so that training starts from the identity flow")
+
+    # --- training
+    normalize: str = knob("none", "features before the flow, fitted on normal training features", choices=NORMALIZATIONS)
+    whiten_ridge: float = knob(0.0, "normalize whiten: added to the covariance's eigenvalues, in units of their mean; 0 whitens fully", low=0.0)
+    batch_size: int = knob(32, "images per training step", low=1)
+    meta_epochs: int = knob(1, "evaluations on the test set; each follows sub_epochs epochs", low=1)
+    sub_epochs: int = knob(1, "epochs of training per meta epoch", low=1)
+    lr_init: float = knob(5e-5, "Adam learning rate", low=0.0)
+    lr_schedule: str = knob("constant", "learning rate over the run: constant or cosine (to zero)", choices=("constant", "cosine"))
+    weight_decay: float = knob(1e-5, "Adam weight decay (L2)", low=0.0)
+    max_grad_norm: float = knob(0.0, "clip the gradient to this norm; 0: no clipping, as in the released code", low=0.0)
+    feature_noise: float = knob(0.0, "standard deviation of Gaussian noise added to the normalised semantic token in training", low=0.0)
+    holdout: float = knob(0.0, "share of the normal training images held out to measure likelihood", low=0.0, high=0.5)
+    select_epoch: str = knob("last", "the epoch reported: last, or likelihood (best on the held-out normals; ends training early)", choices=("last", "likelihood"))
+    patience: int = knob(3, "select_epoch likelihood: meta epochs without improvement before training ends", low=1)
+    train_together: str = knob("auto", "main.py: all classes as one batched model: True, False, or auto (on CUDA)", choices=("auto", "True", "False"))
+
+    # --- scoring
+    score: str = knob("latent", "anomaly score: latent (mean z^2), likelihood (negative log-likelihood), latent_knn (neighbours in latent space)", choices=SCORES)
+    baselines: bool = knob(False, "main.py: nearest neighbours and Gaussian on the same features, in the same table")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check(field, getattr(self, field.name))
+        if self.preset not in PRESETS:
+            raise UserError(unknown("preset", self.preset, PRESETS))
+        grid = self.token_grid
+        if grid not in ("full", "compact") and not (grid.isascii() and grid.isdigit() and int(grid) > 0):
+            raise UserError(f"token_grid: expected full, compact or a number of patches per side, got {grid!r}")
+        if self.select_epoch == "likelihood" and self.holdout == 0:
+            raise UserError("select_epoch likelihood needs held-out normal images: set holdout, say 0.1 (it is 0)")
+
+
+# Named sets of defaults. The defaults above, as you edit them, are the paper's: "paper" changes nothing.
+PRESETS = {
+    "paper": {},
+    "paper_L": {"extractor": "VIT_L", "fc_internal": 1024, "batch_size": 32},
+    "released": {
+        "fusion": "class_attention", "token_grid": "8", "pooling": "released", "fc_internal": 768, "batch_size": 8,
+        "norm_mean": (0.485, 0.456, 0.406), "norm_std": (0.229, 0.224, 0.225), "precision": "float32",
+    },
+    "quickstart": {"modelname": "quickstart", "dataset": "digits", "extractor": "efficientnet_lite0"},
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- checks
+def check(field, value):
+    """Raise UserError unless ``value`` fits the knob: its type, its choices, its range."""
+    meta, optional = field.metadata, type(None) in typing.get_args(field.type)
+    if value is None and optional:
+        return
+    kind = plain_type(field.type)
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{field.name}: expected {describe(kind)}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{field.name}: expected a finite number, got {value!r}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise UserError(f"{field.name}: {unknown('value', value, meta['choices'])}")
+    if meta["low"] is not None and value < meta["low"] or meta["high"] is not None and value > meta["high"]:
+        bounds = f"at least {meta['low']}" if meta["high"] is None else f"from {meta['low']} to {meta['high']}"
+        raise UserError(f"{field.name}: expected {describe(kind)} {bounds}, got {value!r}")
+
+
+def plain_type(annotation):
+    """The type of a knob without None and without what a tuple holds."""
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)] if type(None) in typing.get_args(annotation) else [annotation]
+    return typing.get_origin(kinds[0]) or kinds[0]
+
+
+def describe(kind):
+    return {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "numbers, as in 224x224 or 0.5,0.5,0.5"}[kind]
+
+
+def unknown(kind, got, known):
+    """The line for a name that is not in ``known``, with the nearest one when there is one."""
+    near = difflib.get_close_matches(str(got), [str(name) for name in known], 1, 0.5)
+    hint = f", did you mean {near[0]}" if near else ""
+    listed = f" Expected one of: {', '.join(map(str, known))}" if len(known) <= 30 else " -h lists them all"
+    return f"unknown {kind} {got!r}{hint}.{listed}"
+
+
+# ---------------------------------------------------------------- the command line
+def parse_value(field, text):
+    """The value of a knob from its command-line text. Raises UserError with what was expected."""
+    kind = plain_type(field.type)
+    if type(None) in typing.get_args(field.type) and text.lower() == "none":
+        return None
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        if field.type == Size | None:
+            sides = [int(side) for side in text.lower().split("x")]
+            return checked_length(sides * 2 if len(sides) == 1 else sides, 2)
+        if field.type == Triple | None:
+            return checked_length([float(part) for part in text.split(",")], 3)
+        return kind(text)
+    except (KeyError, ValueError):
+        raise UserError(f"{field.name}: expected {describe(kind)}, got {text!r}") from None
+
+
+def checked_length(numbers, length):
+    if len(numbers) != length:
+        raise ValueError(f"expected {length} numbers")
+    return tuple(numbers)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line, and the nearest knob is named."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def section_titles():
+    """{first knob of a section: its title}, read from the ``# ---`` comments above."""
+    titles, title = {}, None
+    with open(__file__, encoding="utf-8") as source:
+        for line in source:
+            if line.startswith("    # --- "):
+                title = line[10:].strip()
+            elif title and ": " in line and "= knob(" in line:
+                titles[line.split(":")[0].strip()] = title
+                title = None
+    return titles
+
+
+def build_parser(description):
+    """A parser with every knob, its default and its meaning, in the sections of this file."""
+    parser = OneLineParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    titles, group = section_titles(), parser
+    for field in dataclasses.fields(Config):
+        group = parser.add_argument_group(titles[field.name]) if field.name in titles else group
+        text = field.metadata["help"].replace("%", "%%")
+        if field.metadata["choices"] and not all(str(choice) in text for choice in field.metadata["choices"]):
+            text += f" ({', '.join(field.metadata['choices'])})"
+        shown = "none" if field.default is None else field.default
+        optional_flag = {"nargs": "?", "const": "True"} if field.type is bool else {}
+        group.add_argument(f"--{field.name}", metavar="VALUE", default=argparse.SUPPRESS, help=f"{text} [{shown}]", **optional_flag)
+    return parser
+
+
+def make_config(given):
+    """The configuration of ``given`` {knob: value}: defaults, then the preset's, then the given ones. Raises UserError."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    for name in given:
+        if name not in names:
+            raise UserError(unknown("knob", name, names))
+    preset = given.get("preset", Config.preset)
+    if preset not in PRESETS:
+        raise UserError(unknown("preset", preset, PRESETS))
+    return Config(**{**PRESETS[preset], **given})
+
+
+def from_command_line(description, argv=None):
+    """The configuration of a script's command line; ``-h`` prints the knobs and exits. A mistake ends the script with one line."""
+    try:
+        given, rest = build_parser(description).parse_known_args(argv)
+        fields = {field.name: field for field in dataclasses.fields(Config)}
+        if rest:
+            knobs = [f"--{name}" for name in fields]
+            raise UserError(unknown("knob", rest[0].split("=")[0], knobs) if rest[0].startswith("--") else f"expected --knob value, got {rest[0]!r}")
+        return make_config({name: parse_value(fields[name], text) for name, text in vars(given).items()})
+    except UserError as mistake:
+        stop(mistake)
+
+
+def changed(config):
+    """{knob: value} of the knobs that differ from this file's defaults."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
+
+
+def run_script(main, config):
+    """Run ``main(config)``: print the configuration in effect first, and turn a user's mistake into one line and exit status 2."""
+    settings = ", ".join(f"{name} {value}" for name, value in changed(config).items() if name != "preset")
+    print(f"preset {config.preset}" + (f"; {settings}" if settings else ""), flush=True)
+    try:
+        main(config)
+    except UserError as mistake:
+        stop(mistake)
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept", file=sys.stderr)
+        sys.exit(130)
+
+
+def stop(mistake):
+    print(f"error: {' '.join(str(mistake).split())}", file=sys.stderr)
+    sys.exit(2)

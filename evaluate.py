@@ -1,0 +1,96 @@
+"""Pictures of a run: score histograms, ROC of all classes, curves over epochs, and the images at both ends of the scores."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no screen is needed
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from sklearn.metrics import roc_curve
+
+import datasets
+import train
+from config import Config, UserError
+
+SHEET = 12  # images per row of a contact sheet
+TILE = 96  # pixels
+
+
+def draw_all(config: Config, cache: datasets.FeatureCache, classes: list[str], folder: Path) -> None:
+    """Draw every picture of a run (first seed) into ``folder``/figures from what its classes left behind."""
+    figures = folder / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    kept = {name: json.loads(train.checkpoint_path(config, name, config.seed).with_suffix(".json").read_text()) for name in classes}
+    draw_roc(kept, figures / "roc.png")
+    draw_curves(kept, figures / "epochs.png")
+    for name, content in kept.items():
+        draw_histogram(name, content["test"], config.nbins1, config.nbins2, figures / f"scores-{name}.png")
+    try:
+        images = datasets.load_images(config.dataset, config.dataset_path)
+    except UserError:
+        print("no contact sheets: the raw images are not there")
+        return
+    for name, content in kept.items():
+        draw_sheet(images, content["test"], figures / f"extremes-{name}.png")
+
+
+def draw_histogram(name: str, test: dict, nbins_normal: int, nbins_anomalous: int, path: Path) -> None:
+    """Densities of the scores of normal and anomalous test images."""
+    scores, labels = np.array(test["scores"]), np.array(test["labels"])
+    figure = Figure((6, 4), layout="constrained")
+    axes = figure.subplots()
+    span = tuple(np.quantile(scores, [0, 0.995]))
+    for label, text, bins in ((0, "normal", nbins_normal), (1, "anomalous", nbins_anomalous)):
+        if (labels == label).any():
+            axes.hist(scores[labels == label], bins=bins, range=span, density=True, alpha=0.6, label=text)
+    axes.set(title=f"normal class: {name}", xlabel="anomaly score (cut at its 99.5 % quantile)", ylabel="density")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def draw_roc(kept: dict[str, dict], path: Path) -> None:
+    figure = Figure((6, 6), layout="constrained")
+    axes = figure.subplots()
+    for name, content in kept.items():
+        labels = np.array(content["test"]["labels"])
+        if len(np.unique(labels)) == 2:
+            fpr, tpr, _ = roc_curve(labels, content["test"]["scores"])
+            axes.plot(fpr, tpr, label=f"{name}  {content['result']['auroc']:.3f}")
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.5)
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC, normal class and AUROC", aspect="equal")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def draw_curves(kept: dict[str, dict], path: Path) -> None:
+    """Test AUROC and the loss (held-out where there is one) over epochs; the reported epoch is marked."""
+    figure = Figure((10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, content in kept.items():
+        epochs = [entry["epoch"] for entry in content["history"]]
+        (line,) = left.plot(epochs, [entry["auroc"] for entry in content["history"]], marker=".", label=name)
+        left.plot(content["result"]["epoch"], content["result"]["auroc"], marker="o", color=line.get_color())
+        right.plot(epochs, [entry.get("held_out_loss", entry["loss"]) for entry in content["history"]], marker=".", color=line.get_color())
+    left.set(xlabel="epoch", ylabel="test AUROC (circle: reported)")
+    right.set(xlabel="epoch", ylabel="loss, nats per channel (held-out if any)")
+    left.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def draw_sheet(images: datasets.ImageSet, test: dict, path: Path) -> None:
+    """A contact sheet: the least and the most anomalous test images, truly normal ones first, then truly anomalous ones."""
+    rows, labels, scores = (np.array(test[key]) for key in ("rows", "labels", "scores"))
+    strips = [(rows[labels == label][np.argsort(scores[labels == label])]) for label in (0, 1)]
+    chosen = [part for strip in strips for part in (strip[:SHEET], strip[::-1][:SHEET])]
+    titles = ("normal, lowest scores", "normal, highest scores", "anomalous, lowest scores", "anomalous, highest scores")
+    figure = Figure((SHEET * 0.8, 4.2), layout="constrained")
+    for axes, title, part in zip(figure.subplots(4, 1), titles, chosen):
+        tiles = [Image.fromarray(images.read("test", int(row))).resize((TILE, TILE)) for row in part]
+        if tiles:
+            axes.imshow(np.concatenate([np.asarray(tile) for tile in tiles], 1))
+        axes.set_title(title, fontsize="small", loc="left")
+        axes.axis("off")
+    figure.savefig(path, dpi=100)

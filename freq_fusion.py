@@ -1,0 +1,258 @@
+"""Multi-frequency fusion: what a subnet of the flow learns from the patch tokens.
+
+Notation: B images, C channels of a token, N patch tokens on a grid of (rows, columns), d channels that one subnet sees
+(half of C), H hidden width. Each module maps the semantic half x (B, d) and the patch halves p (B, N, d) to (B, H).
+
+The semantic token is the only query, which makes attention cheap without changing its value:
+    q . (W_k m_i) = (W_k^T q) . m_i        and        sum_i a_i W_v m_i = W_v (sum_i a_i m_i),
+so tokens are never projected: O(heads N d) per image instead of O(N d^2). Nor are they ever moved: a module reads its d channels
+out of whole tokens (B, N, C) through ``index`` (d), by putting the projected query at these channels and zero elsewhere.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# The frequencies that FcaNet (arXiv 2012.11879) ranks first on a 7 x 7 grid: (row, column) indices, best first.
+TOP16 = ((0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0),
+         (5, 0), (1, 6), (3, 0), (0, 4), (0, 6), (0, 3), (3, 5), (2, 2))  # fmt: skip
+
+
+# ---------------------------------------------------------------- one query, many tokens
+def fold_keys(query: Tensor, weight: Tensor) -> Tensor:
+    """W_k^T q for every head: query (B, heads, w), weight (heads * w, d) -> (B, heads, d)."""
+    heads, width = query.shape[1:]
+    return torch.matmul(query.transpose(0, 1), weight.view(heads, width, -1)).transpose(0, 1)
+
+
+def project_values(mixed: Tensor, weight: Tensor) -> Tensor:
+    """W_v applied to the mixed token of every head: mixed (B, heads, d), weight (heads * w, d) -> (B, heads * w)."""
+    heads, d = mixed.shape[1:]
+    values = torch.matmul(mixed.transpose(0, 1), weight.view(heads, -1, d).transpose(1, 2))  # (heads, B, w)
+    return values.transpose(0, 1).flatten(1)
+
+
+def token_logits(query: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
+    """Inner products of query (B, heads, d) with the channels ``index`` of tokens (B, N, C) -> (B, heads, N)."""
+    if tokens.shape[-1] == query.shape[-1]:
+        whole = query[..., index.argsort()]
+    else:
+        whole = query.new_zeros(*query.shape[:2], tokens.shape[-1]).index_copy(2, index, query)
+    return torch.matmul(whole, tokens.transpose(1, 2))
+
+
+def mix_tokens(weights: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
+    """Weighted sums of the channels ``index``: weights (B, heads, N), tokens (B, N, C) -> (B, heads, d)."""
+    return torch.matmul(weights, tokens).index_select(2, index)
+
+
+class ClassAttention(nn.Module):
+    """SANF-AD's class attention (its CAFF module, SPEC 3), the fusion that the released flow calls.
+
+    The semantic token asks, itself and the patch tokens answer. Head width d // heads, no biases but the projection's.
+    """
+
+    def __init__(self, d: int, hidden: int, heads: int = 4):
+        super().__init__()
+        self.heads, self.width = heads, head_width(d, heads)
+        inner = heads * self.width
+        self.q = nn.Linear(d, inner, bias=False)
+        self.k = nn.Linear(d, inner, bias=False)
+        self.v = nn.Linear(d, inner, bias=False)
+        self.proj = nn.Linear(inner, hidden)
+
+    def forward(self, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
+        """x (B, d), tokens (B, N, C), index (d) into C -> (B, H)."""
+        query = self.q(x).view(-1, self.heads, self.width) * self.width**-0.5
+        query = fold_keys(query, self.k.weight)  # (B, heads, d)
+        own = torch.matmul(query, x.unsqueeze(2))  # (B, heads, 1): the semantic token's own logit
+        weights = torch.cat([own, token_logits(query, tokens, index)], 2).softmax(2)
+        mixed = weights[..., :1] * x.unsqueeze(1) + mix_tokens(weights[..., 1:], tokens, index)
+        return self.proj(project_values(mixed, self.v.weight))
+
+
+class HiLo(nn.Module):
+    """HiLo attention (arXiv 2205.13213) with the semantic token as the only query (SPEC 3).
+
+    Hi-Fi heads attend inside each window of ``window`` x ``window`` patches; the window results are averaged. Lo-Fi heads attend
+    over the windows' mean tokens. A mean token's logit is the mean of its patches' logits, so both kinds share one pass over the
+    full grid. A grid that the window does not divide ends in smaller windows.
+
+    ``compact``: tokens are (B, 2 W, C), first the W low-band tokens (window means), then the W high-band ones (see
+    ``split_bands``); Lo-Fi heads attend over the former and Hi-Fi heads over the latter.
+    """
+
+    def __init__(self, d: int, hidden: int, grid: tuple[int, int], heads: int = 8, alpha: float = 0.5, window: int = 3, compact: bool = False):
+        super().__init__()
+        self.width, self.compact = head_width(d, heads), compact
+        self.low = int(heads * alpha)
+        self.high = heads - self.low
+        low_out = hidden * self.low // heads
+        for name, count, out in (("h", self.high, hidden - low_out), ("l", self.low, low_out)):
+            if count:
+                inner = count * self.width
+                self.add_module(f"{name}_q", nn.Linear(d, inner, bias=False))
+                self.add_module(f"{name}_kv", nn.Linear(d, 2 * inner, bias=False))  # rows ordered (2, heads, width)
+                self.add_module(f"{name}_proj", nn.Linear(inner, out))
+        if not compact:
+            members = window_members(grid, window)
+            sizes = (members >= 0).sum(1)
+            flat = members.flatten()
+            self.register_buffer("members", flat.clamp(min=0), persistent=False)  # (W * window^2) patches, window by window
+            self.register_buffer("padding", flat < 0, persistent=False)
+            self.register_buffer("place", torch.argsort(flat)[(flat < 0).sum() :], persistent=False)  # (N) patch -> its place there
+            averaging = F.one_hot(window_of(grid, window), len(sizes)).float() / sizes  # (N, W)
+            self.register_buffer("averaging", averaging, persistent=False)
+            self.n_windows = len(sizes)
+
+    def forward(self, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
+        """x (B, d), tokens (B, N, C) (compact: (B, 2 W, C)), index (d) into C -> (B, H)."""
+        queries, values, projections = [], [], []
+        for name, count in (("h", self.high), ("l", self.low)):
+            if count:
+                query = getattr(self, f"{name}_q")(x).view(-1, count, self.width) * self.width**-0.5
+                keys, value = getattr(self, f"{name}_kv").weight.chunk(2)
+                queries.append(fold_keys(query, keys))
+                values.append(value)
+                projections.append(getattr(self, f"{name}_proj"))
+        mixed = (self._mix_bands if self.compact else self._mix_grid)(queries, tokens, index)
+        return torch.cat([proj(project_values(m, v)) for proj, m, v in zip(projections, mixed, values)], 1)
+
+    def _mix_grid(self, queries: list[Tensor], tokens: Tensor, index: Tensor) -> list[Tensor]:
+        """One pass over the full grid for the heads of both kinds -> their mixed tokens, each (B, heads, d)."""
+        logits = token_logits(torch.cat(queries, 1), tokens, index)
+        weights = torch.cat([self._window_weights(logits[:, : self.high]), self._mean_weights(logits[:, self.high :])], 1)
+        mixed = mix_tokens(weights, tokens, index)
+        return [part for part in mixed.split([self.high, self.low], 1) if part.shape[1]]
+
+    def _window_weights(self, logits: Tensor) -> Tensor:
+        """Softmax inside each window, windows averaged: (B, heads, N) -> (B, heads, N)."""
+        windows = logits[..., self.members].masked_fill(self.padding, -torch.inf)  # (B, heads, W * window^2)
+        weights = windows.unflatten(2, (self.n_windows, -1)).softmax(3).flatten(2) / self.n_windows
+        return weights[..., self.place]
+
+    def _mean_weights(self, logits: Tensor) -> Tensor:
+        """Softmax over the windows' means, spread over their patches: (B, heads, N) -> (B, heads, N)."""
+        averaging = self.averaging.to(logits.dtype)
+        return torch.matmul(torch.matmul(logits, averaging).softmax(2), averaging.t())
+
+    def _mix_bands(self, queries: list[Tensor], tokens: Tensor, index: Tensor) -> list[Tensor]:
+        low, high = tokens.chunk(2, 1)  # (B, W, C) each
+        bands = [band for band, count in ((high, self.high), (low, self.low)) if count]
+        return [mix_tokens(token_logits(q, band, index).softmax(2), band, index) for q, band in zip(queries, bands)]
+
+
+class SpectralGate(nn.Module):
+    """Multi-spectral channel attention (FcaNet, arXiv 2012.11879): a map's DCT coefficients gate its channels.
+
+    Channels are split evenly among the sixteen frequencies of ``TOP16``, whose indices are scaled by ``grid // 6``, as in the
+    released code (FcaNet scales for a 7 x 7 space).
+    """
+
+    def __init__(self, channels: int, grid: tuple[int, int]):
+        super().__init__()
+        if min(grid) < 6:
+            raise ValueError(f"spectral fusion needs a token grid of at least 6x6, got {grid[0]}x{grid[1]}")
+        frequency = torch.arange(channels) * len(TOP16) // channels  # (C) which of the sixteen a channel takes
+        filters = torch.stack([dct_filter(u * (grid[0] // 6), v * (grid[1] // 6), grid) for u, v in TOP16])
+        self.dct_layer = nn.Module()
+        self.dct_layer.register_buffer("weight", filters[frequency])  # (C, rows, columns)
+        self.register_buffer("filters", filters.flatten(1), persistent=False)  # (16, N)
+        self.register_buffer("frequency", frequency, persistent=False)
+        squeezed = max(channels // 16, 1)
+        self.fc = nn.Sequential(nn.Linear(channels, squeezed, bias=False), nn.ReLU(), nn.Linear(squeezed, channels, bias=False), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate a map (B, C, rows, columns) -> the same shape."""
+        return x * self.fc((x * self.dct_layer.weight).sum((2, 3)))[..., None, None]
+
+    def gate_tokens(self, tokens: Tensor, index: Tensor) -> Tensor:
+        """The gate of the channels ``index`` of tokens (B, N, C) -> (B, d), without moving them."""
+        spectrum = torch.matmul(self.filters.to(tokens.dtype), tokens)  # (B, 16, C)
+        return self.fc(spectrum[:, self.frequency, index])
+
+
+class Spectral(nn.Module):
+    """Frequency channel attention over the patches, pooled and added to the semantic half, then projected to H.
+
+    The released code defines the gate but never connects it to the flow; the pooling and the projection are ours.
+    """
+
+    def __init__(self, d: int, hidden: int, grid: tuple[int, int]):
+        super().__init__()
+        self.gate = SpectralGate(d, grid)
+        self.proj = nn.Linear(d, hidden)
+
+    def forward(self, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
+        """x (B, d), tokens (B, N, C), index (d) into C -> (B, H)."""
+        pooled = tokens.mean(1).index_select(1, index)  # (B, d); the gate does not vary over the grid
+        return self.proj(x + self.gate.gate_tokens(tokens, index) * pooled)
+
+
+def build_fusion(name: str, d: int, hidden: int, grid: tuple[int, int], heads: int = 0, alpha: float = 0.5, window: int = 3, compact: bool = False):
+    """The fusion module ``name`` for d channels and width ``hidden``; None for "none". Raises ValueError on sizes that do not fit.
+
+    Args:
+        grid: rows and columns of the patch tokens. compact: the tokens are two bands (``split_bands``).
+        heads: attention heads; 0 takes the module's own number (4 or 8).
+    """
+    if compact and name == "spectral":
+        raise ValueError("spectral fusion needs a spatial token grid, got token_grid compact")
+    if name == "class_attention":
+        return ClassAttention(d, hidden, heads or 4)
+    if name == "hilo":
+        return HiLo(d, hidden, grid, heads or 8, alpha, window, compact)
+    if name == "spectral":
+        return Spectral(d, hidden, grid)
+    if name == "none":
+        return None
+    raise ValueError(f"unknown fusion {name!r}: expected class_attention, hilo, spectral or none")
+
+
+# ---------------------------------------------------------------- grids, windows, frequencies
+def head_width(d: int, heads: int) -> int:
+    """Channels per head. Raises ValueError when there are fewer channels than heads."""
+    if d < heads:
+        raise ValueError(f"{heads} attention heads need at least {heads} channels per half token, got {d}")
+    return d // heads
+
+
+def window_of(grid: tuple[int, int], window: int) -> Tensor:
+    """The window that each patch of the grid lies in -> (N), row by row; the last windows may be smaller."""
+    rows, columns = torch.arange(grid[0]) // window, torch.arange(grid[1]) // window
+    return (rows[:, None] * math.ceil(grid[1] / window) + columns).flatten()
+
+
+def window_members(grid: tuple[int, int], window: int) -> Tensor:
+    """The patches of each window -> (W, window^2), filled up with -1 where a window is smaller."""
+    owner = window_of(grid, window)
+    windows = [torch.nonzero(owner == w).flatten() for w in range(int(owner.max()) + 1)]
+    return torch.stack([F.pad(patches, (0, window * window - len(patches)), value=-1) for patches in windows])
+
+
+def split_bands(patches: Tensor, grid: tuple[int, int], window: int) -> Tensor:
+    """The compact form of a patch grid: per window a low band (mean) and a high band (what the mean loses).
+
+    The high band is the root mean square deviation from the window's mean, per channel: low^2 + high^2 is the window's mean
+    energy, so no energy is lost, only its place inside the window and its sign.
+
+    patches (B, N, C) -> (B, 2 W, C): W low-band tokens, then W high-band tokens.
+    """
+    owner = window_of(grid, window).to(patches.device)
+    averaging = F.one_hot(owner).t().to(patches.dtype)  # (W, N)
+    averaging = averaging / averaging.sum(1, keepdim=True)
+    low = torch.matmul(averaging, patches)
+    high = torch.matmul(averaging, (patches - low[:, owner]).square()).sqrt()
+    return torch.cat([low, high], 1)
+
+
+def dct_filter(u: int, v: int, grid: tuple[int, int]) -> Tensor:
+    """The orthonormal two-dimensional DCT-II basis function of frequency (u, v) on the grid -> (rows, columns)."""
+
+    def basis(frequency, length):
+        wave = torch.cos(math.pi * frequency * (torch.arange(length, dtype=torch.float64) + 0.5) / length) / math.sqrt(length)
+        return wave if frequency == 0 else wave * math.sqrt(2)
+
+    return torch.outer(basis(u, grid[0]), basis(v, grid[1])).float()

@@ -1,0 +1,146 @@
+"""The normalizing flow: coupling layers whose subnets also see the fused patch tokens; its likelihood and its scores.
+
+Notation (SPEC 2): y_sem (B, C) is the semantic token, y_patch (B, N, C) the patch tokens, z (B, C) the latent; the log-determinant is
+log|det dz/dy_sem| in the forward direction and its negative in reverse, as FrEIA asks.
+"""
+
+import math
+
+import FrEIA.framework as Ff
+import FrEIA.modules as Fm
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from freq_fusion import build_fusion
+
+
+class Subnet(nn.Module):
+    """S: x (B, d) and patch tokens -> (B, out): three hidden layers beside the fused features, joined by a linear one (SPEC 2).
+
+    Args:
+        fusion: a module of freq_fusion (B, d), (B, N, C), (d) -> (B, H), or None for no fusion.
+        use_gamma: a learned gain (H) on the fused features, ones at the start.
+        identity_start: zero the last layer, so that the coupling starts as the identity.
+    """
+
+    def __init__(self, d: int, out: int, hidden: int, fusion: nn.Module | None, use_gamma: bool = True, identity_start: bool = False):
+        super().__init__()
+        self.fc1 = nn.Linear(d, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+        self.fc3 = nn.Linear(hidden, hidden)
+        self.fusion = fusion
+        self.gamma = nn.Parameter(torch.ones(hidden)) if fusion is not None and use_gamma else None
+        self.fc_out = nn.Linear(hidden if fusion is None else 2 * hidden, out)
+        if identity_start:
+            nn.init.zeros_(self.fc_out.weight)
+            nn.init.zeros_(self.fc_out.bias)
+
+    def forward(self, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
+        h = F.relu(self.fc1(x))
+        h = F.relu(self.fc2(h))
+        h = F.relu(self.fc3(h))
+        if self.fusion is None:
+            return self.fc_out(h)
+        fused = self.fusion(x, tokens, index)
+        if self.gamma is not None:
+            fused = fused * self.gamma
+        return self.fc_out(torch.cat([h, fused], 1))
+
+
+class FusedCoupling(Fm.InvertibleModule):
+    """One coupling layer (SPEC 2, steps 1 to 5): a fixed permutation, then two affine halves, each conditioned on the other.
+
+    Patch tokens come as they were cached, in their first channel order; ``token_order`` says where this layer finds its channels, so
+    that tokens are never permuted. It is the product of the permutations up to this layer.
+
+    Args:
+        dims_in: [(C,)], the semantic token. dims_c: [(N, C)], the patch tokens.
+        seed: k, the layer's number: its permutation is numpy.random.RandomState(k).permutation(C).
+        make_subnet: (d, out) -> Subnet.
+        clamp: alpha of the soft clamp.
+        token_order: (C) channel order of the tokens at this layer; None: this layer's permutation alone.
+    """
+
+    def __init__(self, dims_in, dims_c=None, *, seed: int, make_subnet, clamp: float = 3.0, token_order: np.ndarray | None = None):
+        super().__init__(dims_in, dims_c)
+        if len(self.dims_in) != 1 or len(self.dims_in[0]) != 1:
+            raise ValueError(f"FusedCoupling takes one input of shape (C,), got {self.dims_in}")
+        if len(self.dims_c) != 1 or len(self.dims_c[0]) != 2 or self.dims_c[0][1] != self.dims_in[0][0]:
+            raise ValueError(f"FusedCoupling takes one condition of shape (N, C) with C = {self.dims_in[0][0]}, got {self.dims_c}")
+        channels = self.dims_in[0][0]
+        self.clamp, self.split = clamp, channels // 2
+        order = np.random.RandomState(seed).permutation(channels)
+        token_order = torch.from_numpy(order if token_order is None else token_order)
+        self.register_buffer("order", torch.from_numpy(order), persistent=False)
+        self.register_buffer("inverse_order", torch.from_numpy(np.argsort(order)), persistent=False)
+        self.register_buffer("p1", token_order[: self.split], persistent=False)
+        self.register_buffer("p2", token_order[self.split :], persistent=False)
+        self.s1 = make_subnet(self.split, 2 * (channels - self.split))  # sees y1, moves x2
+        self.s2 = make_subnet(channels - self.split, 2 * self.split)  # sees x2, moves x1
+
+    def forward(self, x_or_z, c=None, rev=False, jac=True):
+        """([(B, C)], [(B, N, C)]) -> ([(B, C)], log-determinant (B) of the direction taken)."""
+        (x,), (tokens,) = x_or_z, c
+        if rev:
+            y1, y2 = x[:, : self.split], x[:, self.split :]
+            scale1, shift1 = self._affine(self.s1(y1, tokens, self.p1))
+            x2 = (y2 - shift1) * torch.exp(-scale1)
+            scale2, shift2 = self._affine(self.s2(x2, tokens, self.p2))
+            x1 = (y1 - shift2) * torch.exp(-scale2)
+            return (torch.cat([x1, x2], 1)[:, self.inverse_order],), -(scale1.sum(1) + scale2.sum(1))
+        x = x[:, self.order]
+        x1, x2 = x[:, : self.split], x[:, self.split :]
+        scale2, shift2 = self._affine(self.s2(x2, tokens, self.p2))
+        y1 = torch.exp(scale2) * x1 + shift2
+        scale1, shift1 = self._affine(self.s1(y1, tokens, self.p1))
+        y2 = torch.exp(scale1) * x2 + shift1
+        return (torch.cat([y1, y2], 1).clamp(-1e6, 1e6),), scale1.sum(1) + scale2.sum(1)
+
+    def _affine(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Subnet output (B, 2 d') -> log-scale with the soft clamp (SPEC 2, step 4; 0.636 stands for 2 / pi) and shift, (B, d') each."""
+        s, t = out.chunk(2, 1)
+        return self.clamp * 0.636 * torch.atan(s / self.clamp), t
+
+    def output_dims(self, input_dims):
+        return input_dims
+
+
+def build_flow(channels: int, grid: tuple[int, int], *, n_blocks: int = 4, hidden: int | None = None, clamp: float = 3.0, fusion: str = "class_attention",
+               n_tokens: int | None = None, use_gamma: bool = True, identity_start: bool = False, **fusion_options) -> Ff.SequenceINN:  # fmt: skip
+    """The flow: ``n_blocks`` coupling layers chained by FrEIA. ``flow(y_sem, [y_patch])`` -> z (B, C), log-determinant (B).
+
+    Args:
+        channels: C. grid: rows and columns of the patch tokens. n_tokens: N where it is not rows x columns (compact bands).
+        hidden: width H of the subnets; None: C. fusion, fusion_options: see ``freq_fusion.build_fusion``.
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+    hidden = hidden or channels
+    n_tokens = n_tokens or grid[0] * grid[1]
+
+    def make_subnet(d, out):
+        return Subnet(d, out, hidden, build_fusion(fusion, d, hidden, grid, **fusion_options), use_gamma, identity_start)
+
+    flow = Ff.SequenceINN(channels)
+    token_order = np.arange(channels)
+    for k in range(n_blocks):
+        token_order = token_order[np.random.RandomState(k).permutation(channels)]
+        flow.append(FusedCoupling, cond=0, cond_shape=(n_tokens, channels), seed=k, make_subnet=make_subnet, clamp=clamp, token_order=token_order)
+    return flow
+
+
+def loss_per_image(z: Tensor, log_det: Tensor) -> Tensor:
+    """(0.5 |z|^2 - log|det J|) / C of every image: the negative log-likelihood in nats per channel, without its constant. -> (B)."""
+    return (0.5 * z.square().sum(1) - log_det) / z.shape[1]
+
+
+def latent_score(z: Tensor) -> Tensor:
+    """The released anomaly score: mean of z^2 over the channels, higher = more anomalous. (B, C) -> (B)."""
+    return z.square().mean(1)
+
+
+def likelihood_score(z: Tensor, log_det: Tensor) -> Tensor:
+    """Full negative log-likelihood in nats per channel, higher = more anomalous. (B, C), (B) -> (B)."""
+    return loss_per_image(z, log_det) + 0.5 * math.log(2 * math.pi)

@@ -1,0 +1,73 @@
+"""Feature normalisation before the flow, fitted on normal training features only and saved with the checkpoint.
+
+Backbone features are badly scaled for a flow: a few channels carry most of the variance. ``build_normalizer`` names the choices.
+"""
+
+import torch
+from sklearn.covariance import ledoit_wolf
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+EPS = 1e-6
+
+
+def power_l2(tokens: Tensor) -> Tensor:
+    """Signed square root of every entry, then unit length: (..., C) -> (..., C). For non-negative features the plain square root."""
+    return F.normalize(tokens.abs().sqrt().copysign(tokens), dim=-1)
+
+
+class Normalizer(nn.Module):
+    """(B, C) semantic and (B, N, C) patch tokens -> the same shapes, normalised. Its buffers are fitted by ``fit``.
+
+    name: "none", "standardize" (every channel to mean 0, variance 1), "power_l2" (per token, then one common shift and scale, so that
+    a channel's mean square is 1 on average), "whiten" (semantic tokens to the identity covariance, by Ledoit-Wolf shrinkage; an
+    identity flow is then the Gaussian detector), "power_l2+whiten" (one after the other). Patch tokens have statistics of their
+    own; where semantic tokens are whitened, patch tokens are standardised per channel.
+
+    ridge: added to the covariance's eigenvalues before whitening, in units of their mean: 0 whitens fully, more keeps more of the
+    features' own scale.
+    """
+
+    def __init__(self, name: str, channels: int, ridge: float = 0.0):
+        super().__init__()
+        self.steps, self.ridge = name.split("+"), ridge
+        for kind in ("semantic", "patch"):
+            self.register_buffer(f"{kind}_mean", torch.zeros(channels))
+            self.register_buffer(f"{kind}_scale", torch.ones(channels))
+        self.register_buffer("whitening", torch.eye(channels) if "whiten" in self.steps else None)
+
+    @torch.no_grad()
+    def fit(self, semantic: Tensor, patches: Tensor) -> "Normalizer":
+        """Fit to the normal training images' semantic (n, C) and patch tokens (m, C), float32."""
+        if self.steps == ["none"]:
+            return self
+        for kind, tokens in (("semantic", semantic), ("patch", patches)):
+            tokens = power_l2(tokens) if "power_l2" in self.steps else tokens
+            mean = tokens.mean(0)
+            deviation = (tokens - mean).square().mean(0)
+            if self.steps == ["power_l2"]:
+                deviation = deviation.mean().expand_as(mean)
+            getattr(self, f"{kind}_mean").copy_(mean)
+            getattr(self, f"{kind}_scale").copy_((deviation.sqrt() + EPS).reciprocal())
+            if kind == "semantic" and self.whitening is not None:
+                self.whitening.copy_(self._whitening(tokens))
+        return self
+
+    def _whitening(self, tokens: Tensor) -> Tensor:
+        """(n, C) -> (C, C), symmetric; the whitened tokens' mean square is 1."""
+        tokens = tokens.double()
+        covariance, _ = ledoit_wolf(tokens.cpu().numpy())
+        values, vectors = torch.linalg.eigh(torch.from_numpy(covariance).to(tokens.device))
+        values = values + (self.ridge + EPS) * values.mean()
+        whitening = (vectors * values.rsqrt()) @ vectors.T
+        whitened = (tokens - tokens.mean(0)) @ whitening
+        return (whitening / whitened.square().mean().sqrt()).float()
+
+    def forward(self, semantic: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        if self.steps == ["none"]:
+            return semantic, patches
+        if "power_l2" in self.steps:
+            semantic, patches = power_l2(semantic), power_l2(patches)
+        semantic = semantic - self.semantic_mean
+        semantic = semantic * self.semantic_scale if self.whitening is None else semantic @ self.whitening
+        return semantic, (patches - self.patch_mean) * self.patch_scale

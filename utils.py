@@ -1,0 +1,113 @@
+"""Seeds, devices, metrics and files that are whole or absent: what every script shares."""
+
+import hashlib
+import json
+import os
+import platform
+import random
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+from config import UserError
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def set_up(device_name: str, threads: int) -> torch.device:
+    """The device of a name (auto, cpu, cuda, cuda:N), and torch's threads set. Raises UserError where there is no such device."""
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    if device_name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device_name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"device: expected auto, cpu, cuda or cuda:N, got {device_name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {device_name}: this machine has {torch.cuda.device_count()} CUDA devices; set device to cpu or auto")
+    return device
+
+
+def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the ROC curve; labels 0 normal, 1 anomalous; NaN where only one of them occurs."""
+    return float(roc_auc_score(labels, scores)) if len(np.unique(labels)) == 2 else float("nan")
+
+
+def detection_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    """AUROC, AUPR (average precision, anomalies positive) and FPR at 95 % TPR, as scikit-learn counts ties; NaN with one label only."""
+    if len(np.unique(labels)) < 2:
+        return {"auroc": float("nan"), "aupr": float("nan"), "fpr95": float("nan")}
+    fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
+    return {
+        "auroc": auroc(labels, scores),
+        "aupr": float(average_precision_score(labels, scores)),
+        "fpr95": float(fpr[np.searchsorted(tpr, 0.95)]),
+    }
+
+
+@contextmanager
+def whole_file(path: Path):
+    """A path to write to beside ``path``; it takes its place only when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def sha256_of_file(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    """A hash of the names, shapes and values of a state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions and the machine behind a result."""
+    import FrEIA
+    import sklearn
+    import timm
+    import torchvision
+
+    packages = {"torch": torch, "torchvision": torchvision, "timm": timm, "FrEIA": FrEIA, "numpy": np, "scikit-learn": sklearn}
+    found = {name: getattr(package, "__version__", "?") for name, package in packages.items()}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"python": platform.python_version(), **found, "machine": f"{os.cpu_count()} cores, {processor()}, GPU: {gpu}"}
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
