@@ -107,6 +107,12 @@ def load_images(dataset: str, dataset_path: str | None) -> ImageSet:
     raise UserError(f"dataset_path: expected {dataset} images as {root}/{{train,test}}/<class>/*, but {missing}")
 
 
+def images_of(config: Config) -> ImageSet:
+    """The images a configuration asks for: a data set's own, or its validation set. Raises UserError."""
+    images = load_images(config.dataset, config.dataset_path)
+    return validation_set(images) if config.validate else images
+
+
 def _digits() -> ImageSet:
     """scikit-learn's 1,797 digits, 8 x 8; a fixed stratified split into halves (SPEC 5)."""
     digits = load_digits()
@@ -172,7 +178,9 @@ def _folders(root: Path) -> ImageSet:
 def _mvtec(root: Path) -> ImageSet:
     """``<category>/train/good``, ``<category>/test/<good or defect>``; root may also be one such category."""
     if not root.is_dir():
-        raise UserError(f"dataset_path: {root} is no folder; expected MVTec-style categories in it, <category>/train/good and <category>/test/<defect>")
+        raise UserError(
+            f"dataset_path: {root} is no folder; expected MVTec-style categories in it, <category>/train/good and <category>/test/<defect>"
+        )
     single = (root / "train" / "good").is_dir()
     categories = {root.resolve().name: root} if single else {p.name: p for p in sorted(root.iterdir()) if (p / "train" / "good").is_dir()}
     if not categories:
@@ -217,6 +225,56 @@ def read_image(path: Path) -> np.ndarray:
         raise UserError(f"unreadable image {path} ({type(error).__name__}); mend it or take it out of the folder") from None
 
 
+# ---------------------------------------------------------------- validation without anomalies
+HELD_OUT = 0.1  # share of the normal training images that stand for normal test images
+OUTLIERS = ("rotated", "pasted", "blended")
+
+
+def validation_set(images: ImageSet) -> ImageSet:
+    """A test set for choosing settings, made from normal training images alone: nothing of the real test set is read.
+
+    Per class, a fixed tenth of the normal training images is held out. They are the normal test images; each also gives three
+    synthetic outliers: turned by 90, 180 or 270 degrees, with a rectangle pasted in from another one, and averaged with another one.
+    """
+    labels = images.labels
+    names, category, defect, recipe = ({split: [] for split in SPLITS} for _ in range(4))
+    for number in range(len(labels.classes)):
+        normal = np.flatnonzero((labels.category["train"] == number) & ~labels.defect["train"])
+        shuffled = np.random.RandomState(0).permutation(normal)
+        held = shuffled[: max(2, round(HELD_OUT * len(shuffled)))]
+        entries = [("train", row, "", row) for row in sorted(set(shuffled) - set(held))]
+        entries += [("test", row, kind, held[i - 1]) for kind in ("", *OUTLIERS) for i, row in enumerate(held)]
+        for split, row, kind, other in entries:
+            names[split].append(labels.names["train"][row] + (f" {kind}" if kind else ""))
+            category[split].append(number)
+            defect[split].append(bool(kind))
+            recipe[split].append((int(row), kind, int(other)))
+    arrays = {s: np.array(category[s], np.int64) for s in SPLITS}, {s: np.array(defect[s], bool) for s in SPLITS}
+
+    def read(split, i):
+        row, kind, other = recipe[split][i]
+        image = images.read("train", row)
+        return outlier(image, images.read("train", other), kind, np.random.RandomState(i)) if kind else image
+
+    return ImageSet(Labels(labels.classes, names, *arrays, per_category=True), read, images.from_files)
+
+
+def outlier(image: np.ndarray, other: np.ndarray, kind: str, rng: np.random.RandomState) -> np.ndarray:
+    """A synthetic outlier of a kind (OUTLIERS) from a normal image and another one: (H, W, 3), (h, w, 3) uint8 -> (H, W, 3)."""
+    rows, columns = image.shape[:2]
+    if kind == "rotated":
+        turned = np.rot90(image, 1 + rng.randint(3))
+        return turned if turned.shape == image.shape else np.asarray(Image.fromarray(turned).resize((columns, rows)))
+    other = np.asarray(Image.fromarray(other).resize((columns, rows))) if other.shape != image.shape else other
+    if kind == "blended":
+        return ((image.astype(np.uint16) + other) // 2).astype(np.uint8)
+    height, width = (max(1, int(side * rng.uniform(0.45, 0.75))) for side in (rows, columns))
+    top, left, other_top, other_left = (rng.randint(side - size + 1) for side, size in ((rows, height), (columns, width)) * 2)
+    pasted = image.copy()
+    pasted[top : top + height, left : left + width] = other[other_top : other_top + height, other_left : other_left + width]
+    return pasted
+
+
 # ---------------------------------------------------------------- the feature cache
 # <folder>/meta.json      what the features are (the fields below), and finished: true, written last
 # <folder>/labels.json    names, categories and defects of the images
@@ -229,7 +287,8 @@ def cache_folder(config: Config, img_size: tuple[int, int]) -> Path:
     if config.feature_path:
         return Path(config.feature_path)
     extractor = config.extractor.replace("/", "_").replace(":", "_")
-    return Path("features") / f"{config.dataset}-{extractor}-{img_size[0]}x{img_size[1]}-{config.token_grid}"
+    validation = "-validation" if config.validate else ""
+    return Path("features") / f"{config.dataset}-{extractor}-{img_size[0]}x{img_size[1]}-{config.token_grid}{validation}"
 
 
 class CacheWriter:
@@ -303,7 +362,9 @@ class Tokens:
         except (OSError, ValueError) as error:
             raise UserError(f"the features in {path} cannot be read ({error}); delete {path.parent} and extract again") from None
         if self._map.shape != shape or self._map.dtype != np.float16:
-            raise UserError(f"the features in {path} are {self._map.dtype} {self._map.shape}, expected float16 {shape}; delete {path.parent} and extract again")
+            raise UserError(
+                f"the features in {path} are {self._map.dtype} {self._map.shape}, expected float16 {shape}; delete {path.parent} and extract again"
+            )
         self.shape = shape
 
     def __len__(self) -> int:

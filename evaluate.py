@@ -29,7 +29,7 @@ def draw_all(config: Config, cache: datasets.FeatureCache, classes: list[str], f
     for name, content in kept.items():
         draw_histogram(name, content["test"], config.nbins1, config.nbins2, figures / f"scores-{name}.png")
     try:
-        images = datasets.load_images(config.dataset, config.dataset_path)
+        images = datasets.images_of(config)
     except UserError:
         print("no contact sheets: the raw images are not there")
         return

@@ -40,6 +40,7 @@ def cache_fields(config: Config) -> dict:
     name, defaults = timm_name(config.extractor), timm_defaults(config.extractor)
     fields = {
         "dataset": config.dataset,
+        "validate": config.validate,
         "extractor": config.extractor,
         "timm_model": name,
         "weights": weights_source(config),
@@ -187,7 +188,9 @@ def load_weights_file(model: nn.Module, path: Path, by_order: bool = False) -> N
         outcome = load_checkpoint(model, str(path), strict=False, remap=by_order, filter_fn=None if by_order else adapt, weights_only=True)
     except Exception as error:  # zip, pickle, safetensors, npz: every format fails in its own way
         reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-        raise UserError(f"weights_path: {path} cannot be loaded into this backbone ({reason}); expected its .pth, .safetensors or .npz weights") from None
+        raise UserError(
+            f"weights_path: {path} cannot be loaded into this backbone ({reason}); expected its .pth, .safetensors or .npz weights"
+        ) from None
     heads = model.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else heads
     missing = [key for key in getattr(outcome, "missing_keys", ()) if key.rpartition(".")[0] not in heads]
@@ -441,7 +444,9 @@ def check_disk(folder: Path, size: int) -> None:
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free
     if size > free:
-        raise UserError(f"the features need {size / 1e9:.2f} GB, the disk of {existing} has {free / 1e9:.2f} GB free; free some, or choose a smaller token_grid")
+        raise UserError(
+            f"the features need {size / 1e9:.2f} GB, the disk of {existing} has {free / 1e9:.2f} GB free; free some, or choose a smaller token_grid"
+        )
 
 
 # ---------------------------------------------------------------- the two ways in
@@ -453,7 +458,7 @@ def ensure_features(config: Config, device: torch.device) -> datasets.FeatureCac
         print(f"features: {folder} (pretrained True: taken as they are)", flush=True)
         return datasets.FeatureCache(folder, fields)
     try:
-        images = datasets.load_images(config.dataset, config.dataset_path)
+        images = datasets.images_of(config)
     except UserError as mistake:
         hint = f"; the features in {folder} can be used without the images: --pretrained True" if (folder / "meta.json").exists() else ""
         raise UserError(f"{mistake}{hint}") from None
@@ -470,7 +475,7 @@ def main(config: Config) -> None:
     device = utils.set_up(config.device, config.threads)
     fields = cache_fields(config)
     folder = datasets.cache_folder(config, fields["img_size"])
-    images = datasets.load_images(config.dataset, config.dataset_path)
+    images = datasets.images_of(config)
     if folder.exists():
         datasets.FeatureCache(folder, fields)  # refuses to replace the features of another configuration
         print(f"features: extracting again what {folder} holds", flush=True)

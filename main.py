@@ -9,6 +9,7 @@ import dataclasses
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import baselines
 import datasets
 import evaluate
 import extractor
+import together
 import train
 import utils
 from config import Config
@@ -29,17 +31,32 @@ METRICS = ("auroc", "aupr", "fpr95", "best_on_test_auroc")
 def run_classes(config: Config, cache: datasets.FeatureCache, classes: list[str], device: torch.device) -> list[dict]:
     """Fit every class with every seed -> their results. Each is kept as soon as it is there."""
     train_source, test_source = (train.TokenSource(cache.tokens(split), device) for split in datasets.SPLITS)
-    results = []
+    results, total = [], len(classes) * config.n_seeds
+
+    def keep(result):
+        results.append(result)
+        print(f"[{len(results)}/{total}] {result['class']} seed {result['seed']}: AUROC {result['auroc']:.4f}  {result['seconds']:.0f} s", flush=True)
+
     for seed in range(config.seed, config.seed + config.n_seeds):
+        missing = []
         for class_name in classes:
             result = finished_result(config, cache, class_name, seed) if config.resume else None
-            if result is None:
-                fitted = train.fit_class(config, cache, class_name, seed, train_source, test_source, device)
-                train.save_fitted(config, cache, fitted)
-                result = fitted.result
-            results.append(result)
-            print(f"[{len(results)}/{len(classes) * config.n_seeds}] {class_name} seed {seed}: AUROC {result['auroc']:.4f}  {result['seconds']:.0f} s", flush=True)
-    return results
+            keep(result) if result else missing.append(class_name)
+        for fitted in fit(config, cache, missing, seed, train_source, test_source):
+            train.save_fitted(config, cache, fitted)
+            keep(fitted.result)
+    return sorted(results, key=lambda result: (result["seed"], classes.index(result["class"])))
+
+
+def fit(config: Config, cache: datasets.FeatureCache, classes: list[str], seed: int, train_source, test_source):
+    """Fit the classes one after the other, or all at once as one batched model where train_together says so; yield each when done."""
+    together_wanted = config.train_together == "True" or config.train_together == "auto" and train_source.device.type == "cuda"
+    make = partial(train.make_trainer, config, cache, seed=seed, train=train_source, test=test_source)
+    if not together_wanted or len(classes) < 2:
+        yield from (make(class_name).run() for class_name in classes)
+        return
+    for group in together.groups([make(class_name) for class_name in classes]):
+        yield from together.TogetherTrainer(group).run()
 
 
 IRRELEVANT = ("class_name", "seed", "n_seeds", "resume", "verbose", "hide_tqdm_bar", "plots", "baselines", "pretrained", "nbins1", "nbins2", "threads", "preset", "workers")  # fmt: skip
@@ -62,7 +79,7 @@ def run_baselines(config: Config, cache: datasets.FeatureCache, classes: list[st
     semantic = {}
     for split in datasets.SPLITS:
         source = train.TokenSource(cache.tokens(split), torch.device("cpu"))
-        semantic[split] = source.semantic(np.arange(len(source.tokens)))
+        semantic[split] = torch.cat([source[part][0].clone() for part in train.parts(np.arange(len(source.tokens)), 500)])
     table = {name: {} for name in baselines.BASELINES}
     for class_name in classes:
         train_rows, test_rows, labels = cache.labels.one_class(class_name)

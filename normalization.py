@@ -16,6 +16,13 @@ def power_l2(tokens: Tensor) -> Tensor:
     return F.normalize(tokens.abs().sqrt().copysign(tokens), dim=-1)
 
 
+def centred_window(grid: tuple[int, int], share: float) -> Tensor:
+    """Weights (N), summing to 1, of a Gaussian on the centre of the grid, its sigma ``share`` times the grid's sides."""
+    rows, columns = (torch.exp(-0.5 * ((torch.arange(side) - (side - 1) / 2) / (share * side)).square()) for side in grid)
+    window = torch.outer(rows, columns).flatten()
+    return window / window.sum()
+
+
 class Normalizer(nn.Module):
     """(B, C) semantic and (B, N, C) patch tokens -> the same shapes, normalised. Its buffers are fitted by ``fit``.
 
@@ -24,21 +31,29 @@ class Normalizer(nn.Module):
     identity flow is then the Gaussian detector), "power_l2+whiten" (one after the other). Patch tokens have statistics of their
     own; where semantic tokens are whitened, patch tokens are standardised per channel.
 
+    centre_pool, grid: with centre_pool above 0, the semantic token is first re-pooled from the patch tokens of the grid (rows, columns):
+    their mean under a Gaussian window on the image's centre, sigma = centre_pool times the grid's sides.
+
     ridge: added to the covariance's eigenvalues before whitening, in units of their mean: 0 whitens fully, more keeps more of the
     features' own scale.
     """
 
-    def __init__(self, name: str, channels: int, ridge: float = 0.0):
+    def __init__(self, name: str, channels: int, ridge: float = 0.0, centre_pool: float = 0.0, grid: tuple[int, int] | None = None):
         super().__init__()
+        self.register_buffer("window", centred_window(grid, centre_pool) if centre_pool else None, persistent=False)
         self.steps, self.ridge = name.split("+"), ridge
         for kind in ("semantic", "patch"):
             self.register_buffer(f"{kind}_mean", torch.zeros(channels))
             self.register_buffer(f"{kind}_scale", torch.ones(channels))
         self.register_buffer("whitening", torch.eye(channels) if "whiten" in self.steps else None)
 
+    def pool(self, semantic: Tensor, patches: Tensor) -> Tensor:
+        """The semantic token that is normalised: the backbone's own (B, C), or re-pooled from the patches (B, N, C)."""
+        return semantic if self.window is None else torch.matmul(self.window, patches[:, : len(self.window)])
+
     @torch.no_grad()
     def fit(self, semantic: Tensor, patches: Tensor) -> "Normalizer":
-        """Fit to the normal training images' semantic (n, C) and patch tokens (m, C), float32."""
+        """Fit to the normal training images' pooled semantic tokens (n, C) and patch tokens (m, C), float32."""
         if self.steps == ["none"]:
             return self
         for kind, tokens in (("semantic", semantic), ("patch", patches)):
@@ -64,6 +79,7 @@ class Normalizer(nn.Module):
         return (whitening / whitened.square().mean().sqrt()).float()
 
     def forward(self, semantic: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        semantic = self.pool(semantic, patches)
         if self.steps == ["none"]:
             return semantic, patches
         if "power_l2" in self.steps:

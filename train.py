@@ -51,9 +51,10 @@ class TokenSource:
         rows = rows.float()
         return rows[:, 0], rows[:, 1:]
 
-    def semantic(self, index: np.ndarray) -> Tensor:
-        """The semantic tokens alone -> (n, C)."""
-        return torch.cat([self[part][0] for part in parts(index, 1000)])
+    def on_cpu(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The same, read from the file to the CPU."""
+        rows = torch.from_numpy(self.tokens[index]).float()
+        return rows[:, 0], rows[:, 1:]
 
 
 def parts(index: np.ndarray, size: int) -> list[np.ndarray]:
@@ -93,7 +94,7 @@ class Detector(nn.Module):
         super().__init__()
         self.score_name = config.score
         compact = config.token_grid == "compact"
-        self.normalizer = Normalizer(config.normalize, channels, config.whiten_ridge)
+        self.normalizer = Normalizer(config.normalize, channels, config.whiten_ridge, config.centre_pool, grid)
         try:
             self.flow = model.build_flow(
                 channels, grid, n_tokens=2 * math.prod(grid) if compact else None, n_blocks=config.n_coupling_blocks,
@@ -122,6 +123,16 @@ class Detector(nn.Module):
         return (model.latent_score(z) if self.score_name == "latent" else model.likelihood_score(z, log_det)).cpu().numpy()
 
 
+def make_optimizer(parameters: list[Tensor], config: Config) -> torch.optim.Adam:
+    return torch.optim.Adam(parameters, lr=config.lr_init, weight_decay=config.weight_decay, fused=True, **ADAM)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, progress: float) -> None:
+    """The learning rate after the share ``progress`` (0 to 1) of all steps."""
+    factor = 0.5 * (1 + math.cos(math.pi * progress)) if config.lr_schedule == "cosine" else 1.0
+    optimizer.param_groups[0]["lr"] = config.lr_init * factor
+
+
 # ---------------------------------------------------------------- one class
 @dataclasses.dataclass
 class Fitted:
@@ -142,60 +153,74 @@ class Trainer:
         self.config, self.data, self.seed, self.device = config, data, seed, device
         utils.seed_everything(seed)
         self.detector = Detector(config, channels, grid)
-        self.detector.normalizer.fit(data.train.semantic(data.fit_rows).cpu(), self._patch_sample())
+        self._fit_normalizer()
         self.detector.to(device)
         self.parameters = list(self.detector.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr_init, weight_decay=config.weight_decay, fused=True, **ADAM)
+        self.optimizer = make_optimizer(self.parameters, config)
         self.generator = np.random.RandomState(seed)
         self.noise = torch.Generator(device).manual_seed(seed)
         self.step, self.steps = 0, config.meta_epochs * config.sub_epochs * math.ceil(len(data.fit_rows) / config.batch_size)
         self.history, self.best, self.best_state = [], None, None
 
-    def _patch_sample(self) -> Tensor:
-        rows = self.data.fit_rows
-        chosen = rows[np.linspace(0, len(rows) - 1, min(PATCH_SAMPLE, len(rows))).astype(int)]
-        return torch.cat([self.data.train[part][1].flatten(0, 1).cpu() for part in parts(chosen, 64)])
+    def _fit_normalizer(self) -> None:
+        normalizer, rows, source = self.detector.normalizer, self.data.fit_rows, self.data.train
+        if self.config.normalize == "none":
+            return
+        semantic = torch.cat([normalizer.pool(*source.on_cpu(part)) for part in parts(rows, 500)])
+        sample = rows[np.linspace(0, len(rows) - 1, min(PATCH_SAMPLE, len(rows))).astype(int)]
+        normalizer.fit(semantic, source.on_cpu(sample)[1].flatten(0, 1))
 
     def run(self) -> Fitted:
         start = time.perf_counter()
         for meta_epoch in range(1, self.config.meta_epochs + 1):
             losses = [self.train_epoch() for _ in range(self.config.sub_epochs)]
             self.evaluate(meta_epoch * self.config.sub_epochs, losses[-1])
-            if self.config.select_epoch == "likelihood" and len(self.history) - self.best["index"] > self.config.patience:
+            if self.has_ended():
                 break
         return self.finish(time.perf_counter() - start)
 
     def train_epoch(self) -> float:
         """One pass over the normal training images in a new order -> their mean loss (nats per channel, without the constant)."""
         self.detector.train()
-        rows = self.generator.permutation(self.data.fit_rows)
-        losses = []
-        batches = parts(rows, self.config.batch_size)
-        for batch in tqdm(batches, desc=self.data.class_name, unit="batch", leave=False, disable=self.config.hide_tqdm_bar):
-            losses.append(self.train_step(*self.data.train[batch]))
-            if len(losses) % 64 == 0 or len(losses) == len(batches):  # not each step: reading the loss waits for the device
-                self.check_finite(losses[-1])
+        losses = [self.train_step(batch) for batch in self.progress(self.new_order())]
         return torch.stack(losses).mean().item()
 
-    def train_step(self, semantic: Tensor, patches: Tensor) -> Tensor:
-        """One Adam step on the mean loss of a batch of raw tokens -> the loss, detached."""
-        self._set_learning_rate()
-        with torch.no_grad():
-            semantic, patches = self.detector.normalizer(semantic, patches)
-            if self.config.feature_noise:
-                semantic = semantic + self.config.feature_noise * torch.randn(semantic.shape, generator=self.noise, device=self.device)
+    def new_order(self) -> list[np.ndarray]:
+        """The batches of an epoch: rows of the training split, shuffled."""
+        return parts(self.generator.permutation(self.data.fit_rows), self.config.batch_size)
+
+    def progress(self, batches):
+        return tqdm(batches, desc=self.data.class_name, unit="batch", leave=False, disable=self.config.hide_tqdm_bar)
+
+    @torch.no_grad()
+    def inputs(self, batch: np.ndarray) -> tuple[Tensor, Tensor]:
+        """What the flow sees of the rows ``batch``: normalised semantic (B, C), with the training noise, and patch tokens (B, N, C)."""
+        semantic, patches = self.detector.normalizer(*self.data.train[batch])
+        if self.config.feature_noise:
+            semantic = semantic + self.config.feature_noise * torch.randn(semantic.shape, generator=self.noise, device=self.device)
+        return semantic, patches
+
+    def train_step(self, batch: np.ndarray) -> Tensor:
+        """One Adam step on the mean loss of a batch of rows -> the loss, detached."""
+        set_learning_rate(self.optimizer, self.config, self.step / self.steps)
+        semantic, patches = self.inputs(batch)
         loss = model.loss_per_image(*self.detector.flow(semantic, [patches])).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.config.max_grad_norm:
             nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
+        self.after_step(loss.detach())
         return loss.detach()
 
-    def _set_learning_rate(self) -> None:
-        factor = 0.5 * (1 + math.cos(math.pi * self.step / self.steps)) if self.config.lr_schedule == "cosine" else 1.0
-        self.optimizer.param_groups[0]["lr"] = self.config.lr_init * factor
+    def after_step(self, loss: Tensor) -> None:
         self.step += 1
+        if self.step % 64 == 0 or self.step == self.steps:  # not each step: reading the loss waits for the device
+            self.check_finite(loss)
+
+    def has_ended(self) -> bool:
+        """Whether the held-out likelihood has not improved for ``patience`` evaluations."""
+        return self.config.select_epoch == "likelihood" and len(self.history) - self.best["index"] > self.config.patience
 
     def check_finite(self, value: Tensor) -> None:
         """Raise UserError on a loss that is not finite: the epoch, the learning rate, what to try."""
@@ -281,10 +306,10 @@ def load_detector(path: Path) -> tuple[Detector, dict]:
 
 
 # ---------------------------------------------------------------- the script
-def fit_class(config: Config, cache: datasets.FeatureCache, class_name: str, seed: int, train: TokenSource, test: TokenSource, device: torch.device) -> Fitted:
-    """Fit and evaluate one class with one seed. The result does not depend on what ran before."""
+def make_trainer(config: Config, cache: datasets.FeatureCache, class_name: str, seed: int, train: TokenSource, test: TokenSource) -> Trainer:
+    """The trainer of one class and seed. What it comes to does not depend on what ran before."""
     data = class_data(config, cache, class_name, seed, train, test)
-    return Trainer(config, data, cache.channels, cache.grid, seed, device).run()
+    return Trainer(config, data, cache.channels, cache.grid, seed, train.device)
 
 
 def main(config: Config) -> None:
@@ -294,7 +319,7 @@ def main(config: Config) -> None:
     cache = extractor.ensure_features(config, device)
     class_name = datasets.choose_classes(cache.labels, config.class_name)[0]
     train, test = TokenSource(cache.tokens("train"), device), TokenSource(cache.tokens("test"), device)
-    fitted = fit_class(config, cache, class_name, config.seed, train, test, device)
+    fitted = make_trainer(config, cache, class_name, config.seed, train, test).run()
     path = save_fitted(config, cache, fitted)
     result = fitted.result
     print(

@@ -1,0 +1,155 @@
+"""Training the flow: ours against the plain transcription of the released step, in one run on one machine.
+
+python benchmarks/flow.py                     one training step at several batch sizes (C = H = 768, N = 64, K = 4)
+python benchmarks/flow.py --classes 10 --epochs 10 --images 5000    whole trainings as well: together, one by one, transcription
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import matmul_peak, medians, print_machine
+from torch.utils.flop_counter import FlopCounterMode
+from transcription import Flow, fit, make_optimizer, step
+
+import datasets
+import model
+import together
+import train
+import utils
+from config import Config
+
+
+def our_step(flow, optimizer, tokens):
+    loss = model.loss_per_image(*flow(tokens[:, 0], [tokens[:, 1:]])).mean()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def same_flows(channels, hidden, device):
+    """Our flow and the transcription with the same parameters."""
+    theirs = Flow(channels, hidden).to(device)
+    ours = model.build_flow(channels, (8, 8), hidden=hidden, fusion="class_attention").to(device)
+    ours.load_state_dict({name.replace("blocks.", "module_list."): value for name, value in theirs.state_dict().items()})
+    return ours, theirs
+
+
+def compare_steps(args, device):
+    """Seconds of a training step (forward, backward, optimiser), both at once, and how far the outcomes are apart."""
+    channels, grid = args.channels, 8
+    print(
+        f"\ntraining step, C = H = {channels}, N = {grid * grid}, K = 4, float32, {device}, {torch.get_num_threads()} threads, medians of {args.repeats}"
+    )
+    print("batch  transcription ms  ours ms  ratio  ours images/s  ours GFLOP/s  share of peak  |dz| rel  |dloss| rel")
+    peak = matmul_peak(device, torch.float32)
+    for batch in args.batches:
+        torch.manual_seed(0)
+        ours, theirs = same_flows(channels, channels, device)
+        tokens = torch.randn(batch, 1 + grid * grid, channels, device=device)
+        with torch.no_grad():
+            (z, _), (z_plain, _) = ours(tokens[:, 0], [tokens[:, 1:]]), theirs(tokens[:, 0], tokens[:, 1:])
+            dz = ((z - z_plain).abs().max() / z_plain.abs().max()).item()
+        config = Config()
+        ours_adam, theirs_adam = train.make_optimizer(list(ours.parameters()), config), make_optimizer(theirs)
+        losses = our_step(ours, ours_adam, tokens), step(theirs, theirs_adam, tokens)
+        with FlopCounterMode(display=False) as counter:
+            our_step(ours, ours_adam, tokens)
+        step(theirs, theirs_adam, tokens)
+        seconds = medians(
+            {"theirs": lambda: step(theirs, theirs_adam, tokens), "ours": lambda: our_step(ours, ours_adam, tokens)}, args.repeats, device
+        )
+        rate = counter.get_total_flops() / seconds["ours"]
+        print(
+            f"{batch:5d}  {1e3 * seconds['theirs']:16.1f}  {1e3 * seconds['ours']:7.1f}  {seconds['theirs'] / seconds['ours']:5.2f}  "
+            f"{batch / seconds['ours']:13.0f}  {rate / 1e9:12.0f}  {rate / peak:13.0%}  {dz:8.1e}  {abs(losses[0] - losses[1]) / abs(losses[1]):11.1e}",
+            flush=True,
+        )
+    print(f"float32 matmul peak {peak / 1e9:.0f} GFLOP/s")
+
+
+def write_random_cache(folder, classes, images, channels):
+    """A cache of random features, the form that training reads."""
+    names = {"train": [str(i) for i in range(classes * images)], "test": [str(i) for i in range(classes)]}
+    category = {split: np.arange(len(names[split])) % classes for split in names}
+    labels = datasets.Labels(tuple(map(str, range(classes))), names, category, {s: np.zeros(len(n), bool) for s, n in names.items()})
+    writer = datasets.CacheWriter(folder, {"n_feat": channels, "grid": (8, 8), "tokens": 65}, labels, 65, channels)
+    rng = np.random.default_rng(0)
+    for split in names:
+        with writer.open_split(split) as stream:
+            for start in range(0, len(names[split]), 500):
+                count = min(500, len(names[split]) - start)
+                stream.write(rng.standard_normal((count, 65, channels), dtype=np.float32).astype(np.float16).data)
+    writer.finish()
+    return datasets.FeatureCache(folder, {})
+
+
+def compare_trainings(args, device):
+    """Seconds of fitting all classes: as one batched model, one after the other, and by the transcription."""
+    config = Config(batch_size=args.batch_size, fusion="class_attention", meta_epochs=1, sub_epochs=args.epochs, hide_tqdm_bar=True, verbose=False)
+    print(
+        f"\n{args.classes} classes x {args.epochs} epochs of {args.images} images, C = H = {args.channels}, N = 64, batch {args.batch_size}, {device}"
+    )
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        cache = write_random_cache(Path(scratch) / "cache", args.classes, args.images, args.channels)
+        sources = {split: train.TokenSource(cache.tokens(split), device) for split in datasets.SPLITS}
+
+        def trainers():
+            return [train.make_trainer(config, cache, name, 0, sources["train"], sources["test"]) for name in cache.labels.classes]
+
+        def all_at_once():
+            stacked = together.TogetherTrainer(trainers())
+            for _ in range(args.epochs):
+                stacked.train_epoch()
+
+        def one_by_one():
+            for trainer in trainers():
+                for _ in range(args.epochs):
+                    trainer.train_epoch()
+
+        def transcription():
+            for number in range(args.classes):
+                tokens = torch.from_numpy(cache.tokens("train")[np.flatnonzero(cache.labels.category["train"] == number)])
+                fit(tokens, args.channels, args.epochs, args.batch_size, device)
+
+        report = {}
+        for name, job in (("together", all_at_once), ("one by one", one_by_one), ("transcription", transcription)):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            start = time.perf_counter()
+            job()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            report[name] = time.perf_counter() - start
+            memory = f", peak {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the device" if device.type == "cuda" else ""
+            print(f"{name:14s} {report[name]:8.1f} s{memory}", flush=True)
+        for name in ("together", "one by one"):
+            print(f"transcription / {name}: {report['transcription'] / report[name]:.2f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--channels", type=int, default=768)
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64, 128])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--classes", type=int, default=0, help="also fit this many classes")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--scratch", default=None, help="folder for the random cache")
+    args = parser.parse_args()
+    device = utils.set_up(args.device, args.threads)
+    print_machine()
+    compare_steps(args, device)
+    if args.classes:
+        compare_trainings(args, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""All classes of a data set trained at once: their flows stacked into one batched model, with the same outcome per class as alone.
+
+A step then costs one kernel per layer instead of one per layer and class, which is what keeps a GPU busy with flows this small.
+Every class keeps its own trainer: its own batches, noise, history and choice of epoch. Only the step is shared.
+"""
+
+import copy
+import time
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, stack_module_state
+
+import model
+from train import Fitted, Trainer, make_optimizer, set_learning_rate
+
+
+class TogetherTrainer:
+    """Trains G classes with equally many training images. ``run`` gives what every class's own ``Trainer.run`` would."""
+
+    def __init__(self, trainers: list[Trainer]):
+        self.trainers, self.config = trainers, trainers[0].config
+        flows = [trainer.detector.flow for trainer in trainers]
+        self.parameters, _ = stack_module_state(flows)  # {name: (G, ...)}
+        for g, flow in enumerate(flows):
+            for name, parameter in flow.named_parameters():
+                parameter.data = self.parameters[name].data[g]  # each class's flow now looks at its slice
+        self.buffers = dict(flows[0].named_buffers())  # permutations and grids: the same for all classes
+        self.flow = copy.deepcopy(flows[0]).to("meta")
+        self.optimizer = make_optimizer(list(self.parameters.values()), self.config)
+
+    def run(self) -> list[Fitted]:
+        start, config = time.perf_counter(), self.config
+        for meta_epoch in range(1, config.meta_epochs + 1):
+            for _ in range(config.sub_epochs):
+                losses = self.train_epoch()
+            for trainer, loss in zip(self.trainers, losses.tolist()):
+                if not trainer.has_ended():  # alone it would have stopped: what follows is not its own any more
+                    trainer.evaluate(meta_epoch * config.sub_epochs, loss)
+            if all(trainer.has_ended() for trainer in self.trainers):
+                break
+        seconds = (time.perf_counter() - start) / len(self.trainers)
+        return [trainer.finish(seconds) for trainer in self.trainers]
+
+    def train_epoch(self) -> Tensor:
+        """One pass over every class's training images -> mean losses (G)."""
+        batches = list(zip(*(trainer.new_order() for trainer in self.trainers)))
+        losses = [self.train_step(batch) for batch in self.trainers[0].progress(batches)]
+        return torch.stack(losses).mean(0)
+
+    def train_step(self, batches: tuple) -> Tensor:
+        """One Adam step for all classes, each on its own batch of rows -> losses (G), detached."""
+        first = self.trainers[0]
+        set_learning_rate(self.optimizer, self.config, first.step / first.steps)
+        inputs = [trainer.inputs(batch) for trainer, batch in zip(self.trainers, batches)]
+        semantic, patches = (torch.stack(tokens) for tokens in zip(*inputs))  # (G, B, C), (G, B, N, C)
+        losses = torch.vmap(self._loss)(self.parameters, semantic, patches)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.sum().backward()  # no class's loss depends on another's parameters
+        if self.config.max_grad_norm:
+            self._clip()
+        self.optimizer.step()
+        losses = losses.detach()
+        for trainer, loss in zip(self.trainers, losses):
+            trainer.after_step(loss)
+        return losses
+
+    def _loss(self, parameters: dict[str, Tensor], semantic: Tensor, patches: Tensor) -> Tensor:
+        z, log_det = functional_call(self.flow, (parameters, self.buffers), (semantic, [patches]))
+        return model.loss_per_image(z, log_det).mean()
+
+    def _clip(self) -> None:
+        """``clip_grad_norm_`` for every class apart."""
+        gradients = [parameter.grad for parameter in self.parameters.values()]
+        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)  # (G)
+        factors = (self.config.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))
+
+
+def groups(trainers: list[Trainer]) -> list[list[Trainer]]:
+    """Trainers that can train together: equally many training images, and no more than the device's memory holds."""
+    by_size = {}
+    for trainer in trainers:
+        by_size.setdefault(len(trainer.data.fit_rows), []).append(trainer)
+    device = trainers[0].device
+    most = len(trainers)
+    if device.type == "cuda":
+        state = 16 * sum(p.numel() for p in trainers[0].parameters)  # parameters, gradients, two moments, float32
+        most = max(1, int(0.7 * torch.cuda.mem_get_info(device)[0] / (2 * state)))
+    return [group[i : i + most] for group in by_size.values() for i in range(0, len(group), most)]
