@@ -55,6 +55,7 @@ class Config:
     verbose: bool = knob(True, "print the loss and AUROC of every epoch")
     hide_tqdm_bar: bool = knob(False, "no progress bars")
     save_model: bool = knob(True, "keep a checkpoint per class and seed (safetensors + JSON)")
+    sweep: str | None = knob(None, "main.py: run every combination, as in fusion=none,hilo;dataset=digits,cifar10, and make one table")
     resume: bool = knob(False, "main.py: keep the classes and seeds that a run of the same configuration has finished")
     plots: bool = knob(True, "main.py: draw score histograms, ROC, curves over epochs and contact sheets into the run's folder")
     nbins1: int = knob(50, "bins of the score histogram of normal images", low=1)
@@ -123,6 +124,8 @@ class Config:
         grid = self.token_grid
         if grid not in ("full", "compact") and not (grid.isascii() and grid.isdigit() and int(grid) > 0):
             raise UserError(f"token_grid: expected full, compact or a number of patches per side, got {grid!r}")
+        if self.sweep:
+            parse_sweep(self.sweep)
         if self.select_epoch == "likelihood" and self.holdout == 0:
             raise UserError("select_epoch likelihood needs held-out normal images: set holdout, say 0.1 (it is 0)")
 
@@ -201,6 +204,28 @@ def parse_value(field, text):
         raise UserError(f"{field.name}: expected {describe(kind)}, got {text!r}") from None
 
 
+def parse_values(texts):
+    """{knob: text} -> {knob: value}. Raises UserError on an unknown knob or a value that does not fit."""
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    for name in texts:
+        if name not in fields:
+            raise UserError(unknown("knob", name, fields))
+    return {name: parse_value(fields[name], text) for name, text in texts.items()}
+
+
+def parse_sweep(text):
+    """``fusion=none,hilo;dataset=digits`` -> {"fusion": ["none", "hilo"], "dataset": ["digits"]}. Raises UserError."""
+    sweep = {}
+    for part in text.split(";"):
+        name, equals, values = part.strip().partition("=")
+        if not equals or not values:
+            raise UserError(f"sweep: expected knob=value,value;knob=value,value, got {text!r}")
+        sweep[name] = [value.strip() for value in values.split(",")]
+        for value in sweep[name]:
+            parse_values({name: value})
+    return sweep
+
+
 def checked_length(numbers, length):
     if len(numbers) != length:
         raise ValueError(f"expected {length} numbers")
@@ -258,11 +283,10 @@ def from_command_line(description, argv=None):
     """The configuration of a script's command line; ``-h`` prints the knobs and exits. A mistake ends the script with one line."""
     try:
         given, rest = build_parser(description).parse_known_args(argv)
-        fields = {field.name: field for field in dataclasses.fields(Config)}
         if rest:
-            knobs = [f"--{name}" for name in fields]
+            knobs = [f"--{field.name}" for field in dataclasses.fields(Config)]
             raise UserError(unknown("knob", rest[0].split("=")[0], knobs) if rest[0].startswith("--") else f"expected --knob value, got {rest[0]!r}")
-        return make_config({name: parse_value(fields[name], text) for name, text in vars(given).items()})
+        return make_config(parse_values(vars(given)))
     except UserError as mistake:
         stop(mistake)
 

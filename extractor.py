@@ -256,7 +256,7 @@ class ImageRows(Dataset):
             return mistake  # raised by the reader: a worker would wrap it into a traceback
         if pixels.shape[0] > self.img_size[0] or pixels.shape[1] > self.img_size[1]:
             pixels = np.asarray(Image.fromarray(pixels).resize(self.img_size[::-1], Image.Resampling.BICUBIC))
-        return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
 def stack_rows(rows: list) -> list[Tensor]:

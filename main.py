@@ -6,8 +6,8 @@ if __name__ == "__main__":  # parse before the slow imports: -h and mistakes ans
     CONFIG = knobs.from_command_line(__doc__)
 
 import dataclasses
+import itertools
 import json
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,11 @@ import baselines
 import datasets
 import evaluate
 import extractor
+import report
 import together
 import train
 import utils
 from config import Config
-
-METRICS = ("auroc", "aupr", "fpr95", "best_on_test_auroc")
 
 
 # ---------------------------------------------------------------- running
@@ -59,7 +58,7 @@ def fit(config: Config, cache: datasets.FeatureCache, classes: list[str], seed: 
         yield from together.TogetherTrainer(group).run()
 
 
-IRRELEVANT = ("class_name", "seed", "n_seeds", "resume", "verbose", "hide_tqdm_bar", "plots", "baselines", "pretrained", "nbins1", "nbins2", "threads", "preset", "workers")  # fmt: skip
+IRRELEVANT = ("class_name", "seed", "n_seeds", "resume", "verbose", "hide_tqdm_bar", "plots", "baselines", "pretrained", "nbins1", "nbins2", "threads", "preset", "workers", "modelname", "sweep")  # fmt: skip
 
 
 def finished_result(config: Config, cache: datasets.FeatureCache, class_name: str, seed: int) -> dict | None:
@@ -74,7 +73,7 @@ def finished_result(config: Config, cache: datasets.FeatureCache, class_name: st
     return content["result"] if same else None
 
 
-def run_baselines(config: Config, cache: datasets.FeatureCache, classes: list[str]) -> dict[str, dict[str, dict]]:
+def run_baselines(cache: datasets.FeatureCache, classes: list[str]) -> dict[str, dict[str, dict]]:
     """{baseline: {class: metrics}} on the same semantic tokens."""
     semantic = {}
     for split in datasets.SPLITS:
@@ -88,105 +87,42 @@ def run_baselines(config: Config, cache: datasets.FeatureCache, classes: list[st
     return table
 
 
-# ---------------------------------------------------------------- reporting
-def summarize(config: Config, results: list[dict], baseline_table: dict, seconds: float, meta: dict) -> dict:
-    """results.json: per class the mean and standard deviation over seeds, and their mean over classes (std of the seeds' means)."""
-    classes = list(dict.fromkeys(result["class"] for result in results))
-    by_class = {name: _over_seeds([[r for r in results if r["class"] == name]]) for name in classes}
-    seeds = sorted({result["seed"] for result in results})
-    for name in classes:
-        by_class[name]["runs"] = [result for result in results if result["class"] == name]
-    mean = _over_seeds([[r for r in results if r["class"] == name] for name in classes])
-    rows = {name: {"classes": per_class, "mean": _mean_metrics(per_class)} for name, per_class in baseline_table.items()}
-    return {
-        "classes": by_class, "mean": mean, "baselines": rows, "config": dataclasses.asdict(config), "seeds": seeds, "features": meta,
-        "versions": utils.versions(), "wall_time_s": round(seconds, 1), "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }  # fmt: skip
-
-
-def _over_seeds(groups: list[list[dict]]) -> dict:
-    """Mean over groups and seeds of every metric, and the standard deviation over seeds of the groups' mean (0 for one seed)."""
-    summary = {}
-    for metric in METRICS:
-        values = np.array([[result[metric] for result in group] for group in groups])  # (groups, seeds)
-        per_seed = values.mean(0)
-        summary[metric] = float(per_seed.mean())
-        summary[f"{metric}_std"] = float(per_seed.std(ddof=1)) if len(per_seed) > 1 else 0.0
-    return summary
-
-
-def _mean_metrics(per_class: dict[str, dict]) -> dict:
-    return {metric: float(np.mean([values[metric] for values in per_class.values()])) for metric in ("auroc", "aupr", "fpr95")}
-
-
-def make_table(summary: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table: a row per class, then the mean."""
-    n_seeds, config = len(summary["seeds"]), summary["config"]
-    chosen = "last epoch" if config["select_epoch"] == "last" else "epoch by held-out likelihood"
-    header = ["class", f"AUROC ({chosen})", "AUPR", "FPR95", "best on test (oracle)", *summary["baselines"]]
-
-    def cell(values, metric):
-        return f"{values[metric]:.4f}" + (f" ± {values[f'{metric}_std']:.4f}" if n_seeds > 1 else "")
-
-    rows = []
-    for name, values in [*summary["classes"].items(), ("mean", summary["mean"])]:
-        others = [b["mean"] if name == "mean" else b["classes"][name] for b in summary["baselines"].values()]
-        rows.append([name, *(cell(values, metric) for metric in METRICS), *(f"{other['auroc']:.4f}" for other in others)])
-    return header, rows
-
-
-def as_text(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [header, *rows]]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:-1], "-" * len(lines[0]), lines[-1]])
-
-
-def as_markdown(header: list[str], rows: list[list[str]], summary: dict) -> str:
-    config, versions = summary["config"], summary["versions"]
-    line = "| " + " | ".join(["---"] * len(header)) + " |"
-    table = "\n".join(["| " + " | ".join(header) + " |", line, *("| " + " | ".join(row) + " |" for row in rows)])
-    settings = ", ".join(f"{name} {value}" for name, value in config.items() if value is not None)
-    return (
-        f"# {config['dataset']}, {config['extractor']}, fusion {config['fusion']}\n\n{table}\n\n"
-        f"Seeds: {', '.join(map(str, summary['seeds']))}; ± is the standard deviation over them. Baseline columns: AUROC.\n\n"
-        f"Command: `{summary['command']}`\n\nWall time: {summary['wall_time_s']:.0f} s. "
-        f"Versions: {', '.join(f'{name} {value}' for name, value in versions.items())}.\n\nConfiguration: {settings}.\n"
-    )
-
-
-def write_results(folder: Path, summary: dict) -> str:
-    """Write results.json, results.csv and results.md -> the table as text."""
-    header, rows = make_table(summary)
-    utils.write_text(folder / "results.md", as_markdown(header, rows, summary))
-    utils.write_text(folder / "results.csv", as_csv(summary))
-    utils.write_json(folder / "results.json", summary)
-    return as_text(header, rows)
-
-
-def as_csv(summary: dict) -> str:
-    """One line per method and class, numbers unrounded."""
-    lines = ["method,class,auroc,auroc_std,aupr,fpr95,best_on_test_auroc"]
-    for name, v in [*summary["classes"].items(), ("mean", summary["mean"])]:
-        lines.append(f"flow,{name},{v['auroc']},{v['auroc_std']},{v['aupr']},{v['fpr95']},{v['best_on_test_auroc']}")
-    for method, table in summary["baselines"].items():
-        for name, v in [*table["classes"].items(), ("mean", table["mean"])]:
-            lines.append(f'"{method}",{name},{v["auroc"]},,{v["aupr"]},{v["fpr95"]},')
-    return "\n".join(lines) + "\n"
-
-
-def main(config: Config) -> None:
+def run(config: Config, folder: Path) -> dict:
+    """The whole course of one configuration: features, classes, baselines, report -> its summary."""
     start = time.perf_counter()
     device = utils.set_up(config.device, config.threads)
     cache = extractor.ensure_features(config, device)
     classes = datasets.choose_classes(cache.labels, config.class_name)
     results = run_classes(config, cache, classes, device)
-    table = run_baselines(config, cache, classes) if config.baselines else {}
-    summary = summarize(config, results, table, time.perf_counter() - start, cache.meta)
-    folder = Path("runs") / config.modelname
-    print("\n" + write_results(folder, summary))
+    table = run_baselines(cache, classes) if config.baselines else {}
+    summary = report.summarize(config, results, table, time.perf_counter() - start, cache.meta)
+    print("\n" + report.write_results(folder, summary))
     if config.plots:
         evaluate.draw_all(config, cache, classes, folder)
     print(f"\nresults in {folder}/results.json, .csv and .md; wall time {summary['wall_time_s']:.0f} s")
+    return summary
+
+
+def run_sweep(config: Config, folder: Path) -> None:
+    """Run every combination of the values that the knob ``sweep`` lists, then the table of them all."""
+    start, sweep = time.perf_counter(), knobs.parse_sweep(config.sweep)
+    summaries = {}
+    for values in itertools.product(*sweep.values()):
+        name = "-".join(values)
+        print(f"\n=== {' '.join(f'{knob} {value}' for knob, value in zip(sweep, values))}", flush=True)
+        parsed = knobs.parse_values(dict(zip(sweep, values)))
+        one = dataclasses.replace(config, **parsed, modelname=f"{config.modelname}/{name}", sweep=None)
+        summaries[values] = run(one, folder / name)
+    print("\n" + report.write_sweep(folder, sweep, summaries, time.perf_counter() - start))
+    print(f"\nresults in {folder}/sweep.json and sweep.md")
+
+
+def main(config: Config) -> None:
+    folder = Path("runs") / config.modelname
+    if config.sweep:
+        run_sweep(config, folder)
+    else:
+        run(config, folder)
 
 
 if __name__ == "__main__":

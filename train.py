@@ -220,7 +220,9 @@ class Trainer:
 
     def has_ended(self) -> bool:
         """Whether the held-out likelihood has not improved for ``patience`` evaluations."""
-        return self.config.select_epoch == "likelihood" and len(self.history) - self.best["index"] > self.config.patience
+        if self.config.select_epoch == "last" or self.best is None:
+            return False
+        return len(self.history) - self.best["index"] >= self.config.patience
 
     def check_finite(self, value: Tensor) -> None:
         """Raise UserError on a loss that is not finite: the epoch, the learning rate, what to try."""

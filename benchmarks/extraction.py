@@ -1,0 +1,153 @@
+"""Extraction: ours against float32 eager with one image loader, in one run on one machine; and what half precision changes.
+
+python benchmarks/extraction.py --dataset_path data/cifar10 --images 2000
+python benchmarks/extraction.py --extractor VIT --weights random --images 2000 --device cuda    a GPU: share of its matmul peak
+"""
+
+import argparse
+import dataclasses
+import io
+
+import numpy as np
+import torch
+from common import matmul_peak, medians, print_machine
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+import baselines
+import datasets
+import extractor
+import utils
+from config import Config
+
+
+class PlainImages(Dataset):
+    """The released way: every image is opened, resized and normalised on its own."""
+
+    def __init__(self, images, count, fields):
+        self.images, self.count = images, count
+        self.transform = transforms.Compose(
+            [
+                transforms.Resize(fields["img_size"], transforms.InterpolationMode.BICUBIC),
+                transforms.ToTensor(),
+                transforms.Normalize(fields["norm_mean"], fields["norm_std"]),
+            ]
+        )
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        return self.transform(Image.fromarray(self.images.read("train", i)))
+
+
+@torch.inference_mode()
+def plain_extraction(backbone, images, count, fields, device, batch=32):
+    """Float32, eager, one loader in the same process -> (count, 1 + N, C) float32."""
+    loader = DataLoader(PlainImages(images, count, fields), batch)
+    return torch.cat([backbone(part.to(device)).cpu() for part in loader])
+
+
+class Sink(io.RawIOBase):
+    """Takes the rows that extraction writes, and forgets them."""
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        return len(data)
+
+
+class NoBar:
+    def update(self, count):
+        pass
+
+
+def first_images(images, count):
+    """The data set cut to its first training images, spread over the classes."""
+    chosen = np.linspace(0, len(images.labels.names["train"]) - 1, count).astype(int)
+    labels = images.labels
+    cut = datasets.Labels(
+        labels.classes,
+        {"train": [labels.names["train"][i] for i in chosen], "test": []},
+        {"train": labels.category["train"][chosen], "test": np.zeros(0, int)},
+        {"train": labels.defect["train"][chosen], "test": np.zeros(0, bool)},
+    )
+    return datasets.ImageSet(cut, lambda split, i: images.read("train", chosen[i]), images.from_files)
+
+
+def collect(job):
+    """All rows of the first split, as extraction would write them."""
+    rows = []
+
+    class Keep(Sink):
+        def write(self, data):
+            rows.append(np.frombuffer(data, np.float16).copy())
+            return len(data)
+
+    job.run_split("train", Keep(), NoBar())
+    return torch.from_numpy(np.concatenate(rows).reshape(-1, 1 + job.tokens, job.n_feat)).float()
+
+
+def auroc_difference(images, exact, ours):
+    """Mean AUROC (k-nearest neighbours, each class against the rest, half of the images as test) from either features."""
+    category = images.labels.category["train"]
+    fit, test = np.arange(0, len(category), 2), np.arange(1, len(category), 2)
+    found = []
+    for tokens in (exact[:, 0], ours[:, 0]):
+        scores = [(c, baselines.cosine_neighbours(tokens[fit[category[fit] == c]], tokens[test])) for c in np.unique(category)]
+        found.append(float(np.mean([utils.auroc((category[test] != c).astype(int), score) for c, score in scores])))
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--extractor", default="efficientnet_lite0")
+    parser.add_argument("--weights", default=None, help="weights file, or random")
+    parser.add_argument("--dataset", default="cifar10")
+    parser.add_argument("--dataset_path", default="data/cifar10")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    device = utils.set_up(args.device, 0)
+    print_machine()
+
+    config = Config(dataset=args.dataset, dataset_path=args.dataset_path, extractor=args.extractor, weights_path=args.weights, compile=args.compile)
+    fields = extractor.cache_fields(config)
+    images = first_images(datasets.load_images(args.dataset, args.dataset_path), args.images)
+    job = extractor.Extraction(config, images, fields, device)
+    exact_job = extractor.Extraction(dataclasses.replace(config, precision="float32", compile=False), images, fields, device)
+    plain = extractor.load_backbone(config).to(device)
+
+    jobs = {
+        "float32 eager, one image loader": lambda: plain_extraction(plain, images, args.images, fields, device),
+        "ours, float32": lambda: exact_job.run_split("train", Sink(), NoBar()),
+        f"ours, {job.fields['precision']}": lambda: job.run_split("train", Sink(), NoBar()),
+    }
+    seconds = medians(jobs, args.repeats, device)
+    base = seconds["float32 eager, one image loader"]
+    print(f"\n{args.extractor} at {fields['img_size'][0]}x{fields['img_size'][1]}, {args.images} images, medians of {args.repeats}")
+    for name, value in seconds.items():
+        print(f"{name:34s} {args.images / value:8.1f} images/s  {base / value:5.2f} x")
+
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        plain(torch.zeros(1, 3, *fields["img_size"], device=device))
+    peak = matmul_peak(device, job.dtype)
+    rate = counter.get_total_flops() * args.images / seconds[f"ours, {job.fields['precision']}"]
+    print(f"{rate / 1e9:.0f} GFLOP/s of a {job.fields['precision']} matmul peak of {peak / 1e9:.0f} GFLOP/s: {rate / peak:.0%}")
+
+    exact, ours = plain_extraction(plain, images, args.images, fields, device), collect(job)
+    for name, part in (("semantic", slice(0, 1)), ("patch", slice(1, None))):
+        cosine = F.cosine_similarity(exact[:, part], ours[:, part], dim=2)
+        print(f"cosine similarity to float32, {name} tokens: mean {cosine.mean():.5f}, lowest {cosine.min():.5f}")
+    first, second = auroc_difference(images, exact, ours)
+    print(f"mean AUROC of nearest neighbours on these images: float32 {first:.4f}, ours {second:.4f}, difference {second - first:+.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The report of a run: its summary over classes and seeds, the table, and the files results.json, .csv and .md."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import utils
+from config import Config
+
+METRICS = ("auroc", "aupr", "fpr95", "best_on_test_auroc")
+
+
+def summarize(config: Config, results: list[dict], baseline_table: dict, seconds: float, meta: dict) -> dict:
+    """results.json: per class the mean and standard deviation over seeds, and their mean over classes (std of the seeds' means)."""
+    classes = list(dict.fromkeys(result["class"] for result in results))
+    by_class = {name: _over_seeds([[r for r in results if r["class"] == name]]) for name in classes}
+    seeds = sorted({result["seed"] for result in results})
+    for name in classes:
+        by_class[name]["runs"] = [result for result in results if result["class"] == name]
+    mean = _over_seeds([[r for r in results if r["class"] == name] for name in classes])
+    rows = {name: {"classes": per_class, "mean": _mean_metrics(per_class)} for name, per_class in baseline_table.items()}
+    return {
+        "classes": by_class, "mean": mean, "baselines": rows, "config": dataclasses.asdict(config), "seeds": seeds, "features": meta,
+        "versions": utils.versions(), "wall_time_s": round(seconds, 1), "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }  # fmt: skip
+
+
+def _over_seeds(groups: list[list[dict]]) -> dict:
+    """Mean over groups and seeds of every metric, and the standard deviation over seeds of the groups' mean (0 for one seed)."""
+    summary = {}
+    for metric in METRICS:
+        values = np.array([[result[metric] for result in group] for group in groups])  # (groups, seeds)
+        per_seed = values.mean(0)
+        summary[metric] = float(per_seed.mean())
+        summary[f"{metric}_std"] = float(per_seed.std(ddof=1)) if len(per_seed) > 1 else 0.0
+    return summary
+
+
+def _mean_metrics(per_class: dict[str, dict]) -> dict:
+    return {metric: float(np.mean([values[metric] for values in per_class.values()])) for metric in ("auroc", "aupr", "fpr95")}
+
+
+def make_table(summary: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table: a row per class, then the mean."""
+    n_seeds, config = len(summary["seeds"]), summary["config"]
+    chosen = "last epoch" if config["select_epoch"] == "last" else "epoch by held-out likelihood"
+    header = ["class", f"AUROC ({chosen})", "AUPR", "FPR95", "best on test (oracle)", *summary["baselines"]]
+
+    def cell(values, metric):
+        return f"{values[metric]:.4f}" + (f" ± {values[f'{metric}_std']:.4f}" if n_seeds > 1 else "")
+
+    rows = []
+    for name, values in [*summary["classes"].items(), ("mean", summary["mean"])]:
+        others = [b["mean"] if name == "mean" else b["classes"][name] for b in summary["baselines"].values()]
+        rows.append([name, *(cell(values, metric) for metric in METRICS), *(f"{other['auroc']:.4f}" for other in others)])
+    return header, rows
+
+
+def as_text(header: list[str], rows: list[list[str]], ruled_last: bool = True) -> str:
+    """The table in columns; the last row stands below a line when it is a mean."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [header, *rows]]
+    rule = "-" * len(lines[0])
+    return "\n".join([lines[0], rule, *lines[1:-1], *([rule] if ruled_last else []), lines[-1]])
+
+
+def as_markdown(header: list[str], rows: list[list[str]], summary: dict) -> str:
+    config = summary["config"]
+    settings = ", ".join(f"{name} {value}" for name, value in config.items() if value is not None)
+    return (
+        f"# {config['dataset']}, {config['extractor']}, fusion {config['fusion']}\n\n{markdown_table(header, rows)}\n\n"
+        f"Seeds: {', '.join(map(str, summary['seeds']))}; ± is the standard deviation over them. Baseline columns: AUROC.\n\n"
+        f"{describe_run(summary, summary['wall_time_s'])}\n\nConfiguration: {settings}.\n"
+    )
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def describe_run(summary: dict, seconds: float) -> str:
+    """How a result came about, in one line: command, time, versions, machine."""
+    versions = ", ".join(f"{name} {value}" for name, value in summary["versions"].items())
+    return f"command `{summary['command']}`; wall time {seconds:.0f} s; {versions}."
+
+
+def write_results(folder: Path, summary: dict) -> str:
+    """Write results.json, results.csv and results.md -> the table as text."""
+    header, rows = make_table(summary)
+    utils.write_text(folder / "results.md", as_markdown(header, rows, summary))
+    utils.write_text(folder / "results.csv", as_csv(summary))
+    utils.write_json(folder / "results.json", summary)
+    return as_text(header, rows)
+
+
+def as_csv(summary: dict) -> str:
+    """One line per method and class, numbers unrounded."""
+    lines = ["method,class,auroc,auroc_std,aupr,fpr95,best_on_test_auroc"]
+    for name, v in [*summary["classes"].items(), ("mean", summary["mean"])]:
+        lines.append(f"flow,{name},{v['auroc']},{v['auroc_std']},{v['aupr']},{v['fpr95']},{v['best_on_test_auroc']}")
+    for method, table in summary["baselines"].items():
+        for name, v in [*table["classes"].items(), ("mean", table["mean"])]:
+            lines.append(f'"{method}",{name},{v["auroc"]},,{v["aupr"]},{v["fpr95"]},')
+    return "\n".join(lines) + "\n"
+
+
+def sweep_table(sweep: dict[str, list[str]], summaries: dict[tuple, dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a sweep: a row per value of its first knob, a column per combination of the others; mean AUROC ± std."""
+    first, *others = sweep
+    columns = list(dict.fromkeys(values[1:] for values in summaries))
+    header = [first, *(" ".join(column) or "mean AUROC" for column in columns)]
+    rows = []
+    for value in sweep[first]:
+        means = [summaries[(value, *column)]["mean"] for column in columns]
+        rows.append([value, *(f"{mean['auroc']:.4f} ± {mean['auroc_std']:.4f}" for mean in means)])
+    return header, rows
+
+
+def write_sweep(folder: Path, sweep: dict[str, list[str]], summaries: dict[tuple, dict], seconds: float) -> str:
+    """Write sweep.json and sweep.md -> the table as text."""
+    header, rows = sweep_table(sweep, summaries)
+    one = next(iter(summaries.values()))
+    utils.write_json(folder / "sweep.json", {"sweep": sweep, "runs": {" ".join(values): summary for values, summary in summaries.items()}})
+    note = f"Mean AUROC over the classes, ± standard deviation over seeds {', '.join(map(str, one['seeds']))}; {describe_run(one, seconds)}"
+    utils.write_text(folder / "sweep.md", f"# {' x '.join(sweep)}\n\n{markdown_table(header, rows)}\n\n{note}\n")
+    return as_text(header, rows, ruled_last=False)

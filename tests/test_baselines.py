@@ -1,0 +1,73 @@
+"""The simple detectors: against brute force, and on blobs that anyone can tell apart."""
+
+import numpy as np
+import torch
+
+import baselines
+import utils
+
+
+def blobs(seed: int = 0, n: int = 80, channels: int = 6):
+    """Normal training tokens, test tokens (half normal, half elsewhere) and test labels."""
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.arange(channels) + 3.0
+    train, normal, anomalous = (centre + 0.5 * torch.randn(n, channels, generator=generator) for _ in range(3))
+    return train, torch.cat([normal, anomalous.flip(1)]), np.repeat([0, 1], n)
+
+
+def test_blobs_are_told_apart():
+    train, test, labels = blobs()
+    scores = baselines.baseline_scores(train, test)
+    assert set(scores) == set(baselines.BASELINES)
+    for name, score in scores.items():
+        assert score.shape == (len(test),) and utils.auroc(labels, score) > 0.99, name
+
+
+def test_no_signal_no_detection():
+    generator = torch.Generator().manual_seed(1)
+    train, test = torch.randn(200, 5, generator=generator), torch.randn(400, 5, generator=generator)
+    for name, score in baselines.baseline_scores(train, test).items():
+        assert 0.4 < utils.auroc(np.arange(400) % 2, score) < 0.6, name
+
+
+def test_neighbours_equal_brute_force(monkeypatch):
+    train, test, _ = blobs(n=37)
+    distances = np.sort(np.linalg.norm(test.numpy()[:, None] - train.numpy()[None], axis=2), axis=1)
+    for k in (1, 2, 5):
+        for chunk in (7, 1024):  # queries in pieces give the same
+            monkeypatch.setattr(baselines, "CHUNK", chunk)
+            got = baselines.nearest_neighbours(train, test, k).numpy()
+            assert np.abs(got / distances[:, :k].mean(1) - 1).max() < 1e-4  # cdist's float32
+
+
+def test_neighbours_of_a_training_token():
+    train, _, _ = blobs()
+    assert (baselines.nearest_neighbours(train, train, 1) < 1e-2).all(), "its own neighbour (cdist's float32 leaves a little)"
+
+
+def test_fewer_references_than_neighbours():
+    got = baselines.nearest_neighbours(torch.tensor([[0.0, 0]]), torch.tensor([[3.0, 4]]), 2)
+    assert got.tolist() == [5.0]
+
+
+def test_cosine_neighbours_ignore_length():
+    train, test, _ = blobs()
+    assert np.allclose(baselines.cosine_neighbours(train, test), baselines.cosine_neighbours(3 * train, 0.1 * test), atol=1e-5)
+
+
+def test_cosine_neighbours_by_hand():
+    """Unit vectors at 60 and 90 degrees from the query: chords 1 and sqrt 2."""
+    reference = torch.tensor([[0.5, 3**0.5 / 2], [0.0, 2.0], [-1.0, 0.0]])
+    assert np.allclose(baselines.cosine_neighbours(reference, torch.tensor([[7.0, 0]])), (1 + 2**0.5) / 2, atol=1e-6)
+
+
+def test_gaussian_is_mahalanobis(monkeypatch):
+    """With many references shrinkage vanishes: (x - mean)' covariance^-1 (x - mean)."""
+    generator = torch.Generator().manual_seed(2)
+    mix = torch.randn(4, 4, generator=generator)
+    train, test = (torch.randn(n, 4, generator=generator) @ mix + 2 for n in (20000, 50))
+    centred = (test - train.mean(0)).double().numpy()
+    wanted = np.einsum("ni,ij,nj->n", centred, np.linalg.inv(np.cov(train.double().numpy().T, bias=True)), centred)
+    for chunk in (9, 1024):
+        monkeypatch.setattr(baselines, "CHUNK", chunk)
+        assert np.abs(baselines.gaussian(train, test) / wanted - 1).max() < 0.02

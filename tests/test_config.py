@@ -1,0 +1,255 @@
+"""The knobs: on the command line, in presets, checked, read by some script, and edited in the file itself."""
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, script
+
+import config
+from config import PRESETS, Config, UserError, from_command_line, make_config
+
+SCRIPTS = ("extractor.py", "train.py", "main.py")
+FIELDS = dataclasses.fields(Config)
+NAMES = [field.name for field in FIELDS]
+
+
+def parsed(*arguments) -> Config:
+    return from_command_line("test", list(arguments))
+
+
+def mistake(capsys, *arguments) -> str:
+    """The one line that a wrong command line leaves on stderr."""
+    with pytest.raises(SystemExit) as stopped:
+        parsed(*arguments)
+    assert stopped.value.code not in (0, None)
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error:") and captured.err.count("\n") == 1
+    return captured.err
+
+
+# ---------------------------------------------------------------- -h
+def as_shown(default) -> str:
+    return "none" if default is None else str(default)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_lists_every_knob_with_its_default(name, tmp_path):
+    done = script(name, "-h", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "" and list(tmp_path.iterdir()) == []
+    blocks = dict(re.findall(r"^  --(\w+)(.*?)(?=^  --|^\S|\Z)", done.stdout, re.M | re.S))
+    for field in FIELDS:
+        text = " ".join(blocks[field.name].split())
+        assert text.endswith(f"[{as_shown(field.default)}]"), f"--{field.name}: {text}"
+        for choice in field.metadata["choices"] or ():
+            assert str(choice) in text, f"--{field.name} does not name its choice {choice}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_is_quick(name, tmp_path):
+    """-h and a mistake answer before anything slow is imported: a stub that fails on import stands in for torch."""
+    for slow in ("torch", "numpy", "timm", "sklearn"):
+        (tmp_path / f"{slow}.py").write_text("raise SystemExit('slow import')\n")
+    for arguments, status in ((["-h"], 0), (["--lr_init", "fast"], 2)):
+        start = time.perf_counter()
+        done = script(name, *arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+        assert done.returncode == status and "slow import" not in done.stdout + done.stderr
+        assert time.perf_counter() - start < 5  # a second on an idle machine; this one may be busy
+
+
+def test_config_needs_the_standard_library_only():
+    code = "import sys; import config; config.make_config({}); assert not {'torch', 'numpy', 'timm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_edited_default_shows(tmp_path):
+    """config.py is the place to edit: a default changed there is the default of -h and of the configuration."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    text = (tmp_path / "config.py").read_text()
+    edited, count = re.subn(r"(?m)^(    lr_init: float = knob\()[^,]+,", r"\g<1>0.0123,", text)
+    assert count == 1
+    (tmp_path / "config.py").write_text(edited)
+    shown = script("main.py", "-h", cwd=tmp_path, code_root=tmp_path).stdout
+    assert "[0.0123]" in shown[shown.rindex("--lr_init ") :].split("--weight_decay")[0]
+    code = "import config; print(config.make_config({}).lr_init)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip() == "0.0123"
+
+
+# ---------------------------------------------------------------- precedence
+def test_default_preset_command_line():
+    preset, knob, value = next((p, k, v) for p, values in PRESETS.items() for k, v in values.items() if k == "fusion")
+    default, other = Config().fusion, next(f for f in config.FUSIONS if f not in (Config().fusion, value))
+    assert value != default
+    assert parsed().fusion == default
+    assert parsed("--preset", preset).fusion == value
+    for arguments in (["--preset", preset, f"--{knob}", other], [f"--{knob}", other, "--preset", preset]):
+        assert parsed(*arguments).fusion == other, "the order on the command line does not matter"
+    assert parsed("--preset", preset, "--fusion", default).fusion == default, "the default named on the command line wins too"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(preset):
+    made = make_config({"preset": preset})
+    assert made.preset == preset
+    for name, value in PRESETS[preset].items():
+        assert name in NAMES and getattr(made, name) == value
+    others = [f for f in FIELDS if f.name not in PRESETS[preset] and f.name != "preset"]
+    assert all(getattr(made, f.name) == f.default for f in others)
+
+
+def test_paper_preset_is_the_defaults():
+    assert make_config({"preset": "paper"}) == Config() == parsed()
+
+
+def test_every_preset_is_named_in_the_help():
+    text = next(f for f in FIELDS if f.name == "preset").metadata["help"]
+    assert all(re.search(rf"\b{name}\b", text) for name in PRESETS)
+    named = re.match(r"([\w, ]+?):", text)[1].replace(" or ", ", ").split(",")
+    assert {name.strip() for name in named} == set(PRESETS), "the help names presets that are not there"
+
+
+# ---------------------------------------------------------------- the configuration object
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 3
+    assert dataclasses.replace(Config(), seed=3).seed == 3
+
+
+def test_replace_checks_again():
+    with pytest.raises(UserError):
+        dataclasses.replace(Config(), clamp=-1.0)
+
+
+def test_changed():
+    assert config.changed(Config()) == {}
+    assert config.changed(Config(seed=4, img_size=(8, 9))) == {"seed": 4, "img_size": (8, 9)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_knob_is_read(name):
+    """A knob that no script reads would be a promise not kept."""
+    sources = {path.name: path.read_text() for path in ROOT.glob("*.py") if path.name != "config.py"}
+    sources["config.py"] = (ROOT / "config.py").read_text().split("# ---------------------------------------------------------------- checks")[1]
+    if name == "preset":
+        assert "PRESETS[preset]" in sources["config.py"]
+        return
+    assert any(re.search(rf"\b(?:config|CONFIG|settings|args)\.{name}\b", text) for text in sources.values()), f"no script reads config.{name}"
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=NAMES)
+def test_every_knob_has_help(field):
+    assert len(field.metadata["help"]) > 10 and "\n" not in field.metadata["help"]
+
+
+# ---------------------------------------------------------------- values from text
+@pytest.mark.parametrize(
+    "name, text, value",
+    [
+        ("img_size", "224", (224, 224)),
+        ("img_size", "384x256", (384, 256)),
+        ("img_size", "384X256", (384, 256)),
+        ("img_size", "none", None),
+        ("norm_mean", "0.1,0.2,0.3", (0.1, 0.2, 0.3)),
+        ("norm_std", "none", None),
+        ("n_feat", "none", None),
+        ("n_feat", "768", 768),
+        ("fc_internal", "12", 12),
+        ("dataset_path", "None", None),
+        ("dataset_path", "/a b/ü", "/a b/ü"),
+        ("feature_path", "x", "x"),
+        ("lr_init", "1e-3", 1e-3),
+        ("alpha", "1", 1.0),
+        ("token_grid", "8", "8"),
+        ("class_name", "cat,dog", "cat,dog"),
+        ("verbose", "False", False),
+        ("verbose", "no", False),
+        ("verbose", "0", False),
+        ("resume", "true", True),
+        ("resume", "YES", True),
+        ("resume", "1", True),
+    ],
+)
+def test_values(name, text, value):
+    for arguments in ([f"--{name}", text], [f"--{name}={text}"]):
+        got = getattr(parsed(*arguments), name)
+        assert got == value and type(got) is type(value)
+
+
+def test_flag_without_a_value():
+    assert parsed("--resume").resume is True
+    made = parsed("--resume", "--seed", "3", "--hide_tqdm_bar")
+    assert made.resume is True and made.seed == 3 and made.hide_tqdm_bar is True
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--lr_inti", "1"], ("--lr_inti", "--lr_init")),
+        (["--lr", "1"], ("--lr",)),  # no abbreviations
+        (["--nonsense_xyz"], ("--nonsense_xyz",)),
+        (["cat"], ("cat",)),
+        (["--seed"], ("seed",)),
+        (["--seed", "1.5"], ("seed", "1.5", "whole number")),
+        (["--seed", "-1"], ("seed", "-1", "at least 0")),
+        (["--alpha", "1.5"], ("alpha", "1.5")),
+        (["--lr_init", "nan"], ("lr_init", "finite")),
+        (["--lr_init", "inf"], ("lr_init", "finite")),
+        (["--lr_init", "fast"], ("lr_init", "fast")),
+        (["--clamp", "0"], ("clamp",)),
+        (["--holdout", "0.6"], ("holdout", "0.6")),
+        (["--resume", "maybe"], ("resume", "maybe", "True or False")),
+        (["--fusion", "hillo"], ("fusion", "hillo", "hilo")),
+        (["--dataset", "cifar"], ("dataset", "cifar", "cifar10")),
+        (["--preset", "papre"], ("preset", "papre", "paper")),
+        (["--score", ""], ("score",)),
+        (["--img_size", "1x2x3"], ("img_size", "1x2x3")),
+        (["--img_size", "big"], ("img_size", "big")),
+        (["--norm_mean", "0.5,0.5"], ("norm_mean", "0.5,0.5")),
+        (["--norm_mean", "0.5,0.5,x"], ("norm_mean",)),
+        (["--token_grid", "0"], ("token_grid",)),
+        (["--token_grid", "eight"], ("token_grid", "eight")),
+        (["--token_grid", "³"], ("token_grid",)),
+        (["--select_epoch", "likelihood"], ("holdout",)),
+        (["--n_feat", "1"], ("n_feat", "at least 2")),
+    ],
+)
+def test_mistakes_are_one_line(capsys, arguments, told):
+    line = mistake(capsys, *arguments)
+    for word in told:
+        assert word in line, line
+
+
+@pytest.mark.parametrize("size", ["0", "-224", "224x0"])
+def test_image_sizes_are_positive(capsys, size):
+    assert "img_size" in mistake(capsys, f"--img_size={size}")
+
+
+@pytest.mark.parametrize("triple", ["0,0.5,0.5", "-1,1,1", "nan,0.5,0.5"])
+def test_pixel_deviations_are_positive(capsys, triple):
+    assert "norm_std" in mistake(capsys, f"--norm_std={triple}")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"nonsense": 1}, {"seed": "3"}, {"seed": True}, {"resume": 1}, {"lr_init": "1"}, {"img_size": 224}, {"preset": "none"}, {"modelname": None}],
+)
+def test_make_config_refuses(values):
+    with pytest.raises(UserError):
+        make_config(values)
+
+
+def test_whole_numbers_are_numbers():
+    assert Config(alpha=1).alpha == 1
+
+
+def test_import_starts_nothing(tmp_path):
+    """Importing main, and with it every other script, neither parses the command line nor runs anything."""
+    code = "import sys; sys.argv = ['x', '--nonsense']; import main, train, extractor"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "" and list(tmp_path.iterdir()) == [], done.stderr

@@ -1,0 +1,459 @@
+"""Labels of every layout, and the feature cache: its round trip and everything it refuses."""
+
+import dataclasses
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, make_folder, write_image
+from sklearn.datasets import load_digits
+
+import datasets
+from config import Config, UserError
+from datasets import OTHER, SPLITS, CacheWriter, FeatureCache, Labels, choose_classes, load_images
+
+PIXELS = np.full((5, 4, 3), 90, np.uint8)
+
+
+def counts(labels: Labels, split: str) -> dict:
+    """{class: images} of a split."""
+    return {name: int((labels.category[split] == i).sum()) for i, name in enumerate(labels.classes)}
+
+
+def tree(root: Path, *names: str) -> Path:
+    """A folder with one image at each of the names."""
+    for i, name in enumerate(names):
+        write_image(root / name, PIXELS + i)
+    return root
+
+
+# ---------------------------------------------------------------- digits
+def test_digits_split():
+    images = load_images("digits", None)
+    labels, digits = images.labels, load_digits()
+    assert labels.classes == tuple("0123456789")
+    assert sorted(len(labels.names[s]) for s in SPLITS) == [898, 899]
+    for i in range(10):
+        halves = [counts(labels, split)[str(i)] for split in SPLITS]
+        assert sum(halves) == (digits.target == i).sum() and abs(halves[0] - halves[1]) <= 1
+    seen = {images.read(split, i).tobytes() for split in SPLITS for i in range(len(labels.names[split]))}
+    assert len(seen) == len({image.tobytes() for image in digits.images}), "every digit is in one of the halves"
+    assert load_images("digits", None).labels.fingerprint() == labels.fingerprint()
+
+
+def test_digits_images():
+    images = load_images("digits", None)
+    pixels = images.read("train", 0)
+    assert pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8 and (pixels[..., 0] == pixels[..., 2]).all()
+    assert max(images.read("test", i).max() for i in range(50)) == 255, "0..16 is stretched to 0..255"
+
+
+# ---------------------------------------------------------------- folders
+def test_folder_labels(texture_folder):
+    images = load_images("folder", str(texture_folder))
+    labels = images.labels
+    assert labels.classes == ("apple", "leaf", "sky") and not labels.per_category
+    assert counts(labels, "train") == dict.fromkeys(labels.classes, 24) and counts(labels, "test") == dict.fromkeys(labels.classes, 12)
+    train, test, anomalous = labels.one_class("leaf")
+    assert {labels.names["train"][i].split("/")[1] for i in train} == {"leaf"} and len(train) == 24
+    assert test.tolist() == list(range(36))
+    assert anomalous.tolist() == [int("/leaf/" not in labels.names["test"][i]) for i in test]
+
+
+def test_folder_images_match_their_names(texture_folder):
+    images = load_images("folder", str(texture_folder))
+    for i in (0, 30, 71):
+        wanted = datasets.read_image(texture_folder / images.labels.names["train"][i])
+        assert (images.read("train", i) == wanted).all()
+
+
+def test_test_only_folder_is_anomalous_for_all(tmp_path):
+    root = tree(tmp_path, "train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png", "test/weird/1.png", "test/weird/2.png")
+    labels = load_images("folder", str(root)).labels
+    assert labels.classes == ("a", "b") and (labels.category["test"] == OTHER).sum() == 2
+    for name in labels.classes:
+        _, test, anomalous = labels.one_class(name)
+        assert {labels.names["test"][i]: int(a) for i, a in zip(test, anomalous)} == {
+            f"test/{folder}/{i}.png": int(folder != name) for folder, i in (("a", 1), ("b", 1), ("weird", 1), ("weird", 2))
+        }
+
+
+def test_lbot_layout(tmp_path):
+    root = tree(tmp_path, "train/normal/1.png", "train/normal/2.png", "test/normal/3.png", "test/abnormal/4.png")
+    labels = load_images("lbot", str(root)).labels
+    train, test, anomalous = labels.one_class("normal")
+    assert labels.classes == ("normal",) and len(train) == 2
+    assert {labels.names["test"][i]: a for i, a in zip(test, anomalous)} == {"test/normal/3.png": 0, "test/abnormal/4.png": 1}
+
+
+def test_nested_hidden_and_other_files(tmp_path):
+    root = tree(tmp_path, "train/a/deep/er/1.JPG", "train/a/2.bmp", "train/a/.hidden.png", "test/a/1.png", "train/.cache/1.png")
+    (root / "train/a/notes.txt").write_text("no image")
+    labels = load_images("folder", str(root)).labels
+    assert labels.classes == ("a",) and labels.names["train"] == ["train/a/2.bmp", "train/a/deep/er/1.JPG"]
+
+
+def test_any_dataset_name_takes_folders(texture_folder):
+    """Image folders serve for a data set that torchvision knows, too."""
+    wanted = load_images("folder", str(texture_folder)).labels.fingerprint()
+    for name in ("cifar10", "STL10", "CatsvsDogs"):
+        assert load_images(name, str(texture_folder)).labels.fingerprint() == wanted
+
+
+# ---------------------------------------------------------------- MVTec
+MVTEC = ("train/good/1.png", "train/good/2.png", "test/good/3.png", "test/scratch/4.png", "test/hole/5.png")
+
+
+def test_mvtec_layout(tmp_path):
+    root = tree(
+        tmp_path,
+        *(f"{category}/{name}" for category in ("bottle", "cable") for name in MVTEC),
+        "bottle/ground_truth/hole/5_mask.png",
+        "licence/1.png",
+    )
+    labels = load_images("mvtec", str(root)).labels
+    assert labels.classes == ("bottle", "cable") and labels.per_category
+    for name in labels.classes:
+        train, test, anomalous = labels.one_class(name)
+        assert [labels.names["train"][i] for i in train] == [f"{name}/train/good/1.png", f"{name}/train/good/2.png"]
+        found = {labels.names["test"][i]: a for i, a in zip(test, anomalous)}
+        assert found == {f"{name}/test/good/3.png": 0, f"{name}/test/hole/5.png": 1, f"{name}/test/scratch/4.png": 1}
+
+
+def test_mvtec_single_category(tmp_path):
+    labels = load_images("mvtec", str(tree(tmp_path / "bottle", *MVTEC))).labels
+    assert labels.classes == ("bottle",)
+    assert sorted(labels.one_class("bottle")[2]) == [0, 1, 1]
+
+
+def test_mvtec_defects_do_not_train(tmp_path):
+    labels = load_images("mvtec", str(tree(tmp_path / "bottle", *MVTEC, "train/dent/6.png"))).labels
+    assert len(labels.names["train"]) == 3 and len(labels.one_class("bottle")[0]) == 2
+
+
+@pytest.mark.parametrize("names", [(), ("bottle/1.png",)])
+def test_mvtec_without_categories(tmp_path, names):
+    with pytest.raises(UserError, match="train/good"):
+        load_images("mvtec", str(tree(tmp_path, *names)))
+    with pytest.raises(UserError, match="absent"):
+        load_images("mvtec", str(tmp_path / "absent"))
+
+
+# ---------------------------------------------------------------- torchvision's own files
+def fabricated_cifar10(root: Path) -> np.ndarray:
+    """Six files in the layout of cifar-10-batches-py, a few images each -> all pixels in order, (n, 32, 32, 3)."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    generator, everything = np.random.RandomState(0), []
+    for batch, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        rows = generator.randint(0, 256, (4, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": [(batch + i) % 10 for i in range(4)]}))
+        everything.append(rows.reshape(4, 3, 32, 32).transpose(0, 2, 3, 1))
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    return np.concatenate(everything)
+
+
+def test_cifar10_in_torchvisions_files(tmp_path, monkeypatch):
+    pixels = fabricated_cifar10(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    images = load_images("cifar10", str(tmp_path))
+    labels = images.labels
+    assert labels.classes[0] == "airplane" and len(labels.classes) == 10 and not images.from_files
+    assert [len(labels.names[split]) for split in SPLITS] == [20, 4]
+    assert labels.category["train"].tolist() == [(batch + i) % 10 for batch in range(5) for i in range(4)]
+    got = [images.read(split, i) for split in SPLITS for i in range(len(labels.names[split]))]
+    assert (np.array(got) == pixels).all()
+
+
+def test_superclasses():
+    """Five classes in each, and a few that anybody can place (torchvision's 100 classes are in alphabetical order)."""
+    assert np.bincount(datasets.SUPERCLASS_OF).tolist() == [5] * 20 and len(set(datasets.SUPERCLASSES)) == 20
+    alphabetical = {
+        0: "apple",
+        1: "aquarium_fish",
+        2: "baby",
+        3: "bear",
+        8: "bicycle",
+        21: "chimpanzee",
+        41: "lawn_mower",
+        96: "willow_tree",
+        99: "worm",
+    }
+    wanted = {
+        "apple": "fruit_and_vegetables", "aquarium_fish": "fish", "baby": "people", "bear": "large_carnivores", "bicycle": "vehicles_1",
+        "chimpanzee": "large_omnivores_and_herbivores", "lawn_mower": "vehicles_2", "willow_tree": "trees", "worm": "non-insect_invertebrates",
+    }  # fmt: skip
+    for number, name in alphabetical.items():
+        assert datasets.SUPERCLASSES[datasets.SUPERCLASS_OF[number]] == wanted[name]
+
+
+@pytest.mark.parametrize("dataset, shape", [("grey", (7, 4, 6)), ("channels first", (7, 3, 4, 6)), ("channels last", (7, 4, 6, 3))])
+def test_pixel_layouts(dataset, shape):
+    pixels = np.random.RandomState(0).randint(0, 256, shape, dtype=np.uint8)
+    got = datasets._rgb(pixels, channels_first=dataset == "channels first")
+    assert got.shape == (7, 4, 6, 3)
+    for image in range(7):
+        for channel in range(3):
+            wanted = {
+                "grey": pixels[image],
+                "channels first": pixels[image, channel % pixels.shape[1]],
+                "channels last": pixels[image, ..., channel % shape[-1]],
+            }
+            assert (got[image, ..., channel] == wanted[dataset]).all()
+
+
+REAL_CIFAR = ROOT / "data" / "cifar10"
+
+
+@pytest.mark.skipif(not (REAL_CIFAR / "train").is_dir(), reason=f"the CIFAR-10 images are not in {REAL_CIFAR}")
+def test_real_cifar10():
+    images = load_images("cifar10", str(REAL_CIFAR))
+    labels = images.labels
+    assert len(labels.classes) == 10
+    assert set(counts(labels, "train").values()) == {5000} and set(counts(labels, "test").values()) == {1000}
+    _, _, anomalous = labels.one_class(labels.classes[3])
+    assert len(anomalous) == 10000 and anomalous.sum() == 9000
+    assert images.read("test", 9999).shape == (32, 32, 3)
+
+
+# ---------------------------------------------------------------- mistakes
+def test_choose_classes(texture_folder):
+    labels = load_images("folder", str(texture_folder)).labels
+    assert choose_classes(labels, "all") == ["apple", "leaf", "sky"]
+    assert choose_classes(labels, "sky, apple,sky") == ["sky", "apple"]
+    with pytest.raises(UserError, match="did you mean leaf"):
+        choose_classes(labels, "apple,leef")
+    for text in ("", ",", "APPLE"):
+        with pytest.raises(UserError):
+            choose_classes(labels, text)
+
+
+def test_missing_folder(tmp_path):
+    for dataset in ("folder", "CatsvsDogs", "lbot", "mvtec"):
+        with pytest.raises(UserError, match="nowhere"):
+            load_images(dataset, str(tmp_path / "nowhere"))
+
+
+def test_folder_without_splits(tmp_path):
+    with pytest.raises(UserError, match="train"):
+        load_images("folder", str(tree(tmp_path, "cats/1.png")))
+
+
+def test_folder_without_classes_or_images(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "train"))):
+        load_images("folder", str(tmp_path))
+    tree(tmp_path, "train/a/1.png")
+    (tmp_path / "test/a/readme.txt").write_text("none here")
+    with pytest.raises(UserError, match="no images in .*a"):
+        load_images("folder", str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"this is no image", None])
+def test_unreadable_image_is_named(tmp_path, content):
+    path = tree(tmp_path, "broken.png") / "broken.png"
+    path.write_bytes(path.read_bytes()[:-40] if content is None else content)
+    with pytest.raises(UserError, match="broken.png"):
+        datasets.read_image(path)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    from PIL import Image
+
+    name = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    Image.fromarray(PIXELS).convert(mode).save(name)
+    assert datasets.read_image(name).shape == (5, 4, 3)
+
+
+# ---------------------------------------------------------------- the cache
+N, C = 3, 5
+FIELDS = {
+    "dataset": "folder", "extractor": "tiny", "timm_model": "tiny.in1k", "weights": "timm hub", "img_size": (32, 48), "norm_mean": (0.5, 0.5, 0.5),
+    "norm_std": (0.25, 0.5, 0.5), "token_grid": "full", "window": None, "pooling": "correct",
+}  # fmt: skip
+FOUND = {"precision": "float32", "weights_sha256": "abc", "n_feat": C, "grid": (1, N), "tokens": 1 + N, "images": "def"}
+LABELS = Labels(
+    ("cat", "dög"),
+    {"train": ["train/cat/1.png", "train/dög/1.png", "train/dög/2.png"], "test": ["test/x/1.png", "test/cat/1.png"]},
+    {"train": np.array([0, 1, 1]), "test": np.array([OTHER, 0])},
+    {"train": np.zeros(3, bool), "test": np.array([False, True])},
+    True,
+)
+
+
+def write_cache(folder: Path, finish: bool = True, fields: dict = FIELDS | FOUND) -> dict[str, np.ndarray]:
+    """A small cache written in pieces -> the float32 values that went in."""
+    generator = np.random.RandomState(0)
+    values = {split: generator.randn(len(LABELS.names[split]), 1 + N, C).astype(np.float32) for split in SPLITS}
+    writer = CacheWriter(folder, fields, LABELS, 1 + N, C)
+    for split in SPLITS:
+        with writer.open_split(split) as stream:
+            for piece in np.array_split(values[split], 2):
+                stream.write(piece.astype(np.float16).data)
+    if finish:
+        writer.finish()
+    return values
+
+
+def test_cache_round_trip(tmp_path):
+    values = write_cache(tmp_path / "deep" / "cache")
+    cache = FeatureCache(tmp_path / "deep" / "cache", FIELDS)
+    for split in SPLITS:
+        tokens = cache.tokens(split)
+        assert len(tokens) == len(values[split]) and tokens.shape == values[split].shape
+        wanted = values[split].astype(np.float16)
+        assert tokens[np.arange(len(tokens))].dtype == np.float16 and (tokens[np.arange(len(tokens))] == wanted).all()
+        assert (tokens[np.array([1, 0, 1])] == wanted[[1, 0, 1]]).all()
+    assert cache.grid == (1, N) and cache.channels == C
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["cache"]
+
+
+def test_cache_keeps_the_labels(tmp_path):
+    write_cache(tmp_path / "cache")
+    found = FeatureCache(tmp_path / "cache", FIELDS).labels
+    assert found.fingerprint() == LABELS.fingerprint()
+    assert found.classes == LABELS.classes and found.names == LABELS.names and found.per_category
+    for name in LABELS.classes:
+        for got, wanted in zip(found.one_class(name), LABELS.one_class(name)):
+            assert got.tolist() == wanted.tolist()
+
+
+def test_cache_rows_are_copies(tmp_path):
+    write_cache(tmp_path / "cache")
+    tokens = FeatureCache(tmp_path / "cache", FIELDS).tokens("train")
+    rows = tokens[np.array([0])]
+    rows[:] = 0
+    assert (tokens[np.array([0])] != 0).any()
+
+
+OTHERS = {
+    "dataset": "digits", "extractor": "other", "timm_model": "other", "weights": "random, seed 0", "img_size": (48, 32), "norm_mean": (0.1, 0.5, 0.5),
+    "norm_std": (0.5, 0.5, 0.5), "token_grid": "2", "window": 3, "pooling": "released", "precision": "bfloat16", "weights_sha256": "x", "n_feat": 7,
+    "images": "x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", OTHERS)
+def test_cache_names_the_field_that_differs(tmp_path, field):
+    write_cache(tmp_path / "cache")
+    FeatureCache(tmp_path / "cache", FIELDS | FOUND)
+    with pytest.raises(UserError, match=rf"{field} is .* there") as refused:
+        FeatureCache(tmp_path / "cache", FIELDS | FOUND | {field: OTHERS[field]})
+    assert "cache" in str(refused.value)
+
+
+def test_every_field_of_a_configuration_is_checked(tmp_path):
+    """None of what extractor.py asks for may differ unseen."""
+    import extractor
+
+    asked = extractor.cache_fields(Config(extractor="efficientnet_lite0", precision="float32", n_feat=1280))
+    assert len(asked) >= len(FIELDS)
+    for field in asked:
+        write_cache(tmp_path / "cache", fields=FOUND | asked)
+        FeatureCache(tmp_path / "cache", asked)
+        with pytest.raises(UserError, match=rf"{field} is .* there"):
+            FeatureCache(tmp_path / "cache", asked | {field: "something else"})
+
+
+def test_cache_of_another_format(tmp_path, monkeypatch):
+    write_cache(tmp_path / "cache")
+    monkeypatch.setattr(datasets, "CACHE_FORMAT", datasets.CACHE_FORMAT + 1)
+    with pytest.raises(UserError, match="format"):
+        FeatureCache(tmp_path / "cache", FIELDS)
+
+
+def test_unfinished_cache(tmp_path):
+    write_cache(tmp_path / "cache", finish=False)
+    with pytest.raises(UserError, match="no features"):
+        FeatureCache(tmp_path / "cache", FIELDS)
+    write_cache(tmp_path / "cache")
+    path = tmp_path / "cache" / "meta.json"
+    text = path.read_text()
+    for broken in (json.dumps(json.loads(text) | {"finished": False}), text[: len(text) // 2], ""):
+        path.write_text(broken)
+        with pytest.raises(UserError, match="not finished"):
+            FeatureCache(tmp_path / "cache", FIELDS)
+
+
+@pytest.mark.parametrize("keep", [0, 40, -1, -C * 2])
+def test_truncated_file(tmp_path, keep):
+    write_cache(tmp_path / "cache")
+    path = tmp_path / "cache" / "train.npy"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match="train.npy"):
+        FeatureCache(tmp_path / "cache", FIELDS).tokens("train")
+
+
+def test_missing_file(tmp_path):
+    write_cache(tmp_path / "cache")
+    (tmp_path / "cache" / "test.npy").unlink()
+    with pytest.raises(UserError, match="test.npy"):
+        FeatureCache(tmp_path / "cache", FIELDS).tokens("test")
+
+
+@pytest.mark.parametrize("other", [np.zeros((3, 1 + N, C), np.float32), np.zeros((2, 1 + N, C), np.float16), np.zeros((3, N, C), np.float16)])
+def test_file_of_other_rows(tmp_path, other):
+    write_cache(tmp_path / "cache")
+    np.save(tmp_path / "cache" / "train.npy", other)
+    with pytest.raises(UserError, match="train.npy"):
+        FeatureCache(tmp_path / "cache", FIELDS).tokens("train")
+
+
+@pytest.mark.parametrize("content", [None, "", "{"])
+def test_labels_that_cannot_be_read(tmp_path, content):
+    write_cache(tmp_path / "cache")
+    path = tmp_path / "cache" / "labels.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(UserError):
+        FeatureCache(tmp_path / "cache", FIELDS)
+
+
+def test_abandoned_writer_leaves_nothing(tmp_path):
+    writer = CacheWriter(tmp_path / "cache", FIELDS, LABELS, 1 + N, C)
+    with writer.open_split("train") as stream:
+        stream.write(b"\0" * 8)
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_abandoned_writer_keeps_the_old_cache(tmp_path):
+    values = write_cache(tmp_path / "cache")
+    CacheWriter(tmp_path / "cache", FIELDS, LABELS, 1 + N, C).abandon()
+    assert (FeatureCache(tmp_path / "cache", FIELDS).tokens("test")[np.array([1])] == values["test"][1:].astype(np.float16)).all()
+
+
+def test_leftovers_of_a_killed_writer_are_replaced(tmp_path):
+    write_cache(tmp_path / "cache", finish=False)
+    write_cache(tmp_path / "cache")
+    FeatureCache(tmp_path / "cache", FIELDS)
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+
+
+def test_cache_folder():
+    """One folder per data set, backbone, size and grid, unless the user names it."""
+    base = Config(dataset="digits", extractor="hf_hub:x/y")
+    found = datasets.cache_folder(base, (32, 48))
+    assert found.parent == Path("features") and "/" not in found.name
+    changes = [{"dataset": "folder"}, {"extractor": "other"}, {"token_grid": "2"}]
+    folders = {
+        found,
+        datasets.cache_folder(base, (48, 32)),
+        *(datasets.cache_folder(dataclasses.replace(base, **change), (32, 48)) for change in changes),
+    }
+    assert len(folders) == 5
+    assert datasets.cache_folder(dataclasses.replace(base, feature_path="/x/y"), (32, 48)) == Path("/x/y")
+
+
+def test_fingerprint_follows_names_and_labels(tmp_path):
+    first = load_images("folder", str(make_folder(tmp_path / "a", n_train=2, n_test=1, size=4))).labels
+    same = load_images("folder", str(make_folder(tmp_path / "b", n_train=2, n_test=1, size=4))).labels
+    assert first.fingerprint() == same.fingerprint(), "the folder's own name does not matter"
+    (tmp_path / "b" / "test" / "sky" / "00.png").rename(tmp_path / "b" / "test" / "sky" / "07.png")
+    assert load_images("folder", str(tmp_path / "b")).labels.fingerprint() != first.fingerprint()
+    assert dataclasses.replace(first, defect={s: ~first.defect[s] for s in SPLITS}).fingerprint() != first.fingerprint()

@@ -1,0 +1,135 @@
+"""Metrics against values worked out by hand, seeds, devices and whole files."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import utils
+from config import UserError
+
+
+def counted_auroc(labels, scores) -> float:
+    """The share of (normal, anomalous) pairs in the right order, ties counted half."""
+    pairs = [(a > n) + 0.5 * (a == n) for n, one in zip(scores, labels) if one == 0 for a, other in zip(scores, labels) if other == 1]
+    return sum(pairs) / len(pairs)
+
+
+@pytest.mark.parametrize(
+    "labels, scores, wanted",
+    [
+        ([0, 0, 1, 1], [1, 2, 3, 4], 1.0),
+        ([0, 0, 1, 1], [3, 4, 1, 2], 0.0),
+        ([0, 1, 0, 1], [1, 1, 1, 1], 0.5),
+        ([0, 0, 1, 1], [1, 3, 2, 3], (1 + 0 + 1 + 0.5) / 4),
+    ],
+)
+def test_auroc_by_hand(labels, scores, wanted):
+    assert utils.auroc(np.array(labels), np.array(scores, float)) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_auroc_counts_pairs():
+    generator = np.random.RandomState(0)
+    labels, scores = generator.randint(0, 2, 60), generator.randint(0, 9, 60).astype(float)  # many ties
+    assert utils.auroc(labels, scores) == pytest.approx(counted_auroc(labels, scores), abs=1e-12)
+
+
+def test_metrics_by_hand():
+    """Descending scores: anomalous, normal, anomalous, anomalous, normal."""
+    found = utils.detection_metrics(np.array([1, 0, 1, 1, 0]), np.array([5.0, 4, 3, 2, 1]))
+    assert found["auroc"] == pytest.approx(4 / 6)
+    assert found["aupr"] == pytest.approx((1 / 1 + 2 / 3 + 3 / 4) / 3)
+    assert found["fpr95"] == pytest.approx(1 / 2)  # all three anomalies need the threshold 2: one normal of two is above
+
+
+def test_metrics_with_ties():
+    found = utils.detection_metrics(np.array([0, 0, 1, 1]), np.array([1.0, 3, 2, 3]))
+    assert found["auroc"] == pytest.approx(2.5 / 4)
+    assert found["aupr"] == pytest.approx(0.5 * 1 / 2 + 0.5 * 2 / 3)  # threshold 3 takes one of each, threshold 2 one anomaly more
+    assert found["fpr95"] == pytest.approx(1 / 2)
+
+
+def test_fpr95_takes_95_percent():
+    """Twenty anomalies: 19 are 95 %, so one may lie below every normal."""
+    labels = np.array([1] * 20 + [0] * 4)
+    scores = np.array([9.0] * 19 + [0.0] + [8, 1, 2, 3])
+    assert utils.detection_metrics(labels, scores)["fpr95"] == 0.0
+    scores[18] = 0.0  # now two lie below: every threshold that takes 19 takes all normals
+    assert utils.detection_metrics(labels, scores)["fpr95"] == 1.0
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_one_label_gives_nan(label):
+    found = utils.detection_metrics(np.full(3, label), np.arange(3.0))
+    assert set(found) == {"auroc", "aupr", "fpr95"} and all(math.isnan(value) for value in found.values())
+    assert math.isnan(utils.auroc(np.full(3, label), np.arange(3.0)))
+
+
+def test_seeds():
+    def draw(seed):
+        utils.seed_everything(seed)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    assert draw(3) == draw(3)
+    assert all(a != b for a, b in zip(draw(3), draw(4)))
+
+
+# ---------------------------------------------------------------- files
+def test_whole_file(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    with utils.whole_file(path) as partial:
+        partial.write_text("content")
+        assert not path.exists(), "not in place before the block ends"
+    assert path.read_text() == "content" and list(path.parent.iterdir()) == [path]
+
+
+def test_whole_file_keeps_the_old_one_on_error(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), utils.whole_file(path) as partial:
+        partial.write_text("half of the ne")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_write_json(tmp_path):
+    utils.write_json(tmp_path / "a.json", {"é": [1, 2.5, None]})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": [1, 2.5, None]}
+
+
+def test_hash_of_tensors():
+    tensors = {"a": torch.arange(4.0), "b": torch.ones(2, 3, dtype=torch.bfloat16), "c": torch.tensor(5)}
+    first = utils.sha256_of_tensors(tensors)
+    assert first == utils.sha256_of_tensors(dict(reversed(tensors.items()))), "the order of the names does not matter"
+    assert first == utils.sha256_of_tensors({**tensors, "b": torch.ones(3, 2, dtype=torch.bfloat16).T}), "the memory layout does not matter"
+    others = [
+        {**tensors, "a": torch.arange(4.0) + 1e-6},
+        {**tensors, "a": torch.arange(4.0).view(2, 2)},
+        {**tensors, "a": torch.arange(4.0).double()},
+        {"z": tensors["a"], "b": tensors["b"], "c": tensors["c"]},
+    ]
+    assert first not in {utils.sha256_of_tensors(other) for other in others}
+
+
+# ---------------------------------------------------------------- devices
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "mps", "", "cpu:x"])
+def test_devices_that_are_not_there(name):
+    with pytest.raises(UserError):
+        utils.set_up(name, 1)
+
+
+def test_devices_and_threads():
+    before = torch.get_num_threads()
+    try:
+        assert utils.set_up("cpu", 1).type == "cpu" and torch.get_num_threads() == 1
+        assert utils.set_up("auto", 1).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_versions_name_the_machine():
+    found = utils.versions()
+    assert found["torch"] == torch.__version__ and found["numpy"] == np.__version__ and "cores" in found["machine"]
