@@ -292,7 +292,10 @@ def cache_folder(config: Config, img_size: tuple[int, int]) -> Path:
 
 
 class CacheWriter:
-    """Writes a cache beside its final folder and moves it there whole, in ``finish``. Splits are appended in order, row by row."""
+    """Writes a cache beside its final folder and moves it there whole when its ``with`` block ends well; otherwise nothing stays.
+
+    Splits are appended in order, row by row.
+    """
 
     def __init__(self, folder: Path, fields: dict, labels: Labels, tokens_per_image: int, channels: int):
         self.folder, self.partial = folder, folder.with_name(folder.name + ".partial")
@@ -300,6 +303,15 @@ class CacheWriter:
         if self.partial.exists():
             shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True)
+
+    def __enter__(self) -> "CacheWriter":
+        return self
+
+    def __exit__(self, error_type, error, trace) -> None:
+        if error_type is None:
+            self.finish()
+        else:
+            shutil.rmtree(self.partial, ignore_errors=True)
 
     def open_split(self, split: str):
         """A stream to which the rows of a split are appended, behind the .npy header for all of them."""
@@ -319,9 +331,6 @@ class CacheWriter:
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.partial.rename(self.folder)
-
-    def abandon(self) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
 
 
 class FeatureCache:

@@ -5,6 +5,7 @@ import config as knobs
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
     CONFIG = knobs.from_command_line(__doc__)
 
+import dataclasses
 import math
 import os
 import queue
@@ -423,17 +424,14 @@ def extract(config: Config, images: datasets.ImageSet, fields: dict, device: tor
         flush=True,
     )
     check_disk(folder, job.size_in_bytes())
-    writer = datasets.CacheWriter(folder, job.fields, images.labels, 1 + job.tokens, job.n_feat)
     start = time.perf_counter()
-    try:
-        with tqdm(total=count, unit="img", disable=config.hide_tqdm_bar, smoothing=0.05) as bar:
-            for split in datasets.SPLITS:
-                with writer.open_split(split) as stream:
-                    job.run_split(split, stream, bar)
-    except BaseException:
-        writer.abandon()
-        raise
-    writer.finish()
+    with (
+        datasets.CacheWriter(folder, job.fields, images.labels, 1 + job.tokens, job.n_feat) as writer,
+        tqdm(total=count, unit="img", disable=config.hide_tqdm_bar, smoothing=0.05) as bar,
+    ):
+        for split in datasets.SPLITS:
+            with writer.open_split(split) as stream:
+                job.run_split(split, stream, bar)
     seconds = time.perf_counter() - start
     print(f"extracted {count} images in {seconds:.0f} s, {count / seconds:.0f} images/s", flush=True)
     return folder
@@ -447,6 +445,30 @@ def check_disk(folder: Path, size: int) -> None:
         raise UserError(
             f"the features need {size / 1e9:.2f} GB, the disk of {existing} has {free / 1e9:.2f} GB free; free some, or choose a smaller token_grid"
         )
+
+
+def derive(config: Config, images: datasets.ImageSet, fields: dict) -> Path | None:
+    """Make a pooled or compact cache out of the same images' full-grid cache, without the backbone -> its folder, or None without one."""
+    full = dataclasses.replace(config, token_grid="full", feature_path=None)
+    source, folder = (datasets.cache_folder(one, fields["img_size"]) for one in (full, config))
+    if config.token_grid == "full" or not source.exists():
+        return None
+    try:
+        cache = datasets.FeatureCache(source, cache_fields(full) | {"images": images.labels.fingerprint()})
+    except UserError:
+        return None
+    grid, n = cached_grid(cache.grid, config.token_grid, config.window)
+    print(
+        f"features: pooling {source} to {1 + n} tokens per image, {2 * (1 + n) * cache.channels * sum(cache.meta['count'].values()) / 1e9:.2f} GB in {folder}"
+    )
+    with datasets.CacheWriter(folder, cache.meta | fields | {"grid": grid, "tokens": 1 + n}, images.labels, 1 + n, cache.channels) as writer:
+        for split in datasets.SPLITS:
+            tokens = cache.tokens(split)
+            with writer.open_split(split) as stream:
+                for start in tqdm(range(0, len(tokens), CHUNK), unit_scale=CHUNK, unit="img", disable=config.hide_tqdm_bar):
+                    rows = torch.from_numpy(tokens[start : start + CHUNK]).float()
+                    stream.write(pool_tokens(rows, cache.grid, config.token_grid, config.pooling, config.window).half().numpy().data)
+    return folder
 
 
 # ---------------------------------------------------------------- the two ways in
@@ -464,7 +486,7 @@ def ensure_features(config: Config, device: torch.device) -> datasets.FeatureCac
         raise UserError(f"{mistake}{hint}") from None
     datasets.choose_classes(images.labels, config.class_name)  # a mistake shows before the long extraction, not behind it
     if not folder.exists():
-        extract(config, images, fields, device)
+        derive(config, images, fields) or extract(config, images, fields, device)
         return datasets.FeatureCache(folder, fields)
     cache = datasets.FeatureCache(folder, fields | {"images": images.labels.fingerprint()})
     print(f"features: reusing the cache {folder}", flush=True)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linear import Linear
+
 # The frequencies that FcaNet (arXiv 2012.11879) ranks first on a 7 x 7 grid: (row, column) indices, best first.
 TOP16 = ((0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0),
          (5, 0), (1, 6), (3, 0), (0, 4), (0, 6), (0, 3), (3, 5), (2, 2))  # fmt: skip
@@ -58,10 +60,10 @@ class ClassAttention(nn.Module):
         super().__init__()
         self.heads, self.width = heads, head_width(d, heads)
         inner = heads * self.width
-        self.q = nn.Linear(d, inner, bias=False)
-        self.k = nn.Linear(d, inner, bias=False)
-        self.v = nn.Linear(d, inner, bias=False)
-        self.proj = nn.Linear(inner, hidden)
+        self.q = Linear(d, inner, bias=False)
+        self.k = Linear(d, inner, bias=False)
+        self.v = Linear(d, inner, bias=False)
+        self.proj = Linear(inner, hidden)
 
     def forward(self, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
         """x (B, d), tokens (B, N, C), index (d) into C -> (B, H)."""
@@ -93,9 +95,9 @@ class HiLo(nn.Module):
         for name, count, out in (("h", self.high, hidden - low_out), ("l", self.low, low_out)):
             if count:
                 inner = count * self.width
-                self.add_module(f"{name}_q", nn.Linear(d, inner, bias=False))
-                self.add_module(f"{name}_kv", nn.Linear(d, 2 * inner, bias=False))  # rows ordered (2, heads, width)
-                self.add_module(f"{name}_proj", nn.Linear(inner, out))
+                self.add_module(f"{name}_q", Linear(d, inner, bias=False))
+                self.add_module(f"{name}_kv", Linear(d, 2 * inner, bias=False))  # rows ordered (2, heads, width)
+                self.add_module(f"{name}_proj", Linear(inner, out))
         if not compact:
             members = window_members(grid, window)
             sizes = (members >= 0).sum(1)
@@ -162,7 +164,7 @@ class SpectralGate(nn.Module):
         self.register_buffer("filters", filters.flatten(1), persistent=False)  # (16, N)
         self.register_buffer("frequency", frequency, persistent=False)
         squeezed = max(channels // 16, 1)
-        self.fc = nn.Sequential(nn.Linear(channels, squeezed, bias=False), nn.ReLU(), nn.Linear(squeezed, channels, bias=False), nn.Sigmoid())
+        self.fc = nn.Sequential(Linear(channels, squeezed, bias=False), nn.ReLU(), Linear(squeezed, channels, bias=False), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate a map (B, C, rows, columns) -> the same shape."""
@@ -183,7 +185,7 @@ class Spectral(nn.Module):
     def __init__(self, d: int, hidden: int, grid: tuple[int, int]):
         super().__init__()
         self.gate = SpectralGate(d, grid)
-        self.proj = nn.Linear(d, hidden)
+        self.proj = Linear(d, hidden)
 
     def forward(self, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
         """x (B, d), tokens (B, N, C), index (d) into C -> (B, H)."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from freq_fusion import build_fusion
+from linear import Linear
 
 
 class Subnet(nn.Module):
@@ -27,12 +28,12 @@ class Subnet(nn.Module):
 
     def __init__(self, d: int, out: int, hidden: int, fusion: nn.Module | None, use_gamma: bool = True, identity_start: bool = False):
         super().__init__()
-        self.fc1 = nn.Linear(d, hidden)
-        self.fc2 = nn.Linear(hidden, hidden)
-        self.fc3 = nn.Linear(hidden, hidden)
+        self.fc1 = Linear(d, hidden)
+        self.fc2 = Linear(hidden, hidden)
+        self.fc3 = Linear(hidden, hidden)
         self.fusion = fusion
         self.gamma = nn.Parameter(torch.ones(hidden)) if fusion is not None and use_gamma else None
-        self.fc_out = nn.Linear(hidden if fusion is None else 2 * hidden, out)
+        self.fc_out = Linear(hidden if fusion is None else 2 * hidden, out)
         if identity_start:
             nn.init.zeros_(self.fc_out.weight)
             nn.init.zeros_(self.fc_out.bias)

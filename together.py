@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import functional_call, stack_module_state
 
 import model
+from linear import Linear
 from train import Fitted, Trainer, make_optimizer, set_learning_rate
 
 
@@ -27,6 +28,9 @@ class TogetherTrainer:
                 parameter.data = self.parameters[name].data[g]  # each class's flow now looks at its slice
         self.buffers = dict(flows[0].named_buffers())  # permutations and grids: the same for all classes
         self.flow = copy.deepcopy(flows[0]).to("meta")
+        for module in self.flow.modules():
+            if isinstance(module, Linear):
+                module.plain = True  # vmap sees through nn.Linear only
         self.optimizer = make_optimizer(list(self.parameters.values()), self.config)
 
     def run(self) -> list[Fitted]:

@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's linear algebra, too; before it is imported
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def make_folder(
 
 def script(name: str, *arguments, cwd: Path, code_root: Path = ROOT, timeout: float = 120, **environment) -> subprocess.CompletedProcess:
     """Run a script of the repository in the folder ``cwd``, where features/ and runs/ then go, with one thread and no network."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"} | environment
+    env = os.environ | {"COLUMNS": "100"} | environment
     command = [sys.executable, str(code_root / name), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 

@@ -1,0 +1,478 @@
+"""Backbones and what is made of their tokens: shapes, places, pooling, weights, resizing, and the cache they end in."""
+
+import math
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import make_folder, texture, write_image
+from PIL import Image
+from safetensors.torch import save_file
+from timm.layers import BatchNormAct2d
+
+import datasets
+import extractor
+from config import BACKBONES, Config, UserError
+from datasets import SPLITS
+from extractor import load_backbone, pool_tokens
+
+CPU = torch.device("cpu")
+
+
+def settings(name: str, size=None, **more) -> Config:
+    """Untrained weights, float32, no worker processes."""
+    return Config(**{"extractor": name, "img_size": size, "weights_path": "random", "precision": "float32", "workers": 0, "threads": 1,
+                     "dataset": "folder", "hide_tqdm_bar": True, **more})  # fmt: skip
+
+
+TINY = {  # timm model -> (image size, grid, C, prefix tokens in timm's sequence; None for a map)
+    "vit_tiny_patch16_224": ((64, 64), (4, 4), 192, 1),
+    "deit_tiny_distilled_patch16_224": ((64, 96), (4, 6), 192, 2),
+    "cait_xxs24_224": ((96, 64), (6, 4), 192, 1),
+    "vit_small_patch14_reg4_dinov2": ((42, 70), (3, 5), 384, 5),
+    "resnet18": ((64, 96), (2, 3), 512, None),
+    "convnext_atto": ((96, 64), (3, 2), 320, None),
+    "swin_tiny_patch4_window7_224": ((224, 224), (7, 7), 768, None),
+}
+
+
+@pytest.fixture(scope="module", params=TINY)
+def tiny(request):
+    size, grid, channels, prefix = TINY[request.param]
+    backbone = load_backbone(settings(request.param, size))
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return SimpleNamespace(backbone=backbone, images=images, tokens=backbone(images), grid=grid, channels=channels, prefix=prefix)
+
+
+def test_token_shapes(tiny):
+    assert tiny.backbone.grid == tiny.grid and tiny.backbone.n_feat == tiny.channels
+    assert tiny.tokens.shape == (2, 1 + math.prod(tiny.grid), tiny.channels) and tiny.tokens.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in tiny.backbone.parameters()) and not tiny.backbone.model.training
+
+
+def test_tokens_are_timms(tiny):
+    """The class token and the patch tokens stand in timm's own final features; prefix tokens but the first are dropped."""
+    with torch.inference_mode():
+        features = tiny.backbone.model.forward_features(tiny.images)
+    if tiny.prefix is None:
+        if features.shape[1] != tiny.channels:
+            features = features.permute(0, 3, 1, 2)
+        assert tuple(features.shape[2:]) == tiny.grid
+        for row in range(tiny.grid[0]):
+            for column in range(tiny.grid[1]):
+                assert torch.equal(tiny.tokens[:, 1 + row * tiny.grid[1] + column], features[:, :, row, column])
+        assert torch.allclose(tiny.tokens[:, 0], features.mean((2, 3)), atol=1e-5)
+    else:
+        assert features.shape[1] == tiny.prefix + math.prod(tiny.grid)
+        assert torch.equal(tiny.tokens[:, 0], features[:, 0])
+        assert torch.equal(tiny.tokens[:, 1:], features[:, tiny.prefix :])
+
+
+def test_images_do_not_see_each_other(tiny):
+    with torch.inference_mode():
+        assert torch.allclose(tiny.backbone(tiny.images[1:]), tiny.tokens[1:], atol=1e-4)
+
+
+@pytest.mark.parametrize("size, grid", [((64, 96), (4, 6)), ((96, 64), (6, 4))])
+def test_rows_come_before_columns(size, grid):
+    """The token that changes most with a piece of the image is row * columns + column."""
+    backbone = load_backbone(settings("vit_tiny_patch16_224", size))
+    assert backbone.grid == grid
+    side = size[0] // grid[0]
+    with torch.inference_mode():
+        plain = backbone(torch.zeros(1, 3, *size))
+        for row, column in ((0, 0), (1, 0), (0, 1), (3, 2), (grid[0] - 1, grid[1] - 1)):
+            image = torch.zeros(1, 3, *size)
+            image[:, :, row * side : (row + 1) * side, column * side : (column + 1) * side] = 3.0
+            moved = (backbone(image) - plain)[0, 1:].norm(dim=1)
+            assert moved.argmax().item() == row * grid[1] + column
+
+
+NAMED = {  # SPEC 4: name -> (C, grid)
+    "VIT": (768, (24, 24)),
+    "deit": (768, (24, 24)),
+    "cait": (384, (24, 24)),
+    "clip": (768, (14, 14)),
+    "VIT_L": (1024, (24, 24)),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_backbones(name):
+    """Channels and grid at their own image size, as SPEC 4 lists them (untrained; the constructor passes one image through)."""
+    backbone = load_backbone(settings(name))
+    assert (backbone.n_feat, backbone.grid) == NAMED[name]
+
+
+def test_all_names_are_timms():
+    assert set(NAMED) | {"efficientnet_lite0"} == set(BACKBONES)
+    for name, model in BACKBONES.items():
+        fields = extractor.cache_fields(settings(name))
+        assert fields["timm_model"] == model and timm.is_model(model.split(".")[0])
+        assert tuple(fields["img_size"]) == tuple(timm.get_pretrained_cfg(model).input_size[1:])
+
+
+def test_normalisation_is_the_backbones_own():
+    fields = extractor.cache_fields(settings("VIT"))
+    assert fields["norm_mean"] == fields["norm_std"] == (0.5, 0.5, 0.5), "this ViT was trained with 0.5, not with ImageNet's (SPEC 4)"
+    assert extractor.cache_fields(settings("VIT", norm_mean=(0.1, 0.2, 0.3)))["norm_mean"] == (0.1, 0.2, 0.3)
+
+
+# ---------------------------------------------------------------- pooling
+def numbered(grid, channels: int = 5, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 1 + math.prod(grid), channels, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("grid, side", [((6, 6), 2), ((6, 9), 3), ((4, 4), 4), ((8, 2), 1)])
+def test_pooled_grid(grid, side):
+    tokens = numbered(grid)
+    pooled = pool_tokens(tokens, grid, str(side))
+    assert pooled.shape == (2, 1 + side * side, 5) and torch.equal(pooled[:, 0], tokens[:, 0])
+    height, width = grid[0] // side, grid[1] // side
+    for i in range(side):
+        for j in range(side):
+            cells = [1 + row * grid[1] + column for row in range(i * height, (i + 1) * height) for column in range(j * width, (j + 1) * width)]
+            assert torch.allclose(pooled[:, 1 + i * side + j], tokens[:, cells].mean(1), atol=1e-6)
+
+
+def test_full_grid_is_untouched():
+    tokens = numbered((3, 4))
+    assert torch.equal(pool_tokens(tokens, (3, 4), "full"), tokens)
+
+
+def test_released_pooling_mixes():
+    """(B, N, C) read as (B, C, rows, columns): entry k of an image's patch block lands on channel k // N."""
+    grid, tokens = (2, 4), numbered((2, 4))
+    flat = tokens[:, 1:].reshape(2, -1)
+    pooled = pool_tokens(tokens, grid, "2", pooling="released")
+    for channel in range(5):
+        for i in range(2):
+            for j in range(2):
+                entries = [channel * 8 + i * 4 + 2 * j + column for column in (0, 1)]
+                assert torch.allclose(pooled[:, 1 + 2 * i + j, channel], flat[:, entries].mean(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("grid, window", [((6, 6), 3), ((7, 5), 3), ((4, 3), 2)])
+def test_compact_tokens(grid, window):
+    """Per window its mean, then for every window the root mean square of what the mean loses."""
+    tokens = numbered(grid)
+    rows, columns = math.ceil(grid[0] / window), math.ceil(grid[1] / window)
+    got = pool_tokens(tokens, grid, "compact", window=window)
+    assert got.shape == (2, 1 + 2 * rows * columns, 5) and torch.equal(got[:, 0], tokens[:, 0])
+    maps = tokens[:, 1:].unflatten(1, grid)
+    for i in range(rows):
+        for j in range(columns):
+            part = maps[:, i * window : (i + 1) * window, j * window : (j + 1) * window].flatten(1, 2)
+            assert torch.allclose(got[:, 1 + i * columns + j], part.mean(1), atol=1e-5)
+            assert torch.allclose(got[:, 1 + rows * columns + i * columns + j], part.std(1, correction=0), atol=1e-5)
+    assert extractor.cached_grid(grid, "compact", window) == ((rows, columns), 2 * rows * columns)
+
+
+def test_cached_grid():
+    assert extractor.cached_grid((7, 5), "full", 3) == ((7, 5), 35)
+    assert extractor.cached_grid((24, 24), "8", 3) == ((8, 8), 64)
+    with pytest.raises(UserError, match="at most 5"):
+        extractor.cached_grid((7, 5), "6", 3)
+
+
+# ---------------------------------------------------------------- weights
+def test_random_weights_follow_the_seed():
+    first, again, other = (load_backbone(settings("resnet18", (32, 32), seed=seed)).model.conv1.weight for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "efficientnet_lite0"])
+def test_weights_file_round_trip(tmp_path, name, suffix):
+    torch.manual_seed(5)
+    state = timm.create_model(BACKBONES.get(name, name)).state_dict()
+    path = tmp_path / f"weights{suffix}"
+    torch.save(state, path) if suffix == ".pth" else save_file(state, path)
+    loaded = load_backbone(settings(name, weights_path=str(path))).model.state_dict()
+    assert state.keys() == loaded.keys()
+    assert all(torch.equal(state[key], loaded[key]) for key in state)
+
+
+def test_weights_without_a_classifier(tmp_path):
+    state = timm.create_model("vit_tiny_patch16_224").state_dict()
+    save_file({key: value for key, value in state.items() if not key.startswith("head.")}, tmp_path / "w.safetensors")
+    loaded = load_backbone(settings("vit_tiny_patch16_224", weights_path=str(tmp_path / "w.safetensors"))).model
+    assert torch.equal(loaded.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
+
+
+def refused(path, name="vit_tiny_patch16_224") -> str:
+    with pytest.raises(UserError) as mistake:
+        load_backbone(settings(name, weights_path=str(path)))
+    return str(mistake.value)
+
+
+def test_wrong_weights(tmp_path):
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet.pth")
+    assert "resnet.pth" in refused(tmp_path / "resnet.pth")
+    torch.save(timm.create_model("vit_tiny_patch16_224", depth=11).state_dict(), tmp_path / "shallow.pth")
+    assert "blocks.11" in refused(tmp_path / "shallow.pth")
+    torch.save(timm.create_model("vit_tiny_patch16_224", embed_dim=96).state_dict(), tmp_path / "narrow.pth")
+    assert "narrow.pth" in refused(tmp_path / "narrow.pth")
+    (tmp_path / "garbage.safetensors").write_bytes(b"no weights at all")
+    assert "garbage" in refused(tmp_path / "garbage.safetensors")
+    assert "nowhere.pth" in refused(tmp_path / "nowhere.pth")
+
+
+class Spiteful:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_weights_are_never_unpickled_as_code(tmp_path):
+    torch.save({"conv1.weight": Spiteful(str(tmp_path / "ran"))}, tmp_path / "evil.pth")
+    refused(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture(scope="module")
+def lite():
+    return load_backbone(settings("efficientnet_lite0", (64, 64), weights_path=None))
+
+
+def test_lite0_takes_the_packages_weights(lite):
+    file = extractor.efficientnet_lite0_file()
+    packaged = list(torch.load(file, weights_only=True, map_location="cpu").values())
+    loaded = list(lite.model.state_dict().values())
+    assert len(loaded) == len(packaged) == 296
+    assert all(torch.equal(a, b) for a, b in zip(loaded, packaged))
+
+
+def test_folded_batch_norms_agree(lite):
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    folded = extractor.fold_batch_norms(lite.model)
+    count = [sum(isinstance(module, BatchNormAct2d) for module in model.modules()) for model in (lite.model, folded)]
+    assert count[1] == 0 < count[0]
+    with torch.inference_mode():
+        wanted, got = lite.model.forward_features(images), folded.forward_features(images)
+    assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max()
+
+
+def test_make_fast_agrees(lite):
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    fresh = load_backbone(settings("efficientnet_lite0", (64, 64), weights_path=None))
+    with torch.inference_mode():
+        wanted = lite(images)
+        got = extractor.make_fast(fresh, CPU, torch.float32)(images)
+    assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max()
+
+
+def test_folding_is_dropped_where_it_would_change_the_function(lite):
+    """Neighbours in the list of modules that are not neighbours in the forward pass."""
+
+    class Crossed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(3, 3, 1), BatchNormAct2d(3)
+            torch.nn.init.normal_(self.norm.running_mean)
+
+        def forward_features(self, x):
+            return self.conv(self.norm(x))
+
+    model = Crossed().eval()
+    assert extractor.fold_batch_norms(model) is model
+
+
+# ---------------------------------------------------------------- mistakes
+@pytest.mark.parametrize(
+    "name, told", [("vit_tiny_patch16_22", "vit_tiny_patch16_224"), ("resnet19", "resnet18"), ("efficientnet_lit0", "efficientnet_lite0")]
+)
+def test_unknown_model(name, told):
+    with pytest.raises(UserError, match=f"{name}.*{told}"):
+        load_backbone(settings(name))
+
+
+def test_unknown_tag():
+    with pytest.raises(UserError, match="no_such_tag"):
+        load_backbone(settings("resnet18.no_such_tag"))
+
+
+def test_n_feat_that_does_not_fit():
+    assert load_backbone(settings("resnet18", (32, 32), n_feat=512)).n_feat == 512
+    with pytest.raises(UserError, match="768.*512"):
+        load_backbone(settings("resnet18", (32, 32), n_feat=768))
+
+
+@pytest.mark.parametrize("name, size", [("vit_tiny_patch16_224", (8, 8)), ("swin_tiny_patch4_window7_224", (3, 3))])
+def test_image_size_that_does_not_fit(name, size):
+    with pytest.raises(UserError, match=f"{size[0]}x{size[1]}"):
+        load_backbone(settings(name, size))
+
+
+def test_weights_not_reachable(monkeypatch):
+    """What the hub's client raises without a network becomes one line that says what to do."""
+
+    def offline(*arguments, **options):
+        assert options["pretrained"]
+        raise OSError("no route to host\nand a second line")
+
+    monkeypatch.setattr(extractor.timm, "create_model", offline)
+    with pytest.raises(UserError, match="not reachable.*no route to host.*--weights_path") as mistake:
+        load_backbone(settings("VIT", weights_path=None))
+    assert "\n" not in str(mistake.value)
+
+
+# ---------------------------------------------------------------- images
+SIZES = [((32, 32), (64, 64)), ((20, 28), (48, 80)), ((8, 8), (56, 56)), ((32, 32), (40, 33))]
+
+
+def grey(images: torch.Tensor, size) -> torch.Tensor:
+    """What prepare makes of images, in grey levels."""
+    return extractor.prepare(images, size, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), torch.float32) * 255
+
+
+@pytest.mark.parametrize("old, new", SIZES)
+def test_resizing_is_pillows(old, new):
+    images = np.random.RandomState(0).randint(0, 256, (3, *old, 3), dtype=np.uint8)
+    got = grey(torch.from_numpy(images).permute(0, 3, 1, 2), new)
+    wanted = np.stack([np.asarray(Image.fromarray(image).resize(new[::-1], Image.Resampling.BICUBIC)) for image in images])
+    difference = np.abs(got.permute(0, 2, 3, 1).numpy() - wanted)
+    assert difference.max() <= 2 + 1e-3, "torch rounds its weights a little coarser than Pillow"
+    assert (difference > 1 + 1e-3).mean() < 1e-3 and (difference > 1e-3).mean() < 0.01
+
+
+def test_normalising():
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.25, 2.0])
+    got = extractor.prepare(images, (4, 4), mean.view(3, 1, 1), std.view(3, 1, 1), torch.float32)
+    for channel in range(3):
+        assert torch.allclose(got[:, channel], (images[:, channel] / 255 - mean[channel]) / std[channel], atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(40, 50), (20, 90), (90, 20)])
+def test_larger_images_are_resized_by_pillow(size):
+    """Where one side is larger than the backbone's, Pillow resizes; the outcome is the same function of the image."""
+    image = texture(1, np.random.RandomState(0), 96)[: size[0], : size[1]]
+    images = datasets.ImageSet(SimpleNamespace(names={"train": ["a"]}), lambda split, i: image)
+    row = extractor.ImageRows(images, "train", (32, 48))[0]
+    got = grey(row[None], (32, 48))[0].permute(1, 2, 0).numpy()
+    wanted = np.asarray(Image.fromarray(image).resize((48, 32), Image.Resampling.BICUBIC))
+    assert np.abs(got - wanted).max() <= 1 + 1e-3
+
+
+def test_stack_rows():
+    small, large = torch.zeros(3, 2, 2), torch.ones(3, 4, 2)
+    stacks = extractor.stack_rows([small, small + 1, large, small])
+    assert [tuple(stack.shape) for stack in stacks] == [(2, 3, 2, 2), (1, 3, 4, 2), (1, 3, 2, 2)]
+    mistake = UserError("broken")
+    assert extractor.stack_rows([small, mistake]) is mistake
+
+
+# ---------------------------------------------------------------- extraction
+@pytest.fixture
+def mixed(tmp_path, monkeypatch):
+    """A folder of images of several sizes; the working directory is tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "images", classes=("a", "b"), n_train=5, n_test=3)
+    for name, size in (("train/a/01.png", 60), ("train/b/02.png", 20), ("test/a/00.png", 48)):
+        write_image(tmp_path / "images" / name, texture(1, np.random.RandomState(3), size))
+    return tmp_path / "images"
+
+
+def small(folder, **more) -> Config:
+    return settings("resnet18", (32, 48), dataset_path=str(folder), **more)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"extract_batch": 2}, {"workers": 1}, {"token_grid": "1"}, {"token_grid": "compact"}, {"precision": "bfloat16"}], ids=str
+)
+def test_cache_holds_the_backbones_tokens(mixed, options):
+    """Row i of the cache is image i through the plain backbone, whatever the batches, workers and sizes on the way."""
+    config = small(mixed, **options)
+    cache = extractor.ensure_features(config, CPU)
+    backbone, images = load_backbone(config), datasets.load_images("folder", str(mixed))
+    mean, std = (torch.tensor(cache.meta[key]).view(3, 1, 1) for key in ("norm_mean", "norm_std"))
+    assert cache.labels.fingerprint() == images.labels.fingerprint()
+    for split in SPLITS:
+        tokens = cache.tokens(split)
+        assert len(tokens) == len(images.labels.names[split])
+        for i in range(len(tokens)):
+            image = Image.fromarray(images.read(split, i)).resize((48, 32), Image.Resampling.BICUBIC)
+            pixels = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
+            with torch.inference_mode():
+                wanted = pool_tokens(backbone(pixels[None]), (1, 2), config.token_grid, window=config.window)[0]
+            error = (torch.from_numpy(tokens[i]).float() - wanted).abs().max() / wanted.abs().max()
+            assert error < (0.05 if "precision" in options else 0.01), (split, i)
+
+
+def test_sidecar_describes_the_cache(mixed):
+    cache = extractor.ensure_features(small(mixed), CPU)
+    meta = cache.meta
+    assert meta["n_feat"] == 512 and tuple(meta["grid"]) == (1, 2) and meta["tokens"] == 3 and meta["count"] == {"train": 10, "test": 6}
+    assert meta["precision"] == "float32" and meta["dtype"] == "float16" and meta["weights"] == "random, seed 0"
+
+
+def test_features_are_extracted_once(mixed, monkeypatch, capsys):
+    extractor.ensure_features(small(mixed), CPU)
+    monkeypatch.setattr(extractor, "extract", lambda *_: pytest.fail("extracted again"))
+    extractor.ensure_features(small(mixed), CPU)
+    assert "reusing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change", [{"norm_mean": (0.1, 0.1, 0.1)}, {"seed": 1}, {"token_grid": "1"}, {"precision": "bfloat16"}, {"img_size": (32, 32)}], ids=str
+)
+def test_other_settings_are_refused(mixed, change):
+    extractor.ensure_features(small(mixed, feature_path="kept"), CPU)
+    field = {"seed": "weights"}.get(*change, next(iter(change)))
+    with pytest.raises(UserError, match=f"kept.*{field} is"):
+        extractor.ensure_features(Config(**{**vars(small(mixed, feature_path="kept")), **change}), CPU)
+
+
+def test_changed_images_are_refused(mixed):
+    extractor.ensure_features(small(mixed), CPU)
+    (mixed / "train" / "a" / "00.png").unlink()
+    with pytest.raises(UserError, match="images is"):
+        extractor.ensure_features(small(mixed), CPU)
+
+
+def test_pretrained(mixed, monkeypatch):
+    """True: the cache serves without the raw images; and is demanded."""
+    with pytest.raises(UserError, match="no features"):
+        extractor.ensure_features(small(mixed, pretrained=True), CPU)
+    wanted = extractor.ensure_features(small(mixed), CPU).tokens("test")[np.arange(6)]
+    shutil.rmtree(mixed)
+    assert (extractor.ensure_features(small(mixed, pretrained=True), CPU).tokens("test")[np.arange(6)] == wanted).all()
+    with pytest.raises(UserError, match="--pretrained True"):
+        extractor.ensure_features(small(mixed), CPU)
+
+
+def test_failed_extraction_leaves_nothing(mixed, tmp_path):
+    (mixed / "test" / "b" / "02.png").write_bytes(b"broken")
+    for workers in (0, 1):
+        with pytest.raises(UserError, match=re.escape("02.png")):
+            extractor.ensure_features(small(mixed, workers=workers), CPU)
+        assert not list(tmp_path.glob("features/*"))
+
+
+def test_features_that_are_not_finite(mixed, tmp_path):
+    with pytest.raises(UserError, match="finite"):
+        extractor.ensure_features(small(mixed, norm_std=(1e-12, 1e-12, 1e-12)), CPU)
+    assert not list(tmp_path.glob("features/*"))
+
+
+def test_full_disk(mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(extractor.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match="free"):
+        extractor.ensure_features(small(mixed), CPU)
+    assert not list(tmp_path.glob("features/*"))
+
+
+def test_unknown_class_shows_before_extraction(mixed, tmp_path):
+    with pytest.raises(UserError, match="unknown class"):
+        extractor.ensure_features(small(mixed, class_name="c"), CPU)
+    assert not (tmp_path / "features").exists()
