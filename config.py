@@ -144,7 +144,11 @@ PRESETS = {
         "fusion": "class_attention", "fc_internal": 256, "batch_size": 128, "meta_epochs": 5, "lr_init": 1e-3, "lr_schedule": "cosine",
         "max_grad_norm": 1.0, "holdout": 0.1, "select_epoch": "likelihood", "score": "latent_knn", "baselines": True,
     },
-    "quickstart": {"modelname": "quickstart", "dataset": "digits", "extractor": "efficientnet_lite0"},
+}  # fmt: skip
+PRESETS["quickstart"] = PRESETS["accurate"] | {"modelname": "quickstart", "dataset": "digits", "extractor": "efficientnet_lite0"}
+PRESETS["ablation"] = PRESETS["accurate"] | {
+    "modelname": "ablation", "extractor": "efficientnet_lite0", "n_seeds": 3, "sweep": "fusion=none,class_attention,hilo,spectral;dataset=cifar10,digits",
+    "score": "likelihood", "plots": False, "save_model": False, "baselines": False,
 }  # fmt: skip
 
 

@@ -476,3 +476,11 @@ def test_unknown_class_shows_before_extraction(mixed, tmp_path):
     with pytest.raises(UserError, match="unknown class"):
         extractor.ensure_features(small(mixed, class_name="c"), CPU)
     assert not (tmp_path / "features").exists()
+
+
+@pytest.mark.parametrize("size, grid", [((64, 96), (4, 6)), ((96, 64), (6, 4))])
+def test_grid_from_the_number_of_tokens(size, grid):
+    """A model that does not tell its grid: the image's sides do."""
+    model = load_backbone(settings("vit_tiny_patch16_224", size)).model
+    model.patch_embed.grid_size = None
+    assert extractor.Backbone(model, size).grid == grid
