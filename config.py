@@ -147,8 +147,9 @@ PRESETS = {
 }  # fmt: skip
 PRESETS["quickstart"] = PRESETS["accurate"] | {"modelname": "quickstart", "dataset": "digits", "extractor": "efficientnet_lite0"}
 PRESETS["ablation"] = PRESETS["accurate"] | {
-    "modelname": "ablation", "extractor": "efficientnet_lite0", "n_seeds": 3, "sweep": "fusion=none,class_attention,hilo,spectral;dataset=cifar10,digits",
-    "score": "likelihood", "plots": False, "save_model": False, "baselines": False,
+    "modelname": "ablation", "extractor": "efficientnet_lite0", "n_seeds": 3,
+    "sweep": "fusion=none,class_attention,hilo,spectral;dataset=cifar10,digits",
+    "plots": False, "save_model": False, "baselines": False,
 }  # fmt: skip
 
 
@@ -226,7 +227,7 @@ def parse_sweep(text):
             raise UserError(f"sweep: expected knob=value,value;knob=value,value, got {text!r}")
         sweep[name] = [value.strip() for value in values.split(",")]
         for value in sweep[name]:
-            parse_values({name: value})
+            make_config(parse_values({name: value}))
     return sweep
 
 

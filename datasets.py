@@ -226,23 +226,26 @@ def read_image(path: Path) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- validation without anomalies
-HELD_OUT = 0.1  # share of the normal training images that stand for normal test images
+HELD_OUT, MOST_HELD_OUT = 0.1, 250  # share of the normal training images that stand for normal test images, and at most so many
+MOST_FITTED = 2000  # normal training images per class that are kept to fit: choosing must be quick
 OUTLIERS = ("rotated", "pasted", "blended")
 
 
 def validation_set(images: ImageSet) -> ImageSet:
     """A test set for choosing settings, made from normal training images alone: nothing of the real test set is read.
 
-    Per class, a fixed tenth of the normal training images is held out. They are the normal test images; each also gives three
-    synthetic outliers: turned by 90, 180 or 270 degrees, with a rectangle pasted in from another one, and averaged with another one.
+    Per class, a fixed tenth of the normal training images (at most 250) is held out; at most 2,000 of the others are there to fit. The
+    held-out ones are the normal test images; each also gives three synthetic outliers: turned by 90, 180 or 270 degrees, with a
+    rectangle pasted in from another one, and averaged with another one.
     """
     labels = images.labels
     names, category, defect, recipe = ({split: [] for split in SPLITS} for _ in range(4))
     for number in range(len(labels.classes)):
         normal = np.flatnonzero((labels.category["train"] == number) & ~labels.defect["train"])
         shuffled = np.random.RandomState(0).permutation(normal)
-        held = shuffled[: max(2, round(HELD_OUT * len(shuffled)))]
-        entries = [("train", row, "", row) for row in sorted(set(shuffled) - set(held))]
+        n_held = max(2, min(MOST_HELD_OUT, round(HELD_OUT * len(shuffled))))
+        held, fitted = shuffled[:n_held], shuffled[n_held : n_held + MOST_FITTED]
+        entries = [("train", row, "", row) for row in np.sort(fitted)]
         entries += [("test", row, kind, held[i - 1]) for kind in ("", *OUTLIERS) for i, row in enumerate(held)]
         for split, row, kind, other in entries:
             names[split].append(labels.names["train"][row] + (f" {kind}" if kind else ""))
@@ -380,7 +383,8 @@ class Tokens:
         return self.shape[0]
 
     def __getitem__(self, index) -> np.ndarray:
-        rows = np.array(self._map[index])
+        rows = self._map[index]
+        rows = np.array(rows) if isinstance(index, slice) else np.asarray(rows)  # an index array copies already
         if hasattr(mmap, "MADV_DONTNEED"):  # give the pages back to the system's cache: resident memory stays small
             self._map._mmap.madvise(mmap.MADV_DONTNEED)
         return rows

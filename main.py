@@ -58,7 +58,7 @@ def fit(config: Config, cache: datasets.FeatureCache, classes: list[str], seed: 
         yield from together.TogetherTrainer(group).run()
 
 
-IRRELEVANT = ("class_name", "seed", "n_seeds", "resume", "verbose", "hide_tqdm_bar", "plots", "baselines", "pretrained", "nbins1", "nbins2", "threads", "preset", "workers", "modelname", "sweep")  # fmt: skip
+IRRELEVANT = ("class_name", "seed", "n_seeds", "resume", "verbose", "hide_tqdm_bar", "plots", "baselines", "pretrained", "nbins1", "nbins2", "threads", "preset", "workers", "modelname", "sweep", "save_model")  # fmt: skip
 
 
 def finished_result(config: Config, cache: datasets.FeatureCache, class_name: str, seed: int) -> dict | None:

@@ -9,7 +9,8 @@ import numpy as np
 import utils
 from config import Config
 
-METRICS = ("auroc", "aupr", "fpr95", "best_on_test_auroc")
+SHOWN = ("auroc", "aupr", "fpr95", "best_on_test_auroc")  # the table's columns
+METRICS = (*SHOWN, "latent_auroc", "likelihood_auroc")  # the AUROC that the flow's other scores would have had
 
 
 def summarize(config: Config, results: list[dict], baseline_table: dict, seconds: float, meta: dict) -> dict:
@@ -54,7 +55,7 @@ def make_table(summary: dict) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, values in [*summary["classes"].items(), ("mean", summary["mean"])]:
         others = [b["mean"] if name == "mean" else b["classes"][name] for b in summary["baselines"].values()]
-        rows.append([name, *(cell(values, metric) for metric in METRICS), *(f"{other['auroc']:.4f}" for other in others)])
+        rows.append([name, *(cell(values, metric) for metric in SHOWN), *(f"{other['auroc']:.4f}" for other in others)])
     return header, rows
 
 
@@ -98,24 +99,24 @@ def write_results(folder: Path, summary: dict) -> str:
 
 def as_csv(summary: dict) -> str:
     """One line per method and class, numbers unrounded."""
-    lines = ["method,class,auroc,auroc_std,aupr,fpr95,best_on_test_auroc"]
-    for name, v in [*summary["classes"].items(), ("mean", summary["mean"])]:
-        lines.append(f"flow,{name},{v['auroc']},{v['auroc_std']},{v['aupr']},{v['fpr95']},{v['best_on_test_auroc']}")
-    for method, table in summary["baselines"].items():
-        for name, v in [*table["classes"].items(), ("mean", table["mean"])]:
-            lines.append(f'"{method}",{name},{v["auroc"]},,{v["aupr"]},{v["fpr95"]},')
+    columns = [name for metric in METRICS for name in (metric, f"{metric}_std")]
+    lines = [",".join(["method", "class", *columns])]
+    methods = {"flow": summary} | summary["baselines"]
+    for method, table in methods.items():
+        for name, values in [*table["classes"].items(), ("mean", table["mean"])]:
+            lines.append(",".join([f'"{method}"', name, *(str(values.get(column, "")) for column in columns)]))
     return "\n".join(lines) + "\n"
 
 
-def sweep_table(sweep: dict[str, list[str]], summaries: dict[tuple, dict]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a sweep: a row per value of its first knob, a column per combination of the others; mean AUROC ± std."""
+def sweep_table(sweep: dict[str, list[str]], summaries: dict[tuple, dict], metric: str = "auroc") -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a sweep: a row per value of its first knob, a column per combination of the others; mean ± std of a metric."""
     first, *others = sweep
     columns = list(dict.fromkeys(values[1:] for values in summaries))
     header = [first, *(" ".join(column) or "mean AUROC" for column in columns)]
     rows = []
     for value in sweep[first]:
         means = [summaries[(value, *column)]["mean"] for column in columns]
-        rows.append([value, *(f"{mean['auroc']:.4f} ± {mean['auroc_std']:.4f}" for mean in means)])
+        rows.append([value, *(f"{mean[metric]:.4f} ± {mean[f'{metric}_std']:.4f}" for mean in means)])
     return header, rows
 
 
@@ -125,5 +126,8 @@ def write_sweep(folder: Path, sweep: dict[str, list[str]], summaries: dict[tuple
     one = next(iter(summaries.values()))
     utils.write_json(folder / "sweep.json", {"sweep": sweep, "runs": {" ".join(values): summary for values, summary in summaries.items()}})
     note = f"Mean AUROC over the classes, ± standard deviation over seeds {', '.join(map(str, one['seeds']))}; {describe_run(one, seconds)}"
-    utils.write_text(folder / "sweep.md", f"# {' x '.join(sweep)}\n\n{markdown_table(header, rows)}\n\n{note}\n")
+    others = {"likelihood_auroc": "negative log-likelihood", "latent_auroc": "mean z²"}
+    tables = [f"Score: {one['config']['score']}\n\n{markdown_table(header, rows)}"]
+    tables += [f"The same flows scored by {text}:\n\n{markdown_table(*sweep_table(sweep, summaries, metric))}" for metric, text in others.items()]
+    utils.write_text(folder / "sweep.md", "\n\n".join([f"# {' x '.join(sweep)}", *tables, note]) + "\n")
     return as_text(header, rows, ruled_last=False)

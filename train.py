@@ -241,10 +241,13 @@ class Trainer:
             entry["held_out_loss"] = model.loss_per_image(*detector.latents(data.train, data.held_rows)).mean().item()
         if self.config.score == "latent_knn":
             detector.reference = detector.latents(data.train, data.fit_rows)[0]
-        scores = detector.score(*detector.latents(data.test, data.test_rows))
+        z, log_det = detector.latents(data.test, data.test_rows)
+        scores = detector.score(z, log_det)
         if not np.isfinite(scores).all():
             self.check_finite(torch.tensor(float("nan")))
         entry["auroc"] = utils.auroc(data.labels, scores)
+        entry["latent_auroc"] = utils.auroc(data.labels, model.latent_score(z).cpu().numpy())
+        entry["likelihood_auroc"] = utils.auroc(data.labels, model.likelihood_score(z, log_det).cpu().numpy())
         self.history.append(entry)
         self._choose(entry, scores)
         if self.config.verbose:
@@ -266,6 +269,7 @@ class Trainer:
         result = {
             "class": data.class_name, "seed": self.seed, **utils.detection_metrics(data.labels, scores),
             "best_on_test_auroc": max(entry["auroc"] for entry in self.history), "epoch": self.best["entry"]["epoch"],
+            "latent_auroc": self.best["entry"]["latent_auroc"], "likelihood_auroc": self.best["entry"]["likelihood_auroc"],
             "loss": self.best["entry"]["loss"], "held_out_loss": self.best["entry"].get("held_out_loss"),
             "n_train": len(data.fit_rows), "n_held_out": len(data.held_rows), "n_test": len(data.test_rows), "seconds": round(seconds, 1),
         }  # fmt: skip

@@ -1,0 +1,35 @@
+"""The oneDNN linear layer gives what nn.Linear gives."""
+
+import pytest
+import torch
+from torch import nn
+
+import linear
+
+
+@pytest.mark.skipif(not linear.AVAILABLE, reason="this PyTorch has no oneDNN product")
+@pytest.mark.parametrize("shape", [(1, 3, 5), (7, 16, 8), (64, 33, 20)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gaps", [True, False])
+def test_value_and_gradients(shape, bias, gaps):
+    """Against float64 nn.Linear, for whole rows and for rows cut out of wider ones."""
+    m, k, n = shape
+    torch.manual_seed(0)
+    layer, exact = linear.Linear(k, n, bias=bias), nn.Linear(k, n, bias=bias).double()
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(m, 2 * k)[:, :k] if gaps else torch.randn(m, k)
+    x, y = x.clone(memory_format=torch.preserve_format).requires_grad_(), x.detach().double().requires_grad_()
+    weight = torch.randn(m, n)
+    (layer(x) * weight).sum().backward()
+    (exact(y) * weight.double()).sum().backward()
+    pairs = [(layer(x), exact(y)), (x.grad, y.grad)] + [(p.grad, q.grad) for p, q in zip(layer.parameters(), exact.parameters())]
+    for ours, reference in pairs:
+        assert (ours - reference).abs().max() <= 1e-5 * reference.abs().max()
+
+
+def test_plain_where_onednn_does_not_serve():
+    """float64, empty and three-dimensional input take nn.Linear's way."""
+    layer = linear.Linear(4, 2)
+    assert layer.double()(torch.randn(3, 4, dtype=torch.float64)).dtype == torch.float64
+    assert layer.float()(torch.empty(0, 4)).shape == (0, 2)
+    assert layer(torch.randn(2, 3, 4)).shape == (2, 3, 2)
