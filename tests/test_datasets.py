@@ -414,18 +414,24 @@ def test_labels_that_cannot_be_read(tmp_path, content):
         FeatureCache(tmp_path / "cache", FIELDS)
 
 
+def interrupted(folder: Path) -> None:
+    """A writer whose work ends in an error halfway through the first split."""
+    with pytest.raises(KeyboardInterrupt), CacheWriter(folder, FIELDS, LABELS, 1 + N, C) as writer:
+        with writer.open_split("train") as stream:
+            stream.write(b"\0" * 8)
+        raise KeyboardInterrupt
+
+
 def test_abandoned_writer_leaves_nothing(tmp_path):
-    writer = CacheWriter(tmp_path / "cache", FIELDS, LABELS, 1 + N, C)
-    with writer.open_split("train") as stream:
-        stream.write(b"\0" * 8)
-    writer.abandon()
+    interrupted(tmp_path / "cache")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_abandoned_writer_keeps_the_old_cache(tmp_path):
     values = write_cache(tmp_path / "cache")
-    CacheWriter(tmp_path / "cache", FIELDS, LABELS, 1 + N, C).abandon()
+    interrupted(tmp_path / "cache")
     assert (FeatureCache(tmp_path / "cache", FIELDS).tokens("test")[np.array([1])] == values["test"][1:].astype(np.float16)).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_leftovers_of_a_killed_writer_are_replaced(tmp_path):

@@ -396,7 +396,8 @@ def test_main_leaves_its_files(run_folder):
     rows = [line.split(",") for line in (run / "results.csv").read_text().splitlines()]
     results = json.loads((run / "results.json").read_text())
     column = rows[0].index("auroc")
-    found = {row[1]: float(row[column]) for row in rows[1:] if row[0] == "flow"}
+    flow = rows[1][0]  # the first rows are the flow's, whatever it is called
+    found = {row[1]: float(row[column]) for row in rows[1:] if row[0] == flow}
     assert found == {**{name: values["auroc"] for name, values in results["classes"].items()}, "mean": results["mean"]["auroc"]}
     for name in ("apple", "leaf", "sky"):
         for seed in (0, 1):
@@ -489,3 +490,13 @@ def test_images_without_signal(tmp_path, monkeypatch):
     main.main(whole(folder))
     results = json.loads((tmp_path / "runs/run/results.json").read_text())
     assert all(0.3 < values["auroc"] < 0.7 for values in results["classes"].values()), results["classes"]
+
+
+def test_test_images_of_one_label(tmp_path, monkeypatch):
+    """Nothing but normal test images: no AUROC, and no failure either, the second time with --resume."""
+    monkeypatch.chdir(tmp_path)
+    folder = make_folder(tmp_path / "images", classes=("only",), n_train=8, n_test=4)
+    for resume in (False, True):
+        main.main(whole(folder, extractor="resnet18", weights_path="random", normalize="standardize", resume=resume, plots=True))
+    auroc = json.loads((tmp_path / "runs/run/results.json").read_text())["mean"]["auroc"]
+    assert auroc is None or math.isnan(auroc)

@@ -100,6 +100,16 @@ def test_write_json(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": [1, 2.5, None]}
 
 
+def test_json_is_strict(tmp_path):
+    """NaN is no JSON: other programs must be able to read what a class with one label leaves."""
+    utils.write_json(tmp_path / "a.json", {"auroc": float("nan"), "scores": [1.5, float("inf")]})
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse)["scores"][0] == 1.5
+
+
 def test_hash_of_tensors():
     tensors = {"a": torch.arange(4.0), "b": torch.ones(2, 3, dtype=torch.bfloat16), "c": torch.tensor(5)}
     first = utils.sha256_of_tensors(tensors)
