@@ -124,6 +124,12 @@ class Config:
         grid = self.token_grid
         if grid not in ("full", "compact") and not (grid.isascii() and grid.isdigit() and int(grid) > 0):
             raise UserError(f"token_grid: expected full, compact or a number of patches per side, got {grid!r}")
+        if self.img_size and min(self.img_size) < 1:
+            raise UserError(f"img_size: expected positive numbers of pixels, got {self.img_size[0]}x{self.img_size[1]}")
+        if self.norm_std and not all(0 < value < math.inf for value in self.norm_std):
+            raise UserError(f"norm_std: expected three positive numbers, got {self.norm_std}")
+        if self.norm_mean and not all(map(math.isfinite, self.norm_mean)):
+            raise UserError(f"norm_mean: expected three finite numbers, got {self.norm_mean}")
         if self.sweep:
             parse_sweep(self.sweep)
         if self.select_epoch == "likelihood" and self.holdout == 0:

@@ -348,7 +348,10 @@ class FeatureCache:
                     f"the features in {folder} do not fit: {field} is {_short(found)} there, {_short(wanted)} is wanted; "
                     f"delete that folder or give another --feature_path"
                 )
-        content = json.loads((folder / "labels.json").read_text())
+        try:
+            content = json.loads((folder / "labels.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"the labels in {folder}/labels.json cannot be read ({error}); delete {folder} and extract again") from None
         arrays = {key: {s: np.array(content[key][s], kind) for s in SPLITS} for key, kind in (("category", np.int64), ("defect", bool))}
         self.labels = Labels(tuple(content["classes"]), content["names"], per_category=content["per_category"], **arrays)
 
@@ -371,7 +374,7 @@ class Tokens:
     def __init__(self, path: Path, shape: tuple[int, int, int]):
         try:
             self._map = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"the features in {path} cannot be read ({error}); delete {path.parent} and extract again") from None
         if self._map.shape != shape or self._map.dtype != np.float16:
             raise UserError(

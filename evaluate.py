@@ -23,7 +23,7 @@ def draw_all(config: Config, cache: datasets.FeatureCache, classes: list[str], f
     """Draw every picture of a run (first seed) into ``folder``/figures from what its classes left behind."""
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    kept = {name: json.loads(train.checkpoint_path(config, name, config.seed).with_suffix(".json").read_text()) for name in classes}
+    kept = {name: read_kept(config, name) for name in classes}
     draw_roc(kept, figures / "roc.png")
     draw_curves(kept, figures / "epochs.png")
     for name, content in kept.items():
@@ -35,6 +35,14 @@ def draw_all(config: Config, cache: datasets.FeatureCache, classes: list[str], f
         return
     for name, content in kept.items():
         draw_sheet(images, content["test"], figures / f"extremes-{name}.png")
+
+
+def read_kept(config: Config, class_name: str) -> dict:
+    """What a class of the run's first seed left: result, history, test rows, labels and scores."""
+    content = json.loads(train.checkpoint_path(config, class_name, config.seed).with_suffix(".json").read_text())
+    content["history"] = [train.undefined_as_nan(entry) for entry in content["history"]]
+    content["result"] = train.undefined_as_nan(content["result"])
+    return content
 
 
 def draw_histogram(name: str, test: dict, nbins_normal: int, nbins_anomalous: int, path: Path) -> None:

@@ -66,8 +66,8 @@ def timm_name(extractor: str) -> str:
     if not timm.is_model(architecture):
         known = [*BACKBONES, *timm.list_models()]
         raise UserError(f"{knobs.unknown('timm model', extractor, known)} (python -c 'import timm; print(timm.list_models())')")
-    if tag and timm.get_pretrained_cfg(name, allow_unregistered=False) is None:
-        raise UserError(f"timm's {architecture} has no weights tagged {tag!r}; known: {', '.join(timm.list_pretrained(architecture + '*'))}")
+    if tag and f"{architecture}.{tag}" not in timm.list_pretrained(architecture):
+        raise UserError(f"timm's {architecture} has no weights tagged {tag!r}; known: {', '.join(timm.list_pretrained(architecture))}")
     return name
 
 

@@ -70,7 +70,7 @@ def finished_result(config: Config, cache: datasets.FeatureCache, class_name: st
         return None
     wanted = {name: value for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items() if name not in IRRELEVANT}
     same = all(content["config"].get(name) == value for name, value in wanted.items()) and content["features"] == cache.meta
-    return content["result"] if same else None
+    return train.undefined_as_nan(content["result"]) if same else None
 
 
 def run_baselines(cache: datasets.FeatureCache, classes: list[str]) -> dict[str, dict[str, dict]]:

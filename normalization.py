@@ -6,14 +6,16 @@ Backbone features are badly scaled for a flow: a few channels carry most of the 
 import torch
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-EPS = 1e-6
+EPS = 1e-12
+FLOOR = 0.01  # of the mean variance: a channel that hardly varies in the normal images is not blown up by more
+RIDGE = 1e-6  # in units of the mean eigenvalue, for whitening a covariance that is singular
 
 
 def power_l2(tokens: Tensor) -> Tensor:
     """Signed square root of every entry, then unit length: (..., C) -> (..., C). For non-negative features the plain square root."""
-    return F.normalize(tokens.abs().sqrt().copysign(tokens), dim=-1)
+    rooted = tokens.abs().sqrt_().copysign_(tokens)
+    return rooted.div_(torch.linalg.vector_norm(rooted, dim=-1, keepdim=True).clamp_min_(EPS))
 
 
 def centred_window(grid: tuple[int, int], share: float) -> Tensor:
@@ -29,17 +31,21 @@ class Normalizer(nn.Module):
     name: "none", "standardize" (every channel to mean 0, variance 1), "power_l2" (per token, then one common shift and scale, so that
     a channel's mean square is 1 on average), "whiten" (semantic tokens to the identity covariance, by Ledoit-Wolf shrinkage; an
     identity flow is then the Gaussian detector), "power_l2+whiten" (one after the other). Patch tokens have statistics of their
-    own; where semantic tokens are whitened, patch tokens are standardised per channel.
+    own; where semantic tokens are whitened, patch tokens are shifted and scaled as for "power_l2".
 
     centre_pool, grid: with centre_pool above 0, the semantic token is first re-pooled from the patch tokens of the grid (rows, columns):
     their mean under a Gaussian window on the image's centre, sigma = centre_pool times the grid's sides.
 
+    patches_used: False where the flow has no fusion: patch tokens are then handed on as they are.
     ridge: added to the covariance's eigenvalues before whitening, in units of their mean: 0 whitens fully, more keeps more of the
     features' own scale.
     """
 
-    def __init__(self, name: str, channels: int, ridge: float = 0.0, centre_pool: float = 0.0, grid: tuple[int, int] | None = None):
+    def __init__(
+        self, name: str, channels: int, ridge: float = 0.0, centre_pool: float = 0.0, grid: tuple[int, int] | None = None, patches_used: bool = True
+    ):
         super().__init__()
+        self.patches_used = patches_used
         self.register_buffer("window", centred_window(grid, centre_pool) if centre_pool else None, persistent=False)
         self.steps, self.ridge = name.split("+"), ridge
         for kind in ("semantic", "patch"):
@@ -60,10 +66,11 @@ class Normalizer(nn.Module):
             tokens = power_l2(tokens) if "power_l2" in self.steps else tokens
             mean = tokens.mean(0)
             deviation = (tokens - mean).square().mean(0)
-            if self.steps == ["power_l2"]:
+            if self.steps == ["power_l2"] or (self.whitening is not None and kind == "patch"):
                 deviation = deviation.mean().expand_as(mean)
+            deviation = deviation.clamp(min=FLOOR * deviation.mean()) + EPS
             getattr(self, f"{kind}_mean").copy_(mean)
-            getattr(self, f"{kind}_scale").copy_((deviation.sqrt() + EPS).reciprocal())
+            getattr(self, f"{kind}_scale").copy_(deviation.rsqrt())
             if kind == "semantic" and self.whitening is not None:
                 self.whitening.copy_(self._whitening(tokens))
         return self
@@ -73,17 +80,23 @@ class Normalizer(nn.Module):
         tokens = tokens.double()
         covariance, _ = ledoit_wolf(tokens.cpu().numpy())
         values, vectors = torch.linalg.eigh(torch.from_numpy(covariance).to(tokens.device))
-        values = values + (self.ridge + EPS) * values.mean()
+        values = values + (self.ridge + RIDGE) * values.mean()
         whitening = (vectors * values.rsqrt()) @ vectors.T
         whitened = (tokens - tokens.mean(0)) @ whitening
         return (whitening / whitened.square().mean().sqrt()).float()
 
+    @torch.no_grad()
     def forward(self, semantic: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         semantic = self.pool(semantic, patches)
         if self.steps == ["none"]:
             return semantic, patches
         if "power_l2" in self.steps:
-            semantic, patches = power_l2(semantic), power_l2(patches)
+            semantic = power_l2(semantic)
         semantic = semantic - self.semantic_mean
         semantic = semantic * self.semantic_scale if self.whitening is None else semantic @ self.whitening
-        return semantic, (patches - self.patch_mean) * self.patch_scale
+        return semantic, self._normalize_patches(patches) if self.patches_used else patches
+
+    def _normalize_patches(self, patches: Tensor) -> Tensor:
+        """Most of the work is here: (B, N, C), written once and then changed in place."""
+        patches = power_l2(patches) if "power_l2" in self.steps else patches.clone()
+        return patches.sub_(self.patch_mean).mul_(self.patch_scale)

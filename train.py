@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -26,7 +27,7 @@ from baselines import nearest_neighbours
 from config import Config, UserError
 from normalization import Normalizer
 
-EVAL_BATCH = 250  # images per forward pass in evaluation
+EVAL_BATCH = 100  # images per forward pass in evaluation: their tokens stay in a CPU's caches
 PATCH_SAMPLE = 256  # images whose patch tokens the normaliser's statistics come from
 ADAM = {"betas": (0.8, 0.8), "eps": 1e-4}  # the paper's (SPEC 2)
 
@@ -94,7 +95,7 @@ class Detector(nn.Module):
         super().__init__()
         self.score_name = config.score
         compact = config.token_grid == "compact"
-        self.normalizer = Normalizer(config.normalize, channels, config.whiten_ridge, config.centre_pool, grid)
+        self.normalizer = Normalizer(config.normalize, channels, config.whiten_ridge, config.centre_pool, grid, config.fusion != "none")
         try:
             self.flow = model.build_flow(
                 channels, grid, n_tokens=2 * math.prod(grid) if compact else None, n_blocks=config.n_coupling_blocks,
@@ -214,9 +215,9 @@ class Trainer:
         return loss.detach()
 
     def after_step(self, loss: Tensor) -> None:
-        self.step += 1
-        if self.step % 64 == 0 or self.step == self.steps:  # not each step: reading the loss waits for the device
+        if self.device.type == "cpu" or self.step % 64 == 63 or self.step + 1 == self.steps:  # on a GPU, reading the loss waits for it
             self.check_finite(loss)
+        self.step += 1
 
     def has_ended(self) -> bool:
         """Whether the held-out likelihood has not improved for ``patience`` evaluations."""
@@ -227,7 +228,8 @@ class Trainer:
     def check_finite(self, value: Tensor) -> None:
         """Raise UserError on a loss that is not finite: the epoch, the learning rate, what to try."""
         if not torch.isfinite(value):
-            epoch = self.step * self.config.meta_epochs * self.config.sub_epochs // self.steps + 1
+            epochs = self.config.meta_epochs * self.config.sub_epochs
+            epoch = min(self.step * epochs // self.steps + 1, epochs)
             raise UserError(
                 f"class {self.data.class_name}: the loss is {value.item()} in epoch {epoch} at learning rate "
                 f"{self.optimizer.param_groups[0]['lr']:g}; try a lower lr_init, max_grad_norm 1, or normalize power_l2"
@@ -244,6 +246,7 @@ class Trainer:
         z, log_det = detector.latents(data.test, data.test_rows)
         scores = detector.score(z, log_det)
         if not np.isfinite(scores).all():
+            self.step -= 1  # of the epoch that has just ended
             self.check_finite(torch.tensor(float("nan")))
         entry["auroc"] = utils.auroc(data.labels, scores)
         entry["latent_auroc"] = utils.auroc(data.labels, model.latent_score(z).cpu().numpy())
@@ -296,13 +299,18 @@ def save_fitted(config: Config, cache: datasets.FeatureCache, fitted: Fitted) ->
     return path
 
 
+def undefined_as_nan(entry: dict) -> dict:
+    """Metrics that were undefined (one label only) stand as null in JSON; here as NaN again."""
+    return {name: float("nan") if value is None and name.endswith(("auroc", "aupr", "fpr95")) else value for name, value in entry.items()}
+
+
 def load_detector(path: Path) -> tuple[Detector, dict]:
     """The detector of a checkpoint (either of its two files) and what its JSON says. Unpickles nothing. Raises UserError."""
     path = Path(path)
     try:
         content = json.loads(path.with_suffix(".json").read_text())
         state = load_file(path.with_suffix(".safetensors"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"expected a checkpoint {path.with_suffix('.json')} with its .safetensors beside it ({error})") from None
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}
     detector = Detector(Config(**values), content["features"]["n_feat"], tuple(content["features"]["grid"]))

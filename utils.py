@@ -7,6 +7,7 @@ import os
 import platform
 import random
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -103,13 +104,8 @@ def sha256_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
 
 def versions() -> dict[str, str]:
     """The versions and the machine behind a result."""
-    import FrEIA
-    import sklearn
-    import timm
-    import torchvision
-
-    packages = {"torch": torch, "torchvision": torchvision, "timm": timm, "FrEIA": FrEIA, "numpy": np, "scikit-learn": sklearn}
-    found = {name: getattr(package, "__version__", "?") for name, package in packages.items()}
+    packages = ("torch", "torchvision", "timm", "FrEIA", "numpy", "scikit-learn")
+    found = {name: metadata.version(name) for name in packages}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {"python": platform.python_version(), **found, "machine": f"{os.cpu_count()} cores, {processor()}, GPU: {gpu}"}
 
