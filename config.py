@@ -27,7 +27,7 @@ BACKBONES = {  # name here -> timm model (SPEC 4: the released code's names; any
     "efficientnet_lite0": "tf_efficientnet_lite0",
 }
 FUSIONS = ("class_attention", "hilo", "spectral", "none")
-NORMALIZATIONS = ("none", "standardize", "power_l2", "whiten", "power_l2+whiten")
+NORMALIZATIONS = ("auto", "none", "standardize", "power_l2", "whiten", "power_l2+whiten")
 SCORES = ("latent", "likelihood", "latent_knn")
 
 
@@ -95,7 +95,7 @@ class Config:
     identity_start: bool = knob(False, "zero the last layer of every subnet, so that training starts from the identity flow")
 
     # --- training
-    normalize: str = knob("none", "features before the flow, fitted on normal training features", choices=NORMALIZATIONS)
+    normalize: str = knob("auto", "features before the flow, fitted on normal training features; auto: none for transformers, as released, power_l2+whiten for CNNs", choices=NORMALIZATIONS)
     centre_pool: float = knob(0.0, "semantic token re-pooled from the patches under a centred Gaussian, its sigma in shares of the grid's side; 0: the backbone's own", low=0.0)
     whiten_ridge: float = knob(0.0, "normalize whiten: added to the covariance's eigenvalues, in units of their mean; 0 whitens fully", low=0.0)
     batch_size: int = knob(32, "images per training step", low=1)
@@ -141,21 +141,23 @@ PRESETS = {
     "paper": {},
     "paper_L": {"extractor": "VIT_L", "fc_internal": 1024, "batch_size": 32},
     "released": {
-        "fusion": "class_attention", "token_grid": "8", "pooling": "released", "fc_internal": 768, "batch_size": 8,
+        "fusion": "class_attention", "token_grid": "8", "pooling": "released", "normalize": "none", "fc_internal": 768, "batch_size": 8,
         "norm_mean": (0.485, 0.456, 0.406), "norm_std": (0.229, 0.224, 0.225), "precision": "float32",
     },
     # Chosen on validation sets made from normal training images (``--validate``), never on test AUROC: see results/choosing.md.
     "accurate": {
-        "normalize": "power_l2+whiten", "whiten_ridge": 10.0, "centre_pool": 0.15, "identity_start": True, "feature_noise": 1.0,
-        "fusion": "class_attention", "fc_internal": 256, "batch_size": 128, "meta_epochs": 5, "lr_init": 1e-3, "lr_schedule": "cosine",
-        "max_grad_norm": 1.0, "holdout": 0.1, "select_epoch": "likelihood", "score": "latent_knn", "baselines": True,
+        "normalize": "power_l2+whiten", "whiten_ridge": 10.0, "centre_pool": 0.1, "fusion": "none", "fc_internal": 256, "identity_start": True,
+        "batch_size": 128, "meta_epochs": 3, "sub_epochs": 2, "lr_init": 1e-3, "lr_schedule": "cosine", "feature_noise": 1.0, "max_grad_norm": 1.0,
+        "holdout": 0.1, "select_epoch": "likelihood", "score": "latent_knn", "baselines": True,
     },
 }  # fmt: skip
-PRESETS["quickstart"] = PRESETS["accurate"] | {"modelname": "quickstart", "dataset": "digits", "extractor": "efficientnet_lite0"}
+PRESETS["quickstart"] = PRESETS["accurate"] | {
+    "modelname": "quickstart", "dataset": "digits", "extractor": "efficientnet_lite0", "centre_pool": 0.0, "whiten_ridge": 0.0, "score": "likelihood",
+}  # fmt: skip
 PRESETS["ablation"] = PRESETS["accurate"] | {
-    "modelname": "ablation", "extractor": "efficientnet_lite0", "n_seeds": 3,
-    "sweep": "fusion=none,class_attention,hilo,spectral;dataset=cifar10,digits",
-    "plots": False, "save_model": False, "baselines": False,
+    "modelname": "ablation", "extractor": "efficientnet_lite0", "n_seeds": 3, "sweep": "fusion=none,class_attention,hilo,spectral;dataset=digits,cifar10",
+    "batch_size": 64, "meta_epochs": 1, "sub_epochs": 1, "select_epoch": "last", "score": "likelihood", "baselines": False, "plots": False,
+    "save_model": False,
 }  # fmt: skip
 
 

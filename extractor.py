@@ -367,6 +367,7 @@ class Extraction:
             "precision": str(self.dtype).removeprefix("torch."),
             "weights_sha256": utils.sha256_of_tensors(backbone.state_dict()),
             "n_feat": backbone.n_feat,
+            "kind": "map" if backbone.is_map else "tokens",
             "grid": self.grid,
             "tokens": 1 + self.tokens,
             "images": images.labels.fingerprint(),

@@ -88,14 +88,26 @@ def class_data(config: Config, cache: datasets.FeatureCache, class_name: str, se
 
 
 # ---------------------------------------------------------------- the detector
+def normalization(config: Config, features: dict) -> str:
+    """The normalisation in effect. auto: the tokens of a transformer pass its final layer norm and are taken as they are, as released; a
+    CNN's map (which the paper does not use) is badly scaled for a flow."""
+    if config.normalize != "auto":
+        return config.normalize
+    return "power_l2+whiten" if features["kind"] == "map" else "none"
+
+
 class Detector(nn.Module):
     """Normaliser and flow: cached tokens -> latent z and log-determinant -> anomaly score."""
 
-    def __init__(self, config: Config, channels: int, grid: tuple[int, int]):
+    def __init__(self, config: Config, features: dict):
+        """features: the sidecar of the cache; n_feat, grid (rows, columns) and kind (map or tokens) are read."""
         super().__init__()
+        channels, grid = features["n_feat"], tuple(features["grid"])
         self.score_name = config.score
         compact = config.token_grid == "compact"
-        self.normalizer = Normalizer(config.normalize, channels, config.whiten_ridge, config.centre_pool, grid, config.fusion != "none")
+        self.normalizer = Normalizer(
+            normalization(config, features), channels, config.whiten_ridge, config.centre_pool, grid, config.fusion != "none"
+        )
         try:
             self.flow = model.build_flow(
                 channels, grid, n_tokens=2 * math.prod(grid) if compact else None, n_blocks=config.n_coupling_blocks,
@@ -150,10 +162,10 @@ class Fitted:
 class Trainer:
     """Fits a detector to one class. ``run`` is the whole course; the other methods are its steps."""
 
-    def __init__(self, config: Config, data: ClassData, channels: int, grid: tuple[int, int], seed: int, device: torch.device):
+    def __init__(self, config: Config, data: ClassData, features: dict, seed: int, device: torch.device):
         self.config, self.data, self.seed, self.device = config, data, seed, device
         utils.seed_everything(seed)
-        self.detector = Detector(config, channels, grid)
+        self.detector = Detector(config, features)
         self._fit_normalizer()
         self.detector.to(device)
         self.parameters = list(self.detector.parameters())
@@ -165,7 +177,7 @@ class Trainer:
 
     def _fit_normalizer(self) -> None:
         normalizer, rows, source = self.detector.normalizer, self.data.fit_rows, self.data.train
-        if self.config.normalize == "none":
+        if normalizer.steps == ["none"]:
             return
         semantic = torch.cat([normalizer.pool(*source.on_cpu(part)) for part in parts(rows, 500)])
         sample = rows[np.linspace(0, len(rows) - 1, min(PATCH_SAMPLE, len(rows))).astype(int)]
@@ -313,7 +325,7 @@ def load_detector(path: Path) -> tuple[Detector, dict]:
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"expected a checkpoint {path.with_suffix('.json')} with its .safetensors beside it ({error})") from None
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}
-    detector = Detector(Config(**values), content["features"]["n_feat"], tuple(content["features"]["grid"]))
+    detector = Detector(Config(**values), content["features"])
     detector.reference = state["reference"]
     detector.load_state_dict(state)
     return detector.eval(), content
@@ -323,7 +335,7 @@ def load_detector(path: Path) -> tuple[Detector, dict]:
 def make_trainer(config: Config, cache: datasets.FeatureCache, class_name: str, seed: int, train: TokenSource, test: TokenSource) -> Trainer:
     """The trainer of one class and seed. What it comes to does not depend on what ran before."""
     data = class_data(config, cache, class_name, seed, train, test)
-    return Trainer(config, data, cache.channels, cache.grid, seed, train.device)
+    return Trainer(config, data, cache.meta, seed, train.device)
 
 
 def main(config: Config) -> None:

@@ -89,7 +89,7 @@ def write_random_cache(folder, classes, images, channels):
     names = {"train": [str(i) for i in range(classes * images)], "test": [str(i) for i in range(classes)]}
     category = {split: np.arange(len(names[split])) % classes for split in names}
     labels = datasets.Labels(tuple(map(str, range(classes))), names, category, {s: np.zeros(len(n), bool) for s, n in names.items()})
-    writer = datasets.CacheWriter(folder, {"n_feat": channels, "grid": (8, 8), "tokens": 65}, labels, 65, channels)
+    writer = datasets.CacheWriter(folder, {"n_feat": channels, "kind": "tokens", "grid": (8, 8), "tokens": 65}, labels, 65, channels)
     rng = np.random.default_rng(0)
     for split in names:
         with writer.open_split(split) as stream:

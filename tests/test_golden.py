@@ -155,7 +155,7 @@ def test_trainer_takes_the_released_steps(flow_file):
     rows = np.arange(len(source.rows))
     data = train.ClassData("golden", source, source, rows, rows[:0], rows, np.zeros(len(rows), int))
     settings = config.Config(fusion="class_attention", n_coupling_blocks=blocks, fc_internal=hidden, hide_tqdm_bar=True, verbose=False)
-    trainer = train.Trainer(settings, data, channels, grid_of(n), 0, torch.device("cpu"))
+    trainer = train.Trainer(settings, data, {"n_feat": channels, "grid": grid_of(n), "kind": "tokens"}, 0, torch.device("cpu"))
     trainer.detector.flow.load_state_dict(parameters(golden))
     losses = torch.stack([trainer.train_step(batch) for batch in rows.reshape(len(semantic), -1)])
     assert_close(losses, golden["train.losses"], TRAINED, "train.losses")

@@ -16,7 +16,7 @@ def random_cache(folder, sizes, channels=16, grid=(6, 6)):
     names = {split: [str(i) for i in range(len(category[split]))] for split in category}
     labels = datasets.Labels(tuple("abcdef"[: len(sizes)]), names, category, {s: np.zeros(len(n), bool) for s, n in names.items()})
     tokens = 1 + grid[0] * grid[1]
-    writer = datasets.CacheWriter(folder, {"n_feat": channels, "grid": grid, "tokens": tokens}, labels, tokens, channels)
+    writer = datasets.CacheWriter(folder, {"n_feat": channels, "kind": "tokens", "grid": grid, "tokens": tokens}, labels, tokens, channels)
     rng = np.random.default_rng(0)
     for split in names:
         with writer.open_split(split) as stream:

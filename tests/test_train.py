@@ -30,7 +30,7 @@ def fabricate(folder, signal: float = 2.0, scale: float = 1.0) -> FeatureCache:
     names = {s: [f"{s}/{name}/{i}.png" for name in CLASSES for i in range(counts[s])] for s in SPLITS}
     category = {s: np.repeat(np.arange(len(CLASSES)), counts[s]) for s in SPLITS}
     labels = Labels(CLASSES, names, category, {s: np.zeros(len(names[s]), bool) for s in SPLITS})
-    writer = CacheWriter(folder, {"n_feat": C, "grid": GRID, "tokens": 1 + n}, labels, 1 + n, C)
+    writer = CacheWriter(folder, {"n_feat": C, "kind": "tokens", "grid": GRID, "tokens": 1 + n}, labels, 1 + n, C)
     for split in SPLITS:
         tokens = generator.randn(len(names[split]), 1 + n, C) + signal * centres[category[split]][:, None]
         with writer.open_split(split) as stream:
