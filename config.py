@@ -190,11 +190,11 @@ def describe(kind):
     return {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "numbers, as in 224x224 or 0.5,0.5,0.5"}[kind]
 
 
-def unknown(kind, got, known):
-    """The line for a name that is not in ``known``, with the nearest one when there is one."""
+def unknown(kind, got, known, all_of_them="-h lists them all"):
+    """The line for a name that is not in ``known``, with the nearest one when there is one; a long list is only pointed to."""
     near = difflib.get_close_matches(str(got), [str(name) for name in known], 1, 0.5)
     hint = f", did you mean {near[0]}" if near else ""
-    listed = f" Expected one of: {', '.join(map(str, known))}" if len(known) <= 30 else " -h lists them all"
+    listed = f" Expected one of: {', '.join(map(str, known))}" if len(known) <= 30 else f" {all_of_them}"
     return f"unknown {kind} {got!r}{hint}.{listed}"
 
 

@@ -6,6 +6,7 @@ if __name__ == "__main__":  # parse before the slow imports: -h and mistakes ans
     CONFIG = knobs.from_command_line(__doc__)
 
 import dataclasses
+import logging
 import math
 import os
 import queue
@@ -65,7 +66,7 @@ def timm_name(extractor: str) -> str:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         known = [*BACKBONES, *timm.list_models()]
-        raise UserError(f"{knobs.unknown('timm model', extractor, known)} (python -c 'import timm; print(timm.list_models())')")
+        raise UserError(knobs.unknown("timm model", extractor, known, "python -c 'import timm; print(timm.list_models())' lists them all"))
     if tag and f"{architecture}.{tag}" not in timm.list_pretrained(architecture):
         raise UserError(f"timm's {architecture} has no weights tagged {tag!r}; known: {', '.join(timm.list_pretrained(architecture))}")
     return name
@@ -140,6 +141,9 @@ def load_backbone(config: Config) -> Backbone:
     name, defaults = timm_name(config.extractor), timm_defaults(config.extractor)
     img_size = config.img_size or tuple(defaults.input_size[1:])
     from_hub = weights_source(config) == "timm hub"
+    if from_hub:
+        print(f"weights of {name}: from the hub's local cache or the hub", flush=True)
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the outcome is told below
     torch.manual_seed(config.seed)  # for weights_path random
     try:
         model = create_model(name, img_size, from_hub)
