@@ -1,4 +1,4 @@
-"""Simple detectors on semantic tokens: nearest neighbours and a Gaussian. Memory is bounded whatever the number of images."""
+"""Simple detectors on semantic tokens: nearest neighbours and a Gaussian. Distances are computed in chunks: memory stays bounded."""
 
 import numpy as np
 import torch

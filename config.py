@@ -49,12 +49,12 @@ class Config:
     preset: str = knob("paper", "paper, paper_L, released, accurate, quickstart or ablation: a named set of defaults (see PRESETS)")
     modelname: str = knob("foad_mfff", "name of the run: results go to runs/<modelname>/")
     device: str = knob("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N")
-    seed: int = knob(0, "first random seed; every class starts from it alike", low=0)
-    n_seeds: int = knob(1, "how many seeds to run: seed, seed + 1, ...; the table gives mean and std", low=1)
+    seed: int = knob(0, "first random seed; every class starts from it alike", low=0, high=2**31)
+    n_seeds: int = knob(1, "how many seeds to run: seed, seed + 1, ...; the table gives mean and std", low=1, high=10**6)
     threads: int = knob(0, "CPU threads for torch; 0: all cores", low=0)
     verbose: bool = knob(True, "print the loss and AUROC of every epoch")
     hide_tqdm_bar: bool = knob(False, "no progress bars")
-    save_model: bool = knob(True, "keep a checkpoint per class and seed (safetensors + JSON)")
+    save_model: bool = knob(True, "keep the weights of every class and seed (safetensors), beside its JSON")
     sweep: str | None = knob(None, "main.py: run every combination, as in fusion=none,hilo;dataset=digits,cifar10, and make one table")
     resume: bool = knob(False, "main.py: keep the classes and seeds that a run of the same configuration has finished")
     plots: bool = knob(True, "main.py: draw score histograms, ROC, curves over epochs and contact sheets into the run's folder")
@@ -132,6 +132,8 @@ class Config:
             raise UserError(f"norm_mean: expected three finite numbers, got {self.norm_mean}")
         if self.sweep:
             parse_sweep(self.sweep)
+        if self.pooling == "released" and not grid.isdigit():
+            raise UserError(f"pooling released needs a pooled grid: set token_grid to a number, 8 as released (it is {grid})")
         if self.select_epoch == "likelihood" and self.holdout == 0:
             raise UserError("select_epoch likelihood needs held-out normal images: set holdout, say 0.1 (it is 0)")
 
@@ -233,9 +235,12 @@ def parse_sweep(text):
         name, equals, values = part.strip().partition("=")
         if not equals or not values:
             raise UserError(f"sweep: expected knob=value,value;knob=value,value, got {text!r}")
+        if name in ("preset", "modelname", "sweep"):
+            raise UserError(f"sweep: {name} cannot be swept; run the script once per {name}")
         sweep[name] = [value.strip() for value in values.split(",")]
+        fields = {field.name: field for field in dataclasses.fields(Config)}
         for value in sweep[name]:
-            make_config(parse_values({name: value}))
+            check(fields[name], parse_values({name: value})[name])
     return sweep
 
 
@@ -317,8 +322,10 @@ def run_script(main, config):
         main(config)
     except UserError as mistake:
         stop(mistake)
+    except OSError as error:  # a full disk, a folder that may not be written
+        stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
-        print("interrupted: what was finished is kept", file=sys.stderr)
+        print("interrupted: finished classes and caches are kept", file=sys.stderr)
         sys.exit(130)
 
 

@@ -8,8 +8,10 @@ import dataclasses
 import hashlib
 import json
 import mmap
+import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,17 +69,29 @@ class Labels:
 
     def fingerprint(self) -> str:
         """A hash of the names and labels, in order."""
-        content = [self.classes, self.per_category, [[self.names[s], self.category[s].tolist(), self.defect[s].tolist()] for s in SPLITS]]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        per_split = [[self.names[s], self.category[s].tolist(), self.defect[s].tolist()] for s in SPLITS]
+        return _hash(self.classes, self.per_category, per_split)
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """A data set's labels and its images. read(split, i) -> (H, W, 3) uint8; raises UserError that names an unreadable image."""
+    """A data set's labels and its images. read(split, i) -> (H, W, 3) uint8; raises UserError that names an unreadable image.
+
+    content: a hash that changes with the images: of the pixels, or of the files' sizes.
+    """
 
     labels: Labels
-    read: Callable[[str, int], np.ndarray]
+    read: Callable[[str, int], np.ndarray]  # picklable: readers may be other processes
+    content: str
     from_files: bool = True
+
+    def fingerprint(self) -> str:
+        """A hash of names, labels and content: equal for the same images, whatever folder they lie in."""
+        return _hash(self.labels.fingerprint(), self.content)
+
+
+def _hash(*contents) -> str:
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
 
 
 def choose_classes(labels: Labels, class_name: str) -> list[str]:
@@ -126,7 +140,12 @@ def _array_set(classes, pixels, category) -> ImageSet:
     names = {split: [f"{split}/{i}" for i in range(len(pixels[split]))] for split in SPLITS}
     category = {split: np.asarray(category[split], dtype=np.int64) for split in SPLITS}
     labels = Labels(tuple(classes), names, category, {split: np.zeros(len(pixels[split]), bool) for split in SPLITS})
-    return ImageSet(labels, lambda split, i: pixels[split][i], from_files=False)
+    content = _hash(*(hashlib.sha256(np.ascontiguousarray(pixels[split])).hexdigest() for split in SPLITS))
+    return ImageSet(labels, partial(_from_array, pixels), content, from_files=False)
+
+
+def _from_array(pixels: dict[str, np.ndarray], split: str, i: int) -> np.ndarray:
+    return pixels[split][i]
 
 
 _TORCHVISION = {  # name -> (train and test arguments of the torchvision class, the class)
@@ -213,7 +232,12 @@ def _images_below(folder: Path) -> list[Path]:
 def _file_set(root, classes, files, category, defect, per_category=False) -> ImageSet:
     names = {split: [path.relative_to(root).as_posix() for path in files[split]] for split in SPLITS}
     labels = Labels(tuple(classes), names, category, defect, per_category)
-    return ImageSet(labels, lambda split, i: read_image(files[split][i]))
+    content = _hash([[path.stat().st_size for path in files[split]] for split in SPLITS])
+    return ImageSet(labels, partial(_from_file, files), content)
+
+
+def _from_file(files: dict[str, list[Path]], split: str, i: int) -> np.ndarray:
+    return read_image(files[split][i])
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -253,13 +277,15 @@ def validation_set(images: ImageSet) -> ImageSet:
             defect[split].append(bool(kind))
             recipe[split].append((int(row), kind, int(other)))
     arrays = {s: np.array(category[s], np.int64) for s in SPLITS}, {s: np.array(defect[s], bool) for s in SPLITS}
+    made = Labels(labels.classes, names, *arrays, per_category=True)
+    return ImageSet(made, partial(_make, images, recipe), images.content, images.from_files)
 
-    def read(split, i):
-        row, kind, other = recipe[split][i]
-        image = images.read("train", row)
-        return outlier(image, images.read("train", other), kind, np.random.RandomState(i)) if kind else image
 
-    return ImageSet(Labels(labels.classes, names, *arrays, per_category=True), read, images.from_files)
+def _make(images: ImageSet, recipe: dict[str, list[tuple]], split: str, i: int) -> np.ndarray:
+    """An image of the validation set: (row, kind of outlier or nothing, other row) of the training split."""
+    row, kind, other = recipe[split][i]
+    image = images.read("train", row)
+    return outlier(image, images.read("train", other), kind, np.random.RandomState(i)) if kind else image
 
 
 def outlier(image: np.ndarray, other: np.ndarray, kind: str, rng: np.random.RandomState) -> np.ndarray:
@@ -291,7 +317,17 @@ def cache_folder(config: Config, img_size: tuple[int, int]) -> Path:
         return Path(config.feature_path)
     extractor = config.extractor.replace("/", "_").replace(":", "_")
     validation = "-validation" if config.validate else ""
-    return Path("features") / f"{config.dataset}-{extractor}-{img_size[0]}x{img_size[1]}-{config.token_grid}{validation}"
+    grid = f"compact{config.window}" if config.token_grid == "compact" else config.token_grid
+    return Path("features") / f"{config.dataset}-{extractor}-{img_size[0]}x{img_size[1]}-{grid}{validation}"
+
+
+def has_features(folder: Path) -> bool:
+    """Whether a folder holds a cache, fitting or not. Raises UserError when it holds something else."""
+    if (folder / "meta.json").exists():
+        return True
+    if folder.is_dir() and any(folder.iterdir()) or folder.is_file():
+        raise UserError(f"feature_path: {folder} is there and holds no features; give a folder that is new, empty or a cache")
+    return False
 
 
 class CacheWriter:
@@ -301,7 +337,7 @@ class CacheWriter:
     """
 
     def __init__(self, folder: Path, fields: dict, labels: Labels, tokens_per_image: int, channels: int):
-        self.folder, self.partial = folder, folder.with_name(folder.name + ".partial")
+        self.folder, self.partial = folder, folder.with_name(f"{folder.name}.{os.getpid()}.partial")
         self.fields, self.labels, self.row = fields, labels, (tokens_per_image, channels)
         if self.partial.exists():
             shutil.rmtree(self.partial)
@@ -344,6 +380,10 @@ class FeatureCache:
         for field, wanted in {"format": CACHE_FORMAT, **expected}.items():
             found = self.meta.get(field)
             if found != _as_json(wanted):
+                if field == "image_list":
+                    raise UserError(
+                        f"the features in {folder} are of other images than those now there; delete that folder or give another --feature_path"
+                    )
                 raise UserError(
                     f"the features in {folder} do not fit: {field} is {_short(found)} there, {_short(wanted)} is wanted; "
                     f"delete that folder or give another --feature_path"

@@ -20,7 +20,10 @@ TILE = 96  # pixels
 
 
 def draw_all(config: Config, cache: datasets.FeatureCache, classes: list[str], folder: Path) -> None:
-    """Draw every picture of a run (first seed) into ``folder``/figures from what its classes left behind."""
+    """Draw every picture of a run (first seed) into ``folder``/figures from what its classes left behind.
+
+    Contact sheets need the raw images: with ``pretrained`` there are none.
+    """
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     kept = {name: read_kept(config, name) for name in classes}
@@ -28,13 +31,16 @@ def draw_all(config: Config, cache: datasets.FeatureCache, classes: list[str], f
     draw_curves(kept, figures / "epochs.png")
     for name, content in kept.items():
         draw_histogram(name, content["test"], config.nbins1, config.nbins2, figures / f"scores-{name}.png")
+    if config.pretrained:
+        return  # the raw images need not be there
     try:
         images = datasets.images_of(config)
-    except UserError:
-        print("no contact sheets: the raw images are not there")
-        return
-    for name, content in kept.items():
-        draw_sheet(images, content["test"], figures / f"extremes-{name}.png")
+        if images.fingerprint() != cache.meta["image_list"]:
+            raise UserError("the images have changed since they were extracted")
+        for name, content in kept.items():
+            draw_sheet(images, content["test"], figures / f"extremes-{name}.png")
+    except UserError as mistake:
+        print(f"no contact sheets: {mistake}")
 
 
 def read_kept(config: Config, class_name: str) -> dict:

@@ -51,7 +51,7 @@ def cache_fields(config: Config) -> dict:
         "norm_std": config.norm_std or tuple(defaults.std),
         "token_grid": config.token_grid,
         "window": config.window if config.token_grid == "compact" else None,
-        "pooling": config.pooling,
+        "pooling": config.pooling if config.token_grid.isdigit() else "correct",
     }
     if config.precision != "auto":
         fields["precision"] = config.precision
@@ -100,12 +100,14 @@ class Backbone(nn.Module):
 
     def __init__(self, model: nn.Module, img_size: tuple[int, int]):
         super().__init__()
-        self.model = model
+        self.model, self.img_size = model, img_size
         with torch.inference_mode():
             sample = model.forward_features(torch.zeros(1, 3, *img_size))
+        if not isinstance(sample, Tensor) or sample.dim() not in (3, 4):
+            raise UserError("extractor: this timm model gives neither a token sequence nor a map; choose another backbone")
         self.is_map = sample.dim() == 4
         self.channels_last_map = self.is_map and getattr(model, "output_fmt", "NCHW") == "NHWC"
-        self.prefix = 0 if self.is_map else getattr(model, "num_prefix_tokens", 1)
+        self.prefix = 0 if self.is_map else getattr(model, "num_prefix_tokens", int(getattr(model, "cls_token", None) is not None))
         self.has_class_token = self.prefix > 0 and getattr(model, "cls_token", None) is not None
         self.grid = self._grid(sample, img_size)
         self.n_feat = self.split(sample)[0].shape[1]
@@ -114,11 +116,11 @@ class Backbone(nn.Module):
         if self.is_map:
             return tuple(sample.shape[1:3]) if self.channels_last_map else tuple(sample.shape[2:])
         n = sample.shape[1] - self.prefix
-        grid = tuple(getattr(self.model.patch_embed, "grid_size", None) or (0, 0))
+        grid = tuple(getattr(getattr(self.model, "patch_embed", None), "grid_size", None) or (0, 0))
         if math.prod(grid) != n:
             rows = round(math.sqrt(n * img_size[0] / img_size[1]))
             grid = (rows, n // max(rows, 1))
-        if math.prod(grid) != n:
+        if n < 1 or math.prod(grid) != n:
             raise UserError(f"extractor: {n} patch tokens of a {img_size[0]}x{img_size[1]} image form no grid; choose another backbone")
         return grid
 
@@ -208,19 +210,19 @@ def half_precision(config: Config, device: torch.device) -> torch.dtype:
     if config.precision != "auto":
         return getattr(torch, config.precision)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     capable = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if capable else torch.float32
 
 
 def make_fast(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:
     """The same function, quicker: batch norms folded into convolutions, channels last, moved to device and dtype."""
-    folded = fold_batch_norms(backbone.model)
+    folded = fold_batch_norms(backbone.model, backbone.img_size)
     backbone.model = folded.to(device=device, dtype=dtype)
     return backbone.to(memory_format=torch.channels_last) if backbone.is_map else backbone
 
 
-def fold_batch_norms(model: nn.Module) -> nn.Module:
+def fold_batch_norms(model: nn.Module, img_size: tuple[int, int] = (64, 64)) -> nn.Module:
     """Fold each BatchNormAct2d that stands right behind a convolution into it.
 
     Neighbours in a module's list need not be neighbours in its forward pass, so the outcome is compared with the model on
@@ -238,7 +240,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
                 setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, norm.act)
     with torch.inference_mode():
-        noise = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(2, 3, *img_size, generator=torch.Generator().manual_seed(0))
         wanted, got = model.forward_features(noise), folded.forward_features(noise)
     return folded if torch.allclose(wanted, got, rtol=1e-3, atol=1e-3 * wanted.abs().max().item()) else model
 
@@ -374,7 +376,7 @@ class Extraction:
             "kind": "map" if backbone.is_map else "tokens",
             "grid": self.grid,
             "tokens": 1 + self.tokens,
-            "images": images.labels.fingerprint(),
+            "image_list": images.fingerprint(),
         }
         self.full_grid, self.n_feat = backbone.grid, backbone.n_feat
         self.backbone = make_fast(backbone, device, self.dtype)
@@ -456,10 +458,10 @@ def derive(config: Config, images: datasets.ImageSet, fields: dict) -> Path | No
     """Make a pooled or compact cache out of the same images' full-grid cache, without the backbone -> its folder, or None without one."""
     full = dataclasses.replace(config, token_grid="full", feature_path=None)
     source, folder = (datasets.cache_folder(one, fields["img_size"]) for one in (full, config))
-    if config.token_grid == "full" or not source.exists():
+    if config.token_grid == "full" or not datasets.has_features(source):
         return None
     try:
-        cache = datasets.FeatureCache(source, cache_fields(full) | {"images": images.labels.fingerprint()})
+        cache = datasets.FeatureCache(source, cache_fields(full) | {"image_list": images.fingerprint()})
     except UserError:
         return None
     grid, n = cached_grid(cache.grid, config.token_grid, config.window)
@@ -487,13 +489,13 @@ def ensure_features(config: Config, device: torch.device) -> datasets.FeatureCac
     try:
         images = datasets.images_of(config)
     except UserError as mistake:
-        hint = f"; the features in {folder} can be used without the images: --pretrained True" if (folder / "meta.json").exists() else ""
+        hint = f"; the features in {folder} can be used without the images: --pretrained True" if datasets.has_features(folder) else ""
         raise UserError(f"{mistake}{hint}") from None
     datasets.choose_classes(images.labels, config.class_name)  # a mistake shows before the long extraction, not behind it
-    if not folder.exists():
+    if not datasets.has_features(folder):
         derive(config, images, fields) or extract(config, images, fields, device)
         return datasets.FeatureCache(folder, fields)
-    cache = datasets.FeatureCache(folder, fields | {"images": images.labels.fingerprint()})
+    cache = datasets.FeatureCache(folder, fields | {"image_list": images.fingerprint()})
     print(f"features: reusing the cache {folder}", flush=True)
     return cache
 
@@ -503,7 +505,7 @@ def main(config: Config) -> None:
     fields = cache_fields(config)
     folder = datasets.cache_folder(config, fields["img_size"])
     images = datasets.images_of(config)
-    if folder.exists():
+    if datasets.has_features(folder):
         datasets.FeatureCache(folder, fields)  # refuses to replace the features of another configuration
         print(f"features: extracting again what {folder} holds", flush=True)
     print(f"features written to {extract(config, images, fields, device)}", flush=True)

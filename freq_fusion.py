@@ -92,6 +92,8 @@ class HiLo(nn.Module):
         self.low = int(heads * alpha)
         self.high = heads - self.low
         low_out = hidden * self.low // heads
+        if self.low and not low_out or self.high and low_out == hidden:
+            raise ValueError(f"hilo with {heads} heads and alpha {alpha} needs a wider subnet than fc_internal {hidden}")
         for name, count, out in (("h", self.high, hidden - low_out), ("l", self.low, low_out)):
             if count:
                 inner = count * self.width

@@ -107,18 +107,19 @@ def run_sweep(config: Config, folder: Path) -> None:
     """Run every combination of the values that the knob ``sweep`` lists, then the table of them all."""
     start, sweep = time.perf_counter(), knobs.parse_sweep(config.sweep)
     summaries = {}
-    for values in itertools.product(*sweep.values()):
-        name = "-".join(values)
+    configs = {}
+    for values in itertools.product(*sweep.values()):  # all of them first: a mistake shows before the first run
+        parsed, name = knobs.parse_values(dict(zip(sweep, values))), "-".join(values).replace("/", "_")
+        configs[values] = dataclasses.replace(config, **parsed, modelname=f"{config.modelname}/{name}", sweep=None)
+    for values, one in configs.items():
         print(f"\n=== {' '.join(f'{knob} {value}' for knob, value in zip(sweep, values))}", flush=True)
-        parsed = knobs.parse_values(dict(zip(sweep, values)))
-        one = dataclasses.replace(config, **parsed, modelname=f"{config.modelname}/{name}", sweep=None)
-        summaries[values] = run(one, folder / name)
+        summaries[values] = run(one, train.run_folder(one))
     print("\n" + report.write_sweep(folder, sweep, summaries, time.perf_counter() - start))
     print(f"\nresults in {folder}/sweep.json and sweep.md")
 
 
 def main(config: Config) -> None:
-    folder = Path("runs") / config.modelname
+    folder = train.run_folder(config)
     if config.sweep:
         run_sweep(config, folder)
     else:

@@ -20,9 +20,8 @@ def power_l2(tokens: Tensor) -> Tensor:
 
 def centred_window(grid: tuple[int, int], share: float) -> Tensor:
     """Weights (N), summing to 1, of a Gaussian on the centre of the grid, its sigma ``share`` times the grid's sides."""
-    rows, columns = (torch.exp(-0.5 * ((torch.arange(side) - (side - 1) / 2) / (share * side)).square()) for side in grid)
-    window = torch.outer(rows, columns).flatten()
-    return window / window.sum()
+    rows, columns = (torch.softmax(-0.5 * ((torch.arange(side) - (side - 1) / 2) / (share * side)).square(), 0) for side in grid)
+    return torch.outer(rows, columns).flatten()
 
 
 class Normalizer(nn.Module):

@@ -1,6 +1,7 @@
 """The report of a run: its summary over classes and seeds, the table, and the files results.json, .csv and .md."""
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def summarize(config: Config, results: list[dict], baseline_table: dict, seconds
     rows = {name: {"classes": per_class, "mean": _mean_metrics(per_class)} for name, per_class in baseline_table.items()}
     return {
         "classes": by_class, "mean": mean, "baselines": rows, "config": dataclasses.asdict(config), "seeds": seeds, "features": meta,
-        "versions": utils.versions(), "wall_time_s": round(seconds, 1), "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": utils.versions(), "wall_time_s": round(seconds, 1), "command": "python " + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }  # fmt: skip
 
 
@@ -49,14 +50,15 @@ def make_table(summary: dict) -> tuple[list[str], list[list[str]]]:
     chosen = "last epoch" if config["select_epoch"] == "last" else "epoch by held-out likelihood"
     header = ["class", f"AUROC ({chosen})", "AUPR", "FPR95", "best on test (oracle)", *summary["baselines"]]
 
-    def cell(values, metric):
-        return f"{values[metric]:.4f}" + (f" ± {values[f'{metric}_std']:.4f}" if n_seeds > 1 else "")
-
     rows = []
     for name, values in [*summary["classes"].items(), ("mean", summary["mean"])]:
         others = [b["mean"] if name == "mean" else b["classes"][name] for b in summary["baselines"].values()]
-        rows.append([name, *(cell(values, metric) for metric in SHOWN), *(f"{other['auroc']:.4f}" for other in others)])
+        rows.append([name, *(cell(values, metric, n_seeds) for metric in SHOWN), *(f"{other['auroc']:.4f}" for other in others)])
     return header, rows
+
+
+def cell(values: dict, metric: str, n_seeds: int) -> str:
+    return f"{values[metric]:.4f}" + (f" ± {values[f'{metric}_std']:.4f}" if n_seeds > 1 else "")
 
 
 def as_text(header: list[str], rows: list[list[str]], ruled_last: bool = True) -> str:
@@ -116,7 +118,7 @@ def sweep_table(sweep: dict[str, list[str]], summaries: dict[tuple, dict], metri
     rows = []
     for value in sweep[first]:
         means = [summaries[(value, *column)]["mean"] for column in columns]
-        rows.append([value, *(f"{mean[metric]:.4f} ± {mean[f'{metric}_std']:.4f}" for mean in means)])
+        rows.append([value, *(cell(mean, metric, len(next(iter(summaries.values()))["seeds"])) for mean in means)])
     return header, rows
 
 
@@ -125,7 +127,8 @@ def write_sweep(folder: Path, sweep: dict[str, list[str]], summaries: dict[tuple
     header, rows = sweep_table(sweep, summaries)
     one = next(iter(summaries.values()))
     utils.write_json(folder / "sweep.json", {"sweep": sweep, "runs": {" ".join(values): summary for values, summary in summaries.items()}})
-    note = f"Mean AUROC over the classes, ± standard deviation over seeds {', '.join(map(str, one['seeds']))}; {describe_run(one, seconds)}"
+    spread = f"± standard deviation over seeds {', '.join(map(str, one['seeds']))}" if len(one["seeds"]) > 1 else f"seed {one['seeds'][0]}"
+    note = f"Mean AUROC over the classes, {spread}; {describe_run(one, seconds)}"
     others = {"likelihood_auroc": "negative log-likelihood", "latent_auroc": "mean z²"}
     tables = [f"Score: {one['config']['score']}\n\n{markdown_table(header, rows)}"]
     tables += [f"The same flows scored by {text}:\n\n{markdown_table(*sweep_table(sweep, summaries, metric))}" for metric, text in others.items()]

@@ -55,7 +55,8 @@ class TogetherTrainer:
     def train_step(self, batches: tuple) -> Tensor:
         """One Adam step for all classes, each on its own batch of rows -> losses (G), detached."""
         first = self.trainers[0]
-        set_learning_rate(self.optimizer, self.config, first.step / first.steps)
+        for optimizer in (self.optimizer, *(trainer.optimizer for trainer in self.trainers)):  # theirs, for their messages
+            set_learning_rate(optimizer, self.config, first.step / first.steps)
         inputs = [trainer.inputs(batch) for trainer, batch in zip(self.trainers, batches)]
         semantic, patches = (torch.stack(tokens) for tokens in zip(*inputs))  # (G, B, C), (G, B, N, C)
         losses = torch.vmap(self._loss)(self.parameters, semantic, patches)

@@ -227,7 +227,8 @@ class Trainer:
         return loss.detach()
 
     def after_step(self, loss: Tensor) -> None:
-        if self.device.type == "cpu" or self.step % 64 == 63 or self.step + 1 == self.steps:  # on a GPU, reading the loss waits for it
+        now = self.device.type == "cpu" or self.step % 64 == 63 or self.step + 1 == self.steps  # on a GPU, reading the loss waits for it
+        if now and not self.has_ended():
             self.check_finite(loss)
         self.step += 1
 
@@ -257,7 +258,7 @@ class Trainer:
             detector.reference = detector.latents(data.train, data.fit_rows)[0]
         z, log_det = detector.latents(data.test, data.test_rows)
         scores = detector.score(z, log_det)
-        if not np.isfinite(scores).all():
+        if not np.isfinite(scores).all() or not math.isfinite(entry.get("held_out_loss", 0.0)):
             self.step -= 1  # of the epoch that has just ended
             self.check_finite(torch.tensor(float("nan")))
         entry["auroc"] = utils.auroc(data.labels, scores)
@@ -292,14 +293,20 @@ class Trainer:
 
 
 # ---------------------------------------------------------------- checkpoints
+def run_folder(config: Config) -> Path:
+    return Path("runs") / config.modelname
+
+
 def checkpoint_path(config: Config, class_name: str, seed: int) -> Path:
     """Where a class and seed of a run is kept, without the suffix."""
-    return Path("runs") / config.modelname / "classes" / f"{class_name.replace('/', '_')}-seed{seed}"
+    return run_folder(config) / "classes" / f"{class_name.replace('/', '_')}-seed{seed}"
 
 
 def save_fitted(config: Config, cache: datasets.FeatureCache, fitted: Fitted) -> Path:
     """Keep a fitted class: its result with configuration, history and scores (JSON, written last), and its weights (safetensors)."""
     path = checkpoint_path(config, fitted.result["class"], fitted.result["seed"])
+    path.with_suffix(".json").unlink(missing_ok=True)  # an older run's: it would not fit what is written now
+    path.with_suffix(".safetensors").unlink(missing_ok=True)
     if config.save_model:
         with utils.whole_file(path.with_suffix(".safetensors")) as partial:
             save_file({name: tensor.contiguous().cpu() for name, tensor in fitted.detector.state_dict().items()}, partial)

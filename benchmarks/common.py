@@ -1,6 +1,5 @@
 """Timing shared by the benchmarks: interleaved medians, the machine's matmul peak, peak memory."""
 
-import resource
 import statistics
 import sys
 import time
@@ -47,11 +46,6 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
             wait(device)
             best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
-
-
-def peak_memory_gb() -> float:
-    """The most memory this process has held resident, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def print_machine() -> None:

@@ -7,6 +7,7 @@ python benchmarks/extraction.py --extractor VIT --weights random --images 2000 -
 import argparse
 import dataclasses
 import io
+from functools import partial
 
 import numpy as np
 import torch
@@ -66,6 +67,10 @@ class NoBar:
         pass
 
 
+def read_chosen(images, chosen, split, i):
+    return images.read("train", chosen[i])
+
+
 def first_images(images, count):
     """The data set cut to its first training images, spread over the classes."""
     chosen = np.linspace(0, len(images.labels.names["train"]) - 1, count).astype(int)
@@ -76,7 +81,7 @@ def first_images(images, count):
         {"train": labels.category["train"][chosen], "test": np.zeros(0, int)},
         {"train": labels.defect["train"][chosen], "test": np.zeros(0, bool)},
     )
-    return datasets.ImageSet(cut, lambda split, i: images.read("train", chosen[i]), images.from_files)
+    return datasets.ImageSet(cut, partial(read_chosen, images, chosen), images.content, images.from_files)
 
 
 def collect(job):

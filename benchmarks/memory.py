@@ -3,6 +3,7 @@
 python benchmarks/memory.py train.py --pretrained True --extractor efficientnet_lite0 --dataset_path data/cifar10 --class_name cat
 """
 
+import signal
 import subprocess
 import sys
 import time
@@ -24,15 +25,22 @@ def tree_memory(pid: int) -> int:
 
 
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+    arguments = sys.argv[1:]
+    seconds = float("inf")
+    if arguments[:1] == ["--seconds"]:  # the script is ended after so long
+        seconds, arguments = float(arguments[1]), arguments[2:]
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
-        return 0 if len(sys.argv) > 1 else 2
-    process = subprocess.Popen([sys.executable, *sys.argv[1:]])
+        return 0 if arguments else 2
+    process = subprocess.Popen([sys.executable, *arguments])
     peak, start = 0, time.perf_counter()
     while process.poll() is None:
         peak = max(peak, tree_memory(process.pid))
         time.sleep(0.1)
-    print(f"peak resident memory {peak / 1e9:.2f} GB, {time.perf_counter() - start:.0f} s: {' '.join(sys.argv[1:])}")
+        if time.perf_counter() - start > seconds:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+    print(f"peak resident memory {peak / 1e9:.2f} GB, {time.perf_counter() - start:.0f} s: {' '.join(arguments)}")
     return process.returncode
 
 
