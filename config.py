@@ -235,10 +235,12 @@ def parse_sweep(text):
         name, equals, values = part.strip().partition("=")
         if not equals or not values:
             raise UserError(f"sweep: expected knob=value,value;knob=value,value, got {text!r}")
+        fields = {field.name: field for field in dataclasses.fields(Config)}
+        if name not in fields:
+            raise UserError(unknown("knob", name, fields))
         if name in ("preset", "modelname", "sweep"):
             raise UserError(f"sweep: {name} cannot be swept; run the script once per {name}")
         sweep[name] = [value.strip() for value in values.split(",")]
-        fields = {field.name: field for field in dataclasses.fields(Config)}
         for value in sweep[name]:
             check(fields[name], parse_values({name: value})[name])
     return sweep

@@ -82,7 +82,7 @@ class ImageSet:
 
     labels: Labels
     read: Callable[[str, int], np.ndarray]  # picklable: readers may be other processes
-    content: str
+    content: str = ""
     from_files: bool = True
 
     def fingerprint(self) -> str:

@@ -436,7 +436,7 @@ def test_other_settings_are_refused(mixed, change):
 def test_changed_images_are_refused(mixed):
     extractor.ensure_features(small(mixed), CPU)
     (mixed / "train" / "a" / "00.png").unlink()
-    with pytest.raises(UserError, match="images is"):
+    with pytest.raises(UserError, match="other images"):
         extractor.ensure_features(small(mixed), CPU)
 
 
