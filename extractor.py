@@ -157,6 +157,7 @@ def load_backbone(config: Config) -> Backbone:
             f"the weights of {name} are not reachable ({reason}); download them where there is a network and give the file: --weights_path FILE"
         ) from None
     if config.weights_path not in (None, "random"):
+        model.reset_classifier(0)  # a file may hold another one, or none
         load_weights_file(model, Path(config.weights_path))
     elif config.extractor == "efficientnet_lite0" and config.weights_path is None:
         load_weights_file(model, efficientnet_lite0_file(), by_order=True)

@@ -196,7 +196,7 @@ def test_flag_without_a_value():
         (["cat"], ("cat",)),
         (["--seed"], ("seed",)),
         (["--seed", "1.5"], ("seed", "1.5", "whole number")),
-        (["--seed", "-1"], ("seed", "-1", "at least 0")),
+        (["--seed", "-1"], ("seed", "-1", "from 0")),
         (["--alpha", "1.5"], ("alpha", "1.5")),
         (["--lr_init", "nan"], ("lr_init", "finite")),
         (["--lr_init", "inf"], ("lr_init", "finite")),
