@@ -189,7 +189,7 @@ def _rgb(pixels: np.ndarray, channels_first: bool) -> np.ndarray:
 def _folders(root: Path) -> ImageSet:
     """``{train,test}/<class>/**``. A test folder without a train folder of its name is anomalous for every class."""
     classes = _subfolders(root / "train")
-    files = {split: [(path, name) for name in _subfolders(root / split) for path in _images_below(root / split / name)] for split in SPLITS}
+    files = {split: [(path, name) for name in _subfolders(root / split) for path in images_below(root / split / name)] for split in SPLITS}
     category = {split: np.array([classes.index(name) if name in classes else OTHER for _, name in files[split]]) for split in SPLITS}
     return _file_set(root, classes, {s: [path for path, _ in files[s]] for s in SPLITS}, category, {s: np.zeros(len(files[s]), bool) for s in SPLITS})
 
@@ -208,7 +208,7 @@ def _mvtec(root: Path) -> ImageSet:
     for number, folder in enumerate(categories.values()):
         for split in SPLITS:
             for kind in _subfolders(folder / split):
-                found = _images_below(folder / split / kind)
+                found = images_below(folder / split / kind)
                 files[split] += found
                 category[split] += [number] * len(found)
                 defect[split] += [kind != "good"] * len(found)
@@ -222,7 +222,8 @@ def _subfolders(folder: Path) -> list[str]:
     return names
 
 
-def _images_below(folder: Path) -> list[Path]:
+def images_below(folder: Path) -> list[Path]:
+    """The image files in a folder and its subfolders, sorted. Raises UserError when there are none."""
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith("."))
     if not found:
         raise UserError(f"dataset_path: no images in {folder}; expected files ending in {', '.join(IMG_EXTENSIONS)}")
@@ -238,6 +239,14 @@ def _file_set(root, classes, files, category, defect, per_category=False) -> Ima
 
 def _from_file(files: dict[str, list[Path]], split: str, i: int) -> np.ndarray:
     return read_image(files[split][i])
+
+
+def unlabelled(files: list[Path]) -> ImageSet:
+    """Image files without labels, as a test split."""
+    category = {"train": np.zeros(0, np.int64), "test": np.full(len(files), OTHER)}
+    names = {"train": [], "test": [str(path) for path in files]}
+    labels = Labels((), names, category, {split: np.zeros(len(names[split]), bool) for split in SPLITS})
+    return ImageSet(labels, partial(_from_file, {"train": [], "test": files}))
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -379,7 +388,7 @@ class FeatureCache:
         self.folder, self.meta = folder, read_meta(folder)
         for field, wanted in {"format": CACHE_FORMAT, **expected}.items():
             found = self.meta.get(field)
-            if found != _as_json(wanted):
+            if found != as_json(wanted):
                 if field == "image_list":
                     raise UserError(
                         f"the features in {folder} are of other images than those now there; delete that folder or give another --feature_path"
@@ -446,7 +455,8 @@ def read_meta(folder: Path) -> dict:
     return meta
 
 
-def _as_json(value):
+def as_json(value):
+    """What a value is after it has been through JSON."""
     return json.loads(json.dumps(value))
 
 

@@ -457,7 +457,7 @@ def check_disk(folder: Path, size: int) -> None:
 
 def derive(config: Config, images: datasets.ImageSet, fields: dict) -> Path | None:
     """Make a pooled or compact cache out of the same images' full-grid cache, without the backbone -> its folder, or None without one."""
-    full = dataclasses.replace(config, token_grid="full", feature_path=None)
+    full = dataclasses.replace(config, token_grid="full", pooling="correct", feature_path=None)
     source, folder = (datasets.cache_folder(one, fields["img_size"]) for one in (full, config))
     if config.token_grid == "full" or not datasets.has_features(source):
         return None

@@ -155,6 +155,7 @@ class Fitted:
     scores: np.ndarray
     labels: np.ndarray
     test_rows: np.ndarray
+    held_scores: np.ndarray  # of the held-out normal training images; empty where none were held out
     history: list[dict]
     result: dict
 
@@ -252,10 +253,13 @@ class Trainer:
         """Score the test images and the held-out normals after an epoch; remember the epoch if it is the one to report so far."""
         detector, data = self.detector.eval(), self.data
         entry = {"epoch": epoch, "loss": loss}
-        if len(data.held_rows):
-            entry["held_out_loss"] = model.loss_per_image(*detector.latents(data.train, data.held_rows)).mean().item()
         if self.config.score == "latent_knn":
             detector.reference = detector.latents(data.train, data.fit_rows)[0]
+        held_scores = np.empty(0)
+        if len(data.held_rows):
+            held = detector.latents(data.train, data.held_rows)
+            entry["held_out_loss"] = model.loss_per_image(*held).mean().item()
+            held_scores = detector.score(*held)
         z, log_det = detector.latents(data.test, data.test_rows)
         scores = detector.score(z, log_det)
         if not np.isfinite(scores).all() or not math.isfinite(entry.get("held_out_loss", 0.0)):
@@ -265,15 +269,15 @@ class Trainer:
         entry["latent_auroc"] = utils.auroc(data.labels, model.latent_score(z).cpu().numpy())
         entry["likelihood_auroc"] = utils.auroc(data.labels, model.likelihood_score(z, log_det).cpu().numpy())
         self.history.append(entry)
-        self._choose(entry, scores)
+        self._choose(entry, scores, held_scores)
         if self.config.verbose:
             held = f"  held-out loss {entry['held_out_loss']:.4f}" if "held_out_loss" in entry else ""
             tqdm.write(f"{data.class_name}  epoch {epoch}  loss {loss:.4f}{held}  AUROC {entry['auroc']:.4f}")
 
-    def _choose(self, entry: dict, scores: np.ndarray) -> None:
+    def _choose(self, entry: dict, scores: np.ndarray, held_scores: np.ndarray) -> None:
         by_likelihood = self.config.select_epoch == "likelihood"
         if not by_likelihood or self.best is None or entry["held_out_loss"] < self.best["entry"]["held_out_loss"]:
-            self.best = {"index": len(self.history), "entry": entry, "scores": scores}
+            self.best = {"index": len(self.history), "entry": entry, "scores": scores, "held_scores": held_scores}
             self.best_state = copy.deepcopy(self.detector.state_dict()) if by_likelihood and self.config.meta_epochs > 1 else None
 
     def finish(self, seconds: float) -> Fitted:
@@ -289,7 +293,7 @@ class Trainer:
             "loss": self.best["entry"]["loss"], "held_out_loss": self.best["entry"].get("held_out_loss"),
             "n_train": len(data.fit_rows), "n_held_out": len(data.held_rows), "n_test": len(data.test_rows), "seconds": round(seconds, 1),
         }  # fmt: skip
-        return Fitted(self.detector, scores, data.labels, data.test_rows, self.history, result)
+        return Fitted(self.detector, scores, data.labels, data.test_rows, self.best["held_scores"], self.history, result)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -313,6 +317,7 @@ def save_fitted(config: Config, cache: datasets.FeatureCache, fitted: Fitted) ->
     content = {
         "result": fitted.result, "history": fitted.history, "config": dataclasses.asdict(config), "features": cache.meta,
         "test": {"rows": fitted.test_rows.tolist(), "labels": fitted.labels.tolist(), "scores": fitted.scores.astype(float).tolist()},
+        "held_out_scores": fitted.held_scores.astype(float).tolist(),
     }  # fmt: skip
     utils.write_json(path.with_suffix(".json"), content)
     return path
@@ -323,6 +328,11 @@ def undefined_as_nan(entry: dict) -> dict:
     return {name: float("nan") if value is None and name.endswith(("auroc", "aupr", "fpr95")) else value for name, value in entry.items()}
 
 
+def config_of(content: dict) -> Config:
+    """The configuration that a class's JSON was made with."""
+    return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in content["config"].items()})
+
+
 def load_detector(path: Path) -> tuple[Detector, dict]:
     """The detector of a checkpoint (either of its two files) and what its JSON says. Unpickles nothing. Raises UserError."""
     path = Path(path)
@@ -331,8 +341,7 @@ def load_detector(path: Path) -> tuple[Detector, dict]:
         state = load_file(path.with_suffix(".safetensors"))
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"expected a checkpoint {path.with_suffix('.json')} with its .safetensors beside it ({error})") from None
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}
-    detector = Detector(Config(**values), content["features"])
+    detector = Detector(config_of(content), content["features"])
     detector.reference = state["reference"]
     detector.load_state_dict(state)
     return detector.eval(), content
