@@ -104,9 +104,21 @@ NAMED = {  # SPEC 4: name -> (C, grid)
 
 @pytest.mark.parametrize("name", NAMED)
 def test_named_backbones(name):
-    """Channels and grid at their own image size, as SPEC 4 lists them (untrained; the constructor passes one image through)."""
+    """At their own image size, untrained: shapes as SPEC 4 lists them, the tokens timm's own, pooled cells an independent average."""
     backbone = load_backbone(settings(name))
-    assert (backbone.n_feat, backbone.grid) == NAMED[name]
+    channels, (rows, columns) = NAMED[name]
+    assert (backbone.n_feat, backbone.grid) == (channels, (rows, columns))
+    image = torch.randn(1, 3, *backbone.img_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        features, tokens = backbone.model.forward_features(image), backbone(image)
+    prefix = features.shape[1] - rows * columns
+    assert prefix == (2 if name == "deit" else 1) and tokens.shape == (1, 1 + rows * columns, channels)
+    assert torch.equal(tokens[:, 0], features[:, 0]) and torch.equal(tokens[:, 1:], features[:, prefix:])
+    side = rows // 3 if rows % 3 == 0 else rows // 2
+    step = rows // side
+    pooled = pool_tokens(tokens, backbone.grid, str(side))
+    cell = [features[0, prefix + row * columns + column] for row in range(step, 2 * step) for column in range(2 * step, 3 * step)]
+    assert (pooled[0, 1 + side + 2] - torch.stack(cell).mean(0)).abs().max() < 1e-5 * tokens.abs().max()
 
 
 def test_all_names_are_timms():
