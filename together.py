@@ -13,7 +13,7 @@ from torch.func import functional_call, stack_module_state
 
 import model
 from linear import Linear
-from train import Fitted, Trainer, make_optimizer, set_learning_rate
+from train import Fitted, Trainer, make_optimizer
 
 
 class TogetherTrainer:
@@ -54,9 +54,8 @@ class TogetherTrainer:
 
     def train_step(self, batches: tuple) -> Tensor:
         """One Adam step for all classes, each on its own batch of rows -> losses (G), detached."""
-        first = self.trainers[0]
-        for optimizer in (self.optimizer, *(trainer.optimizer for trainer in self.trainers)):  # theirs, for their messages
-            set_learning_rate(optimizer, self.config, first.step / first.steps)
+        for trainer in self.trainers:  # all at the same step
+            self.optimizer.param_groups[0]["lr"] = trainer.next_rate()
         inputs = [trainer.inputs(batch) for trainer, batch in zip(self.trainers, batches)]
         semantic, patches = (torch.stack(tokens) for tokens in zip(*inputs))  # (G, B, C), (G, B, N, C)
         losses = torch.vmap(self._loss)(self.parameters, semantic, patches)

@@ -140,10 +140,47 @@ def make_optimizer(parameters: list[Tensor], config: Config) -> torch.optim.Adam
     return torch.optim.Adam(parameters, lr=config.lr_init, weight_decay=config.weight_decay, fused=True, **ADAM)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, progress: float) -> None:
+def learning_rate(config: Config, progress: float) -> float:
     """The learning rate after the share ``progress`` (0 to 1) of all steps."""
-    factor = 0.5 * (1 + math.cos(math.pi * progress)) if config.lr_schedule == "cosine" else 1.0
-    optimizer.param_groups[0]["lr"] = config.lr_init * factor
+    return config.lr_init * (0.5 * (1 + math.cos(math.pi * progress)) if config.lr_schedule == "cosine" else 1.0)
+
+
+class SubnetOptimizers:
+    """Adam, one per subnet, that steps during the backward pass, as soon as all gradients of the subnet are there, and drops them.
+
+    The outcome is that of one Adam over all parameters; but the gradients of the whole flow are never held at once, a quarter of what
+    training needs. Clipping needs them all: there, ``step`` clips and steps behind the backward pass.
+    """
+
+    def __init__(self, flow: nn.Module, config: Config):
+        subnets = [list(module.parameters()) for module in flow.modules() if isinstance(module, model.Subnet)]
+        self.optimizers = [make_optimizer(parameters, config) for parameters in subnets]
+        self.parameters, self.max_norm = [p for parameters in subnets for p in parameters], config.max_grad_norm
+        self.missing = [len(parameters) for parameters in subnets]
+        if not self.max_norm:
+            for number, parameters in enumerate(subnets):
+                for parameter in parameters:
+                    parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._arrived(number))
+
+    def _arrived(self, number: int) -> None:
+        self.missing[number] -= 1
+        if self.missing[number] == 0:
+            optimizer = self.optimizers[number]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            self.missing[number] = len(optimizer.param_groups[0]["params"])
+
+    def set_learning_rate(self, rate: float) -> None:
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = rate
+
+    def step(self) -> None:
+        """What is left to do behind the backward pass."""
+        if self.max_norm:
+            nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
 
 # ---------------------------------------------------------------- one class
@@ -170,7 +207,8 @@ class Trainer:
         self._fit_normalizer()
         self.detector.to(device)
         self.parameters = list(self.detector.parameters())
-        self.optimizer = make_optimizer(self.parameters, config)
+        self.optimizer = SubnetOptimizers(self.detector.flow, config)
+        self.rate = config.lr_init
         self.generator = np.random.RandomState(seed)
         self.noise = torch.Generator(device).manual_seed(seed)
         self.step, self.steps = 0, config.meta_epochs * config.sub_epochs * math.ceil(len(data.fit_rows) / config.batch_size)
@@ -180,7 +218,7 @@ class Trainer:
         normalizer, rows, source = self.detector.normalizer, self.data.fit_rows, self.data.train
         if normalizer.steps == ["none"]:
             return
-        semantic = torch.cat([normalizer.pool(*source.on_cpu(part)) for part in parts(rows, 500)])
+        semantic = torch.cat([normalizer.pool(*source.on_cpu(part)).clone() for part in parts(rows, 250)])  # clone: a view would keep the patches
         sample = rows[np.linspace(0, len(rows) - 1, min(PATCH_SAMPLE, len(rows))).astype(int)]
         normalizer.fit(semantic, source.on_cpu(sample)[1].flatten(0, 1))
 
@@ -216,16 +254,17 @@ class Trainer:
 
     def train_step(self, batch: np.ndarray) -> Tensor:
         """One Adam step on the mean loss of a batch of rows -> the loss, detached."""
-        set_learning_rate(self.optimizer, self.config, self.step / self.steps)
+        self.optimizer.set_learning_rate(self.next_rate())
         semantic, patches = self.inputs(batch)
         loss = model.loss_per_image(*self.detector.flow(semantic, [patches])).mean()
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if self.config.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
         self.after_step(loss.detach())
         return loss.detach()
+
+    def next_rate(self) -> float:
+        self.rate = learning_rate(self.config, self.step / self.steps)
+        return self.rate
 
     def after_step(self, loss: Tensor) -> None:
         now = self.device.type == "cpu" or self.step % 64 == 63 or self.step + 1 == self.steps  # on a GPU, reading the loss waits for it
@@ -246,7 +285,7 @@ class Trainer:
             epoch = min(self.step * epochs // self.steps + 1, epochs)
             raise UserError(
                 f"class {self.data.class_name}: the loss is {value.item()} in epoch {epoch} at learning rate "
-                f"{self.optimizer.param_groups[0]['lr']:g}; try a lower lr_init, max_grad_norm 1, or normalize power_l2"
+                f"{self.rate:g}; try a lower lr_init, max_grad_norm 1, or normalize power_l2"
             )
 
     def evaluate(self, epoch: int, loss: float) -> None:

@@ -26,7 +26,6 @@ from linear import Linear
 
 def our_step(flow, optimizer, tokens):
     loss = model.loss_per_image(*flow(tokens[:, 0], [tokens[:, 1:]])).mean()
-    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
     return loss.item()
@@ -68,7 +67,7 @@ def compare_steps(args, device):
             (z, _), (z_plain, _) = ours(tokens[:, 0], [tokens[:, 1:]]), theirs(tokens[:, 0], tokens[:, 1:])
             dz = ((z - z_plain).abs().max() / z_plain.abs().max()).item()
         config = Config()
-        ours_adam, theirs_adam = train.make_optimizer(list(ours.parameters()), config), make_optimizer(theirs)
+        ours_adam, theirs_adam = train.SubnetOptimizers(ours, config), make_optimizer(theirs)
         losses = our_step(ours, ours_adam, tokens), step(theirs, theirs_adam, tokens)
         flops = count_flops(ours, ours_adam, tokens)
         step(theirs, theirs_adam, tokens)
