@@ -150,11 +150,11 @@ PRESETS = {
     "accurate": {
         "normalize": "power_l2+whiten", "whiten_ridge": 10.0, "centre_pool": 0.1, "fusion": "none", "fc_internal": 256, "identity_start": True,
         "batch_size": 128, "meta_epochs": 3, "sub_epochs": 2, "lr_init": 1e-3, "lr_schedule": "cosine", "feature_noise": 1.0, "max_grad_norm": 1.0,
-        "holdout": 0.1, "select_epoch": "likelihood", "score": "latent_knn", "baselines": True,
+        "holdout": 0.1, "select_epoch": "likelihood", "score": "likelihood", "baselines": True,
     },
 }  # fmt: skip
 PRESETS["quickstart"] = PRESETS["accurate"] | {
-    "modelname": "quickstart", "dataset": "digits", "extractor": "efficientnet_lite0", "centre_pool": 0.0, "whiten_ridge": 0.0, "score": "likelihood",
+    "modelname": "quickstart", "dataset": "digits", "extractor": "efficientnet_lite0", "centre_pool": 0.0, "whiten_ridge": 0.0,
 }  # fmt: skip
 PRESETS["ablation"] = PRESETS["accurate"] | {
     "modelname": "ablation", "extractor": "efficientnet_lite0", "n_seeds": 3, "sweep": "fusion=none,class_attention,hilo,spectral;dataset=digits,cifar10",

@@ -142,4 +142,4 @@ def test_devices_and_threads():
 
 def test_versions_name_the_machine():
     found = utils.versions()
-    assert found["torch"] == torch.__version__ and found["numpy"] == np.__version__ and "cores" in found["machine"]
+    assert torch.__version__.startswith(found["torch"]) and found["numpy"] == np.__version__ and "cores" in found["machine"]
