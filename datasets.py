@@ -437,9 +437,21 @@ class Tokens:
     def __getitem__(self, index) -> np.ndarray:
         rows = self._map[index]
         rows = np.array(rows) if isinstance(index, slice) else np.asarray(rows)  # an index array copies already
-        if hasattr(mmap, "MADV_DONTNEED"):  # give the pages back to the system's cache: resident memory stays small
-            self._map._mmap.madvise(mmap.MADV_DONTNEED)
+        self._give_back()
         return rows
+
+    def semantic(self) -> np.ndarray:
+        """The semantic tokens of all images (n, C), float16, without reading the patch tokens."""
+        semantic = np.empty((self.shape[0], self.shape[2]), np.float16)
+        for start in range(0, len(self), 1000):
+            semantic[start : start + 1000] = self._map[start : start + 1000, 0]
+            self._give_back()
+        return semantic
+
+    def _give_back(self) -> None:
+        """Give the pages that were read back to the system's cache: resident memory stays small."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def read_meta(folder: Path) -> dict:

@@ -5,6 +5,7 @@ import config as knobs
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
     CONFIG = knobs.from_command_line(__doc__)
 
+import copy
 import dataclasses
 import logging
 import math
@@ -190,7 +191,7 @@ def efficientnet_lite0_file() -> Path:
 
 
 def load_weights_file(model: nn.Module, path: Path, by_order: bool = False) -> None:
-    """Load a local weights file with timm's own reader. Raises UserError unless every tensor but the classifier's is found there."""
+    """Load a local weights file with timm's own reader. Raises UserError unless every tensor of the model is found there."""
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         outcome = load_checkpoint(model, str(path), strict=False, remap=by_order, filter_fn=None if by_order else adapt, weights_only=True)
@@ -199,9 +200,7 @@ def load_weights_file(model: nn.Module, path: Path, by_order: bool = False) -> N
         raise UserError(
             f"weights_path: {path} cannot be loaded into this backbone ({reason}); expected its .pth, .safetensors or .npz weights"
         ) from None
-    heads = model.pretrained_cfg.get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else heads
-    missing = [key for key in getattr(outcome, "missing_keys", ()) if key.rpartition(".")[0] not in heads]
+    missing = getattr(outcome, "missing_keys", ())
     if missing:
         raise UserError(f"weights_path: {path} is of another model: {len(missing)} tensors are missing there, {missing[0]} first")
 
@@ -231,8 +230,6 @@ def fold_batch_norms(model: nn.Module, img_size: tuple[int, int] = (64, 64)) -> 
     """
     if not any(isinstance(module, BatchNormAct2d) for module in model.modules()):
         return model
-    import copy
-
     folded = copy.deepcopy(model)
     for parent in list(folded.modules()):
         children = list(parent.named_children())
@@ -466,9 +463,9 @@ def derive(config: Config, images: datasets.ImageSet, fields: dict) -> Path | No
     except UserError:
         return None
     grid, n = cached_grid(cache.grid, config.token_grid, config.window)
-    print(
-        f"features: pooling {source} to {1 + n} tokens per image, {2 * (1 + n) * cache.channels * sum(cache.meta['count'].values()) / 1e9:.2f} GB in {folder}"
-    )
+    size = 2 * (1 + n) * cache.channels * sum(cache.meta["count"].values())
+    print(f"features: pooling {source} to {1 + n} tokens per image, {size / 1e9:.2f} GB in {folder}", flush=True)
+    check_disk(folder, size)
     with datasets.CacheWriter(folder, cache.meta | fields | {"grid": grid, "tokens": 1 + n}, images.labels, 1 + n, cache.channels) as writer:
         for split in datasets.SPLITS:
             tokens = cache.tokens(split)

@@ -10,9 +10,7 @@ import itertools
 import json
 import time
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 
 import baselines
@@ -75,10 +73,7 @@ def finished_result(config: Config, cache: datasets.FeatureCache, class_name: st
 
 def run_baselines(cache: datasets.FeatureCache, classes: list[str]) -> dict[str, dict[str, dict]]:
     """{baseline: {class: metrics}} on the same semantic tokens."""
-    semantic = {}
-    for split in datasets.SPLITS:
-        source = train.TokenSource(cache.tokens(split), torch.device("cpu"))
-        semantic[split] = torch.cat([source[part][0].clone() for part in train.parts(np.arange(len(source.tokens)), 500)])
+    semantic = {split: torch.from_numpy(cache.tokens(split).semantic()).float() for split in datasets.SPLITS}
     table = {name: {} for name in baselines.BASELINES}
     for class_name in classes:
         train_rows, test_rows, labels = cache.labels.one_class(class_name)
@@ -87,9 +82,9 @@ def run_baselines(cache: datasets.FeatureCache, classes: list[str]) -> dict[str,
     return table
 
 
-def run(config: Config, folder: Path) -> dict:
+def run(config: Config) -> dict:
     """The whole course of one configuration: features, classes, baselines, report -> its summary."""
-    start = time.perf_counter()
+    start, folder = time.perf_counter(), train.run_folder(config)
     device = utils.set_up(config.device, config.threads)
     cache = extractor.ensure_features(config, device)
     classes = datasets.choose_classes(cache.labels, config.class_name)
@@ -103,9 +98,9 @@ def run(config: Config, folder: Path) -> dict:
     return summary
 
 
-def run_sweep(config: Config, folder: Path) -> None:
+def run_sweep(config: Config) -> None:
     """Run every combination of the values that the knob ``sweep`` lists, then the table of them all."""
-    start, sweep = time.perf_counter(), knobs.parse_sweep(config.sweep)
+    start, sweep, folder = time.perf_counter(), knobs.parse_sweep(config.sweep), train.run_folder(config)
     summaries = {}
     configs = {}
     for values in itertools.product(*sweep.values()):  # all of them first: a mistake shows before the first run
@@ -113,17 +108,16 @@ def run_sweep(config: Config, folder: Path) -> None:
         configs[values] = dataclasses.replace(config, **parsed, modelname=f"{config.modelname}/{name}", sweep=None)
     for values, one in configs.items():
         print(f"\n=== {' '.join(f'{knob} {value}' for knob, value in zip(sweep, values))}", flush=True)
-        summaries[values] = run(one, train.run_folder(one))
+        summaries[values] = run(one)
     print("\n" + report.write_sweep(folder, sweep, summaries, time.perf_counter() - start))
     print(f"\nresults in {folder}/sweep.json and sweep.md")
 
 
 def main(config: Config) -> None:
-    folder = train.run_folder(config)
     if config.sweep:
-        run_sweep(config, folder)
+        run_sweep(config)
     else:
-        run(config, folder)
+        run(config)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def threshold(content: dict) -> float | None:
 
 
 @torch.inference_mode()
-def score_images(detector: train.Detector, job: extractor.Extraction, device: torch.device) -> np.ndarray:
+def score_images(detector: train.Detector, job: extractor.Extraction) -> np.ndarray:
     """Scores of the images of an extraction job, in order; memory does not grow with their number."""
     scores = []
     for chunk in job.loader("test"):
@@ -71,7 +71,7 @@ def main(arguments) -> None:
             raise UserError(f"the detector was fitted to features with {field} {found}, now it is {wanted}")
     files = find_images(arguments.images)
     images = datasets.unlabelled(files)
-    scores = score_images(detector.to(device), extractor.Extraction(config, images, fields, device), device)
+    scores = score_images(detector.to(device), extractor.Extraction(config, images, fields, device))
     limit = threshold(content)
     print("score,anomalous,image" if limit is not None else "score,image")
     for i in np.argsort(-scores, kind="stable"):

@@ -1,4 +1,4 @@
-"""Timing shared by the benchmarks: interleaved medians, the machine's matmul peak, peak memory."""
+"""Timing shared by the benchmarks: interleaved medians, the machine's matmul peak."""
 
 import statistics
 import sys
