@@ -31,9 +31,17 @@ NORMALIZATIONS = ("auto", "none", "standardize", "power_l2", "whiten", "power_l2
 SCORES = ("latent", "likelihood", "latent_knn")
 
 
-def knob(default, text, choices=None, low=None, high=None):
-    """One knob: its default, its help, and the values it takes (one of ``choices``, or from ``low`` to ``high``)."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "low": low, "high": high})
+ROLES = ("features", "fit", "run")  # what a knob affects: the cached features, what is fitted to them, or only how a run goes
+
+
+def knob(default, text, choices=None, low=None, high=None, *, affects):
+    """One knob: its default, its help, the values it takes (one of ``choices``, or from ``low`` to ``high``), and its role (ROLES)."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "low": low, "high": high, "affects": affects})
+
+
+def knobs_affecting(*roles: str) -> tuple[str, ...]:
+    """The names of the knobs that affect one of ``roles`` (ROLES), in the order of this file."""
+    return tuple(field.name for field in dataclasses.fields(Config) if field.metadata["affects"] in roles)
 
 
 Size = tuple[int, int]
@@ -46,74 +54,74 @@ class Config:
     """All knobs. Frozen: a changed configuration is a new one (``dataclasses.replace``). Raises UserError on a bad value."""
 
     # --- run
-    preset: str = knob("paper", "paper, paper_L, released, accurate, quickstart or ablation: a named set of defaults (see PRESETS)")
-    modelname: str = knob("foad_mfff", "name of the run: results go to runs/<modelname>/")
-    device: str = knob("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N")
-    seed: int = knob(0, "first random seed; every class starts from it alike", low=0, high=2**31)
-    n_seeds: int = knob(1, "how many seeds to run: seed, seed + 1, ...; the table gives mean and std", low=1, high=10**6)
-    threads: int = knob(0, "CPU threads for torch; 0: all cores", low=0)
-    verbose: bool = knob(True, "print the loss and AUROC of every epoch")
-    hide_tqdm_bar: bool = knob(False, "no progress bars")
-    save_model: bool = knob(True, "keep the weights of every class and seed (safetensors), beside its JSON")
-    sweep: str | None = knob(None, "main.py: run every combination, as in fusion=none,hilo;dataset=digits,cifar10, and make one table")
-    resume: bool = knob(False, "main.py: keep the classes and seeds that a run of the same configuration has finished")
-    plots: bool = knob(True, "main.py: draw score histograms, ROC, curves over epochs and contact sheets into the run's folder")
-    nbins1: int = knob(50, "bins of the score histogram of normal images", low=1)
-    nbins2: int = knob(100, "bins of the score histogram of anomalous images", low=1)
+    preset: str = knob("paper", "paper, paper_L, released, accurate, quickstart or ablation: a named set of defaults (see PRESETS)", affects="run")
+    modelname: str = knob("foad_mfff", "name of the run: results go to runs/<modelname>/", affects="run")
+    device: str = knob("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N", affects="fit")
+    seed: int = knob(0, "first random seed; every class starts from it alike", low=0, high=2**31, affects="run")
+    n_seeds: int = knob(1, "how many seeds to run: seed, seed + 1, ...; the table gives mean and std", low=1, high=10**6, affects="run")
+    threads: int = knob(0, "CPU threads for torch; 0: all cores", low=0, affects="run")
+    verbose: bool = knob(True, "print the loss and AUROC of every epoch", affects="run")
+    hide_tqdm_bar: bool = knob(False, "no progress bars", affects="run")
+    save_model: bool = knob(True, "keep the weights of every class and seed (safetensors), beside its JSON", affects="run")
+    sweep: str | None = knob(None, "main.py: run every combination, as in fusion=none,hilo;dataset=digits,cifar10, and make one table", affects="run")
+    resume: bool = knob(False, "main.py: keep the classes and seeds that a run of the same configuration has finished", affects="run")
+    plots: bool = knob(True, "main.py: draw score histograms, ROC, curves over epochs and contact sheets into the run's folder", affects="run")
+    nbins1: int = knob(50, "bins of the score histogram of normal images", low=1, affects="run")
+    nbins2: int = knob(100, "bins of the score histogram of anomalous images", low=1, affects="run")
 
     # --- data
-    dataset: str = knob("cifar10", "data set (see README for the folder layouts)", choices=DATASETS)
-    dataset_path: str | None = knob(None, "folder of the raw images; none: data/<dataset>")
-    class_name: str = knob("all", "normal class: one, several separated by commas, or all")
-    validate: bool = knob(False, "for choosing settings: test on held-out normal training images against synthetic outliers made from them")
-    feature_path: str | None = knob(None, "folder of the feature cache; none: features/<dataset>-<extractor>-<size>-<grid>")
-    pretrained: bool = knob(False, "True: the features are already extracted, stop if they are not; False: extract what is missing")
+    dataset: str = knob("cifar10", "data set (see README for the folder layouts)", choices=DATASETS, affects="features")
+    dataset_path: str | None = knob(None, "folder of the raw images; none: data/<dataset>", affects="run")
+    class_name: str = knob("all", "normal class: one, several separated by commas, or all", affects="run")
+    validate: bool = knob(False, "for choosing settings: test on held-out normal training images against synthetic outliers made from them", affects="features")
+    feature_path: str | None = knob(None, "folder of the feature cache; none: features/<dataset>-<extractor>-<size>-<grid>", affects="run")
+    pretrained: bool = knob(False, "True: the features are already extracted, stop if they are not; False: extract what is missing", affects="run")
 
     # --- backbone and extraction
-    extractor: str = knob("VIT", f"backbone: {', '.join(BACKBONES)} or any timm model name")
-    weights_path: str | None = knob(None, "local weights instead of the hub's: .pth, .safetensors, .npz where timm reads it; random: untrained")
-    n_feat: int | None = knob(None, "feature channels C; none: the backbone's", low=2)
-    img_size: Size | None = knob(None, "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's")
-    norm_mean: Triple | None = knob(None, "pixel mean, three numbers separated by commas; none: the backbone's")
-    norm_std: Triple | None = knob(None, "pixel standard deviation, likewise")
-    token_grid: str = knob("full", "patch tokens kept: full, a number g (average-pooled to g x g), or compact (low and high band per window)")
-    pooling: str = knob("correct", "correct, or released (mixes tokens with channels before pooling, as the released code did)", choices=("correct", "released"))
-    precision: str = knob("auto", "backbone arithmetic: float32, bfloat16, float16; auto: the fastest half precision the device has", choices=("auto", "float32", "bfloat16", "float16"))
-    extract_batch: int = knob(0, "images per backbone pass; 0: chosen for the device", low=0)
-    workers: int = knob(-1, "processes that decode images; -1: chosen for the machine", low=-1)
-    compile: bool = knob(False, "torch.compile the backbone: pays on long runs only")
+    extractor: str = knob("VIT", f"backbone: {', '.join(BACKBONES)} or any timm model name", affects="features")
+    weights_path: str | None = knob(None, "local weights instead of the hub's: .pth, .safetensors, .npz where timm reads it; random: untrained", affects="features")
+    n_feat: int | None = knob(None, "feature channels C; none: the backbone's", low=2, affects="features")
+    img_size: Size | None = knob(None, "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's", affects="features")
+    norm_mean: Triple | None = knob(None, "pixel mean, three numbers separated by commas; none: the backbone's", affects="features")
+    norm_std: Triple | None = knob(None, "pixel standard deviation, likewise", affects="features")
+    token_grid: str = knob("full", "patch tokens kept: full, a number g (average-pooled to g x g), or compact (low and high band per window)", affects="features")
+    pooling: str = knob("correct", "correct, or released (mixes tokens with channels before pooling, as the released code did)", choices=("correct", "released"), affects="features")
+    precision: str = knob("auto", "backbone arithmetic: float32, bfloat16, float16; auto: the fastest half precision the device has", choices=("auto", "float32", "bfloat16", "float16"), affects="features")
+    extract_batch: int = knob(0, "images per backbone pass; 0: chosen for the device", low=0, affects="run")
+    workers: int = knob(-1, "processes that decode images; -1: chosen for the machine", low=-1, affects="run")
+    compile: bool = knob(False, "torch.compile the backbone: pays on long runs only", affects="run")
 
     # --- flow
-    n_coupling_blocks: int = knob(4, "coupling layers K", low=1)
-    fc_internal: int | None = knob(None, "hidden width H of the subnets; none: C, as in the paper", low=1)
-    clamp: float = knob(3.0, "soft clamp alpha of the log-scales", low=1e-6)
-    fusion: str = knob("hilo", "multi-frequency fusion module", choices=FUSIONS)
-    n_heads: int = knob(0, "attention heads; 0: 4 for class_attention, 8 for hilo", low=0)
-    alpha: float = knob(0.5, "hilo: share of the heads given to the low frequencies", low=0.0, high=1.0)
-    window: int = knob(3, "hilo and the compact token grid: side of a window in patches", low=1)
-    use_gamma: bool = knob(True, "learn a gain per channel on the fused features")
-    identity_start: bool = knob(False, "zero the last layer of every subnet, so that training starts from the identity flow")
+    n_coupling_blocks: int = knob(4, "coupling layers K", low=1, affects="fit")
+    fc_internal: int | None = knob(None, "hidden width H of the subnets; none: C, as in the paper", low=1, affects="fit")
+    clamp: float = knob(3.0, "soft clamp alpha of the log-scales", low=1e-6, affects="fit")
+    fusion: str = knob("hilo", "multi-frequency fusion module", choices=FUSIONS, affects="fit")
+    n_heads: int = knob(0, "attention heads; 0: 4 for class_attention, 8 for hilo", low=0, affects="fit")
+    alpha: float = knob(0.5, "hilo: share of the heads given to the low frequencies", low=0.0, high=1.0, affects="fit")
+    window: int = knob(3, "hilo and the compact token grid: side of a window in patches", low=1, affects="features")
+    use_gamma: bool = knob(True, "learn a gain per channel on the fused features", affects="fit")
+    identity_start: bool = knob(False, "zero the last layer of every subnet, so that training starts from the identity flow", affects="fit")
 
     # --- training
-    normalize: str = knob("auto", "features before the flow, fitted on normal training features; auto: none for transformers, as released, power_l2+whiten for CNNs", choices=NORMALIZATIONS)
-    centre_pool: float = knob(0.0, "semantic token re-pooled from the patches under a centred Gaussian, its sigma in shares of the grid's side; 0: the backbone's own", low=0.0)
-    whiten_ridge: float = knob(0.0, "normalize whiten: added to the covariance's eigenvalues, in units of their mean; 0 whitens fully", low=0.0)
-    batch_size: int = knob(32, "images per training step", low=1)
-    meta_epochs: int = knob(1, "evaluations on the test set; each follows sub_epochs epochs", low=1)
-    sub_epochs: int = knob(1, "epochs of training per meta epoch", low=1)
-    lr_init: float = knob(5e-5, "Adam learning rate", low=0.0)
-    lr_schedule: str = knob("constant", "learning rate over the run: constant or cosine (to zero)", choices=("constant", "cosine"))
-    weight_decay: float = knob(1e-5, "Adam weight decay (L2)", low=0.0)
-    max_grad_norm: float = knob(0.0, "clip the gradient to this norm; 0: no clipping, as in the released code", low=0.0)
-    feature_noise: float = knob(0.0, "standard deviation of Gaussian noise added to the normalised semantic token in training", low=0.0)
-    holdout: float = knob(0.0, "share of the normal training images held out to measure likelihood", low=0.0, high=0.5)
-    select_epoch: str = knob("last", "the epoch reported: last, or likelihood (best on the held-out normals; ends training early)", choices=("last", "likelihood"))
-    patience: int = knob(3, "select_epoch likelihood: meta epochs without improvement before training ends", low=1)
-    train_together: str = knob("auto", "main.py: all classes as one batched model: True, False, or auto (on CUDA)", choices=("auto", "True", "False"))
+    normalize: str = knob("auto", "features before the flow, fitted on normal training features; auto: none for transformers, as released, power_l2+whiten for CNNs", choices=NORMALIZATIONS, affects="fit")
+    centre_pool: float = knob(0.0, "semantic token re-pooled from the patches under a centred Gaussian, its sigma in shares of the grid's side; 0: the backbone's own", low=0.0, affects="fit")
+    whiten_ridge: float = knob(0.0, "normalize whiten: added to the covariance's eigenvalues, in units of their mean; 0 whitens fully", low=0.0, affects="fit")
+    batch_size: int = knob(32, "images per training step", low=1, affects="fit")
+    meta_epochs: int = knob(1, "evaluations on the test set; each follows sub_epochs epochs", low=1, affects="fit")
+    sub_epochs: int = knob(1, "epochs of training per meta epoch", low=1, affects="fit")
+    lr_init: float = knob(5e-5, "Adam learning rate", low=0.0, affects="fit")
+    lr_schedule: str = knob("constant", "learning rate over the run: constant or cosine (to zero)", choices=("constant", "cosine"), affects="fit")
+    weight_decay: float = knob(1e-5, "Adam weight decay (L2)", low=0.0, affects="fit")
+    max_grad_norm: float = knob(0.0, "clip the gradient to this norm; 0: no clipping, as in the released code", low=0.0, affects="fit")
+    feature_noise: float = knob(0.0, "standard deviation of Gaussian noise added to the normalised semantic token in training", low=0.0, affects="fit")
+    holdout: float = knob(0.0, "share of the normal training images held out to measure likelihood", low=0.0, high=0.5, affects="fit")
+    select_epoch: str = knob("last", "the epoch reported: last, or likelihood (best on the held-out normals; ends training early)", choices=("last", "likelihood"), affects="fit")
+    patience: int = knob(3, "select_epoch likelihood: meta epochs without improvement before training ends", low=1, affects="fit")
+    train_together: str = knob("auto", "main.py: all classes as one batched model: True, False, or auto (on CUDA)", choices=("auto", "True", "False"), affects="fit")
 
     # --- scoring
-    score: str = knob("latent", "anomaly score: latent (mean z^2), likelihood (negative log-likelihood), latent_knn (neighbours in latent space)", choices=SCORES)
-    baselines: bool = knob(False, "main.py: nearest neighbours and Gaussian on the same features, in the same table")
+    score: str = knob("latent", "anomaly score: latent (mean z^2), likelihood (negative log-likelihood), latent_knn (neighbours in latent space)", choices=SCORES, affects="fit")
+    baselines: bool = knob(False, "main.py: nearest neighbours and Gaussian on the same features, in the same table", affects="run")
 
     # fmt: on
     def __post_init__(self):
