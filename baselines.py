@@ -1,21 +1,13 @@
-"""Simple detectors on semantic tokens: nearest neighbours and a Gaussian. Distances are computed in chunks: memory stays bounded."""
+"""Simple detectors on semantic tokens: nearest neighbours and a Gaussian. Distances are computed in chunks:
+memory stays bounded."""
 
 import numpy as np
-import torch
 from sklearn.covariance import LedoitWolf
 from torch import Tensor
 from torch.nn import functional as F
 
+from model import CHUNK, nearest_neighbours
 from normalization import power_l2
-
-NEIGHBOURS = 2  # PANDA and DN2 use two
-CHUNK = 1024
-
-
-def nearest_neighbours(reference: Tensor, query: Tensor, k: int = NEIGHBOURS) -> Tensor:
-    """Mean Euclidean distance to the k nearest rows of reference (n, C), for every row of query (m, C) -> (m)."""
-    k = min(k, len(reference))
-    return torch.cat([torch.cdist(part, reference).topk(k, largest=False).values.mean(1) for part in query.split(CHUNK)])
 
 
 def cosine_neighbours(reference: Tensor, query: Tensor) -> np.ndarray:
@@ -24,15 +16,20 @@ def cosine_neighbours(reference: Tensor, query: Tensor) -> np.ndarray:
 
 
 def gaussian(reference: Tensor, query: Tensor) -> np.ndarray:
-    """Mahalanobis distance to a Gaussian with Ledoit-Wolf shrinkage, fitted to reference: (n, C), (m, C) -> (m)."""
+    """Mahalanobis distance to a Gaussian with Ledoit-Wolf shrinkage, fitted to reference: (n, C), (m, C) ->
+    (m)."""
     fitted = LedoitWolf(store_precision=True).fit(reference.double().cpu().numpy())
-    return np.concatenate([fitted.mahalanobis(part.double().cpu().numpy()) for part in query.split(CHUNK)])
+    return np.concatenate([fitted.mahalanobis(rows.double().cpu().numpy()) for rows in query.split(CHUNK)])
+
+
+def _raw(tokens: Tensor) -> Tensor:
+    return tokens
 
 
 BASELINES = {  # name in the table -> (detector, what is done to the semantic tokens first)
-    "kNN, raw": (cosine_neighbours, lambda tokens: tokens),
+    "kNN, raw": (cosine_neighbours, _raw),
     "kNN, power + L2": (cosine_neighbours, power_l2),
-    "Gaussian, raw": (gaussian, lambda tokens: tokens),
+    "Gaussian, raw": (gaussian, _raw),
     "Gaussian, power + L2": (gaussian, power_l2),
 }
 

@@ -1,8 +1,8 @@
 """The knobs of every script, one commented line each, and the command line made from them.
 
-Edit a default here or give ``--knob value`` on the command line: both are the same thing. A preset (``--preset``) changes
-several defaults at once; a knob named on the command line wins over the preset. Standard library only, so that ``-h`` is quick.
-"""
+Edit a default here or give ``--knob value`` on the command line: both are the same thing. A preset
+(``--preset``) changes several defaults at once; a knob named on the command line wins over the preset.
+Standard library only, so that ``-h`` is quick."""
 
 import argparse
 import dataclasses
@@ -18,7 +18,7 @@ class UserError(Exception):
 
 # Datasets and backbones by name: the single list that choices, help and loading are made from.
 DATASETS = ("cifar10", "CIFAR100", "fashion", "STL10", "CatsvsDogs", "mvtec", "lbot", "digits", "folder")
-BACKBONES = {  # name here -> timm model (SPEC 4: the released code's names; any other timm name works as it is)
+BACKBONES = {  # name here -> timm model (the released code's names; any other timm name works as it is)
     "VIT": "vit_base_patch16_384.orig_in21k_ft_in1k",
     "VIT_L": "vit_large_patch16_384.augreg_in21k_ft_in1k",
     "deit": "deit_base_distilled_patch16_384.fb_in1k",
@@ -31,12 +31,20 @@ NORMALIZATIONS = ("auto", "none", "standardize", "power_l2", "whiten", "power_l2
 SCORES = ("latent", "likelihood", "latent_knn")
 
 
-ROLES = ("features", "fit", "run")  # what a knob affects: the cached features, what is fitted to them, or only how a run goes
+ROLES = (
+    "features",
+    "fit",
+    "run",
+)  # what a knob affects: the cached features, what is fitted to them, or only how a run goes
 
 
 def knob(default, text, choices=None, low=None, high=None, *, affects):
-    """One knob: its default, its help, the values it takes (one of ``choices``, or from ``low`` to ``high``), and its role (ROLES)."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "low": low, "high": high, "affects": affects})
+    """One knob: its default, its help, the values it takes (one of ``choices``, or from ``low`` to ``high``),
+    and its role (ROLES)."""
+    return dataclasses.field(
+        default=default,
+        metadata={"help": text, "choices": choices, "low": low, "high": high, "affects": affects},
+    )
 
 
 def knobs_affecting(*roles: str) -> tuple[str, ...]:
@@ -44,86 +52,233 @@ def knobs_affecting(*roles: str) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(Config) if field.metadata["affects"] in roles)
 
 
+# The sections of the help: the first knob of each -> its title.
+SECTIONS = {
+    "preset": "run",
+    "dataset": "data",
+    "extractor": "backbone and extraction",
+    "n_coupling_blocks": "flow",
+    "normalize": "training",
+    "score": "scoring",
+}
+
 Size = tuple[int, int]
 Triple = tuple[float, float, float]
 
 
-# fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All knobs. Frozen: a changed configuration is a new one (``dataclasses.replace``). Raises UserError on a bad value."""
+    """All knobs. Frozen: a changed configuration is a new one (``dataclasses.replace``). Raises UserError on
+    a bad value."""
 
     # --- run
-    preset: str = knob("paper", "paper, paper_L, released, accurate, quickstart or ablation: a named set of defaults (see PRESETS)", affects="run")
+    preset: str = knob(
+        "paper",
+        "paper, paper_L, released, accurate, quickstart or ablation: a named set of defaults (see PRESETS)",
+        affects="run",
+    )
     modelname: str = knob("foad_mfff", "name of the run: results go to runs/<modelname>/", affects="run")
     device: str = knob("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N", affects="fit")
-    seed: int = knob(0, "first random seed; every class starts from it alike", low=0, high=2**31, affects="run")
-    n_seeds: int = knob(1, "how many seeds to run: seed, seed + 1, ...; the table gives mean and std", low=1, high=10**6, affects="run")
+    seed: int = knob(
+        0, "first random seed; every class starts from it alike", low=0, high=2**31, affects="run"
+    )
+    n_seeds: int = knob(
+        1,
+        "how many seeds to run: seed, seed + 1, ...; the table gives mean and std",
+        low=1,
+        high=10**6,
+        affects="run",
+    )
     threads: int = knob(0, "CPU threads for torch; 0: all cores", low=0, affects="run")
     verbose: bool = knob(True, "print the loss and AUROC of every epoch", affects="run")
     hide_tqdm_bar: bool = knob(False, "no progress bars", affects="run")
-    save_model: bool = knob(True, "keep the weights of every class and seed (safetensors), beside its JSON", affects="run")
-    sweep: str | None = knob(None, "main.py: run every combination, as in fusion=none,hilo;dataset=digits,cifar10, and make one table", affects="run")
-    resume: bool = knob(False, "main.py: keep the classes and seeds that a run of the same configuration has finished", affects="run")
-    plots: bool = knob(True, "main.py: draw score histograms, ROC, curves over epochs and contact sheets into the run's folder", affects="run")
+    save_model: bool = knob(
+        True, "keep the weights of every class and seed (safetensors), beside its JSON", affects="run"
+    )
+    sweep: str | None = knob(
+        None,
+        "main.py: run every combination, as in fusion=none,hilo;dataset=digits,cifar10, and make one table",
+        affects="run",
+    )
+    resume: bool = knob(
+        False,
+        "main.py: keep the classes and seeds that a run of the same configuration has finished",
+        affects="run",
+    )
+    plots: bool = knob(
+        True,
+        "main.py: draw score histograms, ROC, curves over epochs and contact sheets into the run's folder",
+        affects="run",
+    )
     nbins1: int = knob(50, "bins of the score histogram of normal images", low=1, affects="run")
     nbins2: int = knob(100, "bins of the score histogram of anomalous images", low=1, affects="run")
 
     # --- data
-    dataset: str = knob("cifar10", "data set (see README for the folder layouts)", choices=DATASETS, affects="features")
+    dataset: str = knob(
+        "cifar10", "data set (see README for the folder layouts)", choices=DATASETS, affects="features"
+    )
     dataset_path: str | None = knob(None, "folder of the raw images; none: data/<dataset>", affects="run")
     class_name: str = knob("all", "normal class: one, several separated by commas, or all", affects="run")
-    validate: bool = knob(False, "for choosing settings: test on held-out normal training images against synthetic outliers made from them", affects="features")
-    feature_path: str | None = knob(None, "folder of the feature cache; none: features/<dataset>-<extractor>-<size>-<grid>", affects="run")
-    pretrained: bool = knob(False, "True: the features are already extracted, stop if they are not; False: extract what is missing", affects="run")
+    validate: bool = knob(
+        False,
+        "for choosing settings: test on held-out normal training images against synthetic outliers made from "
+        "them",
+        affects="features",
+    )
+    feature_path: str | None = knob(
+        None, "folder of the feature cache; none: features/<dataset>-<extractor>-<size>-<grid>", affects="run"
+    )
+    pretrained: bool = knob(
+        False,
+        "True: the features are already extracted, stop if they are not; False: extract what is missing",
+        affects="run",
+    )
 
     # --- backbone and extraction
-    extractor: str = knob("VIT", f"backbone: {', '.join(BACKBONES)} or any timm model name", affects="features")
-    weights_path: str | None = knob(None, "local weights instead of the hub's: .pth, .safetensors, .npz where timm reads it; random: untrained", affects="features")
+    extractor: str = knob(
+        "VIT", f"backbone: {', '.join(BACKBONES)} or any timm model name", affects="features"
+    )
+    weights_path: str | None = knob(
+        None,
+        "local weights instead of the hub's: .pth, .safetensors, .npz where timm reads it; random: untrained",
+        affects="features",
+    )
     n_feat: int | None = knob(None, "feature channels C; none: the backbone's", low=2, affects="features")
-    img_size: Size | None = knob(None, "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's", affects="features")
-    norm_mean: Triple | None = knob(None, "pixel mean, three numbers separated by commas; none: the backbone's", affects="features")
+    img_size: Size | None = knob(
+        None,
+        "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's",
+        affects="features",
+    )
+    norm_mean: Triple | None = knob(
+        None, "pixel mean, three numbers separated by commas; none: the backbone's", affects="features"
+    )
     norm_std: Triple | None = knob(None, "pixel standard deviation, likewise", affects="features")
-    token_grid: str = knob("full", "patch tokens kept: full, a number g (average-pooled to g x g), or compact (low and high band per window)", affects="features")
-    pooling: str = knob("correct", "correct, or released (mixes tokens with channels before pooling, as the released code did)", choices=("correct", "released"), affects="features")
-    precision: str = knob("auto", "backbone arithmetic: float32, bfloat16, float16; auto: the fastest half precision the device has", choices=("auto", "float32", "bfloat16", "float16"), affects="features")
+    token_grid: str = knob(
+        "full",
+        "patch tokens kept: full, a number g (average-pooled to g x g), or compact (low and high band per "
+        "window)",
+        affects="features",
+    )
+    pooling: str = knob(
+        "correct",
+        "correct, or released (mixes tokens with channels before pooling, as the released code did)",
+        choices=("correct", "released"),
+        affects="features",
+    )
+    precision: str = knob(
+        "auto",
+        "backbone arithmetic: float32, bfloat16, float16; auto: the fastest half precision the device has",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        affects="features",
+    )
     extract_batch: int = knob(0, "images per backbone pass; 0: chosen for the device", low=0, affects="run")
     workers: int = knob(-1, "processes that decode images; -1: chosen for the machine", low=-1, affects="run")
     compile: bool = knob(False, "torch.compile the backbone: pays on long runs only", affects="run")
 
     # --- flow
     n_coupling_blocks: int = knob(4, "coupling layers K", low=1, affects="fit")
-    fc_internal: int | None = knob(None, "hidden width H of the subnets; none: C, as in the paper", low=1, affects="fit")
+    fc_internal: int | None = knob(
+        None, "hidden width H of the subnets; none: C, as in the paper", low=1, affects="fit"
+    )
     clamp: float = knob(3.0, "soft clamp alpha of the log-scales", low=1e-6, affects="fit")
     fusion: str = knob("hilo", "multi-frequency fusion module", choices=FUSIONS, affects="fit")
     n_heads: int = knob(0, "attention heads; 0: 4 for class_attention, 8 for hilo", low=0, affects="fit")
-    alpha: float = knob(0.5, "hilo: share of the heads given to the low frequencies", low=0.0, high=1.0, affects="fit")
-    window: int = knob(3, "hilo and the compact token grid: side of a window in patches", low=1, affects="features")
+    alpha: float = knob(
+        0.5, "hilo: share of the heads given to the low frequencies", low=0.0, high=1.0, affects="fit"
+    )
+    window: int = knob(
+        3, "hilo and the compact token grid: side of a window in patches", low=1, affects="features"
+    )
     use_gamma: bool = knob(True, "learn a gain per channel on the fused features", affects="fit")
-    identity_start: bool = knob(False, "zero the last layer of every subnet, so that training starts from the identity flow", affects="fit")
+    identity_start: bool = knob(
+        False,
+        "zero the last layer of every subnet, so that training starts from the identity flow",
+        affects="fit",
+    )
 
     # --- training
-    normalize: str = knob("auto", "features before the flow, fitted on normal training features; auto: none for transformers, as released, power_l2+whiten for CNNs", choices=NORMALIZATIONS, affects="fit")
-    centre_pool: float = knob(0.0, "semantic token re-pooled from the patches under a centred Gaussian, its sigma in shares of the grid's side; 0: the backbone's own", low=0.0, affects="fit")
-    whiten_ridge: float = knob(0.0, "normalize whiten: added to the covariance's eigenvalues, in units of their mean; 0 whitens fully", low=0.0, affects="fit")
+    normalize: str = knob(
+        "auto",
+        "features before the flow, fitted on normal training features; auto: none for transformers, as "
+        "released, power_l2+whiten for CNNs",
+        choices=NORMALIZATIONS,
+        affects="fit",
+    )
+    centre_pool: float = knob(
+        0.0,
+        "semantic token re-pooled from the patches under a centred Gaussian, its sigma in shares of the "
+        "grid's side; 0: the backbone's own",
+        low=0.0,
+        affects="fit",
+    )
+    whiten_ridge: float = knob(
+        0.0,
+        "normalize whiten: added to the covariance's eigenvalues, in units of their mean; 0 whitens fully",
+        low=0.0,
+        affects="fit",
+    )
     batch_size: int = knob(32, "images per training step", low=1, affects="fit")
-    meta_epochs: int = knob(1, "evaluations on the test set; each follows sub_epochs epochs", low=1, affects="fit")
+    meta_epochs: int = knob(
+        1, "evaluations on the test set; each follows sub_epochs epochs", low=1, affects="fit"
+    )
     sub_epochs: int = knob(1, "epochs of training per meta epoch", low=1, affects="fit")
     lr_init: float = knob(5e-5, "Adam learning rate", low=0.0, affects="fit")
-    lr_schedule: str = knob("constant", "learning rate over the run: constant or cosine (to zero)", choices=("constant", "cosine"), affects="fit")
+    lr_schedule: str = knob(
+        "constant",
+        "learning rate over the run: constant or cosine (to zero)",
+        choices=("constant", "cosine"),
+        affects="fit",
+    )
     weight_decay: float = knob(1e-5, "Adam weight decay (L2)", low=0.0, affects="fit")
-    max_grad_norm: float = knob(0.0, "clip the gradient to this norm; 0: no clipping, as in the released code", low=0.0, affects="fit")
-    feature_noise: float = knob(0.0, "standard deviation of Gaussian noise added to the normalised semantic token in training", low=0.0, affects="fit")
-    holdout: float = knob(0.0, "share of the normal training images held out to measure likelihood", low=0.0, high=0.5, affects="fit")
-    select_epoch: str = knob("last", "the epoch reported: last, or likelihood (best on the held-out normals; ends training early)", choices=("last", "likelihood"), affects="fit")
-    patience: int = knob(3, "select_epoch likelihood: meta epochs without improvement before training ends", low=1, affects="fit")
-    train_together: str = knob("auto", "main.py: all classes as one batched model: True, False, or auto (on CUDA)", choices=("auto", "True", "False"), affects="fit")
+    max_grad_norm: float = knob(
+        0.0, "clip the gradient to this norm; 0: no clipping, as in the released code", low=0.0, affects="fit"
+    )
+    feature_noise: float = knob(
+        0.0,
+        "standard deviation of Gaussian noise added to the normalised semantic token in training",
+        low=0.0,
+        affects="fit",
+    )
+    holdout: float = knob(
+        0.0,
+        "share of the normal training images held out to measure likelihood",
+        low=0.0,
+        high=0.5,
+        affects="fit",
+    )
+    select_epoch: str = knob(
+        "last",
+        "the epoch reported: last, or likelihood (best on the held-out normals; ends training early)",
+        choices=("last", "likelihood"),
+        affects="fit",
+    )
+    patience: int = knob(
+        3,
+        "select_epoch likelihood: meta epochs without improvement before training ends",
+        low=1,
+        affects="fit",
+    )
+    train_together: str = knob(
+        "auto",
+        "main.py: all classes as one batched model: True, False, or auto (on CUDA)",
+        choices=("auto", "True", "False"),
+        affects="fit",
+    )
 
     # --- scoring
-    score: str = knob("latent", "anomaly score: latent (mean z^2), likelihood (negative log-likelihood), latent_knn (neighbours in latent space)", choices=SCORES, affects="fit")
-    baselines: bool = knob(False, "main.py: nearest neighbours and Gaussian on the same features, in the same table", affects="run")
+    score: str = knob(
+        "latent",
+        "anomaly score: latent (mean z^2), likelihood (negative log-likelihood), latent_knn (neighbours in "
+        "latent space)",
+        choices=SCORES,
+        affects="fit",
+    )
+    baselines: bool = knob(
+        False,
+        "main.py: nearest neighbours and Gaussian on the same features, in the same table",
+        affects="run",
+    )
 
-    # fmt: on
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
@@ -131,9 +286,13 @@ class Config:
             raise UserError(unknown("preset", self.preset, PRESETS))
         grid = self.token_grid
         if grid not in ("full", "compact") and not (grid.isascii() and grid.isdigit() and int(grid) > 0):
-            raise UserError(f"token_grid: expected full, compact or a number of patches per side, got {grid!r}")
+            raise UserError(
+                f"token_grid: expected full, compact or a number of patches per side, got {grid!r}"
+            )
         if self.img_size and min(self.img_size) < 1:
-            raise UserError(f"img_size: expected positive numbers of pixels, got {self.img_size[0]}x{self.img_size[1]}")
+            raise UserError(
+                f"img_size: expected positive numbers of pixels, got {self.img_size[0]}x{self.img_size[1]}"
+            )
         if self.norm_std and not all(0 < value < math.inf for value in self.norm_std):
             raise UserError(f"norm_std: expected three positive numbers, got {self.norm_std}")
         if self.norm_mean and not all(map(math.isfinite, self.norm_mean)):
@@ -141,9 +300,14 @@ class Config:
         if self.sweep:
             parse_sweep(self.sweep)
         if self.pooling == "released" and not grid.isdigit():
-            raise UserError(f"pooling released needs a pooled grid: set token_grid to a number, 8 as released (it is {grid})")
+            raise UserError(
+                f"pooling released needs a pooled grid: set token_grid to a number, 8 as released (it is "
+                f"{grid})"
+            )
         if self.select_epoch == "likelihood" and self.holdout == 0:
-            raise UserError("select_epoch likelihood needs held-out normal images: set holdout, say 0.1 (it is 0)")
+            raise UserError(
+                "select_epoch likelihood needs held-out normal images: set holdout, say 0.1 (it is 0)"
+            )
 
 
 # Named sets of defaults. The defaults above, as you edit them, are the paper's: "paper" changes nothing.
@@ -151,24 +315,59 @@ PRESETS = {
     "paper": {},
     "paper_L": {"extractor": "VIT_L", "fc_internal": 1024, "batch_size": 32},
     "released": {
-        "fusion": "class_attention", "token_grid": "8", "pooling": "released", "normalize": "none", "fc_internal": 768, "batch_size": 8,
-        "norm_mean": (0.485, 0.456, 0.406), "norm_std": (0.229, 0.224, 0.225), "precision": "float32",
+        "fusion": "class_attention",
+        "token_grid": "8",
+        "pooling": "released",
+        "normalize": "none",
+        "fc_internal": 768,
+        "batch_size": 8,
+        "norm_mean": (0.485, 0.456, 0.406),
+        "norm_std": (0.229, 0.224, 0.225),
+        "precision": "float32",
     },
-    # Chosen on validation sets made from normal training images (``--validate``), never on test AUROC: see results/choosing.md.
+    # Chosen on validation sets made from normal training images (``--validate``), never on test AUROC: see
+    # results/choosing.md.
     "accurate": {
-        "normalize": "power_l2+whiten", "whiten_ridge": 10.0, "centre_pool": 0.1, "fusion": "none", "fc_internal": 256, "identity_start": True,
-        "batch_size": 128, "meta_epochs": 3, "sub_epochs": 2, "lr_init": 1e-3, "lr_schedule": "cosine", "feature_noise": 1.0, "max_grad_norm": 1.0,
-        "holdout": 0.1, "select_epoch": "likelihood", "score": "likelihood", "baselines": True,
+        "normalize": "power_l2+whiten",
+        "whiten_ridge": 10.0,
+        "centre_pool": 0.1,
+        "fusion": "none",
+        "fc_internal": 256,
+        "identity_start": True,
+        "batch_size": 128,
+        "meta_epochs": 3,
+        "sub_epochs": 2,
+        "lr_init": 1e-3,
+        "lr_schedule": "cosine",
+        "feature_noise": 1.0,
+        "max_grad_norm": 1.0,
+        "holdout": 0.1,
+        "select_epoch": "likelihood",
+        "score": "likelihood",
+        "baselines": True,
     },
-}  # fmt: skip
+}
 PRESETS["quickstart"] = PRESETS["accurate"] | {
-    "modelname": "quickstart", "dataset": "digits", "extractor": "efficientnet_lite0", "centre_pool": 0.0, "whiten_ridge": 0.0,
-}  # fmt: skip
+    "modelname": "quickstart",
+    "dataset": "digits",
+    "extractor": "efficientnet_lite0",
+    "centre_pool": 0.0,
+    "whiten_ridge": 0.0,
+}
 PRESETS["ablation"] = PRESETS["accurate"] | {
-    "modelname": "ablation", "extractor": "efficientnet_lite0", "n_seeds": 3, "sweep": "fusion=none,class_attention,hilo,spectral;dataset=digits,cifar10",
-    "batch_size": 64, "meta_epochs": 1, "sub_epochs": 1, "select_epoch": "last", "score": "likelihood", "baselines": False, "plots": False,
+    "modelname": "ablation",
+    "extractor": "efficientnet_lite0",
+    "n_seeds": 3,
+    "sweep": "fusion=none,class_attention,hilo,spectral;dataset=digits,cifar10",
+    "batch_size": 64,
+    "meta_epochs": 1,
+    "sub_epochs": 1,
+    "select_epoch": "last",
+    "score": "likelihood",
+    "baselines": False,
+    "plots": False,
     "save_model": False,
-}  # fmt: skip
+}
 
 
 # ---------------------------------------------------------------- checks
@@ -186,22 +385,35 @@ def check(field, value):
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(f"{field.name}: {unknown('value', value, meta['choices'])}")
     if meta["low"] is not None and value < meta["low"] or meta["high"] is not None and value > meta["high"]:
-        bounds = f"at least {meta['low']}" if meta["high"] is None else f"from {meta['low']} to {meta['high']}"
+        bounds = (
+            f"at least {meta['low']}" if meta["high"] is None else f"from {meta['low']} to {meta['high']}"
+        )
         raise UserError(f"{field.name}: expected {describe(kind)} {bounds}, got {value!r}")
 
 
 def plain_type(annotation):
     """The type of a knob without None and without what a tuple holds."""
-    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)] if type(None) in typing.get_args(annotation) else [annotation]
+    kinds = (
+        [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        if type(None) in typing.get_args(annotation)
+        else [annotation]
+    )
     return typing.get_origin(kinds[0]) or kinds[0]
 
 
 def describe(kind):
-    return {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "numbers, as in 224x224 or 0.5,0.5,0.5"}[kind]
+    return {
+        bool: "True or False",
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        tuple: "numbers, as in 224x224 or 0.5,0.5,0.5",
+    }[kind]
 
 
 def unknown(kind, got, known, all_of_them="-h lists them all"):
-    """The line for a name that is not in ``known``, with the nearest one when there is one; a long list is only pointed to."""
+    """The line for a name that is not in ``known``, with the nearest one when there is one; a long list is
+    only pointed to."""
     near = difflib.get_close_matches(str(got), [str(name) for name in known], 1, 0.5)
     hint = f", did you mean {near[0]}" if near else ""
     listed = f" Expected one of: {', '.join(map(str, known))}" if len(known) <= 30 else f" {all_of_them}"
@@ -216,7 +428,9 @@ def parse_value(field, text):
         return None
     try:
         if kind is bool:
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+                text.lower()
+            ]
         if field.type == Size | None:
             sides = [int(side) for side in text.lower().split("x")]
             return checked_length(sides * 2 if len(sides) == 1 else sides, 2)
@@ -237,7 +451,8 @@ def parse_values(texts):
 
 
 def parse_sweep(text):
-    """``fusion=none,hilo;dataset=digits`` -> {"fusion": ["none", "hilo"], "dataset": ["digits"]}. Raises UserError."""
+    """``fusion=none,hilo;dataset=digits`` -> {"fusion": ["none", "hilo"], "dataset": ["digits"]}. Raises
+    UserError."""
     sweep = {}
     for part in text.split(";"):
         name, equals, values = part.strip().partition("=")
@@ -267,36 +482,33 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def section_titles():
-    """{first knob of a section: its title}, read from the ``# ---`` comments above."""
-    titles, title = {}, None
-    with open(__file__, encoding="utf-8") as source:
-        for line in source:
-            if line.startswith("    # --- "):
-                title = line[10:].strip()
-            elif title and ": " in line and "= knob(" in line:
-                titles[line.split(":")[0].strip()] = title
-                title = None
-    return titles
-
-
 def build_parser(description):
     """A parser with every knob, its default and its meaning, in the sections of this file."""
-    parser = OneLineParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    titles, group = section_titles(), parser
+    parser = OneLineParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    group = parser
     for field in dataclasses.fields(Config):
-        group = parser.add_argument_group(titles[field.name]) if field.name in titles else group
+        if field.name in SECTIONS:
+            group = parser.add_argument_group(SECTIONS[field.name])
         text = field.metadata["help"].replace("%", "%%")
         if field.metadata["choices"] and not all(str(choice) in text for choice in field.metadata["choices"]):
             text += f" ({', '.join(field.metadata['choices'])})"
         shown = "none" if field.default is None else field.default
         optional_flag = {"nargs": "?", "const": "True"} if field.type is bool else {}
-        group.add_argument(f"--{field.name}", metavar="VALUE", default=argparse.SUPPRESS, help=f"{text} [{shown}]", **optional_flag)
+        group.add_argument(
+            f"--{field.name}",
+            metavar="VALUE",
+            default=argparse.SUPPRESS,
+            help=f"{text} [{shown}]",
+            **optional_flag,
+        )
     return parser
 
 
 def make_config(given):
-    """The configuration of ``given`` {knob: value}: defaults, then the preset's, then the given ones. Raises UserError."""
+    """The configuration of ``given`` {knob: value}: defaults, then the preset's, then the given ones. Raises
+    UserError."""
     names = [field.name for field in dataclasses.fields(Config)]
     for name in given:
         if name not in names:
@@ -308,12 +520,17 @@ def make_config(given):
 
 
 def from_command_line(description, argv=None):
-    """The configuration of a script's command line; ``-h`` prints the knobs and exits. A mistake ends the script with one line."""
+    """The configuration of a script's command line; ``-h`` prints the knobs and exits. A mistake ends the
+    script with one line."""
     try:
         given, rest = build_parser(description).parse_known_args(argv)
         if rest:
             knobs = [f"--{field.name}" for field in dataclasses.fields(Config)]
-            raise UserError(unknown("knob", rest[0].split("=")[0], knobs) if rest[0].startswith("--") else f"expected --knob value, got {rest[0]!r}")
+            raise UserError(
+                unknown("knob", rest[0].split("=")[0], knobs)
+                if rest[0].startswith("--")
+                else f"expected --knob value, got {rest[0]!r}"
+            )
         return make_config(parse_values(vars(given)))
     except UserError as mistake:
         stop(mistake)
@@ -321,21 +538,31 @@ def from_command_line(description, argv=None):
 
 def changed(config):
     """{knob: value} of the knobs that differ from this file's defaults."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
+    return {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if getattr(config, f.name) != f.default
+    }
 
 
 def run_script(main, config):
-    """Run ``main(config)``: print the configuration in effect first, and turn a user's mistake into one line and exit status 2."""
+    """Run ``main(config)``: print the configuration in effect first, and turn a user's mistake into one line
+    and exit status 2."""
     settings = ", ".join(f"{name} {value}" for name, value in changed(config).items() if name != "preset")
     print(f"preset {config.preset}" + (f"; {settings}" if settings else ""), flush=True)
+    guarded(main, config)
+
+
+def guarded(main, *arguments) -> None:
+    """Run ``main(*arguments)``; a user's mistake, a full disk or Ctrl-C ends the script with one line."""
     try:
-        main(config)
+        main(*arguments)
     except UserError as mistake:
         stop(mistake)
     except OSError as error:  # a full disk, a folder that may not be written
         stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
-        print("interrupted: finished classes and caches are kept", file=sys.stderr)
+        print("interrupted: finished classes and finished caches are kept", file=sys.stderr)
         sys.exit(130)
 
 

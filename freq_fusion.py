@@ -1,23 +1,30 @@
-"""Multi-frequency fusion: what a subnet of the flow learns from the patch tokens.
+"""Multi-frequency fusion: what a subnet of the flow learns from the patch tokens (docs/method.md, section 3).
 
-Notation: B images, C channels of a token, N patch tokens on a grid of (rows, columns), d channels that one subnet sees
-(half of C), H hidden width. Each module maps the semantic half x (B, d) and the patch halves p (B, N, d) to (B, H).
+Notation: B images, C channels of a token, N patch tokens on a grid of (rows, columns), d channels that one
+subnet sees (half of C), H hidden width. Each module maps the semantic half x (B, d) and the patch halves p
+(B, N, d) to (B, H).
 
 The semantic token is the only query, which makes attention cheap without changing its value:
     q . (W_k m_i) = (W_k^T q) . m_i        and        sum_i a_i W_v m_i = W_v (sum_i a_i m_i),
-so tokens are never projected: O(heads N d) per image instead of O(N d^2). Nor are they ever moved: a module reads its d channels
-out of whole tokens (B, N, C) through ``index`` (d), by putting the projected query at these channels and zero elsewhere.
+so tokens are never projected: O(heads N d) per image instead of O(N d^2). Nor are they ever moved: a module
+reads its d channels out of whole tokens (B, N, C) through ``index`` (d), by putting the projected query at
+these channels and zero elsewhere.
+
+A new module: write it here with the same ``forward`` and add its builder to FUSIONS; config.FUSIONS names it.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linear import Linear
+from token_grid import window_of
 
-# The frequencies that FcaNet (arXiv 2012.11879) ranks first on a 7 x 7 grid: (row, column) indices, best first.
+# The frequencies that FcaNet (arXiv 2012.11879) ranks first on a 7 x 7 grid: (row, column) indices, best
+# first.
 TOP16 = ((0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0),
          (5, 0), (1, 6), (3, 0), (0, 4), (0, 6), (0, 3), (3, 5), (2, 2))  # fmt: skip
 
@@ -30,14 +37,16 @@ def fold_keys(query: Tensor, weight: Tensor) -> Tensor:
 
 
 def project_values(mixed: Tensor, weight: Tensor) -> Tensor:
-    """W_v applied to the mixed token of every head: mixed (B, heads, d), weight (heads * w, d) -> (B, heads * w)."""
+    """W_v applied to the mixed token of every head: mixed (B, heads, d), weight (heads * w, d) -> (B, heads *
+    w)."""
     heads, d = mixed.shape[1:]
     values = torch.matmul(mixed.transpose(0, 1), weight.view(heads, -1, d).transpose(1, 2))  # (heads, B, w)
     return values.transpose(0, 1).flatten(1)
 
 
 def token_logits(query: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
-    """Inner products of query (B, heads, d) with the channels ``index`` of tokens (B, N, C) -> (B, heads, N)."""
+    """Inner products of query (B, heads, d) with the channels ``index`` of tokens (B, N, C) -> (B, heads,
+    N)."""
     if tokens.shape[-1] == query.shape[-1]:
         whole = query[..., index.argsort()]
     else:
@@ -51,12 +60,13 @@ def mix_tokens(weights: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
 
 
 class ClassAttention(nn.Module):
-    """SANF-AD's class attention (its CAFF module, SPEC 3), the fusion that the released flow calls.
+    """SANF-AD's class attention (its CAFF module), the fusion that the released flow calls (docs/method.md,
+    eq. 8).
 
-    The semantic token asks, itself and the patch tokens answer. Head width d // heads, no biases but the projection's.
-    """
+    The semantic token asks, itself and the patch tokens answer. Head width d // heads, no biases but the
+    projection's."""
 
-    def __init__(self, d: int, hidden: int, heads: int = 4):
+    def __init__(self, d: int, hidden: int, heads: int):
         super().__init__()
         self.heads, self.width = heads, head_width(d, heads)
         inner = heads * self.width
@@ -76,43 +86,54 @@ class ClassAttention(nn.Module):
 
 
 class HiLo(nn.Module):
-    """HiLo attention (arXiv 2205.13213) with the semantic token as the only query (SPEC 3).
+    """HiLo attention (arXiv 2205.13213) with the semantic token as the only query (docs/method.md, eq. 9 and
+    10).
 
-    Hi-Fi heads attend inside each window of ``window`` x ``window`` patches; the window results are averaged. Lo-Fi heads attend
-    over the windows' mean tokens. A mean token's logit is the mean of its patches' logits, so both kinds share one pass over the
-    full grid. A grid that the window does not divide ends in smaller windows.
+    Hi-Fi heads attend inside each window of ``window`` x ``window`` patches; the window results are averaged.
+    Lo-Fi heads attend over the windows' mean tokens. A mean token's logit is the mean of its patches' logits,
+    so both kinds share one pass over the full grid. A grid that the window does not divide ends in smaller
+    windows.
 
-    ``compact``: tokens are (B, 2 W, C), first the W low-band tokens (window means), then the W high-band ones (see
-    ``split_bands``); Lo-Fi heads attend over the former and Hi-Fi heads over the latter.
-    """
+    ``bands``: tokens are (B, 2 W, C), first the W low-band tokens (window means), then the W high-band ones
+    (see ``token_grid.split_bands``); Lo-Fi heads attend over the former and Hi-Fi heads over the latter."""
 
-    def __init__(self, d: int, hidden: int, grid: tuple[int, int], heads: int = 8, alpha: float = 0.5, window: int = 3, compact: bool = False):
+    def __init__(
+        self, d: int, hidden: int, grid: tuple[int, int], heads: int, alpha: float, window: int, bands: bool
+    ):
         super().__init__()
-        self.width, self.compact = head_width(d, heads), compact
+        self.width, self.bands = head_width(d, heads), bands
         self.low = int(heads * alpha)
         self.high = heads - self.low
         low_out = hidden * self.low // heads
         if self.low and not low_out or self.high and low_out == hidden:
-            raise ValueError(f"hilo with {heads} heads and alpha {alpha} needs a wider subnet than fc_internal {hidden}")
+            raise ValueError(
+                f"hilo with {heads} heads and alpha {alpha} needs a wider subnet than fc_internal {hidden}"
+            )
         for name, count, out in (("h", self.high, hidden - low_out), ("l", self.low, low_out)):
             if count:
                 inner = count * self.width
                 self.add_module(f"{name}_q", Linear(d, inner, bias=False))
-                self.add_module(f"{name}_kv", Linear(d, 2 * inner, bias=False))  # rows ordered (2, heads, width)
+                self.add_module(
+                    f"{name}_kv", Linear(d, 2 * inner, bias=False)
+                )  # rows ordered (2, heads, width)
                 self.add_module(f"{name}_proj", Linear(inner, out))
-        if not compact:
+        if not bands:
             members = window_members(grid, window)
             sizes = (members >= 0).sum(1)
             flat = members.flatten()
-            self.register_buffer("members", flat.clamp(min=0), persistent=False)  # (W * window^2) patches, window by window
+            self.register_buffer(
+                "members", flat.clamp(min=0), persistent=False
+            )  # (W * window^2) patches, window by window
             self.register_buffer("padding", flat < 0, persistent=False)
-            self.register_buffer("place", torch.argsort(flat)[(flat < 0).sum() :], persistent=False)  # (N) patch -> its place there
-            averaging = F.one_hot(window_of(grid, window), len(sizes)).float() / sizes  # (N, W)
+            self.register_buffer(
+                "place", torch.argsort(flat)[(flat < 0).sum() :], persistent=False
+            )  # (N) patch -> its place there
+            averaging = F.one_hot(window_of(grid, window), len(sizes)).double() / sizes  # (N, W)
             self.register_buffer("averaging", averaging, persistent=False)
             self.n_windows = len(sizes)
 
     def forward(self, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
-        """x (B, d), tokens (B, N, C) (compact: (B, 2 W, C)), index (d) into C -> (B, H)."""
+        """x (B, d), tokens (B, N, C) (bands: (B, 2 W, C)), index (d) into C -> (B, H)."""
         queries, values, projections = [], [], []
         for name, count in (("h", self.high), ("l", self.low)):
             if count:
@@ -121,13 +142,16 @@ class HiLo(nn.Module):
                 queries.append(fold_keys(query, keys))
                 values.append(value)
                 projections.append(getattr(self, f"{name}_proj"))
-        mixed = (self._mix_bands if self.compact else self._mix_grid)(queries, tokens, index)
+        mixed = (self._mix_bands if self.bands else self._mix_grid)(queries, tokens, index)
         return torch.cat([proj(project_values(m, v)) for proj, m, v in zip(projections, mixed, values)], 1)
 
     def _mix_grid(self, queries: list[Tensor], tokens: Tensor, index: Tensor) -> list[Tensor]:
-        """One pass over the full grid for the heads of both kinds -> their mixed tokens, each (B, heads, d)."""
+        """One pass over the full grid for the heads of both kinds -> their mixed tokens, each (B, heads,
+        d)."""
         logits = token_logits(torch.cat(queries, 1), tokens, index)
-        weights = torch.cat([self._window_weights(logits[:, : self.high]), self._mean_weights(logits[:, self.high :])], 1)
+        weights = torch.cat(
+            [self._window_weights(logits[:, : self.high]), self._mean_weights(logits[:, self.high :])], 1
+        )
         mixed = mix_tokens(weights, tokens, index)
         return [part for part in mixed.split([self.high, self.low], 1) if part.shape[1]]
 
@@ -139,34 +163,48 @@ class HiLo(nn.Module):
 
     def _mean_weights(self, logits: Tensor) -> Tensor:
         """Softmax over the windows' means, spread over their patches: (B, heads, N) -> (B, heads, N)."""
-        averaging = self.averaging.to(logits.dtype)
+        averaging = self.averaging.to(
+            logits.dtype
+        )  # made in float64, so a double module computes in double throughout
         return torch.matmul(torch.matmul(logits, averaging).softmax(2), averaging.t())
 
     def _mix_bands(self, queries: list[Tensor], tokens: Tensor, index: Tensor) -> list[Tensor]:
         low, high = tokens.chunk(2, 1)  # (B, W, C) each
         bands = [band for band, count in ((high, self.high), (low, self.low)) if count]
-        return [mix_tokens(token_logits(q, band, index).softmax(2), band, index) for q, band in zip(queries, bands)]
+        return [
+            mix_tokens(token_logits(q, band, index).softmax(2), band, index)
+            for q, band in zip(queries, bands)
+        ]
 
 
 class SpectralGate(nn.Module):
-    """Multi-spectral channel attention (FcaNet, arXiv 2012.11879): a map's DCT coefficients gate its channels.
+    """Multi-spectral channel attention (FcaNet, arXiv 2012.11879): a map's DCT coefficients gate its
+    channels.
 
-    Channels are split evenly among the sixteen frequencies of ``TOP16``, whose indices are scaled by ``grid // 6``, as in the
-    released code (FcaNet scales for a 7 x 7 space).
-    """
+    Channels are split evenly among the sixteen frequencies of ``TOP16``, whose indices are scaled by ``grid
+    // 6``, as in the released code (FcaNet scales for a 7 x 7 space). By that scaling three of the sixteen
+    filters are zero on grids of 6, 12, 18 and 24: a cosine whose frequency equals the side of the grid
+    vanishes at every patch."""
 
     def __init__(self, channels: int, grid: tuple[int, int]):
         super().__init__()
         if min(grid) < 6:
             raise ValueError(f"spectral fusion needs a token grid of at least 6x6, got {grid[0]}x{grid[1]}")
-        frequency = torch.arange(channels) * len(TOP16) // channels  # (C) which of the sixteen a channel takes
+        frequency = (
+            torch.arange(channels) * len(TOP16) // channels
+        )  # (C) which of the sixteen a channel takes
         filters = torch.stack([dct_filter(u * (grid[0] // 6), v * (grid[1] // 6), grid) for u, v in TOP16])
         self.dct_layer = nn.Module()
-        self.dct_layer.register_buffer("weight", filters[frequency])  # (C, rows, columns)
-        self.register_buffer("filters", filters.flatten(1), persistent=False)  # (16, N)
+        self.dct_layer.register_buffer("weight", filters[frequency].float())  # (C, rows, columns)
+        self.register_buffer("filters", filters.flatten(1).double(), persistent=False)  # (16, N)
         self.register_buffer("frequency", frequency, persistent=False)
         squeezed = max(channels // 16, 1)
-        self.fc = nn.Sequential(Linear(channels, squeezed, bias=False), nn.ReLU(), Linear(squeezed, channels, bias=False), nn.Sigmoid())
+        self.fc = nn.Sequential(
+            Linear(channels, squeezed, bias=False),
+            nn.ReLU(),
+            Linear(squeezed, channels, bias=False),
+            nn.Sigmoid(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate a map (B, C, rows, columns) -> the same shape."""
@@ -179,10 +217,11 @@ class SpectralGate(nn.Module):
 
 
 class Spectral(nn.Module):
-    """Frequency channel attention over the patches, pooled and added to the semantic half, then projected to H.
+    """Frequency channel attention over the patches, pooled and added to the semantic half, then projected to
+    H.
 
-    The released code defines the gate but never connects it to the flow; the pooling and the projection are ours.
-    """
+    The released code defines the gate but never connects it to the flow; the pooling and the projection are
+    ours."""
 
     def __init__(self, d: int, hidden: int, grid: tuple[int, int]):
         super().__init__()
@@ -195,24 +234,60 @@ class Spectral(nn.Module):
         return self.proj(x + self.gate.gate_tokens(tokens, index) * pooled)
 
 
-def build_fusion(name: str, d: int, hidden: int, grid: tuple[int, int], heads: int = 0, alpha: float = 0.5, window: int = 3, compact: bool = False):
-    """The fusion module ``name`` for d channels and width ``hidden``; None for "none". Raises ValueError on sizes that do not fit.
+Builder = Callable[..., nn.Module | None]  # (d, hidden, grid, *, heads, alpha, window, bands) -> module
+
+
+def _spectral(d: int, hidden: int, grid: tuple[int, int], *, bands: bool, **_) -> Spectral:
+    if bands:
+        raise ValueError("spectral fusion needs tokens on a grid, got two bands per window")
+    return Spectral(d, hidden, grid)
+
+
+def _hilo(
+    d: int, hidden: int, grid: tuple[int, int], *, heads: int, alpha: float, window: int, bands: bool
+) -> HiLo:
+    return HiLo(d, hidden, grid, heads or 8, alpha, window, bands)
+
+
+def _class_attention(d: int, hidden: int, grid: tuple[int, int], *, heads: int, **_) -> ClassAttention:
+    return ClassAttention(d, hidden, heads or 4)
+
+
+def _none(*_, **__) -> None:
+    return None
+
+
+FUSIONS: dict[str, Builder] = {
+    "class_attention": _class_attention,
+    "hilo": _hilo,
+    "spectral": _spectral,
+    "none": _none,
+}
+
+
+def build_fusion(
+    name: str,
+    d: int,
+    hidden: int,
+    grid: tuple[int, int],
+    *,
+    heads: int,
+    alpha: float,
+    window: int,
+    bands: bool,
+) -> nn.Module | None:
+    """The fusion module ``name`` (FUSIONS) for d channels and width ``hidden``; None for no fusion.
 
     Args:
-        grid: rows and columns of the patch tokens. compact: the tokens are two bands (``split_bands``).
-        heads: attention heads; 0 takes the module's own number (4 or 8).
+        grid: rows and columns of the patch tokens. bands: the tokens are two bands per window, not places on
+            the grid.
+        heads: attention heads; 0 takes the module's own number (4 or 8). alpha, window: hilo's.
+    Raises:
+        ValueError: an unknown name, or sizes that do not fit.
     """
-    if compact and name == "spectral":
-        raise ValueError("spectral fusion needs a spatial token grid, got token_grid compact")
-    if name == "class_attention":
-        return ClassAttention(d, hidden, heads or 4)
-    if name == "hilo":
-        return HiLo(d, hidden, grid, heads or 8, alpha, window, compact)
-    if name == "spectral":
-        return Spectral(d, hidden, grid)
-    if name == "none":
-        return None
-    raise ValueError(f"unknown fusion {name!r}: expected class_attention, hilo, spectral or none")
+    if name not in FUSIONS:
+        raise ValueError(f"unknown fusion {name!r}: expected {', '.join(FUSIONS)}")
+    return FUSIONS[name](d, hidden, grid, heads=heads, alpha=alpha, window=window, bands=bands)
 
 
 # ---------------------------------------------------------------- grids, windows, frequencies
@@ -223,12 +298,6 @@ def head_width(d: int, heads: int) -> int:
     return d // heads
 
 
-def window_of(grid: tuple[int, int], window: int) -> Tensor:
-    """The window that each patch of the grid lies in -> (N), row by row; the last windows may be smaller."""
-    rows, columns = torch.arange(grid[0]) // window, torch.arange(grid[1]) // window
-    return (rows[:, None] * math.ceil(grid[1] / window) + columns).flatten()
-
-
 def window_members(grid: tuple[int, int], window: int) -> Tensor:
     """The patches of each window -> (W, window^2), filled up with -1 where a window is smaller."""
     owner = window_of(grid, window)
@@ -236,27 +305,14 @@ def window_members(grid: tuple[int, int], window: int) -> Tensor:
     return torch.stack([F.pad(patches, (0, window * window - len(patches)), value=-1) for patches in windows])
 
 
-def split_bands(patches: Tensor, grid: tuple[int, int], window: int) -> Tensor:
-    """The compact form of a patch grid: per window a low band (mean) and a high band (what the mean loses).
-
-    The high band is the root mean square deviation from the window's mean, per channel: low^2 + high^2 is the window's mean
-    energy, so no energy is lost, only its place inside the window and its sign.
-
-    patches (B, N, C) -> (B, 2 W, C): W low-band tokens, then W high-band tokens.
-    """
-    owner = window_of(grid, window).to(patches.device)
-    averaging = F.one_hot(owner).t().to(patches.dtype)  # (W, N)
-    averaging = averaging / averaging.sum(1, keepdim=True)
-    low = torch.matmul(averaging, patches)
-    high = torch.matmul(averaging, (patches - low[:, owner]).square()).sqrt()
-    return torch.cat([low, high], 1)
-
-
 def dct_filter(u: int, v: int, grid: tuple[int, int]) -> Tensor:
-    """The orthonormal two-dimensional DCT-II basis function of frequency (u, v) on the grid -> (rows, columns)."""
+    """The orthonormal two-dimensional DCT-II basis function of frequency (u, v) on the grid -> (rows,
+    columns), float64."""
 
     def basis(frequency, length):
-        wave = torch.cos(math.pi * frequency * (torch.arange(length, dtype=torch.float64) + 0.5) / length) / math.sqrt(length)
+        wave = torch.cos(
+            math.pi * frequency * (torch.arange(length, dtype=torch.float64) + 0.5) / length
+        ) / math.sqrt(length)
         return wave if frequency == 0 else wave * math.sqrt(2)
 
-    return torch.outer(basis(u, grid[0]), basis(v, grid[1])).float()
+    return torch.outer(basis(u, grid[0]), basis(v, grid[1]))

@@ -1,8 +1,9 @@
-"""A linear layer that takes oneDNN's float32 matrix product on the CPU, where PyTorch would take another library's.
+"""A linear layer that takes oneDNN's float32 matrix product on the CPU, where PyTorch would take another
+library's.
 
-On AMD processors oneDNN's is about twice as quick for these sizes (benchmarks/RESULTS.md). The outcome is the same up to float32
-rounding. PyTorch offers the product as an operator of its compiler; where that operator is missing, nn.Linear does the work.
-"""
+On AMD processors oneDNN's is about twice as quick for these sizes (benchmarks/RESULTS.md). The outcome is the
+same up to float32 rounding. PyTorch offers the product as an operator of its compiler; where that operator is
+missing, nn.Linear does the work."""
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,19 @@ class _Linear(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, by oneDNN for float32 matrices on the CPU. ``plain`` keeps to nn.Linear: transforms of torch.func need that."""
+    """nn.Linear, by oneDNN for float32 matrices on the CPU. ``plain`` keeps to nn.Linear: transforms of
+    torch.func need that."""
 
     plain = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.plain or not AVAILABLE or x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() != 2 or len(x) == 0:
+        if (
+            self.plain
+            or not AVAILABLE
+            or x.device.type != "cpu"
+            or x.dtype != torch.float32
+            or x.dim() != 2
+            or len(x) == 0
+        ):
             return super().forward(x)
         return _Linear.apply(x, self.weight, self.bias)

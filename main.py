@@ -1,4 +1,5 @@
-"""Fit one flow per normal class and seed, and report detection per class and on average: table on screen, files in runs/<modelname>/."""
+"""Fit one flow per normal class and seed; report detection per class and on average, on screen and in
+runs/<modelname>/."""
 
 import config as knobs
 
@@ -7,84 +8,105 @@ if __name__ == "__main__":  # parse before the slow imports: -h and mistakes ans
 
 import dataclasses
 import itertools
-import json
 import time
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 
 import baselines
+import batched
 import datasets
-import evaluate
+import detector
 import extractor
+import figures
 import report
-import together
 import train
 import utils
-from config import Config
+from config import Config, knobs_affecting
 
 
 # ---------------------------------------------------------------- running
-def run_classes(config: Config, cache: datasets.FeatureCache, classes: list[str], device: torch.device) -> list[dict]:
-    """Fit every class with every seed -> their results. Each is kept as soon as it is there."""
-    train_source, test_source = (train.TokenSource(cache.tokens(split), device) for split in datasets.SPLITS)
-    results, total = [], len(classes) * config.n_seeds
+def run_classes(
+    config: Config, cache: datasets.FeatureCache, classes: list[str], device: torch.device
+) -> list[dict]:
+    """Fit every class with every seed -> their results. Each is saved as soon as it is there."""
+    sources = {split: detector.TokenSource(cache.tokens(split), device) for split in datasets.SPLITS}
+    results: list[dict] = []
+    total = len(classes) * config.n_seeds
 
-    def keep(result):
+    def add(result: dict) -> None:
         results.append(result)
-        print(f"[{len(results)}/{total}] {result['class']} seed {result['seed']}: AUROC {result['auroc']:.4f}  {result['seconds']:.0f} s", flush=True)
+        print(
+            f"[{len(results)}/{total}] {result['class']} seed {result['seed']}: AUROC {result['auroc']:.4f}  "
+            f"{result['seconds']:.0f} s",
+            flush=True,
+        )
 
     for seed in range(config.seed, config.seed + config.n_seeds):
         missing = []
         for class_name in classes:
             result = finished_result(config, cache, class_name, seed) if config.resume else None
-            keep(result) if result else missing.append(class_name)
-        for fitted in fit(config, cache, missing, seed, train_source, test_source):
-            train.save_fitted(config, cache, fitted)
-            keep(fitted.result)
+            if result:
+                add(result)
+            else:
+                missing.append(class_name)
+        for fitted in fit(config, cache, missing, seed, sources):
+            detector.save_fitted(config, cache, fitted)
+            add(fitted.result)
     return sorted(results, key=lambda result: (result["seed"], classes.index(result["class"])))
 
 
-def fit(config: Config, cache: datasets.FeatureCache, classes: list[str], seed: int, train_source, test_source):
-    """Fit the classes one after the other, or all at once as one batched model where train_together says so; yield each when done."""
-    together_wanted = config.train_together == "True" or config.train_together == "auto" and train_source.device.type == "cuda"
-    make = partial(train.make_trainer, config, cache, seed=seed, train=train_source, test=test_source)
-    if not together_wanted or len(classes) < 2:
+def fit(
+    config: Config,
+    cache: datasets.FeatureCache,
+    classes: list[str],
+    seed: int,
+    sources: dict[str, detector.TokenSource],
+) -> Iterator[detector.Fitted]:
+    """Fit the classes one after the other, or all at once as one batched model (knob train_together); yield
+    each when done."""
+    at_once = config.train_together == "True" or (
+        config.train_together == "auto" and sources["train"].device.type == "cuda"
+    )
+
+    def make(class_name: str) -> train.Trainer:
+        return train.make_trainer(config, cache, class_name, seed, sources["train"], sources["test"])
+
+    if not at_once or len(classes) < 2:
         yield from (make(class_name).run() for class_name in classes)
         return
-    for group in together.groups([make(class_name) for class_name in classes]):
-        yield from together.TogetherTrainer(group).run()
-
-
-IRRELEVANT = ("class_name", "seed", "n_seeds", "resume", "verbose", "hide_tqdm_bar", "plots", "baselines", "pretrained", "nbins1", "nbins2", "threads", "preset", "workers", "modelname", "sweep", "save_model")  # fmt: skip
+    for group in batched.groups([make(class_name) for class_name in classes]):
+        yield from batched.BatchedTrainer(group).run()
 
 
 def finished_result(config: Config, cache: datasets.FeatureCache, class_name: str, seed: int) -> dict | None:
-    """The result of a class and seed that an earlier run of the same configuration and features finished; None without one."""
-    path = train.checkpoint_path(config, class_name, seed).with_suffix(".json")
+    """The result of a class and seed that an earlier run of the same configuration and features finished, or
+    None."""
     try:
-        content = json.loads(path.read_text())
+        record = detector.read_record(detector.checkpoint_path(config, class_name, seed))
     except (OSError, ValueError):
         return None
-    wanted = {name: value for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items() if name not in IRRELEVANT}
-    same = all(content["config"].get(name) == value for name, value in wanted.items()) and content["features"] == cache.meta
-    return train.undefined_as_nan(content["result"]) if same else None
+    fitted_with = detector.config_of(record)
+    relevant = knobs_affecting("features", "fit")
+    same = all(getattr(fitted_with, name) == getattr(config, name) for name in relevant)
+    return record["result"] if same and record["features"] == cache.meta else None
 
 
 def run_baselines(cache: datasets.FeatureCache, classes: list[str]) -> dict[str, dict[str, dict]]:
     """{baseline: {class: metrics}} on the same semantic tokens."""
     semantic = {split: torch.from_numpy(cache.tokens(split).semantic()).float() for split in datasets.SPLITS}
-    table = {name: {} for name in baselines.BASELINES}
+    table: dict[str, dict[str, dict]] = {name: {} for name in baselines.BASELINES}
     for class_name in classes:
         train_rows, test_rows, labels = cache.labels.one_class(class_name)
-        for name, scores in baselines.baseline_scores(semantic["train"][train_rows], semantic["test"][test_rows]).items():
+        scores_by_name = baselines.baseline_scores(semantic["train"][train_rows], semantic["test"][test_rows])
+        for name, scores in scores_by_name.items():
             table[name][class_name] = utils.detection_metrics(labels, scores)
     return table
 
 
 def run(config: Config) -> dict:
     """The whole course of one configuration: features, classes, baselines, report -> its summary."""
-    start, folder = time.perf_counter(), train.run_folder(config)
+    start, folder = time.perf_counter(), detector.run_folder(config)
     device = utils.set_up(config.device, config.threads)
     cache = extractor.ensure_features(config, device)
     classes = datasets.choose_classes(cache.labels, config.class_name)
@@ -93,22 +115,26 @@ def run(config: Config) -> dict:
     summary = report.summarize(config, results, table, time.perf_counter() - start, cache.meta)
     print("\n" + report.write_results(folder, summary))
     if config.plots:
-        evaluate.draw_all(config, cache, classes, folder)
+        figures.draw_all(config, cache, classes, folder)
     print(f"\nresults in {folder}/results.json, .csv and .md; wall time {summary['wall_time_s']:.0f} s")
     return summary
 
 
 def run_sweep(config: Config) -> None:
     """Run every combination of the values that the knob ``sweep`` lists, then the table of them all."""
-    start, sweep, folder = time.perf_counter(), knobs.parse_sweep(config.sweep), train.run_folder(config)
-    summaries = {}
+    start, sweep, folder = time.perf_counter(), knobs.parse_sweep(config.sweep), detector.run_folder(config)
     configs = {}
-    for values in itertools.product(*sweep.values()):  # all of them first: a mistake shows before the first run
+    for values in itertools.product(
+        *sweep.values()
+    ):  # all of them first: a mistake shows before the first run
         parsed, name = knobs.parse_values(dict(zip(sweep, values))), "-".join(values).replace("/", "_")
-        configs[values] = dataclasses.replace(config, **parsed, modelname=f"{config.modelname}/{name}", sweep=None)
-    for values, one in configs.items():
+        configs[values] = dataclasses.replace(
+            config, **parsed, modelname=f"{config.modelname}/{name}", sweep=None
+        )
+    summaries = {}
+    for values, combination in configs.items():
         print(f"\n=== {' '.join(f'{knob} {value}' for knob, value in zip(sweep, values))}", flush=True)
-        summaries[values] = run(one)
+        summaries[values] = run(combination)
     print("\n" + report.write_sweep(folder, sweep, summaries, time.perf_counter() - start))
     print(f"\nresults in {folder}/sweep.json and sweep.md")
 

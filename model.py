@@ -1,10 +1,13 @@
-"""The normalizing flow: coupling layers whose subnets also see the fused patch tokens; its likelihood and its scores.
+"""The normalizing flow: coupling layers whose subnets also see the fused patch tokens; its likelihood and its
+scores.
 
-Notation (SPEC 2): y_sem (B, C) is the semantic token, y_patch (B, N, C) the patch tokens, z (B, C) the latent; the log-determinant is
-log|det dz/dy_sem| in the forward direction and its negative in reverse, as FrEIA asks.
-"""
+Notation (docs/method.md, section 1): y_sem (B, C) is the semantic token, y_patch (B, N, C) the patch tokens,
+z (B, C) the latent; the log-determinant is log|det dz/dy_sem| in the forward direction and its negative in
+reverse, as FrEIA asks."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import FrEIA.framework as Ff
 import FrEIA.modules as Fm
@@ -16,9 +19,13 @@ from torch.nn import functional as F
 from freq_fusion import build_fusion
 from linear import Linear
 
+NEIGHBOURS = 2  # PANDA and DN2 use two
+CHUNK = 1024  # rows whose distances to all others are held at once
+
 
 class Subnet(nn.Module):
-    """S: x (B, d) and patch tokens -> (B, out): three hidden layers beside the fused features, joined by a linear one (SPEC 2).
+    """S: x (B, d) and patch tokens -> (B, out): three hidden layers beside the fused features, joined by a
+    linear one (docs/method.md, eq. 5 to 7).
 
     Args:
         fusion: a module of freq_fusion (B, d), (B, N, C), (d) -> (B, H), or None for no fusion.
@@ -26,7 +33,9 @@ class Subnet(nn.Module):
         identity_start: zero the last layer, so that the coupling starts as the identity.
     """
 
-    def __init__(self, d: int, out: int, hidden: int, fusion: nn.Module | None, use_gamma: bool = True, identity_start: bool = False):
+    def __init__(
+        self, d: int, out: int, hidden: int, fusion: nn.Module | None, use_gamma: bool, identity_start: bool
+    ):
         super().__init__()
         self.fc1 = Linear(d, hidden)
         self.fc2 = Linear(hidden, hidden)
@@ -51,10 +60,12 @@ class Subnet(nn.Module):
 
 
 class FusedCoupling(Fm.InvertibleModule):
-    """One coupling layer (SPEC 2, steps 1 to 5): a fixed permutation, then two affine halves, each conditioned on the other.
+    """One coupling layer (docs/method.md, eq. 1 to 4): a fixed permutation, then two affine halves, each
+    conditioned on the other.
 
-    Patch tokens come as they were cached, in their first channel order; ``token_order`` says where this layer finds its channels, so
-    that tokens are never permuted. It is the product of the permutations up to this layer.
+    Patch tokens come as they were cached, in their first channel order; ``token_order`` says where this layer
+    finds its channels, so that tokens are never permuted. It is the product of the permutations up to this
+    layer.
 
     Args:
         dims_in: [(C,)], the semantic token. dims_c: [(N, C)], the patch tokens.
@@ -62,14 +73,29 @@ class FusedCoupling(Fm.InvertibleModule):
         make_subnet: (d, out) -> Subnet.
         clamp: alpha of the soft clamp.
         token_order: (C) channel order of the tokens at this layer; None: this layer's permutation alone.
+    Raises:
+        ValueError: dimensions that do not fit, when it is built and when tokens come that it was not built
+            for.
     """
 
-    def __init__(self, dims_in, dims_c=None, *, seed: int, make_subnet, clamp: float = 3.0, token_order: np.ndarray | None = None):
+    def __init__(
+        self,
+        dims_in,
+        dims_c=None,
+        *,
+        seed: int,
+        make_subnet,
+        clamp: float,
+        token_order: np.ndarray | None = None,
+    ):
         super().__init__(dims_in, dims_c)
         if len(self.dims_in) != 1 or len(self.dims_in[0]) != 1:
             raise ValueError(f"FusedCoupling takes one input of shape (C,), got {self.dims_in}")
         if len(self.dims_c) != 1 or len(self.dims_c[0]) != 2 or self.dims_c[0][1] != self.dims_in[0][0]:
-            raise ValueError(f"FusedCoupling takes one condition of shape (N, C) with C = {self.dims_in[0][0]}, got {self.dims_c}")
+            raise ValueError(
+                f"FusedCoupling takes one condition of shape (N, C) with C = {self.dims_in[0][0]}, got "
+                f"{self.dims_c}"
+            )
         channels = self.dims_in[0][0]
         self.clamp, self.split = clamp, channels // 2
         order = np.random.RandomState(seed).permutation(channels)
@@ -84,6 +110,7 @@ class FusedCoupling(Fm.InvertibleModule):
     def forward(self, x_or_z, c=None, rev=False, jac=True):
         """([(B, C)], [(B, N, C)]) -> ([(B, C)], log-determinant (B) of the direction taken)."""
         (x,), (tokens,) = x_or_z, c
+        self._check_shapes(x, tokens)
         if rev:
             y1, y2 = x[:, : self.split], x[:, self.split :]
             scale1, shift1 = self._affine(self.s1(y1, tokens, self.p1))
@@ -99,8 +126,18 @@ class FusedCoupling(Fm.InvertibleModule):
         y2 = torch.exp(scale1) * x2 + shift1
         return (torch.cat([y1, y2], 1).clamp(-1e6, 1e6),), scale1.sum(1) + scale2.sum(1)
 
+    def _check_shapes(self, x: Tensor, tokens: Tensor) -> None:
+        expected = (len(x), *self.dims_c[0])
+        if x.shape[1:] != self.dims_in[0] or tokens.shape != expected:
+            raise ValueError(
+                f"expected a semantic token (B, {self.dims_in[0][0]}) and patch tokens {expected}, got "
+                f"{tuple(x.shape)} and "
+                f"{tuple(tokens.shape)}"
+            )
+
     def _affine(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Subnet output (B, 2 d') -> log-scale with the soft clamp (SPEC 2, step 4; 0.636 stands for 2 / pi) and shift, (B, d') each."""
+        """Subnet output (B, 2 d') -> log-scale with the soft clamp (docs/method.md, eq. 3; 0.636 stands for 2
+        / pi) and shift, (B, d') each."""
         s, t = out.chunk(2, 1)
         return self.clamp * 0.636 * torch.atan(s / self.clamp), t
 
@@ -108,40 +145,91 @@ class FusedCoupling(Fm.InvertibleModule):
         return input_dims
 
 
-def build_flow(channels: int, grid: tuple[int, int], *, n_blocks: int = 4, hidden: int | None = None, clamp: float = 3.0, fusion: str = "class_attention",
-               n_tokens: int | None = None, use_gamma: bool = True, identity_start: bool = False, **fusion_options) -> Ff.SequenceINN:  # fmt: skip
-    """The flow: ``n_blocks`` coupling layers chained by FrEIA. ``flow(y_sem, [y_patch])`` -> z (B, C), log-determinant (B).
+def build_flow(
+    channels: int,
+    grid: tuple[int, int],
+    *,
+    n_tokens: int,
+    n_blocks: int,
+    hidden: int,
+    clamp: float,
+    fusion: str,
+    use_gamma: bool,
+    identity_start: bool,
+    **fusion_options,
+) -> Ff.SequenceINN:
+    """The flow: ``n_blocks`` coupling layers chained by FrEIA. ``flow(y_sem, [y_patch])`` -> z (B, C),
+    log-determinant (B).
 
     Args:
-        channels: C. grid: rows and columns of the patch tokens. n_tokens: N where it is not rows x columns (compact bands).
-        hidden: width H of the subnets; None: C. fusion, fusion_options: see ``freq_fusion.build_fusion``.
+        channels: C. grid: rows and columns of the patch tokens. n_tokens: N; rows x columns unless they are
+            bands.
+        hidden: width H of the subnets. fusion, fusion_options: see ``freq_fusion.build_fusion``.
     Raises:
         ValueError: sizes that do not fit each other.
     """
-    hidden = hidden or channels
-    n_tokens = n_tokens or grid[0] * grid[1]
 
-    def make_subnet(d, out):
-        return Subnet(d, out, hidden, build_fusion(fusion, d, hidden, grid, **fusion_options), use_gamma, identity_start)
+    def make_subnet(d: int, out: int) -> Subnet:
+        module = build_fusion(fusion, d, hidden, grid, **fusion_options)
+        return Subnet(d, out, hidden, module, use_gamma, identity_start)
 
     flow = Ff.SequenceINN(channels)
     token_order = np.arange(channels)
     for k in range(n_blocks):
         token_order = token_order[np.random.RandomState(k).permutation(channels)]
-        flow.append(FusedCoupling, cond=0, cond_shape=(n_tokens, channels), seed=k, make_subnet=make_subnet, clamp=clamp, token_order=token_order)
+        flow.append(
+            FusedCoupling,
+            cond=0,
+            cond_shape=(n_tokens, channels),
+            seed=k,
+            make_subnet=make_subnet,
+            clamp=clamp,
+            token_order=token_order,
+        )
     return flow
 
 
+# ---------------------------------------------------------------- likelihood and scores
 def loss_per_image(z: Tensor, log_det: Tensor) -> Tensor:
-    """(0.5 |z|^2 - log|det J|) / C of every image: the negative log-likelihood in nats per channel, without its constant. -> (B)."""
+    """(0.5 |z|^2 - log|det J|) / C of every image (docs/method.md, eq. 11): the negative log-likelihood in
+    nats per channel, without its constant. z (B, C), log_det (B) -> (B)."""
     return (0.5 * z.square().sum(1) - log_det) / z.shape[1]
 
 
-def latent_score(z: Tensor) -> Tensor:
-    """The released anomaly score: mean of z^2 over the channels, higher = more anomalous. (B, C) -> (B)."""
+def nearest_neighbours(reference: Tensor, query: Tensor, k: int = NEIGHBOURS) -> Tensor:
+    """Mean Euclidean distance to the k nearest rows of reference (n, C), for every row of query (m, C) ->
+    (m)."""
+    k = min(k, len(reference))
+    return torch.cat(
+        [torch.cdist(rows, reference).topk(k, largest=False).values.mean(1) for rows in query.split(CHUNK)]
+    )
+
+
+def latent_score(z: Tensor, log_det: Tensor, reference: Tensor) -> Tensor:
+    """The released anomaly score: mean of z^2 over the channels."""
     return z.square().mean(1)
 
 
-def likelihood_score(z: Tensor, log_det: Tensor) -> Tensor:
-    """Full negative log-likelihood in nats per channel, higher = more anomalous. (B, C), (B) -> (B)."""
+def likelihood_score(z: Tensor, log_det: Tensor, reference: Tensor) -> Tensor:
+    """Full negative log-likelihood in nats per channel."""
     return loss_per_image(z, log_det) + 0.5 * math.log(2 * math.pi)
+
+
+def latent_knn_score(z: Tensor, log_det: Tensor, reference: Tensor) -> Tensor:
+    """Mean distance to the nearest latents of the training images."""
+    return nearest_neighbours(reference, z)
+
+
+class Score(NamedTuple):
+    title: str
+    function: Callable[[Tensor, Tensor, Tensor], Tensor]
+    needs_reference: bool = False
+
+
+# The scores by name: z (B, C), log_det (B), reference (n, C), the training images' latents -> (B), higher =
+# more anomalous.
+SCORES = {
+    "latent": Score("mean z²", latent_score),
+    "likelihood": Score("negative log-likelihood", likelihood_score),
+    "latent_knn": Score("nearest neighbours in latent space", latent_knn_score, needs_reference=True),
+}

@@ -1,71 +1,102 @@
-"""Feature normalisation before the flow, fitted on normal training features only and saved with the checkpoint.
+"""Feature normalisation before the flow, fitted on normal training features only and saved with the
+checkpoint.
 
-Backbone features are badly scaled for a flow: a few channels carry most of the variance. ``build_normalizer`` names the choices.
-"""
+Backbone features are badly scaled for a flow: a few channels carry most of the variance. ``build_normalizer``
+names the choices."""
 
 import torch
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 
 EPS = 1e-12
-FLOOR = 0.01  # of the mean variance: a channel that hardly varies in the normal images is not blown up by more
+FLOOR = (
+    0.01  # of the mean variance: a channel that hardly varies in the normal images is not blown up by more
+)
 RIDGE = 1e-6  # in units of the mean eigenvalue, for whitening a covariance that is singular
 
 
 def power_l2(tokens: Tensor) -> Tensor:
-    """Signed square root of every entry, then unit length: (..., C) -> (..., C). For non-negative features the plain square root."""
+    """Signed square root of every entry, then unit length: (..., C) -> (..., C). For non-negative features
+    the plain square root."""
     rooted = tokens.abs().sqrt_().copysign_(tokens)
     return rooted.div_(torch.linalg.vector_norm(rooted, dim=-1, keepdim=True).clamp_min_(EPS))
 
 
+# The normalisations by name, as the steps they take in this order (``Normalizer``).
+NORMALIZATIONS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "standardize": ("standardize",),
+    "power_l2": ("power_l2",),
+    "whiten": ("whiten",),
+    "power_l2+whiten": ("power_l2", "whiten"),
+}
+
+
 def centred_window(grid: tuple[int, int], share: float) -> Tensor:
-    """Weights (N), summing to 1, of a Gaussian on the centre of the grid, its sigma ``share`` times the grid's sides."""
-    rows, columns = (torch.softmax(-0.5 * ((torch.arange(side) - (side - 1) / 2) / (share * side)).square(), 0) for side in grid)
+    """Weights (N), summing to 1, of a Gaussian on the centre of the grid, its sigma ``share`` times the
+    grid's sides."""
+    rows, columns = (
+        torch.softmax(-0.5 * ((torch.arange(side) - (side - 1) / 2) / (share * side)).square(), 0)
+        for side in grid
+    )
     return torch.outer(rows, columns).flatten()
 
 
 class Normalizer(nn.Module):
-    """(B, C) semantic and (B, N, C) patch tokens -> the same shapes, normalised. Its buffers are fitted by ``fit``.
+    """(B, C) semantic and (B, N, C) patch tokens -> the same shapes, normalised. Its buffers are fitted by
+    ``fit``.
 
-    name: "none", "standardize" (every channel to mean 0, variance 1), "power_l2" (per token, then one common shift and scale, so that
-    a channel's mean square is 1 on average), "whiten" (semantic tokens to the identity covariance, by Ledoit-Wolf shrinkage; an
-    identity flow is then the Gaussian detector), "power_l2+whiten" (one after the other). Patch tokens have statistics of their
-    own; where semantic tokens are whitened, patch tokens are shifted and scaled as for "power_l2".
+    name (NORMALIZATIONS): "none", "standardize" (every channel to mean 0, variance 1), "power_l2" (per token,
+    then one common shift and scale, so that a channel's mean square is 1 on average), "whiten" (semantic
+    tokens to the identity covariance, by Ledoit-Wolf shrinkage; an identity flow is then the Gaussian
+    detector), "power_l2+whiten" (one after the other). Patch tokens have statistics of their own; where
+    semantic tokens are whitened, patch tokens are shifted and scaled as for "power_l2".
 
-    centre_pool, grid: with centre_pool above 0, the semantic token is first re-pooled from the patch tokens of the grid (rows, columns):
-    their mean under a Gaussian window on the image's centre, sigma = centre_pool times the grid's sides.
+    centre_pool, grid: with centre_pool above 0, the semantic token is first re-pooled from the patch tokens
+    of the grid (rows, columns): their mean under a Gaussian window on the image's centre, sigma = centre_pool
+    times the grid's sides.
 
-    patches_used: False where the flow has no fusion: patch tokens are then handed on as they are.
-    ridge: added to the covariance's eigenvalues before whitening, in units of their mean: 0 whitens fully, more keeps more of the
-    features' own scale.
-    """
+    patches_used: False where the flow has no fusion: patch tokens are then handed on as they are. ridge:
+    added to the covariance's eigenvalues before whitening, in units of their mean: 0 whitens fully, more
+    keeps more of the features' own scale."""
 
     def __init__(
-        self, name: str, channels: int, ridge: float = 0.0, centre_pool: float = 0.0, grid: tuple[int, int] | None = None, patches_used: bool = True
+        self,
+        name: str,
+        channels: int,
+        *,
+        ridge: float,
+        centre_pool: float,
+        grid: tuple[int, int],
+        patches_used: bool,
     ):
         super().__init__()
         self.patches_used = patches_used
-        self.register_buffer("window", centred_window(grid, centre_pool) if centre_pool else None, persistent=False)
-        self.steps, self.ridge = name.split("+"), ridge
+        self.register_buffer(
+            "window", centred_window(grid, centre_pool) if centre_pool else None, persistent=False
+        )
+        self.steps, self.ridge = NORMALIZATIONS[name], ridge
         for kind in ("semantic", "patch"):
             self.register_buffer(f"{kind}_mean", torch.zeros(channels))
             self.register_buffer(f"{kind}_scale", torch.ones(channels))
         self.register_buffer("whitening", torch.eye(channels) if "whiten" in self.steps else None)
 
     def pool(self, semantic: Tensor, patches: Tensor) -> Tensor:
-        """The semantic token that is normalised: the backbone's own (B, C), or re-pooled from the patches (B, N, C)."""
+        """The semantic token that is normalised: the backbone's own (B, C), or re-pooled from the patches (B,
+        N, C)."""
         return semantic if self.window is None else torch.matmul(self.window, patches[:, : len(self.window)])
 
     @torch.no_grad()
     def fit(self, semantic: Tensor, patches: Tensor) -> "Normalizer":
-        """Fit to the normal training images' pooled semantic tokens (n, C) and patch tokens (m, C), float32."""
-        if self.steps == ["none"]:
+        """Fit to the normal training images' pooled semantic tokens (n, C) and patch tokens (m, C),
+        float32."""
+        if not self.steps:
             return self
         for kind, tokens in (("semantic", semantic), ("patch", patches)):
             tokens = power_l2(tokens) if "power_l2" in self.steps else tokens
             mean = tokens.mean(0)
             deviation = (tokens - mean).square().mean(0)
-            if self.steps == ["power_l2"] or (self.whitening is not None and kind == "patch"):
+            if self.steps == ("power_l2",) or (self.whitening is not None and kind == "patch"):
                 deviation = deviation.mean().expand_as(mean)
             deviation = deviation.clamp(min=FLOOR * deviation.mean()) + EPS
             getattr(self, f"{kind}_mean").copy_(mean)
@@ -87,7 +118,7 @@ class Normalizer(nn.Module):
     @torch.no_grad()
     def forward(self, semantic: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         semantic = self.pool(semantic, patches)
-        if self.steps == ["none"]:
+        if not self.steps:
             return semantic, patches
         if "power_l2" in self.steps:
             semantic = power_l2(semantic)

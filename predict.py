@@ -9,8 +9,12 @@ from pathlib import Path
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="a class of a run: runs/<modelname>/classes/<class>-seed<n>")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, help="a class of a run: runs/<modelname>/classes/<class>-seed<n>"
+    )
     parser.add_argument("images", type=Path, nargs="+", help="images, or folders of them")
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
@@ -19,6 +23,7 @@ def parse_arguments():
 if __name__ == "__main__":  # parse before the slow imports
     ARGUMENTS = parse_arguments()
 
+import csv
 import dataclasses
 
 import numpy as np
@@ -26,63 +31,72 @@ import torch
 
 import config as knobs
 import datasets
+import detector
 import extractor
-import train
 import utils
 from config import UserError
+from datasets import CacheIdentity
 
 
 def find_images(paths: list[Path]) -> list[Path]:
     """The images among files and below folders, in order. Raises UserError on a path that is neither."""
-    found = []
+    images = []
     for path in paths:
         if not path.exists():
             raise UserError(f"no file or folder {path}")
-        found += datasets.images_below(path) if path.is_dir() else [path]
-    return found
+        images += datasets.images_below(path) if path.is_dir() else [path]
+    return images
 
 
-def threshold(content: dict) -> float | None:
-    """The score that 95 % of the held-out normal training images stay below; None where none were held out."""
-    held = content.get("held_out_scores")
+def threshold(record: dict) -> float | None:
+    """The score that 95 % of the held-out normal training images stay below; None where none were held
+    out."""
+    held = record.get("held_out_scores")
     return float(np.quantile(held, 0.95)) if held else None
 
 
 @torch.inference_mode()
-def score_images(detector: train.Detector, job: extractor.Extraction) -> np.ndarray:
+def score_images(fitted: detector.Detector, job: extractor.Extraction) -> np.ndarray:
     """Scores of the images of an extraction job, in order; memory does not grow with their number."""
     scores = []
-    for chunk in job.loader("test"):
-        if isinstance(chunk, UserError):
-            raise chunk
-        for images in chunk:
-            tokens = job.rows(images).float()
-            scores.append(detector.score(*detector(tokens[:, 0], tokens[:, 1:])))
+    for tokens in job.tokens("test"):
+        rows = tokens.float()
+        scores.append(fitted.score(*fitted(rows[:, 0], rows[:, 1:])))
     return np.concatenate(scores)
 
 
-def main(arguments) -> None:
+def features_of(config: knobs.Config, record: dict) -> CacheIdentity:
+    """The features a detector takes. Raises UserError when the configuration no longer gives those it was
+    fitted to."""
+    identity = extractor.cache_identity(config)
+    for field, wanted in identity.fields.items():
+        fitted_to = record["features"].get(field)
+        if fitted_to != datasets.as_json(wanted) and field not in ("dataset", "validate"):
+            raise UserError(
+                f"the detector was fitted to features with {field} {fitted_to}, now it is {wanted}"
+            )
+    return identity
+
+
+def main(arguments: argparse.Namespace) -> None:
     device = utils.set_up(arguments.device, 0)
-    detector, content = train.load_detector(arguments.checkpoint)
-    config = dataclasses.replace(train.config_of(content), device=arguments.device)
-    fields = extractor.cache_fields(config)
-    for field, wanted in fields.items():
-        if (found := content["features"].get(field)) != datasets.as_json(wanted) and field not in ("dataset", "validate"):
-            raise UserError(f"the detector was fitted to features with {field} {found}, now it is {wanted}")
+    fitted, record = detector.load_detector(arguments.checkpoint)
+    config = dataclasses.replace(detector.config_of(record), device=arguments.device)
     files = find_images(arguments.images)
-    images = datasets.unlabelled(files)
-    scores = score_images(detector.to(device), extractor.Extraction(config, images, fields, device))
-    limit = threshold(content)
-    print("score,anomalous,image" if limit is not None else "score,image")
+    job = extractor.Extraction(config, datasets.unlabelled(files), features_of(config, record), device)
+    scores = score_images(fitted.to(device), job)
+    limit = threshold(record)
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["score", "image"] if limit is None else ["score", "anomalous", "image"])
     for i in np.argsort(-scores, kind="stable"):
-        verdict = f"{'yes' if scores[i] > limit else 'no'}," if limit is not None else ""
-        print(f"{scores[i]:.6g},{verdict}{files[i]}")
+        verdict = [] if limit is None else ["yes" if scores[i] > limit else "no"]
+        table.writerow([f"{scores[i]:.6g}", *verdict, files[i]])
     if limit is not None:
-        print(f"anomalous: above {limit:.6g}, the score that 95 % of the held-out normal images stay below", file=sys.stderr)
+        print(
+            f"anomalous: above {limit:.6g}, the score that 95 % of the held-out normal images stay below",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGUMENTS)
-    except UserError as mistake:
-        knobs.stop(mistake)
+    knobs.guarded(main, ARGUMENTS)

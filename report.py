@@ -1,6 +1,9 @@
-"""The report of a run: its summary over classes and seeds, the table, and the files results.json, .csv and .md."""
+"""The report of a run: its summary over classes and seeds, the table, and the files results.json, .csv and
+.md."""
 
+import csv
 import dataclasses
+import io
 import shlex
 import sys
 from pathlib import Path
@@ -9,30 +12,47 @@ import numpy as np
 
 import utils
 from config import Config
+from model import SCORES
+from utils import METRICS
 
-SHOWN = ("auroc", "aupr", "fpr95", "best_on_test_auroc")  # the table's columns
-METRICS = (*SHOWN, "latent_auroc", "likelihood_auroc")  # the AUROC that the flow's other scores would have had
+ORACLE = "best_on_test_auroc"
+# The AUROC that the flow's other scores would have had -> their titles.
+SCORE_AUROCS = {f"{name}_auroc": score.title for name, score in SCORES.items() if not score.needs_reference}
+SHOWN = (*METRICS, ORACLE)  # the table's columns
+COLUMNS = (*SHOWN, *SCORE_AUROCS)  # the files'
 
 
 def summarize(config: Config, results: list[dict], baseline_table: dict, seconds: float, meta: dict) -> dict:
-    """results.json: per class the mean and standard deviation over seeds, and their mean over classes (std of the seeds' means)."""
+    """results.json: per class the mean and standard deviation over seeds, and their mean over classes (std of
+    the seeds' means)."""
     classes = list(dict.fromkeys(result["class"] for result in results))
     by_class = {name: _over_seeds([[r for r in results if r["class"] == name]]) for name in classes}
     seeds = sorted({result["seed"] for result in results})
     for name in classes:
         by_class[name]["runs"] = [result for result in results if result["class"] == name]
     mean = _over_seeds([[r for r in results if r["class"] == name] for name in classes])
-    rows = {name: {"classes": per_class, "mean": _mean_metrics(per_class)} for name, per_class in baseline_table.items()}
+    rows = {
+        name: {"classes": per_class, "mean": _mean_metrics(per_class)}
+        for name, per_class in baseline_table.items()
+    }
     return {
-        "classes": by_class, "mean": mean, "baselines": rows, "config": dataclasses.asdict(config), "seeds": seeds, "features": meta,
-        "versions": utils.versions(), "wall_time_s": round(seconds, 1), "command": "python " + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }  # fmt: skip
+        "classes": by_class,
+        "mean": mean,
+        "baselines": rows,
+        "config": dataclasses.asdict(config),
+        "seeds": seeds,
+        "features": meta,
+        "versions": utils.versions(),
+        "wall_time_s": round(seconds, 1),
+        "command": "python " + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
 
 
 def _over_seeds(groups: list[list[dict]]) -> dict:
-    """Mean over groups and seeds of every metric, and the standard deviation over seeds of the groups' mean (0 for one seed)."""
+    """Mean over groups and seeds of every metric, and the standard deviation over seeds of the groups' mean
+    (0 for one seed)."""
     summary = {}
-    for metric in METRICS:
+    for metric in COLUMNS:
         values = np.array([[result[metric] for result in group] for group in groups])  # (groups, seeds)
         per_seed = values.mean(0)
         summary[metric] = float(per_seed.mean())
@@ -41,19 +61,27 @@ def _over_seeds(groups: list[list[dict]]) -> dict:
 
 
 def _mean_metrics(per_class: dict[str, dict]) -> dict:
-    return {metric: float(np.mean([values[metric] for values in per_class.values()])) for metric in ("auroc", "aupr", "fpr95")}
+    return {metric: float(np.mean([values[metric] for values in per_class.values()])) for metric in METRICS}
 
 
 def make_table(summary: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table: a row per class, then the mean."""
     n_seeds, config = len(summary["seeds"]), summary["config"]
     chosen = "last epoch" if config["select_epoch"] == "last" else "epoch by held-out likelihood"
-    header = ["class", f"AUROC ({chosen})", "AUPR", "FPR95", "best on test (oracle)", *summary["baselines"]]
+    headline, *others = (metric.title for metric in METRICS.values())
+    header = ["class", f"{headline} ({chosen})", *others, "best on test (oracle)", *summary["baselines"]]
 
     rows = []
     for name, values in [*summary["classes"].items(), ("mean", summary["mean"])]:
-        others = [b["mean"] if name == "mean" else b["classes"][name] for b in summary["baselines"].values()]
-        rows.append([name, *(cell(values, metric, n_seeds) for metric in SHOWN), *(f"{other['auroc']:.4f}" for other in others)])
+        baselines = summary["baselines"].values()
+        simple = [table["mean"] if name == "mean" else table["classes"][name] for table in baselines]
+        rows.append(
+            [
+                name,
+                *(cell(values, metric, n_seeds) for metric in SHOWN),
+                *(f"{result['auroc']:.4f}" for result in simple),
+            ]
+        )
     return header, rows
 
 
@@ -64,7 +92,9 @@ def cell(values: dict, metric: str, n_seeds: int) -> str:
 def as_text(header: list[str], rows: list[list[str]], ruled_last: bool = True) -> str:
     """The table in columns; the last row stands below a line when it is a mean."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [header, *rows]]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [header, *rows]
+    ]
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:-1], *([rule] if ruled_last else []), lines[-1]])
 
@@ -73,8 +103,10 @@ def as_markdown(header: list[str], rows: list[list[str]], summary: dict) -> str:
     config = summary["config"]
     settings = ", ".join(f"{name} {value}" for name, value in config.items() if value is not None)
     return (
-        f"# {config['dataset']}, {config['extractor']}, fusion {config['fusion']}\n\n{markdown_table(header, rows)}\n\n"
-        f"Seeds: {', '.join(map(str, summary['seeds']))}; ± is the standard deviation over them. Baseline columns: AUROC.\n\n"
+        f"# {config['dataset']}, {config['extractor']}, fusion "
+        f"{config['fusion']}\n\n{markdown_table(header, rows)}\n\n"
+        f"Seeds: {', '.join(map(str, summary['seeds']))}; ± is the standard deviation over them. Baseline "
+        f"columns: AUROC.\n\n"
         f"{describe_run(summary, summary['wall_time_s'])}\n\nConfiguration: {settings}.\n"
     )
 
@@ -101,36 +133,46 @@ def write_results(folder: Path, summary: dict) -> str:
 
 def as_csv(summary: dict) -> str:
     """One line per method and class, numbers unrounded."""
-    columns = [name for metric in METRICS for name in (metric, f"{metric}_std")]
-    lines = [",".join(["method", "class", *columns])]
-    methods = {"flow": summary} | summary["baselines"]
-    for method, table in methods.items():
+    columns = [name for metric in COLUMNS for name in (metric, f"{metric}_std")]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "class", *columns])
+    for method, table in ({"flow": summary} | summary["baselines"]).items():
         for name, values in [*table["classes"].items(), ("mean", table["mean"])]:
-            lines.append(",".join([f'"{method}"', name, *(str(values.get(column, "")) for column in columns)]))
-    return "\n".join(lines) + "\n"
+            writer.writerow([method, name, *(values.get(column, "") for column in columns)])
+    return text.getvalue()
 
 
-def sweep_table(sweep: dict[str, list[str]], summaries: dict[tuple, dict], metric: str = "auroc") -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a sweep: a row per value of its first knob, a column per combination of the others; mean ± std of a metric."""
-    first, *others = sweep
+def sweep_table(
+    sweep: dict[str, list[str]], summaries: dict[tuple, dict], metric: str = "auroc"
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a sweep: a row per value of its first knob, a column per combination of the others;
+    each cell the mean ± std of a metric."""
+    first = next(iter(sweep))
     columns = list(dict.fromkeys(values[1:] for values in summaries))
+    n_seeds = len(next(iter(summaries.values()))["seeds"])
     header = [first, *(" ".join(column) or "mean AUROC" for column in columns)]
     rows = []
     for value in sweep[first]:
         means = [summaries[(value, *column)]["mean"] for column in columns]
-        rows.append([value, *(cell(mean, metric, len(next(iter(summaries.values()))["seeds"])) for mean in means)])
+        rows.append([value, *(cell(mean, metric, n_seeds) for mean in means)])
     return header, rows
 
 
-def write_sweep(folder: Path, sweep: dict[str, list[str]], summaries: dict[tuple, dict], seconds: float) -> str:
+def write_sweep(
+    folder: Path, sweep: dict[str, list[str]], summaries: dict[tuple, dict], seconds: float
+) -> str:
     """Write sweep.json and sweep.md -> the table as text."""
     header, rows = sweep_table(sweep, summaries)
-    one = next(iter(summaries.values()))
-    utils.write_json(folder / "sweep.json", {"sweep": sweep, "runs": {" ".join(values): summary for values, summary in summaries.items()}})
-    spread = f"± standard deviation over seeds {', '.join(map(str, one['seeds']))}" if len(one["seeds"]) > 1 else f"seed {one['seeds'][0]}"
-    note = f"Mean AUROC over the classes, {spread}; {describe_run(one, seconds)}"
-    others = {"likelihood_auroc": "negative log-likelihood", "latent_auroc": "mean z²"}
-    tables = [f"Score: {one['config']['score']}\n\n{markdown_table(header, rows)}"]
-    tables += [f"The same flows scored by {text}:\n\n{markdown_table(*sweep_table(sweep, summaries, metric))}" for metric, text in others.items()]
+    first = next(iter(summaries.values()))
+    runs = {" ".join(values): summary for values, summary in summaries.items()}
+    utils.write_json(folder / "sweep.json", {"sweep": sweep, "runs": runs})
+    seeds = ", ".join(map(str, first["seeds"]))
+    spread = f"± standard deviation over seeds {seeds}" if len(first["seeds"]) > 1 else f"seed {seeds}"
+    note = f"Mean AUROC over the classes, {spread}; {describe_run(first, seconds)}"
+    tables = [f"Score: {first['config']['score']}\n\n{markdown_table(header, rows)}"]
+    for metric, title in SCORE_AUROCS.items():
+        table = markdown_table(*sweep_table(sweep, summaries, metric))
+        tables.append(f"The same flows scored by {title}:\n\n{table}")
     utils.write_text(folder / "sweep.md", "\n\n".join([f"# {' x '.join(sweep)}", *tables, note]) + "\n")
     return as_text(header, rows, ruled_last=False)

@@ -6,9 +6,12 @@ import math
 import os
 import platform
 import random
+import subprocess
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,40 +28,65 @@ def seed_everything(seed: int) -> None:
 
 
 def set_up(device_name: str, threads: int) -> torch.device:
-    """The device of a name (auto, cpu, cuda, cuda:N), and torch's threads set. Raises UserError where there is no such device."""
+    """The device of a name (auto, cpu, cuda, cuda:N), and torch's threads set. Raises UserError on an absent
+    device."""
     torch.set_num_threads(threads or os.cpu_count() or 1)
     if device_name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(device_name)
     except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+        device = torch.device("meta")  # neither of those that are accepted
+    if device.type not in ("cpu", "cuda"):
         raise UserError(f"device: expected auto, cpu, cuda or cuda:N, got {device_name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {device_name}: this machine has {torch.cuda.device_count()} CUDA devices; set device to cpu or auto")
+    available = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= available:
+        raise UserError(
+            f"device {device_name}: this machine has {available} CUDA devices; set device to cpu or auto"
+        )
     return device
 
 
+# -------------------------------------- metrics: labels 0 normal, 1 anomalous; scores higher = more anomalous
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Area under the ROC curve; labels 0 normal, 1 anomalous; NaN where only one of them occurs."""
+    """Area under the ROC curve; ties count half. NaN where only one label occurs."""
     return float(roc_auc_score(labels, scores)) if len(np.unique(labels)) == 2 else float("nan")
 
 
-def detection_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """AUROC, AUPR (average precision, anomalies positive) and FPR at 95 % TPR, as scikit-learn counts ties; NaN with one label only."""
+def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the precision-recall curve, anomalies positive; NaN where only one label occurs."""
+    return float(average_precision_score(labels, scores)) if len(np.unique(labels)) == 2 else float("nan")
+
+
+def fpr_at_95_tpr(labels: np.ndarray, scores: np.ndarray) -> float:
+    """False positive rate at the first threshold that finds 95 % of the anomalies; NaN where only one label
+    occurs."""
     if len(np.unique(labels)) < 2:
-        return {"auroc": float("nan"), "aupr": float("nan"), "fpr95": float("nan")}
+        return float("nan")
     fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
-    return {
-        "auroc": auroc(labels, scores),
-        "aupr": float(average_precision_score(labels, scores)),
-        "fpr95": float(fpr[np.searchsorted(tpr, 0.95)]),
-    }
+    return float(fpr[np.searchsorted(tpr, 0.95)])
 
 
+class Metric(NamedTuple):
+    title: str
+    function: Callable[[np.ndarray, np.ndarray], float]  # labels, scores -> value
+
+
+METRICS = {
+    "auroc": Metric("AUROC", auroc),
+    "aupr": Metric("AUPR", average_precision),
+    "fpr95": Metric("FPR95", fpr_at_95_tpr),
+}
+
+
+def detection_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    """Every metric of METRICS by name, as scikit-learn counts ties; NaN with one label only."""
+    return {name: metric.function(labels, scores) for name, metric in METRICS.items()}
+
+
+# ---------------------------------------------------------------- files
 @contextmanager
-def whole_file(path: Path):
+def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to beside ``path``; it takes its place only when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,9 +133,24 @@ def sha256_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
 def versions() -> dict[str, str]:
     """The versions and the machine behind a result."""
     packages = ("torch", "torchvision", "timm", "FrEIA", "numpy", "scikit-learn")
-    found = {name: metadata.version(name) for name in packages}
+    installed = {name: metadata.version(name) for name in packages}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"python": platform.python_version(), **found, "machine": f"{os.cpu_count()} cores, {processor()}, GPU: {gpu}"}
+    machine = f"{os.cpu_count()} cores, {processor()}, GPU: {gpu}"
+    return {"python": platform.python_version(), **installed, "commit": commit(), "machine": machine}
+
+
+def commit() -> str:
+    """The commit of the repository that runs, with + where files differ from it; unknown outside a
+    repository."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return described.stdout.strip()
 
 
 def processor() -> str:

@@ -19,7 +19,8 @@ def wait(device: torch.device) -> None:
 
 
 def medians(jobs: dict, repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each job, run in turns after one warm-up turn, so that all of them see the same machine."""
+    """Median seconds of each job, run in turns after one warm-up turn, so that all of them see the same
+    machine."""
     times = {name: [] for name in jobs}
     for turn in range(repeats + 1):
         for name, job in jobs.items():
@@ -33,7 +34,8 @@ def medians(jobs: dict, repeats: int, device: torch.device) -> dict[str, float]:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product: the best of twenty, by PyTorch's own product and by oneDNN's."""
+    """FLOP/s of a large square matrix product: the best of twenty, by PyTorch's own product and by
+    oneDNN's."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     products = [torch.matmul] + ([linear.product] if device.type == "cpu" and linear.AVAILABLE else [])

@@ -1,7 +1,7 @@
 """What the compact token grid costs and keeps, on the features of a full-grid cache (--feature_path FOLDER).
 
-Detection with either grid: python main.py --preset accurate --fusion hilo --sweep "token_grid=full,compact" ...
-"""
+Detection with either grid: python main.py --preset accurate --fusion hilo --sweep "token_grid=full,compact"
+..."""
 
 import argparse
 from pathlib import Path
@@ -11,17 +11,19 @@ import torch
 from common import print_machine
 
 import datasets
-from freq_fusion import split_bands, window_of
+from token_grid import split_bands, window_of
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--feature_path", type=Path, required=True)
     parser.add_argument("--window", type=int, default=3)
     parser.add_argument("--images", type=int, default=2000)
     args = parser.parse_args()
     print_machine()
-    cache = datasets.FeatureCache(args.feature_path, {"token_grid": "full"})
+    cache = datasets.FeatureCache(datasets.CacheIdentity(args.feature_path, {"token_grid": "full"}))
     tokens = cache.tokens("train")
     rows = np.linspace(0, len(tokens) - 1, min(args.images, len(tokens))).astype(int)
     owner = window_of(cache.grid, args.window)
@@ -38,14 +40,27 @@ def main():
         within += (patches - low[:, owner]).square().sum().item()
     n_full, n_compact = cache.meta["tokens"], 1 + 2 * len(sizes)
     images = sum(cache.meta["count"].values())
-    print(f"\n{args.feature_path}: {images} images, grid {cache.grid[0]}x{cache.grid[1]}, window {args.window}, {cache.channels} channels")
-    for name, n in (("full", n_full), ("compact", n_compact)):
-        print(f"{name:8s} {n:4d} tokens per image, {2 * n * cache.channels * images / 1e9:6.2f} GB, {n / n_full:.0%}")
     print(
-        f"energy of the patch tokens: low band {low_energy / total:.1%}, high band {high_energy / total:.1%}, together {(low_energy + high_energy) / total:.1%}"
+        f"\n{args.feature_path}: {images} images, grid {cache.grid[0]}x{cache.grid[1]}, window "
+        f"{args.window}, {cache.channels} channels"
     )
-    print(f"variance of the patch tokens: {between / (between + within):.1%} between windows, {within / (between + within):.1%} inside them")
-    print("(the low band keeps the former with its place and sign, the high band the latter's size per window and channel)")
+    for name, n in (("full", n_full), ("compact", n_compact)):
+        print(
+            f"{name:8s} {n:4d} tokens per image, {2 * n * cache.channels * images / 1e9:6.2f} GB, "
+            f"{n / n_full:.0%}"
+        )
+    print(
+        f"energy of the patch tokens: low band {low_energy / total:.1%}, high band "
+        f"{high_energy / total:.1%}, together {(low_energy + high_energy) / total:.1%}"
+    )
+    print(
+        f"variance of the patch tokens: {between / (between + within):.1%} between windows, "
+        f"{within / (between + within):.1%} inside them"
+    )
+    print(
+        "(the low band keeps the former with its place and sign, the high band the latter's size per window "
+        "and channel)"
+    )
 
 
 if __name__ == "__main__":

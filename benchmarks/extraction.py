@@ -1,12 +1,13 @@
-"""Extraction: ours against float32 eager with one image loader, in one run on one machine; and what half precision changes.
+"""Extraction: ours against float32 eager with one image loader, in one run on one machine; and what half
+precision changes.
 
 python benchmarks/extraction.py --dataset_path data/cifar10 --images 2000
-python benchmarks/extraction.py --extractor VIT --weights random --images 2000 --device cuda    a GPU: share of its matmul peak
+python benchmarks/extraction.py --extractor VIT --weights random --images 2000 --device cuda
+    a GPU: share of its matmul peak
 """
 
 import argparse
 import dataclasses
-import io
 from functools import partial
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
+import backbones
 import baselines
 import datasets
 import extractor
@@ -52,16 +54,6 @@ def plain_extraction(backbone, images, count, fields, device, batch=32):
     return torch.cat([backbone(part.to(device)).cpu() for part in loader])
 
 
-class Sink(io.RawIOBase):
-    """Takes the rows that extraction writes, and forgets them."""
-
-    def writable(self):
-        return True
-
-    def write(self, data):
-        return len(data)
-
-
 class NoBar:
     def update(self, count):
         pass
@@ -73,43 +65,46 @@ def read_chosen(images, chosen, split, i):
 
 def first_images(images, count):
     """The data set cut to its first training images, spread over the classes."""
-    chosen = np.linspace(0, len(images.labels.names["train"]) - 1, count).astype(int)
+    chosen = np.linspace(0, len(images.labels.train.names) - 1, count).astype(int)
     labels = images.labels
-    cut = datasets.Labels(
-        labels.classes,
-        {"train": [labels.names["train"][i] for i in chosen], "test": []},
-        {"train": labels.category["train"][chosen], "test": np.zeros(0, int)},
-        {"train": labels.defect["train"][chosen], "test": np.zeros(0, bool)},
+    split = datasets.Split.of(
+        [labels.train.names[i] for i in chosen], labels.train.category[chosen], labels.train.defect[chosen]
     )
+    cut = datasets.Labels(labels.classes, split, datasets.Split.of([], []))
     return datasets.ImageSet(cut, partial(read_chosen, images, chosen), images.content, images.from_files)
+
+
+def write(job):
+    """What extraction does with a split, but for the disk."""
+    extractor.write_split(job.tokens("train"), len, NoBar())
 
 
 def collect(job):
     """All rows of the first split, as extraction would write them."""
-    rows = []
-
-    class Keep(Sink):
-        def write(self, data):
-            rows.append(np.frombuffer(data, np.float16).copy())
-            return len(data)
-
-    job.run_split("train", Keep(), NoBar())
-    return torch.from_numpy(np.concatenate(rows).reshape(-1, 1 + job.tokens, job.n_feat)).float()
+    return torch.cat([rows.cpu() for rows in job.tokens("train")]).float()
 
 
 def auroc_difference(images, exact, ours):
-    """Mean AUROC (k-nearest neighbours, each class against the rest, half of the images as test) from either features."""
-    category = images.labels.category["train"]
+    """Mean AUROC (k-nearest neighbours, each class against the rest, half of the images as test) from either
+    features."""
+    category = images.labels.train.category
     fit, test = np.arange(0, len(category), 2), np.arange(1, len(category), 2)
     found = []
     for tokens in (exact[:, 0], ours[:, 0]):
-        scores = [(c, baselines.cosine_neighbours(tokens[fit[category[fit] == c]], tokens[test])) for c in np.unique(category)]
-        found.append(float(np.mean([utils.auroc((category[test] != c).astype(int), score) for c, score in scores])))
+        scores = [
+            (c, baselines.cosine_neighbours(tokens[fit[category[fit] == c]], tokens[test]))
+            for c in np.unique(category)
+        ]
+        found.append(
+            float(np.mean([utils.auroc((category[test] != c).astype(int), score) for c, score in scores]))
+        )
     return found
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--extractor", default="efficientnet_lite0")
     parser.add_argument("--weights", default=None, help="weights file, or random")
     parser.add_argument("--dataset", default="cifar10")
@@ -122,21 +117,35 @@ def main():
     device = utils.set_up(args.device, 0)
     print_machine()
 
-    config = Config(dataset=args.dataset, dataset_path=args.dataset_path, extractor=args.extractor, weights_path=args.weights, compile=args.compile)
-    fields = extractor.cache_fields(config)
+    config = Config(
+        dataset=args.dataset,
+        dataset_path=args.dataset_path,
+        extractor=args.extractor,
+        weights_path=args.weights,
+        compile=args.compile,
+    )
+    identity = extractor.cache_identity(config)
+    fields = identity.fields
     images = first_images(datasets.load_images(args.dataset, args.dataset_path), args.images)
-    job = extractor.Extraction(config, images, fields, device)
-    exact_job = extractor.Extraction(dataclasses.replace(config, precision="float32", compile=False), images, fields, device)
-    plain = extractor.load_backbone(config).to(device)
+    job = extractor.Extraction(config, images, identity, device)
+    exact_job = extractor.Extraction(
+        dataclasses.replace(config, precision="float32", compile=False), images, identity, device
+    )
+    plain = backbones.load_backbone(config, fields["weights"]).to(device)
 
     jobs = {
-        "float32 eager, one image loader": lambda: plain_extraction(plain, images, args.images, fields, device),
-        "ours, float32": lambda: exact_job.run_split("train", Sink(), NoBar()),
-        f"ours, {job.fields['precision']}": lambda: job.run_split("train", Sink(), NoBar()),
+        "float32 eager, one image loader": lambda: plain_extraction(
+            plain, images, args.images, fields, device
+        ),
+        "ours, float32": lambda: write(exact_job),
+        f"ours, {job.fields['precision']}": lambda: write(job),
     }
     seconds = medians(jobs, args.repeats, device)
     base = seconds["float32 eager, one image loader"]
-    print(f"\n{args.extractor} at {fields['img_size'][0]}x{fields['img_size'][1]}, {args.images} images, medians of {args.repeats}")
+    print(
+        f"\n{args.extractor} at {fields['img_size'][0]}x{fields['img_size'][1]}, {args.images} images, "
+        f"medians of {args.repeats}"
+    )
     for name, value in seconds.items():
         print(f"{name:34s} {args.images / value:8.1f} images/s  {base / value:5.2f} x")
 
@@ -144,14 +153,23 @@ def main():
         plain(torch.zeros(1, 3, *fields["img_size"], device=device))
     peak = matmul_peak(device, job.dtype)
     rate = counter.get_total_flops() * args.images / seconds[f"ours, {job.fields['precision']}"]
-    print(f"{rate / 1e9:.0f} GFLOP/s of a {job.fields['precision']} matmul peak of {peak / 1e9:.0f} GFLOP/s: {rate / peak:.0%}")
+    print(
+        f"{rate / 1e9:.0f} GFLOP/s of a {job.fields['precision']} matmul peak of {peak / 1e9:.0f} GFLOP/s: "
+        f"{rate / peak:.0%}"
+    )
 
     exact, ours = plain_extraction(plain, images, args.images, fields, device), collect(job)
     for name, part in (("semantic", slice(0, 1)), ("patch", slice(1, None))):
         cosine = F.cosine_similarity(exact[:, part], ours[:, part], dim=2)
-        print(f"cosine similarity to float32, {name} tokens: mean {cosine.mean():.5f}, lowest {cosine.min():.5f}")
+        print(
+            f"cosine similarity to float32, {name} tokens: mean {cosine.mean():.5f}, lowest "
+            f"{cosine.min():.5f}"
+        )
     first, second = auroc_difference(images, exact, ours)
-    print(f"mean AUROC of nearest neighbours on these images: float32 {first:.4f}, ours {second:.4f}, difference {second - first:+.4f}")
+    print(
+        f"mean AUROC of nearest neighbours on these images: float32 {first:.4f}, ours {second:.4f}, "
+        f"difference {second - first:+.4f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Training the flow: ours against the plain transcription of the released step, in one run on one machine.
 
-python benchmarks/flow.py                     one training step at several batch sizes (C = H = 768, N = 64, K = 4)
-python benchmarks/flow.py --classes 10 --epochs 10 --images 5000    whole trainings as well: together, one by one, transcription
+python benchmarks/flow.py
+    one training step at several batch sizes (C = H = 768, N = 64, K = 4)
+python benchmarks/flow.py --classes 10 --epochs 10 --images 5000
+    whole trainings as well: together, one by one, transcription
 """
 
 import argparse
@@ -15,9 +17,10 @@ from common import matmul_peak, medians, print_machine
 from torch.utils.flop_counter import FlopCounterMode
 from transcription import Flow, fit, make_optimizer, step
 
+import batched
 import datasets
+import detector
 import model
-import together
 import train
 import utils
 from config import Config
@@ -34,8 +37,24 @@ def our_step(flow, optimizer, tokens):
 def same_flows(channels, hidden, device):
     """Our flow and the transcription with the same parameters."""
     theirs = Flow(channels, hidden).to(device)
-    ours = model.build_flow(channels, (8, 8), hidden=hidden, fusion="class_attention").to(device)
-    ours.load_state_dict({name.replace("blocks.", "module_list."): value for name, value in theirs.state_dict().items()})
+    ours = model.build_flow(
+        channels,
+        (8, 8),
+        n_tokens=64,
+        n_blocks=4,
+        hidden=hidden,
+        clamp=3.0,
+        fusion="class_attention",
+        use_gamma=True,
+        identity_start=False,
+        heads=0,
+        alpha=0.5,
+        window=3,
+        bands=False,
+    ).to(device)
+    ours.load_state_dict(
+        {name.replace("blocks.", "module_list."): value for name, value in theirs.state_dict().items()}
+    )
     return ours, theirs
 
 
@@ -52,12 +71,17 @@ def count_flops(flow, optimizer, tokens):
 
 
 def compare_steps(args, device):
-    """Seconds of a training step (forward, backward, optimiser), both at once, and how far the outcomes are apart."""
+    """Seconds of a training step (forward, backward, optimiser), both at once, and how far the outcomes are
+    apart."""
     channels, grid = args.channels, 8
     print(
-        f"\ntraining step, C = H = {channels}, N = {grid * grid}, K = 4, float32, {device}, {torch.get_num_threads()} threads, medians of {args.repeats}"
+        f"\ntraining step, C = H = {channels}, N = {grid * grid}, K = 4, float32, {device}, "
+        f"{torch.get_num_threads()} threads, medians of {args.repeats}"
     )
-    print("batch  transcription ms  ours ms  ratio  ours images/s  ours GFLOP/s  share of peak  |dz| rel  |dloss| rel")
+    print(
+        "batch  transcription ms  ours ms  ratio  ours images/s  ours GFLOP/s  share of peak  |dz| rel  "
+        "|dloss| rel"
+    )
     peak = matmul_peak(device, torch.float32)
     for batch in args.batches:
         torch.manual_seed(0)
@@ -72,12 +96,19 @@ def compare_steps(args, device):
         flops = count_flops(ours, ours_adam, tokens)
         step(theirs, theirs_adam, tokens)
         seconds = medians(
-            {"theirs": lambda: step(theirs, theirs_adam, tokens), "ours": lambda: our_step(ours, ours_adam, tokens)}, args.repeats, device
+            {
+                "theirs": lambda: step(theirs, theirs_adam, tokens),
+                "ours": lambda: our_step(ours, ours_adam, tokens),
+            },
+            args.repeats,
+            device,
         )
         rate = flops / seconds["ours"]
         print(
-            f"{batch:5d}  {1e3 * seconds['theirs']:16.1f}  {1e3 * seconds['ours']:7.1f}  {seconds['theirs'] / seconds['ours']:5.2f}  "
-            f"{batch / seconds['ours']:13.0f}  {rate / 1e9:12.0f}  {rate / peak:13.0%}  {dz:8.1e}  {abs(losses[0] - losses[1]) / abs(losses[1]):11.1e}",
+            f"{batch:5d}  {1e3 * seconds['theirs']:16.1f}  {1e3 * seconds['ours']:7.1f}  "
+            f"{seconds['theirs'] / seconds['ours']:5.2f}  "
+            f"{batch / seconds['ours']:13.0f}  {rate / 1e9:12.0f}  {rate / peak:13.0%}  {dz:8.1e}  "
+            f"{abs(losses[0] - losses[1]) / abs(losses[1]):11.1e}",
             flush=True,
         )
     print(f"float32 matmul peak {peak / 1e9:.0f} GFLOP/s")
@@ -85,35 +116,51 @@ def compare_steps(args, device):
 
 def write_random_cache(folder, classes, images, channels):
     """A cache of random features, the form that training reads."""
-    names = {"train": [str(i) for i in range(classes * images)], "test": [str(i) for i in range(classes)]}
-    category = {split: np.arange(len(names[split])) % classes for split in names}
-    labels = datasets.Labels(tuple(map(str, range(classes))), names, category, {s: np.zeros(len(n), bool) for s, n in names.items()})
-    writer = datasets.CacheWriter(folder, {"n_feat": channels, "kind": "tokens", "grid": (8, 8), "tokens": 65}, labels, 65, channels)
+    counts = {"train": classes * images, "test": classes}
+    splits = {
+        name: datasets.Split.of(map(str, range(n)), np.arange(n) % classes) for name, n in counts.items()
+    }
+    labels = datasets.Labels(tuple(map(str, range(classes))), **splits)
+    meta = {"n_feat": channels, "kind": "tokens", "grid": (8, 8), "tokens": 65}
     rng = np.random.default_rng(0)
-    for split in names:
-        with writer.open_split(split) as stream:
-            for start in range(0, len(names[split]), 500):
-                count = min(500, len(names[split]) - start)
-                stream.write(rng.standard_normal((count, 65, channels), dtype=np.float32).astype(np.float16).data)
-    writer.finish()
-    return datasets.FeatureCache(folder, {})
+    with datasets.CacheWriter(folder, meta, labels, (65, channels)) as writer:
+        for name, n in counts.items():
+            append = writer.open_split(name)
+            for start in range(0, n, 500):
+                append(
+                    rng.standard_normal((min(500, n - start), 65, channels), dtype=np.float32).astype(
+                        np.float16
+                    )
+                )
+    return datasets.FeatureCache(datasets.CacheIdentity(folder, {}))
 
 
 def compare_trainings(args, device):
     """Seconds of fitting all classes: as one batched model, one after the other, and by the transcription."""
-    config = Config(batch_size=args.batch_size, fusion="class_attention", meta_epochs=1, sub_epochs=args.epochs, hide_tqdm_bar=True, verbose=False)
+    config = Config(
+        batch_size=args.batch_size,
+        fusion="class_attention",
+        meta_epochs=1,
+        sub_epochs=args.epochs,
+        hide_tqdm_bar=True,
+        verbose=False,
+    )
     print(
-        f"\n{args.classes} classes x {args.epochs} epochs of {args.images} images, C = H = {args.channels}, N = 64, batch {args.batch_size}, {device}"
+        f"\n{args.classes} classes x {args.epochs} epochs of {args.images} images, C = H = {args.channels}, "
+        f"N = 64, batch {args.batch_size}, {device}"
     )
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         cache = write_random_cache(Path(scratch) / "cache", args.classes, args.images, args.channels)
-        sources = {split: train.TokenSource(cache.tokens(split), device) for split in datasets.SPLITS}
+        sources = {split: detector.TokenSource(cache.tokens(split), device) for split in datasets.SPLITS}
 
         def trainers():
-            return [train.make_trainer(config, cache, name, 0, sources["train"], sources["test"]) for name in cache.labels.classes]
+            return [
+                train.make_trainer(config, cache, name, 0, sources["train"], sources["test"])
+                for name in cache.labels.classes
+            ]
 
         def all_at_once():
-            stacked = together.TogetherTrainer(trainers())
+            stacked = batched.BatchedTrainer(trainers())
             for _ in range(args.epochs):
                 stacked.train_epoch()
 
@@ -124,11 +171,17 @@ def compare_trainings(args, device):
 
         def transcription():
             for number in range(args.classes):
-                tokens = torch.from_numpy(cache.tokens("train")[np.flatnonzero(cache.labels.category["train"] == number)])
+                tokens = torch.from_numpy(
+                    cache.tokens("train")[np.flatnonzero(cache.labels.train.category == number)]
+                )
                 fit(tokens, args.channels, args.epochs, args.batch_size, device)
 
         report = {}
-        for name, job in (("together", all_at_once), ("one by one", one_by_one), ("transcription", transcription)):
+        for name, job in (
+            ("together", all_at_once),
+            ("one by one", one_by_one),
+            ("transcription", transcription),
+        ):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             start = time.perf_counter()
@@ -136,14 +189,20 @@ def compare_trainings(args, device):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             report[name] = time.perf_counter() - start
-            memory = f", peak {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the device" if device.type == "cuda" else ""
+            memory = (
+                f", peak {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the device"
+                if device.type == "cuda"
+                else ""
+            )
             print(f"{name:14s} {report[name]:8.1f} s{memory}", flush=True)
         for name in ("together", "one by one"):
             print(f"transcription / {name}: {report['transcription'] / report[name]:.2f}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--channels", type=int, default=768)

@@ -1,6 +1,7 @@
-"""Peak resident memory of extraction and of training one class: a script is run, and its processes are watched (Linux).
+"""Peak resident memory of extraction and of training one class: a script is run, and its processes are
+watched (Linux).
 
-python benchmarks/memory.py train.py --pretrained True --extractor efficientnet_lite0 --dataset_path data/cifar10 --class_name cat
+python benchmarks/memory.py train.py --pretrained True --extractor efficientnet_lite0 --class_name cat
 """
 
 import signal
@@ -40,7 +41,10 @@ def main():
         if time.perf_counter() - start > seconds:
             process.send_signal(signal.SIGINT)
             process.wait()
-    print(f"peak resident memory {peak / 1e9:.2f} GB, {time.perf_counter() - start:.0f} s: {' '.join(arguments)}")
+    print(
+        f"peak resident memory {peak / 1e9:.2f} GB, {time.perf_counter() - start:.0f} s: "
+        f"{' '.join(arguments)}"
+    )
     return process.returncode
 
 

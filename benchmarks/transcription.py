@@ -1,8 +1,9 @@
-"""A plain transcription of the released training step (SPEC 2 and 3), to measure against. Not used by the project itself.
+"""A plain transcription of the released training step (SPEC 2 and 3), to measure against. Not used by the
+project itself.
 
-As the released code works: tokens are permuted in every block, keys and values are projected for every token, every subnet is run a
-second time for the log-determinant, batches come out of a DataLoader one image at a time, one class after the other.
-"""
+As the released code works: tokens are permuted in every block, keys and values are projected for every token,
+every subnet is run a second time for the log-determinant, batches come out of a DataLoader one image at a
+time, one class after the other."""
 
 import numpy as np
 import torch
@@ -32,7 +33,11 @@ class Attention(nn.Module):
 class Subnet(nn.Module):
     def __init__(self, d, out, hidden):
         super().__init__()
-        self.fc1, self.fc2, self.fc3 = nn.Linear(d, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
+        self.fc1, self.fc2, self.fc3 = (
+            nn.Linear(d, hidden),
+            nn.Linear(hidden, hidden),
+            nn.Linear(hidden, hidden),
+        )
         self.fusion, self.gamma = Attention(d, hidden), nn.Parameter(torch.ones(hidden))
         self.fc_out = nn.Linear(2 * hidden, out)
 
@@ -59,7 +64,11 @@ class Block(nn.Module):
         y1 = torch.exp(self.log_scale(s2)) * x1 + t2
         s1, t1 = self.s1(y1, p1).chunk(2, 1)
         y2 = torch.exp(self.log_scale(s1)) * x2 + t1
-        return torch.cat([y1, y2], 1).clamp(-1e6, 1e6), p, self.log_scale(s1).sum(1) + self.log_scale(s2).sum(1)
+        return (
+            torch.cat([y1, y2], 1).clamp(-1e6, 1e6),
+            p,
+            self.log_scale(s1).sum(1) + self.log_scale(s2).sum(1),
+        )
 
     def forward(self, x, p):
         y, permuted, _ = self.couple(x, p)

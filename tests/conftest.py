@@ -1,4 +1,5 @@
-"""What the tests share: the repository on the path, one thread, tiny synthetic data, scripts as subprocesses."""
+"""What the tests share: the repository on the path, one thread, tiny synthetic data, scripts as
+subprocesses."""
 
 import os
 import subprocess
@@ -8,20 +9,29 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network
-os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's linear algebra, too; before it is imported
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = (
+    "1"  # NumPy's linear algebra, too; before it is imported
+)
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import datasets
+import freq_fusion
+import model
+
 torch.set_num_threads(1)
 
 
 def texture(kind: int, generator: np.random.RandomState, size: int = 32) -> np.ndarray:
-    """One image of class ``kind``: its own colour, stripe direction and stripe width, plus noise. (size, size, 3) uint8."""
+    """One image of class ``kind``: its own colour, stripe direction and stripe width, plus noise. (size,
+    size, 3) uint8."""
     rows, columns = np.mgrid[:size, :size]
-    wave = np.sin((rows * (kind % 2) + columns * (1 - kind % 2)) * (0.4 + 0.5 * kind) + generator.uniform(0, 6))
+    wave = np.sin(
+        (rows * (kind % 2) + columns * (1 - kind % 2)) * (0.4 + 0.5 * kind) + generator.uniform(0, 6)
+    )
     colour = np.array([(200, 60, 40), (40, 180, 70), (60, 70, 210), (200, 200, 50)][kind % 4])
     image = colour + 40 * wave[..., None] + generator.normal(0, 12, (size, size, 3))
     return image.clip(0, 255).astype(np.uint8)
@@ -33,19 +43,31 @@ def write_image(path: Path, pixels: np.ndarray) -> None:
 
 
 def make_folder(
-    root: Path, classes=("apple", "leaf", "sky"), n_train: int = 24, n_test: int = 12, signal: bool = True, size: int = 32, seed: int = 0
+    root: Path,
+    classes=("apple", "leaf", "sky"),
+    n_train: int = 24,
+    n_test: int = 12,
+    signal: bool = True,
+    size: int = 32,
+    seed: int = 0,
 ) -> Path:
-    """{train,test}/<class>/NN.png under root; with ``signal`` False all classes come from one distribution."""
+    """{train,test}/<class>/NN.png under root; with ``signal`` False all classes come from one
+    distribution."""
     generator = np.random.RandomState(seed)
     for number, name in enumerate(classes):
         for split, count in (("train", n_train), ("test", n_test)):
             for i in range(count):
-                write_image(root / split / name / f"{i:02d}.png", texture(number if signal else 0, generator, size))
+                write_image(
+                    root / split / name / f"{i:02d}.png", texture(number if signal else 0, generator, size)
+                )
     return root
 
 
-def script(name: str, *arguments, cwd: Path, code_root: Path = ROOT, timeout: float = 120, **environment) -> subprocess.CompletedProcess:
-    """Run a script of the repository in the folder ``cwd``, where features/ and runs/ then go, with one thread and no network."""
+def script(
+    name: str, *arguments, cwd: Path, code_root: Path = ROOT, timeout: float = 120, **environment
+) -> subprocess.CompletedProcess:
+    """Run a script of the repository in the folder ``cwd``, where features/ and runs/ then go, with one
+    thread and no network."""
     env = os.environ | {"COLUMNS": "100"} | environment
     command = [sys.executable, str(code_root / name), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
@@ -61,3 +83,39 @@ def texture_folder(tmp_path_factory) -> Path:
 def run_script(tmp_path):
     """run_script("main.py", "--knob", value, ...) -> CompletedProcess, run in tmp_path."""
     return lambda name, *arguments, cwd=tmp_path, **options: script(name, *arguments, cwd=cwd, **options)
+
+
+# ---------------------------------------------------------------- sizes left out, caches made up
+FUSION_OPTIONS = {"heads": 0, "alpha": 0.5, "window": 3, "bands": False}
+
+
+def make_fusion(name: str, d: int, hidden: int, grid: tuple[int, int], **more):
+    """``freq_fusion.build_fusion`` with the arguments that a test leaves open."""
+    return freq_fusion.build_fusion(name, d, hidden, grid, **(FUSION_OPTIONS | more))
+
+
+def make_flow(channels: int, grid: tuple[int, int], **more):
+    """``model.build_flow`` with the arguments that a test leaves open: class attention, four blocks, width
+    C."""
+    start = {
+        "fusion": "class_attention",
+        "n_blocks": 4,
+        "clamp": 3.0,
+        "use_gamma": True,
+        "identity_start": False,
+    }
+    sizes = {"n_tokens": grid[0] * grid[1], "hidden": channels}
+    return model.build_flow(channels, grid, **(start | sizes | FUSION_OPTIONS | more))
+
+
+def make_cache(folder: Path, labels: datasets.Labels, tokens: dict, **fields) -> datasets.FeatureCache:
+    """A cache of made-up tokens {split: (n, 1 + N, C)}; its grid is one row unless ``fields`` says
+    otherwise."""
+    row = tokens["train"].shape[1:]
+    meta = {"n_feat": row[1], "grid": (1, row[0] - 1), "tokens": row[0], "kind": "tokens"} | fields
+    with datasets.CacheWriter(folder, meta, labels, row) as writer:
+        for split in datasets.SPLITS:
+            append = writer.open_split(split)
+            for piece in np.array_split(tokens[split].astype(np.float16), 2):
+                append(piece)
+    return datasets.FeatureCache(datasets.CacheIdentity(folder, {}))

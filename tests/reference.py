@@ -1,7 +1,7 @@
-"""The method transcribed plainly from SPEC 2 and 3: tokens are permuted layer by layer, every token is projected, windows are looped over.
+"""The method transcribed plainly from SPEC 2 and 3: tokens are permuted layer by layer, every token is
+projected, windows are looped over.
 
-Slow and obvious on purpose. Only parameters are taken out of the modules under test, never a computation.
-"""
+Slow and obvious on purpose. Only parameters are taken out of the modules under test, never a computation."""
 
 import math
 
@@ -23,7 +23,8 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tor
 def class_attention(module, x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     tokens = torch.cat([x[:, None], p], 1)
     query, keys, values = (
-        heads_of(t @ layer.weight.T, module.heads) for t, layer in ((x[:, None], module.q), (tokens, module.k), (tokens, module.v))
+        heads_of(t @ layer.weight.T, module.heads)
+        for t, layer in ((x[:, None], module.q), (tokens, module.k), (tokens, module.v))
     )
     return attend(query, keys, values) @ module.proj.weight.T + module.proj.bias
 
@@ -53,12 +54,26 @@ def hilo_branch(module, kind: str, x: torch.Tensor, groups: list[torch.Tensor]) 
 def hilo(module, x: torch.Tensor, p: torch.Tensor, grid: tuple[int, int], window: int) -> torch.Tensor:
     groups = [p[:, members] for members in windows(grid, window)]
     pooled = torch.stack([group.mean(1) for group in groups], 1)
-    return torch.cat([hilo_branch(module, kind, x, found) for kind, found in (("h", groups), ("l", [pooled])) if hasattr(module, f"{kind}_q")], 1)
+    return torch.cat(
+        [
+            hilo_branch(module, kind, x, found)
+            for kind, found in (("h", groups), ("l", [pooled]))
+            if hasattr(module, f"{kind}_q")
+        ],
+        1,
+    )
 
 
 def hilo_compact(module, x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     low, high = p[:, : p.shape[1] // 2], p[:, p.shape[1] // 2 :]
-    return torch.cat([hilo_branch(module, kind, x, [band]) for kind, band in (("h", high), ("l", low)) if hasattr(module, f"{kind}_q")], 1)
+    return torch.cat(
+        [
+            hilo_branch(module, kind, x, [band])
+            for kind, band in (("h", high), ("l", low))
+            if hasattr(module, f"{kind}_q")
+        ],
+        1,
+    )
 
 
 # FcaNet's sixteen best frequencies, as its paper's code lists them: rows, then columns
@@ -76,7 +91,9 @@ def spectral(module, x: torch.Tensor, p: torch.Tensor, grid: tuple[int, int]) ->
         total = 0
         for row in range(grid[0]):
             for column in range(grid[1]):
-                wave = math.cos(math.pi * u * (row + 0.5) / grid[0]) * math.cos(math.pi * v * (column + 0.5) / grid[1])
+                wave = math.cos(math.pi * u * (row + 0.5) / grid[0]) * math.cos(
+                    math.pi * v * (column + 0.5) / grid[1]
+                )
                 total = total + p[:, row * grid[1] + column, channel] * wave
         size = math.sqrt(grid[0] * grid[1]) / (math.sqrt(2) ** ((u > 0) + (v > 0)))
         coefficients.append(total / size)
@@ -91,7 +108,7 @@ def fuse(module, x, p, grid, window):
     if kind == "ClassAttention":
         return class_attention(module, x, p)
     if kind == "HiLo":
-        return hilo_compact(module, x, p) if module.compact else hilo(module, x, p, grid, window)
+        return hilo_compact(module, x, p) if module.bands else hilo(module, x, p, grid, window)
     return spectral(module, x, p, grid)
 
 
@@ -106,7 +123,8 @@ def subnet(module, x, p, grid, window):
 
 
 def flow(module, x, p, grid, window=3, clamp=3.0):
-    """SPEC 2, steps 1 to 5, with the patch tokens permuted in every layer -> z (B, C), log-determinant (B)."""
+    """SPEC 2, steps 1 to 5, with the patch tokens permuted in every layer -> z (B, C), log-determinant
+    (B)."""
     total = torch.zeros(len(x), dtype=x.dtype)
     for k, layer in enumerate(module.module_list):
         order = torch.from_numpy(np.random.RandomState(k).permutation(x.shape[1]))

@@ -11,7 +11,9 @@ def blobs(seed: int = 0, n: int = 80, channels: int = 6):
     """Normal training tokens, test tokens (half normal, half elsewhere) and test labels."""
     generator = torch.Generator().manual_seed(seed)
     centre = torch.arange(channels) + 3.0
-    train, normal, anomalous = (centre + 0.5 * torch.randn(n, channels, generator=generator) for _ in range(3))
+    train, normal, anomalous = (
+        centre + 0.5 * torch.randn(n, channels, generator=generator) for _ in range(3)
+    )
     return train, torch.cat([normal, anomalous.flip(1)]), np.repeat([0, 1], n)
 
 
@@ -42,7 +44,9 @@ def test_neighbours_equal_brute_force(monkeypatch):
 
 def test_neighbours_of_a_training_token():
     train, _, _ = blobs()
-    assert (baselines.nearest_neighbours(train, train, 1) < 1e-2).all(), "its own neighbour (cdist's float32 leaves a little)"
+    assert (baselines.nearest_neighbours(train, train, 1) < 1e-2).all(), (
+        "its own neighbour (cdist's float32 leaves a little)"
+    )
 
 
 def test_fewer_references_than_neighbours():
@@ -52,13 +56,19 @@ def test_fewer_references_than_neighbours():
 
 def test_cosine_neighbours_ignore_length():
     train, test, _ = blobs()
-    assert np.allclose(baselines.cosine_neighbours(train, test), baselines.cosine_neighbours(3 * train, 0.1 * test), atol=1e-5)
+    assert np.allclose(
+        baselines.cosine_neighbours(train, test),
+        baselines.cosine_neighbours(3 * train, 0.1 * test),
+        atol=1e-5,
+    )
 
 
 def test_cosine_neighbours_by_hand():
     """Unit vectors at 60 and 90 degrees from the query: chords 1 and sqrt 2."""
     reference = torch.tensor([[0.5, 3**0.5 / 2], [0.0, 2.0], [-1.0, 0.0]])
-    assert np.allclose(baselines.cosine_neighbours(reference, torch.tensor([[7.0, 0]])), (1 + 2**0.5) / 2, atol=1e-6)
+    assert np.allclose(
+        baselines.cosine_neighbours(reference, torch.tensor([[7.0, 0]])), (1 + 2**0.5) / 2, atol=1e-6
+    )
 
 
 def test_gaussian_is_mahalanobis(monkeypatch):
@@ -67,7 +77,9 @@ def test_gaussian_is_mahalanobis(monkeypatch):
     mix = torch.randn(4, 4, generator=generator)
     train, test = (torch.randn(n, 4, generator=generator) @ mix + 2 for n in (20000, 50))
     centred = (test - train.mean(0)).double().numpy()
-    wanted = np.einsum("ni,ij,nj->n", centred, np.linalg.inv(np.cov(train.double().numpy().T, bias=True)), centred)
+    wanted = np.einsum(
+        "ni,ij,nj->n", centred, np.linalg.inv(np.cov(train.double().numpy().T, bias=True)), centred
+    )
     for chunk in (9, 1024):
         monkeypatch.setattr(baselines, "CHUNK", chunk)
         assert np.abs(baselines.gaussian(train, test) / wanted - 1).max() < 0.02

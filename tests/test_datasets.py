@@ -13,14 +13,24 @@ from sklearn.datasets import load_digits
 
 import datasets
 from config import Config, UserError
-from datasets import OTHER, SPLITS, CacheWriter, FeatureCache, Labels, choose_classes, load_images
+from datasets import (
+    OTHER,
+    SPLITS,
+    CacheIdentity,
+    CacheWriter,
+    FeatureCache,
+    Labels,
+    Split,
+    choose_classes,
+    load_images,
+)
 
 PIXELS = np.full((5, 4, 3), 90, np.uint8)
 
 
 def counts(labels: Labels, split: str) -> dict:
     """{class: images} of a split."""
-    return {name: int((labels.category[split] == i).sum()) for i, name in enumerate(labels.classes)}
+    return {name: int((labels.split(split).category == i).sum()) for i, name in enumerate(labels.classes)}
 
 
 def tree(root: Path, *names: str) -> Path:
@@ -35,12 +45,16 @@ def test_digits_split():
     images = load_images("digits", None)
     labels, digits = images.labels, load_digits()
     assert labels.classes == tuple("0123456789")
-    assert sorted(len(labels.names[s]) for s in SPLITS) == [898, 899]
+    assert sorted(len(labels.split(s).names) for s in SPLITS) == [898, 899]
     for i in range(10):
         halves = [counts(labels, split)[str(i)] for split in SPLITS]
         assert sum(halves) == (digits.target == i).sum() and abs(halves[0] - halves[1]) <= 1
-    seen = {images.read(split, i).tobytes() for split in SPLITS for i in range(len(labels.names[split]))}
-    assert len(seen) == len({image.tobytes() for image in digits.images}), "every digit is in one of the halves"
+    seen = {
+        images.read(split, i).tobytes() for split in SPLITS for i in range(len(labels.split(split).names))
+    }
+    assert len(seen) == len({image.tobytes() for image in digits.images}), (
+        "every digit is in one of the halves"
+    )
     assert load_images("digits", None).labels.fingerprint() == labels.fingerprint()
 
 
@@ -56,44 +70,67 @@ def test_folder_labels(texture_folder):
     images = load_images("folder", str(texture_folder))
     labels = images.labels
     assert labels.classes == ("apple", "leaf", "sky") and not labels.per_category
-    assert counts(labels, "train") == dict.fromkeys(labels.classes, 24) and counts(labels, "test") == dict.fromkeys(labels.classes, 12)
+    assert counts(labels, "train") == dict.fromkeys(labels.classes, 24) and counts(
+        labels, "test"
+    ) == dict.fromkeys(labels.classes, 12)
     train, test, anomalous = labels.one_class("leaf")
-    assert {labels.names["train"][i].split("/")[1] for i in train} == {"leaf"} and len(train) == 24
+    assert {labels.train.names[i].split("/")[1] for i in train} == {"leaf"} and len(train) == 24
     assert test.tolist() == list(range(36))
-    assert anomalous.tolist() == [int("/leaf/" not in labels.names["test"][i]) for i in test]
+    assert anomalous.tolist() == [int("/leaf/" not in labels.test.names[i]) for i in test]
 
 
 def test_folder_images_match_their_names(texture_folder):
     images = load_images("folder", str(texture_folder))
     for i in (0, 30, 71):
-        wanted = datasets.read_image(texture_folder / images.labels.names["train"][i])
+        wanted = datasets.read_image(texture_folder / images.labels.train.names[i])
         assert (images.read("train", i) == wanted).all()
 
 
 def test_test_only_folder_is_anomalous_for_all(tmp_path):
-    root = tree(tmp_path, "train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png", "test/weird/1.png", "test/weird/2.png")
+    root = tree(
+        tmp_path,
+        "train/a/1.png",
+        "train/b/1.png",
+        "test/a/1.png",
+        "test/b/1.png",
+        "test/weird/1.png",
+        "test/weird/2.png",
+    )
     labels = load_images("folder", str(root)).labels
-    assert labels.classes == ("a", "b") and (labels.category["test"] == OTHER).sum() == 2
+    assert labels.classes == ("a", "b") and (labels.test.category == OTHER).sum() == 2
     for name in labels.classes:
         _, test, anomalous = labels.one_class(name)
-        assert {labels.names["test"][i]: int(a) for i, a in zip(test, anomalous)} == {
-            f"test/{folder}/{i}.png": int(folder != name) for folder, i in (("a", 1), ("b", 1), ("weird", 1), ("weird", 2))
+        assert {labels.test.names[i]: int(a) for i, a in zip(test, anomalous)} == {
+            f"test/{folder}/{i}.png": int(folder != name)
+            for folder, i in (("a", 1), ("b", 1), ("weird", 1), ("weird", 2))
         }
 
 
 def test_lbot_layout(tmp_path):
-    root = tree(tmp_path, "train/normal/1.png", "train/normal/2.png", "test/normal/3.png", "test/abnormal/4.png")
+    root = tree(
+        tmp_path, "train/normal/1.png", "train/normal/2.png", "test/normal/3.png", "test/abnormal/4.png"
+    )
     labels = load_images("lbot", str(root)).labels
     train, test, anomalous = labels.one_class("normal")
     assert labels.classes == ("normal",) and len(train) == 2
-    assert {labels.names["test"][i]: a for i, a in zip(test, anomalous)} == {"test/normal/3.png": 0, "test/abnormal/4.png": 1}
+    assert {labels.test.names[i]: a for i, a in zip(test, anomalous)} == {
+        "test/normal/3.png": 0,
+        "test/abnormal/4.png": 1,
+    }
 
 
 def test_nested_hidden_and_other_files(tmp_path):
-    root = tree(tmp_path, "train/a/deep/er/1.JPG", "train/a/2.bmp", "train/a/.hidden.png", "test/a/1.png", "train/.cache/1.png")
+    root = tree(
+        tmp_path,
+        "train/a/deep/er/1.JPG",
+        "train/a/2.bmp",
+        "train/a/.hidden.png",
+        "test/a/1.png",
+        "train/.cache/1.png",
+    )
     (root / "train/a/notes.txt").write_text("no image")
     labels = load_images("folder", str(root)).labels
-    assert labels.classes == ("a",) and labels.names["train"] == ["train/a/2.bmp", "train/a/deep/er/1.JPG"]
+    assert labels.classes == ("a",) and labels.train.names == ["train/a/2.bmp", "train/a/deep/er/1.JPG"]
 
 
 def test_any_dataset_name_takes_folders(texture_folder):
@@ -118,9 +155,16 @@ def test_mvtec_layout(tmp_path):
     assert labels.classes == ("bottle", "cable") and labels.per_category
     for name in labels.classes:
         train, test, anomalous = labels.one_class(name)
-        assert [labels.names["train"][i] for i in train] == [f"{name}/train/good/1.png", f"{name}/train/good/2.png"]
-        found = {labels.names["test"][i]: a for i, a in zip(test, anomalous)}
-        assert found == {f"{name}/test/good/3.png": 0, f"{name}/test/hole/5.png": 1, f"{name}/test/scratch/4.png": 1}
+        assert [labels.train.names[i] for i in train] == [
+            f"{name}/train/good/1.png",
+            f"{name}/train/good/2.png",
+        ]
+        found = {labels.test.names[i]: a for i, a in zip(test, anomalous)}
+        assert found == {
+            f"{name}/test/good/3.png": 0,
+            f"{name}/test/hole/5.png": 1,
+            f"{name}/test/scratch/4.png": 1,
+        }
 
 
 def test_mvtec_single_category(tmp_path):
@@ -131,7 +175,7 @@ def test_mvtec_single_category(tmp_path):
 
 def test_mvtec_defects_do_not_train(tmp_path):
     labels = load_images("mvtec", str(tree(tmp_path / "bottle", *MVTEC, "train/dent/6.png"))).labels
-    assert len(labels.names["train"]) == 3 and len(labels.one_class("bottle")[0]) == 2
+    assert len(labels.train.names) == 3 and len(labels.one_class("bottle")[0]) == 2
 
 
 @pytest.mark.parametrize("names", [(), ("bottle/1.png",)])
@@ -144,13 +188,16 @@ def test_mvtec_without_categories(tmp_path, names):
 
 # ---------------------------------------------------------------- torchvision's own files
 def fabricated_cifar10(root: Path) -> np.ndarray:
-    """Six files in the layout of cifar-10-batches-py, a few images each -> all pixels in order, (n, 32, 32, 3)."""
+    """Six files in the layout of cifar-10-batches-py, a few images each -> all pixels in order, (n, 32, 32,
+    3)."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir()
     generator, everything = np.random.RandomState(0), []
     for batch, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
         rows = generator.randint(0, 256, (4, 3072), dtype=np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": [(batch + i) % 10 for i in range(4)]}))
+        (folder / name).write_bytes(
+            pickle.dumps({"data": rows, "labels": [(batch + i) % 10 for i in range(4)]})
+        )
         everything.append(rows.reshape(4, 3, 32, 32).transpose(0, 2, 3, 1))
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
@@ -163,14 +210,15 @@ def test_cifar10_in_torchvisions_files(tmp_path, monkeypatch):
     images = load_images("cifar10", str(tmp_path))
     labels = images.labels
     assert labels.classes[0] == "airplane" and len(labels.classes) == 10 and not images.from_files
-    assert [len(labels.names[split]) for split in SPLITS] == [20, 4]
-    assert labels.category["train"].tolist() == [(batch + i) % 10 for batch in range(5) for i in range(4)]
-    got = [images.read(split, i) for split in SPLITS for i in range(len(labels.names[split]))]
+    assert [len(labels.split(split).names) for split in SPLITS] == [20, 4]
+    assert labels.train.category.tolist() == [(batch + i) % 10 for batch in range(5) for i in range(4)]
+    got = [images.read(split, i) for split in SPLITS for i in range(len(labels.split(split).names))]
     assert (np.array(got) == pixels).all()
 
 
 def test_superclasses():
-    """Five classes in each, and a few that anybody can place (torchvision's 100 classes are in alphabetical order)."""
+    """Five classes in each, and a few that anybody can place (torchvision's 100 classes are in alphabetical
+    order)."""
     assert np.bincount(datasets.SUPERCLASS_OF).tolist() == [5] * 20 and len(set(datasets.SUPERCLASSES)) == 20
     alphabetical = {
         0: "apple",
@@ -184,14 +232,23 @@ def test_superclasses():
         99: "worm",
     }
     wanted = {
-        "apple": "fruit_and_vegetables", "aquarium_fish": "fish", "baby": "people", "bear": "large_carnivores", "bicycle": "vehicles_1",
-        "chimpanzee": "large_omnivores_and_herbivores", "lawn_mower": "vehicles_2", "willow_tree": "trees", "worm": "non-insect_invertebrates",
-    }  # fmt: skip
+        "apple": "fruit_and_vegetables",
+        "aquarium_fish": "fish",
+        "baby": "people",
+        "bear": "large_carnivores",
+        "bicycle": "vehicles_1",
+        "chimpanzee": "large_omnivores_and_herbivores",
+        "lawn_mower": "vehicles_2",
+        "willow_tree": "trees",
+        "worm": "non-insect_invertebrates",
+    }
     for number, name in alphabetical.items():
         assert datasets.SUPERCLASSES[datasets.SUPERCLASS_OF[number]] == wanted[name]
 
 
-@pytest.mark.parametrize("dataset, shape", [("grey", (7, 4, 6)), ("channels first", (7, 3, 4, 6)), ("channels last", (7, 4, 6, 3))])
+@pytest.mark.parametrize(
+    "dataset, shape", [("grey", (7, 4, 6)), ("channels first", (7, 3, 4, 6)), ("channels last", (7, 4, 6, 3))]
+)
 def test_pixel_layouts(dataset, shape):
     pixels = np.random.RandomState(0).randint(0, 256, shape, dtype=np.uint8)
     got = datasets._rgb(pixels, channels_first=dataset == "channels first")
@@ -209,7 +266,9 @@ def test_pixel_layouts(dataset, shape):
 REAL_CIFAR = ROOT / "data" / "cifar10"
 
 
-@pytest.mark.skipif(not (REAL_CIFAR / "train").is_dir(), reason=f"the CIFAR-10 images are not in {REAL_CIFAR}")
+@pytest.mark.skipif(
+    not (REAL_CIFAR / "train").is_dir(), reason=f"the CIFAR-10 images are not in {REAL_CIFAR}"
+)
 def test_real_cifar10():
     images = load_images("cifar10", str(REAL_CIFAR))
     labels = images.labels
@@ -274,41 +333,65 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
 # ---------------------------------------------------------------- the cache
 N, C = 3, 5
 FIELDS = {
-    "dataset": "folder", "extractor": "tiny", "timm_model": "tiny.in1k", "weights": "timm hub", "img_size": (32, 48), "norm_mean": (0.5, 0.5, 0.5),
-    "norm_std": (0.25, 0.5, 0.5), "token_grid": "full", "window": None, "pooling": "correct",
-}  # fmt: skip
-FOUND = {"precision": "float32", "weights_sha256": "abc", "n_feat": C, "grid": (1, N), "tokens": 1 + N, "images": "def"}
+    "dataset": "folder",
+    "extractor": "tiny",
+    "timm_model": "tiny.in1k",
+    "weights": "timm hub",
+    "img_size": (32, 48),
+    "norm_mean": (0.5, 0.5, 0.5),
+    "norm_std": (0.25, 0.5, 0.5),
+    "token_grid": "full",
+    "window": None,
+    "pooling": "correct",
+}
+FOUND = {
+    "precision": "float32",
+    "weights_sha256": "abc",
+    "n_feat": C,
+    "grid": (1, N),
+    "tokens": 1 + N,
+    "images": "def",
+}
 LABELS = Labels(
     ("cat", "dög"),
-    {"train": ["train/cat/1.png", "train/dög/1.png", "train/dög/2.png"], "test": ["test/x/1.png", "test/cat/1.png"]},
-    {"train": np.array([0, 1, 1]), "test": np.array([OTHER, 0])},
-    {"train": np.zeros(3, bool), "test": np.array([False, True])},
-    True,
+    Split.of(["train/cat/1.png", "train/dög/1.png", "train/dög/2.png"], [0, 1, 1]),
+    Split.of(["test/x/1.png", "test/cat/1.png"], [OTHER, 0], [False, True]),
+    per_category=True,
 )
+
+
+def cached(folder: Path, fields: dict) -> FeatureCache:
+    return FeatureCache(CacheIdentity(folder, fields))
 
 
 def write_cache(folder: Path, finish: bool = True, fields: dict = FIELDS | FOUND) -> dict[str, np.ndarray]:
     """A small cache written in pieces -> the float32 values that went in."""
     generator = np.random.RandomState(0)
-    values = {split: generator.randn(len(LABELS.names[split]), 1 + N, C).astype(np.float32) for split in SPLITS}
-    writer = CacheWriter(folder, fields, LABELS, 1 + N, C)
+    values = {
+        split: generator.randn(len(LABELS.split(split).names), 1 + N, C).astype(np.float32)
+        for split in SPLITS
+    }
+    writer = CacheWriter(folder, fields, LABELS, (1 + N, C))
     for split in SPLITS:
-        with writer.open_split(split) as stream:
-            for piece in np.array_split(values[split], 2):
-                stream.write(piece.astype(np.float16).data)
+        append = writer.open_split(split)
+        for piece in np.array_split(values[split], 2):
+            append(piece.astype(np.float16))
     if finish:
-        writer.finish()
+        writer.__exit__(None, None, None)
     return values
 
 
 def test_cache_round_trip(tmp_path):
     values = write_cache(tmp_path / "deep" / "cache")
-    cache = FeatureCache(tmp_path / "deep" / "cache", FIELDS)
+    cache = cached(tmp_path / "deep" / "cache", FIELDS)
     for split in SPLITS:
         tokens = cache.tokens(split)
         assert len(tokens) == len(values[split]) and tokens.shape == values[split].shape
         wanted = values[split].astype(np.float16)
-        assert tokens[np.arange(len(tokens))].dtype == np.float16 and (tokens[np.arange(len(tokens))] == wanted).all()
+        assert (
+            tokens[np.arange(len(tokens))].dtype == np.float16
+            and (tokens[np.arange(len(tokens))] == wanted).all()
+        )
         assert (tokens[np.array([1, 0, 1])] == wanted[[1, 0, 1]]).all()
     assert cache.grid == (1, N) and cache.channels == C
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["cache"]
@@ -316,9 +399,9 @@ def test_cache_round_trip(tmp_path):
 
 def test_cache_keeps_the_labels(tmp_path):
     write_cache(tmp_path / "cache")
-    found = FeatureCache(tmp_path / "cache", FIELDS).labels
+    found = cached(tmp_path / "cache", FIELDS).labels
     assert found.fingerprint() == LABELS.fingerprint()
-    assert found.classes == LABELS.classes and found.names == LABELS.names and found.per_category
+    assert found.classes == LABELS.classes and found.train.names == LABELS.train.names and found.per_category
     for name in LABELS.classes:
         for got, wanted in zip(found.one_class(name), LABELS.one_class(name)):
             assert got.tolist() == wanted.tolist()
@@ -326,25 +409,36 @@ def test_cache_keeps_the_labels(tmp_path):
 
 def test_cache_rows_are_copies(tmp_path):
     write_cache(tmp_path / "cache")
-    tokens = FeatureCache(tmp_path / "cache", FIELDS).tokens("train")
+    tokens = cached(tmp_path / "cache", FIELDS).tokens("train")
     rows = tokens[np.array([0])]
     rows[:] = 0
     assert (tokens[np.array([0])] != 0).any()
 
 
 OTHERS = {
-    "dataset": "digits", "extractor": "other", "timm_model": "other", "weights": "random, seed 0", "img_size": (48, 32), "norm_mean": (0.1, 0.5, 0.5),
-    "norm_std": (0.5, 0.5, 0.5), "token_grid": "2", "window": 3, "pooling": "released", "precision": "bfloat16", "weights_sha256": "x", "n_feat": 7,
+    "dataset": "digits",
+    "extractor": "other",
+    "timm_model": "other",
+    "weights": "random, seed 0",
+    "img_size": (48, 32),
+    "norm_mean": (0.1, 0.5, 0.5),
+    "norm_std": (0.5, 0.5, 0.5),
+    "token_grid": "2",
+    "window": 3,
+    "pooling": "released",
+    "precision": "bfloat16",
+    "weights_sha256": "x",
+    "n_feat": 7,
     "images": "x",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("field", OTHERS)
 def test_cache_names_the_field_that_differs(tmp_path, field):
     write_cache(tmp_path / "cache")
-    FeatureCache(tmp_path / "cache", FIELDS | FOUND)
+    cached(tmp_path / "cache", FIELDS | FOUND)
     with pytest.raises(UserError, match=rf"{field} is .* there") as refused:
-        FeatureCache(tmp_path / "cache", FIELDS | FOUND | {field: OTHERS[field]})
+        cached(tmp_path / "cache", FIELDS | FOUND | {field: OTHERS[field]})
     assert "cache" in str(refused.value)
 
 
@@ -352,33 +446,35 @@ def test_every_field_of_a_configuration_is_checked(tmp_path):
     """None of what extractor.py asks for may differ unseen."""
     import extractor
 
-    asked = extractor.cache_fields(Config(extractor="efficientnet_lite0", precision="float32", n_feat=1280))
+    asked = extractor.cache_identity(
+        Config(extractor="efficientnet_lite0", precision="float32", n_feat=1280)
+    ).fields
     assert len(asked) >= len(FIELDS)
     for field in asked:
         write_cache(tmp_path / "cache", fields=FOUND | asked)
-        FeatureCache(tmp_path / "cache", asked)
+        cached(tmp_path / "cache", asked)
         with pytest.raises(UserError, match=rf"{field} is .* there"):
-            FeatureCache(tmp_path / "cache", asked | {field: "something else"})
+            cached(tmp_path / "cache", asked | {field: "something else"})
 
 
 def test_cache_of_another_format(tmp_path, monkeypatch):
     write_cache(tmp_path / "cache")
     monkeypatch.setattr(datasets, "CACHE_FORMAT", datasets.CACHE_FORMAT + 1)
     with pytest.raises(UserError, match="format"):
-        FeatureCache(tmp_path / "cache", FIELDS)
+        cached(tmp_path / "cache", FIELDS)
 
 
 def test_unfinished_cache(tmp_path):
     write_cache(tmp_path / "cache", finish=False)
     with pytest.raises(UserError, match="no features"):
-        FeatureCache(tmp_path / "cache", FIELDS)
+        cached(tmp_path / "cache", FIELDS)
     write_cache(tmp_path / "cache")
     path = tmp_path / "cache" / "meta.json"
     text = path.read_text()
     for broken in (json.dumps(json.loads(text) | {"finished": False}), text[: len(text) // 2], ""):
         path.write_text(broken)
         with pytest.raises(UserError, match="not finished"):
-            FeatureCache(tmp_path / "cache", FIELDS)
+            cached(tmp_path / "cache", FIELDS)
 
 
 @pytest.mark.parametrize("keep", [0, 40, -1, -C * 2])
@@ -387,22 +483,29 @@ def test_truncated_file(tmp_path, keep):
     path = tmp_path / "cache" / "train.npy"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match="train.npy"):
-        FeatureCache(tmp_path / "cache", FIELDS).tokens("train")
+        cached(tmp_path / "cache", FIELDS).tokens("train")
 
 
 def test_missing_file(tmp_path):
     write_cache(tmp_path / "cache")
     (tmp_path / "cache" / "test.npy").unlink()
     with pytest.raises(UserError, match="test.npy"):
-        FeatureCache(tmp_path / "cache", FIELDS).tokens("test")
+        cached(tmp_path / "cache", FIELDS).tokens("test")
 
 
-@pytest.mark.parametrize("other", [np.zeros((3, 1 + N, C), np.float32), np.zeros((2, 1 + N, C), np.float16), np.zeros((3, N, C), np.float16)])
+@pytest.mark.parametrize(
+    "other",
+    [
+        np.zeros((3, 1 + N, C), np.float32),
+        np.zeros((2, 1 + N, C), np.float16),
+        np.zeros((3, N, C), np.float16),
+    ],
+)
 def test_file_of_other_rows(tmp_path, other):
     write_cache(tmp_path / "cache")
     np.save(tmp_path / "cache" / "train.npy", other)
     with pytest.raises(UserError, match="train.npy"):
-        FeatureCache(tmp_path / "cache", FIELDS).tokens("train")
+        cached(tmp_path / "cache", FIELDS).tokens("train")
 
 
 @pytest.mark.parametrize("content", [None, "", "{"])
@@ -411,14 +514,13 @@ def test_labels_that_cannot_be_read(tmp_path, content):
     path = tmp_path / "cache" / "labels.json"
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(UserError):
-        FeatureCache(tmp_path / "cache", FIELDS)
+        cached(tmp_path / "cache", FIELDS)
 
 
 def interrupted(folder: Path) -> None:
     """A writer whose work ends in an error halfway through the first split."""
-    with pytest.raises(KeyboardInterrupt), CacheWriter(folder, FIELDS, LABELS, 1 + N, C) as writer:
-        with writer.open_split("train") as stream:
-            stream.write(b"\0" * 8)
+    with pytest.raises(KeyboardInterrupt), CacheWriter(folder, FIELDS, LABELS, (1 + N, C)) as writer:
+        writer.open_split("train")(np.zeros((1, 1 + N, C), np.float16))
         raise KeyboardInterrupt
 
 
@@ -430,30 +532,37 @@ def test_abandoned_writer_leaves_nothing(tmp_path):
 def test_abandoned_writer_keeps_the_old_cache(tmp_path):
     values = write_cache(tmp_path / "cache")
     interrupted(tmp_path / "cache")
-    assert (FeatureCache(tmp_path / "cache", FIELDS).tokens("test")[np.array([1])] == values["test"][1:].astype(np.float16)).all()
+    assert (
+        cached(tmp_path / "cache", FIELDS).tokens("test")[np.array([1])]
+        == values["test"][1:].astype(np.float16)
+    ).all()
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_leftovers_of_a_killed_writer_are_replaced(tmp_path):
     write_cache(tmp_path / "cache", finish=False)
     write_cache(tmp_path / "cache")
-    FeatureCache(tmp_path / "cache", FIELDS)
+    cached(tmp_path / "cache", FIELDS)
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
 
 
 def test_cache_folder():
     """One folder per data set, backbone, size and grid, unless the user names it."""
     base = Config(dataset="digits", extractor="hf_hub:x/y")
-    found = datasets.cache_folder(base, (32, 48))
-    assert found.parent == Path("features") and "/" not in found.name
-    changes = [{"dataset": "folder"}, {"extractor": "other"}, {"token_grid": "2"}]
-    folders = {
-        found,
-        datasets.cache_folder(base, (48, 32)),
-        *(datasets.cache_folder(dataclasses.replace(base, **change), (32, 48)) for change in changes),
+    folder = datasets.cache_folder(base, (32, 48), "full")
+    assert folder.parent == Path("features") and "/" not in folder.name
+    others = {
+        datasets.cache_folder(base, (48, 32), "full"),
+        datasets.cache_folder(base, (32, 48), "2"),
+        *(
+            datasets.cache_folder(dataclasses.replace(base, **change), (32, 48), "full")
+            for change in ({"dataset": "folder"}, {"extractor": "other"}, {"validate": True})
+        ),
     }
-    assert len(folders) == 5
-    assert datasets.cache_folder(dataclasses.replace(base, feature_path="/x/y"), (32, 48)) == Path("/x/y")
+    assert len(others | {folder}) == 6
+    assert datasets.cache_folder(dataclasses.replace(base, feature_path="/x/y"), (32, 48), "full") == Path(
+        "/x/y"
+    )
 
 
 def test_fingerprint_follows_names_and_labels(tmp_path):
@@ -462,4 +571,6 @@ def test_fingerprint_follows_names_and_labels(tmp_path):
     assert first.fingerprint() == same.fingerprint(), "the folder's own name does not matter"
     (tmp_path / "b" / "test" / "sky" / "00.png").rename(tmp_path / "b" / "test" / "sky" / "07.png")
     assert load_images("folder", str(tmp_path / "b")).labels.fingerprint() != first.fingerprint()
-    assert dataclasses.replace(first, defect={s: ~first.defect[s] for s in SPLITS}).fingerprint() != first.fingerprint()
+    for split in SPLITS:
+        flipped = dataclasses.replace(first.split(split), defect=~first.split(split).defect)
+        assert dataclasses.replace(first, **{split: flipped}).fingerprint() != first.fingerprint()

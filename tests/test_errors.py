@@ -1,8 +1,8 @@
-"""Every mistake on a script's command line ends it with one line on stderr that says what is wrong; never with a traceback.
+"""Every mistake on a script's command line ends it with one line on stderr that says what is wrong; never
+with a traceback.
 
-Each script is run as a process of its own for a mistake or two; the other mistakes go the same way, command line to exit status,
-in this process: importing torch once more for each would take most of the time.
-"""
+Each script is run as a process of its own for a mistake or two; the other mistakes go the same way, command
+line to exit status, in this process: importing torch once more for each would take most of the time."""
 
 import importlib
 import shutil
@@ -12,11 +12,29 @@ import pytest
 import torch
 from conftest import make_folder, write_image
 
+import backbones
 import config as knobs
 import extractor
 
-SMALL = ("--extractor", "resnet18", "--weights_path", "random", "--img_size", "32", "--threads", "1", "--workers", "0", "--precision", "float32",
-         "--fc_internal", "16", "--plots", "False", "--hide_tqdm_bar")  # fmt: skip
+SMALL = (
+    "--extractor",
+    "resnet18",
+    "--weights_path",
+    "random",
+    "--img_size",
+    "32",
+    "--threads",
+    "1",
+    "--workers",
+    "0",
+    "--precision",
+    "float32",
+    "--fc_internal",
+    "16",
+    "--plots",
+    "False",
+    "--hide_tqdm_bar",
+)
 
 
 def folder_of(tmp_path, **options):
@@ -41,7 +59,10 @@ def run_here(tmp_path, monkeypatch, capsys):
         module, status = importlib.import_module(name.removesuffix(".py")), 0
         capsys.readouterr()
         try:
-            knobs.run_script(module.main, knobs.from_command_line(module.__doc__, [str(argument) for argument in arguments]))
+            knobs.run_script(
+                module.main,
+                knobs.from_command_line(module.__doc__, [str(argument) for argument in arguments]),
+            )
         except SystemExit as stopped:
             status = stopped.code
         captured = capsys.readouterr()
@@ -82,7 +103,9 @@ def test_mistakes(run_here, tmp_path, script, arguments, told):
 def test_mistakes_in_a_process(run_script, tmp_path, script):
     """One mistake that the command line shows at once, one that takes the data to see."""
     assert "--seed" in one_line(run_script(script, "--sed", "1"))
-    line = one_line(run_script(script, "--dataset", "folder", "--dataset_path", "nowhere", "--class_name", "a", *SMALL))
+    line = one_line(
+        run_script(script, "--dataset", "folder", "--dataset_path", "nowhere", "--class_name", "a", *SMALL)
+    )
     assert "nowhere" in line and not list(tmp_path.iterdir())
 
 
@@ -92,7 +115,8 @@ def test_no_cuda(run_here):
 
 
 def test_images_that_are_not_there(run_here, tmp_path):
-    """A class folder without images, then an unreadable image in it: each is named, and no half cache is left."""
+    """A class folder without images, then an unreadable image in it: each is named, and no half cache is
+    left."""
     folder = folder_of(tmp_path)
     broken = folder / "test" / "b" / "00.png"
     shutil.rmtree(folder / "test" / "b")
@@ -147,13 +171,14 @@ def test_loss_that_is_not_finite(run_here, tmp_path):
 
 
 def test_weights_not_reachable(monkeypatch, tmp_path, capsys):
-    """In this process, so that no test waits for a network: what a hub client raises, and what the user sees."""
+    """In this process, so that no test waits for a network: what a hub client raises, and what the user
+    sees."""
 
     def offline(*arguments, **options):
         raise OSError("Cannot reach the hub")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(extractor.timm, "create_model", offline)
+    monkeypatch.setattr(backbones.timm, "create_model", offline)
     config = knobs.from_command_line("test", ["--dataset", "digits", "--extractor", "VIT", "--threads", "1"])
     with pytest.raises(SystemExit) as stopped:
         knobs.run_script(extractor.main, config)
@@ -171,5 +196,11 @@ def test_one_image_is_no_class(run_here, tmp_path):
 
 def test_no_mistake_no_error(run_here, tmp_path):
     """The same arguments without a mistake run to the end."""
-    done = run_here("main.py", "--dataset", "folder", "--dataset_path", folder_of(tmp_path), *SMALL, "--fusion", "none")
-    assert done.returncode == 0 and "error:" not in done.stderr and (tmp_path / "runs/foad_mfff/results.json").exists()
+    done = run_here(
+        "main.py", "--dataset", "folder", "--dataset_path", folder_of(tmp_path), *SMALL, "--fusion", "none"
+    )
+    assert (
+        done.returncode == 0
+        and "error:" not in done.stderr
+        and (tmp_path / "runs/foad_mfff/results.json").exists()
+    )

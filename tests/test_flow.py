@@ -1,4 +1,5 @@
-"""The coupling layer and the flow: inverse, log-determinant, and equality with the plain transcription of SPEC 2."""
+"""The coupling layer and the flow: inverse, log-determinant, and equality with the plain transcription of
+SPEC 2."""
 
 import math
 
@@ -6,10 +7,11 @@ import numpy as np
 import pytest
 import reference
 import torch
+from conftest import make_flow
 
 import model
 
-COMPACT = {"compact": True, "n_tokens": 2 * 6}  # 2 x 3 windows: two bands
+COMPACT = {"bands": True, "n_tokens": 2 * 6}  # 2 x 3 windows: two bands
 VARIANTS = {  # name -> (channels, grid, options)
     "class_attention": (18, (3, 3), {"fusion": "class_attention"}),
     "class_attention odd": (13, (2, 5), {"fusion": "class_attention", "heads": 2}),
@@ -29,7 +31,7 @@ def make(name: str, dtype=torch.float64, batch: int = 4, n_blocks: int = 3, **mo
     """A flow away from its start (larger last layers, gains that are not one), with tokens to feed it."""
     channels, grid, options = VARIANTS[name]
     torch.manual_seed(3)
-    flow = model.build_flow(channels, grid, n_blocks=n_blocks, **{"hidden": 12, **options, **more}).to(dtype)
+    flow = make_flow(channels, grid, n_blocks=n_blocks, **{"hidden": 12, **options, **more}).to(dtype)
     with torch.no_grad():
         for parameter_name, parameter in flow.named_parameters():
             if parameter_name.endswith("gamma"):
@@ -37,7 +39,13 @@ def make(name: str, dtype=torch.float64, batch: int = 4, n_blocks: int = 3, **mo
             elif "fc_out" in parameter_name:
                 parameter.mul_(1.5)
     n = options.get("n_tokens") or grid[0] * grid[1]
-    return flow, torch.randn(batch, channels, dtype=dtype), torch.randn(batch, n, channels, dtype=dtype), grid, options.get("window", 3)
+    return (
+        flow,
+        torch.randn(batch, channels, dtype=dtype),
+        torch.randn(batch, n, channels, dtype=dtype),
+        grid,
+        options.get("window", 3),
+    )
 
 
 @every_variant
@@ -53,10 +61,12 @@ def test_round_trip(name, dtype, tolerance):
     assert (forward + reverse).abs().max() < tolerance * max(1, forward.abs().max().item())
 
 
-@pytest.mark.parametrize("channels, grid, batch", [(2, (1, 1), 1), (7, (1, 3), 2), (32, (5, 2), 3), (65, (2, 2), 5)])
+@pytest.mark.parametrize(
+    "channels, grid, batch", [(2, (1, 1), 1), (7, (1, 3), 2), (32, (5, 2), 3), (65, (2, 2), 5)]
+)
 def test_round_trip_sizes(channels, grid, batch):
     torch.manual_seed(0)
-    flow = model.build_flow(channels, grid, n_blocks=4, hidden=9, fusion="class_attention", heads=1).double()
+    flow = make_flow(channels, grid, n_blocks=4, hidden=9, fusion="class_attention", heads=1).double()
     x, p = torch.randn(batch, channels).double(), torch.randn(batch, math.prod(grid), channels).double()
     z, forward = flow(x, [p])
     back, reverse = flow(z, [p], rev=True)
@@ -71,7 +81,9 @@ def test_log_det_against_autograd(name):
     for i in range(len(x)):
         condition = p[i : i + 1]
         for rev, found in ((False, log_det), (True, reverse)):
-            jacobian = torch.autograd.functional.jacobian(lambda y: flow(y[None], [condition], rev=rev)[0][0], x[i])
+            jacobian = torch.autograd.functional.jacobian(
+                lambda y: flow(y[None], [condition], rev=rev)[0][0], x[i]
+            )
             assert abs(torch.linalg.slogdet(jacobian).logabsdet - found[i]).item() < 1e-8
 
 
@@ -120,7 +132,9 @@ def test_clamp_in_transcription():
     flow, x, p, grid, window = make("hilo both", clamp=1.3)
     wanted, wanted_log_det = reference.flow(flow, x, p, grid, window, clamp=1.3)
     z, log_det = flow(x, [p])
-    assert (z - wanted).abs().max() < 1e-6 * wanted.abs().max() and (log_det - wanted_log_det).abs().max() < 1e-6 * wanted_log_det.abs().max()
+    assert (z - wanted).abs().max() < 1e-6 * wanted.abs().max() and (
+        log_det - wanted_log_det
+    ).abs().max() < 1e-6 * wanted_log_det.abs().max()
 
 
 def test_latents_are_limited():
@@ -141,7 +155,7 @@ def test_use_gamma():
     with_gain, without = (make("class_attention", use_gamma=on)[0] for on in (True, False))
     assert sum(name.endswith("gamma") for name, _ in with_gain.named_parameters()) == 2 * 3
     assert not any(name.endswith("gamma") for name, _ in without.named_parameters())
-    fresh = model.build_flow(18, (3, 3), hidden=12)
+    fresh = make_flow(18, (3, 3), hidden=12)
     assert all((value == 1).all() for name, value in fresh.named_parameters() if name.endswith("gamma"))
 
 
@@ -152,7 +166,13 @@ def test_no_gain_in_transcription():
 
 # ---------------------------------------------------------------- FrEIA's contract
 def coupling(dims_in=((10,),), dims_c=((4, 10),)):
-    return model.FusedCoupling(list(dims_in), list(dims_c), seed=0, make_subnet=lambda d, out: model.Subnet(d, out, 8, None))
+    return model.FusedCoupling(
+        list(dims_in),
+        list(dims_c),
+        seed=0,
+        make_subnet=lambda d, out: model.Subnet(d, out, 8, None, True, False),
+        clamp=3.0,
+    )
 
 
 def test_coupling_contract():
@@ -166,7 +186,14 @@ def test_coupling_contract():
 
 
 @pytest.mark.parametrize(
-    "dims_in, dims_c", [([(10, 2)], [(4, 10)]), ([(10,), (10,)], [(4, 10)]), ([(10,)], [(4, 9)]), ([(10,)], []), ([(10,)], [(10,)])]
+    "dims_in, dims_c",
+    [
+        ([(10, 2)], [(4, 10)]),
+        ([(10,), (10,)], [(4, 10)]),
+        ([(10,)], [(4, 9)]),
+        ([(10,)], []),
+        ([(10,)], [(10,)]),
+    ],
 )
 def test_coupling_refuses_wrong_sizes(dims_in, dims_c):
     with pytest.raises(ValueError):
@@ -179,42 +206,43 @@ def test_coupling_refuses_wrong_sizes(dims_in, dims_c):
         (14, (3, 3), {"fusion": "hilo"}),  # 7 channels for 8 heads
         (6, (3, 3), {"fusion": "class_attention"}),  # 3 channels for 4 heads
         (64, (5, 8), {"fusion": "spectral"}),  # fewer than 6 rows
-        (64, (6, 6), {"fusion": "spectral", "compact": True}),
+        (64, (6, 6), {"fusion": "spectral", "bands": True}),
         (64, (6, 6), {"fusion": "fourier"}),
     ],
 )
 def test_build_flow_refuses_wrong_sizes(channels, grid, options):
     with pytest.raises(ValueError):
-        model.build_flow(channels, grid, **options)
+        make_flow(channels, grid, **options)
 
 
 def test_global_numpy_generator_is_left_alone():
     np.random.seed(11)
     before = np.random.get_state()
-    flow = model.build_flow(20, (2, 2))
+    flow = make_flow(20, (2, 2))
     flow(torch.randn(2, 20), [torch.randn(2, 4, 20)])
     after = np.random.get_state()
     assert before[2:] == after[2:] and (before[1] == after[1]).all()
 
 
 def test_hidden_is_channels_by_default():
-    assert model.build_flow(20, (2, 2)).module_list[0].s1.fc1.out_features == 20
+    assert make_flow(20, (2, 2)).module_list[0].s1.fc1.out_features == 20
 
 
 # ---------------------------------------------------------------- likelihood and scores
 def test_loss_and_scores_by_hand():
     z, log_det = torch.tensor([[1.0, 2.0], [0.0, -4.0]]), torch.tensor([0.5, -1.0])
     assert torch.allclose(model.loss_per_image(z, log_det), torch.tensor([(2.5 - 0.5) / 2, (8 + 1) / 2]))
-    assert torch.allclose(model.latent_score(z), torch.tensor([2.5, 8.0]))
+    assert torch.allclose(model.latent_score(z, None, None), torch.tensor([2.5, 8.0]))
 
 
 def test_likelihood_score_is_a_density():
-    """The negative log-likelihood per channel of a flow integrates to one: here on a fine grid over one image's two channels."""
+    """The negative log-likelihood per channel of a flow integrates to one: here on a fine grid over one
+    image's two channels."""
     torch.manual_seed(1)
-    flow = model.build_flow(2, (1, 1), n_blocks=2, hidden=6, fusion="none").double()
+    flow = make_flow(2, (1, 1), n_blocks=2, hidden=6, fusion="none").double()
     axis = torch.arange(-9, 9, 0.06).double()
     points = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
         z, log_det = flow(points, [torch.zeros(len(points), 1, 2).double()])
-        total = torch.exp(-2 * model.likelihood_score(z, log_det)).sum() * 0.06**2
+        total = torch.exp(-2 * model.likelihood_score(z, log_det, None)).sum() * 0.06**2
     assert abs(total.item() - 1) < 1e-3

@@ -1,4 +1,5 @@
-"""Every fusion module against its plain transcription, and the windows, bands and frequencies they are made of."""
+"""Every fusion module against its plain transcription, and the windows, bands and frequencies they are made
+of."""
 
 import math
 
@@ -7,13 +8,16 @@ import pytest
 import reference
 import scipy.fft
 import torch
+from conftest import make_fusion
 
 import freq_fusion
-from freq_fusion import HiLo, build_fusion, dct_filter, split_bands, window_members, window_of
+from freq_fusion import HiLo, dct_filter, window_members
+from token_grid import split_bands, window_of
 
 
 def random_tokens(d: int, channels: int, n: int, batch: int = 3):
-    """x (B, d), whole tokens (B, N, C) and the channels of them that a subnet sees, all drawn at random, float64."""
+    """x (B, d), whole tokens (B, N, C) and the channels of them that a subnet sees, all drawn at random,
+    float64."""
     generator = torch.Generator().manual_seed(d + n)
     x = torch.randn(batch, d, generator=generator).double()
     tokens = torch.randn(batch, n, channels, generator=generator).double()
@@ -38,7 +42,7 @@ CASES = [
 @pytest.mark.parametrize("name, d, channels, grid, options", CASES)
 def test_equals_plain_transcription(name, d, channels, grid, options):
     torch.manual_seed(0)
-    module = build_fusion(name, d, 11, grid, **options).double()
+    module = make_fusion(name, d, 11, grid, **options).double()
     x, tokens, index = random_tokens(d, channels, math.prod(grid))
     got = module(x, tokens, index)
     wanted = reference.fuse(module, x, tokens[..., index], grid, options.get("window", 3))
@@ -50,7 +54,7 @@ def test_equals_plain_transcription(name, d, channels, grid, options):
 def test_compact_equals_plain_transcription(alpha):
     """Lo-Fi heads see the low band, Hi-Fi heads the high band; the grid is that of the windows."""
     torch.manual_seed(0)
-    module = build_fusion("hilo", 16, 10, (2, 4), alpha=alpha, compact=True).double()
+    module = make_fusion("hilo", 16, 10, (2, 4), alpha=alpha, bands=True).double()
     x, tokens, index = random_tokens(16, 33, 2 * 8)
     wanted = reference.fuse(module, x, tokens[..., index], (2, 4), 3)
     assert (module(x, tokens, index) - wanted).abs().max() < 1e-10
@@ -59,13 +63,14 @@ def test_compact_equals_plain_transcription(alpha):
 @pytest.mark.parametrize("alpha, low, high", [(0.0, 0, 8), (0.3, 2, 6), (0.5, 4, 4), (1.0, 8, 0)])
 def test_heads_follow_alpha(alpha, low, high):
     """int(heads * alpha) heads are Lo-Fi; a kind without heads has no parameters."""
-    module = HiLo(16, 16, (3, 3), 8, alpha)
+    module = HiLo(16, 16, (3, 3), 8, alpha, 3, False)
     assert (module.low, module.high) == (low, high)
     assert hasattr(module, "l_q") == (low > 0) and hasattr(module, "h_q") == (high > 0)
 
 
 def test_hilo_band_sensitivity():
-    """Lo-Fi heads alone cannot tell how patches lie inside their window; Hi-Fi heads can tell which window they are in."""
+    """Lo-Fi heads alone cannot tell how patches lie inside their window; Hi-Fi heads can tell which window
+    they are in."""
     torch.manual_seed(0)
     x, tokens, index = random_tokens(16, 16, 36)
     swapped = tokens.clone()
@@ -73,14 +78,14 @@ def test_hilo_band_sensitivity():
     moved = tokens.clone()
     moved[:, [0, 35]] = tokens[:, [35, 0]]  # two patches of opposite windows
     for alpha in (0.0, 1.0):
-        module = build_fusion("hilo", 16, 16, (6, 6), alpha=alpha).double()
+        module = make_fusion("hilo", 16, 16, (6, 6), alpha=alpha).double()
         out = module(x, tokens, index)
         assert torch.allclose(out, module(x, swapped, index), atol=1e-12)
         assert (out - module(x, moved, index)).abs().max() > 1e-5
 
 
 def test_none_is_no_module():
-    assert build_fusion("none", 8, 8, (3, 3)) is None
+    assert make_fusion("none", 8, 8, (3, 3)) is None
 
 
 @pytest.mark.parametrize(
@@ -90,12 +95,12 @@ def test_none_is_no_module():
         ("hilo", 7, (6, 6), {}, "8"),
         ("class_attention", 3, (6, 6), {}, "4"),
         ("spectral", 16, (5, 9), {}, "5x9"),
-        ("spectral", 16, (6, 6), {"compact": True}, "compact"),
+        ("spectral", 16, (6, 6), {"bands": True}, "two bands"),
     ],
 )
 def test_sizes_that_do_not_fit(name, d, grid, options, told):
     with pytest.raises(ValueError, match=told):
-        build_fusion(name, d, 16, grid, **options)
+        make_fusion(name, d, 16, grid, **options)
 
 
 # ---------------------------------------------------------------- windows and bands
@@ -106,7 +111,9 @@ GRIDS = [((6, 6), 3), ((7, 5), 3), ((1, 4), 3), ((4, 7), 2), ((2, 2), 5), ((3, 2
 def test_windows(grid, window):
     wanted = reference.windows(grid, window)
     owner = window_of(grid, window)
-    assert owner.tolist() == [next(w for w, patches in enumerate(wanted) if n in patches) for n in range(math.prod(grid))]
+    assert owner.tolist() == [
+        next(w for w, patches in enumerate(wanted) if n in patches) for n in range(math.prod(grid))
+    ]
     members = window_members(grid, window)
     assert members.shape == (len(wanted), window * window)
     assert [[patch for patch in row if patch >= 0] for row in members.tolist()] == wanted
@@ -120,7 +127,9 @@ def test_split_bands(grid, window):
     low, high = split_bands(patches, grid, window).split(len(groups), 1)
     for w, members in enumerate(groups):
         assert torch.allclose(low[:, w], patches[:, members].mean(1), atol=1e-12)
-        assert torch.allclose(low[:, w] ** 2 + high[:, w] ** 2, patches[:, members].square().mean(1), atol=1e-12)
+        assert torch.allclose(
+            low[:, w] ** 2 + high[:, w] ** 2, patches[:, members].square().mean(1), atol=1e-12
+        )
     assert (high >= 0).all()
 
 
@@ -133,7 +142,10 @@ def test_frequencies_are_fcanets():
 def test_dct_filters_are_scipys(grid):
     """The filters of all frequencies give scipy's orthonormal DCT-II of a map."""
     image = np.random.RandomState(0).randn(*grid)
-    got = [[(dct_filter(u, v, grid).double().numpy() * image).sum() for v in range(grid[1])] for u in range(grid[0])]
+    got = [
+        [(dct_filter(u, v, grid).double().numpy() * image).sum() for v in range(grid[1])]
+        for u in range(grid[0])
+    ]
     assert np.abs(np.array(got) - scipy.fft.dctn(image, norm="ortho")).max() < 1e-5
 
 
@@ -141,5 +153,7 @@ def test_gate_of_map_and_of_tokens_agree():
     gate = freq_fusion.SpectralGate(20, (7, 6))
     maps = torch.randn(2, 20, 7, 6)
     index = torch.randperm(20)
-    tokens = maps.flatten(2).transpose(1, 2)[..., index.argsort()]  # channel c of the map stands at index[c] of the tokens
+    tokens = maps.flatten(2).transpose(1, 2)[
+        ..., index.argsort()
+    ]  # channel c of the map stands at index[c] of the tokens
     assert torch.allclose(maps * gate.gate_tokens(tokens, index)[..., None, None], gate(maps), atol=1e-5)

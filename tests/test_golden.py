@@ -1,7 +1,7 @@
 """The modules against fixtures made by running the released ones (SPEC 8).
 
-Every file of $GOLDEN_DIR (default: tests/golden) is checked; its kind is the start of its name, its sizes are those of its tensors.
-"""
+Every file of $GOLDEN_DIR (default: tests/golden) is checked; its kind is the start of its name, its sizes are
+those of its tensors."""
 
 import math
 import os
@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_flow
 from safetensors.torch import load_file
 
 import config
-import extractor
+import detector
 import model
 import train
 from freq_fusion import HiLo, SpectralGate
+from token_grid import TokenGrid
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
 KINDS = ("flow_", "hilo_", "dct_", "released_pooling")
@@ -43,7 +45,9 @@ def test_folder_holds_fixtures():
     """A folder without any known fixture is a failure, never a silent pass."""
     found = sorted(FOLDER.glob("*.safetensors"))
     known = [path for path in found if path.name.startswith(KINDS)]
-    assert known, f"no fixture in {FOLDER}: expected files named {', '.join(kind + '*.safetensors' for kind in KINDS)}"
+    assert known, (
+        f"no fixture in {FOLDER}: expected files named {', '.join(kind + '*.safetensors' for kind in KINDS)}"
+    )
     for path in set(found) - set(known):
         warnings.warn(f"{path} is of no known kind and was not checked", stacklevel=1)
 
@@ -58,7 +62,11 @@ def released(name: str) -> str:
 
 
 def parameters(golden: dict) -> dict:
-    return {ours(name.removeprefix("param.")): value for name, value in golden.items() if name.startswith("param.")}
+    return {
+        ours(name.removeprefix("param.")): value
+        for name, value in golden.items()
+        if name.startswith("param.")
+    }
 
 
 def sizes(golden: dict) -> tuple[int, int, int, int]:
@@ -70,7 +78,7 @@ def sizes(golden: dict) -> tuple[int, int, int, int]:
 
 def released_flow(golden: dict):
     channels, n, blocks, hidden = sizes(golden)
-    flow = model.build_flow(channels, grid_of(n), n_blocks=blocks, hidden=hidden, fusion="class_attention")
+    flow = make_flow(channels, grid_of(n), n_blocks=blocks, hidden=hidden, fusion="class_attention")
     flow.load_state_dict(parameters(golden))  # strict: no parameter more or less than the released flow's
     return flow
 
@@ -93,7 +101,7 @@ def test_flow_forward(flow_file):
     assert_close(z, golden["z"], TIGHT, "z")
     assert_close(log_det, golden["log_det"], TIGHT, "log_det")
     assert_close(model.loss_per_image(z, log_det).mean(), golden["loss"], TIGHT, "loss")
-    assert_close(model.latent_score(z), golden["score"], TIGHT, "score")
+    assert_close(model.latent_score(z, None, None), golden["score"], TIGHT, "score")
 
 
 def test_flow_gradients(flow_file):
@@ -101,7 +109,9 @@ def test_flow_gradients(flow_file):
     flow = released_flow(golden)
     model.loss_per_image(*flow(semantic[0], [patches[0]])).mean().backward()
     wanted = {ours(name.removeprefix("grad.")) for name in golden if name.startswith("grad.")}
-    assert wanted == set(dict(flow.named_parameters())), "every parameter has a reference gradient, and no other"
+    assert wanted == set(dict(flow.named_parameters())), (
+        "every parameter has a reference gradient, and no other"
+    )
     for name, parameter in flow.named_parameters():
         assert_close(parameter.grad, golden[f"grad.{released(name)}"], TIGHT, f"grad.{released(name)}")
 
@@ -153,16 +163,33 @@ def test_trainer_takes_the_released_steps(flow_file):
     channels, n, blocks, hidden = sizes(golden)
     source = GoldenSource(golden["features"])
     rows = np.arange(len(source.rows))
-    data = train.ClassData("golden", source, source, rows, rows[:0], rows, np.zeros(len(rows), int))
-    settings = config.Config(fusion="class_attention", n_coupling_blocks=blocks, fc_internal=hidden, hide_tqdm_bar=True, verbose=False)
-    trainer = train.Trainer(settings, data, {"n_feat": channels, "grid": grid_of(n), "kind": "tokens"}, 0, torch.device("cpu"))
+    data = detector.ClassData("golden", source, source, rows, rows[:0], rows, np.zeros(len(rows), int))
+    settings = config.Config(
+        fusion="class_attention",
+        n_coupling_blocks=blocks,
+        fc_internal=hidden,
+        hide_tqdm_bar=True,
+        verbose=False,
+    )
+    trainer = train.Trainer(
+        settings,
+        data,
+        {"n_feat": channels, "grid": grid_of(n), "tokens": 1 + n, "kind": "tokens"},
+        0,
+        torch.device("cpu"),
+    )
     trainer.detector.flow.load_state_dict(parameters(golden))
     losses = torch.stack([trainer.train_step(batch) for batch in rows.reshape(len(semantic), -1)])
     assert_close(losses, golden["train.losses"], TRAINED, "train.losses")
     with torch.no_grad():
         z, log_det = trainer.detector.eval()(semantic[0], patches[0])
     assert_close(z, golden["train.z_after"], TRAINED, "train.z_after")
-    assert_close(torch.from_numpy(trainer.detector.score(z, log_det)), golden["train.z_after"].square().mean(1), TRAINED, "score afterwards")
+    assert_close(
+        torch.from_numpy(trainer.detector.score(z, log_det)),
+        golden["train.z_after"].square().mean(1),
+        TRAINED,
+        "score afterwards",
+    )
 
 
 # ---------------------------------------------------------------- fusion modules
@@ -173,12 +200,28 @@ def test_hilo(path):
     alphas = sorted({re.match(r"alpha([\d.]+)\.", name)[1] for name in golden})
     assert alphas
     for alpha in alphas:
-        part = {name.removeprefix(f"alpha{alpha}."): value for name, value in golden.items() if name.startswith(f"alpha{alpha}.")}
+        part = {
+            name.removeprefix(f"alpha{alpha}."): value
+            for name, value in golden.items()
+            if name.startswith(f"alpha{alpha}.")
+        }
         tokens, out = part["tokens"], part["out"]
         channels = tokens.shape[2]
-        module = HiLo(channels, out.shape[1], grid_of(tokens.shape[1] - 1), heads=8, alpha=float(alpha), window=window)
-        module.load_state_dict({name.removeprefix("param."): value for name, value in part.items() if name.startswith("param.")})
-        assert_close(module(tokens[:, 0], tokens[:, 1:], torch.arange(channels)), out, TIGHT, f"hilo, alpha {alpha}")
+        module = HiLo(
+            channels,
+            out.shape[1],
+            grid_of(tokens.shape[1] - 1),
+            heads=8,
+            alpha=float(alpha),
+            window=window,
+            bands=False,
+        )
+        module.load_state_dict(
+            {name.removeprefix("param."): value for name, value in part.items() if name.startswith("param.")}
+        )
+        assert_close(
+            module(tokens[:, 0], tokens[:, 1:], torch.arange(channels)), out, TIGHT, f"hilo, alpha {alpha}"
+        )
 
 
 @pytest.mark.parametrize("path", of_kind("dct_"))
@@ -187,7 +230,13 @@ def test_dct(path):
     maps = golden["x"]
     module = SpectralGate(maps.shape[1], tuple(maps.shape[2:]))
     assert_close(module.dct_layer.weight, golden["param.dct_layer.weight"], TIGHT, "dct filters")
-    module.fc.load_state_dict({name.removeprefix("param.fc."): value for name, value in golden.items() if name.startswith("param.fc.")})
+    module.fc.load_state_dict(
+        {
+            name.removeprefix("param.fc."): value
+            for name, value in golden.items()
+            if name.startswith("param.fc.")
+        }
+    )
     assert_close(module(maps), golden["out"], TIGHT, "gated map")
     gate = module.gate_tokens(maps.flatten(2).transpose(1, 2), torch.arange(maps.shape[1]))
     assert_close(maps * gate[..., None, None], golden["out"], TIGHT, "map gated by way of its tokens")
@@ -199,7 +248,9 @@ def test_released_pooling(path):
     golden = load_file(path)
     tokens, wanted = golden["tokens"], golden["pooled_released"]
     side = math.isqrt(wanted.shape[1] - 1)
-    pooled = extractor.pool_tokens(tokens, grid_of(tokens.shape[1] - 1), str(side), pooling="released")
+    pooled = TokenGrid(str(side), "released", 3).pool(tokens, grid_of(tokens.shape[1] - 1))
     assert_close(pooled, wanted, TIGHT, "pooled_released")
-    correct = extractor.pool_tokens(tokens, grid_of(tokens.shape[1] - 1), str(side))
-    assert (correct - wanted).abs().max() > 0.1 * wanted.abs().max(), "the default pooling is not the mixed one"
+    correct = TokenGrid(str(side), "correct", 3).pool(tokens, grid_of(tokens.shape[1] - 1))
+    assert (correct - wanted).abs().max() > 0.1 * wanted.abs().max(), (
+        "the default pooling is not the mixed one"
+    )

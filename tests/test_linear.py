@@ -22,7 +22,9 @@ def test_value_and_gradients(shape, bias, gaps):
     weight = torch.randn(m, n)
     (layer(x) * weight).sum().backward()
     (exact(y) * weight.double()).sum().backward()
-    pairs = [(layer(x), exact(y)), (x.grad, y.grad)] + [(p.grad, q.grad) for p, q in zip(layer.parameters(), exact.parameters())]
+    pairs = [(layer(x), exact(y)), (x.grad, y.grad)] + [
+        (p.grad, q.grad) for p, q in zip(layer.parameters(), exact.parameters())
+    ]
     for ours, reference in pairs:
         assert (ours - reference).abs().max() <= 1e-5 * reference.abs().max()
 

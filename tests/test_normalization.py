@@ -3,10 +3,13 @@
 import pytest
 import torch
 
-from config import NORMALIZATIONS
-from normalization import Normalizer, power_l2
+from normalization import NORMALIZATIONS, Normalizer, power_l2
 
 C = 6
+
+
+def make(name: str, channels: int, ridge: float = 0.0) -> Normalizer:
+    return Normalizer(name, channels, ridge=ridge, centre_pool=0.0, grid=(1, 1), patches_used=True)
 
 
 def correlated(n: int = 4000, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,7 +22,7 @@ def correlated(n: int = 4000, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor
 
 def test_none_is_the_identity():
     semantic, patches = correlated(20)
-    got = Normalizer("none", C).fit(semantic, patches)(semantic, patches.view(4, 5, C))
+    got = make("none", C).fit(semantic, patches)(semantic, patches.view(4, 5, C))
     assert torch.equal(got[0], semantic) and torch.equal(got[1], patches.view(4, 5, C))
 
 
@@ -35,7 +38,7 @@ def test_power_l2():
 
 def test_standardize():
     semantic, patches = correlated()
-    for got in Normalizer("standardize", C).fit(semantic, patches)(semantic, patches):
+    for got in make("standardize", C).fit(semantic, patches)(semantic, patches):
         assert got.mean(0).abs().max() < 1e-3 and (got.std(0) - 1).abs().max() < 1e-3
 
 
@@ -43,13 +46,15 @@ def test_constant_channel_stays_finite():
     semantic, patches = correlated()
     semantic[:, 2] = 4.0
     for name in NORMALIZATIONS:
-        assert all(torch.isfinite(got).all() for got in Normalizer(name, C).fit(semantic, patches)(semantic, patches)), name
+        assert all(
+            torch.isfinite(got).all() for got in make(name, C).fit(semantic, patches)(semantic, patches)
+        ), name
 
 
 def test_power_l2_normalizer():
     """One common scale: relative sizes of channels are kept, the mean square is 1."""
     semantic, patches = correlated()
-    got, _ = Normalizer("power_l2", C).fit(semantic, patches)(semantic, patches)
+    got, _ = make("power_l2", C).fit(semantic, patches)(semantic, patches)
     plain = power_l2(semantic)
     ratio = got.std(0) / plain.std(0)
     assert got.mean(0).abs().max() < 1e-3 and got.square().mean() == pytest.approx(1, abs=1e-3)
@@ -59,7 +64,7 @@ def test_power_l2_normalizer():
 def test_whitening():
     """Semantic tokens get the identity covariance; patch tokens are standardised."""
     semantic, patches = correlated(20000)
-    got, got_patches = Normalizer("whiten", C).fit(semantic, patches)(semantic, patches)
+    got, got_patches = make("whiten", C).fit(semantic, patches)(semantic, patches)
     assert got.mean(0).abs().max() < 1e-2
     assert (torch.cov(got.double().T) - torch.eye(C)).abs().max() < 0.03
     assert (got_patches.std(0) - 1).abs().max() < 1e-2
@@ -68,16 +73,16 @@ def test_whitening():
 def test_power_then_whiten():
     """The two names joined are the two steps one after the other."""
     semantic, patches = correlated()
-    got = Normalizer("power_l2+whiten", C).fit(semantic, patches)(semantic, patches)
+    got = make("power_l2+whiten", C).fit(semantic, patches)(semantic, patches)
     roots = power_l2(semantic), power_l2(patches)
-    for one, wanted in zip(got, Normalizer("whiten", C).fit(*roots)(*roots)):
+    for one, wanted in zip(got, make("whiten", C).fit(*roots)(*roots)):
         assert torch.allclose(one, wanted, atol=1e-5)
 
 
 def test_whitening_does_not_rotate():
     """The whitening matrix is symmetric: of all that whiten, the one that moves the tokens least."""
     semantic, patches = correlated()
-    whitening = Normalizer("whiten", C).fit(semantic, patches).whitening
+    whitening = make("whiten", C).fit(semantic, patches).whitening
     assert torch.allclose(whitening, whitening.T, atol=1e-5)
 
 
@@ -87,7 +92,7 @@ def test_ridge_keeps_the_scale():
     semantic = torch.randn(4000, 2, generator=generator) * torch.tensor([1.0, 3.0])
     ratio = []
     for ridge in (0.0, 1.0, 1e6):
-        got, _ = Normalizer("whiten", 2, ridge).fit(semantic, semantic)(semantic, semantic)
+        got, _ = make("whiten", 2, ridge).fit(semantic, semantic)(semantic, semantic)
         ratio.append((got[:, 1].std() / got[:, 0].std()).item())
         assert got.square().mean() == pytest.approx(1, abs=1e-2)
     assert ratio[0] == pytest.approx(1, abs=0.02) and ratio[2] == pytest.approx(3, rel=0.05)
@@ -98,8 +103,8 @@ def test_ridge_keeps_the_scale():
 def test_state_travels(name):
     """A fitted normaliser's buffers are all it needs."""
     semantic, patches = correlated(200)
-    fitted = Normalizer(name, C).fit(semantic, patches)
-    other = Normalizer(name, C)
+    fitted = make(name, C).fit(semantic, patches)
+    other = make(name, C)
     other.load_state_dict(fitted.state_dict())
     for got, wanted in zip(other(semantic, patches), fitted(semantic, patches)):
         assert torch.equal(got, wanted)
@@ -108,7 +113,7 @@ def test_state_travels(name):
 @pytest.mark.parametrize("name", NORMALIZATIONS)
 def test_unseen_tokens_do_not_change_the_statistics(name):
     semantic, patches = correlated(200)
-    normalizer = Normalizer(name, C).fit(semantic, patches)
+    normalizer = make(name, C).fit(semantic, patches)
     alone, _ = normalizer(semantic[:1], patches[:1])
     among, _ = normalizer(semantic * torch.linspace(1, 9, 200)[:, None], patches)
     assert torch.allclose(alone[0], among[0], atol=1e-5)

@@ -14,7 +14,13 @@ from config import UserError
 
 def counted_auroc(labels, scores) -> float:
     """The share of (normal, anomalous) pairs in the right order, ties counted half."""
-    pairs = [(a > n) + 0.5 * (a == n) for n, one in zip(scores, labels) if one == 0 for a, other in zip(scores, labels) if other == 1]
+    pairs = [
+        (a > n) + 0.5 * (a == n)
+        for n, one in zip(scores, labels)
+        if one == 0
+        for a, other in zip(scores, labels)
+        if other == 1
+    ]
     return sum(pairs) / len(pairs)
 
 
@@ -42,13 +48,17 @@ def test_metrics_by_hand():
     found = utils.detection_metrics(np.array([1, 0, 1, 1, 0]), np.array([5.0, 4, 3, 2, 1]))
     assert found["auroc"] == pytest.approx(4 / 6)
     assert found["aupr"] == pytest.approx((1 / 1 + 2 / 3 + 3 / 4) / 3)
-    assert found["fpr95"] == pytest.approx(1 / 2)  # all three anomalies need the threshold 2: one normal of two is above
+    assert found["fpr95"] == pytest.approx(
+        1 / 2
+    )  # all three anomalies need the threshold 2: one normal of two is above
 
 
 def test_metrics_with_ties():
     found = utils.detection_metrics(np.array([0, 0, 1, 1]), np.array([1.0, 3, 2, 3]))
     assert found["auroc"] == pytest.approx(2.5 / 4)
-    assert found["aupr"] == pytest.approx(0.5 * 1 / 2 + 0.5 * 2 / 3)  # threshold 3 takes one of each, threshold 2 one anomaly more
+    assert found["aupr"] == pytest.approx(
+        0.5 * 1 / 2 + 0.5 * 2 / 3
+    )  # threshold 3 takes one of each, threshold 2 one anomaly more
     assert found["fpr95"] == pytest.approx(1 / 2)
 
 
@@ -113,8 +123,12 @@ def test_json_is_strict(tmp_path):
 def test_hash_of_tensors():
     tensors = {"a": torch.arange(4.0), "b": torch.ones(2, 3, dtype=torch.bfloat16), "c": torch.tensor(5)}
     first = utils.sha256_of_tensors(tensors)
-    assert first == utils.sha256_of_tensors(dict(reversed(tensors.items()))), "the order of the names does not matter"
-    assert first == utils.sha256_of_tensors({**tensors, "b": torch.ones(3, 2, dtype=torch.bfloat16).T}), "the memory layout does not matter"
+    assert first == utils.sha256_of_tensors(dict(reversed(tensors.items()))), (
+        "the order of the names does not matter"
+    )
+    assert first == utils.sha256_of_tensors({**tensors, "b": torch.ones(3, 2, dtype=torch.bfloat16).T}), (
+        "the memory layout does not matter"
+    )
     others = [
         {**tensors, "a": torch.arange(4.0) + 1e-6},
         {**tensors, "a": torch.arange(4.0).view(2, 2)},
@@ -142,4 +156,8 @@ def test_devices_and_threads():
 
 def test_versions_name_the_machine():
     found = utils.versions()
-    assert torch.__version__.startswith(found["torch"]) and found["numpy"] == np.__version__ and "cores" in found["machine"]
+    assert (
+        torch.__version__.startswith(found["torch"])
+        and found["numpy"] == np.__version__
+        and "cores" in found["machine"]
+    )

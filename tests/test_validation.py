@@ -8,14 +8,15 @@ from PIL import Image
 
 import config as knobs
 import datasets
+import detector
 import extractor
-import train
 import utils
 from config import Config
 
 
 def image_set(n=40, sizes=((8, 8), (8, 10))):
-    """Two classes, one of which varies in size; every pixel of image i holds i, but for a bright first row."""
+    """Two classes, one of which varies in size; every pixel of image i holds i, but for a bright first
+    row."""
     rng = np.random.RandomState(0)
     pixels = [np.full((*sizes[i % 2 if i % 4 else 0], 3), i, np.uint8) for i in range(2 * n)]
     for image in pixels:
@@ -23,9 +24,8 @@ def image_set(n=40, sizes=((8, 8), (8, 10))):
     category = np.arange(2 * n) % 2
     labels = datasets.Labels(
         ("even", "odd"),
-        {"train": [f"t{i}" for i in range(2 * n)], "test": ["secret"]},
-        {"train": category, "test": np.zeros(1, int)},
-        {"train": np.arange(2 * n) < 4, "test": np.ones(1, bool)},
+        datasets.Split.of([f"t{i}" for i in range(2 * n)], category, np.arange(2 * n) < 4),
+        datasets.Split.of(["secret"], [0], [True]),
     )
 
     def read(split, i):
@@ -40,17 +40,21 @@ def test_validation_set_is_made_of_normal_training_images():
     made = datasets.validation_set(images)
     for name in made.labels.classes:
         fitted, tested, anomalous = made.labels.one_class(name)
-        names = {split: np.array(made.labels.names[split]) for split in datasets.SPLITS}
+        names = {split: np.array(made.labels.split(split).names) for split in datasets.SPLITS}
         held = set(names["test"][tested[anomalous == 0]])
         assert len(held) == 4 and not held & set(names["train"][fitted]), "held-out images are not fitted to"
-        assert {n.split()[0] for n in names["test"][tested]} == held, "outliers come from held-out images of the class"
+        assert {n.split()[0] for n in names["test"][tested]} == held, (
+            "outliers come from held-out images of the class"
+        )
         assert sum(anomalous) == 4 * len(datasets.OUTLIERS)
-        assert not {"t0", "t1", "t2", "t3", "secret"} & ({*names["train"][fitted]} | held), "defective and test images are left out"
+        assert not {"t0", "t1", "t2", "t3", "secret"} & ({*names["train"][fitted]} | held), (
+            "defective and test images are left out"
+        )
 
 
 def test_outliers_differ_from_their_image_and_are_the_same_each_time():
     made = datasets.validation_set(image_set())
-    names = made.labels.names["test"]
+    names = made.labels.test.names
     for i, name in enumerate(names):
         image = made.read("test", i)
         assert np.array_equal(image, made.read("test", i))
@@ -67,16 +71,28 @@ def small_folders(tmp_path_factory):
         for name in ("a", "b"):
             (root / split / name).mkdir(parents=True)
             for i in range(5):
-                Image.fromarray(rng.randint(0, 256, (40, 40, 3)).astype(np.uint8)).save(root / split / name / f"{i}.png")
+                Image.fromarray(rng.randint(0, 256, (40, 40, 3)).astype(np.uint8)).save(
+                    root / split / name / f"{i}.png"
+                )
     return root
 
 
 @pytest.mark.parametrize("token_grid", ["2", "compact"])
 def test_derived_cache_equals_an_extracted_one(small_folders, tmp_path, monkeypatch, token_grid):
-    """Pooling the full-grid cache gives what pooling during extraction gives, up to float16, and the same sidecar."""
+    """Pooling the full-grid cache gives what pooling during extraction gives, up to float16, and the same
+    sidecar."""
     monkeypatch.chdir(tmp_path)
-    full = Config(dataset="folder", dataset_path=str(small_folders), extractor="resnet18", weights_path="random", img_size=(128, 128),
-                  precision="float32", hide_tqdm_bar=True, window=2, workers=0)  # fmt: skip
+    full = Config(
+        dataset="folder",
+        dataset_path=str(small_folders),
+        extractor="resnet18",
+        weights_path="random",
+        img_size=(128, 128),
+        precision="float32",
+        hide_tqdm_bar=True,
+        window=2,
+        workers=0,
+    )
     device = utils.set_up("cpu", 1)
     pooled = dataclasses.replace(full, token_grid=token_grid)
     extracted = extractor.ensure_features(pooled, device)
@@ -86,22 +102,37 @@ def test_derived_cache_equals_an_extracted_one(small_folders, tmp_path, monkeypa
     monkeypatch.setattr(extractor, "extract", None)  # from here on nothing can be extracted
     derived = extractor.ensure_features(pooled, device)
     assert derived.meta == meta
-    np.testing.assert_allclose(derived.tokens("train")[0:10].astype(float), rows.astype(float), rtol=4e-3, atol=2e-3)
+    np.testing.assert_allclose(
+        derived.tokens("train")[0:10].astype(float), rows.astype(float), rtol=4e-3, atol=2e-3
+    )
 
 
 def test_sweep_runs_every_combination(small_folders, tmp_path, monkeypatch):
     import main
 
     monkeypatch.chdir(tmp_path)
-    config = Config(dataset="folder", dataset_path=str(small_folders), extractor="resnet18", weights_path="random", img_size=(64, 64), workers=0,
-                    hide_tqdm_bar=True, verbose=False, plots=False, fc_internal=8, threads=1, n_seeds=2, modelname="grid",
-                    sweep="fusion=none,class_attention;clamp=1,3")  # fmt: skip
+    config = Config(
+        dataset="folder",
+        dataset_path=str(small_folders),
+        extractor="resnet18",
+        weights_path="random",
+        img_size=(64, 64),
+        workers=0,
+        hide_tqdm_bar=True,
+        verbose=False,
+        plots=False,
+        fc_internal=8,
+        threads=1,
+        n_seeds=2,
+        modelname="grid",
+        sweep="fusion=none,class_attention;clamp=1,3",
+    )
     main.main(config)
     content = (tmp_path / "runs/grid/sweep.md").read_text()
     assert "| none |" in content and "| class_attention |" in content and content.count("±") >= 4
     for name in ("none-1", "none-3", "class_attention-1", "class_attention-3"):
         assert (tmp_path / "runs/grid" / name / "results.json").exists()
-    kept = train.checkpoint_path(dataclasses.replace(config, modelname="grid/none-3"), "a", 1)
+    kept = detector.checkpoint_path(dataclasses.replace(config, modelname="grid/none-3"), "a", 1)
     assert kept.with_suffix(".safetensors").exists()
 
 

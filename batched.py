@@ -1,8 +1,9 @@
-"""All classes of a data set trained at once: their flows stacked into one batched model, with the same outcome per class as alone.
+"""All classes of a data set trained at once: their flows stacked into one batched model, each with the
+outcome it has alone.
 
-A step then costs one kernel per layer instead of one per layer and class, which is what keeps a GPU busy with flows this small.
-Every class keeps its own trainer: its own batches, noise, history and choice of epoch. Only the step is shared.
-"""
+A step then costs one kernel per layer instead of one per layer and class, which is what keeps a GPU busy with
+flows this small. Every class keeps its own trainer: its own batches, noise, history and choice of epoch. Only
+the step is shared."""
 
 import copy
 import time
@@ -16,8 +17,9 @@ from linear import Linear
 from train import Fitted, Trainer, make_optimizer
 
 
-class TogetherTrainer:
-    """Trains G classes with equally many training images. ``run`` gives what every class's own ``Trainer.run`` would."""
+class BatchedTrainer:
+    """Trains G classes that have the same number of training images. ``run`` gives what each class's own
+    ``Trainer.run`` would."""
 
     def __init__(self, trainers: list[Trainer]):
         self.trainers, self.config = trainers, trainers[0].config
@@ -39,23 +41,25 @@ class TogetherTrainer:
             for _ in range(config.sub_epochs):
                 losses = self.train_epoch()
             for trainer, loss in zip(self.trainers, losses.tolist()):
-                if not trainer.has_ended():  # alone it would have stopped: what follows is not its own any more
+                if (
+                    not trainer.has_ended()
+                ):  # alone it would have stopped: what follows is not its own any more
                     trainer.evaluate(meta_epoch * config.sub_epochs, loss)
             if all(trainer.has_ended() for trainer in self.trainers):
                 break
         seconds = (time.perf_counter() - start) / len(self.trainers)
-        return [trainer.finish(seconds) for trainer in self.trainers]
+        return [trainer.fitted(seconds) for trainer in self.trainers]
 
     def train_epoch(self) -> Tensor:
         """One pass over every class's training images -> mean losses (G)."""
-        batches = list(zip(*(trainer.new_order() for trainer in self.trainers)))
+        batches = list(zip(*(trainer.shuffled_batches() for trainer in self.trainers)))
         losses = [self.train_step(batch) for batch in self.trainers[0].progress(batches)]
         return torch.stack(losses).mean(0)
 
     def train_step(self, batches: tuple) -> Tensor:
         """One Adam step for all classes, each on its own batch of rows -> losses (G), detached."""
         for trainer in self.trainers:  # all at the same step
-            self.optimizer.param_groups[0]["lr"] = trainer.next_rate()
+            self.optimizer.param_groups[0]["lr"] = trainer.scheduled_rate()
         inputs = [trainer.inputs(batch) for trainer, batch in zip(self.trainers, batches)]
         semantic, patches = (torch.stack(tokens) for tokens in zip(*inputs))  # (G, B, C), (G, B, N, C)
         losses = torch.vmap(self._loss)(self.parameters, semantic, patches)
@@ -66,7 +70,7 @@ class TogetherTrainer:
         self.optimizer.step()
         losses = losses.detach()
         for trainer, loss in zip(self.trainers, losses):
-            trainer.after_step(loss)
+            trainer.count_step(loss)
         return losses
 
     def _loss(self, parameters: dict[str, Tensor], semantic: Tensor, patches: Tensor) -> Tensor:
@@ -74,7 +78,7 @@ class TogetherTrainer:
         return model.loss_per_image(z, log_det).mean()
 
     def _clip(self) -> None:
-        """``clip_grad_norm_`` for every class apart."""
+        """``clip_grad_norm_`` for each class separately."""
         gradients = [parameter.grad for parameter in self.parameters.values()]
         norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)  # (G)
         factors = (self.config.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
@@ -83,13 +87,16 @@ class TogetherTrainer:
 
 
 def groups(trainers: list[Trainer]) -> list[list[Trainer]]:
-    """Trainers that can train together: equally many training images, and no more than the device's memory holds."""
-    by_size = {}
+    """Trainers that can train together: the same number of training images, and no more than the device's
+    memory holds."""
+    by_size: dict[int, list[Trainer]] = {}
     for trainer in trainers:
         by_size.setdefault(len(trainer.data.fit_rows), []).append(trainer)
     device = trainers[0].device
     most = len(trainers)
     if device.type == "cuda":
-        state = 16 * sum(p.numel() for p in trainers[0].parameters)  # parameters, gradients, two moments, float32
+        state = 16 * sum(
+            p.numel() for p in trainers[0].parameters
+        )  # parameters, gradients, two moments, float32
         most = max(1, int(0.7 * torch.cuda.mem_get_info(device)[0] / (2 * state)))
     return [group[i : i + most] for group in by_size.values() for i in range(0, len(group), most)]

