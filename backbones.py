@@ -118,8 +118,37 @@ class Backbone(nn.Module):
         return (features[:, 0] if self.has_class_token else patches.mean(1)), patches
 
     def forward(self, images: Tensor) -> Tensor:
-        semantic, patches = self.split(self.model.forward_features(images))
+        return self._tokens(self.model.forward_features(images))
+
+    def _tokens(self, features: Tensor) -> Tensor:
+        semantic, patches = self.split(features)
         return torch.cat([semantic.unsqueeze(1), patches], 1)
+
+    def with_maps(self, images: Tensor, depths: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+        """The tokens (B, 1 + N, C), and the maps (B, C_i, rows_i, columns_i) of the stages or blocks
+        ``depths``."""
+        features, maps = self.model.forward_intermediates(images, indices=list(depths), output_fmt="NCHW")
+        return self._tokens(features), maps
+
+    def channels_of(self, depths: tuple[int, ...]) -> tuple[int, ...]:
+        """Channels of the maps of the stages or blocks ``depths``."""
+        return tuple(self.model.feature_info[depth]["num_chs"] for depth in depths)
+
+    def band_depths(self, knob: str) -> tuple[int, ...]:
+        """The stages or blocks that the knob ``band_depths`` names. Raises UserError on numbers the model has
+        not."""
+        if not hasattr(self.model, "forward_intermediates"):
+            raise UserError(
+                "bands: this timm model does not give its intermediate maps; choose another backbone"
+            )
+        count = len(self.model.feature_info)
+        if knob == "auto":
+            quarters = [(k + 1) * count // 4 - 1 for k in range(4)]
+            return tuple(range(max(0, count - 4), count) if self.is_map else dict.fromkeys(quarters))
+        depths = tuple(int(depth) for depth in knob.split(","))
+        if max(depths) >= count or len(set(depths)) < len(depths):
+            raise UserError(f"band_depths: expected different numbers from 0 to {count - 1}, got {knob}")
+        return tuple(sorted(depths))
 
 
 def load_backbone(config: Config, source: str) -> Backbone:

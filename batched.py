@@ -37,6 +37,8 @@ class BatchedTrainer:
 
     def run(self) -> list[Fitted]:
         start, config = time.perf_counter(), self.config
+        for trainer in self.trainers:
+            trainer.evaluate_start()
         for meta_epoch in range(1, config.meta_epochs + 1):
             for _ in range(config.sub_epochs):
                 losses = self.train_epoch()

@@ -28,7 +28,7 @@ BACKBONES = {  # name here -> timm model (the released code's names; any other t
 }
 FUSIONS = ("class_attention", "hilo", "spectral", "none")
 NORMALIZATIONS = ("auto", "none", "standardize", "power_l2", "whiten", "power_l2+whiten")
-SCORES = ("latent", "likelihood", "latent_knn")
+SCORES = ("latent", "likelihood", "latent_knn", "spectrum")
 
 
 ROLES = (
@@ -155,14 +155,40 @@ class Config:
     norm_std: Triple | None = knob(None, "pixel standard deviation, likewise", affects="features")
     token_grid: str = knob(
         "full",
-        "patch tokens kept: full, a number g (average-pooled to g x g), or compact (low and high band per "
-        "window)",
+        "patch tokens kept: full, a number g (average-pooled to g x g), compact (low and high band per "
+        "window), or "
+        "centre (only their mean under the window of centre_pool: the smallest form, for fusion none)",
         affects="features",
     )
     pooling: str = knob(
         "correct",
         "correct, or released (mixes tokens with channels before pooling, as the released code did)",
         choices=("correct", "released"),
+        affects="features",
+    )
+    bands: bool = knob(
+        False,
+        "also keep and use a band token: the low band, the ring energies and the peak energy of the "
+        "backbone's maps at "
+        "several depths",
+        affects="features",
+    )
+    band_depths: str = knob(
+        "auto",
+        "depths of the band token: numbers of the backbone's stages or blocks, separated by commas; auto: "
+        "the last four "
+        "stages of a CNN, every quarter of a transformer",
+        affects="features",
+    )
+    rings: int = knob(
+        2, "rings of frequency that the band token keeps per depth", low=1, high=8, affects="features"
+    )
+    low_sigma: float = knob(
+        0.15,
+        "the band token's low band is a mean under a centred Gaussian of this sigma, in shares of the map's "
+        "side; 0: the "
+        "plain mean",
+        low=0.0,
         affects="features",
     )
     precision: str = knob(
@@ -215,6 +241,12 @@ class Config:
         0.0,
         "normalize whiten: added to the covariance's eigenvalues, in units of their mean; 0 whitens fully",
         low=0.0,
+        affects="fit",
+    )
+    low_depths: int = knob(
+        2,
+        "bands: how many of the deepest depths give their low band to the semantic token",
+        low=0,
         affects="fit",
     )
     batch_size: int = knob(32, "images per training step", low=1, affects="fit")
@@ -273,6 +305,18 @@ class Config:
         choices=SCORES,
         affects="fit",
     )
+    neighbours_weight: float = knob(
+        2.0,
+        "score spectrum: weight of the distance to the nearest normal images beside the likelihood",
+        low=0.0,
+        affects="fit",
+    )
+    spread_at_balance: float = knob(
+        0.2,
+        "score spectrum: spread of a class's semantic tokens at which meaning and texture count alike",
+        low=1e-6,
+        affects="fit",
+    )
     baselines: bool = knob(
         False,
         "main.py: nearest neighbours and Gaussian on the same features, in the same table",
@@ -285,9 +329,11 @@ class Config:
         if self.preset not in PRESETS:
             raise UserError(unknown("preset", self.preset, PRESETS))
         grid = self.token_grid
-        if grid not in ("full", "compact") and not (grid.isascii() and grid.isdigit() and int(grid) > 0):
+        if grid not in ("full", "compact", "centre") and not (
+            grid.isascii() and grid.isdigit() and int(grid) > 0
+        ):
             raise UserError(
-                f"token_grid: expected full, compact or a number of patches per side, got {grid!r}"
+                f"token_grid: expected full, compact, centre or a number of patches per side, got {grid!r}"
             )
         if self.img_size and min(self.img_size) < 1:
             raise UserError(
@@ -303,6 +349,16 @@ class Config:
             raise UserError(
                 f"pooling released needs a pooled grid: set token_grid to a number, 8 as released (it is "
                 f"{grid})"
+            )
+        if grid == "centre" and not self.centre_pool:
+            raise UserError("token_grid centre needs centre_pool above 0, say 0.1 (it is 0)")
+        depths = self.band_depths.split(",")
+        if self.band_depths != "auto" and not all(depth.strip().isdecimal() for depth in depths):
+            raise UserError(f"band_depths: expected auto or numbers as in 1,2,3, got {self.band_depths!r}")
+        if self.score == "spectrum" and not (self.bands and self.holdout):
+            raise UserError(
+                "score spectrum needs band tokens and held-out normal images: set bands True and holdout, "
+                "say 0.1"
             )
         if self.select_epoch == "likelihood" and self.holdout == 0:
             raise UserError(
@@ -325,25 +381,25 @@ PRESETS = {
         "norm_std": (0.229, 0.224, 0.225),
         "precision": "float32",
     },
-    # Chosen on validation sets made from normal training images (``--validate``), never on test AUROC: see
-    # results/choosing.md.
+    # How these were chosen, and on what: results/choosing.md.
     "accurate": {
+        "bands": True,
         "normalize": "power_l2+whiten",
         "whiten_ridge": 10.0,
         "centre_pool": 0.1,
-        "fusion": "none",
+        "fusion": "spectral",
         "fc_internal": 256,
         "identity_start": True,
-        "batch_size": 128,
-        "meta_epochs": 3,
-        "sub_epochs": 2,
+        "batch_size": 64,
+        "meta_epochs": 2,
+        "sub_epochs": 3,
         "lr_init": 1e-3,
         "lr_schedule": "cosine",
         "feature_noise": 1.0,
         "max_grad_norm": 1.0,
         "holdout": 0.1,
         "select_epoch": "likelihood",
-        "score": "likelihood",
+        "score": "spectrum",
         "baselines": True,
     },
 }
@@ -351,19 +407,12 @@ PRESETS["quickstart"] = PRESETS["accurate"] | {
     "modelname": "quickstart",
     "dataset": "digits",
     "extractor": "efficientnet_lite0",
-    "centre_pool": 0.0,
-    "whiten_ridge": 0.0,
 }
 PRESETS["ablation"] = PRESETS["accurate"] | {
     "modelname": "ablation",
     "extractor": "efficientnet_lite0",
     "n_seeds": 3,
     "sweep": "fusion=none,class_attention,hilo,spectral;dataset=digits,cifar10",
-    "batch_size": 64,
-    "meta_epochs": 1,
-    "sub_epochs": 1,
-    "select_epoch": "last",
-    "score": "likelihood",
     "baselines": False,
     "plots": False,
     "save_model": False,

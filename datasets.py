@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -430,7 +430,8 @@ def outlier(image: np.ndarray, other: np.ndarray, kind: str, rng: np.random.Rand
 # ---------------------------------------------------------------- the feature cache
 # <folder>/meta.json      what the features are (the fields below), and finished: true, written last
 # <folder>/labels.json    names, categories and defects of the images
-# <folder>/{train,test}.npy   float16 (images, 1 + N, C): the semantic token, then the patch tokens
+# <folder>/{train,test}-tokens.npy   float16 (images, 1 + N, C): the semantic token, then the patch tokens
+# <folder>/{train,test}-bands.npy    float16 (images, D): the band token, where one is kept
 CACHE_FORMAT = 2
 
 
@@ -459,9 +460,13 @@ class CacheIdentity:
         return CacheIdentity(self.folder, self.fields | {"image_list": images.fingerprint()})
 
 
-def size_in_bytes(labels: Labels, row: tuple[int, int]) -> int:
-    """The size of a cache whose images have (1 + N, C) float16 numbers each."""
-    return 2 * math.prod(row) * labels.count()
+def size_in_bytes(labels: Labels, shapes: dict[str, tuple[int, ...]]) -> int:
+    """The size of a cache that holds float16 arrays of these shapes per image."""
+    return 2 * sum(math.prod(shape) for shape in shapes.values()) * labels.count()
+
+
+def array_file(folder: Path, split: str, name: str) -> Path:
+    return folder / f"{split}-{name}.npy"
 
 
 def has_features(folder: Path) -> bool:
@@ -478,12 +483,11 @@ def has_features(folder: Path) -> bool:
 
 class CacheWriter:
     """Writes a cache beside its final folder and moves it there whole when its ``with`` block ends well;
-    otherwise nothing stays. Splits are appended in order, row by row; row: tokens and channels of an image,
-    (1 + N, C)."""
+    otherwise nothing stays. Splits are appended in order; shapes: of each array, per image."""
 
-    def __init__(self, folder: Path, fields: dict, labels: Labels, row: tuple[int, int]):
+    def __init__(self, folder: Path, fields: dict, labels: Labels, shapes: dict[str, tuple[int, ...]]):
         self.folder, self.partial = folder, folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-        self.fields, self.labels, self.row = fields, labels, row
+        self.fields, self.labels, self.shapes = fields, labels, shapes
         if self.partial.exists():
             shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True)
@@ -497,23 +501,27 @@ class CacheWriter:
         else:
             shutil.rmtree(self.partial, ignore_errors=True)
 
-    def open_split(self, split: str) -> Callable[[np.ndarray], None]:
-        """A function that appends rows (n, 1 + N, C), float16, to a split. Raises ValueError on rows of
-        another shape."""
-        shape = (len(self.labels.split(split).names), *self.row)
-        mapped = np.lib.format.open_memmap(self.partial / f"{split}.npy", "w+", np.float16, shape)
-        _reserve(self.partial / f"{split}.npy")
-        done = 0
+    def open_split(self, split: str) -> Callable[[dict[str, np.ndarray]], None]:
+        """A function that appends rows of every array, float16, to a split. Raises ValueError on other
+        shapes."""
+        count, done = len(self.labels.split(split).names), 0
+        mapped = {}
+        for name, shape in self.shapes.items():
+            path = array_file(self.partial, split, name)
+            mapped[name] = np.lib.format.open_memmap(path, "w+", np.float16, (count, *shape))
+            _reserve(path)
 
-        def append(rows: np.ndarray) -> None:
+        def append(rows: dict[str, np.ndarray]) -> None:
             nonlocal done
-            if rows.shape[1:] != self.row or done + len(rows) > len(mapped):
-                raise ValueError(
-                    f"expected up to {len(mapped) - done} rows of shape {self.row}, got {rows.shape}"
-                )
-            mapped[done : done + len(rows)] = rows
-            done += len(rows)
-            _release(mapped)
+            n = len(next(iter(rows.values())))
+            expected = {name: (n, *shape) for name, shape in self.shapes.items()}
+            got = {name: values.shape for name, values in rows.items()}
+            if got != expected or done + n > count:
+                raise ValueError(f"expected at most {count - done} rows of shapes {expected}, got {got}")
+            for name, values in rows.items():
+                mapped[name][done : done + n] = values
+                _release(mapped[name])
+            done += n
 
         return append
 
@@ -523,7 +531,13 @@ class CacheWriter:
         content |= {split: labels.split(split).as_json() for split in SPLITS}
         (self.partial / "labels.json").write_text(json.dumps(content))
         counts = {split: len(labels.split(split).names) for split in SPLITS}
-        meta = self.fields | {"count": counts, "dtype": "float16", "format": CACHE_FORMAT, "finished": True}
+        meta = self.fields | {
+            "count": counts,
+            "shapes": self.shapes,
+            "dtype": "float16",
+            "format": CACHE_FORMAT,
+            "finished": True,
+        }
         (self.partial / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         if self.folder.exists():
             shutil.rmtree(self.folder)
@@ -583,16 +597,28 @@ class FeatureCache:
     def channels(self) -> int:
         return self.meta["n_feat"]
 
-    def tokens(self, split: str) -> "Tokens":
-        shape = (self.meta["count"][split], self.meta["tokens"], self.meta["n_feat"])
-        return Tokens(self.folder / f"{split}.npy", shape)
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each array, per image."""
+        return {name: tuple(shape) for name, shape in self.meta["shapes"].items()}
+
+    def arrays(self, split: str) -> dict[str, "CachedArray"]:
+        """Every array of a split, memory-mapped."""
+        count = self.meta["count"][split]
+        return {
+            name: CachedArray(array_file(self.folder, split, name), (count, *shape))
+            for name, shape in self.shapes.items()
+        }
+
+    def tokens(self, split: str) -> "CachedArray":
+        """The tokens (n, 1 + N, C) of a split, memory-mapped."""
+        return self.arrays(split)["tokens"]
 
 
-class Tokens:
-    """The tokens of one split, memory-mapped: ``tokens[index]`` copies the rows (n, 1 + N, C), float16, out
-    of the file."""
+class CachedArray:
+    """An array of a split, memory-mapped: ``array[index]`` copies the rows, float16, out of the file."""
 
-    def __init__(self, path: Path, shape: tuple[int, int, int]):
+    def __init__(self, path: Path, shape: tuple[int, ...]):
         advice = f"delete {path.parent} and extract again"
         try:
             self._map = np.load(path, mmap_mode="r")
@@ -616,13 +642,9 @@ class Tokens:
         _release(self._map)
         return rows
 
-    def chunks(self, size: int) -> Iterator[np.ndarray]:
-        """All rows in order, ``size`` at a time."""
-        for start in range(0, len(self), size):
-            yield self[start : start + size]
-
     def semantic(self) -> np.ndarray:
-        """The semantic tokens of all images (n, C), float16, without reading the patch tokens."""
+        """Of tokens (n, 1 + N, C): the semantic ones of all images (n, C), without reading the patch
+        tokens."""
         semantic = np.empty((self.shape[0], self.shape[2]), np.float16)
         for start in range(0, len(self), 1000):
             semantic[start : start + 1000] = self._map[start : start + 1000, 0]

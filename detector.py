@@ -6,52 +6,74 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import datasets
 import model
 import utils
 from config import Config, UserError
-from normalization import Normalizer
-from token_grid import TokenGrid
+from normalization import BandNormalizer, Normalizer, spread
+from token_grid import Bands, TokenGrid
 
 EVAL_BATCH = 100  # images per forward pass in evaluation: their tokens stay in a CPU's caches
 
 
 # ---------------------------------------------------------------- features of one class
+class Features(NamedTuple):
+    """What is cached of some images, float32: semantic (n, C), patches (n, N, C) and bands (n, D), or
+    None."""
+
+    semantic: Tensor
+    patches: Tensor
+    bands: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: dict[str, Tensor]) -> "Features":
+        """From cached rows: tokens (n, 1 + N, C) and, where kept, bands (n, D), float16."""
+        tokens = rows["tokens"].float()
+        return cls(tokens[:, 0], tokens[:, 1:], rows["bands"].float() if "bands" in rows else None)
+
+
 class TokenSource:
-    """Rows of a cached split by index: read out of the mapped file, or out of the device's memory where they
+    """Rows of a cached split by index: read out of the mapped files, or out of the device's memory where they
     fit there."""
 
-    def __init__(self, tokens: datasets.Tokens, device: torch.device):
-        self.device, self.tokens = device, tokens
-        self.resident: Tensor | None = None
-        if device.type == "cuda" and 2 * math.prod(tokens.shape) < 0.5 * torch.cuda.mem_get_info(device)[0]:
-            self.resident = torch.empty(tokens.shape, dtype=torch.float16, device=device)
-            for rows in torch.arange(len(tokens)).split(1024):
-                self.resident[rows] = torch.from_numpy(tokens[rows.numpy()]).to(device)
+    def __init__(self, arrays: dict[str, datasets.CachedArray], device: torch.device):
+        self.device, self.arrays = device, arrays
+        self.resident: dict[str, Tensor] | None = None
+        size = 2 * sum(math.prod(array.shape) for array in arrays.values())
+        if device.type == "cuda" and size < 0.5 * torch.cuda.mem_get_info(device)[0]:
+            self.resident = {name: self._load(array) for name, array in arrays.items()}
 
-    def __getitem__(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Semantic (n, C) and patch tokens (n, N, C) of the images ``index``, float32 on the device."""
+    def _load(self, array: datasets.CachedArray) -> Tensor:
+        resident = torch.empty(array.shape, dtype=torch.float16, device=self.device)
+        for rows in torch.arange(len(array)).split(1024):
+            resident[rows] = torch.from_numpy(array[rows.numpy()]).to(self.device)
+        return resident
+
+    def __getitem__(self, index: np.ndarray) -> Features:
+        """The features of the images ``index``, on the device."""
         if self.resident is None:
-            return _split(torch.from_numpy(self.tokens[index]).to(self.device))
-        return _split(self.resident[torch.from_numpy(index).to(self.device)])
+            return Features.of(
+                {k: torch.from_numpy(a[index]).to(self.device) for k, a in self.arrays.items()}
+            )
+        chosen = torch.from_numpy(index).to(self.device)
+        return Features.of({name: array[chosen] for name, array in self.resident.items()})
 
-    def on_cpu(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The same, read from the file to the CPU."""
-        return _split(torch.from_numpy(self.tokens[index]))
+    def on_cpu(self, index: np.ndarray) -> Features:
+        """The same, read from the files to the CPU."""
+        return Features.of({name: torch.from_numpy(array[index]) for name, array in self.arrays.items()})
 
-
-def _split(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, 1 + N, C) float16 -> semantic (n, C) and patch tokens (n, N, C), float32."""
-    rows = rows.float()
-    return rows[:, 0], rows[:, 1:]
+    def bands(self, index: np.ndarray) -> Tensor:
+        """The band tokens (n, D) of the images ``index``, on the CPU, without reading the rest."""
+        return torch.from_numpy(self.arrays["bands"][index]).float()
 
 
 def in_batches(index: np.ndarray, size: int) -> list[np.ndarray]:
@@ -97,51 +119,128 @@ def normalization_in_effect(config: Config, features: dict) -> str:
     return "power_l2+whiten" if features["kind"] == "map" else "none"
 
 
+LOW_RIDGE, TEXTURE_RIDGE = (
+    1.0,
+    0.0,
+)  # of the whitening of low bands and of rings and peaks: see results/choosing.md
+NEGLIGIBLE = 0.1  # a head whose weight is less stays at its start: training it would not show
+
+
+class Inputs(NamedTuple):
+    """What one flow takes: tokens (B, C), normalised, and the patch tokens (B, N, C) that its fusion sees."""
+
+    tokens: Tensor
+    patches: Tensor
+
+
+class Evidence(nn.Module):
+    """How unusual one flow finds an image, against held-out normal images (docs/method.md, section 4): the
+    standardised negative log-likelihood plus ``weight`` times the standardised distance to the nearest normal
+    images."""
+
+    def __init__(self, channels: int, weight: float):
+        super().__init__()
+        self.weight = weight
+        self.register_buffer(
+            "reference", torch.zeros(0, channels, dtype=torch.float16)
+        )  # normal images' tokens
+        for name in ("likelihood_mean", "neighbours_mean"):
+            self.register_buffer(name, torch.zeros(()))
+        for name in ("likelihood_std", "neighbours_std"):
+            self.register_buffer(name, torch.ones(()))
+
+    def distance(self, tokens: Tensor) -> Tensor:
+        """Mean distance (B) from tokens (B, C) to the nearest reference tokens."""
+        return model.nearest_neighbours(self.reference.float(), tokens)
+
+    def calibrate(self, name: str, held_out: Tensor) -> None:
+        """Take mean and standard deviation of ``name`` (likelihood or neighbours) from held-out normals'
+        values (n)."""
+        getattr(self, f"{name}_mean").copy_(held_out.mean())
+        getattr(self, f"{name}_std").copy_(
+            held_out.std().clamp_min(1e-6) if len(held_out) > 1 else torch.ones(())
+        )
+
+    def forward(self, likelihood: Tensor, distance: Tensor) -> Tensor:
+        standard = (likelihood - self.likelihood_mean) / self.likelihood_std
+        near = (distance - self.neighbours_mean) / self.neighbours_std
+        return (standard + self.weight * near) / (1 + self.weight)
+
+
 class Detector(nn.Module):
-    """Normaliser and flow: cached tokens -> latent z and log-determinant -> anomaly score."""
+    """Normaliser and flow: cached tokens -> latent z and log-determinant -> anomaly score.
+
+    With band tokens there are two flows, called heads. ``flow`` sees meaning: the semantic token joined with
+    the low bands of the deepest depths, patch tokens fused in. ``texture`` sees rings and peaks. The score
+    "spectrum" weighs their evidence by how alike the class's normal images are in meaning (docs/method.md,
+    section 4)."""
 
     def __init__(self, config: Config, features: dict):
-        """features: the sidecar of the cache; n_feat, grid (rows, columns), tokens and kind (map or tokens)
-        are read.
-
-        Raises UserError on settings that do not fit the features."""
+        """features: the sidecar of the cache; n_feat, grid (rows, columns), tokens, kind (map or tokens) and,
+        with bands, band_channels are read. Raises UserError on settings that do not fit the features."""
         super().__init__()
         channels, grid = features["n_feat"], tuple(features["grid"])
-        self.score_name = config.score
+        self.score_name, self.fused = config.score, config.fusion != "none"
+        self.spread_at_balance = config.spread_at_balance
         self.normalizer = Normalizer(
             normalization_in_effect(config, features),
             channels,
             ridge=config.whiten_ridge,
             centre_pool=config.centre_pool,
             grid=grid,
-            patches_used=config.fusion != "none",
+            patches_used=self.fused,
         )
-        try:
-            self.flow = model.build_flow(
-                channels,
-                grid,
-                n_tokens=features["tokens"] - 1,
-                n_blocks=config.n_coupling_blocks,
-                hidden=config.fc_internal or channels,
-                clamp=config.clamp,
-                fusion=config.fusion,
-                use_gamma=config.use_gamma,
-                identity_start=config.identity_start,
-                heads=config.n_heads,
-                alpha=config.alpha,
-                window=config.window,
-                bands=TokenGrid(config.token_grid, config.pooling, config.window).bands,
+        self.low: BandNormalizer | None = None
+        self.rings: BandNormalizer | None = None
+        self.texture: Any = None
+        n_low = self._build_bands(config, tuple(features["band_channels"])) if config.bands else 0
+        self.channels = channels + n_low
+        n_tokens = features["tokens"] - 1 if self.fused else 0
+        self.flow = _flow(config, self.channels, grid, config.fusion, n_tokens)
+        self.register_buffer("reference", torch.zeros(0, self.channels))  # latents of the training images
+        self.register_buffer("texture_weight", torch.zeros(()))  # 0: meaning alone decides, 1: texture alone
+        if config.score == "spectrum":
+            self.evidence = nn.ModuleDict(
+                {
+                    "semantic": Evidence(self.channels, config.neighbours_weight),
+                    "texture": Evidence(self.texture_channels, config.neighbours_weight),
+                }
             )
-        except ValueError as error:
-            raise UserError(f"{error}; choose another fusion, n_heads or token_grid") from None
-        self.register_buffer(
-            "reference", torch.zeros(0, channels)
-        )  # latents of the training images, for latent_knn
 
-    def forward(self, semantic: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw tokens (B, C), (B, N, C) -> z (B, C), log-determinant (B)."""
-        semantic, patches = self.normalizer(semantic, patches)
-        return self.flow(semantic, [patches])
+    def _build_bands(self, config: Config, channels: tuple[int, ...]) -> int:
+        """The normalisers of the band token and the texture flow -> channels of the low bands."""
+        bands, depths = Bands(config.rings, config.low_sigma), range(len(channels))
+        deepest = depths[max(0, len(channels) - config.low_depths) :]
+        low = bands.columns(channels, ("low",), deepest)
+        rest = bands.columns(channels, bands.statistics[1:], depths)
+        self.low = BandNormalizer(low, LOW_RIDGE) if low else None
+        self.rings = BandNormalizer(rest, TEXTURE_RIDGE)
+        self.texture_channels = sum(map(len, rest))
+        self.texture = _flow(config, self.texture_channels, (1, 1), "none", 0)
+        return sum(map(len, low))
+
+    def inputs(self, semantic: Tensor, patches: Tensor, bands: Tensor | None = None) -> Inputs:
+        """What ``flow`` takes of raw tokens (B, C), (B, N, C) and, with bands, (B, D)."""
+        tokens, patches = self.normalizer(semantic, patches)
+        if self.low is not None and bands is not None:
+            low = self.low(bands)
+            tokens = torch.cat([tokens, low], 1)
+            if self.fused:  # the low bands have no patches: theirs are zero
+                patches = F.pad(patches, (0, low.shape[1]))
+        return Inputs(tokens, patches if self.fused else tokens.new_zeros(len(tokens), 0, self.channels))
+
+    def texture_inputs(self, bands: Tensor) -> Inputs:
+        """What ``texture`` takes of raw band tokens (B, D)."""
+        assert self.rings is not None, "there are no band tokens"
+        tokens = self.rings(bands)
+        return Inputs(tokens, tokens.new_zeros(len(tokens), 0, tokens.shape[1]))
+
+    def forward(
+        self, semantic: Tensor, patches: Tensor, bands: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Raw tokens -> z (B, C) and log-determinant (B) of the semantic flow."""
+        tokens, fused = self.inputs(semantic, patches, bands)
+        return self.flow(tokens, [fused])
 
     @torch.no_grad()
     def latents(self, source: TokenSource, rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -153,6 +252,59 @@ class Detector(nn.Module):
         """The anomaly score ``name`` (model.SCORES; None: the knob's), higher = more anomalous: (n, C), (n)
         -> (n)."""
         return model.SCORES[name or self.score_name].function(z, log_det, self.reference).cpu().numpy()
+
+    def combine(self, semantic: tuple[Tensor, Tensor], texture: tuple[Tensor, Tensor]) -> Tensor:
+        """The score "spectrum" (n) from the likelihood scores and neighbour distances (n) of both heads."""
+        meaning, surface = self.evidence["semantic"](*semantic), self.evidence["texture"](*texture)
+        return (1 - self.texture_weight) * meaning + self.texture_weight * surface
+
+    @torch.no_grad()
+    def score_features(self, features: Features) -> np.ndarray:
+        """The anomaly scores (n) of images from their cached features, each image by itself."""
+        if self.score_name != "spectrum":
+            return self.score(*self(*features))
+        tokens, patches = self.inputs(*features)
+        rings, none = self.texture_inputs(features.bands)
+        semantic = model.likelihood_score(*self.flow(tokens, [patches]))
+        texture = model.likelihood_score(*self.texture(rings, [none]))
+        distances = [self.evidence[k].distance(t) for k, t in (("semantic", tokens), ("texture", rings))]
+        return self.combine((semantic, distances[0]), (texture, distances[1])).cpu().numpy()
+
+    def load_saved(self, state: dict[str, Tensor]) -> None:
+        """Load a state dict whose references may have any number of rows."""
+        for name, values in state.items():
+            owner, _, buffer = name.rpartition(".")
+            if buffer == "reference":
+                self.get_submodule(owner).reference = torch.empty_like(values)
+        self.load_state_dict(state)
+
+    def weigh(self, semantic: Tensor) -> None:
+        """Set the weight of texture from the normal images' semantic tokens (n, C), as the backbone gives
+        them."""
+        ratio = spread(semantic) / self.spread_at_balance
+        self.texture_weight.fill_(1 / (1 + ratio**4))
+
+
+def _flow(config: Config, channels: int, grid: tuple[int, int], fusion: str, n_tokens: int) -> nn.Module:
+    """A flow of the configuration's size. Raises UserError on sizes that do not fit."""
+    try:
+        return model.build_flow(
+            channels,
+            grid,
+            n_tokens=n_tokens,
+            n_blocks=config.n_coupling_blocks,
+            hidden=config.fc_internal or channels,
+            clamp=config.clamp,
+            fusion=fusion,
+            use_gamma=config.use_gamma,
+            identity_start=config.identity_start,
+            heads=config.n_heads,
+            alpha=config.alpha,
+            window=config.window,
+            bands=TokenGrid(config.token_grid, config.pooling, config.window).bands,
+        )
+    except ValueError as error:
+        raise UserError(f"{error}; choose another fusion, n_heads or token_grid") from None
 
 
 # ---------------------------------------------------------------- what a fit leaves
@@ -245,8 +397,7 @@ def load_detector(path: Path) -> tuple[Detector, dict]:
             f"expected a checkpoint {record_file} with its .safetensors beside it ({error})"
         ) from None
     detector = Detector(config_of(record), record["features"])
-    detector.reference = state["reference"]
-    detector.load_state_dict(state)
+    detector.load_saved(state)
     return detector.eval(), record
 
 

@@ -27,14 +27,18 @@ import datasets
 import utils
 from config import Config, UserError, knobs_affecting
 from datasets import CacheIdentity
-from token_grid import TokenGrid
+from token_grid import Bands, TokenGrid
 
 CHUNK = 64  # images that travel together from the readers to the device and on to the disk
 
 
 # ---------------------------------------------------------------- what is extracted
 def token_grid(config: Config) -> TokenGrid:
-    return TokenGrid(config.token_grid, config.pooling, config.window)
+    return TokenGrid(config.token_grid, config.pooling, config.window, config.centre_pool)
+
+
+def band_token(config: Config) -> Bands | None:
+    return Bands(config.rings, config.low_sigma) if config.bands else None
 
 
 def cache_identity(config: Config) -> CacheIdentity:
@@ -56,7 +60,10 @@ def cache_identity(config: Config) -> CacheIdentity:
     for name, unspecified in (("precision", "auto"), ("n_feat", None)):
         if fields[name] == unspecified:  # whatever the machine or the backbone chose is accepted
             del fields[name]
-    return CacheIdentity(datasets.cache_folder(config, fields["img_size"], grid.key), fields)
+    if not config.bands:
+        fields |= {"band_depths": None, "rings": None, "low_sigma": None}
+    kept = grid.key + ("-bands" if config.bands else "")
+    return CacheIdentity(datasets.cache_folder(config, fields["img_size"], kept), fields)
 
 
 # ---------------------------------------------------------------- images -> device
@@ -112,31 +119,43 @@ def prepare(
 
 
 # ---------------------------------------------------------------- images -> tokens
+Rows = dict[str, Tensor]  # what is kept of some images, by name: tokens (n, 1 + N, C), bands (n, D)
+
+
 class Extraction:
     """One backbone over one data set, with everything that was chosen for this machine."""
 
     def __init__(
         self, config: Config, images: datasets.ImageSet, identity: CacheIdentity, device: torch.device
     ):
-        self.config, self.images, self.device, self.grid = config, images, device, token_grid(config)
+        self.config, self.images, self.device = config, images, device
+        self.grid, self.bands = token_grid(config), band_token(config)
         self.img_size = identity.fields["img_size"]
         backbone = backbones.load_backbone(config, identity.fields["weights"])
         self.dtype = backbones.choose_precision(config.precision, device)
         self.full_grid, self.n_feat = backbone.grid, backbone.n_feat
         shape = self.grid.cached_shape(backbone.grid)
-        self.row = (1 + self.grid.n_tokens(shape), backbone.n_feat)  # tokens and channels of an image
+        n_tokens = 1 + self.grid.n_tokens(shape)
+        self.shapes: dict[str, tuple[int, ...]] = {"tokens": (n_tokens, backbone.n_feat)}  # of an image
         self.fields = identity.fields | {
             "precision": str(self.dtype).removeprefix("torch."),
             "weights_sha256": utils.sha256_of_tensors(backbone.state_dict()),
             "n_feat": backbone.n_feat,
             "kind": "map" if backbone.is_map else "tokens",
             "grid": shape,
-            "tokens": self.row[0],
+            "tokens": n_tokens,
             "image_list": images.fingerprint(),
         }
+        self.depths: tuple[int, ...] = ()
+        if self.bands:
+            self.depths = backbone.band_depths(config.band_depths)
+            channels = backbone.channels_of(self.depths)
+            self.fields |= {"depths": self.depths, "band_channels": channels}
+            self.shapes["bands"] = (self.bands.size(channels),)
         self.backbone = backbones.speed_up(backbone, device, self.dtype)
         if config.compile:
-            self.backbone.model.forward_features = torch.compile(self.backbone.model.forward_features)
+            used = "forward_intermediates" if self.bands else "forward_features"
+            setattr(self.backbone.model, used, torch.compile(getattr(self.backbone.model, used)))
         self.batch = config.extract_batch or (
             128 if device.type == "cuda" else 16
         )  # 16: a CPU's caches hold the maps
@@ -145,19 +164,28 @@ class Extraction:
             for key in ("norm_mean", "norm_std")
         )
 
-    def rows(self, images: Tensor) -> Tensor:
-        """(n, 3, h, w) uint8, any n -> (n, 1 + N, C) float16 on the device."""
-        images = images.to(self.device, non_blocking=True)
-        batches = []
-        for batch in images.split(self.batch):
-            tokens = self.backbone(prepare(batch, self.img_size, self.mean, self.std, self.dtype))
-            batches.append(self.grid.pool(tokens, self.full_grid).half())
-        return torch.cat(batches)
+    def rows(self, images: Tensor) -> Rows:
+        """(n, 3, h, w) uint8, any n -> tokens (n, 1 + N, C) and, where kept, bands (n, D), float16 on the
+        device."""
+        batches = [
+            self._batch(batch) for batch in images.to(self.device, non_blocking=True).split(self.batch)
+        ]
+        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+    def _batch(self, images: Tensor) -> Rows:
+        pixels = prepare(images, self.img_size, self.mean, self.std, self.dtype)
+        if self.bands is None:
+            return {"tokens": self.grid.pool(self.backbone(pixels), self.full_grid).half()}
+        tokens, maps = self.backbone.with_maps(pixels, self.depths)
+        return {
+            "tokens": self.grid.pool(tokens, self.full_grid).half(),
+            "bands": self.bands.measure(maps).half(),
+        }
 
     @torch.inference_mode()
-    def tokens(self, split: str) -> Iterator[Tensor]:
-        """The tokens (n, 1 + N, C), float16 on the device, of all images of a split in order. Raises
-        UserError."""
+    def features(self, split: str) -> Iterator[Rows]:
+        """What is kept of all images of a split, in order (see ``rows``). Raises UserError on an unreadable
+        one."""
         for chunk in self.loader(split):
             for images in chunk:
                 if isinstance(images, UserError):
@@ -176,22 +204,22 @@ class Extraction:
 
 
 # ---------------------------------------------------------------- tokens -> cache
-def write_split(tokens: Iterator[Tensor], append: Callable[[np.ndarray], None], bar: tqdm) -> None:
+def write_split(features: Iterator[Rows], append: Callable[[dict[str, np.ndarray]], None], bar: tqdm) -> None:
     """Append the rows of a split to the cache. Writing overlaps with computing: one write may be pending."""
     with ThreadPoolExecutor(1) as pool:
         pending = None
-        for rows in tokens:
+        for rows in features:
             if pending is not None:
                 pending.result()  # raises what the write raised
             pending = pool.submit(_append_checked, rows, append)
-            bar.update(len(rows))
+            bar.update(len(rows["tokens"]))
         if pending is not None:
             pending.result()
 
 
-def _append_checked(tokens: Tensor, append: Callable[[np.ndarray], None]) -> None:
-    rows = tokens.to("cpu").numpy()
-    if not np.isfinite(rows).all():
+def _append_checked(features: Rows, append: Callable[[dict[str, np.ndarray]], None]) -> None:
+    rows = {name: values.to("cpu").numpy() for name, values in features.items()}
+    if not all(np.isfinite(values).all() for values in rows.values()):
         raise UserError(
             "the backbone gave features that are not finite or exceed float16; try --precision float32, and "
             "check its weights"
@@ -206,21 +234,21 @@ def extract(
     half-written."""
     job = Extraction(config, images, identity, device)
     count = images.labels.count()
-    size = datasets.size_in_bytes(images.labels, job.row)
+    size = datasets.size_in_bytes(images.labels, job.shapes)
     print(
         f"extracting {count} images with {config.extractor} on {device} in {job.fields['precision']}: "
-        f"{job.row[0]} tokens "
+        f"{job.fields['tokens']} tokens "
         f"of {job.n_feat} channels each, {size / 1e9:.2f} GB in {identity.folder}",
         flush=True,
     )
     check_disk(identity.folder, size)
     start = time.perf_counter()
     with (
-        datasets.CacheWriter(identity.folder, job.fields, images.labels, job.row) as writer,
+        datasets.CacheWriter(identity.folder, job.fields, images.labels, job.shapes) as writer,
         tqdm(total=count, unit="img", disable=config.hide_tqdm_bar, smoothing=0.05) as bar,
     ):
         for split in datasets.SPLITS:
-            write_split(job.tokens(split), writer.open_split(split), bar)
+            write_split(job.features(split), writer.open_split(split), bar)
     seconds = time.perf_counter() - start
     print(f"extracted {count} images in {seconds:.0f} s, {count / seconds:.0f} images/s", flush=True)
     return datasets.FeatureCache(identity)
@@ -253,23 +281,29 @@ def pool_full_cache(
         return None
     grid = token_grid(config)
     shape = grid.cached_shape(source.grid)
-    row = (1 + grid.n_tokens(shape), source.channels)
-    size = datasets.size_in_bytes(images.labels, row)
+    n_tokens = 1 + grid.n_tokens(shape)
+    shapes = source.shapes | {"tokens": (n_tokens, source.channels)}
+    size = datasets.size_in_bytes(images.labels, shapes)
     print(
-        f"features: pooling {full.folder} to {row[0]} tokens per image, {size / 1e9:.2f} GB in "
+        f"features: pooling {full.folder} to {n_tokens} tokens per image, {size / 1e9:.2f} GB in "
         f"{identity.folder}",
         flush=True,
     )
     check_disk(identity.folder, size)
-    fields = source.meta | identity.fields | {"grid": shape, "tokens": row[0]}
+    fields = source.meta | identity.fields | {"grid": shape, "tokens": n_tokens}
+
+    def pooled(split: str) -> Iterator[Rows]:
+        arrays = source.arrays(split)
+        for start in range(0, len(arrays["tokens"]), CHUNK):
+            rows = {name: torch.from_numpy(a[start : start + CHUNK]) for name, a in arrays.items()}
+            yield rows | {"tokens": grid.pool(rows["tokens"].float(), source.grid).half()}
+
     with (
-        datasets.CacheWriter(identity.folder, fields, images.labels, row) as writer,
+        datasets.CacheWriter(identity.folder, fields, images.labels, shapes) as writer,
         tqdm(total=images.labels.count(), unit="img", disable=config.hide_tqdm_bar) as bar,
     ):
         for split in datasets.SPLITS:
-            chunks = source.tokens(split).chunks(CHUNK)
-            pooled = (grid.pool(torch.from_numpy(rows).float(), source.grid).half() for rows in chunks)
-            write_split(pooled, writer.open_split(split), bar)
+            write_split(pooled(split), writer.open_split(split), bar)
     return datasets.FeatureCache(identity)
 
 

@@ -30,7 +30,7 @@ def run_classes(
     config: Config, cache: datasets.FeatureCache, classes: list[str], device: torch.device
 ) -> list[dict]:
     """Fit every class with every seed -> their results. Each is saved as soon as it is there."""
-    sources = {split: detector.TokenSource(cache.tokens(split), device) for split in datasets.SPLITS}
+    sources = {split: detector.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
     results: list[dict] = []
     total = len(classes) * config.n_seeds
 
@@ -72,7 +72,9 @@ def fit(
     def make(class_name: str) -> train.Trainer:
         return train.make_trainer(config, cache, class_name, seed, sources["train"], sources["test"])
 
-    if not at_once or len(classes) < 2:
+    if (
+        not at_once or len(classes) < 2 or config.score == "spectrum"
+    ):  # its two flows are trained one class at a time
         yield from (make(class_name).run() for class_name in classes)
         return
     for group in batched.groups([make(class_name) for class_name in classes]):

@@ -205,12 +205,12 @@ def nearest_neighbours(reference: Tensor, query: Tensor, k: int = NEIGHBOURS) ->
     )
 
 
-def latent_score(z: Tensor, log_det: Tensor, reference: Tensor) -> Tensor:
+def latent_score(z: Tensor, log_det: Tensor, reference: Tensor | None = None) -> Tensor:
     """The released anomaly score: mean of z^2 over the channels."""
     return z.square().mean(1)
 
 
-def likelihood_score(z: Tensor, log_det: Tensor, reference: Tensor) -> Tensor:
+def likelihood_score(z: Tensor, log_det: Tensor, reference: Tensor | None = None) -> Tensor:
     """Full negative log-likelihood in nats per channel."""
     return loss_per_image(z, log_det) + 0.5 * math.log(2 * math.pi)
 
@@ -232,4 +232,6 @@ SCORES = {
     "latent": Score("mean z²", latent_score),
     "likelihood": Score("negative log-likelihood", likelihood_score),
     "latent_knn": Score("nearest neighbours in latent space", latent_knn_score, needs_reference=True),
+    # of both flows, each with its neighbours: Detector.combine; by z alone it is the likelihood
+    "spectrum": Score("likelihood and neighbours of both flows", likelihood_score, needs_reference=True),
 }

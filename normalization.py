@@ -8,11 +8,20 @@ import torch
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 
+from token_grid import centred_window
+
 EPS = 1e-12
 FLOOR = (
     0.01  # of the mean variance: a channel that hardly varies in the normal images is not blown up by more
 )
 RIDGE = 1e-6  # in units of the mean eigenvalue, for whitening a covariance that is singular
+
+
+def spread(tokens: Tensor) -> float:
+    """How much the directions of tokens (n, C) differ: one minus the squared length of their mean direction,
+    after ``power_l2``; 0 when all are alike, 1 when they cancel. (The circular variance of directional
+    statistics, in its squared form: Mardia and Jupp, Directional Statistics.)"""
+    return 1 - power_l2(tokens).mean(0).square().sum().item()
 
 
 def power_l2(tokens: Tensor) -> Tensor:
@@ -32,14 +41,45 @@ NORMALIZATIONS: dict[str, tuple[str, ...]] = {
 }
 
 
-def centred_window(grid: tuple[int, int], share: float) -> Tensor:
-    """Weights (N), summing to 1, of a Gaussian on the centre of the grid, its sigma ``share`` times the
-    grid's sides."""
-    rows, columns = (
-        torch.softmax(-0.5 * ((torch.arange(side) - (side - 1) / 2) / (share * side)).square(), 0)
-        for side in grid
-    )
-    return torch.outer(rows, columns).flatten()
+def fit_whitening(tokens: Tensor, ridge: float) -> Tensor:
+    """The symmetric matrix (C, C) that takes tokens (n, C) to the identity covariance; their mean square is 1
+    then.
+
+    The covariance is Ledoit and Wolf's; ``ridge`` is added to its eigenvalues, in units of their mean."""
+    tokens = tokens.double()
+    covariance, _ = ledoit_wolf(tokens.cpu().numpy())
+    values, vectors = torch.linalg.eigh(torch.from_numpy(covariance).to(tokens.device))
+    values = values + (ridge + RIDGE) * values.mean()
+    whitening = (vectors * values.rsqrt()) @ vectors.T
+    whitened = (tokens - tokens.mean(0)) @ whitening
+    return (whitening / whitened.square().mean().sqrt()).float()
+
+
+class BandNormalizer(nn.Module):
+    """Band tokens (B, D) -> chosen columns (B, C), each group of columns (one statistic of one depth)
+    power-normalised to unit length, all of them whitened together. Its buffers are fitted by ``fit``."""
+
+    def __init__(self, columns: list[range], ridge: float):
+        super().__init__()
+        self.columns, self.ridge = columns, ridge
+        channels = sum(map(len, columns))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("whitening", torch.eye(channels))
+
+    def _power(self, bands: Tensor) -> Tensor:
+        return torch.cat([power_l2(bands[:, group.start : group.stop]) for group in self.columns], 1)
+
+    @torch.no_grad()
+    def fit(self, bands: Tensor) -> "BandNormalizer":
+        """Fit to the normal training images' band tokens (n, D), float32."""
+        tokens = self._power(bands)
+        self.mean.copy_(tokens.mean(0))
+        self.whitening.copy_(fit_whitening(tokens, self.ridge))
+        return self
+
+    @torch.no_grad()
+    def forward(self, bands: Tensor) -> Tensor:
+        return (self._power(bands) - self.mean) @ self.whitening
 
 
 class Normalizer(nn.Module):
@@ -102,18 +142,8 @@ class Normalizer(nn.Module):
             getattr(self, f"{kind}_mean").copy_(mean)
             getattr(self, f"{kind}_scale").copy_(deviation.rsqrt())
             if kind == "semantic" and self.whitening is not None:
-                self.whitening.copy_(self._whitening(tokens))
+                self.whitening.copy_(fit_whitening(tokens, self.ridge))
         return self
-
-    def _whitening(self, tokens: Tensor) -> Tensor:
-        """(n, C) -> (C, C), symmetric; the whitened tokens' mean square is 1."""
-        tokens = tokens.double()
-        covariance, _ = ledoit_wolf(tokens.cpu().numpy())
-        values, vectors = torch.linalg.eigh(torch.from_numpy(covariance).to(tokens.device))
-        values = values + (self.ridge + RIDGE) * values.mean()
-        whitening = (vectors * values.rsqrt()) @ vectors.T
-        whitened = (tokens - tokens.mean(0)) @ whitening
-        return (whitening / whitened.square().mean().sqrt()).float()
 
     @torch.no_grad()
     def forward(self, semantic: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,9 +59,8 @@ def threshold(record: dict) -> float | None:
 def score_images(fitted: detector.Detector, job: extractor.Extraction) -> np.ndarray:
     """Scores of the images of an extraction job, in order; memory does not grow with their number."""
     scores = []
-    for tokens in job.tokens("test"):
-        rows = tokens.float()
-        scores.append(fitted.score(*fitted(rows[:, 0], rows[:, 1:])))
+    for rows in job.features("test"):
+        scores.append(fitted.score_features(detector.Features.of(rows)))
     return np.concatenate(scores)
 
 

@@ -13,6 +13,19 @@ from torch.nn import functional as F
 
 from config import UserError
 
+# the kind of grid that keeps one token: the patches under a Gaussian window on the image's centre
+CENTRE = "centre"
+
+
+def centred_window(grid: tuple[int, int], share: float) -> Tensor:
+    """Weights (N), summing to 1, of a Gaussian on the centre of the grid, its sigma ``share`` times the
+    grid's sides."""
+    rows, columns = (
+        torch.softmax(-0.5 * ((torch.arange(side) - (side - 1) / 2) / (share * side)).square(), 0)
+        for side in grid
+    )
+    return torch.outer(rows, columns).flatten()
+
 
 def window_of(grid: tuple[int, int], window: int) -> Tensor:
     """The window that each patch of the grid lies in -> (N), row by row; the last windows may be smaller."""
@@ -45,15 +58,16 @@ def split_bands(patches: Tensor, grid: tuple[int, int], window: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class TokenGrid:
-    """The kind of grid that is kept. ``name``: full, compact, or the side g of a pooled grid.
+    """The kind of grid that is kept. ``name``: full, compact, centre (one token: the mean under a Gaussian
+    window of sigma ``share`` times the grid's sides), or the side g of a pooled grid.
 
     pooling "released" reads (B, N, C) as (B, C, rows, columns) without a transpose, as the released code did
-    (docs/method.md, section 7): tokens and channels are mixed before pooling. It is kept for parity only.
-    """
+    (docs/method.md, section 7): tokens and channels are mixed before pooling. It is kept for parity only."""
 
     name: str
     pooling: str
     window: int
+    share: float = 0.0
 
     @property
     def bands(self) -> bool:
@@ -68,6 +82,8 @@ class TokenGrid:
     @property
     def key(self) -> str:
         """The grid's part of a cache folder's name."""
+        if self.name == CENTRE:
+            return f"{self.name}{self.share:g}"
         return f"{self.name}{self.window}" if self.bands else self.name
 
     def fields(self) -> dict:
@@ -76,6 +92,7 @@ class TokenGrid:
             "token_grid": self.name,
             "window": self.window if self.bands else None,
             "pooling": self.pooling if self.side else "correct",
+            "centre_share": self.share if self.name == CENTRE else None,
         }
 
     def cached_shape(self, grid: tuple[int, int]) -> tuple[int, int]:
@@ -83,6 +100,8 @@ class TokenGrid:
         it has."""
         if self.bands:
             return math.ceil(grid[0] / self.window), math.ceil(grid[1] / self.window)
+        if self.name == CENTRE:
+            return 1, 1
         if self.side is None:
             return grid
         if self.side > min(grid):
@@ -104,6 +123,9 @@ class TokenGrid:
         semantic, patches = tokens[:, :1], tokens[:, 1:]
         if self.bands:
             return torch.cat([semantic, split_bands(patches, grid, self.window)], 1)
+        if self.name == CENTRE:
+            window = centred_window(grid, self.share).to(patches.device)
+            return torch.cat([semantic, torch.matmul(window, patches).unsqueeze(1)], 1)
         batch, _, channels = patches.shape
         if self.pooling == "released":
             maps = patches.reshape(batch, channels, *grid)
@@ -111,3 +133,82 @@ class TokenGrid:
             maps = patches.transpose(1, 2).unflatten(2, grid)  # (B, N, C) -> (B, C, rows, columns)
         pooled = F.adaptive_avg_pool2d(maps, self.side)  # (B, C, g, g)
         return torch.cat([semantic, pooled.flatten(2).transpose(1, 2)], 1)
+
+
+# ---------------------------------------------------------------- the band token
+@functools.lru_cache(maxsize=32)
+def dct_matrix(length: int) -> Tensor:
+    """The orthonormal DCT-II: row k is the cosine of frequency k -> (length, length), float32."""
+    frequency, place = torch.arange(length, dtype=torch.float64)[:, None], torch.arange(length) + 0.5
+    matrix = torch.cos(math.pi * frequency * place / length) * math.sqrt(2 / length)
+    matrix[0] /= math.sqrt(2)
+    return matrix.float()
+
+
+@functools.lru_cache(maxsize=32)
+def ring_of(grid: tuple[int, int], rings: int) -> Tensor:
+    """The ring that each DCT coefficient of a map lies in -> (rings, rows, columns), one-hot; the constant in
+    none.
+
+    Rings are octaves of the radial frequency, counted down from the highest: with three, up to a quarter of
+    the map's highest frequency, up to a half, and beyond."""
+    u, v = (torch.arange(side) / side for side in grid)
+    radius = torch.hypot(u[:, None], v[None])
+    edges = torch.tensor([2.0 ** (k - rings) for k in range(1, rings)])
+    member = F.one_hot(torch.bucketize(radius, edges), rings).permute(2, 0, 1).float()
+    member[:, 0, 0] = 0
+    return member
+
+
+@dataclasses.dataclass(frozen=True)
+class Bands:
+    """The band token (docs/method.md, section 5.2): what the maps of several depths hold at each frequency,
+    place left out.
+
+    Per depth and channel: ``low``, the map's mean under a Gaussian window on its centre (sigma in shares of
+    its sides; 0: the plain mean); ``rings`` numbers, the root mean energy of the map's DCT in rings of
+    frequency, without the constant; ``peak``, the root of the largest local energy (3 x 3 mean of the squared
+    deviation)."""
+
+    rings: int
+    sigma: float
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        return ("low", *(f"ring{k + 1}" for k in range(self.rings)), "peak")
+
+    def size(self, channels: tuple[int, ...]) -> int:
+        """Numbers per image, from the channels of each depth."""
+        return len(self.statistics) * sum(channels)
+
+    def columns(self, channels: tuple[int, ...], statistics: tuple[str, ...], depths: range) -> list[range]:
+        """Where the chosen statistics of the chosen depths stand in the token: a range of columns for
+        each."""
+        found, start = [], 0
+        for depth, width in enumerate(channels):
+            for statistic in self.statistics:
+                if depth in depths and statistic in statistics:
+                    found.append(range(start, start + width))
+                start += width
+        return found
+
+    def measure(self, maps: list[Tensor]) -> Tensor:
+        """Maps (B, C_i, rows_i, columns_i) of several depths -> the band token (B, D), float32; depth by
+        depth, in each statistic by statistic, in each channel by channel."""
+        return torch.cat([self._measure_map(features.float()) for features in maps], 1)
+
+    def _measure_map(self, features: Tensor) -> Tensor:
+        grid = (features.shape[2], features.shape[3])
+        rows, columns = (dct_matrix(side).to(features.device) for side in grid)
+        spectrum = torch.matmul(torch.matmul(rows, features), columns.t())  # (B, C, rows, columns)
+        energy = torch.einsum(
+            "bcuv,ruv->brc", spectrum.square(), ring_of(grid, self.rings).to(features.device)
+        )
+        mean = features.mean((2, 3))
+        if self.sigma:
+            low = torch.matmul(features.flatten(2), centred_window(grid, self.sigma).to(features.device))
+        else:
+            low = mean
+        deviation = (features - mean[..., None, None]).square()
+        peak = F.avg_pool2d(deviation, 3, 1, 1).amax((2, 3)).sqrt()
+        return torch.cat([low, (energy / math.prod(grid)).sqrt().flatten(1), peak], 1)

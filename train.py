@@ -5,11 +5,10 @@ import config as knobs
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
     CONFIG = knobs.from_command_line(__doc__)
 
-import copy
 import dataclasses
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -22,7 +21,17 @@ import extractor
 import model
 import utils
 from config import Config, UserError
-from detector import ClassData, Detector, Fitted, TokenSource, in_batches
+from detector import (
+    EVAL_BATCH,
+    NEGLIGIBLE,
+    ClassData,
+    Detector,
+    Features,
+    Fitted,
+    Inputs,
+    TokenSource,
+    in_batches,
+)
 
 PATCH_SAMPLE = 256  # images whose patch tokens the normaliser's statistics come from
 POOL_BATCH = 250  # images whose patch tokens are held at once when semantic tokens are re-pooled
@@ -93,15 +102,88 @@ class SubnetOptimizers:
 
 # ---------------------------------------------------------------- one class
 @dataclasses.dataclass
-class BestEpoch:
-    """The epoch to report so far: its place in the history, its scores, and its weights where a later one may
-    be worse."""
+class Outcome:
+    """What one flow makes of the held-out and the test images after an epoch: latents and
+    log-determinants."""
 
-    index: int  # evaluations up to and including it
+    evaluation: int  # evaluations up to and including this one
     entry: dict
+    held_out_loss: float  # NaN where nothing is held out
+    held: tuple[Tensor, Tensor] | None
+    test: tuple[Tensor, Tensor]
+    held_scores: np.ndarray  # by the knob ``score`` of this flow alone
     scores: np.ndarray
-    held_scores: np.ndarray
-    state: dict[str, Tensor] | None
+    state: dict[str, Tensor] | None = None  # the weights, where a later epoch may be worse
+
+
+class Head:
+    """One flow of the detector in training: its inputs, its optimiser, and the epoch to report so far."""
+
+    def __init__(
+        self, name: str, flow: nn.Module, inputs: Callable[[Features], Inputs], config: Config, trained: bool
+    ):
+        self.name, self.flow, self.inputs, self.config = name, flow, inputs, config
+        self.optimizer = SubnetOptimizers(flow, config) if trained else None
+        self.best: Outcome | None = None
+
+    def step(self, features: Features, noise: torch.Generator, rate: float) -> Tensor:
+        """One Adam step on the mean loss of a batch -> the loss, detached."""
+        assert self.optimizer is not None
+        self.optimizer.set_learning_rate(rate)
+        tokens, patches = self.noisy_inputs(features, noise)
+        loss = model.loss_per_image(*self.flow(tokens, [patches])).mean()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def noisy_inputs(self, features: Features, noise: torch.Generator) -> Inputs:
+        """What the flow sees of a batch in training: its inputs, with the training noise on the tokens."""
+        tokens, patches = self.inputs(features)
+        if self.config.feature_noise:
+            shape, device = tokens.shape, tokens.device
+            tokens = tokens + self.config.feature_noise * torch.randn(shape, generator=noise, device=device)
+        return Inputs(tokens, patches)
+
+    @torch.no_grad()
+    def latents(self, source: TokenSource, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """z (n, C) and log-determinant (n) of many images."""
+        batches = []
+        for batch in in_batches(rows, EVAL_BATCH):
+            tokens, patches = self.inputs(self.features(source, batch))
+            batches.append(self.flow(tokens, [patches]))
+        z, log_det = zip(*batches)
+        return torch.cat(z), torch.cat(log_det)
+
+    @torch.no_grad()
+    def tokens(self, source: TokenSource, rows: np.ndarray) -> Tensor:
+        """The flow's input tokens (n, C) of many images."""
+        batches = in_batches(rows, EVAL_BATCH)
+        return torch.cat([self.inputs(self.features(source, batch)).tokens for batch in batches])
+
+    def features(self, source: TokenSource, rows: np.ndarray) -> Features:
+        return source[rows]
+
+    def remember_if_best(self, outcome: Outcome) -> None:
+        by_likelihood = self.config.select_epoch == "likelihood"
+        if not by_likelihood or self.best is None or outcome.held_out_loss < self.best.held_out_loss:
+            if by_likelihood and self.optimizer is not None:
+                outcome.state = {name: value.clone() for name, value in self.flow.state_dict().items()}
+            self.best = outcome
+
+    def is_stale(self, evaluations: int) -> bool:
+        """Whether the held-out likelihood has not improved for ``patience`` evaluations."""
+        if self.best is None:
+            return False
+        return self.optimizer is None or evaluations - self.best.evaluation >= self.config.patience
+
+
+class TextureHead(Head):
+    """The flow of rings and peaks: it needs no tokens."""
+
+    def features(self, source: TokenSource, rows: np.ndarray) -> Features:
+        bands = source.bands(rows).to(source.device)
+        return Features(bands, bands, bands)
 
 
 class Trainer:
@@ -111,35 +193,77 @@ class Trainer:
         self.config, self.data, self.seed, self.device = config, data, seed, device
         utils.seed_everything(seed)
         self.detector = Detector(config, features)
-        self._fit_normalizer()
+        self._fit_normalizers()
         self.detector.to(device)
         self.parameters = list(self.detector.parameters())
-        self.optimizer = SubnetOptimizers(self.detector.flow, config)
+        self.heads = self._make_heads()
         self.rate = config.lr_init
         self.generator = np.random.RandomState(seed)
         self.noise = torch.Generator(device).manual_seed(seed)
         self.epochs = config.meta_epochs * config.sub_epochs
         self.step, self.steps = 0, self.epochs * math.ceil(len(data.fit_rows) / config.batch_size)
         self.history: list[dict] = []
-        self.best: BestEpoch | None = None
+        self.distances: dict[str, Tensor] = {}  # to the nearest normal images, of test and held-out ones
 
-    def _fit_normalizer(self) -> None:
-        normalizer, rows, source = self.detector.normalizer, self.data.fit_rows, self.data.train
-        if not normalizer.steps:
+    def _fit_normalizers(self) -> None:
+        fit, rows, source = self.detector, self.data.fit_rows, self.data.train
+        if fit.rings is not None:
+            bands = source.bands(rows)
+            fit.rings.fit(bands)
+            if fit.low is not None:
+                fit.low.fit(bands)
+        spectrum = self.config.score == "spectrum"
+        if not fit.normalizer.steps and not spectrum:
             return
-        pooled = [normalizer.pool(*source.on_cpu(batch)).clone() for batch in in_batches(rows, POOL_BATCH)]
-        semantic = torch.cat(pooled)  # cloned above: a view would keep the patches
+        own, pooled = [], []
+        for batch in in_batches(rows, POOL_BATCH):
+            semantic, patches, _ = source.on_cpu(batch)
+            own.append(semantic.clone())  # cloned: a view would keep the patches
+            pooled.append(fit.normalizer.pool(semantic, patches).clone())
+        if spectrum:
+            fit.weigh(torch.cat(own))
         sample = rows[np.linspace(0, len(rows) - 1, min(PATCH_SAMPLE, len(rows))).astype(int)]
-        normalizer.fit(semantic, source.on_cpu(sample)[1].flatten(0, 1))
+        fit.normalizer.fit(torch.cat(pooled), source.on_cpu(sample).patches.flatten(0, 1))
+
+    def _make_heads(self) -> list[Head]:
+        fit, config = self.detector, self.config
+        if config.score != "spectrum":
+            return [Head("semantic", fit.flow, lambda features: fit.inputs(*features), config, trained=True)]
+        weight = fit.texture_weight.item()
+        assert fit.texture is not None
+        return [
+            Head("semantic", fit.flow, lambda f: fit.inputs(*f), config, trained=1 - weight >= NEGLIGIBLE),
+            TextureHead(
+                "texture", fit.texture, lambda f: fit.texture_inputs(f.bands), config, weight >= NEGLIGIBLE
+            ),
+        ]
 
     def run(self) -> Fitted:
         start = time.perf_counter()
+        self.evaluate_start()
         for meta_epoch in range(1, self.config.meta_epochs + 1):
             losses = [self.train_epoch() for _ in range(self.config.sub_epochs)]
             self.evaluate(meta_epoch * self.config.sub_epochs, losses[-1])
             if self.has_ended():
                 break
         return self.fitted(time.perf_counter() - start)
+
+    def evaluate_start(self) -> None:
+        """Where epochs are chosen by likelihood, the start is one of them: training may not improve on it."""
+        self._look_for_neighbours()
+        if self.config.select_epoch == "likelihood":
+            self.evaluate(0, None)
+
+    def _look_for_neighbours(self) -> None:
+        """Score spectrum: the distances to the nearest normal images, in the tokens that the flows start
+        from."""
+        for head in self.heads if self.config.score == "spectrum" else ():
+            evidence = self.detector.evidence[head.name]
+            evidence.reference = head.tokens(self.data.train, self.data.fit_rows).half()
+            held = evidence.distance(head.tokens(self.data.train, self.data.held_rows))
+            evidence.calibrate("neighbours", held)
+            self.distances[f"{head.name} held"] = held
+            self.distances[head.name] = evidence.distance(head.tokens(self.data.test, self.data.test_rows))
 
     def train_epoch(self) -> float:
         """One pass over the normal training images in a new order -> their mean loss (nats per channel, no
@@ -157,25 +281,18 @@ class Trainer:
             batches, desc=self.data.class_name, unit="batch", leave=False, disable=self.config.hide_tqdm_bar
         )
 
-    @torch.no_grad()
-    def inputs(self, batch: np.ndarray) -> tuple[Tensor, Tensor]:
-        """What the flow sees of the rows ``batch``: normalised semantic (B, C), with the training noise, and
-        patch tokens (B, N, C)."""
-        semantic, patches = self.detector.normalizer(*self.data.train[batch])
-        if self.config.feature_noise:
-            noise = torch.randn(semantic.shape, generator=self.noise, device=self.device)
-            semantic = semantic + self.config.feature_noise * noise
-        return semantic, patches
+    def inputs(self, batch: np.ndarray) -> Inputs:
+        """What the semantic flow sees of the rows ``batch`` in training."""
+        return self.heads[0].noisy_inputs(self.data.train[batch], self.noise)
 
     def train_step(self, batch: np.ndarray) -> Tensor:
-        """One Adam step on the mean loss of a batch of rows -> the loss, detached."""
-        self.optimizer.set_learning_rate(self.scheduled_rate())
-        semantic, patches = self.inputs(batch)
-        loss = model.loss_per_image(*self.detector.flow(semantic, [patches])).mean()
-        loss.backward()
-        self.optimizer.step()
-        self.count_step(loss.detach())
-        return loss.detach()
+        """One Adam step of every flow on the mean loss of a batch of rows -> the first flow's loss,
+        detached."""
+        rate = self.scheduled_rate()
+        trained = [head for head in self.heads if head.optimizer is not None]
+        losses = [head.step(head.features(self.data.train, batch), self.noise, rate) for head in trained]
+        self.count_step(losses[0])
+        return losses[0]
 
     def scheduled_rate(self) -> float:
         self.rate = learning_rate(self.config, self.step / self.steps)
@@ -194,10 +311,10 @@ class Trainer:
         self.step += 1
 
     def has_ended(self) -> bool:
-        """Whether the held-out likelihood has not improved for ``patience`` evaluations."""
-        if self.config.select_epoch == "last" or self.best is None:
+        """Whether no flow's held-out likelihood has improved for ``patience`` evaluations."""
+        if self.config.select_epoch == "last":
             return False
-        return len(self.history) - self.best.index >= self.config.patience
+        return all(head.is_stale(len(self.history)) for head in self.heads)
 
     def not_finite(self, what: str, step: int) -> UserError:
         """The error of a loss or score that is not finite: the epoch, the learning rate, what to try."""
@@ -207,66 +324,95 @@ class Trainer:
             "try a lower lr_init, max_grad_norm 1, or normalize power_l2"
         )
 
-    def evaluate(self, epoch: int, loss: float) -> None:
-        """Score the test images and the held-out normals after an epoch; remember it if it is the one to
-        report so far."""
-        fit, data = self.detector.eval(), self.data
-        entry = {"epoch": epoch, "loss": loss}
-        if model.SCORES[self.config.score].needs_reference:
-            fit.reference = fit.latents(data.train, data.fit_rows)[0]
-        held_scores = np.empty(0)
-        if len(data.held_rows):
-            held = fit.latents(data.train, data.held_rows)
-            entry["held_out_loss"] = model.loss_per_image(*held).mean().item()
-            held_scores = fit.score(*held)
-        latents = fit.latents(data.test, data.test_rows)
-        scores = fit.score(*latents)
-        if not np.isfinite(scores).all() or not math.isfinite(entry.get("held_out_loss", 0.0)):
+    def evaluate(self, epoch: int, loss: float | None) -> None:
+        """Score the test images and the held-out normals after an epoch; each flow remembers its best
+        epoch."""
+        self.detector.eval()
+        entry: dict = {"epoch": epoch, "loss": loss}
+        outcomes = {head.name: self._outcome(head, entry) for head in self.heads}
+        for name, outcome in outcomes.items():
+            if len(self.data.held_rows):
+                entry["held_out_loss" if name == "semantic" else f"{name}_held_out_loss"] = (
+                    outcome.held_out_loss
+                )
+        scores, _ = self._scores(outcomes)
+        if not np.isfinite(scores).all() or any(math.isinf(o.held_out_loss) for o in outcomes.values()):
             raise self.not_finite("scores are not finite", self.step - 1)
-        entry["auroc"] = utils.auroc(data.labels, scores)
+        entry["auroc"] = utils.auroc(self.data.labels, scores)
         for name, score in model.SCORES.items():  # what the flow's other scores would have had
             if not score.needs_reference:
-                entry[f"{name}_auroc"] = utils.auroc(data.labels, fit.score(*latents, name))
+                by_name = self.detector.score(*outcomes["semantic"].test, name)
+                entry[f"{name}_auroc"] = utils.auroc(self.data.labels, by_name)
         self.history.append(entry)
-        self._remember_if_best(entry, scores, held_scores)
+        for head in self.heads:
+            head.remember_if_best(outcomes[head.name])
         if self.config.verbose:
-            held_text = f"  held-out loss {entry['held_out_loss']:.4f}" if "held_out_loss" in entry else ""
-            tqdm.write(
-                f"{data.class_name}  epoch {epoch}  loss {loss:.4f}{held_text}  AUROC {entry['auroc']:.4f}"
-            )
+            held = f"  held-out loss {entry['held_out_loss']:.4f}" if "held_out_loss" in entry else ""
+            trained = "before training" if loss is None else f"loss {loss:.4f}"
+            tqdm.write(f"{self.data.class_name}  epoch {epoch}  {trained}{held}  AUROC {entry['auroc']:.4f}")
 
-    def _remember_if_best(self, entry: dict, scores: np.ndarray, held_scores: np.ndarray) -> None:
-        by_likelihood = self.config.select_epoch == "likelihood"
-        if (
-            not by_likelihood
-            or self.best is None
-            or entry["held_out_loss"] < self.best.entry["held_out_loss"]
-        ):
-            later_ones = by_likelihood and self.config.meta_epochs > 1
-            state = copy.deepcopy(self.detector.state_dict()) if later_ones else None
-            self.best = BestEpoch(len(self.history), entry, scores, held_scores, state)
+    def _outcome(self, head: Head, entry: dict) -> Outcome:
+        """What a flow makes of the images now. A flow that is not trained stays as it was."""
+        if head.optimizer is None and head.best is not None:
+            return head.best
+        fit, data = self.detector, self.data
+        if self.config.score == "latent_knn":
+            fit.reference = head.latents(data.train, data.fit_rows)[0]
+        held = head.latents(data.train, data.held_rows) if len(data.held_rows) else None
+        held_out_loss = model.loss_per_image(*held).mean().item() if held else float("nan")
+        if held and not math.isfinite(held_out_loss):
+            raise self.not_finite("scores are not finite", self.step - 1)
+        test = head.latents(data.test, data.test_rows)
+        held_scores = fit.score(*held) if held else np.empty(0)
+        return Outcome(len(self.history) + 1, entry, held_out_loss, held, test, held_scores, fit.score(*test))
+
+    def _scores(self, outcomes: dict[str, Outcome]) -> tuple[np.ndarray, np.ndarray]:
+        """Scores of the test images and of the held-out normals, from what each flow made of them."""
+        fit = self.detector
+        if self.config.score != "spectrum":
+            return outcomes["semantic"].scores, outcomes["semantic"].held_scores
+        likelihoods: dict[str, Tensor] = {}
+        for name, outcome in outcomes.items():
+            assert outcome.held is not None
+            likelihoods[f"{name} held"] = model.likelihood_score(*outcome.held)
+            likelihoods[name] = model.likelihood_score(*outcome.test)
+            fit.evidence[name].calibrate("likelihood", likelihoods[f"{name} held"])
+        test, held = (
+            fit.combine(*((likelihoods[name + rows], self.distances[name + rows]) for name in outcomes))
+            for rows in ("", " held")
+        )
+        return test.cpu().numpy(), held.cpu().numpy()
 
     def fitted(self, seconds: float) -> Fitted:
-        """The detector of the chosen epoch and the result of the class."""
-        best, data = self.best, self.data
-        assert best is not None, "evaluate comes first"
-        if best.state is not None:
-            self.detector.reference = best.state["reference"]
-            self.detector.load_state_dict(best.state)
+        """The detector of the chosen epochs and the result of the class."""
+        data, chosen = self.data, {}
+        for head in self.heads:
+            assert head.best is not None, "evaluate comes first"
+            chosen[head.name] = head.best
+            if head.best.state is not None:
+                head.flow.load_state_dict(head.best.state)
+        if self.config.score == "latent_knn":
+            self.detector.reference = self.heads[0].latents(data.train, data.fit_rows)[0]
+        scores, held_scores = self._scores(chosen)
+        entry = chosen["semantic"].entry
+        if "texture" in chosen:
+            texture = chosen["texture"].entry
+            entry = entry | {
+                "texture_epoch": texture["epoch"],
+                "texture_weight": self.detector.texture_weight.item(),
+            }
         result = {
             "class": data.class_name,
             "seed": self.seed,
-            **utils.detection_metrics(data.labels, best.scores),
+            **utils.detection_metrics(data.labels, scores),
             "best_on_test_auroc": max(entry["auroc"] for entry in self.history),
-            **{key: value for key, value in best.entry.items() if key != "auroc"},
+            **{key: value for key, value in entry.items() if key != "auroc"},
             "n_train": len(data.fit_rows),
             "n_held_out": len(data.held_rows),
             "n_test": len(data.test_rows),
             "seconds": round(seconds, 1),
         }
-        return Fitted(
-            self.detector, best.scores, data.labels, data.test_rows, best.held_scores, self.history, result
-        )
+        return Fitted(self.detector, scores, data.labels, data.test_rows, held_scores, self.history, result)
 
 
 # ---------------------------------------------------------------- the script
@@ -292,7 +438,7 @@ def main(config: Config) -> None:
         )
     cache = extractor.ensure_features(config, device)
     class_name = datasets.choose_classes(cache.labels, config.class_name)[0]
-    train, test = (TokenSource(cache.tokens(split), device) for split in datasets.SPLITS)
+    train, test = (TokenSource(cache.arrays(split), device) for split in datasets.SPLITS)
     fitted = make_trainer(config, cache, class_name, config.seed, train, test).run()
     path = detector.save_fitted(config, cache, fitted)
     result = fitted.result

@@ -76,12 +76,12 @@ def first_images(images, count):
 
 def write(job):
     """What extraction does with a split, but for the disk."""
-    extractor.write_split(job.tokens("train"), len, NoBar())
+    extractor.write_split(job.features("train"), len, NoBar())
 
 
 def collect(job):
     """All rows of the first split, as extraction would write them."""
-    return torch.cat([rows.cpu() for rows in job.tokens("train")]).float()
+    return torch.cat([rows["tokens"].cpu() for rows in job.features("train")]).float()
 
 
 def auroc_difference(images, exact, ours):

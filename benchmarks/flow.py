@@ -123,7 +123,7 @@ def write_random_cache(folder, classes, images, channels):
     labels = datasets.Labels(tuple(map(str, range(classes))), **splits)
     meta = {"n_feat": channels, "kind": "tokens", "grid": (8, 8), "tokens": 65}
     rng = np.random.default_rng(0)
-    with datasets.CacheWriter(folder, meta, labels, (65, channels)) as writer:
+    with datasets.CacheWriter(folder, meta, labels, {"tokens": (65, channels)}) as writer:
         for name, n in counts.items():
             append = writer.open_split(name)
             for start in range(0, n, 500):
@@ -151,7 +151,7 @@ def compare_trainings(args, device):
     )
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         cache = write_random_cache(Path(scratch) / "cache", args.classes, args.images, args.channels)
-        sources = {split: detector.TokenSource(cache.tokens(split), device) for split in datasets.SPLITS}
+        sources = {split: detector.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
 
         def trainers():
             return [

@@ -27,7 +27,7 @@ def random_cache(folder, sizes, channels=16, grid=(6, 6)):
 
 
 def make_trainers(cache, config):
-    sources = [detector.TokenSource(cache.tokens(split), torch.device("cpu")) for split in datasets.SPLITS]
+    sources = [detector.TokenSource(cache.arrays(split), torch.device("cpu")) for split in datasets.SPLITS]
     return [train.make_trainer(config, cache, name, 0, *sources) for name in cache.labels.classes]
 
 

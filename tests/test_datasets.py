@@ -371,11 +371,11 @@ def write_cache(folder: Path, finish: bool = True, fields: dict = FIELDS | FOUND
         split: generator.randn(len(LABELS.split(split).names), 1 + N, C).astype(np.float32)
         for split in SPLITS
     }
-    writer = CacheWriter(folder, fields, LABELS, (1 + N, C))
+    writer = CacheWriter(folder, fields, LABELS, {"tokens": (1 + N, C)})
     for split in SPLITS:
         append = writer.open_split(split)
         for piece in np.array_split(values[split], 2):
-            append(piece.astype(np.float16))
+            append({"tokens": piece.astype(np.float16)})
     if finish:
         writer.__exit__(None, None, None)
     return values
@@ -480,16 +480,16 @@ def test_unfinished_cache(tmp_path):
 @pytest.mark.parametrize("keep", [0, 40, -1, -C * 2])
 def test_truncated_file(tmp_path, keep):
     write_cache(tmp_path / "cache")
-    path = tmp_path / "cache" / "train.npy"
+    path = tmp_path / "cache" / "train-tokens.npy"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match="train.npy"):
+    with pytest.raises(UserError, match="train-tokens.npy"):
         cached(tmp_path / "cache", FIELDS).tokens("train")
 
 
 def test_missing_file(tmp_path):
     write_cache(tmp_path / "cache")
-    (tmp_path / "cache" / "test.npy").unlink()
-    with pytest.raises(UserError, match="test.npy"):
+    (tmp_path / "cache" / "test-tokens.npy").unlink()
+    with pytest.raises(UserError, match="test-tokens.npy"):
         cached(tmp_path / "cache", FIELDS).tokens("test")
 
 
@@ -503,8 +503,8 @@ def test_missing_file(tmp_path):
 )
 def test_file_of_other_rows(tmp_path, other):
     write_cache(tmp_path / "cache")
-    np.save(tmp_path / "cache" / "train.npy", other)
-    with pytest.raises(UserError, match="train.npy"):
+    np.save(tmp_path / "cache" / "train-tokens.npy", other)
+    with pytest.raises(UserError, match="train-tokens.npy"):
         cached(tmp_path / "cache", FIELDS).tokens("train")
 
 
@@ -519,8 +519,11 @@ def test_labels_that_cannot_be_read(tmp_path, content):
 
 def interrupted(folder: Path) -> None:
     """A writer whose work ends in an error halfway through the first split."""
-    with pytest.raises(KeyboardInterrupt), CacheWriter(folder, FIELDS, LABELS, (1 + N, C)) as writer:
-        writer.open_split("train")(np.zeros((1, 1 + N, C), np.float16))
+    with (
+        pytest.raises(KeyboardInterrupt),
+        CacheWriter(folder, FIELDS, LABELS, {"tokens": (1 + N, C)}) as writer,
+    ):
+        writer.open_split("train")({"tokens": np.zeros((1, 1 + N, C), np.float16)})
         raise KeyboardInterrupt
 
 
