@@ -2,7 +2,8 @@
 memory stays bounded."""
 
 import numpy as np
-from sklearn.covariance import LedoitWolf
+import torch
+from sklearn.covariance import LedoitWolf, ledoit_wolf
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,6 +21,32 @@ def gaussian(reference: Tensor, query: Tensor) -> np.ndarray:
     (m)."""
     fitted = LedoitWolf(store_precision=True).fit(reference.double().cpu().numpy())
     return np.concatenate([fitted.mahalanobis(rows.double().cpu().numpy()) for rows in query.split(CHUNK)])
+
+
+OWN_INPUT = (
+    "flow's input"  # the normalised tokens of the detector, each flow's scaled by the root of its weight
+)
+
+
+def gaussian_distance(reference: Tensor, query: Tensor) -> np.ndarray:
+    """``gaussian`` without the inverse of a covariance of thousands of channels: (n, C), (m, C) -> (m)."""
+    mean = reference.mean(0)
+    covariance, _ = ledoit_wolf(reference.double().cpu().numpy())
+    factor = torch.linalg.cholesky(torch.from_numpy(covariance)).float()
+    solved = [
+        torch.linalg.solve_triangular(factor, (rows - mean).T.cpu(), upper=False)
+        for rows in query.split(CHUNK)
+    ]
+    return torch.cat([part.square().sum(0) for part in solved]).numpy()
+
+
+def own_input_scores(train: Tensor, test: Tensor) -> dict[str, np.ndarray]:
+    """Nearest neighbours and Gaussian on the detector's own input: train (n, C), test (m, C) -> scores
+    (m)."""
+    return {
+        f"kNN, {OWN_INPUT}": nearest_neighbours(train, test).cpu().numpy(),
+        f"Gaussian, {OWN_INPUT}": gaussian_distance(train, test),
+    }
 
 
 def _raw(tokens: Tensor) -> Tensor:

@@ -40,13 +40,13 @@ class BatchedTrainer:
         for trainer in self.trainers:
             trainer.evaluate_start()
         for meta_epoch in range(1, config.meta_epochs + 1):
-            for _ in range(config.sub_epochs):
+            for _ in range(self.trainers[0].sub_epochs):
                 losses = self.train_epoch()
             for trainer, loss in zip(self.trainers, losses.tolist()):
                 if (
                     not trainer.has_ended()
                 ):  # alone it would have stopped: what follows is not its own any more
-                    trainer.evaluate(meta_epoch * config.sub_epochs, loss)
+                    trainer.evaluate(meta_epoch * trainer.sub_epochs, loss)
             if all(trainer.has_ended() for trainer in self.trainers):
                 break
         seconds = (time.perf_counter() - start) / len(self.trainers)

@@ -254,6 +254,12 @@ class Config:
         1, "evaluations on the test set; each follows sub_epochs epochs", low=1, affects="fit"
     )
     sub_epochs: int = knob(1, "epochs of training per meta epoch", low=1, affects="fit")
+    least_steps: int = knob(
+        0,
+        "training steps at least: a small class gets more epochs until it has had so many",
+        low=0,
+        affects="fit",
+    )
     lr_init: float = knob(5e-5, "Adam learning rate", low=0.0, affects="fit")
     lr_schedule: str = knob(
         "constant",
@@ -288,6 +294,13 @@ class Config:
         3,
         "select_epoch likelihood: meta epochs without improvement before training ends",
         low=1,
+        affects="fit",
+    )
+    refit: bool = knob(
+        False,
+        "once the epoch is chosen, fit the normalisation to all normal training images, the held-out ones "
+        "too, and look "
+        "for neighbours among all of them",
         affects="fit",
     )
     train_together: str = knob(
@@ -391,14 +404,16 @@ PRESETS = {
         "fc_internal": 256,
         "identity_start": True,
         "batch_size": 64,
-        "meta_epochs": 2,
-        "sub_epochs": 3,
+        "meta_epochs": 1,
+        "sub_epochs": 6,
+        "least_steps": 60,
         "lr_init": 1e-3,
         "lr_schedule": "cosine",
         "feature_noise": 1.0,
         "max_grad_norm": 1.0,
         "holdout": 0.1,
         "select_epoch": "likelihood",
+        "refit": True,
         "score": "spectrum",
         "baselines": True,
     },

@@ -278,6 +278,15 @@ class Detector(nn.Module):
                 self.get_submodule(owner).reference = torch.empty_like(values)
         self.load_state_dict(state)
 
+    def own_input(self, features: Features) -> Tensor:
+        """What the flows take of images, in one token (n, C): each flow's scaled by the root of its
+        weight."""
+        tokens = self.inputs(*features).tokens
+        if self.score_name != "spectrum":
+            return tokens
+        rings = self.texture_inputs(features.bands).tokens
+        return torch.cat([(1 - self.texture_weight).sqrt() * tokens, self.texture_weight.sqrt() * rings], 1)
+
     def weigh(self, semantic: Tensor) -> None:
         """Set the weight of texture from the normal images' semantic tokens (n, C), as the backbone gives
         them."""
@@ -319,6 +328,9 @@ class Fitted:
     held_scores: np.ndarray  # of the held-out normal training images; empty where none were held out
     history: list[dict]
     result: dict
+    own_input_scores: dict[str, np.ndarray] = dataclasses.field(
+        default_factory=dict
+    )  # of simple detectors there
 
 
 def run_folder(config: Config) -> Path:
@@ -359,6 +371,7 @@ def save_fitted(config: Config, cache: datasets.FeatureCache, fitted: Fitted) ->
             "scores": fitted.scores.astype(float).tolist(),
         },
         "held_out_scores": fitted.held_scores.astype(float).tolist(),
+        "own_input_scores": {k: v.astype(float).tolist() for k, v in fitted.own_input_scores.items()},
     }
     utils.write_json(record, content)
     return path

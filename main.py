@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 import baselines
@@ -94,15 +95,19 @@ def finished_result(config: Config, cache: datasets.FeatureCache, class_name: st
     return record["result"] if same and record["features"] == cache.meta else None
 
 
-def run_baselines(cache: datasets.FeatureCache, classes: list[str]) -> dict[str, dict[str, dict]]:
-    """{baseline: {class: metrics}} on the same semantic tokens."""
+def run_baselines(config: Config, cache: datasets.FeatureCache, classes: list[str]) -> dict[str, dict]:
+    """{class: its simple detectors} on the same cache: metrics of each, and the flow's margin over the best
+    of them."""
     semantic = {split: torch.from_numpy(cache.tokens(split).semantic()).float() for split in datasets.SPLITS}
-    table: dict[str, dict[str, dict]] = {name: {} for name in baselines.BASELINES}
-    for class_name in classes:
+    table = {}
+    for class_name, record in detector.trained_records(config, classes):
         train_rows, test_rows, labels = cache.labels.one_class(class_name)
-        scores_by_name = baselines.baseline_scores(semantic["train"][train_rows], semantic["test"][test_rows])
-        for name, scores in scores_by_name.items():
-            table[name][class_name] = utils.detection_metrics(labels, scores)
+        scores = baselines.baseline_scores(semantic["train"][train_rows], semantic["test"][test_rows])
+        scores |= {name: np.array(values) for name, values in record["own_input_scores"].items()}
+        metrics = {name: utils.detection_metrics(labels, values) for name, values in scores.items()}
+        best = max(metrics, key=lambda name: metrics[name]["auroc"])
+        margin = utils.paired_bootstrap(labels, np.array(record["test"]["scores"]), scores[best])
+        table[class_name] = {"metrics": metrics, "best": best, "margin": margin}
     return table
 
 
@@ -113,7 +118,7 @@ def run(config: Config) -> dict:
     cache = extractor.ensure_features(config, device)
     classes = datasets.choose_classes(cache.labels, config.class_name)
     results = run_classes(config, cache, classes, device)
-    table = run_baselines(cache, classes) if config.baselines else {}
+    table = run_baselines(config, cache, classes) if config.baselines else {}
     summary = report.summarize(config, results, table, time.perf_counter() - start, cache.meta)
     print("\n" + report.write_results(folder, summary))
     if config.plots:

@@ -31,14 +31,19 @@ def summarize(config: Config, results: list[dict], baseline_table: dict, seconds
     for name in classes:
         by_class[name]["runs"] = [result for result in results if result["class"] == name]
     mean = _over_seeds([[r for r in results if r["class"] == name] for name in classes])
+    simple: dict[str, dict[str, dict]] = {}
+    for class_name, entry in baseline_table.items():
+        for name, metrics in entry["metrics"].items():
+            simple.setdefault(name, {})[class_name] = metrics
     rows = {
-        name: {"classes": per_class, "mean": _mean_metrics(per_class)}
-        for name, per_class in baseline_table.items()
+        name: {"classes": per_class, "mean": _mean_metrics(per_class)} for name, per_class in simple.items()
     }
+    margins = {name: entry["margin"] | {"best": entry["best"]} for name, entry in baseline_table.items()}
     return {
         "classes": by_class,
         "mean": mean,
         "baselines": rows,
+        "margins": margins,
         "config": dataclasses.asdict(config),
         "seeds": seeds,
         "features": meta,
@@ -70,6 +75,8 @@ def make_table(summary: dict) -> tuple[list[str], list[list[str]]]:
     chosen = "last epoch" if config["select_epoch"] == "last" else "epoch by held-out likelihood"
     headline, *others = (metric.title for metric in METRICS.values())
     header = ["class", f"{headline} ({chosen})", *others, "best on test (oracle)", *summary["baselines"]]
+    if summary["margins"]:
+        header.append("flow - best simple (95 %)")
 
     rows = []
     for name, values in [*summary["classes"].items(), ("mean", summary["mean"])]:
@@ -80,9 +87,19 @@ def make_table(summary: dict) -> tuple[list[str], list[list[str]]]:
                 name,
                 *(cell(values, metric, n_seeds) for metric in SHOWN),
                 *(f"{result['auroc']:.4f}" for result in simple),
+                *([margin_cell(summary["margins"], name)] if summary["margins"] else []),
             ]
         )
     return header, rows
+
+
+def margin_cell(margins: dict[str, dict], name: str) -> str:
+    """How far the flow of the first seed is above the best simple detector of a class, with the paired
+    interval; for the mean, the classes where it is above by more than the interval."""
+    if name in margins:
+        margin = margins[name]
+        return f"{margin['difference']:+.4f} [{margin['low']:+.4f}, {margin['high']:+.4f}]"
+    return f"above in {sum(m['low'] > 0 for m in margins.values())} of {len(margins)}"
 
 
 def cell(values: dict, metric: str, n_seeds: int) -> str:

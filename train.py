@@ -20,6 +20,7 @@ import detector
 import extractor
 import model
 import utils
+from baselines import own_input_scores
 from config import Config, UserError
 from detector import (
     EVAL_BATCH,
@@ -193,20 +194,24 @@ class Trainer:
         self.config, self.data, self.seed, self.device = config, data, seed, device
         utils.seed_everything(seed)
         self.detector = Detector(config, features)
-        self._fit_normalizers()
+        self._fit_normalizers(data.fit_rows)
         self.detector.to(device)
         self.parameters = list(self.detector.parameters())
         self.heads = self._make_heads()
         self.rate = config.lr_init
         self.generator = np.random.RandomState(seed)
         self.noise = torch.Generator(device).manual_seed(seed)
-        self.epochs = config.meta_epochs * config.sub_epochs
-        self.step, self.steps = 0, self.epochs * math.ceil(len(data.fit_rows) / config.batch_size)
+        per_epoch = math.ceil(len(data.fit_rows) / config.batch_size)
+        least = math.ceil(config.least_steps / (per_epoch * config.meta_epochs))
+        self.sub_epochs = max(config.sub_epochs, least)  # per evaluation
+        self.epochs = config.meta_epochs * self.sub_epochs
+        self.step, self.steps = 0, self.epochs * per_epoch
         self.history: list[dict] = []
         self.distances: dict[str, Tensor] = {}  # to the nearest normal images, of test and held-out ones
 
-    def _fit_normalizers(self) -> None:
-        fit, rows, source = self.detector, self.data.fit_rows, self.data.train
+    def _fit_normalizers(self, rows: np.ndarray) -> None:
+        """Fit the normalisation, and the weight of texture, to normal training images."""
+        fit, source = self.detector, self.data.train
         if fit.rings is not None:
             bands = source.bands(rows)
             fit.rings.fit(bands)
@@ -242,8 +247,8 @@ class Trainer:
         start = time.perf_counter()
         self.evaluate_start()
         for meta_epoch in range(1, self.config.meta_epochs + 1):
-            losses = [self.train_epoch() for _ in range(self.config.sub_epochs)]
-            self.evaluate(meta_epoch * self.config.sub_epochs, losses[-1])
+            losses = [self.train_epoch() for _ in range(self.sub_epochs)]
+            self.evaluate(meta_epoch * self.sub_epochs, losses[-1])
             if self.has_ended():
                 break
         return self.fitted(time.perf_counter() - start)
@@ -394,6 +399,8 @@ class Trainer:
         if self.config.score == "latent_knn":
             self.detector.reference = self.heads[0].latents(data.train, data.fit_rows)[0]
         scores, held_scores = self._scores(chosen)
+        if self.config.refit:
+            scores = self._refitted_scores()
         entry = chosen["semantic"].entry
         if "texture" in chosen:
             texture = chosen["texture"].entry
@@ -412,7 +419,41 @@ class Trainer:
             "n_test": len(data.test_rows),
             "seconds": round(seconds, 1),
         }
-        return Fitted(self.detector, scores, data.labels, data.test_rows, held_scores, self.history, result)
+        simple = self._own_input_scores() if self.config.baselines else {}
+        return Fitted(
+            self.detector, scores, data.labels, data.test_rows, held_scores, self.history, result, simple
+        )
+
+    def _refitted_scores(self) -> np.ndarray:
+        """Scores of the test images once the normalisation and the neighbours have taken in all normal training
+        images.
+
+        The standardisation stays that of the held-out images, from when they were still held out.
+        """
+        fit, data = self.detector, self.data
+        normal = np.sort(np.concatenate([data.fit_rows, data.held_rows]))
+        self._fit_normalizers(normal)
+        if self.config.score == "latent_knn":
+            fit.reference = self.heads[0].latents(data.train, normal)[0]
+        for head in self.heads if self.config.score == "spectrum" else ():
+            fit.evidence[head.name].reference = head.tokens(data.train, normal).half()
+        scores = [fit.score_features(data.test[batch]) for batch in in_batches(data.test_rows, EVAL_BATCH)]
+        if not np.isfinite(np.concatenate(scores)).all():
+            raise self.not_finite("scores are not finite after the refit", self.step - 1)
+        return np.concatenate(scores)
+
+    @torch.no_grad()
+    def _own_input_scores(self) -> dict[str, np.ndarray]:
+        """Scores of simple detectors on what the flows take, fitted to all normal training images."""
+        data = self.data
+
+        def tokens(source: TokenSource, rows: np.ndarray) -> Tensor:
+            return torch.cat(
+                [self.detector.own_input(source[batch]) for batch in in_batches(rows, EVAL_BATCH)]
+            )
+
+        normal = np.sort(np.concatenate([data.fit_rows, data.held_rows]))
+        return own_input_scores(tokens(data.train, normal), tokens(data.test, data.test_rows))
 
 
 # ---------------------------------------------------------------- the script
