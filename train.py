@@ -425,11 +425,10 @@ class Trainer:
         )
 
     def _refitted_scores(self) -> np.ndarray:
-        """Scores of the test images once the normalisation and the neighbours have taken in all normal training
-        images.
+        """Scores of the test images once the normalisation and the neighbours have taken in all normal
+        training images.
 
-        The standardisation stays that of the held-out images, from when they were still held out.
-        """
+        The standardisation stays that of the held-out images, from when they were still held out."""
         fit, data = self.detector, self.data
         normal = np.sort(np.concatenate([data.fit_rows, data.held_rows]))
         self._fit_normalizers(normal)

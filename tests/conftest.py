@@ -123,3 +123,17 @@ def make_cache(
             for half in (slice(0, 3), slice(3, None)):
                 append({name: splits[split][half].astype(np.float16) for name, splits in arrays.items()})
     return datasets.FeatureCache(datasets.CacheIdentity(folder, {}))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    from fabricated import fabricate
+
+    return fabricate(tmp_path_factory.mktemp("features") / "clear")
+
+
+@pytest.fixture(scope="session")
+def blank(tmp_path_factory):
+    from fabricated import fabricate
+
+    return fabricate(tmp_path_factory.mktemp("features") / "blank", signal=0.0)

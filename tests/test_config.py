@@ -283,3 +283,40 @@ def test_import_starts_nothing(tmp_path):
         text=True,
     )
     assert done.returncode == 0 and done.stdout == "" and list(tmp_path.iterdir()) == [], done.stderr
+
+
+# ---------------------------------------------------------------- one place for one decision
+FEATURES = """
+    dataset validate extractor weights_path n_feat img_size norm_mean norm_std token_grid pooling
+    precision bands band_depths rings low_sigma window
+""".split()
+FIT = """
+    device n_coupling_blocks fc_internal clamp fusion n_heads alpha use_gamma identity_start normalize
+    centre_pool whiten_ridge low_depths batch_size meta_epochs sub_epochs least_steps lr_init
+    lr_schedule weight_decay max_grad_norm feature_noise holdout select_epoch patience refit
+    train_together score neighbours_weight spread_at_balance
+""".split()
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config)])
+def test_role_of_every_knob(name):
+    """A knob of the wrong role makes a cache or a resumed run that does not fit its settings."""
+    expected = "features" if name in FEATURES else "fit" if name in FIT else "run"
+    assert [role for role in config.ROLES if name in config.knobs_affecting(role)] == [expected]
+
+
+def test_help_has_its_sections():
+    text = config.build_parser("").format_help()
+    titles = ["run:", "data:", "backbone and extraction:", "flow:", "training:", "scoring:"]
+    places = [text.index(f"\n{title}\n") for title in titles]
+    assert places == sorted(places)
+
+
+def test_names_are_those_of_the_registries():
+    from freq_fusion import FUSIONS
+    from model import SCORES
+    from normalization import NORMALIZATIONS
+
+    assert set(config.FUSIONS) == set(FUSIONS)
+    assert set(config.SCORES) == set(SCORES)
+    assert set(config.NORMALIZATIONS) == {"auto", *NORMALIZATIONS}

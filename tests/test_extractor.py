@@ -614,3 +614,89 @@ def test_grid_from_the_number_of_tokens(size, grid):
     model = load_backbone(settings("vit_tiny_patch16_224", size)).model
     model.patch_embed.grid_size = None
     assert backbones.Backbone(model, size).grid == grid
+
+
+# ---------------------------------------------------------------- what a cache is known by
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"token_grid": "2", "pooling": "released"},
+        {"token_grid": "compact", "window": 2},
+        {"token_grid": "centre", "centre_pool": 0.3},
+        {"bands": True},
+        {"bands": True, "rings": 3},
+        {"bands": True, "low_sigma": 0.3},
+        {"bands": True, "band_depths": "1,2"},
+        {"validate": True},
+    ],
+    ids=str,
+)
+def test_identity_follows_what_changes_the_features(tmp_path, change):
+    base = {"pooling": "correct"} | {k: v for k, v in change.items() if k in ("token_grid", "bands")}
+    base |= {"centre_pool": 0.1}
+    if len(change) == 1:
+        base.pop("bands", None)
+    first, second = (
+        extractor.cache_identity(settings("resnet18", (32, 32), **o)) for o in (base, base | change)
+    )
+    assert first.fields != second.fields
+
+
+def test_identity_ignores_what_changes_nothing():
+    plain = extractor.cache_identity(settings("resnet18", (32, 32)))
+    for change in ({"window": 5}, {"rings": 5}, {"low_sigma": 0.5}, {"fusion": "none"}, {"centre_pool": 0.2}):
+        assert extractor.cache_identity(settings("resnet18", (32, 32), **change)) == plain, change
+
+
+def test_sidecar_knows_the_weights(mixed):
+    one, same, other = (
+        extractor.ensure_features(small(mixed, seed=seed, feature_path=path), CPU).meta["weights_sha256"]
+        for seed, path in ((0, "a"), (0, "b"), (1, "c"))
+    )
+    assert one == same != other
+
+
+def test_bands_in_the_cache_are_those_of_the_maps(mixed):
+    config = small(mixed, bands=True)
+    cache = extractor.ensure_features(config, CPU)
+    backbone, images = load_backbone(config), datasets.load_images("folder", str(mixed))
+    mean, std = (torch.tensor(cache.meta[key]).view(3, 1, 1) for key in ("norm_mean", "norm_std"))
+    assert cache.meta["depths"] == [1, 2, 3, 4] and cache.meta["band_channels"] == [64, 128, 256, 512]
+    for split in SPLITS:
+        bands = cache.arrays(split)["bands"]
+        for i in range(len(bands)):
+            image = Image.fromarray(images.read(split, i)).resize((48, 32), Image.Resampling.BICUBIC)
+            pixels = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
+            with torch.inference_mode():
+                _, maps = backbone.with_maps(pixels[None], (1, 2, 3, 4))
+                wanted = extractor.band_token(config).measure(maps)[0]
+            error = (torch.from_numpy(np.array(bands[i])).float() - wanted).abs().max() / wanted.abs().max()
+            assert error < 0.02, (split, i)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_band_depths(name):
+    backbone = load_backbone(settings(name))
+    count = 12 if "vit" in name else 5
+    assert backbone.band_depths("auto") == ((2, 5, 8, 11) if "vit" in name else (1, 2, 3, 4))
+    assert backbone.band_depths("3, 1") == (1, 3)
+    for wrong in (f"0,{count}", "1,1"):
+        with pytest.raises(UserError, match="band_depths"):
+            backbone.band_depths(wrong)
+    tokens, maps = backbone.with_maps(torch.zeros(1, 3, *backbone.img_size), (1, 3))
+    assert [m.shape[1] for m in maps] == list(backbone.channels_of((1, 3)))
+    assert torch.allclose(tokens, backbone(torch.zeros(1, 3, *backbone.img_size)), atol=1e-5)
+
+
+def test_pooling_a_full_cache_asks_for_the_disk_too(mixed, monkeypatch):
+    extractor.ensure_features(small(mixed), CPU)
+    monkeypatch.setattr(extractor.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr(extractor, "extract", lambda *_: pytest.fail("extracted"))
+    with pytest.raises(UserError, match="free"):
+        extractor.ensure_features(small(mixed, token_grid="1"), CPU)
+
+
+def test_validate_reads_no_test_image(mixed, monkeypatch):
+    images = datasets.images_of(small(mixed, validate=True))
+    assert images.labels.per_category and all("test" not in name for name in images.labels.test.names)
+    assert len(images.labels.test.names) > len(datasets.images_of(small(mixed)).labels.test.names)

@@ -1,97 +1,32 @@
-"""Training, scoring, checkpoints and the whole run: on fabricated features, and from images to
-results.json."""
+"""Training and scoring, on fabricated features."""
 
 import dataclasses
-import json
 import math
 import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_cache, make_folder, script
-from safetensors.torch import load_file
+from fabricated import (
+    CHOOSING,
+    CLASSES,
+    N_TEST,
+    N_TRAIN,
+    SPECTRUM,
+    C,
+    by_score,
+    fabricate,
+    fit,
+    make,
+    settings,
+)
 
 import config as knobs
 import detector
-import main
 import model
-import train
 import utils
-from config import Config, UserError
-from datasets import SPLITS, CacheIdentity, FeatureCache, Labels, Split
-from token_grid import Bands
-
-BAND_CHANNELS = (4, 6)  # of the two depths of the fabricated band tokens
-CLASSES, N_TRAIN, N_TEST, C, GRID = ("a", "b", "c"), 40, 20, 32, (3, 3)
-
-
-def fabricate(folder, signal: float = 2.0, scale: float = 1.0) -> FeatureCache:
-    """A cache of Gaussian tokens: semantic tokens lie ``signal`` apart per channel and class; patch tokens
-    follow them."""
-    generator = np.random.RandomState(0)
-    n, centres = math.prod(GRID), generator.randn(len(CLASSES), C)
-    counts = dict(zip(SPLITS, (N_TRAIN, N_TEST)))
-    category = {s: np.repeat(np.arange(len(CLASSES)), counts[s]) for s in SPLITS}
-    splits = {
-        s: Split.of([f"{s}/{name}/{i}.png" for name in CLASSES for i in range(counts[s])], category[s])
-        for s in SPLITS
-    }
-    tokens = {
-        s: scale * (generator.randn(len(category[s]), 1 + n, C) + signal * centres[category[s]][:, None])
-        for s in SPLITS
-    }
-    size = Bands(2, 0.15).size(BAND_CHANNELS)
-    places = generator.randn(len(CLASSES), size)
-    bands = {
-        s: 3 + 0.3 * (generator.randn(len(category[s]), size) + signal * places[category[s]]) for s in SPLITS
-    }
-    labels = Labels(CLASSES, **splits)
-    return make_cache(folder, labels, tokens, bands, grid=GRID, band_channels=BAND_CHANNELS)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return fabricate(tmp_path_factory.mktemp("features") / "clear")
-
-
-@pytest.fixture(scope="module")
-def blank(tmp_path_factory):
-    return fabricate(tmp_path_factory.mktemp("features") / "blank", signal=0.0)
-
-
-def settings(**more) -> Config:
-    """A small flow that learns in a moment."""
-    return Config(
-        **{
-            "fusion": "class_attention",
-            "n_coupling_blocks": 2,
-            "fc_internal": 24,
-            "lr_init": 1e-3,
-            "batch_size": 8,
-            "threads": 1,
-            "extractor": "resnet18",
-            "weights_path": "random",
-            "hide_tqdm_bar": True,
-            "verbose": False,
-            **more,
-        }
-    )
-
-
-SPECTRUM = {"score": "spectrum", "bands": True, "holdout": 0.2}
-by_score = pytest.mark.parametrize(
-    "options", [*({"score": name} for name in knobs.SCORES[:3]), SPECTRUM], ids=str
-)
-
-
-def make(cache, class_name: str = "a", seed: int = 0, **more) -> train.Trainer:
-    sources = [detector.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]
-    return train.make_trainer(settings(**more), cache, class_name, seed, *sources)
-
-
-def fit(cache, class_name: str = "a", seed: int = 0, **more) -> detector.Fitted:
-    return make(cache, class_name, seed, **more).run()
+from config import UserError
+from datasets import CacheIdentity, FeatureCache, Split
 
 
 # ---------------------------------------------------------------- detection
@@ -329,9 +264,6 @@ def test_standardizing_takes_the_scale_away(cache, tmp_path):
 
 
 # ---------------------------------------------------------------- choosing the epoch
-CHOOSING = {"holdout": 0.25, "select_epoch": "likelihood", "lr_init": 0.02}
-
-
 @pytest.mark.parametrize("patience", [1, 2])
 def test_select_epoch_by_likelihood(cache, patience):
     """The epoch with the lowest held-out loss is reported, and training ends ``patience`` evaluations behind
@@ -395,281 +327,40 @@ def test_flow_that_does_not_fit(cache, change):
         fit(cache, **change)
 
 
-# ---------------------------------------------------------------- checkpoints
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"score": "latent_knn", "normalize": "power_l2+whiten"},
-        {"fusion": "hilo", "score": "likelihood", "use_gamma": False},
-        {**CHOOSING, "meta_epochs": 3},
-        SPECTRUM,
-    ],
-    ids=str,
-)
-def test_checkpoint_gives_the_same_scores(cache, tmp_path, monkeypatch, options):
-    monkeypatch.chdir(tmp_path)
-    trainer = make(cache, **options)
+def test_auto_normalises_maps_and_leaves_transformers(cache):
+    for kind, name in (("map", "power_l2+whiten"), ("tokens", "none")):
+        assert detector.normalization_in_effect(settings(), {"kind": kind}) == name
+    assert detector.normalization_in_effect(settings(normalize="whiten"), {"kind": "map"}) == "whiten"
+
+
+def test_patch_statistics_come_from_many_images(cache):
+    """All images of a small class, not a handful: their mean is the normaliser's."""
+    trainer = make(cache, normalize="standardize")
+    patches = trainer.data.train[trainer.data.fit_rows].patches.flatten(0, 1)
+    assert torch.allclose(trainer.detector.normalizer.patch_mean, patches.mean(0), atol=1e-4)
+
+
+def test_a_small_class_gets_its_least_number_of_steps(cache):
+    trainer = make(cache, least_steps=37, meta_epochs=2)
+    trainer.run()
+    assert trainer.step == trainer.steps >= 37 and trainer.step - 10 < 37
+    assert [entry["epoch"] for entry in trainer.history] == [4, 8]
+
+
+@pytest.mark.parametrize("options", [{"normalize": "standardize", "holdout": 0.25}, SPECTRUM], ids=str)
+def test_refit_takes_in_the_images_that_were_held_out(cache, options):
+    trainer = make(cache, refit=True, **options)
     fitted = trainer.run()
-    path = detector.save_fitted(settings(**options), cache, fitted)
-    for suffix in (".json", ".safetensors"):
-        loaded, content = detector.load_detector(path.with_name(path.name + suffix))
-        with torch.no_grad():
-            again = loaded.score_features(trainer.data.test[fitted.test_rows])
-        assert np.allclose(again, fitted.scores, rtol=1e-4, atol=1e-4)
-    assert content["result"] == fitted.result and content["history"] == fitted.history
-    assert (
-        content["test"]["scores"] == pytest.approx(fitted.scores.tolist())
-        and content["test"]["labels"] == fitted.labels.tolist()
-    )
-    assert Config(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}
-    ) == settings(**options)
-
-
-def test_checkpoint_that_is_not_there(cache, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="nothing"):
-        detector.load_detector(tmp_path / "nothing.json")
-    path = detector.save_fitted(settings(save_model=False), cache, fit(cache))
-    assert path.with_suffix(".json").exists() and not path.with_suffix(".safetensors").exists()
-    with pytest.raises(UserError):
-        detector.load_detector(path)
-    path.with_suffix(".safetensors").write_bytes(b"no weights")
-    try:
-        detector.load_detector(path)
-    except Exception as error:
-        assert isinstance(error, UserError), f"{type(error).__name__} instead of a UserError"
+    rows = np.sort(np.concatenate([trainer.data.fit_rows, trainer.data.held_rows]))
+    features = trainer.data.train[rows]
+    if "bands" in options:
+        reference = fitted.detector.evidence["texture"].reference
+        assert len(reference) == N_TRAIN
+        assert torch.allclose(
+            reference.float(), fitted.detector.texture_inputs(features.bands).tokens, atol=0.02
+        )
     else:
-        pytest.fail("a broken checkpoint was loaded")
-
-
-# ---------------------------------------------------------------- the whole run
-def whole(folder, **more) -> Config:
-    """From images to results: EfficientNet-Lite0 with its own weights at 64 pixels."""
-    return Config(
-        **{
-            "modelname": "run",
-            "dataset": "folder",
-            "dataset_path": str(folder),
-            "extractor": "efficientnet_lite0",
-            "img_size": (64, 64),
-            "fc_internal": 32,
-            "n_coupling_blocks": 2,
-            "normalize": "power_l2+whiten",
-            "lr_init": 1e-3,
-            "batch_size": 8,
-            "meta_epochs": 3,
-            "threads": 1,
-            "workers": 0,
-            "precision": "float32",
-            "plots": False,
-            "hide_tqdm_bar": True,
-            "verbose": False,
-            **more,
-        }
-    )
-
-
-@pytest.fixture(scope="module")
-def run_folder(texture_folder, tmp_path_factory):
-    """A working folder in which main.py has run once, with everything; its features/ serve the other runs."""
-    folder = tmp_path_factory.mktemp("work")
-    given = knobs.changed(whole(texture_folder, plots=True, baselines=True, n_seeds=2)).items()
-    text = {"img_size": "64x64"}
-    done = script(
-        "main.py",
-        *(part for name, value in given for part in (f"--{name}", text.get(name, value))),
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, done
-
-
-def in_process(config: Config, run_folder, tmp_path, monkeypatch) -> dict:
-    """main.main in a folder of its own, on the features of the first run -> results.json."""
-    monkeypatch.chdir(tmp_path)
-    if not (tmp_path / "features").exists():
-        (tmp_path / "features").symlink_to(run_folder[0] / "features")
-    main.main(config)
-    return json.loads((tmp_path / "runs" / config.modelname / "results.json").read_text())
-
-
-def metrics(results: dict) -> dict:
-    return {
-        name: {key: value for key, value in values.items() if key != "runs"}
-        for name, values in results["classes"].items()
-    }
-
-
-def test_main_detects(run_folder):
-    folder, done = run_folder
-    results = json.loads((folder / "runs/run/results.json").read_text())
-    assert {"classes", "mean", "config"} <= set(results) and list(results["classes"]) == [
-        "apple",
-        "leaf",
-        "sky",
-    ]
-    for name, values in results["classes"].items():
-        assert values["auroc"] > 0.95 and 0 <= values["fpr95"] <= 1 and values["aupr"] > 0.9, name
-        assert [run["seed"] for run in values["runs"]] == [0, 1]
-        per_seed = [run["auroc"] for run in values["runs"]]
-        assert values["auroc"] == pytest.approx(np.mean(per_seed)) and values["auroc_std"] == pytest.approx(
-            np.std(per_seed, ddof=1)
-        )
-    assert results["mean"]["auroc"] == pytest.approx(
-        np.mean([values["auroc"] for values in results["classes"].values()])
-    )
-    assert results["config"]["extractor"] == "efficientnet_lite0" and results["config"]["n_seeds"] == 2
-    assert len(results["baselines"]) > 0 and all(
-        table["mean"]["auroc"] > 0.9 for table in results["baselines"].values()
-    )
-    assert f"{results['mean']['auroc']:.4f}" in done.stdout and "preset paper" in done.stdout
-
-
-def test_main_leaves_its_files(run_folder):
-    folder, _ = run_folder
-    run = folder / "runs/run"
-    assert {path.name for path in folder.iterdir()} == {"features", "runs"}
-    assert "leaf" in (run / "results.md").read_text()
-    rows = [line.split(",") for line in (run / "results.csv").read_text().splitlines()]
-    results = json.loads((run / "results.json").read_text())
-    column = rows[0].index("auroc")
-    flow = rows[1][0]  # the first rows are the flow's, whatever it is called
-    found = {row[1]: float(row[column]) for row in rows[1:] if row[0] == flow}
-    assert found == {
-        **{name: values["auroc"] for name, values in results["classes"].items()},
-        "mean": results["mean"]["auroc"],
-    }
-    for name in ("apple", "leaf", "sky"):
-        for seed in (0, 1):
-            state = load_file(run / "classes" / f"{name}-seed{seed}.safetensors")
-            assert all(
-                torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point()
-            )
-    assert len(list((run / "figures").glob("*.png"))) >= 3
-    assert not list(folder.rglob("*.partial*"))
-
-
-def test_same_run_same_results(run_folder, texture_folder, tmp_path, monkeypatch):
-    """In another process, one class at a time and in another order: the numbers are the first run's."""
-    first = json.loads((run_folder[0] / "runs/run/results.json").read_text())
-    again = in_process(whole(texture_folder, class_name="sky,apple"), run_folder, tmp_path, monkeypatch)
-    for name in ("sky", "apple"):
-        kept = [
-            json.loads((folder / f"runs/run/classes/{name}-seed0.json").read_text())
-            for folder in (run_folder[0], tmp_path)
-        ]
-        assert kept[0]["test"] == kept[1]["test"] and kept[0]["history"] == kept[1]["history"]
-        assert again["classes"][name]["runs"][0]["auroc"] == first["classes"][name]["runs"][0]["auroc"]
-
-
-def test_train_script_is_one_class_of_main(run_folder, texture_folder, tmp_path, monkeypatch):
-    in_process(whole(texture_folder, class_name="leaf"), run_folder, tmp_path, monkeypatch)
-    wanted = json.loads((tmp_path / "runs/run/classes/leaf-seed0.json").read_text())
-    train.main(whole(texture_folder, class_name="leaf", modelname="single"))
-    assert (
-        json.loads((tmp_path / "runs/single/classes/leaf-seed0.json").read_text())["test"] == wanted["test"]
-    )
-    with pytest.raises(UserError, match="class_name"):
-        train.main(whole(texture_folder))
-
-
-def test_together_run(run_folder, texture_folder, tmp_path, monkeypatch):
-    alone, joint = (
-        in_process(whole(texture_folder, train_together=value), run_folder, tmp_path, monkeypatch)
-        for value in ("False", "True")
-    )
-    for name, values in metrics(alone).items():
-        assert metrics(joint)[name]["auroc"] == pytest.approx(values["auroc"], abs=0.02)
-    assert list(joint["classes"]) == list(alone["classes"])
-
-
-def fitted_classes(monkeypatch) -> list:
-    """The classes that are fitted from now on, as they come."""
-    seen, real = [], train.make_trainer
-    monkeypatch.setattr(
-        train,
-        "make_trainer",
-        lambda config, cache, class_name, seed, *a, **k: (
-            seen.append((class_name, seed)) or real(config, cache, class_name, seed, *a, **k)
-        ),
-    )
-    return seen
-
-
-def test_resume_skips_what_is_finished(run_folder, texture_folder, tmp_path, monkeypatch):
-    first = in_process(whole(texture_folder), run_folder, tmp_path, monkeypatch)
-    (tmp_path / "runs/run/classes/leaf-seed0.json").unlink()
-    seen = fitted_classes(monkeypatch)
-    again = in_process(whole(texture_folder, resume=True), run_folder, tmp_path, monkeypatch)
-    assert seen == [("leaf", 0)] and metrics(again) == metrics(first)
-    seen.clear()
-    in_process(
-        whole(texture_folder, resume=True, verbose=True, class_name="sky"), run_folder, tmp_path, monkeypatch
-    )
-    assert seen == [], "knobs that change no outcome do not count"
-    in_process(
-        whole(texture_folder, resume=True, n_seeds=2, class_name="sky"), run_folder, tmp_path, monkeypatch
-    )
-    assert seen == [("sky", 1)]
-
-
-@pytest.mark.parametrize("change", [{"lr_init": 2e-3}, {"clamp": 1.0}, {"score": "likelihood"}], ids=str)
-def test_resume_fits_again_what_differs(run_folder, texture_folder, tmp_path, monkeypatch, change):
-    in_process(whole(texture_folder, class_name="leaf"), run_folder, tmp_path, monkeypatch)
-    seen = fitted_classes(monkeypatch)
-    in_process(
-        whole(texture_folder, class_name="leaf", resume=True, **change), run_folder, tmp_path, monkeypatch
-    )
-    assert seen == [("leaf", 0)]
-
-
-def test_without_resume_everything_runs_again(run_folder, texture_folder, tmp_path, monkeypatch):
-    for _ in range(2):
-        seen = fitted_classes(monkeypatch)
-        in_process(whole(texture_folder, class_name="leaf"), run_folder, tmp_path, monkeypatch)
-        assert seen == [("leaf", 0)]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"token_grid": "1"},
-        {"token_grid": "compact", "window": 1},
-        {"token_grid": "1", "pooling": "released", "fusion": "class_attention"},
-    ],
-    ids=str,
-)
-def test_token_grids_end_to_end(texture_folder, tmp_path, monkeypatch, options):
-    monkeypatch.chdir(tmp_path)
-    main.main(whole(texture_folder, class_name="sky", **options))
-    assert json.loads((tmp_path / "runs/run/results.json").read_text())["mean"]["auroc"] > 0.95
-
-
-def test_images_without_signal(tmp_path, monkeypatch):
-    """All classes drawn from one distribution: no detector may find anything, from the image on."""
-    monkeypatch.chdir(tmp_path)
-    folder = make_folder(tmp_path / "images", n_train=24, n_test=24, signal=False)
-    main.main(whole(folder))
-    results = json.loads((tmp_path / "runs/run/results.json").read_text())
-    assert all(0.3 < values["auroc"] < 0.7 for values in results["classes"].values()), results["classes"]
-
-
-def test_test_images_of_one_label(tmp_path, monkeypatch):
-    """Nothing but normal test images: no AUROC, and no failure either, the second time with --resume."""
-    monkeypatch.chdir(tmp_path)
-    folder = make_folder(tmp_path / "images", classes=("only",), n_train=8, n_test=4)
-    for resume in (False, True):
-        main.main(
-            whole(
-                folder,
-                extractor="resnet18",
-                weights_path="random",
-                normalize="standardize",
-                resume=resume,
-                plots=True,
-            )
-        )
-    auroc = json.loads((tmp_path / "runs/run/results.json").read_text())["mean"]["auroc"]
-    assert auroc is None or math.isnan(auroc)
+        assert torch.allclose(fitted.detector.normalizer.semantic_mean, features.semantic.mean(0), atol=1e-4)
+    again = fitted.detector.score_features(trainer.data.test[fitted.test_rows])
+    assert np.allclose(again, fitted.scores, rtol=1e-4, atol=1e-4)
+    assert not np.allclose(fit(cache, **options).scores, fitted.scores, rtol=1e-3)

@@ -1,0 +1,80 @@
+"""A fabricated cache of three classes, a small flow that learns in a moment, and what makes a trainer of
+them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_cache
+
+import config as knobs
+import detector
+import train
+from config import Config
+from datasets import SPLITS, FeatureCache, Labels, Split
+from token_grid import Bands
+
+BAND_CHANNELS = (4, 6)  # of the two depths of the fabricated band tokens
+CLASSES, N_TRAIN, N_TEST, C, GRID = ("a", "b", "c"), 40, 20, 32, (3, 3)
+
+
+def fabricate(folder, signal: float = 2.0, scale: float = 1.0) -> FeatureCache:
+    """A cache of Gaussian tokens: semantic tokens lie ``signal`` apart per channel and class; patch tokens
+    follow them."""
+    generator = np.random.RandomState(0)
+    n, centres = math.prod(GRID), generator.randn(len(CLASSES), C)
+    counts = dict(zip(SPLITS, (N_TRAIN, N_TEST)))
+    category = {s: np.repeat(np.arange(len(CLASSES)), counts[s]) for s in SPLITS}
+    splits = {
+        s: Split.of([f"{s}/{name}/{i}.png" for name in CLASSES for i in range(counts[s])], category[s])
+        for s in SPLITS
+    }
+    tokens = {
+        s: scale * (generator.randn(len(category[s]), 1 + n, C) + signal * centres[category[s]][:, None])
+        for s in SPLITS
+    }
+    size = Bands(2, 0.15).size(BAND_CHANNELS)
+    places = generator.randn(len(CLASSES), size)
+    bands = {
+        s: 3 + 0.3 * (generator.randn(len(category[s]), size) + signal * places[category[s]]) for s in SPLITS
+    }
+    labels = Labels(CLASSES, **splits)
+    return make_cache(folder, labels, tokens, bands, grid=GRID, band_channels=BAND_CHANNELS)
+
+
+def settings(**more) -> Config:
+    """A small flow that learns in a moment."""
+    return Config(
+        **{
+            "fusion": "class_attention",
+            "n_coupling_blocks": 2,
+            "fc_internal": 24,
+            "lr_init": 1e-3,
+            "batch_size": 8,
+            "threads": 1,
+            "extractor": "resnet18",
+            "weights_path": "random",
+            "hide_tqdm_bar": True,
+            "verbose": False,
+            **more,
+        }
+    )
+
+
+SPECTRUM = {"score": "spectrum", "bands": True, "holdout": 0.2}
+by_score = pytest.mark.parametrize(
+    "options", [*({"score": name} for name in knobs.SCORES[:3]), SPECTRUM], ids=str
+)
+
+
+def make(cache, class_name: str = "a", seed: int = 0, **more) -> train.Trainer:
+    sources = [detector.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]
+    return train.make_trainer(settings(**more), cache, class_name, seed, *sources)
+
+
+def fit(cache, class_name: str = "a", seed: int = 0, **more) -> detector.Fitted:
+    return make(cache, class_name, seed, **more).run()
+
+
+CHOOSING = {"holdout": 0.25, "select_epoch": "likelihood", "lr_init": 0.02}

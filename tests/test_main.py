@@ -1,0 +1,269 @@
+"""The whole run, from images to results.json."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_folder, script
+from safetensors.torch import load_file
+
+import config as knobs
+import main
+import train
+from config import Config, UserError
+
+
+# ---------------------------------------------------------------- the whole run
+def whole(folder, **more) -> Config:
+    """From images to results: EfficientNet-Lite0 with its own weights at 64 pixels."""
+    return Config(
+        **{
+            "modelname": "run",
+            "dataset": "folder",
+            "dataset_path": str(folder),
+            "extractor": "efficientnet_lite0",
+            "img_size": (64, 64),
+            "fc_internal": 32,
+            "n_coupling_blocks": 2,
+            "normalize": "power_l2+whiten",
+            "lr_init": 1e-3,
+            "batch_size": 8,
+            "meta_epochs": 3,
+            "threads": 1,
+            "workers": 0,
+            "precision": "float32",
+            "plots": False,
+            "hide_tqdm_bar": True,
+            "verbose": False,
+            **more,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def run_folder(texture_folder, tmp_path_factory):
+    """A working folder in which main.py has run once, with everything; its features/ serve the other runs."""
+    folder = tmp_path_factory.mktemp("work")
+    given = knobs.changed(whole(texture_folder, plots=True, baselines=True, n_seeds=2)).items()
+    text = {"img_size": "64x64"}
+    done = script(
+        "main.py",
+        *(part for name, value in given for part in (f"--{name}", text.get(name, value))),
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def in_process(config: Config, run_folder, tmp_path, monkeypatch) -> dict:
+    """main.main in a folder of its own, on the features of the first run -> results.json."""
+    monkeypatch.chdir(tmp_path)
+    if not (tmp_path / "features").exists():
+        (tmp_path / "features").symlink_to(run_folder[0] / "features")
+    main.main(config)
+    return json.loads((tmp_path / "runs" / config.modelname / "results.json").read_text())
+
+
+def metrics(results: dict) -> dict:
+    return {
+        name: {key: value for key, value in values.items() if key != "runs"}
+        for name, values in results["classes"].items()
+    }
+
+
+def test_main_detects(run_folder):
+    folder, done = run_folder
+    results = json.loads((folder / "runs/run/results.json").read_text())
+    assert {"classes", "mean", "config"} <= set(results) and list(results["classes"]) == [
+        "apple",
+        "leaf",
+        "sky",
+    ]
+    for name, values in results["classes"].items():
+        assert values["auroc"] > 0.95 and 0 <= values["fpr95"] <= 1 and values["aupr"] > 0.9, name
+        assert [run["seed"] for run in values["runs"]] == [0, 1]
+        per_seed = [run["auroc"] for run in values["runs"]]
+        assert values["auroc"] == pytest.approx(np.mean(per_seed)) and values["auroc_std"] == pytest.approx(
+            np.std(per_seed, ddof=1)
+        )
+    assert results["mean"]["auroc"] == pytest.approx(
+        np.mean([values["auroc"] for values in results["classes"].values()])
+    )
+    assert results["config"]["extractor"] == "efficientnet_lite0" and results["config"]["n_seeds"] == 2
+    assert len(results["baselines"]) > 0 and all(
+        table["mean"]["auroc"] > 0.9 for table in results["baselines"].values()
+    )
+    assert f"{results['mean']['auroc']:.4f}" in done.stdout and "preset paper" in done.stdout
+
+
+def test_main_leaves_its_files(run_folder):
+    folder, _ = run_folder
+    run = folder / "runs/run"
+    assert {path.name for path in folder.iterdir()} == {"features", "runs"}
+    assert "leaf" in (run / "results.md").read_text()
+    rows = [line.split(",") for line in (run / "results.csv").read_text().splitlines()]
+    results = json.loads((run / "results.json").read_text())
+    column = rows[0].index("auroc")
+    flow = rows[1][0]  # the first rows are the flow's, whatever it is called
+    found = {row[1]: float(row[column]) for row in rows[1:] if row[0] == flow}
+    assert found == {
+        **{name: values["auroc"] for name, values in results["classes"].items()},
+        "mean": results["mean"]["auroc"],
+    }
+    for name in ("apple", "leaf", "sky"):
+        for seed in (0, 1):
+            state = load_file(run / "classes" / f"{name}-seed{seed}.safetensors")
+            assert all(
+                torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point()
+            )
+    assert len(list((run / "figures").glob("*.png"))) >= 3
+    assert not list(folder.rglob("*.partial*"))
+
+
+def test_same_run_same_results(run_folder, texture_folder, tmp_path, monkeypatch):
+    """In another process, one class at a time and in another order: the numbers are the first run's."""
+    first = json.loads((run_folder[0] / "runs/run/results.json").read_text())
+    again = in_process(whole(texture_folder, class_name="sky,apple"), run_folder, tmp_path, monkeypatch)
+    for name in ("sky", "apple"):
+        kept = [
+            json.loads((folder / f"runs/run/classes/{name}-seed0.json").read_text())
+            for folder in (run_folder[0], tmp_path)
+        ]
+        assert kept[0]["test"] == kept[1]["test"] and kept[0]["history"] == kept[1]["history"]
+        assert again["classes"][name]["runs"][0]["auroc"] == first["classes"][name]["runs"][0]["auroc"]
+
+
+def test_train_script_is_one_class_of_main(run_folder, texture_folder, tmp_path, monkeypatch):
+    in_process(whole(texture_folder, class_name="leaf"), run_folder, tmp_path, monkeypatch)
+    wanted = json.loads((tmp_path / "runs/run/classes/leaf-seed0.json").read_text())
+    train.main(whole(texture_folder, class_name="leaf", modelname="single"))
+    assert (
+        json.loads((tmp_path / "runs/single/classes/leaf-seed0.json").read_text())["test"] == wanted["test"]
+    )
+    with pytest.raises(UserError, match="class_name"):
+        train.main(whole(texture_folder))
+
+
+def test_together_run(run_folder, texture_folder, tmp_path, monkeypatch):
+    alone, joint = (
+        in_process(whole(texture_folder, train_together=value), run_folder, tmp_path, monkeypatch)
+        for value in ("False", "True")
+    )
+    for name, values in metrics(alone).items():
+        assert metrics(joint)[name]["auroc"] == pytest.approx(values["auroc"], abs=0.02)
+    assert list(joint["classes"]) == list(alone["classes"])
+
+
+def fitted_classes(monkeypatch) -> list:
+    """The classes that are fitted from now on, as they come."""
+    seen, real = [], train.make_trainer
+    monkeypatch.setattr(
+        train,
+        "make_trainer",
+        lambda config, cache, class_name, seed, *a, **k: (
+            seen.append((class_name, seed)) or real(config, cache, class_name, seed, *a, **k)
+        ),
+    )
+    return seen
+
+
+def test_resume_skips_what_is_finished(run_folder, texture_folder, tmp_path, monkeypatch):
+    first = in_process(whole(texture_folder), run_folder, tmp_path, monkeypatch)
+    (tmp_path / "runs/run/classes/leaf-seed0.json").unlink()
+    seen = fitted_classes(monkeypatch)
+    again = in_process(whole(texture_folder, resume=True), run_folder, tmp_path, monkeypatch)
+    assert seen == [("leaf", 0)] and metrics(again) == metrics(first)
+    seen.clear()
+    in_process(
+        whole(texture_folder, resume=True, verbose=True, class_name="sky"), run_folder, tmp_path, monkeypatch
+    )
+    assert seen == [], "knobs that change no outcome do not count"
+    in_process(
+        whole(texture_folder, resume=True, n_seeds=2, class_name="sky"), run_folder, tmp_path, monkeypatch
+    )
+    assert seen == [("sky", 1)]
+
+
+@pytest.mark.parametrize("change", [{"lr_init": 2e-3}, {"clamp": 1.0}, {"score": "likelihood"}], ids=str)
+def test_resume_fits_again_what_differs(run_folder, texture_folder, tmp_path, monkeypatch, change):
+    in_process(whole(texture_folder, class_name="leaf"), run_folder, tmp_path, monkeypatch)
+    seen = fitted_classes(monkeypatch)
+    in_process(
+        whole(texture_folder, class_name="leaf", resume=True, **change), run_folder, tmp_path, monkeypatch
+    )
+    assert seen == [("leaf", 0)]
+
+
+def test_without_resume_everything_runs_again(run_folder, texture_folder, tmp_path, monkeypatch):
+    for _ in range(2):
+        seen = fitted_classes(monkeypatch)
+        in_process(whole(texture_folder, class_name="leaf"), run_folder, tmp_path, monkeypatch)
+        assert seen == [("leaf", 0)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"token_grid": "1"},
+        {"token_grid": "compact", "window": 1},
+        {"token_grid": "1", "pooling": "released", "fusion": "class_attention"},
+    ],
+    ids=str,
+)
+def test_token_grids_end_to_end(texture_folder, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    main.main(whole(texture_folder, class_name="sky", **options))
+    assert json.loads((tmp_path / "runs/run/results.json").read_text())["mean"]["auroc"] > 0.95
+
+
+def test_images_without_signal(tmp_path, monkeypatch):
+    """All classes drawn from one distribution: no detector may find anything, from the image on."""
+    monkeypatch.chdir(tmp_path)
+    folder = make_folder(tmp_path / "images", n_train=24, n_test=24, signal=False)
+    main.main(whole(folder))
+    results = json.loads((tmp_path / "runs/run/results.json").read_text())
+    assert all(0.3 < values["auroc"] < 0.7 for values in results["classes"].values()), results["classes"]
+
+
+def test_test_images_of_one_label(tmp_path, monkeypatch):
+    """Nothing but normal test images: no AUROC, and no failure either, the second time with --resume."""
+    monkeypatch.chdir(tmp_path)
+    folder = make_folder(tmp_path / "images", classes=("only",), n_train=8, n_test=4)
+    for resume in (False, True):
+        main.main(
+            whole(
+                folder,
+                extractor="resnet18",
+                weights_path="random",
+                normalize="standardize",
+                resume=resume,
+                plots=True,
+            )
+        )
+    auroc = json.loads((tmp_path / "runs/run/results.json").read_text())["mean"]["auroc"]
+    assert auroc is None or math.isnan(auroc)
+
+
+@pytest.mark.parametrize(
+    "change", [{"fusion": "none"}, {"normalize": "standardize"}, {"batch_size": 4}], ids=str
+)
+def test_resume_fits_again_when_a_fit_knob_differs(run_folder, texture_folder, tmp_path, monkeypatch, change):
+    in_process(whole(texture_folder, class_name="leaf"), run_folder, tmp_path, monkeypatch)
+    seen = fitted_classes(monkeypatch)
+    in_process(
+        whole(texture_folder, class_name="leaf", resume=True, **change), run_folder, tmp_path, monkeypatch
+    )
+    assert seen == [("leaf", 0)]
+
+
+def test_resume_fits_again_when_the_features_differ(run_folder, texture_folder, tmp_path, monkeypatch):
+    in_process(whole(texture_folder, class_name="leaf"), run_folder, tmp_path, monkeypatch)
+    seen = fitted_classes(monkeypatch)
+    path = tmp_path / "runs/run/classes/leaf-seed0.json"
+    record = json.loads(path.read_text())
+    record["features"]["weights_sha256"] = "other"
+    path.write_text(json.dumps(record))
+    in_process(whole(texture_folder, class_name="leaf", resume=True), run_folder, tmp_path, monkeypatch)
+    assert seen == [("leaf", 0)]
