@@ -25,6 +25,8 @@ BACKBONES = {  # name here -> timm model (the released code's names; any other t
     "cait": "cait_s24_384.fb_dist_in1k",
     "clip": "vit_base_patch16_clip_224.openai",
     "efficientnet_lite0": "tf_efficientnet_lite0",
+    "efficientnet_lite1": "tf_efficientnet_lite1",
+    "efficientnet_lite2": "tf_efficientnet_lite2",
 }
 FUSIONS = ("class_attention", "hilo", "spectral", "none")
 NORMALIZATIONS = ("auto", "none", "standardize", "power_l2", "whiten", "power_l2+whiten")

@@ -1,0 +1,253 @@
+"""Break one line at a time in a copy of the repository and see whether a test dies. Run by hand, not in CI.
+
+python tools/mutations.py             all of them, one by one: a Markdown table, and the survivors at the end
+python tools/mutations.py resume      those whose name holds this word
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Mutation(NamedTuple):
+    name: str
+    file: str
+    old: str  # must occur in the file
+    new: str
+    tests: str  # the test files that should notice, separated by spaces
+
+
+MUTATIONS = [
+    Mutation(
+        "centre pooling gives the backbone's token",
+        "normalization.py",
+        "return semantic if self.window is None",
+        "return semantic if True",
+        "bands",
+    ),
+    Mutation(
+        "validate does nothing",
+        "datasets.py",
+        "return validation_set(images) if config.validate else images",
+        "return images",
+        "extractor",
+    ),
+    Mutation(
+        "auto does not normalise maps",
+        "detector.py",
+        '"power_l2+whiten" if features["kind"] == "map"',
+        '"none" if features["kind"] == "map"',
+        "train",
+    ),
+    Mutation(
+        "resume ignores the features",
+        "main.py",
+        'if same and record["features"] == cache.meta',
+        "if same",
+        "main",
+    ),
+    Mutation(
+        "resume ignores fit knobs",
+        "main.py",
+        'knobs_affecting("features", "fit")',
+        'knobs_affecting("features")',
+        "main",
+    ),
+    Mutation(
+        "fusion is a run knob",
+        "config.py",
+        'choices=FUSIONS, affects="fit"',
+        'choices=FUSIONS, affects="run"',
+        "config",
+    ),
+    Mutation(
+        "pooling dropped from the identity",
+        "token_grid.py",
+        '"pooling": self.pooling if self.side else "correct"',
+        '"pooling": "correct"',
+        "extractor",
+    ),
+    Mutation(
+        "window dropped from the identity",
+        "token_grid.py",
+        '"window": self.window if self.bands else None',
+        '"window": None',
+        "extractor",
+    ),
+    Mutation(
+        "weights_sha256 not recorded",
+        "extractor.py",
+        "utils.sha256_of_tensors(backbone.state_dict())",
+        '""',
+        "extractor",
+    ),
+    Mutation(
+        "rings dropped from the identity", "extractor.py", "if not config.bands:", "if True:", "extractor"
+    ),
+    Mutation("deviation over seeds with ddof 0", "report.py", "ddof=1", "ddof=0", "report"),
+    Mutation(
+        "sweep table repeats its first column",
+        "report.py",
+        "summaries[(value, *column)]",
+        "summaries[(value, *columns[0])]",
+        "report",
+    ),
+    Mutation(
+        "sweep headings swapped",
+        "report.py",
+        "SCORE_AUROCS.items():\n",
+        "zip(SCORE_AUROCS, reversed(SCORE_AUROCS.values())):\n",
+        "report",
+    ),
+    Mutation(
+        "CSV without quotes",
+        "report.py",
+        "csv.writer(text, ",
+        "csv.writer(text, quoting=3, escapechar='|', ",
+        "report",
+    ),
+    Mutation("histogram labels swapped", "figures.py", '(0, "normal"', '(1, "normal"', "figures"),
+    Mutation("contact sheet unsorted", "figures.py", "[np.argsort(scores[labels == label])]", "", "figures"),
+    Mutation(
+        "texture defects never drawn",
+        "tools/textures.py",
+        "return image + opacity[..., None] *",
+        "return image + 0 * opacity[..., None] *",
+        "textures",
+    ),
+    Mutation(
+        "pooling a full cache without a disk check",
+        "extractor.py",
+        "    check_disk(identity.folder, size)\n    fields = source.meta",
+        "    fields = source.meta",
+        "extractor",
+    ),
+    Mutation(
+        "patch statistics from two images", "train.py", "PATCH_SAMPLE = 256", "PATCH_SAMPLE = 2", "train"
+    ),
+    Mutation("help sections lost", "config.py", "if field.name in SECTIONS:", "if False:", "config"),
+    Mutation("stale weights kept", "detector.py", "    weights.unlink(missing_ok=True)\n", "", "checkpoint"),
+    Mutation(
+        "texture weight upside down", "detector.py", "1 / (1 + ratio**4)", "1 - 1 / (1 + ratio**4)", "bands"
+    ),
+    Mutation(
+        "neighbours' weight ignored",
+        "detector.py",
+        "standard + self.weight * near",
+        "standard + near",
+        "bands",
+    ),
+    Mutation(
+        "low bands left out of the flow",
+        "detector.py",
+        "tokens = torch.cat([tokens, low], 1)",
+        "tokens = torch.cat([tokens, 0 * low], 1)",
+        "bands train",
+    ),
+    Mutation(
+        "rings lose their highest frequencies",
+        "token_grid.py",
+        "member[:, 0, 0] = 0",
+        "member[:, -1, -1] = 0",
+        "bands",
+    ),
+    Mutation("peak is a mean", "token_grid.py", ".amax((2, 3)).sqrt()", ".mean((2, 3)).sqrt()", "bands"),
+    Mutation("the start is no epoch", "train.py", "self.evaluate(0, None)", "None", "bands train"),
+    Mutation(
+        "refit forgets the held-out images",
+        "train.py",
+        "self._fit_normalizers(normal)",
+        "self._fit_normalizers(data.fit_rows)",
+        "train",
+    ),
+    Mutation("negligible flows are trained", "detector.py", "NEGLIGIBLE = 0.1", "NEGLIGIBLE = 0.0", "bands"),
+    Mutation("soft clamp's factor", "model.py", "0.636", "0.64", "golden"),
+    Mutation(
+        "log-determinant of one half only",
+        "model.py",
+        "scale1.sum(1) + scale2.sum(1)\n\n",
+        "scale2.sum(1)\n\n",
+        "flow golden",
+    ),
+    Mutation(
+        "hi-fi windows summed",
+        "freq_fusion.py",
+        ".flatten(2) / self.n_windows",
+        ".flatten(2)",
+        "fusion golden",
+    ),
+    Mutation(
+        "a tensor of C + 1 channels is taken",
+        "model.py",
+        "        self._check_shapes(x, tokens)\n",
+        "",
+        "flow",
+    ),
+    Mutation(
+        "paired bootstrap draws differ",
+        "utils.py",
+        "_rank_auroc(theirs[chosen]",
+        "_rank_auroc(theirs[np.sort(chosen)]",
+        "utils",
+    ),
+]
+
+
+def copy_of_the_tree(folder: Path) -> Path:
+    """The tracked files of the repository in a new folder."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in names.splitlines():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target)
+    return folder
+
+
+def run_tests(folder: Path, tests: str) -> str:
+    """The first test that dies in the copy, or "" when all live."""
+    files = [f"tests/test_{name}.py" for name in tests.split()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    if done.returncode == 0:
+        return ""
+    dead = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return dead[0].split(" - ")[0].split("::")[-1] if dead else "the test run itself"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("word", nargs="?", default="", help="only mutations whose name holds it")
+    chosen = [mutation for mutation in MUTATIONS if parser.parse_args().word in mutation.name]
+    survivors = []
+    print("| mutation | file | test that died | seconds |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        folder = copy_of_the_tree(Path(name))
+        for mutation in chosen:
+            path = folder / mutation.file
+            text = path.read_text()
+            if mutation.old not in text:
+                raise SystemExit(f"{mutation.name}: {mutation.file} holds no {mutation.old!r}")
+            path.write_text(text.replace(mutation.old, mutation.new, 1))
+            start = time.perf_counter()
+            dead = run_tests(folder, mutation.tests)
+            path.write_text(text)
+            survivors += [] if dead else [mutation.name]
+            seconds = time.perf_counter() - start
+            print(f"| {mutation.name} | {mutation.file} | {dead or 'NONE'} | {seconds:.0f} |", flush=True)
+    print(f"\n{len(chosen)} mutations, {len(survivors)} survived: {', '.join(survivors) or 'none'}")
+    return int(bool(survivors))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
