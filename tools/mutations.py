@@ -233,6 +233,9 @@ def main() -> int:
     print("| mutation | file | test that died | seconds |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = copy_of_the_tree(Path(name))
+        tests = " ".join(dict.fromkeys(test for mutation in chosen for test in mutation.tests.split()))
+        if dead := run_tests(folder, tests):
+            raise SystemExit(f"without any mutation {dead} fails")
         for mutation in chosen:
             path = folder / mutation.file
             text = path.read_text()
