@@ -213,11 +213,11 @@ def _torchvision(dataset: str, root: Path) -> ImageSet:
     for split, argument in zip(SPLITS, arguments):
         try:
             try:
-                found = kind(
+                loaded = kind(
                     str(root), **argument
                 )  # checked by torchvision; RuntimeError when absent or corrupt
             except RuntimeError:
-                found = kind(str(root), **argument, download=True)
+                loaded = kind(str(root), **argument, download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"dataset_path: expected {dataset} in {root} as image folders {{train,test}}/<class>/* or "
@@ -225,9 +225,9 @@ def _torchvision(dataset: str, root: Path) -> ImageSet:
                 f"there and the download failed ({error}). Put either there, or give its folder with "
                 f"--dataset_path"
             ) from None
-        pixels[split] = _rgb(np.asarray(found.data), channels_first=dataset == "STL10")
-        category[split] = np.asarray(found.labels if dataset == "STL10" else found.targets)
-    classes = found.classes
+        pixels[split] = _rgb(np.asarray(loaded.data), channels_first=dataset == "STL10")
+        category[split] = np.asarray(loaded.labels if dataset == "STL10" else loaded.targets)
+    classes = loaded.classes
     if dataset == "CIFAR100":
         classes, category = (
             SUPERCLASSES,
@@ -300,14 +300,14 @@ def _subfolders(folder: Path) -> list[str]:
 
 def images_below(folder: Path) -> list[Path]:
     """The image files in a folder and its subfolders, sorted. Raises UserError when there are none."""
-    found = sorted(
+    files = sorted(
         p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith(".")
     )
-    if not found:
+    if not files:
         raise UserError(
             f"dataset_path: no images in {folder}; expected files ending in {', '.join(IMG_EXTENSIONS)}"
         )
-    return found
+    return files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -565,16 +565,17 @@ class FeatureCache:
     def __init__(self, identity: CacheIdentity):
         self.folder, self.meta = identity.folder, read_meta(identity.folder)
         folder, advice = self.folder, "delete that folder or give another --feature_path"
-        for field, wanted in {"format": CACHE_FORMAT, **identity.fields}.items():
+        for field, expected in {"format": CACHE_FORMAT, **identity.fields}.items():
             recorded = self.meta.get(field)
-            if recorded == as_json(wanted):
+            if recorded == as_json(expected):
                 continue
             if field == "image_list":
                 raise UserError(
                     f"the features in {folder} are of other images than those now there; {advice}"
                 )
             raise UserError(
-                f"the features in {folder} do not fit: {field} is {_short(recorded)} there, {_short(wanted)} "
+                f"the features in {folder} do not fit: {field} is {_short(recorded)} there, "
+                f"{_short(expected)} "
                 f"is wanted; {advice}"
             )
         try:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -62,11 +63,17 @@ def cache_identity(config: Config) -> CacheIdentity:
             del fields[name]
     if not config.bands:
         fields |= {"band_depths": None, "rings": None, "low_sigma": None}
-    kept = grid.key + ("-bands" if config.bands else "")
-    return CacheIdentity(datasets.cache_folder(config, fields["img_size"], kept), fields)
+    grid_key = grid.key + ("-bands" if config.bands else "")
+    return CacheIdentity(datasets.cache_folder(config, fields["img_size"], grid_key), fields)
 
 
 # ---------------------------------------------------------------- images -> device
+class Unreadable(NamedTuple):
+    """Stands for an image that could not be read, on its way from a worker process."""
+
+    reason: str
+
+
 class ImageRows(Dataset):
     """The images of one split for a DataLoader: (3, h, w) uint8, or the error of an unreadable one.
 
@@ -79,11 +86,13 @@ class ImageRows(Dataset):
     def __len__(self) -> int:
         return len(self.images.labels.split(self.split).names)
 
-    def __getitem__(self, i: int) -> Tensor | UserError:
+    def __getitem__(self, i: int) -> Tensor | Unreadable:
         try:
             pixels = self.images.read(self.split, i)
-        except UserError as mistake:
-            return mistake  # raised by Extraction.tokens: a worker process would wrap it into a traceback
+        except (
+            UserError
+        ) as mistake:  # raised again by Extraction.features: a worker would wrap it into a traceback
+            return Unreadable(str(mistake))
         if pixels.shape[0] > self.img_size[0] or pixels.shape[1] > self.img_size[1]:
             pixels = np.asarray(Image.fromarray(pixels).resize(self.img_size[::-1], Image.Resampling.BICUBIC))
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
@@ -188,8 +197,8 @@ class Extraction:
         one."""
         for chunk in self.loader(split):
             for images in chunk:
-                if isinstance(images, UserError):
-                    raise images
+                if isinstance(images, Unreadable):
+                    raise UserError(images.reason)
                 yield self.rows(images)
 
     def loader(self, split: str) -> DataLoader:

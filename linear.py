@@ -9,12 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (M, K), weight (N, K), bias (N) -> x weight^T + bias (M, N), by oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _works() -> bool:
+    """Whether the operator, which is private to PyTorch, is there and multiplies: asked once, with a tiny
+    product."""
+    x, weight = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+    try:
+        return torch.backends.mkldnn.is_available() and torch.allclose(product(x, weight), x @ weight.t())
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+AVAILABLE = _works()
 
 
 class _Linear(torch.autograd.Function):

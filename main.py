@@ -103,7 +103,7 @@ def run_baselines(config: Config, cache: datasets.FeatureCache, classes: list[st
     for class_name, record in detector.trained_records(config, classes):
         train_rows, test_rows, labels = cache.labels.one_class(class_name)
         scores = baselines.baseline_scores(semantic["train"][train_rows], semantic["test"][test_rows])
-        scores |= {name: np.array(values) for name, values in record["own_input_scores"].items()}
+        scores |= {name: np.array(values) for name, values in record.get("own_input_scores", {}).items()}
         metrics = {name: utils.detection_metrics(labels, values) for name, values in scores.items()}
         best = max(metrics, key=lambda name: metrics[name]["auroc"])
         margin = utils.paired_bootstrap(labels, np.array(record["test"]["scores"]), scores[best])

@@ -68,11 +68,11 @@ def features_of(config: knobs.Config, record: dict) -> CacheIdentity:
     """The features a detector takes. Raises UserError when the configuration no longer gives those it was
     fitted to."""
     identity = extractor.cache_identity(config)
-    for field, wanted in identity.fields.items():
+    for field, expected in identity.fields.items():
         fitted_to = record["features"].get(field)
-        if fitted_to != datasets.as_json(wanted) and field not in ("dataset", "validate"):
+        if fitted_to != datasets.as_json(expected) and field not in ("dataset", "validate"):
             raise UserError(
-                f"the detector was fitted to features with {field} {fitted_to}, now it is {wanted}"
+                f"the detector was fitted to features with {field} {fitted_to}, now it is {expected}"
             )
     return identity
 

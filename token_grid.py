@@ -184,13 +184,13 @@ class Bands:
     def columns(self, channels: tuple[int, ...], statistics: tuple[str, ...], depths: range) -> list[range]:
         """Where the chosen statistics of the chosen depths stand in the token: a range of columns for
         each."""
-        found, start = [], 0
+        columns, start = [], 0
         for depth, width in enumerate(channels):
             for statistic in self.statistics:
                 if depth in depths and statistic in statistics:
-                    found.append(range(start, start + width))
+                    columns.append(range(start, start + width))
                 start += width
-        return found
+        return columns
 
     def measure(self, maps: list[Tensor]) -> Tensor:
         """Maps (B, C_i, rows_i, columns_i) of several depths -> the band token (B, D), float32; depth by

@@ -1,5 +1,5 @@
-"""The method transcribed plainly from SPEC 2 and 3: tokens are permuted layer by layer, every token is
-projected, windows are looped over.
+"""The method transcribed plainly from docs/method.md, sections 2 and 3: tokens are permuted layer by layer,
+every token is projected, windows are looped over.
 
 Slow and obvious on purpose. Only parameters are taken out of the modules under test, never a computation."""
 
@@ -123,7 +123,7 @@ def subnet(module, x, p, grid, window):
 
 
 def flow(module, x, p, grid, window=3, clamp=3.0):
-    """SPEC 2, steps 1 to 5, with the patch tokens permuted in every layer -> z (B, C), log-determinant
+    """docs/method.md, eq. 1 to 4, with the patch tokens permuted in every layer -> z (B, C), log-determinant
     (B)."""
     total = torch.zeros(len(x), dtype=x.dtype)
     for k, layer in enumerate(module.module_list):

@@ -16,6 +16,9 @@ import backbones
 import config as knobs
 import extractor
 
+pytestmark = pytest.mark.slow
+
+
 SMALL = (
     "--extractor",
     "resnet18",

@@ -136,7 +136,7 @@ def test_rows_come_before_columns(size, grid):
             assert moved.argmax().item() == row * grid[1] + column
 
 
-NAMED = {  # SPEC 4: name -> (C, grid)
+NAMED = {  # docs/method.md, section 6: name -> (C, grid)
     "VIT": (768, (24, 24)),
     "deit": (768, (24, 24)),
     "cait": (384, (24, 24)),
@@ -147,7 +147,7 @@ NAMED = {  # SPEC 4: name -> (C, grid)
 
 @pytest.mark.parametrize("name", NAMED)
 def test_named_backbones(name):
-    """At their own image size, untrained: shapes as SPEC 4 lists them, the tokens timm's own, pooled cells an
+    """At their own image size, untrained: shapes as listed, the tokens timm's own, pooled cells an
     independent average."""
     backbone = load_backbone(settings(name))
     channels, (rows, columns) = NAMED[name]
@@ -470,7 +470,7 @@ def test_stack_rows():
     small, large = torch.zeros(3, 2, 2), torch.ones(3, 4, 2)
     stacks = extractor.stack_rows([small, small + 1, large, small])
     assert [tuple(stack.shape) for stack in stacks] == [(2, 3, 2, 2), (1, 3, 4, 2), (1, 3, 2, 2)]
-    mistake = UserError("broken")
+    mistake = extractor.Unreadable("broken")
     assert extractor.stack_rows([small, mistake, small])[1] is mistake
     assert len(extractor.stack_rows([mistake, mistake])) == 2
 

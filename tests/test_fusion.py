@@ -157,3 +157,18 @@ def test_gate_of_map_and_of_tokens_agree():
         ..., index.argsort()
     ]  # channel c of the map stands at index[c] of the tokens
     assert torch.allclose(maps * gate.gate_tokens(tokens, index)[..., None, None], gate(maps), atol=1e-5)
+
+
+def test_double_means_double():
+    """Averages and filters are those of float64 in a module of float64, not of float32 widened."""
+    hilo = make_fusion("hilo", 16, 16, (6, 6)).double()
+    assert (hilo.averaging.sum(0) - 1).abs().max() < 1e-15
+    gate = freq_fusion.SpectralGate(16, (12, 12)).double()
+    used = gate.filters[gate.filters.abs().sum(1) > 1e-6]
+    assert ((used @ used.T).diagonal() - 1).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("side, zero", [(6, 3), (7, 0), (12, 3), (24, 3), (8, 0)])
+def test_filters_that_vanish(side, zero):
+    energy = freq_fusion.SpectralGate(16, (side, side)).filters.square().sum(1)
+    assert (energy < 1e-12).sum() == zero

@@ -35,3 +35,19 @@ def test_plain_where_onednn_does_not_serve():
     assert layer.double()(torch.randn(3, 4, dtype=torch.float64)).dtype == torch.float64
     assert layer.float()(torch.empty(0, 4)).shape == (0, 2)
     assert layer(torch.randn(2, 3, 4)).shape == (2, 3, 2)
+
+
+def test_without_the_private_operator(monkeypatch):
+    """A PyTorch that has dropped or changed the operator: nn.Linear does the work."""
+
+    def gone(*_):
+        raise AttributeError("no such operator")
+
+    monkeypatch.setattr(linear, "product", gone)
+    assert not linear._works()
+    monkeypatch.setattr(linear, "product", lambda x, weight: x @ weight.t() + 1)
+    assert not linear._works()
+    monkeypatch.setattr(linear, "AVAILABLE", False)
+    layer = linear.Linear(3, 4)
+    x = torch.randn(2, 3)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))

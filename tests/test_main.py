@@ -14,6 +14,8 @@ import main
 import train
 from config import Config, UserError
 
+pytestmark = pytest.mark.slow
+
 
 # ---------------------------------------------------------------- the whole run
 def whole(folder, **more) -> Config:
