@@ -408,7 +408,7 @@ PRESETS = {
         "batch_size": 64,
         "meta_epochs": 1,
         "sub_epochs": 6,
-        "least_steps": 60,
+        "least_steps": 40,
         "lr_init": 1e-3,
         "lr_schedule": "cosine",
         "feature_noise": 1.0,

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 import utils
 from config import UserError
@@ -161,3 +162,20 @@ def test_versions_name_the_machine():
         and found["numpy"] == np.__version__
         and "cores" in found["machine"]
     )
+
+
+def test_paired_bootstrap():
+    """The same images in both: equal scores leave no interval, a clear gain stays above zero, and
+    scikit-learn agrees."""
+    generator = np.random.RandomState(0)
+    labels = np.arange(400) % 2
+    weak = labels + 2.0 * generator.randn(400)
+    strong = weak + labels
+    same = utils.paired_bootstrap(labels, weak, weak)
+    assert same == {"difference": 0.0, "low": 0.0, "high": 0.0}
+    gain = utils.paired_bootstrap(labels, strong, weak)
+    assert gain["difference"] == pytest.approx(roc_auc_score(labels, strong) - roc_auc_score(labels, weak))
+    assert 0 < gain["low"] < gain["difference"] < gain["high"] < 0.4
+    chance = utils.paired_bootstrap(labels, generator.randn(400), generator.randn(400))
+    assert chance["low"] < 0 < chance["high"]
+    assert math.isnan(utils.paired_bootstrap(np.zeros(4), np.ones(4), np.ones(4))["low"])
