@@ -44,6 +44,12 @@ def timm_defaults(extractor: str) -> timm.models.PretrainedCfg:
     return timm.get_pretrained_cfg(timm_name(extractor)) or timm.models.PretrainedCfg()
 
 
+@functools.lru_cache(maxsize=4)
+def _file_hash(path: Path, changed: int) -> str:
+    """The hash of a weights file, read once as long as it does not change."""
+    return utils.sha256_of_file(path)
+
+
 def weights_source(config: Config) -> str:
     """Where the weights come from, as the sidecar records it: enough to tell two sets of weights apart
     without loading them."""
@@ -55,7 +61,7 @@ def weights_source(config: Config) -> str:
             raise UserError(
                 f"weights_path: no file {path}; expected a .pth, .safetensors or .npz file, or random"
             )
-        return f"file, sha256 {utils.sha256_of_file(Path(path))}"
+        return f"file, sha256 {_file_hash(Path(path), Path(path).stat().st_mtime_ns)}"
     return (
         f"package {WEIGHT_PACKAGES[config.extractor]}" if config.extractor in WEIGHT_PACKAGES else "timm hub"
     )

@@ -246,3 +246,21 @@ def test_likelihood_score_is_a_density():
         z, log_det = flow(points, [torch.zeros(len(points), 1, 2).double()])
         total = torch.exp(-2 * model.likelihood_score(z, log_det, None)).sum() * 0.06**2
     assert abs(total.item() - 1) < 1e-3
+
+
+@every_variant
+def test_tokens_that_do_not_fit_are_refused_when_the_flow_runs(name):
+    """Channels, patch tokens and batches that do not belong together: expected and got, no silent
+    broadcasting."""
+    flow, x, p, _, _ = make(name, batch=5)
+    wrong = {
+        "channels of the patches": (x, torch.cat([p, p[..., :1]], 2)),
+        "channels of the semantic token": (torch.cat([x, x[:, :1]], 1), p),
+        "one patch more": (x, torch.cat([p, p[:, :1]], 1)),
+        "one patch less": (x, p[:, 1:]),
+        "one image's patches for five": (x, p[:1]),
+    }
+    for case, (semantic, patches) in wrong.items():
+        with pytest.raises(ValueError, match="expected a semantic token.*got"):
+            flow(semantic, [patches])
+            pytest.fail(case)
