@@ -200,6 +200,17 @@ def test_the_start_is_an_epoch_and_stays_when_training_does_not_help(tmp_path):
     assert log_det.abs().max() == 0, "the flow is the identity it started from"
 
 
+def test_the_semantic_flow_takes_the_low_bands_too(tmp_path):
+    """Joined behind the semantic token, normalised by themselves; their patch tokens are zero."""
+    trainer, fitted = fit(fabricate(tmp_path / "c", meaning=1.0, texture=0.5, alike=False), low_depths=1)
+    features = trainer.data.train[trainer.data.fit_rows]
+    tokens, patches = fitted.detector.inputs(*features)
+    n_low = CHANNELS[-1]
+    assert tokens.shape[1] == C + n_low and patches.shape == (len(tokens), N, C + n_low)
+    assert torch.equal(tokens[:, C:], fitted.detector.low(features.bands)) and tokens[:, C:].std() > 0.5
+    assert patches[..., C:].abs().max() == 0 and patches[..., :C].std() > 0.1
+
+
 def test_an_image_scores_alone_as_in_any_batch(tmp_path):
     trainer, fitted = fit(fabricate(tmp_path / "c", meaning=1.0, texture=0.5, alike=True))
     together = fitted.detector.score_features(trainer.data.test[fitted.test_rows])

@@ -169,7 +169,7 @@ MUTATIONS = [
         "train",
     ),
     Mutation("negligible flows are trained", "detector.py", "NEGLIGIBLE = 0.1", "NEGLIGIBLE = 0.0", "bands"),
-    Mutation("soft clamp's factor", "model.py", "0.636", "0.64", "golden"),
+    Mutation("soft clamp's factor", "model.py", "self.clamp * 0.636", "self.clamp * 0.64", "golden"),
     Mutation(
         "log-determinant of one half only",
         "model.py",
