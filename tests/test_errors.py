@@ -136,20 +136,20 @@ def test_cache_of_another_backbone(run_here, tmp_path):
     folder = folder_of(tmp_path)
     arguments = ("--dataset", "folder", "--dataset_path", folder, *SMALL, "--feature_path", "kept")
     assert run_here("extractor.py", *arguments).returncode == 0
-    before = (tmp_path / "kept" / "test.npy").read_bytes()
+    before = (tmp_path / "kept" / "test-tokens.npy").read_bytes()
     for script in ("main.py", "extractor.py"):
         line = one_line(run_here(script, *arguments, "--extractor", "resnet10t"))
         assert "kept" in line and "extractor is resnet18" in line and "resnet10t" in line
-    assert (tmp_path / "kept" / "test.npy").read_bytes() == before, "it is not replaced"
+    assert (tmp_path / "kept" / "test-tokens.npy").read_bytes() == before, "it is not replaced"
 
 
 def test_broken_cache(run_here, tmp_path):
     folder = folder_of(tmp_path)
     arguments = ("--dataset", "folder", "--dataset_path", folder, *SMALL, "--feature_path", "kept")
     assert run_here("extractor.py", *arguments).returncode == 0
-    tokens = tmp_path / "kept" / "train.npy"
+    tokens = tmp_path / "kept" / "train-tokens.npy"
     tokens.write_bytes(tokens.read_bytes()[:-100])
-    assert "train.npy" in one_line(run_here("main.py", *arguments))
+    assert "train-tokens.npy" in one_line(run_here("main.py", *arguments))
 
 
 def test_loss_that_is_not_finite(run_here, tmp_path):
