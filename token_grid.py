@@ -199,16 +199,25 @@ class Bands:
 
     def _measure_map(self, features: Tensor) -> Tensor:
         grid = (features.shape[2], features.shape[3])
-        rows, columns = (dct_matrix(side).to(features.device) for side in grid)
-        spectrum = torch.matmul(torch.matmul(rows, features), columns.t())  # (B, C, rows, columns)
-        energy = torch.einsum(
-            "bcuv,ruv->brc", spectrum.square(), ring_of(grid, self.rings).to(features.device)
-        )
         mean = features.mean((2, 3))
+        deviation = (features - mean[..., None, None]).square()
+        low = mean
         if self.sigma:
             low = torch.matmul(features.flatten(2), centred_window(grid, self.sigma).to(features.device))
-        else:
-            low = mean
-        deviation = (features - mean[..., None, None]).square()
+        energy = self._ring_energies(features, deviation.sum((2, 3)))
         peak = F.avg_pool2d(deviation, 3, 1, 1).amax((2, 3)).sqrt()
         return torch.cat([low, (energy / math.prod(grid)).sqrt().flatten(1), peak], 1)
+
+    def _ring_energies(self, features: Tensor, total: Tensor) -> Tensor:
+        """Maps (B, C, rows, columns) and their energies without the constant (B, C) -> (B, rings, C).
+
+        The highest ring is what the others leave of the total (Parseval), so its coefficients, three quarters
+        of all, are never computed."""
+        grid = (features.shape[2], features.shape[3])
+        kept = [side // 2 + 1 for side in grid]  # up to half the highest frequency
+        rows, columns = (dct_matrix(side)[:k].to(features.device) for side, k in zip(grid, kept))
+        spectrum = torch.matmul(torch.matmul(rows, features), columns.t()).square()
+        member = ring_of(grid, self.rings)[:-1, : kept[0], : kept[1]].to(features.device)
+        lower = torch.matmul(spectrum.flatten(2), member.flatten(1).t()).transpose(1, 2)
+        highest = (total - lower.sum(1)).clamp_min(0)
+        return torch.cat([lower, highest.unsqueeze(1)], 1)

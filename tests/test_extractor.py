@@ -13,7 +13,7 @@ import torch
 from conftest import make_folder, texture, write_image
 from PIL import Image
 from safetensors.torch import save_file
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame
 
 import backbones
 import datasets
@@ -359,6 +359,31 @@ def test_make_fast_agrees(lite):
         wanted = lite(images)
         got = backbones.speed_up(fresh, CPU, torch.float32)(images)
     assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max()
+
+
+@pytest.mark.skipif(not backbones._convolves(), reason="this PyTorch lacks oneDNN's fused convolution")
+@pytest.mark.parametrize("act", backbones.FusedConvolution.ACTIVATIONS)
+@pytest.mark.parametrize("size", [(13, 16), (16, 13)], ids=str)
+def test_fused_convolution_agrees(act, size):
+    """Every activation; TensorFlow's padding of even and odd totals on each side, plain padding, groups."""
+    generator = torch.Generator().manual_seed(0)
+    x = 4 * torch.randn(2, 4, *size, generator=generator)
+    for conv in (
+        Conv2dSame(4, 6, 3, stride=2),
+        Conv2dSame(4, 4, 5, stride=1, groups=4),
+        torch.nn.Conv2d(4, 6, 3, stride=2, padding=(1, 0)),
+    ):
+        assert backbones.FusedConvolution.takes(conv, act())
+        with torch.inference_mode():
+            wanted, got = act()(conv(x)), backbones.FusedConvolution(conv, act())(x)
+        assert torch.allclose(got, wanted, atol=1e-5), (conv, act)
+
+
+def test_fused_convolution_leaves_what_it_cannot_do():
+    takes = backbones.FusedConvolution.takes
+    assert not takes(torch.nn.Conv2d(3, 3, 3), torch.nn.GELU())
+    assert not takes(torch.nn.Conv2d(3, 3, 3, dilation=2), torch.nn.ReLU())
+    assert not takes(torch.nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), torch.nn.ReLU())
 
 
 def test_folding_is_dropped_where_it_would_change_the_function(lite):
