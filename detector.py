@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import datasets
+import feature_cache
 import model
 import utils
 from config import Config, UserError
@@ -45,14 +46,14 @@ class TokenSource:
     """Rows of a cached split by index: read out of the mapped files, or out of the device's memory where they
     fit there."""
 
-    def __init__(self, arrays: dict[str, datasets.CachedArray], device: torch.device):
+    def __init__(self, arrays: dict[str, feature_cache.CachedArray], device: torch.device):
         self.device, self.arrays = device, arrays
         self.resident: dict[str, Tensor] | None = None
         size = 2 * sum(math.prod(array.shape) for array in arrays.values())
         if device.type == "cuda" and size < 0.5 * torch.cuda.mem_get_info(device)[0]:
             self.resident = {name: self._load(array) for name, array in arrays.items()}
 
-    def _load(self, array: datasets.CachedArray) -> Tensor:
+    def _load(self, array: feature_cache.CachedArray) -> Tensor:
         resident = torch.empty(array.shape, dtype=torch.float16, device=self.device)
         for rows in torch.arange(len(array)).split(1024):
             resident[rows] = torch.from_numpy(array[rows.numpy()]).to(self.device)
@@ -348,7 +349,7 @@ def checkpoint_path(config: Config, class_name: str, seed: int) -> Path:
     return run_folder(config) / "classes" / f"{class_name.replace('/', '_')}-seed{seed}"
 
 
-def save_fitted(config: Config, cache: datasets.FeatureCache, fitted: Fitted) -> Path:
+def save_fitted(config: Config, cache: feature_cache.FeatureCache, fitted: Fitted) -> Path:
     """Keep a fitted class: its result with configuration, history and scores (JSON, written last), and its
     weights."""
     path = checkpoint_path(config, fitted.result["class"], fitted.result["seed"])

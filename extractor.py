@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 import backbones
 import datasets
+import feature_cache
 import utils
 from config import Config, UserError, knobs_affecting
-from datasets import CacheIdentity
+from feature_cache import CacheIdentity
 from token_grid import Bands, TokenGrid
 
 CHUNK = 64  # images that travel together from the readers to the device and on to the disk
@@ -64,7 +65,7 @@ def cache_identity(config: Config) -> CacheIdentity:
     if not config.bands:
         fields |= {"band_depths": None, "rings": None, "low_sigma": None}
     grid_key = grid.key + ("-bands" if config.bands else "")
-    return CacheIdentity(datasets.cache_folder(config, fields["img_size"], grid_key), fields)
+    return CacheIdentity(feature_cache.cache_folder(config, fields["img_size"], grid_key), fields)
 
 
 # ---------------------------------------------------------------- images -> device
@@ -161,13 +162,13 @@ class Extraction:
             channels = backbone.channels_of(self.depths)
             self.fields |= {"depths": self.depths, "band_channels": channels}
             self.shapes["bands"] = (self.bands.size(channels),)
-        self.backbone = backbones.speed_up(backbone, device, self.dtype)
+        self.backbone = backbones.speed_up(backbone, device, self.dtype, fuse=not config.compile)
         if config.compile:
             used = "forward_intermediates" if self.bands else "forward_features"
             setattr(self.backbone.model, used, torch.compile(getattr(self.backbone.model, used)))
         self.batch = config.extract_batch or (
-            128 if device.type == "cuda" else 16
-        )  # 16: a CPU's caches hold the maps
+            128 if device.type == "cuda" else 8
+        )  # 8: a CPU's caches hold the maps
         self.mean, self.std = (
             torch.tensor(identity.fields[key], device=device).view(3, 1, 1)
             for key in ("norm_mean", "norm_std")
@@ -238,12 +239,12 @@ def _append_checked(features: Rows, append: Callable[[dict[str, np.ndarray]], No
 
 def extract(
     config: Config, images: datasets.ImageSet, identity: CacheIdentity, device: torch.device
-) -> datasets.FeatureCache:
+) -> feature_cache.FeatureCache:
     """Extract every image of a data set once into its cache. Raises UserError; leaves nothing
     half-written."""
     job = Extraction(config, images, identity, device)
     count = images.labels.count()
-    size = datasets.size_in_bytes(images.labels, job.shapes)
+    size = feature_cache.size_in_bytes(images.labels, job.shapes)
     print(
         f"extracting {count} images with {config.extractor} on {device} in {job.fields['precision']}: "
         f"{job.fields['tokens']} tokens "
@@ -253,14 +254,14 @@ def extract(
     check_disk(identity.folder, size)
     start = time.perf_counter()
     with (
-        datasets.CacheWriter(identity.folder, job.fields, images.labels, job.shapes) as writer,
+        feature_cache.CacheWriter(identity.folder, job.fields, images.labels, job.shapes) as writer,
         tqdm(total=count, unit="img", disable=config.hide_tqdm_bar, smoothing=0.05) as bar,
     ):
         for split in datasets.SPLITS:
             write_split(job.features(split), writer.open_split(split), bar)
     seconds = time.perf_counter() - start
     print(f"extracted {count} images in {seconds:.0f} s, {count / seconds:.0f} images/s", flush=True)
-    return datasets.FeatureCache(identity)
+    return feature_cache.FeatureCache(identity)
 
 
 def check_disk(folder: Path, size: int) -> None:
@@ -276,23 +277,23 @@ def check_disk(folder: Path, size: int) -> None:
 
 def pool_full_cache(
     config: Config, images: datasets.ImageSet, identity: CacheIdentity
-) -> datasets.FeatureCache | None:
+) -> feature_cache.FeatureCache | None:
     """Make a smaller grid's cache out of the same images' full-grid cache, without the backbone; None without
     one."""
     full = cache_identity(
         dataclasses.replace(config, token_grid="full", pooling="correct", feature_path=None)
     )
-    if config.token_grid == "full" or not datasets.has_features(full.folder):
+    if config.token_grid == "full" or not feature_cache.has_features(full.folder):
         return None
     try:
-        source = datasets.FeatureCache(full.with_images(images))
+        source = feature_cache.FeatureCache(full.with_images(images))
     except UserError:
         return None
     grid = token_grid(config)
     shape = grid.cached_shape(source.grid)
     n_tokens = 1 + grid.n_tokens(shape)
     shapes = source.shapes | {"tokens": (n_tokens, source.channels)}
-    size = datasets.size_in_bytes(images.labels, shapes)
+    size = feature_cache.size_in_bytes(images.labels, shapes)
     print(
         f"features: pooling {full.folder} to {n_tokens} tokens per image, {size / 1e9:.2f} GB in "
         f"{identity.folder}",
@@ -308,16 +309,16 @@ def pool_full_cache(
             yield rows | {"tokens": grid.pool(rows["tokens"].float(), source.grid).half()}
 
     with (
-        datasets.CacheWriter(identity.folder, fields, images.labels, shapes) as writer,
+        feature_cache.CacheWriter(identity.folder, fields, images.labels, shapes) as writer,
         tqdm(total=images.labels.count(), unit="img", disable=config.hide_tqdm_bar) as bar,
     ):
         for split in datasets.SPLITS:
             write_split(pooled(split), writer.open_split(split), bar)
-    return datasets.FeatureCache(identity)
+    return feature_cache.FeatureCache(identity)
 
 
 # ---------------------------------------------------------------- the two ways in
-def ensure_features(config: Config, device: torch.device) -> datasets.FeatureCache:
+def ensure_features(config: Config, device: torch.device) -> feature_cache.FeatureCache:
     """The cache of a configuration; what is missing is extracted first unless ``pretrained`` says it is
     there.
 
@@ -326,17 +327,17 @@ def ensure_features(config: Config, device: torch.device) -> datasets.FeatureCac
     folder = identity.folder
     if config.pretrained:
         print(f"features: {folder} (pretrained True: taken as they are)", flush=True)
-        return datasets.FeatureCache(identity)
+        return feature_cache.FeatureCache(identity)
     try:
         images = datasets.images_of(config)
     except UserError as mistake:
         hint = f"; the features in {folder} can be used without the images: --pretrained True"
-        raise UserError(f"{mistake}{hint if datasets.has_features(folder) else ''}") from None
+        raise UserError(f"{mistake}{hint if feature_cache.has_features(folder) else ''}") from None
     datasets.choose_classes(
         images.labels, config.class_name
     )  # a mistake shows before the long extraction, not after it
-    if datasets.has_features(folder):
-        cache = datasets.FeatureCache(identity.with_images(images))
+    if feature_cache.has_features(folder):
+        cache = feature_cache.FeatureCache(identity.with_images(images))
         print(f"features: reusing the cache {folder}", flush=True)
         return cache
     return pool_full_cache(config, images, identity) or extract(config, images, identity, device)
@@ -346,8 +347,8 @@ def main(config: Config) -> None:
     device = utils.set_up(config.device, config.threads)
     identity = cache_identity(config)
     images = datasets.images_of(config)
-    if datasets.has_features(identity.folder):
-        datasets.FeatureCache(identity)  # refuses to replace the features of another configuration
+    if feature_cache.has_features(identity.folder):
+        feature_cache.FeatureCache(identity)  # refuses to replace the features of another configuration
         print(f"features: extracting again what {identity.folder} holds", flush=True)
     print(f"features written to {extract(config, images, identity, device).folder}", flush=True)
 

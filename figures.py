@@ -13,13 +13,14 @@ from sklearn.metrics import roc_curve
 
 import datasets
 import detector
+import feature_cache
 from config import Config, UserError
 
 SHEET = 12  # images per row of a contact sheet
 TILE = 96  # pixels
 
 
-def draw_all(config: Config, cache: datasets.FeatureCache, classes: list[str], folder: Path) -> None:
+def draw_all(config: Config, cache: feature_cache.FeatureCache, classes: list[str], folder: Path) -> None:
     """Draw every picture of a run (first seed) into ``folder``/figures from what its classes left behind.
 
     Contact sheets need the raw images: with ``pretrained`` there are none.

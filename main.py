@@ -19,6 +19,7 @@ import batched
 import datasets
 import detector
 import extractor
+import feature_cache
 import figures
 import report
 import train
@@ -28,7 +29,7 @@ from config import Config, knobs_affecting
 
 # ---------------------------------------------------------------- running
 def run_classes(
-    config: Config, cache: datasets.FeatureCache, classes: list[str], device: torch.device
+    config: Config, cache: feature_cache.FeatureCache, classes: list[str], device: torch.device
 ) -> list[dict]:
     """Fit every class with every seed -> their results. Each is saved as soon as it is there."""
     sources = {split: detector.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
@@ -59,7 +60,7 @@ def run_classes(
 
 def fit(
     config: Config,
-    cache: datasets.FeatureCache,
+    cache: feature_cache.FeatureCache,
     classes: list[str],
     seed: int,
     sources: dict[str, detector.TokenSource],
@@ -82,7 +83,9 @@ def fit(
         yield from batched.BatchedTrainer(group).run()
 
 
-def finished_result(config: Config, cache: datasets.FeatureCache, class_name: str, seed: int) -> dict | None:
+def finished_result(
+    config: Config, cache: feature_cache.FeatureCache, class_name: str, seed: int
+) -> dict | None:
     """The result of a class and seed that an earlier run of the same configuration and features finished, or
     None."""
     try:
@@ -95,7 +98,7 @@ def finished_result(config: Config, cache: datasets.FeatureCache, class_name: st
     return record["result"] if same and record["features"] == cache.meta else None
 
 
-def run_baselines(config: Config, cache: datasets.FeatureCache, classes: list[str]) -> dict[str, dict]:
+def run_baselines(config: Config, cache: feature_cache.FeatureCache, classes: list[str]) -> dict[str, dict]:
     """{class: its simple detectors} on the same cache: metrics of each, and the flow's margin over the best
     of them."""
     semantic = {split: torch.from_numpy(cache.tokens(split).semantic()).float() for split in datasets.SPLITS}

@@ -33,9 +33,10 @@ import config as knobs
 import datasets
 import detector
 import extractor
+import feature_cache
 import utils
 from config import UserError
-from datasets import CacheIdentity
+from feature_cache import CacheIdentity
 
 
 def find_images(paths: list[Path]) -> list[Path]:
@@ -70,7 +71,7 @@ def features_of(config: knobs.Config, record: dict) -> CacheIdentity:
     identity = extractor.cache_identity(config)
     for field, expected in identity.fields.items():
         fitted_to = record["features"].get(field)
-        if fitted_to != datasets.as_json(expected) and field not in ("dataset", "validate"):
+        if fitted_to != feature_cache.as_json(expected) and field not in ("dataset", "validate"):
             raise UserError(
                 f"the detector was fitted to features with {field} {fitted_to}, now it is {expected}"
             )

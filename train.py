@@ -18,6 +18,7 @@ from tqdm import tqdm
 import datasets
 import detector
 import extractor
+import feature_cache
 import model
 import utils
 from baselines import own_input_scores
@@ -458,7 +459,7 @@ class Trainer:
 # ---------------------------------------------------------------- the script
 def make_trainer(
     config: Config,
-    cache: datasets.FeatureCache,
+    cache: feature_cache.FeatureCache,
     class_name: str,
     seed: int,
     train: TokenSource,

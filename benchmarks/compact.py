@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from common import print_machine
 
-import datasets
+import feature_cache
 from token_grid import split_bands, window_of
 
 
@@ -23,7 +23,7 @@ def main():
     parser.add_argument("--images", type=int, default=2000)
     args = parser.parse_args()
     print_machine()
-    cache = datasets.FeatureCache(datasets.CacheIdentity(args.feature_path, {"token_grid": "full"}))
+    cache = feature_cache.FeatureCache(feature_cache.CacheIdentity(args.feature_path, {"token_grid": "full"}))
     tokens = cache.tokens("train")
     rows = np.linspace(0, len(tokens) - 1, min(args.images, len(tokens))).astype(int)
     owner = window_of(cache.grid, args.window)

@@ -20,6 +20,7 @@ from transcription import Flow, fit, make_optimizer, step
 import batched
 import datasets
 import detector
+import feature_cache
 import model
 import train
 import utils
@@ -123,7 +124,7 @@ def write_random_cache(folder, classes, images, channels):
     labels = datasets.Labels(tuple(map(str, range(classes))), **splits)
     meta = {"n_feat": channels, "kind": "tokens", "grid": (8, 8), "tokens": 65}
     rng = np.random.default_rng(0)
-    with datasets.CacheWriter(folder, meta, labels, {"tokens": (65, channels)}) as writer:
+    with feature_cache.CacheWriter(folder, meta, labels, {"tokens": (65, channels)}) as writer:
         for name, n in counts.items():
             append = writer.open_split(name)
             for start in range(0, n, 500):
@@ -132,7 +133,7 @@ def write_random_cache(folder, classes, images, channels):
                         np.float16
                     )
                 )
-    return datasets.FeatureCache(datasets.CacheIdentity(folder, {}))
+    return feature_cache.FeatureCache(feature_cache.CacheIdentity(folder, {}))
 
 
 def compare_trainings(args, device):

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import datasets
+import feature_cache
 import freq_fusion
 import model
 
@@ -110,19 +111,19 @@ def make_flow(channels: int, grid: tuple[int, int], **more):
 
 def make_cache(
     folder: Path, labels: datasets.Labels, tokens: dict, bands: dict | None = None, **fields
-) -> datasets.FeatureCache:
+) -> feature_cache.FeatureCache:
     """A cache of made-up tokens {split: (n, 1 + N, C)} and, if given, band tokens {split: (n, D)}; its grid
     is one row unless ``fields`` says otherwise."""
     row = tokens["train"].shape[1:]
     meta = {"n_feat": row[1], "grid": (1, row[0] - 1), "tokens": row[0], "kind": "tokens"} | fields
     arrays = {"tokens": tokens} | ({"bands": bands} if bands else {})
     shapes = {name: splits["train"].shape[1:] for name, splits in arrays.items()}
-    with datasets.CacheWriter(folder, meta, labels, shapes) as writer:
+    with feature_cache.CacheWriter(folder, meta, labels, shapes) as writer:
         for split in datasets.SPLITS:
             append = writer.open_split(split)
             for half in (slice(0, 3), slice(3, None)):
                 append({name: splits[split][half].astype(np.float16) for name, splits in arrays.items()})
-    return datasets.FeatureCache(datasets.CacheIdentity(folder, {}))
+    return feature_cache.FeatureCache(feature_cache.CacheIdentity(folder, {}))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ import config as knobs
 import detector
 import train
 from config import Config
-from datasets import SPLITS, FeatureCache, Labels, Split
+from datasets import SPLITS, Labels, Split
+from feature_cache import FeatureCache
 from token_grid import Bands
 
 BAND_CHANNELS = (4, 6)  # of the two depths of the fabricated band tokens

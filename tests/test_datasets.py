@@ -12,18 +12,10 @@ from conftest import ROOT, make_folder, write_image
 from sklearn.datasets import load_digits
 
 import datasets
+import feature_cache
 from config import Config, UserError
-from datasets import (
-    OTHER,
-    SPLITS,
-    CacheIdentity,
-    CacheWriter,
-    FeatureCache,
-    Labels,
-    Split,
-    choose_classes,
-    load_images,
-)
+from datasets import OTHER, SPLITS, Labels, Split, choose_classes, load_images
+from feature_cache import CacheIdentity, CacheWriter, FeatureCache
 
 PIXELS = np.full((5, 4, 3), 90, np.uint8)
 
@@ -459,7 +451,7 @@ def test_every_field_of_a_configuration_is_checked(tmp_path):
 
 def test_cache_of_another_format(tmp_path, monkeypatch):
     write_cache(tmp_path / "cache")
-    monkeypatch.setattr(datasets, "CACHE_FORMAT", datasets.CACHE_FORMAT + 1)
+    monkeypatch.setattr(feature_cache, "CACHE_FORMAT", feature_cache.CACHE_FORMAT + 1)
     with pytest.raises(UserError, match="format"):
         cached(tmp_path / "cache", FIELDS)
 
@@ -552,20 +544,20 @@ def test_leftovers_of_a_killed_writer_are_replaced(tmp_path):
 def test_cache_folder():
     """One folder per data set, backbone, size and grid, unless the user names it."""
     base = Config(dataset="digits", extractor="hf_hub:x/y")
-    folder = datasets.cache_folder(base, (32, 48), "full")
+    folder = feature_cache.cache_folder(base, (32, 48), "full")
     assert folder.parent == Path("features") and "/" not in folder.name
     others = {
-        datasets.cache_folder(base, (48, 32), "full"),
-        datasets.cache_folder(base, (32, 48), "2"),
+        feature_cache.cache_folder(base, (48, 32), "full"),
+        feature_cache.cache_folder(base, (32, 48), "2"),
         *(
-            datasets.cache_folder(dataclasses.replace(base, **change), (32, 48), "full")
+            feature_cache.cache_folder(dataclasses.replace(base, **change), (32, 48), "full")
             for change in ({"dataset": "folder"}, {"extractor": "other"}, {"validate": True})
         ),
     }
     assert len(others | {folder}) == 6
-    assert datasets.cache_folder(dataclasses.replace(base, feature_path="/x/y"), (32, 48), "full") == Path(
-        "/x/y"
-    )
+    assert feature_cache.cache_folder(
+        dataclasses.replace(base, feature_path="/x/y"), (32, 48), "full"
+    ) == Path("/x/y")
 
 
 def test_fingerprint_follows_names_and_labels(tmp_path):

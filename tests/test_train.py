@@ -26,7 +26,8 @@ import detector
 import model
 import utils
 from config import UserError
-from datasets import CacheIdentity, FeatureCache, Split
+from datasets import Split
+from feature_cache import CacheIdentity, FeatureCache
 
 
 # ---------------------------------------------------------------- detection

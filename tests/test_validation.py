@@ -10,6 +10,7 @@ import config as knobs
 import datasets
 import detector
 import extractor
+import outliers
 import utils
 from config import Config
 
@@ -46,7 +47,7 @@ def test_validation_set_is_made_of_normal_training_images():
         assert {n.split()[0] for n in names["test"][tested]} == held, (
             "outliers come from held-out images of the class"
         )
-        assert sum(anomalous) == 4 * len(datasets.OUTLIERS)
+        assert sum(anomalous) == 4 * len(outliers.KINDS)
         assert not {"t0", "t1", "t2", "t3", "secret"} & ({*names["train"][fitted]} | held), (
             "defective and test images are left out"
         )
