@@ -28,6 +28,11 @@ def _works() -> bool:
 AVAILABLE = _works()
 
 
+def is_traced() -> bool:
+    """Whether the code is being compiled, exported or traced: PyTorch's own operators are wanted then."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 class _Linear(torch.autograd.Function):
     """``product`` with its gradient, which is two such products."""
 
@@ -50,7 +55,7 @@ class _Linear(torch.autograd.Function):
 
 class Linear(nn.Linear):
     """nn.Linear, by oneDNN for float32 matrices on the CPU. ``plain`` keeps to nn.Linear: transforms of
-    torch.func need that."""
+    torch.func need that; so does whoever compiles, exports or traces it."""
 
     plain = False
 
@@ -61,7 +66,8 @@ class Linear(nn.Linear):
             or x.device.type != "cpu"
             or x.dtype != torch.float32
             or x.dim() != 2
-            or len(x) == 0
+            or is_traced()
+            or x.shape[0] == 0
         ):
             return super().forward(x)
         return _Linear.apply(x, self.weight, self.bias)

@@ -8,6 +8,7 @@ import torch
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 
+from linear import is_traced
 from token_grid import centred_window
 
 EPS = 1e-12
@@ -27,7 +28,8 @@ def spread(tokens: Tensor) -> float:
 def power_l2(tokens: Tensor) -> Tensor:
     """Signed square root of every entry, then unit length: (..., C) -> (..., C). For non-negative features
     the plain square root."""
-    rooted = tokens.abs().sqrt_().copysign_(tokens)
+    rooted = tokens.abs().sqrt_()
+    rooted = rooted * tokens.sign() if is_traced() else rooted.copysign_(tokens)  # ONNX has no copysign
     return rooted.div_(torch.linalg.vector_norm(rooted, dim=-1, keepdim=True).clamp_min_(EPS))
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import linear
+import normalization
 
 
 @pytest.mark.skipif(not linear.AVAILABLE, reason="this PyTorch has no oneDNN product")
@@ -51,3 +52,45 @@ def test_without_the_private_operator(monkeypatch):
     layer = linear.Linear(3, 4)
     x = torch.randn(2, 3)
     assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def exported(**how):
+    """Names of the operators in an export of a small network with a normalisation in front."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(linear.Linear(4, 3), nn.ReLU(), linear.Linear(3, 2))
+
+        def forward(self, x):
+            return self.layers(normalization.power_l2(x))
+
+    net, x = Net().eval(), torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(net, (x,), **how)
+    graphs = [
+        module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)
+    ]
+    names = " ".join(str(node.target) for graph in graphs for node in graph.nodes)
+    torch.testing.assert_close(program.module()(x), net(x), rtol=1e-5, atol=1e-6)
+    return names
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_export_holds_nothing_private(strict):
+    names = exported(strict=strict)
+    assert "aten.linear" in names and "mkldnn" not in names and "copysign" not in names
+    assert "wrap_with_set_grad_enabled" not in names
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+def test_compiling_and_tracing_take_the_plain_layer():
+    layer, x, graphs = linear.Linear(4, 2), torch.randn(3, 4), []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, backend=keep, fullgraph=True)(x)
+    torch.testing.assert_close(compiled, layer(x), rtol=1e-5, atol=1e-6)
+    assert "mkldnn" not in str(graphs[0].graph) and "autograd_function" not in str(graphs[0].graph)
+    assert "aten::linear" in str(torch.jit.trace(layer, x).graph)

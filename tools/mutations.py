@@ -198,6 +198,8 @@ MUTATIONS = [
         "_rank_auroc(theirs[np.sort(chosen)]",
         "utils",
     ),
+    Mutation("oneDNN's product is exported", "linear.py", "            or is_traced()\n", "", "linear"),
+    Mutation("copysign is exported", "normalization.py", "if is_traced() else", "if False else", "linear"),
 ]
 
 
