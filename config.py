@@ -54,6 +54,20 @@ def knobs_affecting(*roles: str) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(Config) if field.metadata["affects"] in roles)
 
 
+# The knobs that a first run needs, at the head of the help.
+MOST_USED = (
+    "preset",
+    "dataset",
+    "dataset_path",
+    "class_name",
+    "extractor",
+    "modelname",
+    "n_seeds",
+    "threads",
+    "resume",
+    "sweep",
+)
+
 # The sections of the help: the first knob of each -> its title.
 SECTIONS = {
     "preset": "run",
@@ -93,7 +107,9 @@ class Config:
     )
     threads: int = knob(0, "CPU threads for torch; 0: all cores", low=0, affects="run")
     verbose: bool = knob(True, "print the loss and AUROC of every epoch", affects="run")
-    hide_tqdm_bar: bool = knob(False, "no progress bars", affects="run")
+    hide_tqdm_bar: bool = knob(
+        False, "no progress bars (there are none where the output is no terminal)", affects="run"
+    )
     save_model: bool = knob(
         True, "keep the weights of every class and seed (safetensors), beside its JSON", affects="run"
     )
@@ -477,10 +493,13 @@ def describe(kind):
     }[kind]
 
 
+CLOSE = 0.75  # likeness (difflib's ratio) from which a name counts as a slip of the pen
+
+
 def unknown(kind, got, known, all_of_them="-h lists them all"):
     """The line for a name that is not in ``known``, with the nearest one when there is one; a long list is
     only pointed to."""
-    near = difflib.get_close_matches(str(got), [str(name) for name in known], 1, 0.5)
+    near = difflib.get_close_matches(str(got), [str(name) for name in known], 1, CLOSE)
     hint = f", did you mean {near[0]}" if near else ""
     listed = f" Expected one of: {', '.join(map(str, known))}" if len(known) <= 30 else f" {all_of_them}"
     return f"unknown {kind} {got!r}{hint}.{listed}"
@@ -549,27 +568,41 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def build_parser(description):
-    """A parser with every knob, its default and its meaning, in the sections of this file."""
+    """A parser with every knob, its default and its meaning: the most used ones, then the sections of this
+    file."""
     parser = OneLineParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        usage="%(prog)s [--knob VALUE ...]",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    most_used = parser.add_argument_group("most used")
+    by_name = {field.name: field for field in dataclasses.fields(Config)}
+    for name in MOST_USED:
+        add_knob(most_used, by_name[name])
     group = parser
-    for field in dataclasses.fields(Config):
+    for field in by_name.values():
         if field.name in SECTIONS:
             group = parser.add_argument_group(SECTIONS[field.name])
-        text = field.metadata["help"].replace("%", "%%")
-        if field.metadata["choices"] and not all(str(choice) in text for choice in field.metadata["choices"]):
-            text += f" ({', '.join(field.metadata['choices'])})"
-        shown = "none" if field.default is None else field.default
-        optional_flag = {"nargs": "?", "const": "True"} if field.type is bool else {}
-        group.add_argument(
-            f"--{field.name}",
-            metavar="VALUE",
-            default=argparse.SUPPRESS,
-            help=f"{text} [{shown}]",
-            **optional_flag,
-        )
+        if field.name not in MOST_USED:
+            add_knob(group, field)
     return parser
+
+
+def add_knob(group, field):
+    """Add a knob's argument to a section of the parser."""
+    text = field.metadata["help"].replace("%", "%%")
+    if field.metadata["choices"] and not all(str(choice) in text for choice in field.metadata["choices"]):
+        text += f" ({', '.join(field.metadata['choices'])})"
+    shown = "none" if field.default is None else field.default
+    optional_flag = {"nargs": "?", "const": "True"} if field.type is bool else {}
+    group.add_argument(
+        f"--{field.name}",
+        metavar="VALUE",
+        default=argparse.SUPPRESS,
+        help=f"{text} [{shown}]",
+        **optional_flag,
+    )
 
 
 def make_config(given):

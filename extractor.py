@@ -193,6 +193,17 @@ class Extraction:
         }
 
     @torch.inference_mode()
+    def seconds_per_image(self) -> float:
+        """Time of the backbone per image on this machine, by the second of two passes over a blank batch;
+        reading and decoding come on top."""
+        blank = torch.zeros(self.batch, 3, *self.img_size, dtype=torch.uint8)
+        for _ in range(2):
+            start = time.perf_counter()
+            for values in self.rows(blank).values():
+                values.sum().item()  # waits for a GPU
+        return (time.perf_counter() - start) / self.batch
+
+    @torch.inference_mode()
     def features(self, split: str) -> Iterator[Rows]:
         """What is kept of all images of a split, in order (see ``rows``). Raises UserError on an unreadable
         one."""
@@ -214,6 +225,9 @@ class Extraction:
 
 
 # ---------------------------------------------------------------- tokens -> cache
+LONG_JOB = 1000  # images from which the time is estimated before the start
+
+
 def write_split(features: Iterator[Rows], append: Callable[[dict[str, np.ndarray]], None], bar: tqdm) -> None:
     """Append the rows of a split to the cache. Writing overlaps with computing: one write may be pending."""
     with ThreadPoolExecutor(1) as pool:
@@ -252,10 +266,13 @@ def extract(
         flush=True,
     )
     check_disk(identity.folder, size)
+    if count >= LONG_JOB:
+        expected = count * job.seconds_per_image()
+        print(f"this takes about {utils.readable_time(expected)} on this machine, once", flush=True)
     start = time.perf_counter()
     with (
         feature_cache.CacheWriter(identity.folder, job.fields, images.labels, job.shapes) as writer,
-        tqdm(total=count, unit="img", disable=config.hide_tqdm_bar, smoothing=0.05) as bar,
+        tqdm(total=count, unit="img", disable=utils.no_bar(config.hide_tqdm_bar), smoothing=0.05) as bar,
     ):
         for split in datasets.SPLITS:
             write_split(job.features(split), writer.open_split(split), bar)
@@ -310,7 +327,7 @@ def pool_full_cache(
 
     with (
         feature_cache.CacheWriter(identity.folder, fields, images.labels, shapes) as writer,
-        tqdm(total=images.labels.count(), unit="img", disable=config.hide_tqdm_bar) as bar,
+        tqdm(total=images.labels.count(), unit="img", disable=utils.no_bar(config.hide_tqdm_bar)) as bar,
     ):
         for split in datasets.SPLITS:
             write_split(pooled(split), writer.open_split(split), bar)

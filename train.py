@@ -284,7 +284,11 @@ class Trainer:
 
     def progress(self, batches: list) -> Iterable:
         return tqdm(
-            batches, desc=self.data.class_name, unit="batch", leave=False, disable=self.config.hide_tqdm_bar
+            batches,
+            desc=self.data.class_name,
+            unit="batch",
+            leave=False,
+            disable=utils.no_bar(self.config.hide_tqdm_bar),
         )
 
     def inputs(self, batch: np.ndarray) -> Inputs:

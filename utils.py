@@ -48,6 +48,23 @@ def set_up(device_name: str, threads: int) -> torch.device:
     return device
 
 
+def no_bar(hidden: bool) -> bool | None:
+    """tqdm's ``disable``: True where the bar is hidden; None, which hides it where the output is no terminal,
+    otherwise."""
+    return True if hidden else None
+
+
+def readable_time(seconds: float) -> str:
+    """A duration to the precision that an estimate has: 40 s, 12 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    minutes = 10 * round(minutes / 10)
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
 # -------------------------------------- metrics: labels 0 normal, 1 anomalous; scores higher = more anomalous
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     """Area under the ROC curve; ties count half. NaN where only one label occurs."""

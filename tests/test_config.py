@@ -307,9 +307,34 @@ def test_role_of_every_knob(name):
 
 def test_help_has_its_sections():
     text = config.build_parser("").format_help()
-    titles = ["run:", "data:", "backbone and extraction:", "flow:", "training:", "scoring:"]
+    titles = ["most used:", "run:", "data:", "backbone and extraction:", "flow:", "training:", "scoring:"]
     places = [text.index(f"\n{title}\n") for title in titles]
     assert places == sorted(places)
+
+
+def test_help_starts_with_the_most_used_knobs():
+    """Each of them once, before the sections."""
+    text = config.build_parser("").format_help()
+    head = text[text.index("most used:") : text.index("\nrun:\n")]
+    assert re.findall(r"--(\w+)", head) == list(config.MOST_USED)
+    for name in config.MOST_USED:
+        assert len(re.findall(rf"^  --{name}\b", text, re.MULTILINE)) == 1, name
+
+
+@pytest.mark.parametrize(
+    "got, known, near",
+    [
+        ("lr_inti", NAMES, "lr_init"),
+        ("datasets", NAMES, "dataset"),
+        ("sigma", NAMES, None),  # low_sigma is another thing
+        ("epochs", NAMES, "sub_epochs"),
+        ("ResNet", config.BACKBONES, None),
+        ("zebra", ["cat", "horse"], None),
+    ],
+)
+def test_hints_are_for_slips_of_the_pen(got, known, near):
+    line = config.unknown("name", got, known)
+    assert (f"did you mean {near}" in line) if near else ("did you mean" not in line), line
 
 
 def test_names_are_those_of_the_registries():

@@ -1,5 +1,6 @@
 """Metrics against values worked out by hand, seeds, devices and whole files."""
 
+import io
 import json
 import math
 import random
@@ -179,3 +180,23 @@ def test_paired_bootstrap():
     chance = utils.paired_bootstrap(labels, generator.randn(400), generator.randn(400))
     assert chance["low"] < 0 < chance["high"]
     assert math.isnan(utils.paired_bootstrap(np.zeros(4), np.ones(4), np.ones(4))["low"])
+
+
+def test_readable_times():
+    shown = [utils.readable_time(seconds) for seconds in (0, 40.4, 89, 91, 5360, 5400, 12100)]
+    assert shown == ["1 s", "40 s", "89 s", "2 min", "89 min", "1 h 30 min", "3 h 20 min"]
+
+
+def test_bars_go_by_the_terminal(capsys):
+    """Hidden on request, and where the output is no terminal; shown in one."""
+    from tqdm import tqdm
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for hidden, stream, shown in ((False, io.StringIO(), False), (False, Terminal(), True)):
+        list(tqdm(range(3), disable=utils.no_bar(hidden), file=stream))
+        assert bool(stream.getvalue()) is shown
+    list(tqdm(range(3), disable=utils.no_bar(True), file=(stream := Terminal())))
+    assert stream.getvalue() == ""
