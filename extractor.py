@@ -7,6 +7,7 @@ if __name__ == "__main__":  # parse before the slow imports: -h and mistakes ans
     CONFIG = knobs.from_command_line(__doc__)
 
 import dataclasses
+import functools
 import os
 import shutil
 import time
@@ -113,6 +114,44 @@ def stack_rows(rows: list) -> list:
         else:
             stacks.append([row] if isinstance(row, Tensor) else row)
     return [torch.stack(stack) if isinstance(stack, list) else stack for stack in stacks]
+
+
+@functools.lru_cache(maxsize=64)
+def bicubic_weights(before: int, after: int) -> Tensor:
+    """Pillow's antialiased bicubic filter (a = -1/2) from ``before`` to ``after`` pixels in a row -> (after,
+    before), float32, each row summing to 1.
+
+    Made smaller, the filter is as wide as the ratio asks, so that every pixel counts. Weights are rounded to
+    2^-22, as Pillow's are for pixels of 8 bits (src/libImaging/Resample.c)."""
+    scale = before / after
+    stretch = max(scale, 1.0)
+    centre = (np.arange(after) + 0.5) * scale
+    first = np.maximum((centre - 2 * stretch + 0.5).astype(int), 0)[:, None]
+    last = np.minimum((centre + 2 * stretch + 0.5).astype(int), before)[:, None]
+    place = np.arange(before)
+    x = np.abs((place + 0.5 - centre[:, None]) / stretch)
+    near, far = (1.5 * x - 2.5) * x * x + 1, -0.5 * (((x - 5) * x + 8) * x - 4)
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0)) * ((place >= first) & (place < last))
+    weights /= weights.sum(1, keepdims=True)
+    return torch.from_numpy(np.round(weights * 2**22) / 2**22).float()
+
+
+def resize_like_pillow(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """(n, 3, h, w) uint8 -> (n, 3, H, W) float32 of whole grey levels 0 to 255, as Pillow's bicubic resize
+    gives them but for a level here and there.
+
+    Two matrix products, along the width and then the height (the other way where only the height shrinks),
+    each rounded and cut to 8 bits: any device does them alike, and so does an exported file. They need all of
+    float32 (no TF32). Pillow 13 takes the height first for some tall pictures that shrink both ways; theirs
+    differ by what one rounding is worth."""
+    pixels, (height, width) = images.float(), images.shape[2:]
+    for dim in (2, 3) if size[0] < height and size[1] > width else (3, 2):
+        before, after = pixels.shape[dim], size[dim - 2]
+        if before != after:
+            weights = bicubic_weights(before, after).to(images.device)
+            pixels = torch.matmul(pixels, weights.t()) if dim == 3 else torch.matmul(weights, pixels)
+            pixels = (pixels + 0.5).floor().clamp(0, 255)
+    return pixels
 
 
 def prepare(

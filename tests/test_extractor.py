@@ -725,3 +725,34 @@ def test_validate_reads_no_test_image(mixed, monkeypatch):
     images = datasets.images_of(small(mixed, validate=True))
     assert images.labels.per_category and all("test" not in name for name in images.labels.test.names)
     assert len(images.labels.test.names) > len(datasets.images_of(small(mixed)).labels.test.names)
+
+
+# ---------------------------------------------------------------- the resize by matrices
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ((32, 32), (224, 224)),
+        ((400, 500), (64, 96)),
+        ((90, 40), (40, 90)),
+        ((64, 300), (64, 37)),
+        ((100, 100), (37, 100)),
+    ],
+)
+def test_resize_by_matrices_is_pillows(before, after):
+    """Noise, the hardest picture: whole grey levels, at most one off, and that in few places."""
+    noise = np.random.RandomState(0).randint(0, 256, (2, *before, 3)).astype(np.uint8)
+    wanted = [Image.fromarray(image).resize(after[::-1], Image.Resampling.BICUBIC) for image in noise]
+    got = extractor.resize_like_pillow(torch.from_numpy(noise).permute(0, 3, 1, 2), after)
+    assert torch.equal(got, got.round())
+    off = np.abs(
+        got.permute(0, 2, 3, 1).numpy() - np.stack([np.asarray(image) for image in wanted]).astype(float)
+    )
+    assert off.max() <= 1 and (off > 0).mean() < 1e-3
+
+
+def test_weights_of_the_resize_sum_to_one():
+    for before, after in ((8, 224), (224, 8), (7, 7)):
+        weights = extractor.bicubic_weights(before, after)
+        assert weights.shape == (after, before)
+        assert torch.allclose(weights.sum(1), torch.ones(after), atol=1e-5)
+    assert torch.allclose(weights, torch.eye(7), atol=1e-6), "the same size: every pixel is itself"

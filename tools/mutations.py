@@ -169,6 +169,13 @@ MUTATIONS = [
         "train",
     ),
     Mutation("negligible flows are trained", "detector.py", "NEGLIGIBLE = 0.1", "NEGLIGIBLE = 0.0", "bands"),
+    Mutation(
+        "the resize does not widen its filter",
+        "extractor.py",
+        "stretch = max(scale, 1.0)",
+        "stretch = 1.0",
+        "extractor",
+    ),
     Mutation("soft clamp's factor", "model.py", "self.clamp * 0.636", "self.clamp * 0.64", "golden"),
     Mutation(
         "log-determinant of one half only",
