@@ -123,6 +123,19 @@ class Config:
         "main.py: keep the classes and seeds that a run of the same configuration has finished",
         affects="run",
     )
+    rank: int | None = knob(
+        None,
+        "which of world_size processes this one is, from 0; none: what torchrun sets (RANK), or 0",
+        low=0,
+        affects="run",
+    )
+    world_size: int | None = knob(
+        None,
+        "how many processes share the work, on one machine or many with a shared folder; none: what torchrun "
+        "sets (WORLD_SIZE), or 1",
+        low=1,
+        affects="run",
+    )
     plots: bool = knob(
         True,
         "main.py: draw score histograms, ROC, curves over epochs and contact sheets into the run's folder",

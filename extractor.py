@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import backbones
@@ -243,18 +243,20 @@ class Extraction:
         return (time.perf_counter() - start) / self.batch
 
     @torch.inference_mode()
-    def features(self, split: str) -> Iterator[Rows]:
-        """What is kept of all images of a split, in order (see ``rows``). Raises UserError on an unreadable
+    def features(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[Rows]:
+        """What is kept of the images start..stop of a split (all), in order (see ``rows``). Batches begin at
+        ``start``: the outcome does not depend on what was extracted before. Raises UserError on an unreadable
         one."""
-        for chunk in self.loader(split):
+        for chunk in self.loader(split, start, stop):
             for images in chunk:
                 if isinstance(images, Unreadable):
                     raise UserError(images.reason)
                 yield self.rows(images)
 
-    def loader(self, split: str) -> DataLoader:
-        """The images of a split in order, chunk by chunk, as ``stack_rows`` gives them."""
-        rows = ImageRows(self.images, split, self.img_size)
+    def loader(self, split: str, start: int = 0, stop: int | None = None) -> DataLoader:
+        """The images start..stop of a split in order, chunk by chunk, as ``stack_rows`` gives them."""
+        everything = ImageRows(self.images, split, self.img_size)
+        rows = Subset(everything, range(len(everything))[start:stop])
         workers = self.config.workers
         if workers < 0:  # arrays need no decoding
             workers = min(8, max(1, (os.cpu_count() or 1) - 1)) if self.images.from_files else 0

@@ -1,13 +1,17 @@
 """Seeds, devices, metrics and files that are whole or absent: what every script shares."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
 import platform
 import random
+import socket
 import subprocess
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +22,7 @@ import torch
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from config import UserError
+from config import Config, UserError
 
 
 def seed_everything(seed: int) -> None:
@@ -63,6 +67,35 @@ def readable_time(seconds: float) -> str:
         return f"{minutes} min"
     minutes = 10 * round(minutes / 10)
     return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+class Ranks(NamedTuple):
+    """Which of how many processes this is: they share the work over a folder, without talking."""
+
+    rank: int
+    world_size: int
+
+    def own_first(self, items: Sequence) -> list:
+        """All items, those of this rank (every world_size-th) first: ranks begin at different ones, and each
+        can finish what another has left."""
+        turns = range(self.rank, self.rank + self.world_size)
+        return [item for turn in turns for item in items[turn % self.world_size :: self.world_size]]
+
+
+def ranks(config: Config) -> Ranks:
+    """The knobs rank and world_size, or what torchrun set (RANK, WORLD_SIZE), or 0 of 1. Raises UserError."""
+    rank = _from_environment("RANK", 0) if config.rank is None else config.rank
+    size = _from_environment("WORLD_SIZE", 1) if config.world_size is None else config.world_size
+    if rank >= size:
+        raise UserError(f"rank {rank}: expected 0 to {size - 1}, below world_size")
+    return Ranks(rank, size)
+
+
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name} in the environment: expected a whole number, got {text!r}")
+    return int(text)
 
 
 # -------------------------------------- metrics: labels 0 normal, 1 anomalous; scores higher = more anomalous
@@ -158,6 +191,90 @@ def _finite(content):
     if isinstance(content, (list, tuple)):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+# ---------------------------------------------------------------- locks
+class Lock:
+    """A file lock with an owner: the system gives it back when its process ends, however that ends, so that a
+    lock file left by a killed process is taken over at once; on NFS the server does so after its lease.
+
+    ``with Lock(path):`` waits for its turn, and says once for whom; ``take()`` does not wait. The file is
+    removed on release. On a file system without locks every process is let in: what the locks guard here is
+    written whole or not at all, so that only work is done twice."""
+
+    def __init__(self, path: Path):
+        self.path, self._file = Path(path), -1
+
+    def take(self) -> bool:
+        """Whether the lock is now this process's. False: another one holds it (see ``owner``)."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while self._file < 0:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    os.close(handle)
+                    return False
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    os.close(handle)
+                    raise
+            if not _is_file(handle, self.path):  # its last owner removed it in between: a lock on nothing
+                os.close(handle)
+                continue
+            self._file = handle
+            _HELD.add(handle)
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        return True
+
+    def release(self) -> None:
+        if self._file >= 0:
+            self.path.unlink(missing_ok=True)
+            _HELD.discard(self._file)
+            os.close(self._file)
+            self._file = -1
+
+    def owner(self) -> str:
+        """Who holds the lock and for how long, as told by its file: process 12 on host, for 3 min."""
+        try:
+            text, since = self.path.read_text(errors="replace").strip(), self.path.stat().st_mtime
+        except OSError:
+            return "a process that has just ended"
+        seconds = max(0, time.time() - since)
+        return f"{text or 'another process'}, for {seconds / 60:.0f} min {seconds % 60:.0f} s"
+
+    def __enter__(self) -> "Lock":
+        told = False
+        while not self.take():
+            if not told:
+                print(f"waiting for {self.path}, held by {self.owner()}", flush=True)
+                told = True
+            time.sleep(0.2)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.release()
+
+
+_HELD: set[int] = set()  # the open lock files of this process
+
+
+def _forget_locks() -> None:
+    """In a forked child: it would hold its parent's locks for as long as it lives."""
+    for handle in _HELD:
+        os.close(handle)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _is_file(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def sha256_of_file(path: Path) -> str:

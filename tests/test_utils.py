@@ -3,15 +3,22 @@
 import io
 import json
 import math
+import os
 import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from sklearn.metrics import roc_auc_score
 
 import utils
-from config import UserError
+from config import Config, UserError
 
 
 def counted_auroc(labels, scores) -> float:
@@ -200,3 +207,75 @@ def test_bars_go_by_the_terminal(capsys):
         assert bool(stream.getvalue()) is shown
     list(tqdm(range(3), disable=utils.no_bar(True), file=(stream := Terminal())))
     assert stream.getvalue() == ""
+
+
+# ---------------------------------------------------------------- locks and ranks
+HOLD = (
+    "import sys, time, utils; lock = utils.Lock(sys.argv[1]); print(lock.take(), flush=True); time.sleep(60)"
+)
+
+
+def held_elsewhere(path) -> subprocess.Popen:
+    """Another process that holds a lock."""
+    other = subprocess.Popen([sys.executable, "-c", HOLD, path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "True\n"
+    return other
+
+
+def test_lock_excludes_names_its_owner_and_is_taken_over_from_the_dead(tmp_path):
+    lock = utils.Lock(tmp_path / "new" / "lock")
+    other = held_elsewhere(lock.path)
+    try:
+        assert not lock.take()
+        assert f"process {other.pid} on {socket.gethostname()}, for 0 min" in lock.owner()
+    finally:
+        other.kill()
+        other.wait()
+    assert lock.path.exists() and lock.take() and not utils.Lock(lock.path).take()
+    lock.release()
+    assert list(lock.path.parent.iterdir()) == []
+
+
+def test_lock_waits_and_says_for_whom(tmp_path, capsys):
+    other = held_elsewhere(tmp_path / "lock")
+    threading.Timer(0.3, other.kill).start()
+    with utils.Lock(tmp_path / "lock"):
+        assert f"held by process {other.pid} " in capsys.readouterr().out
+    other.wait()
+
+
+def test_forked_children_hold_no_locks(tmp_path):
+    """A worker that outlives its killed parent would keep its locks."""
+    code = "import os, sys, time, utils\nutils.Lock(sys.argv[1]).take()\n"
+    code += "if os.fork() == 0: time.sleep(30)\nelse: print('held', flush=True); time.sleep(30)"
+    command = [sys.executable, "-c", code, str(tmp_path / "lock")]
+    other = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert other.stdout.readline() == "held\n"
+    try:
+        assert not utils.Lock(tmp_path / "lock").take()
+        other.kill()
+        other.wait()
+        assert utils.Lock(tmp_path / "lock").take()
+    finally:
+        os.killpg(other.pid, signal.SIGKILL)
+
+
+def test_ranks(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert utils.ranks(Config()) == (0, 1) and utils.ranks(Config(rank=3, world_size=8)) == (3, 8)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    assert utils.ranks(Config()) == (2, 5) and utils.ranks(Config(rank=0)) == (0, 5)
+    with pytest.raises(UserError, match="rank 5: expected 0 to 4"):
+        utils.ranks(Config(rank=5))
+    monkeypatch.setenv("RANK", "two")
+    with pytest.raises(UserError, match="RANK"):
+        utils.ranks(Config())
+
+
+def test_ranks_begin_at_their_own_and_miss_nothing():
+    assert utils.Ranks(1, 3).own_first(list(range(7))) == [1, 4, 2, 5, 0, 3, 6]
+    assert utils.Ranks(4, 5).own_first([0, 1]) == [0, 1]
+    for rank in range(5):
+        assert sorted(utils.Ranks(rank, 5).own_first(list(range(13)))) == list(range(13))
