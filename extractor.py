@@ -73,6 +73,7 @@ def cache_identity(config: Config) -> CacheIdentity:
 class Unreadable(NamedTuple):
     """Stands for an image that could not be read, on its way from a worker process."""
 
+    row: int  # in its split
     reason: str
 
 
@@ -94,7 +95,7 @@ class ImageRows(Dataset):
         except (
             UserError
         ) as mistake:  # raised again by Extraction.features: a worker would wrap it into a traceback
-            return Unreadable(str(mistake))
+            return Unreadable(i, str(mistake))
         if pixels.shape[0] > self.img_size[0] or pixels.shape[1] > self.img_size[1]:
             pixels = np.asarray(Image.fromarray(pixels).resize(self.img_size[::-1], Image.Resampling.BICUBIC))
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
@@ -243,15 +244,22 @@ class Extraction:
         return (time.perf_counter() - start) / self.batch
 
     @torch.inference_mode()
-    def features(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[Rows]:
+    def features(
+        self, split: str, start: int = 0, stop: int | None = None, unreadable: list[int] | None = None
+    ) -> Iterator[Rows]:
         """What is kept of the images start..stop of a split (all), in order (see ``rows``). Batches begin at
-        ``start``: the outcome does not depend on what was extracted before. Raises UserError on an unreadable
-        one."""
+        ``start``: the outcome does not depend on what was extracted before.
+
+        An unreadable image is left out and its index added to the list ``unreadable``; without a list, it
+        raises UserError."""
         for chunk in self.loader(split, start, stop):
             for images in chunk:
-                if isinstance(images, Unreadable):
+                if not isinstance(images, Unreadable):
+                    yield self.rows(images)
+                elif unreadable is None:
                     raise UserError(images.reason)
-                yield self.rows(images)
+                else:
+                    unreadable.append(images.row)
 
     def loader(self, split: str, start: int = 0, stop: int | None = None) -> DataLoader:
         """The images start..stop of a split in order, chunk by chunk, as ``stack_rows`` gives them."""

@@ -495,7 +495,7 @@ def test_stack_rows():
     small, large = torch.zeros(3, 2, 2), torch.ones(3, 4, 2)
     stacks = extractor.stack_rows([small, small + 1, large, small])
     assert [tuple(stack.shape) for stack in stacks] == [(2, 3, 2, 2), (1, 3, 4, 2), (1, 3, 2, 2)]
-    mistake = extractor.Unreadable("broken")
+    mistake = extractor.Unreadable(1, "broken")
     assert extractor.stack_rows([small, mistake, small])[1] is mistake
     assert len(extractor.stack_rows([mistake, mistake])) == 2
 
