@@ -40,13 +40,24 @@ ROLES = (
 )  # what a knob affects: the cached features, what is fitted to them, or only how a run goes
 
 
-def knob(default, text, choices=None, low=None, high=None, *, affects):
+SCRIPTS = ("extractor.py", "train.py", "main.py")
+FITTING = SCRIPTS[1:]  # what reads a knob that affects the fit, unless the knob says otherwise
+
+
+def knob(default, text, choices=None, low=None, high=None, *, affects, scripts=None):
     """One knob: its default, its help, the values it takes (one of ``choices``, or from ``low`` to ``high``),
-    and its role (ROLES)."""
-    return dataclasses.field(
-        default=default,
-        metadata={"help": text, "choices": choices, "low": low, "high": high, "affects": affects},
-    )
+    its role (ROLES), and the scripts that read it: the others refuse it."""
+    if scripts is None:
+        scripts = FITTING if affects == "fit" else SCRIPTS
+    meta = {
+        "help": text,
+        "choices": choices,
+        "low": low,
+        "high": high,
+        "affects": affects,
+        "scripts": scripts,
+    }
+    return dataclasses.field(default=default, metadata=meta)
 
 
 def knobs_affecting(*roles: str) -> tuple[str, ...]:
@@ -93,8 +104,12 @@ class Config:
         "paper, paper_L, released, accurate, quickstart or ablation: a named set of defaults (see PRESETS)",
         affects="run",
     )
-    modelname: str = knob("foad_mfff", "name of the run: results go to runs/<modelname>/", affects="run")
-    device: str = knob("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N", affects="fit")
+    modelname: str = knob(
+        "foad_mfff", "name of the run: results go to runs/<modelname>/", affects="run", scripts=FITTING
+    )
+    device: str = knob(
+        "auto", "auto (CUDA where there is one), cpu, cuda or cuda:N", affects="fit", scripts=SCRIPTS
+    )
     seed: int = knob(
         0, "first random seed; every class starts from it alike", low=0, high=2**31, affects="run"
     )
@@ -104,24 +119,30 @@ class Config:
         low=1,
         high=10**6,
         affects="run",
+        scripts=("main.py",),
     )
     threads: int = knob(0, "CPU threads for torch; 0: all cores", low=0, affects="run")
-    verbose: bool = knob(True, "print the loss and AUROC of every epoch", affects="run")
+    verbose: bool = knob(True, "print the loss and AUROC of every epoch", affects="run", scripts=FITTING)
     hide_tqdm_bar: bool = knob(
         False, "no progress bars (there are none where the output is no terminal)", affects="run"
     )
     save_model: bool = knob(
-        True, "keep the weights of every class and seed (safetensors), beside its JSON", affects="run"
+        True,
+        "keep the weights of every class and seed (safetensors), beside its JSON",
+        affects="run",
+        scripts=FITTING,
     )
     sweep: str | None = knob(
         None,
         "main.py: run every combination, as in fusion=none,hilo;dataset=digits,cifar10, and make one table",
         affects="run",
+        scripts=("main.py",),
     )
     resume: bool = knob(
         False,
         "main.py: keep the classes and seeds that a run of the same configuration has finished",
         affects="run",
+        scripts=("main.py",),
     )
     rank: int | None = knob(
         None,
@@ -140,16 +161,23 @@ class Config:
         True,
         "main.py: draw score histograms, ROC, curves over epochs and contact sheets into the run's folder",
         affects="run",
+        scripts=("main.py",),
     )
-    nbins1: int = knob(50, "bins of the score histogram of normal images", low=1, affects="run")
-    nbins2: int = knob(100, "bins of the score histogram of anomalous images", low=1, affects="run")
+    nbins1: int = knob(
+        50, "bins of the score histogram of normal images", low=1, affects="run", scripts=("main.py",)
+    )
+    nbins2: int = knob(
+        100, "bins of the score histogram of anomalous images", low=1, affects="run", scripts=("main.py",)
+    )
 
     # --- data
     dataset: str = knob(
         "cifar10", "data set (see README for the folder layouts)", choices=DATASETS, affects="features"
     )
     dataset_path: str | None = knob(None, "folder of the raw images; none: data/<dataset>", affects="run")
-    class_name: str = knob("all", "normal class: one, several separated by commas, or all", affects="run")
+    class_name: str = knob(
+        "all", "normal class: one, several separated by commas, or all", affects="run", scripts=FITTING
+    )
     validate: bool = knob(
         False,
         "for choosing settings: test on held-out normal training images against synthetic outliers made from "
@@ -163,6 +191,7 @@ class Config:
         False,
         "True: the features are already extracted, stop if they are not; False: extract what is missing",
         affects="run",
+        scripts=FITTING,
     )
 
     # --- backbone and extraction
@@ -267,6 +296,7 @@ class Config:
         "grid's side; 0: the backbone's own",
         low=0.0,
         affects="fit",
+        scripts=SCRIPTS,
     )
     whiten_ridge: float = knob(
         0.0,
@@ -339,6 +369,7 @@ class Config:
         "main.py: all classes as one batched model: True, False, or auto (on CUDA)",
         choices=("auto", "True", "False"),
         affects="fit",
+        scripts=("main.py",),
     )
 
     # --- scoring
@@ -365,6 +396,7 @@ class Config:
         False,
         "main.py: nearest neighbours and Gaussian on the same features, in the same table",
         affects="run",
+        scripts=FITTING,
     )
 
     def __post_init__(self):
@@ -580,9 +612,9 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def build_parser(description):
-    """A parser with every knob, its default and its meaning: the most used ones, then the sections of this
-    file."""
+def build_parser(description, script="main.py"):
+    """A parser with every knob that ``script`` reads, its default and its meaning: the most used ones, then
+    the sections of this file."""
     parser = OneLineParser(
         description=description,
         usage="%(prog)s [--knob VALUE ...]",
@@ -591,13 +623,15 @@ def build_parser(description):
     )
     most_used = parser.add_argument_group("most used")
     by_name = {field.name: field for field in dataclasses.fields(Config)}
+    read = [name for name, field in by_name.items() if script in field.metadata["scripts"]]
     for name in MOST_USED:
-        add_knob(most_used, by_name[name])
+        if name in read:
+            add_knob(most_used, by_name[name])
     group = parser
-    for field in by_name.values():
-        if field.name in SECTIONS:
-            group = parser.add_argument_group(SECTIONS[field.name])
-        if field.name not in MOST_USED:
+    for name, field in by_name.items():
+        if name in SECTIONS:
+            group = parser.add_argument_group(SECTIONS[name])
+        if name in read and name not in MOST_USED:
             add_knob(group, field)
     return parser
 
@@ -631,21 +665,27 @@ def make_config(given):
     return Config(**{**PRESETS[preset], **given})
 
 
-def from_command_line(description, argv=None):
-    """The configuration of a script's command line; ``-h`` prints the knobs and exits. A mistake ends the
-    script with one line."""
+def from_command_line(description, argv=None, script="main.py"):
+    """The configuration of a script's command line; ``-h`` prints the knobs it reads and exits. A mistake
+    ends the script with one line."""
     try:
-        given, rest = build_parser(description).parse_known_args(argv)
+        given, rest = build_parser(description, script).parse_known_args(argv)
         if rest:
-            knobs = [f"--{field.name}" for field in dataclasses.fields(Config)]
-            raise UserError(
-                unknown("knob", rest[0].split("=")[0], knobs)
-                if rest[0].startswith("--")
-                else f"expected --knob value, got {rest[0]!r}"
-            )
+            raise UserError(unexpected(rest[0], script))
         return make_config(parse_values(vars(given)))
     except UserError as mistake:
         stop(mistake)
+
+
+def unexpected(argument, script):
+    """The line for an argument that ``script`` does not take: no knob, or one that other scripts read."""
+    if not argument.startswith("--"):
+        return f"expected --knob value, got {argument!r}"
+    name = argument.split("=")[0]
+    known = {f"--{field.name}": field.metadata["scripts"] for field in dataclasses.fields(Config)}
+    if name not in known:
+        return unknown("knob", name, [knob for knob, scripts in known.items() if script in scripts])
+    return f"{script} does not read {name}, only {' and '.join(known[name])}; leave it out"
 
 
 def changed(config):

@@ -4,7 +4,7 @@ cache on disk."""
 import config as knobs
 
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
-    CONFIG = knobs.from_command_line(__doc__)
+    CONFIG = knobs.from_command_line(__doc__, script="extractor.py")
 
 import dataclasses
 import functools

@@ -3,7 +3,7 @@
 import config as knobs
 
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
-    CONFIG = knobs.from_command_line(__doc__)
+    CONFIG = knobs.from_command_line(__doc__, script="train.py")
 
 import dataclasses
 import math

@@ -1,5 +1,6 @@
 """The knobs: on the command line, in presets, checked, read by some script, and edited in the file itself."""
 
+import ast
 import dataclasses
 import os
 import re
@@ -42,7 +43,9 @@ def test_help_lists_every_knob_with_its_default(name, tmp_path):
     done = script(name, "-h", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and list(tmp_path.iterdir()) == []
     blocks = dict(re.findall(r"^  --(\w+)(.*?)(?=^  --|^\S|\Z)", done.stdout, re.M | re.S))
-    for field in FIELDS:
+    read = [field for field in FIELDS if name in field.metadata["scripts"]]
+    assert set(blocks) == {field.name for field in read}
+    for field in read:
         text = " ".join(blocks[field.name].split())
         assert text.endswith(f"[{as_shown(field.default)}]"), f"--{field.name}: {text}"
         for choice in field.metadata["choices"] or ():
@@ -160,6 +163,47 @@ def test_every_knob_is_read(name):
 @pytest.mark.parametrize("field", FIELDS, ids=NAMES)
 def test_every_knob_has_help(field):
     assert len(field.metadata["help"]) > 10 and "\n" not in field.metadata["help"]
+
+
+def modules_of(script: str) -> set[str]:
+    """The repository's modules that a script imports, itself included."""
+    found, waiting = set(), [script.removesuffix(".py")]
+    while waiting:
+        name = waiting.pop()
+        if name in found or not (ROOT / f"{name}.py").exists():
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            if isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                waiting.append(node.module or "")
+    return found - {"config"}
+
+
+# read in what train.py and main.py call of a module that extractor.py also imports
+NOT_BY_EXTRACTOR = {"class_name", "pretrained"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_of_every_knob(script):
+    """A script takes the knobs that it reads, in its own file or in one that it imports, and no others."""
+    text = "\n".join((ROOT / f"{name}.py").read_text() for name in modules_of(script))
+    read = set(re.findall(r"\b[cC](?:onfig|ONFIG)\.([a-z]\w*)", text)) & set(NAMES) | {"preset"}
+    if script == "extractor.py":
+        read -= NOT_BY_EXTRACTOR
+    taken = {field.name for field in FIELDS if script in field.metadata["scripts"]}
+    assert taken == read, "say in config.py which scripts read the knob: scripts=FITTING, say"
+
+
+@pytest.mark.parametrize(
+    "script, name", [("train.py", "n_seeds"), ("train.py", "sweep"), ("extractor.py", "lr_init")]
+)
+def test_knobs_that_a_script_does_not_read_are_refused(script, name, capsys):
+    with pytest.raises(SystemExit):
+        from_command_line("test", [f"--{name}=1"], script)
+    line = capsys.readouterr().err
+    assert f"{script} does not read --{name}" in line and "main.py" in line and line.count("\n") == 1
 
 
 # ---------------------------------------------------------------- values from text

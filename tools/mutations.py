@@ -176,6 +176,13 @@ MUTATIONS = [
         "stretch = 1.0",
         "extractor",
     ),
+    Mutation(
+        "train.py takes every knob",
+        "config.py",
+        'if script in field.metadata["scripts"]]\n    for name in MOST_USED',
+        "]\n    for name in MOST_USED",
+        "config",
+    ),
     Mutation("soft clamp's factor", "model.py", "self.clamp * 0.636", "self.clamp * 0.64", "golden"),
     Mutation(
         "log-determinant of one half only",
