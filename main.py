@@ -44,7 +44,7 @@ def run_classes(
             flush=True,
         )
 
-    for seed in range(config.seed, config.seed + config.n_seeds):
+    for seed in seeds_of(config):
         missing = []
         for class_name in classes:
             result = finished_result(config, cache, class_name, seed) if config.resume else None
@@ -114,6 +114,22 @@ def run_baselines(config: Config, cache: feature_cache.FeatureCache, classes: li
     return table
 
 
+def defect_aurocs(config: Config, cache: feature_cache.FeatureCache, classes: list[str]) -> dict[str, dict]:
+    """{class: {kind of defect: its AUROC}} over all seeds, of a data set that has kinds of defect."""
+    kinds = getattr(cache.labels.test, "kind", None)
+    if not kinds:
+        return {}
+    table = {}
+    for class_name in classes:
+        paths = (detector.checkpoint_path(config, class_name, seed) for seed in seeds_of(config))
+        table[class_name] = report.per_defect([detector.read_record(path) for path in paths], kinds)
+    return {name: defects for name, defects in table.items() if defects}
+
+
+def seeds_of(config: Config) -> range:
+    return range(config.seed, config.seed + config.n_seeds)
+
+
 def run(config: Config) -> dict:
     """The whole course of one configuration: features, classes, baselines, report -> its summary."""
     start, folder = time.perf_counter(), detector.run_folder(config)
@@ -122,7 +138,9 @@ def run(config: Config) -> dict:
     classes = datasets.choose_classes(cache.labels, config.class_name)
     results = run_classes(config, cache, classes, device)
     table = run_baselines(config, cache, classes) if config.baselines else {}
-    summary = report.summarize(config, results, table, time.perf_counter() - start, cache.meta)
+    defects = defect_aurocs(config, cache, classes)
+    seconds = time.perf_counter() - start
+    summary = report.summarize(config, results, table, seconds, cache.meta, defects)
     print("\n" + report.write_results(folder, summary))
     if config.plots:
         figures.draw_all(config, cache, classes, folder)

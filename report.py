@@ -4,15 +4,19 @@
 import csv
 import dataclasses
 import io
+import math
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+import tables
 import utils
 from config import Config
 from model import SCORES
+from tables import cell, number
 from utils import METRICS
 
 ORACLE = "best_on_test_auroc"
@@ -20,16 +24,28 @@ ORACLE = "best_on_test_auroc"
 SCORE_AUROCS = {f"{name}_auroc": score.title for name, score in SCORES.items() if not score.needs_reference}
 SHOWN = (*METRICS, ORACLE)  # the table's columns
 COLUMNS = (*SHOWN, *SCORE_AUROCS)  # the files'
+COUNTS = ("epoch", "n_train", "n_test", "seconds")  # what results.csv says of a class beside its metrics
 
 
-def summarize(config: Config, results: list[dict], baseline_table: dict, seconds: float, meta: dict) -> dict:
-    """results.json: per class the mean and standard deviation over seeds, and their mean over classes (std of
-    the seeds' means)."""
+# ---------------------------------------------------------------- the summary
+def summarize(
+    config: Config,
+    results: list[dict],
+    baseline_table: dict,
+    seconds: float,
+    meta: dict,
+    defects: dict[str, dict] | None = None,
+) -> dict:
+    """results.json: per class the mean and standard deviation over seeds, and their mean over the classes for
+    which they are defined (std of the seeds' means).
+
+    defects: what ``per_defect`` gives of each class that has kinds of defect."""
     classes = list(dict.fromkeys(result["class"] for result in results))
     by_class = {name: _over_seeds([[r for r in results if r["class"] == name]]) for name in classes}
     seeds = sorted({result["seed"] for result in results})
     for name in classes:
-        by_class[name]["runs"] = [result for result in results if result["class"] == name]
+        runs = [result for result in results if result["class"] == name]
+        by_class[name] |= {"runs": runs, "undefined": why_undefined(runs[0])}
     mean = _over_seeds([[r for r in results if r["class"] == name] for name in classes])
     simple: dict[str, dict[str, dict]] = {}
     for class_name, entry in baseline_table.items():
@@ -44,6 +60,7 @@ def summarize(config: Config, results: list[dict], baseline_table: dict, seconds
         "mean": mean,
         "baselines": rows,
         "margins": margins,
+        "defects": defects or {},
         "config": dataclasses.asdict(config),
         "seeds": seeds,
         "features": meta,
@@ -53,44 +70,157 @@ def summarize(config: Config, results: list[dict], baseline_table: dict, seconds
     }
 
 
+def why_undefined(result: dict) -> str:
+    """Why a class has no AUROC; empty where it has one."""
+    if not _undefined(result["auroc"]):
+        return ""
+    if result.get("n_test") == 0:
+        return "no test images"
+    if "n_anomalous" not in result:
+        return "the test images have one label only"
+    return f"no {'anomalous' if result['n_anomalous'] == 0 else 'normal'} test images"
+
+
+def _undefined(value: float | None) -> bool:
+    return value is None or math.isnan(value)
+
+
 def _over_seeds(groups: list[list[dict]]) -> dict:
     """Mean over groups and seeds of every metric, and the standard deviation over seeds of the groups' mean
-    (0 for one seed)."""
+    (0 for one seed). Groups for which a metric is undefined do not count; NaN where none is left."""
     summary = {}
     for metric in COLUMNS:
-        values = np.array([[result[metric] for result in group] for group in groups])  # (groups, seeds)
-        per_seed = values.mean(0)
+        values = np.array([[result[metric] for result in group] for group in groups], float)  # groups, seeds
+        defined = values[~np.isnan(values).any(1)]
+        per_seed = defined.mean(0) if len(defined) else np.full(1, np.nan)
         summary[metric] = float(per_seed.mean())
-        summary[f"{metric}_std"] = float(per_seed.std(ddof=1)) if len(per_seed) > 1 else 0.0
+        spread = per_seed.std(ddof=1) if len(per_seed) > 1 else 0 * per_seed[0]
+        summary[f"{metric}_std"] = float(spread)
     return summary
 
 
 def _mean_metrics(per_class: dict[str, dict]) -> dict:
-    return {metric: float(np.mean([values[metric] for values in per_class.values()])) for metric in METRICS}
+    """The mean over the classes for which a metric is defined; NaN where none is."""
+    means = {}
+    for metric in METRICS:
+        values = [entry[metric] for entry in per_class.values() if not _undefined(entry[metric])]
+        means[metric] = float(np.mean(values)) if values else float("nan")
+    return means
 
 
+def per_defect(records: list[dict], kinds: Sequence[str]) -> dict[str, dict]:
+    """Of one class, {kind of defect: number of images n, AUROC of the normal test images against them, its
+    standard deviation over the seeds}; empty where the anomalous images are of one kind or none.
+
+    records: the class's checkpoint records, one per seed. kinds: the kind of defect of every image of the
+    test split."""
+    found: dict[str, list[float]] = {}
+    counts: dict[str, int] = {}
+    for record in records:
+        test = record["test"]
+        labels, scores = np.array(test["labels"]), np.array(test["scores"])
+        own = np.array([kinds[row] for row in test["rows"]], dtype=object)
+        for kind in sorted(set(own[labels == 1])):
+            chosen = (labels == 0) | (own == kind)
+            found.setdefault(kind, []).append(utils.auroc(labels[chosen], scores[chosen]))
+            counts[kind] = int(((labels == 1) & (own == kind)).sum())
+    if len(found) < 2:
+        return {}
+    return {
+        kind: {
+            "n": counts[kind],
+            "auroc": float(np.mean(values)),
+            "auroc_std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+        }
+        for kind, values in found.items()
+    }
+
+
+# ---------------------------------------------------------------- the table
 def make_table(summary: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table: a row per class, then the mean."""
-    n_seeds, config = len(summary["seeds"]), summary["config"]
-    chosen = "last epoch" if config["select_epoch"] == "last" else "epoch by held-out likelihood"
+    """Header and rows of the table in the files: a row per class, then the mean; every baseline has a
+    column."""
+    n_seeds = len(summary["seeds"])
     headline, *others = (metric.title for metric in METRICS.values())
-    header = ["class", f"{headline} ({chosen})", *others, "best on test (oracle)", *summary["baselines"]]
+    header = ["class", f"{headline} ({reported_epoch(summary)})", *others, "best on test (oracle)"]
+    header += summary["baselines"]
     if summary["margins"]:
         header.append("flow - best simple (95 %)")
 
     rows = []
-    for name, values in [*summary["classes"].items(), ("mean", summary["mean"])]:
+    for name, values in _rows(summary):
         baselines = summary["baselines"].values()
         simple = [table["mean"] if name == "mean" else table["classes"][name] for table in baselines]
         rows.append(
             [
                 name,
                 *(cell(values, metric, n_seeds) for metric in SHOWN),
-                *(f"{result['auroc']:.4f}" for result in simple),
+                *(number(result["auroc"]) for result in simple),
                 *([margin_cell(summary["margins"], name)] if summary["margins"] else []),
             ]
         )
     return header, rows
+
+
+def terminal_table(summary: dict) -> str:
+    """The table on screen, 100 columns wide at most: the baselines folded to the best one, notes below."""
+    n_seeds, baselines = len(summary["seeds"]), summary["baselines"]
+    header = ["class", *(metric.title for metric in METRICS.values()), "oracle"]
+    header += ["simple"] if baselines else []
+    header += ["flow - simple [95 %]"] if summary["margins"] else []
+    rows = []
+    for name, values in _rows(summary):
+        row = [name, cell(values, "auroc", n_seeds)]
+        row += [number(values[metric]) for metric in SHOWN[1:]]
+        if baselines:
+            row.append(number(best_simple(summary, name)[1]))
+        if summary["margins"]:
+            row.append(margin_cell(summary["margins"], name))
+        rows.append(row)
+    return "\n".join([tables.as_text(header, rows), tables.wrapped(notes(summary))])
+
+
+def notes(summary: dict) -> list[str]:
+    """What a reader of the table must know: the epoch, the seeds, the simple detectors, what is undefined."""
+    seeds = ", ".join(map(str, summary["seeds"]))
+    spread = (
+        f"mean ± standard deviation over the seeds {seeds}" if len(summary["seeds"]) > 1 else f"seed {seeds}"
+    )
+    lines = [
+        f"AUROC: {reported_epoch(summary)}, {spread}; oracle: the epoch that is best on the test images."
+    ]
+    if summary["baselines"]:
+        means = {name: table["mean"]["auroc"] for name, table in summary["baselines"].items()}
+        ranked = sorted(means, key=lambda name: -np.nan_to_num(means[name]))
+        listed = "; ".join(f"{name} {number(means[name])}" for name in ranked)
+        lines.append(
+            f"simple: the best simple detector of the class, in the last row of the means; means: {listed}."
+        )
+    reasons: dict[str, list[str]] = {}
+    for name, values in summary["classes"].items():
+        if values["undefined"]:
+            reasons.setdefault(values["undefined"], []).append(name)
+    lines += [f"no AUROC ({reason}): {', '.join(names)}." for reason, names in reasons.items()]
+    return lines
+
+
+def _rows(summary: dict) -> list[tuple[str, dict]]:
+    return [*summary["classes"].items(), ("mean", summary["mean"])]
+
+
+def reported_epoch(summary: dict) -> str:
+    return "last epoch" if summary["config"]["select_epoch"] == "last" else "epoch by held-out likelihood"
+
+
+def best_simple(summary: dict, name: str) -> tuple[str, float]:
+    """The simple detector with the highest AUROC on a class (or on average), and that AUROC; NaN where it is
+    undefined."""
+    aurocs = {
+        method: (table["mean"] if name == "mean" else table["classes"][name])["auroc"]
+        for method, table in summary["baselines"].items()
+    }
+    defined = {method: value for method, value in aurocs.items() if not _undefined(value)}
+    return max(defined.items(), key=lambda item: item[1]) if defined else ("", float("nan"))
 
 
 def margin_cell(margins: dict[str, dict], name: str) -> str:
@@ -98,39 +228,36 @@ def margin_cell(margins: dict[str, dict], name: str) -> str:
     interval; for the mean, the classes where it is above by more than the interval."""
     if name in margins:
         margin = margins[name]
+        if _undefined(margin["difference"]):
+            return "-"
         return f"{margin['difference']:+.4f} [{margin['low']:+.4f}, {margin['high']:+.4f}]"
-    return f"above in {sum(m['low'] > 0 for m in margins.values())} of {len(margins)}"
+    defined = [margin for margin in margins.values() if not _undefined(margin["difference"])]
+    return f"above in {sum(m['low'] > 0 for m in defined)} of {len(defined)}" if defined else "-"
 
 
-def cell(values: dict, metric: str, n_seeds: int) -> str:
-    return f"{values[metric]:.4f}" + (f" ± {values[f'{metric}_std']:.4f}" if n_seeds > 1 else "")
-
-
-def as_text(header: list[str], rows: list[list[str]], ruled_last: bool = True) -> str:
-    """The table in columns; the last row stands below a line when it is a mean."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [header, *rows]
-    ]
-    rule = "-" * len(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:-1], *([rule] if ruled_last else []), lines[-1]])
-
-
-def as_markdown(header: list[str], rows: list[list[str]], summary: dict) -> str:
+# ---------------------------------------------------------------- the files
+def as_markdown(summary: dict) -> str:
     config = summary["config"]
     settings = ", ".join(f"{name} {value}" for name, value in config.items() if value is not None)
+    defects = "".join(f"\n\n{tables.as_markdown(*table)}" for table in [defect_table(summary)] if table[1])
+    explained = [f"Baseline columns: AUROC. {notes(summary)[0]}", *notes(summary)[1:]]
     return (
-        f"# {config['dataset']}, {config['extractor']}, fusion "
-        f"{config['fusion']}\n\n{markdown_table(header, rows)}\n\n"
-        f"Seeds: {', '.join(map(str, summary['seeds']))}; ± is the standard deviation over them. Baseline "
-        f"columns: AUROC.\n\n"
+        f"# {config['dataset']}, {config['extractor']}, fusion {config['fusion']}\n\n"
+        f"{tables.as_markdown(*make_table(summary))}{defects}\n\n"
+        f"{' '.join(tables.escaped(line) for line in explained)}\n\n"
         f"{describe_run(summary, summary['wall_time_s'])}\n\nConfiguration: {settings}.\n"
     )
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def defect_table(summary: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the AUROC per kind of defect; no rows where no class has kinds."""
+    n_seeds = len(summary["seeds"])
+    rows = [
+        [name, kind, str(entry["n"]), cell(entry, "auroc", n_seeds)]
+        for name, kinds in summary["defects"].items()
+        for kind, entry in kinds.items()
+    ]
+    return ["class", "kind of defect", "images", "AUROC against the normal test images"], rows
 
 
 def describe_run(summary: dict, seconds: float) -> str:
@@ -141,25 +268,52 @@ def describe_run(summary: dict, seconds: float) -> str:
 
 def write_results(folder: Path, summary: dict) -> str:
     """Write results.json, results.csv and results.md -> the table as text."""
-    header, rows = make_table(summary)
-    utils.write_text(folder / "results.md", as_markdown(header, rows, summary))
+    utils.write_text(folder / "results.md", as_markdown(summary))
     utils.write_text(folder / "results.csv", as_csv(summary))
     utils.write_json(folder / "results.json", summary)
-    return as_text(header, rows)
+    return terminal_table(summary)
 
 
 def as_csv(summary: dict) -> str:
-    """One line per method and class, numbers unrounded."""
+    """One line per method and class, numbers unrounded: mean over the seeds; a metric that is undefined is
+    empty, and the last column says why."""
     columns = [name for metric in COLUMNS for name in (metric, f"{metric}_std")]
+    config, seeds = summary["config"], summary["seeds"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "class", *columns])
+    writer.writerow(["method", "class", "dataset", "run", "seeds", *COUNTS, *columns, "undefined"])
     for method, table in ({"flow": summary} | summary["baselines"]).items():
         for name, values in [*table["classes"].items(), ("mean", table["mean"])]:
-            writer.writerow([method, name, *(values.get(column, "") for column in columns)])
+            fitted = method == "flow"  # the baselines stand beside the flows of the first seed
+            own_seeds = " ".join(map(str, seeds if fitted else seeds[:1]))
+            counts = _counts(summary["classes"][name]["runs"] if name != "mean" else [], fitted)
+            figures = ["" if _undefined(values.get(column)) else values[column] for column in columns]
+            about = [method, name, config["dataset"], config["modelname"], own_seeds]
+            writer.writerow([*about, *counts, *figures, _reason(summary, name)])
     return text.getvalue()
 
 
+def _reason(summary: dict, name: str) -> str:
+    """Why a row has no AUROC, or for how many classes the mean has none; empty where nothing is missing."""
+    if name != "mean":
+        return summary["classes"][name]["undefined"]
+    missing = [entry["undefined"] for entry in summary["classes"].values() if entry["undefined"]]
+    total = len(summary["classes"])
+    return f"mean of {total - len(missing)} of {total} classes: {missing[0]}" if missing else ""
+
+
+def _counts(runs: list[dict], fitted: bool) -> list:
+    """The columns COUNTS of a class: each seed's epoch; images; mean seconds. Epoch and seconds are the
+    flow's own."""
+    if not runs:
+        return [""] * len(COUNTS)
+    epochs = " ".join(str(run["epoch"]) for run in runs if "epoch" in run) if fitted else ""
+    seconds = [run["seconds"] for run in runs if "seconds" in run] if fitted else []
+    mean = round(float(np.mean(seconds)), 1) if seconds else ""
+    return [epochs, runs[0].get("n_train", ""), runs[0].get("n_test", ""), mean]
+
+
+# ---------------------------------------------------------------- sweeps
 def sweep_table(
     sweep: dict[str, list[str]], summaries: dict[tuple, dict], metric: str = "auroc"
 ) -> tuple[list[str], list[list[str]]]:
@@ -187,9 +341,9 @@ def write_sweep(
     seeds = ", ".join(map(str, first["seeds"]))
     spread = f"± standard deviation over seeds {seeds}" if len(first["seeds"]) > 1 else f"seed {seeds}"
     note = f"Mean AUROC over the classes, {spread}; {describe_run(first, seconds)}"
-    tables = [f"Score: {first['config']['score']}\n\n{markdown_table(header, rows)}"]
+    parts = [f"Score: {first['config']['score']}\n\n{tables.as_markdown(header, rows)}"]
     for metric, title in SCORE_AUROCS.items():
-        table = markdown_table(*sweep_table(sweep, summaries, metric))
-        tables.append(f"The same flows scored by {title}:\n\n{table}")
-    utils.write_text(folder / "sweep.md", "\n\n".join([f"# {' x '.join(sweep)}", *tables, note]) + "\n")
-    return as_text(header, rows, ruled_last=False)
+        table = tables.as_markdown(*sweep_table(sweep, summaries, metric))
+        parts.append(f"The same flows scored by {title}:\n\n{table}")
+    utils.write_text(folder / "sweep.md", "\n\n".join([f"# {' x '.join(sweep)}", *parts, note]) + "\n")
+    return tables.as_text(header, rows, ruled_last=False)

@@ -422,6 +422,7 @@ class Trainer:
             "n_train": len(data.fit_rows),
             "n_held_out": len(data.held_rows),
             "n_test": len(data.test_rows),
+            "n_anomalous": int(data.labels.sum()),
             "seconds": round(seconds, 1),
         }
         simple = self._own_input_scores() if self.config.baselines else {}

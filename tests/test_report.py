@@ -2,10 +2,12 @@
 
 import csv
 import json
+import math
 
 import pytest
 
 import report
+import tables
 from config import Config
 from utils import METRICS
 
@@ -17,6 +19,11 @@ def result(name: str, seed: int, auroc: float) -> dict:
         "seed": seed,
         "likelihood_auroc": auroc - 0.1,
         "latent_auroc": auroc - 0.2,
+        "epoch": 3 + seed,
+        "n_train": 40,
+        "n_test": 60,
+        "n_anomalous": 40,
+        "seconds": 2.0 + seed,
     }
 
 
@@ -65,6 +72,114 @@ def test_table_has_every_metric_and_the_margin(summary):
     assert [row[0] for row in rows] == ["red, round", "b", "mean"]
     assert rows[0][-1] == "+0.3000 [+0.2000, +0.4000]" and rows[2][-1] == "above in 1 of 2"
     assert rows[0][1] == "0.8500 ± 0.0707"
+
+
+def undefined(name: str, seed: int = 0, n_test: int = 60, n_anomalous: int = 0) -> dict:
+    """The result of a class whose test images are of one label, or none."""
+    return result(name, seed, float("nan")) | {"n_test": n_test, "n_anomalous": n_anomalous}
+
+
+def rows_of(text: str) -> list[dict]:
+    return list(csv.DictReader(text.splitlines(keepends=True)))
+
+
+def test_csv_says_what_each_row_is_of(summary):
+    rows = rows_of(report.as_csv(summary))
+    flow, mean, simple = rows[0], rows[2], rows[3]
+    assert (flow["dataset"], flow["run"], flow["seeds"]) == ("cifar10", "foad_mfff", "0 1")
+    assert (flow["epoch"], flow["n_train"], flow["n_test"], flow["seconds"]) == ("3 4", "40", "60", "2.5")
+    assert (mean["epoch"], mean["n_train"], mean["undefined"]) == ("", "", "")
+    assert (simple["method"], simple["epoch"], simple["seconds"]) == ("kNN", "", ""), "no fit of the flow's"
+    assert (simple["n_train"], simple["seeds"]) == ("40", "0")
+
+
+@pytest.mark.parametrize("name", ["a,b", 'a "b"', "a\nb", " a ", "=1+1", "ü|<b>"])
+def test_csv_survives_any_name(tmp_path, name):
+    summary = report.summarize(Config(), [result(name, 0, 0.5)], {}, 1.0, {})
+    report.write_results(tmp_path, summary)
+    with (tmp_path / "results.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["class"] for row in rows] == [name, "mean"] and None not in rows[0]
+    markdown = (tmp_path / "results.md").read_text().splitlines()
+    lines = [line for line in markdown if line.startswith("|")]
+    assert len(lines) == 4 and "<b>" not in lines[2], "a header, a rule, a class and the mean"
+
+
+@pytest.mark.parametrize(
+    "counts, reason",
+    [
+        ({"n_test": 0}, "no test images"),
+        ({"n_anomalous": 0}, "no anomalous test images"),
+        ({"n_anomalous": 60}, "no normal test images"),
+    ],
+)
+def test_undefined_is_empty_with_its_reason(tmp_path, counts, reason):
+    """Never a number; the mean is that of the other classes, and says so."""
+    results = [undefined("bare", **counts), result("b", 0, 0.6)]
+    summary = report.summarize(Config(), results, {}, 1.0, {})
+    text = report.write_results(tmp_path, summary)
+    bare, other, mean = rows_of((tmp_path / "results.csv").read_text())
+    assert (bare["auroc"], bare["auroc_std"], bare["fpr95"], bare["undefined"]) == ("", "", "", reason)
+    assert other["undefined"] == "" and float(mean["auroc"]) == pytest.approx(0.6)
+    assert mean["undefined"] == f"mean of 1 of 2 classes: {reason}"
+    kept = json.loads((tmp_path / "results.json").read_text())["classes"]["bare"]
+    assert kept["auroc"] is None and kept["undefined"] == reason
+    assert f"no AUROC ({reason}): bare." in text and "nan" not in text
+    assert "nan" not in (tmp_path / "results.md").read_text()
+
+
+def test_nothing_defined_at_all(tmp_path):
+    summary = report.summarize(Config(n_seeds=2), [undefined("a"), undefined("a", 1)], {}, 1.0, {})
+    assert math.isnan(summary["mean"]["auroc"])
+    assert "0.0" not in report.write_results(tmp_path, summary).splitlines()[2]
+
+
+def test_terminal_table_fits(summary):
+    """Long names, many baselines, several seeds: 100 columns, and nothing of the names' ends lost."""
+    long = "large_man-made_outdoor_things_and_more_of_them"
+    results = [result(long, seed, 0.5 + seed / 10) for seed in (0, 1)] + RESULTS
+    metrics = {f"baseline number {i}": {metric: i / 10 for metric in METRICS} for i in range(8)}
+    margin = {"difference": -0.12345, "low": -0.2, "high": 0.1}
+    simple = {
+        name: {"metrics": metrics, "best": "baseline number 7", "margin": margin}
+        for name in (long, "red, round", "b")
+    }
+    text = report.terminal_table(report.summarize(Config(n_seeds=2), results, simple, 1.0, {}))
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[2].startswith("large_man-m") and "_of_them " in lines[2] and "…" in lines[2]
+    assert "0.5500 ± 0.0707" in lines[2] and " 0.7000 " in lines[2], "the best baseline stands there"
+    assert "baseline number 7 0.7000; baseline number 6 0.6000" in " ".join(text.split())
+
+
+def test_shortened_names():
+    assert tables.shorten("abcdefghij", 10) == "abcdefghij"
+    assert tables.shorten("abcdefghijk", 10) == "abcde…hijk" and tables.shorten("a\n b", 10) == "a b"
+
+
+def test_per_defect_auroc():
+    """Normal images against those of one kind; over seeds, mean and deviation; images of other classes are
+    not looked at."""
+    kinds = ["good", "good", "hole", "scratch", "hole", "good"]
+    labels, rows = [0, 0, 1, 1, 1], [0, 1, 2, 3, 4]
+    records = [
+        {"test": {"rows": rows, "labels": labels, "scores": scores}}
+        for scores in ([1.0, 2.0, 3.0, 1.5, 3.0], [1.0, 2.0, 0.0, 1.5, 3.0])
+    ]
+    table = report.per_defect(records, kinds)
+    assert table["hole"] == {
+        "n": 2,
+        "auroc": pytest.approx(0.75),
+        "auroc_std": pytest.approx(0.5 / 2**0.5),
+    }
+    assert table["scratch"] == {"n": 1, "auroc": 0.5, "auroc_std": 0.0}
+    assert report.per_defect(records, ["good", "good", "hole", "hole", "hole", ""]) == {}, "one kind only"
+
+
+def test_defects_stand_in_the_markdown():
+    defects = {"b": {"hole": {"n": 7, "auroc": 0.75, "auroc_std": 0.1}}}
+    summary = report.summarize(Config(n_seeds=2), RESULTS, {}, 1.0, {}, defects)
+    assert "| b | hole | 7 | 0.7500 ± 0.1000 |" in report.as_markdown(summary)
 
 
 def test_sweep_table_takes_each_column_from_its_own_run():
