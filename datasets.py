@@ -1,7 +1,7 @@
 """Raw images with one-class labels and splits.
 
-Layouts (README, "Data"): torchvision's own files, ``{train,test}/<class>/**`` image folders, MVTec-style
-trees (``<category>/train/good``, ``<category>/test/<good or defect>``), and scikit-learn's digits."""
+Files of images are found by layouts.py and read by images.py; torchvision's own files and scikit-learn's
+digits are read here (README, "Your own data")."""
 
 import dataclasses
 import hashlib
@@ -11,17 +11,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision import datasets as tv
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+import images
+import layouts
 import outliers
 from config import Config, UserError, unknown
-
-SPLITS = ("train", "test")
-OTHER = -1  # the category of test images that belong to no class one can train on: always anomalous
+from images import images_below, read_image  # noqa: F401  (what predict.py takes from here)
+from layouts import OTHER, SPLITS, Listing
 
 # CIFAR-100's 20 superclasses (Krizhevsky 2009, table in section 3), and the superclass of each of the 100
 # classes in alphabetical order.
@@ -46,22 +45,46 @@ SUPERCLASS_OF = tuple(
 class Split:
     """What is known of the images of one split, without the images.
 
-    names: a stable name per image. category (n): its index into the classes, or OTHER. defect (n): whether it
-    is a defective specimen of its category."""
+    names: a stable name per image. category (n): its index into the classes, or OTHER. defect (n): whether
+    it is a defective specimen of its category. kind: what is wrong with it, in the data set's words; ""
+    where nothing is."""
 
     names: list[str]
     category: np.ndarray
     defect: np.ndarray
+    kind: list[str]
 
     @classmethod
-    def of(cls, names: Iterable[str], category, defect=None) -> "Split":
-        """From any sequences; without ``defect`` no image is defective."""
+    def of(cls, names: Iterable[str], category, defect=None, kind=None) -> "Split":
+        """From any sequences; without ``defect`` no image is defective, without ``kind`` none has one."""
         names = list(names)
         defect = np.zeros(len(names), bool) if defect is None else np.asarray(defect, bool)
-        return cls(names, np.asarray(category, np.int64), defect)
+        kind = [""] * len(names) if kind is None else list(kind)
+        return cls(names, np.asarray(category, np.int64), defect, kind)
 
     def as_json(self) -> dict:
-        return {"names": self.names, "category": self.category.tolist(), "defect": self.defect.tolist()}
+        """What ``from_json`` takes, made of lists."""
+        return {
+            "names": self.names,
+            "category": self.category.tolist(),
+            "defect": self.defect.tolist(),
+            "kind": self.kind,
+        }
+
+    @classmethod
+    def from_json(cls, content: dict) -> "Split":
+        """The split of ``as_json``. Raises UserError on any other content."""
+        try:
+            split = cls.of(**content)
+            lengths = {len(split.names), len(split.category), len(split.defect), len(split.kind)}
+            texts = all(isinstance(text, str) for text in (*split.names, *split.kind))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"expected the labels of images, got other content ({error})") from None
+        if len(lengths) != 1 or split.category.ndim != 1 or split.defect.ndim != 1 or not texts:
+            raise UserError(
+                f"expected a name, category, defect and kind per image, got {sorted(lengths)} of them"
+            )
+        return split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,25 +124,40 @@ class Labels:
         return _hash(
             self.classes,
             self.per_category,
-            [[s.names, s.category.tolist(), s.defect.tolist()] for s in splits],
+            [s.as_json() for s in splits],
         )
+
+
+def _nothing(split: str, i: int) -> str:
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """A data set's labels and its images. read(split, i) -> (H, W, 3) uint8; raises UserError that names an
-    unreadable image.
+    """A data set's labels and its images.
 
-    content: a hash that changes with the images: of the pixels, or of the files' sizes."""
+    read(split, i) -> (H, W, 3) uint8; raises UserError that names an unreadable image. identify(split, i):
+    a hash of the image's content, of a file's bytes or of pixels; it does not depend on names and places.
+    masks: where the defect of each test image is marked, or None; () without any."""
 
     labels: Labels
     read: Callable[[str, int], np.ndarray]  # picklable: readers may be other processes
-    content: str = ""
+    identify: Callable[[str, int], str] = _nothing
     from_files: bool = True
+    masks: tuple[Path | None, ...] = ()
+
+    def keys(self, split: str) -> list[str]:
+        """The content hash of every image of a split, in order."""
+        return [self.identify(split, i) for i in range(len(self.labels.split(split).names))]
 
     def fingerprint(self) -> str:
         """A hash of names, labels and content: equal for the same images, whatever folder they lie in."""
-        return _hash(self.labels.fingerprint(), self.content)
+        return _hash(self.labels.fingerprint(), [self.keys(split) for split in SPLITS])
+
+    def mask(self, i: int) -> np.ndarray | None:
+        """Where the defect of test image i is, (H, W) bool; None where the data set does not say. Raises
+        UserError on an unreadable mask."""
+        return layouts.read_mask(path) if self.masks and (path := self.masks[i]) else None
 
 
 def _hash(*contents) -> str:
@@ -145,21 +183,35 @@ def load_images(dataset: str, dataset_path: str | None) -> ImageSet:
         return _digits()
     root = Path(dataset_path or f"data/{dataset}")
     if dataset == "mvtec":
-        return _mvtec(root)
-    if all((root / split).is_dir() for split in SPLITS):
-        return _folders(root)
+        return _file_set(layouts.mvtec(root))
+    if (root / "train").is_dir():
+        return _file_set(layouts.folders(root))
     if dataset in _TORCHVISION:
         return _torchvision(dataset, root)
-    missing = f"{root} is no folder" if not root.is_dir() else f"{root} holds no train/ and test/ folders"
-    raise UserError(
-        f"dataset_path: expected {dataset} images as {root}/{{train,test}}/<class>/*, but {missing}"
-    )
+    if not root.is_dir():
+        raise UserError(
+            f"dataset_path: expected {dataset} images as {root}/{{train,test}}/<class>/*, or normal pictures "
+            f"in {root} itself, but {layouts.what_is_there(root)}"
+        )
+    return _file_set(layouts.normal_only(root))
 
 
 def images_of(config: Config) -> ImageSet:
     """The images a configuration asks for: a data set's own, or its validation set. Raises UserError."""
-    images = load_images(config.dataset, config.dataset_path)
-    return validation_set(images) if config.validate else images
+    found = load_images(config.dataset, config.dataset_path)
+    return validation_set(found) if config.validate else found
+
+
+def slug(dataset: str, dataset_path: str | None) -> str:
+    """What tells the image folders of one kind of data set apart in the name of a cache: "" for a data set
+    that is the same wherever it lies and for the default folder, else the folder's name and a hash of its
+    place."""
+    default = Path(f"data/{dataset}").resolve()
+    place = Path(dataset_path).resolve() if dataset_path else default
+    if dataset == "digits" or dataset in _TORCHVISION or place == default:
+        return ""
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in place.name)[:40]
+    return f"{name}-{hashlib.sha256(str(place).encode(errors='surrogateescape')).hexdigest()[:6]}"
 
 
 def _digits() -> ImageSet:
@@ -181,10 +233,11 @@ def _array_set(
     names = {split: [f"{split}/{i}" for i in range(len(pixels[split]))] for split in SPLITS}
     train, test = (Split.of(names[split], category[split]) for split in SPLITS)
     labels = Labels(tuple(classes), train, test)
-    content = _hash(
-        *(hashlib.sha256(np.ascontiguousarray(pixels[split]).data).hexdigest() for split in SPLITS)
-    )
-    return ImageSet(labels, partial(_from_array, pixels), content, from_files=False)
+    return ImageSet(labels, partial(_from_array, pixels), partial(_array_key, pixels), from_files=False)
+
+
+def _array_key(pixels: dict[str, np.ndarray], split: str, i: int) -> str:
+    return hashlib.sha256(np.ascontiguousarray(pixels[split][i]).data).hexdigest()[:32]
 
 
 def _from_array(pixels: dict[str, np.ndarray], split: str, i: int) -> np.ndarray:
@@ -239,117 +292,36 @@ def _rgb(pixels: np.ndarray, channels_first: bool) -> np.ndarray:
     return pixels.transpose(0, 2, 3, 1) if channels_first else pixels
 
 
-def _folders(root: Path) -> ImageSet:
-    """``{train,test}/<class>/**``. A test folder without a train folder of its name is anomalous for every
-    class."""
-    classes = _subfolders(root / "train")
-    number = {name: i for i, name in enumerate(classes)}
-    listing: dict[str, list[Entry]] = {
-        split: [
-            Entry(path, number.get(name, OTHER))
-            for name in _subfolders(root / split)
-            for path in images_below(root / split / name)
-        ]
-        for split in SPLITS
-    }
-    return _file_set(root, classes, listing)
-
-
-def _mvtec(root: Path) -> ImageSet:
-    """``<category>/train/good``, ``<category>/test/<good or defect>``; root may also be one such category."""
-    if not root.is_dir():
-        raise UserError(
-            f"dataset_path: {root} is no folder; expected MVTec-style categories in it, "
-            f"<category>/train/good and "
-            "<category>/test/<defect>"
+def _file_set(listing: Listing) -> ImageSet:
+    """The images of a listing; their names are relative to its root."""
+    splits, files = {}, {}
+    for split in SPLITS:
+        entries = listing.entries[split]
+        files[split] = [entry.path for entry in entries]
+        splits[split] = Split.of(
+            [path.relative_to(listing.root).as_posix() for path in files[split]],
+            [entry.category for entry in entries],
+            [entry.defect for entry in entries],
+            [entry.kind for entry in entries],
         )
-    if (root / "train" / "good").is_dir():
-        categories = {root.resolve().name: root}
-    else:
-        categories = {p.name: p for p in sorted(root.iterdir()) if (p / "train" / "good").is_dir()}
-    if not categories:
-        raise UserError(
-            f"dataset_path: expected MVTec-style categories in {root} (<category>/train/good), found none"
-        )
-    listing: dict[str, list[Entry]] = {
-        split: [
-            Entry(path, number, kind != "good")
-            for number, folder in enumerate(categories.values())
-            for kind in _subfolders(folder / split)
-            for path in images_below(folder / split / kind)
-        ]
-        for split in SPLITS
-    }
-    return _file_set(root, list(categories), listing, per_category=True)
-
-
-def _subfolders(folder: Path) -> list[str]:
-    names = (
-        sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        if folder.is_dir()
-        else []
-    )
-    if not names:
-        raise UserError(f"dataset_path: expected a folder of images per class in {folder}, found none")
-    return names
-
-
-def images_below(folder: Path) -> list[Path]:
-    """The image files in a folder and its subfolders, sorted. Raises UserError when there are none."""
-    files = sorted(
-        p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith(".")
-    )
-    if not files:
-        raise UserError(
-            f"dataset_path: no images in {folder}; expected files ending in {', '.join(IMG_EXTENSIONS)}"
-        )
-    return files
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """An image file with its labels."""
-
-    path: Path
-    category: int
-    defect: bool = False
-
-
-def _file_set(
-    root: Path, classes: list[str], listing: dict[str, list[Entry]], per_category: bool = False
-) -> ImageSet:
-    train, test = (
-        Split.of(
-            [entry.path.relative_to(root).as_posix() for entry in listing[split]],
-            [entry.category for entry in listing[split]],
-            [entry.defect for entry in listing[split]],
-        )
-        for split in SPLITS
-    )
-    files = {split: [entry.path for entry in listing[split]] for split in SPLITS}
-    content = _hash([[path.stat().st_size for path in files[split]] for split in SPLITS])
-    return ImageSet(Labels(tuple(classes), train, test, per_category), partial(_from_file, files), content)
+    labels = Labels(tuple(listing.classes), **splits, per_category=listing.per_category)
+    masks = tuple(entry.mask for entry in listing.entries["test"])
+    return ImageSet(labels, partial(_from_file, files), partial(_file_key, files), masks=masks)
 
 
 def _from_file(files: dict[str, list[Path]], split: str, i: int) -> np.ndarray:
     return read_image(files[split][i])
 
 
+def _file_key(files: dict[str, list[Path]], split: str, i: int) -> str:
+    return images.content_key(files[split][i])
+
+
 def unlabelled(files: list[Path]) -> ImageSet:
     """Image files without labels, as a test split."""
     labels = Labels((), Split.of([], []), Split.of([str(path) for path in files], [OTHER] * len(files)))
-    return ImageSet(labels, partial(_from_file, {"train": [], "test": files}))
-
-
-def read_image(path: Path) -> np.ndarray:
-    """An image file as (H, W, 3) uint8. Raises UserError that names it when it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"unreadable image {path} ({type(error).__name__}); repair it or take it out of the folder"
-        ) from None
+    listed: dict[str, list[Path]] = {"train": [], "test": files}
+    return ImageSet(labels, partial(_from_file, listed), partial(_file_key, listed))
 
 
 # ---------------------------------------------------------------- validation without anomalies
@@ -360,7 +332,7 @@ HELD_OUT, MOST_HELD_OUT = (
 MOST_FITTED = 2000  # normal training images per class that are kept to fit: choosing must be quick
 
 
-def validation_set(images: ImageSet) -> ImageSet:
+def validation_set(source: ImageSet) -> ImageSet:
     """A test set for choosing settings, made from normal training images alone: nothing of the real test set
     is read.
 
@@ -368,8 +340,8 @@ def validation_set(images: ImageSet) -> ImageSet:
     others are there to fit. The held-out ones are the normal test images; each also gives three synthetic
     outliers: turned by 90, 180 or 270 degrees, with a rectangle pasted in from another one, and averaged with
     another one."""
-    labels = images.labels
-    rows: dict[str, list[tuple[str, int, bool]]] = {split: [] for split in SPLITS}
+    labels = source.labels
+    rows: dict[str, list[tuple[str, int, bool, str]]] = {split: [] for split in SPLITS}
     recipe: dict[str, list[tuple[int, str, int]]] = {split: [] for split in SPLITS}
     for number in range(len(labels.classes)):
         normal = np.flatnonzero((labels.train.category == number) & ~labels.train.defect)
@@ -381,19 +353,29 @@ def validation_set(images: ImageSet) -> ImageSet:
             ("test", row, kind, held[i - 1]) for kind in ("", *outliers.KINDS) for i, row in enumerate(held)
         ]
         for split, row, kind, other in entries:
-            rows[split].append((labels.train.names[row] + (f" {kind}" if kind else ""), number, bool(kind)))
+            name = labels.train.names[row] + (f" {kind}" if kind else "")
+            rows[split].append((name, number, bool(kind), kind))
             recipe[split].append((int(row), kind, int(other)))
     train, test = (Split.of(*zip(*rows[split])) for split in SPLITS)
     made = Labels(labels.classes, train, test, per_category=True)
-    return ImageSet(made, partial(_make, images, recipe), images.content, images.from_files)
+    return ImageSet(
+        made, partial(_make, source, recipe), partial(_made_key, source, recipe), source.from_files
+    )
 
 
-def _make(images: ImageSet, recipe: dict[str, list[tuple]], split: str, i: int) -> np.ndarray:
+def _make(source: ImageSet, recipe: dict[str, list[tuple]], split: str, i: int) -> np.ndarray:
     """An image of the validation set: (row, kind of outlier or nothing, other row) of the training split."""
     row, kind, other = recipe[split][i]
-    image = images.read("train", row)
+    image = source.read("train", row)
     return (
-        outliers.outlier(image, images.read("train", other), kind, np.random.RandomState(i))
+        outliers.outlier(image, source.read("train", other), kind, np.random.RandomState(i))
         if kind
         else image
     )
+
+
+def _made_key(source: ImageSet, recipe: dict[str, list[tuple]], split: str, i: int) -> str:
+    """The content hash of an image of the validation set: of those that it is made of."""
+    row, kind, other = recipe[split][i]
+    key = source.identify("train", row)
+    return _hash(key, kind, source.identify("train", other), i) if kind else key

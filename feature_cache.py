@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+import datasets
 from config import Config, UserError
 from datasets import SPLITS, ImageSet, Labels, Split
 
@@ -22,15 +23,16 @@ CACHE_FORMAT = 2
 
 
 def cache_folder(config: Config, img_size: tuple[int, int], grid_key: str) -> Path:
-    """Where the features of a configuration lie: feature_path, or a folder named after data set, backbone,
-    size and grid."""
+    """Where the features of a configuration lie: feature_path, or a folder named after data set, the place of
+    its images where that tells two sets apart, backbone, size and grid."""
     if config.feature_path:
         return Path(config.feature_path)
     extractor = config.extractor.replace("/", "_").replace(":", "_")
     validation = "-validation" if config.validate else ""
-    return (
-        Path("features") / f"{config.dataset}-{extractor}-{img_size[0]}x{img_size[1]}-{grid_key}{validation}"
-    )
+    slug = datasets.slug(config.dataset, config.dataset_path)
+    place = f"-{slug}" if slug else ""
+    size = f"{img_size[0]}x{img_size[1]}"
+    return Path("features") / f"{config.dataset}{place}-{extractor}-{size}-{grid_key}{validation}"
 
 
 @dataclasses.dataclass(frozen=True)

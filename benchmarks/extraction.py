@@ -63,6 +63,10 @@ def read_chosen(images, chosen, split, i):
     return images.read("train", chosen[i])
 
 
+def chosen_key(images, chosen, split, i):
+    return images.identify("train", chosen[i])
+
+
 def first_images(images, count):
     """The data set cut to its first training images, spread over the classes."""
     chosen = np.linspace(0, len(images.labels.train.names) - 1, count).astype(int)
@@ -71,7 +75,8 @@ def first_images(images, count):
         [labels.train.names[i] for i in chosen], labels.train.category[chosen], labels.train.defect[chosen]
     )
     cut = datasets.Labels(labels.classes, split, datasets.Split.of([], []))
-    return datasets.ImageSet(cut, partial(read_chosen, images, chosen), images.content, images.from_files)
+    identify = partial(chosen_key, images, chosen)
+    return datasets.ImageSet(cut, partial(read_chosen, images, chosen), identify, images.from_files)
 
 
 def write(job):

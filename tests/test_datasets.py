@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, make_folder, write_image
+from PIL import Image
 from sklearn.datasets import load_digits
 
 import datasets
 import feature_cache
+import layouts
 from config import Config, UserError
 from datasets import OTHER, SPLITS, Labels, Split, choose_classes, load_images
 from feature_cache import CacheIdentity, CacheWriter, FeatureCache
@@ -111,6 +113,50 @@ def test_lbot_layout(tmp_path):
     }
 
 
+def test_kinds_of_anomalies(tmp_path):
+    root = tree(tmp_path, "train/a/1.png", "test/a/1.png", "test/dent/1.png")
+    assert load_images("folder", str(root)).labels.test.kind == ["", "dent"]
+
+
+@pytest.mark.parametrize("below", ["", "train/"])
+@pytest.mark.parametrize("dataset", ["folder", "lbot"])
+def test_normal_pictures_only(tmp_path, capsys, dataset, below):
+    """Pictures and nothing else: one class of the folder's name, no test split."""
+    root = tree(tmp_path / "bolt", *(f"{below}{i}.png" for i in range(3)), f"{below}.hidden.png")
+    (root / below / "notes.txt").write_text("no image")
+    images = load_images(dataset, str(root))
+    assert images.labels.classes == ("bolt",) and images.labels.test.names == []
+    assert images.labels.train.names == ["0.png", "1.png", "2.png"]
+    train, test, anomalous = images.labels.one_class("bolt")
+    assert train.tolist() == [0, 1, 2] and len(test) == len(anomalous) == 0
+    assert "notes" not in capsys.readouterr().out and (images.read("train", 2) == PIXELS + 2).all()
+
+
+def test_normal_folders_without_test(tmp_path):
+    labels = load_images("folder", str(tree(tmp_path, "train/a/1.png", "train/b/2.png"))).labels
+    assert labels.classes == ("a", "b") and labels.test.names == []
+
+
+def test_normal_pictures_beside_folders(tmp_path, capsys):
+    """Those in folders are not taken, and that is said."""
+    load_images("folder", str(tree(tmp_path, "1.png", "bad/2.png")))
+    assert "not those in bad" in capsys.readouterr().err
+
+
+def test_folders_that_are_no_split(tmp_path):
+    with pytest.raises(UserError, match="holds bad/, good/.*--dataset_path .*bad"):
+        load_images("folder", str(tree(tmp_path, "good/1.png", "bad/2.png")))
+
+
+def test_what_is_passed_over_is_told_once(tmp_path, capsys):
+    root = tree(tmp_path, "train/a/1.png", "train/b/1.png", "test/a/1.png", "train/.ipynb_checkpoints/1.png")
+    for name in ("train/a/1.txt", "train/b/2.txt", "test/a/Thumbs.db"):
+        (root / name).write_text("no image")
+    assert load_images("folder", str(root)).labels.classes == ("a", "b")
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "3 files that are no images (.txt 2, .db 1)" in told
+
+
 def test_nested_hidden_and_other_files(tmp_path):
     root = tree(
         tmp_path,
@@ -168,6 +214,57 @@ def test_mvtec_single_category(tmp_path):
 def test_mvtec_defects_do_not_train(tmp_path):
     labels = load_images("mvtec", str(tree(tmp_path / "bottle", *MVTEC, "train/dent/6.png"))).labels
     assert len(labels.train.names) == 3 and len(labels.one_class("bottle")[0]) == 2
+
+
+@pytest.mark.parametrize("folder", ["", "BTech_Dataset_transformed/"])
+def test_btad_layout(tmp_path, folder):
+    """ "ok" for "good", numbers for names, masks of the image's own name; perhaps one folder deeper."""
+    names = ("train/ok/0.bmp", "test/ok/1.bmp", "test/ko/2.bmp", "test/ko/3.bmp", "ground_truth/ko/2.png")
+    labels = load_images("mvtec", str(tree(tmp_path, *(f"{folder}01/{name}" for name in names)))).labels
+    assert labels.classes == ("01",) and labels.one_class("01")[2].tolist() == [1, 1, 0]
+    assert labels.test.kind == ["ko", "ko", ""] and len(labels.one_class("01")[0]) == 1
+
+
+def test_mvtec_without_test(tmp_path):
+    labels = load_images("mvtec", str(tree(tmp_path / "bottle", "train/good/1.png"))).labels
+    assert labels.test.names == [] and len(labels.one_class("bottle")[0]) == 1
+
+
+def test_kinds_and_masks(tmp_path):
+    """The mask of each defective image: beside its name, in subfolders too; none for the others."""
+    root = tree(tmp_path / "bottle", *MVTEC, "test/hole/deep/6.png")
+    mask = np.zeros((5, 4), np.uint8)
+    mask[2, 3] = 255
+    for name in ("hole/5_mask.png", "hole/deep/6_mask.png"):
+        write_image(root / "ground_truth" / name, mask)
+    images = load_images("mvtec", str(root))
+    names, kinds = images.labels.test.names, images.labels.test.kind
+    assert dict(zip(names, kinds)) == {
+        "test/good/3.png": "",
+        "test/hole/5.png": "hole",
+        "test/hole/deep/6.png": "hole",
+        "test/scratch/4.png": "scratch",
+    }
+    for i, kind in enumerate(kinds):
+        found = images.mask(i)
+        assert (found is None) if kind != "hole" else (found == (mask > 0)).all()
+    assert load_images("digits", None).mask(0) is None
+
+
+@pytest.mark.parametrize(
+    "mode, value", [("1", 255), ("L", 1), ("P", 1), ("RGB", 9), ("LA", 9), ("I;16", 300)]
+)
+def test_masks_of_every_mode(tmp_path, mode, value):
+    marked = Image.fromarray(np.array([[0, value]], np.uint16 if mode == "I;16" else np.uint8))
+    marked = marked if mode in ("I;16", "P") else marked.convert(mode)
+    if mode == "P":
+        marked = Image.fromarray(np.array([[0, value]], np.uint8), "P")
+        marked.putpalette([0] * 6)
+    marked.save(tmp_path / "m.png")
+    assert layouts.read_mask(tmp_path / "m.png").tolist() == [[False, True]]
+    (tmp_path / "m.png").write_bytes(b"no mask")
+    with pytest.raises(UserError, match="m.png"):
+        layouts.read_mask(tmp_path / "m.png")
 
 
 @pytest.mark.parametrize("names", [(), ("bottle/1.png",)])
@@ -305,21 +402,71 @@ def test_folder_without_classes_or_images(tmp_path):
         load_images("folder", str(tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"", b"this is no image", None])
-def test_unreadable_image_is_named(tmp_path, content):
-    path = tree(tmp_path, "broken.png") / "broken.png"
-    path.write_bytes(path.read_bytes()[:-40] if content is None else content)
-    with pytest.raises(UserError, match="broken.png"):
-        datasets.read_image(path)
+# ---------------------------------------------------------------- what labels and images are known by
+def test_split_round_trip():
+    split = Split.of(["a", "b"], [0, OTHER], [False, True], ["", "dent"])
+    again = Split.from_json(json.loads(json.dumps(split.as_json())))
+    assert again.as_json() == split.as_json() and again.kind == ["", "dent"]
+    assert again.category.dtype == np.int64 and again.defect.dtype == bool
+    older = {name: value for name, value in split.as_json().items() if name != "kind"}
+    assert Split.from_json(older).kind == ["", ""]
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK"])
-def test_every_mode_becomes_rgb(tmp_path, mode):
-    from PIL import Image
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"names": ["a"]},
+        {"category": [0, "x"]},
+        {"kind": ["", 3]},
+        {"defect": [[True], [False]]},
+        {"more": []},
+    ],
+    ids=str,
+)
+def test_split_of_other_content(change):
+    good = Split.of(["a", "b"], [0, 1]).as_json()
+    with pytest.raises(UserError):
+        Split.from_json(good | change)
+    with pytest.raises(UserError):
+        Split.from_json({"names": []})
 
-    name = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
-    Image.fromarray(PIXELS).convert(mode).save(name)
-    assert datasets.read_image(name).shape == (5, 4, 3)
+
+def test_fingerprint_follows_content(tmp_path):
+    """An image replaced by another of the same size is noticed; a copy of the whole folder elsewhere is the
+    same."""
+    for place in ("a", "b"):
+        make_folder(tmp_path / place, n_train=2, n_test=1, size=4)
+    first, second = (load_images("folder", str(tmp_path / place)) for place in "ab")
+    assert first.fingerprint() == second.fingerprint() and first.keys("train") == second.keys("train")
+    changed = tmp_path / "b/train/leaf/01.png"
+    content = bytearray(changed.read_bytes())
+    content[-1] ^= 1
+    changed.write_bytes(content)
+    assert second.fingerprint() != first.fingerprint()
+    differing = [a != b for a, b in zip(first.keys("train"), second.keys("train"))]
+    assert differing == [name == "train/leaf/01.png" for name in first.labels.train.names]
+
+
+def test_keys_of_arrays_and_of_made_images(texture_folder):
+    digits = load_images("digits", None)
+    keys = digits.keys("test")
+    assert len(set(keys)) == len({digits.read("test", i).tobytes() for i in range(len(keys))})
+    source = load_images("folder", str(texture_folder))
+    made = datasets.validation_set(source)
+    keys = made.keys("test")
+    assert len(set(keys)) == len(keys), "each outlier has its own"
+    held = [key for key, kind in zip(keys, made.labels.test.kind) if not kind]
+    assert set(held) < set(source.keys("train")), "a held-out image is the image itself"
+    assert set(made.labels.test.kind) == {"", *datasets.outliers.KINDS}
+
+
+def test_slug_tells_two_products_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = (datasets.slug("folder", str(tmp_path / place / "pro duct")) for place in "ab")
+    assert first != second and first.startswith("pro_duct-") and len(first) == len("pro_duct-") + 6
+    assert datasets.slug("folder", "a/pro duct") == datasets.slug("folder", "a/../a/pro duct/") == first
+    assert datasets.slug("mvtec", None) == datasets.slug("mvtec", "data/mvtec") == ""
+    assert datasets.slug("cifar10", "/anywhere") == datasets.slug("digits", "/anywhere") == ""
 
 
 # ---------------------------------------------------------------- the cache
@@ -551,10 +698,16 @@ def test_cache_folder():
         feature_cache.cache_folder(base, (32, 48), "2"),
         *(
             feature_cache.cache_folder(dataclasses.replace(base, **change), (32, 48), "full")
-            for change in ({"dataset": "folder"}, {"extractor": "other"}, {"validate": True})
+            for change in (
+                {"dataset": "folder"},
+                {"dataset": "folder", "dataset_path": "a/bolt"},
+                {"dataset": "folder", "dataset_path": "b/bolt"},
+                {"extractor": "other"},
+                {"validate": True},
+            )
         ),
     }
-    assert len(others | {folder}) == 6
+    assert len(others | {folder}) == 8
     assert feature_cache.cache_folder(
         dataclasses.replace(base, feature_path="/x/y"), (32, 48), "full"
     ) == Path("/x/y")

@@ -36,8 +36,8 @@ MUTATIONS = [
     Mutation(
         "validate does nothing",
         "datasets.py",
-        "return validation_set(images) if config.validate else images",
-        "return images",
+        "return validation_set(found) if config.validate else found",
+        "return found",
         "extractor",
     ),
     Mutation(

@@ -1,0 +1,315 @@
+"""Image files: every mode and format to the right pixels, which files are found, and which are refused."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, write_image
+from PIL import Image
+
+import images
+from config import UserError
+
+GENERATOR = np.random.RandomState(0)
+PIXELS = np.full((5, 4, 3), 90, np.uint8)
+RAMP = np.linspace(0, 65535, 20).round().astype(np.uint16).reshape(4, 5)
+
+
+@pytest.fixture(autouse=True)
+def not_told():
+    images._frames_told[0] = 0
+
+
+def saved(path: Path, image, **options) -> np.ndarray:
+    """What is read of an image (Pillow's, or an array) that was saved to a path."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(path, **options)
+    return images.read_image(path)
+
+
+# ---------------------------------------------------------------- modes
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    pixels = saved(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"), Image.fromarray(PIXELS).convert(mode))
+    assert pixels.shape == (5, 4, 3) and pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_sixteen_bits_are_scaled(tmp_path, ending):
+    pixels = saved(tmp_path / f"a.{ending}", RAMP)
+    assert (pixels == np.round(RAMP / 257).astype(np.uint8)[..., None]).all()
+    assert pixels.min() == 0 and pixels.max() == 255 and len(np.unique(pixels)) == 20
+
+
+def test_big_endian_sixteen_bits(tmp_path):
+    image = Image.frombytes("I;16B", (5, 4), RAMP.astype(">u2").tobytes())
+    image.save(tmp_path / "a.tif")
+    wanted = np.round(RAMP / 257).astype(np.uint8)
+    assert (images.read_image(tmp_path / "a.tif")[..., 1] == wanted).all()
+
+
+@pytest.mark.parametrize(
+    "values, wanted",
+    [
+        (np.array([[0, 257, 65535]], np.int32), [0, 1, 255]),
+        (np.array([[-100, 0, 100]], np.int32), [0, 128, 255]),
+        (np.array([[0, 10**9, 2 * 10**9]], np.int32), [0, 128, 255]),
+        (np.array([[0, 0.2, 1]], np.float32), [0, 51, 255]),
+        (np.array([[0, 51, 200]], np.float32), [0, 51, 200]),
+        (np.array([[0, 2570, 65535]], np.float32), [0, 10, 255]),
+        (np.array([[-1, 0, 1]], np.float32), [0, 128, 255]),
+        (np.array([[7e9, 7e9, 7e9]], np.float32), [0, 0, 0]),
+    ],
+)
+def test_wide_grays(tmp_path, values, wanted):
+    pixels = saved(tmp_path / "a.tif", values)
+    assert pixels[0].tolist() == [[value] * 3 for value in wanted]
+
+
+def test_values_that_are_not_finite(tmp_path):
+    Image.fromarray(np.array([[1, np.nan]], np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="a.tif.*not finite"):
+        images.read_image(tmp_path / "a.tif")
+
+
+def test_transparent_is_white(tmp_path):
+    """Clear, half clear and opaque red, in every mode that can say so."""
+    rgba = np.zeros((1, 3, 4), np.uint8)
+    rgba[..., 0], rgba[0, :, 3] = 200, (0, 128, 255)
+    assert saved(tmp_path / "a.png", rgba)[0].tolist() == [[255] * 3, [227, 127, 127], [200, 0, 0]]
+    gray = Image.merge("LA", (Image.new("L", (2, 1), 40), Image.fromarray(np.array([[0, 255]], np.uint8))))
+    assert saved(tmp_path / "b.png", gray)[0].tolist() == [[255] * 3, [40] * 3]
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([9, 8, 7, 30, 60, 90])
+    assert saved(tmp_path / "c.png", palette, transparency=0)[0].tolist() == [[255] * 3, [30, 60, 90]]
+    assert saved(tmp_path / "d.png", palette)[0].tolist() == [[9, 8, 7], [30, 60, 90]]
+    keyed = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    assert saved(tmp_path / "e.png", keyed, transparency=(1, 2, 3))[0].tolist() == [[255] * 3, [4, 5, 6]]
+
+
+def test_cmyk(tmp_path):
+    """Cyan ink takes red away, in a JPEG (whose CMYK is stored inverted) as in a TIFF."""
+    cyan = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+    for name in ("a.tif", "a.jpg"):
+        assert np.abs(saved(tmp_path / name, cyan)[4, 4].astype(int) - (0, 255, 255)).max() <= 3
+
+
+TURNED = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10
+STORED = {  # EXIF orientation -> what a camera stores of TURNED
+    1: TURNED,
+    2: TURNED[:, ::-1],
+    3: TURNED[::-1, ::-1],
+    4: TURNED[::-1],
+    5: TURNED.transpose(1, 0, 2),
+    6: np.rot90(TURNED),
+    7: np.rot90(TURNED, 2).transpose(1, 0, 2),
+    8: np.rot90(TURNED, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("ending", ["png", "tif", "webp"])
+def test_exif_orientation(tmp_path, orientation, ending):
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = orientation
+    options = {"lossless": True} if ending == "webp" else {}
+    pixels = np.ascontiguousarray(STORED[orientation])
+    assert (saved(tmp_path / f"a.{ending}", pixels, exif=exif, **options) == TURNED).all()
+
+
+def test_exif_of_a_sixteen_bit_png(tmp_path):
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = 6
+    wanted = np.round(RAMP / 257).astype(np.uint8)
+    assert (
+        saved(tmp_path / "a.png", np.ascontiguousarray(np.rot90(RAMP)), exif=exif)[..., 0] == wanted
+    ).all()
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_leaves_the_pixels(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0\1")
+    assert (images.read_image(tmp_path / "a.png") == PIXELS).all()
+
+
+# ---------------------------------------------------------------- formats
+@pytest.mark.parametrize("ending", ["gif", "jfif", "jp2", "avif", "webp", "bmp", "tiff", "ppm", "tga", "JPG"])
+def test_formats(tmp_path, ending):
+    assert np.abs(saved(tmp_path / f"a.{ending}", PIXELS).astype(int) - 90).max() <= 2
+    assert images.images_below(tmp_path) == [tmp_path / f"a.{ending}"]
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "png", "tif"])
+def test_first_frame_is_taken_and_said_once(tmp_path, capsys, ending):
+    frames = [Image.new("RGB", (6, 6), (shade, shade, shade)) for shade in (10, 250)]
+    for name in "ab":
+        path = tmp_path / f"{name}.{ending}"
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+        assert np.abs(images.read_image(path).astype(int) - 10).max() <= 2
+    assert capsys.readouterr().err.count("several frames") == 1
+
+
+def test_an_image_of_one_frame_says_nothing(tmp_path, capsys):
+    saved(tmp_path / "a.gif", PIXELS)
+    assert capsys.readouterr().err == ""
+
+
+def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
+    """PostScript would be given to Ghostscript, whatever the file is called."""
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n" * 3)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with pytest.raises(UserError, match="a.png"):
+        images.read_image(tmp_path / "a.png")
+    assert ".eps" not in images.extensions() and ".pdf" not in images.extensions()
+
+
+# ---------------------------------------------------------------- refused
+@pytest.mark.parametrize("content", [b"", b"this is no image", None])
+def test_unreadable_image_is_named(tmp_path, content):
+    write_image(tmp_path / "broken.png", PIXELS)
+    path = tmp_path / "broken.png"
+    path.write_bytes(path.read_bytes()[:-40] if content is None else content)
+    with pytest.raises(UserError, match="broken.png"):
+        images.read_image(path)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "gif", "bmp", "tif", "webp", "jp2", "avif", "ppm"])
+def test_truncated_files_are_refused(tmp_path, ending):
+    """Cut anywhere in its first nine tenths, no file gives pixels (gray ones, for instance)."""
+    noise = GENERATOR.randint(0, 256, (64, 64, 3)).astype(np.uint8)
+    whole = tmp_path / f"whole.{ending}"
+    saved(whole, noise)
+    content = whole.read_bytes()
+    cut = tmp_path / f"cut.{ending}"
+    for share in np.linspace(0.02, 0.9, 12):
+        cut.write_bytes(content[: int(share * len(content))])
+        with pytest.raises(UserError, match="cut"):
+            images.read_image(cut)
+
+
+def bomb(path: Path, side: int, **options) -> Path:
+    Image.new("L", (side, side), 77).save(path, **options)
+    return path
+
+
+def test_too_many_pixels(tmp_path, monkeypatch):
+    """A JPEG is read small, other files and progressive JPEGs are refused before they are decoded."""
+    monkeypatch.setattr(images, "MOST_PIXELS", 100 * 100)
+    assert images.read_image(bomb(tmp_path / "a.jpg", 100)).shape == (100, 100, 3)
+    for side, got in ((101, 51), (201, 51), (400, 100), (800, 100)):
+        pixels = images.read_image(bomb(tmp_path / "a.jpg", side))
+        assert pixels.shape == (got, got, 3) and (np.abs(pixels.astype(int) - 77) <= 1).all()
+    for path in (
+        bomb(tmp_path / "b.jpg", 801),
+        bomb(tmp_path / "c.jpg", 101, progressive=True),
+        bomb(tmp_path / "d.png", 101),
+    ):
+        monkeypatch.setattr(images, "to_rgb", None)
+        with pytest.raises(UserError, match=rf"{path.name}.*pixels"):
+            images.read_image(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the memory from")
+@pytest.mark.slow
+def test_a_bomb_takes_bounded_memory(tmp_path):
+    """170 million pixels in half a megabyte: refused as PNG, read at an eighth or so as JPEG."""
+    for name in ("a.png", "a.jpg"):
+        bomb(tmp_path / name, 13_000)
+    code = "import sys, images\n"
+    code += "for name in sys.argv[1:]:\n try: print(images.read_image(name).shape)\n"
+    code += " except Exception as error: print(type(error).__name__)\n"
+    code += "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    command = [sys.executable, "-c", code, str(tmp_path / "a.png"), str(tmp_path / "a.jpg")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    refused, read, kilobytes = done.stdout.splitlines()
+    assert (refused, read, done.stderr) == ("UserError", "(6500, 6500, 3)", "")
+    assert int(kilobytes) < 700_000, "the whole picture takes 3.2 GB"
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    """Neither finding nor reading waits for the other end."""
+    write_image(tmp_path / "a.png", PIXELS)
+    os.mkfifo(tmp_path / "b.jpg")
+    counted = Counter()
+    assert images.images_below(tmp_path, counted) == [tmp_path / "a.png"] and counted == {
+        "no regular file": 1
+    }
+    with pytest.raises(UserError, match="b.jpg.*no regular file"):
+        images.read_image(tmp_path / "b.jpg")
+    assert images.content_key(tmp_path / "b.jpg") == "unreadable"
+
+
+# ---------------------------------------------------------------- which files
+def test_what_is_found(tmp_path, capsys):
+    for name in (
+        "b/2.png",
+        "a/1.JPEG",
+        "c/.3.png",
+        ".ipynb_checkpoints/4.png",
+        "__MACOSX/5.png",
+        ".git/6.png",
+    ):
+        write_image(tmp_path / name, PIXELS)
+    for name in ("b/notes.txt", "b/more.txt", "a/table.csv", "README"):
+        (tmp_path / name).write_text("no image")
+    assert images.images_below(tmp_path) == [tmp_path / "a/1.JPEG", tmp_path / "b/2.png"]
+    told = capsys.readouterr().err
+    assert "4 files that are no images" in told and ".txt 2" in told and told.count("\n") == 1
+
+
+def test_links(tmp_path):
+    """A linked folder is searched once, and loops end."""
+    write_image(tmp_path / "elsewhere/1.png", PIXELS)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/loop").symlink_to(tmp_path / "set")
+    (tmp_path / "set/self.png").symlink_to("self.png")
+    counted = Counter()
+    assert [p.name for p in images.images_below(tmp_path / "set", counted)] == ["1.png"]
+    assert counted == {"no regular file": 1}
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    """Pictures must not go missing silently (root may read anything, so the refusal is made up)."""
+    write_image(tmp_path / "a/1.png", PIXELS)
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match="closed cannot be read.*Permission denied"):
+        images.images_below(tmp_path)
+
+
+def test_no_images(tmp_path):
+    (tmp_path / "a.docx").write_text("no image")
+    with pytest.raises(UserError, match="no images in .*there are 1 files.*docx 1"):
+        images.images_below(tmp_path)
+
+
+# ---------------------------------------------------------------- the same files?
+@pytest.mark.parametrize("size", [100, 200_000])
+def test_content_key(tmp_path, size):
+    """Any other byte is noticed, at once and with the same size; place and time are not."""
+    content = bytearray(GENERATOR.bytes(size))
+    path, copy = tmp_path / "a.png", tmp_path / "deep.png"
+    path.write_bytes(content)
+    before = images.content_key(path)
+    copy.write_bytes(content)
+    os.utime(copy, (1, 1))
+    assert images.content_key(copy) == before and len(before) == 32
+    for place in (0, size // 2, size - 1):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        copy.write_bytes(changed)
+        assert images.content_key(copy) != before
+    assert images.content_key(tmp_path / "absent") == "unreadable"
