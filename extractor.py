@@ -8,16 +8,17 @@ if __name__ == "__main__":  # parse before the slow imports: -h and mistakes ans
 
 import dataclasses
 import functools
-import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,6 +34,13 @@ from feature_cache import CacheIdentity
 from token_grid import Bands, TokenGrid
 
 CHUNK = 64  # images that travel together from the readers to the device and on to the disk
+IN_FLIGHT = 2  # chunks on their way from a GPU while the next is computed
+MOST_THREADS = 8  # that compute whole batches: more would wait for Python's lock, and share out the rest
+MOST_READERS = 32  # processes: no device takes more images than they decode
+NOT_FINITE = (
+    "the backbone gave features that are not finite or exceed float16; try --precision float32, and check "
+    "its weights"
+)
 
 
 # ---------------------------------------------------------------- what is extracted
@@ -92,9 +100,7 @@ class ImageRows(Dataset):
     def __getitem__(self, i: int) -> Tensor | Unreadable:
         try:
             pixels = self.images.read(self.split, i)
-        except (
-            UserError
-        ) as mistake:  # raised again by Extraction.features: a worker would wrap it into a traceback
+        except UserError as mistake:  # raised again by the reader: a worker would wrap it into a traceback
             return Unreadable(i, str(mistake))
         if pixels.shape[0] > self.img_size[0] or pixels.shape[1] > self.img_size[1]:
             pixels = np.asarray(Image.fromarray(pixels).resize(self.img_size[::-1], Image.Resampling.BICUBIC))
@@ -162,9 +168,10 @@ def prepare(
     normalised."""
     images = images.contiguous(memory_format=torch.channels_last)
     if images.shape[2:] != img_size:
-        on_cpu = images.device.type == "cpu"  # the CPU resizes uint8 itself, rounding as Pillow does
-        images = F.interpolate(images if on_cpu else images.float(), img_size, mode="bicubic", antialias=True)
-        images = images if on_cpu else images.round_().clamp_(0, 255)
+        if images.device.type == "cpu":  # which resizes uint8 itself, rounding as Pillow does
+            images = F.interpolate(images, img_size, mode="bicubic", antialias=True)
+        else:
+            images = resize_like_pillow(images, img_size).contiguous(memory_format=torch.channels_last)
     return ((images.float() / 255 - mean) / std).to(dtype)
 
 
@@ -220,6 +227,8 @@ class Extraction:
         batches = [
             self._batch(batch) for batch in images.to(self.device, non_blocking=True).split(self.batch)
         ]
+        if len(batches) == 1:
+            return batches[0]
         return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
     def _batch(self, images: Tensor) -> Rows:
@@ -237,40 +246,130 @@ class Extraction:
         """Time of the backbone per image on this machine, by the second of two passes over a blank batch;
         reading and decoding come on top."""
         blank = torch.zeros(self.batch, 3, *self.img_size, dtype=torch.uint8)
+        at_once, threads = max(1, self.threads), torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // at_once))  # as one of the threads that extract
         for _ in range(2):
             start = time.perf_counter()
             for values in self.rows(blank).values():
                 values.sum().item()  # waits for a GPU
-        return (time.perf_counter() - start) / self.batch
+        torch.set_num_threads(threads)
+        return (time.perf_counter() - start) / (self.batch * at_once)
 
-    @torch.inference_mode()
     def features(
         self, split: str, start: int = 0, stop: int | None = None, unreadable: list[int] | None = None
     ) -> Iterator[Rows]:
-        """What is kept of the images start..stop of a split (all), in order (see ``rows``). Batches begin at
-        ``start``: the outcome does not depend on what was extracted before.
+        """What is kept of the images start..stop of a split (all), in order, on the device (see ``rows``).
+        Batches begin at ``start``: the outcome does not depend on what was extracted before.
 
         An unreadable image is left out and its index added to the list ``unreadable``; without a list, it
-        raises UserError."""
-        for chunk in self.loader(split, start, stop):
-            for images in chunk:
-                if not isinstance(images, Unreadable):
-                    yield self.rows(images)
-                elif unreadable is None:
-                    raise UserError(images.reason)
-                else:
-                    unreadable.append(images.row)
-
-    def loader(self, split: str, start: int = 0, stop: int | None = None) -> DataLoader:
-        """The images start..stop of a split in order, chunk by chunk, as ``stack_rows`` gives them."""
+        raises UserError. So do features that are not finite, at the latest after the last rows."""
         everything = ImageRows(self.images, split, self.img_size)
-        rows = Subset(everything, range(len(everything))[start:stop])
+        chosen = range(len(everything))[start:stop]
+        found = (self._by_threads if self.threads else self._by_one_thread)(everything, chosen)
+        for rows in found:
+            if not isinstance(rows, Unreadable):
+                yield rows
+            elif unreadable is None:
+                raise UserError(rows.reason)
+            else:
+                unreadable.append(rows.row)
+
+    @property
+    def threads(self) -> int:
+        """Threads that each take whole batches on a CPU; 0: one thread drives the device."""
+        if self.device.type != "cpu" or self.config.compile:  # compiled code has threads of its own
+            return 0
         workers = self.config.workers
-        if workers < 0:  # arrays need no decoding
-            workers = min(8, max(1, (os.cpu_count() or 1) - 1)) if self.images.from_files else 0
+        return workers if workers >= 0 else min(MOST_THREADS, torch.get_num_threads())
+
+    @property
+    def readers(self) -> int:
+        """Processes that read images beside the thread that drives a GPU."""
+        if self.device.type == "cpu":
+            return 0
+        if self.config.workers >= 0:
+            return self.config.workers
+        return min(MOST_READERS, max(1, cpu_count() - 1)) if self.images.from_files else 0  # not for arrays
+
+    def _by_threads(self, everything: ImageRows, chosen: range) -> Iterator[Rows | Unreadable]:
+        """Features by threads, each of which reads and computes whole batches with its share of torch's own
+        threads: none waits for another, and a second program on the machine slows down one batch, not every
+        layer of all. PyTorch holds Python's lock between its operators only."""
+        threads, workers = torch.get_num_threads(), self.threads
+        share = max(1, threads // workers)
+
+        @torch.inference_mode()
+        def compute(batch: range) -> list[Rows | Unreadable]:
+            stacks = stack_rows([everything[i] for i in batch])
+            return [images if isinstance(images, Unreadable) else checked(images) for images in stacks]
+
+        def checked(images: Tensor) -> Rows:
+            rows = self.rows(images)
+            if not all(torch.isfinite(values).all() for values in rows.values()):
+                raise UserError(NOT_FINITE)
+            return rows
+
+        pool = ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(share))
+        try:
+            pending: deque[Future] = deque()
+            for first in range(0, len(chosen), self.batch):
+                pending.append(pool.submit(compute, chosen[first : first + self.batch]))
+                if len(pending) > 2 * workers:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # what threads made from now on start with
+
+    @torch.inference_mode()
+    def _by_one_thread(self, everything: ImageRows, chosen: range) -> Iterator[Rows | Unreadable]:
+        """Features by this thread, which keeps the device busy; other processes read the images. The device
+        says at the end whether all was finite: asking earlier would wait for it."""
         pinned = self.device.type == "cuda"
         chunk = max(CHUNK, self.batch)
-        return DataLoader(rows, chunk, collate_fn=stack_rows, num_workers=workers, pin_memory=pinned)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        rows, readers = Subset(everything, chosen), self.readers
+        for stacks in DataLoader(rows, chunk, collate_fn=stack_rows, num_workers=readers, pin_memory=pinned):
+            for images in stacks:
+                if isinstance(images, Unreadable):
+                    yield images
+                    continue
+                found = self.rows(images)
+                for values in found.values():
+                    finite &= torch.isfinite(values).all()
+                yield found
+        if not finite:
+            raise UserError(NOT_FINITE)
+
+
+def arriving(features: Iterator[Rows], device: torch.device) -> Iterator[Rows]:
+    """The same rows in the CPU's memory. From a GPU they are copied to pinned memory on a stream of their
+    own, beside the computing, and handed on ``IN_FLIGHT`` chunks late; PyTorch's pool gives a pinned buffer
+    out again once nobody holds it."""
+    if device.type != "cuda":
+        yield from features
+        return
+    stream = torch.cuda.Stream(device)
+    pending: deque[tuple[Rows, torch.cuda.Event]] = deque()
+    for rows in features:
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            copies = {}
+            for name, values in rows.items():
+                buffer = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+                copies[name] = buffer.copy_(values, non_blocking=True)
+                values.record_stream(stream)
+            pending.append((copies, stream.record_event()))
+        if len(pending) > IN_FLIGHT:
+            yield _arrived(*pending.popleft())
+    while pending:
+        yield _arrived(*pending.popleft())
+
+
+def _arrived(copies: Rows, event: torch.cuda.Event) -> Rows:
+    event.synchronize()
+    return copies
 
 
 # ---------------------------------------------------------------- tokens -> cache
@@ -284,20 +383,14 @@ def write_split(features: Iterator[Rows], append: Callable[[dict[str, np.ndarray
         for rows in features:
             if pending is not None:
                 pending.result()  # raises what the write raised
-            pending = pool.submit(_append_checked, rows, append)
+            pending = pool.submit(_append, rows, append)
             bar.update(len(rows["tokens"]))
         if pending is not None:
             pending.result()
 
 
-def _append_checked(features: Rows, append: Callable[[dict[str, np.ndarray]], None]) -> None:
-    rows = {name: values.to("cpu").numpy() for name, values in features.items()}
-    if not all(np.isfinite(values).all() for values in rows.values()):
-        raise UserError(
-            "the backbone gave features that are not finite or exceed float16; try --precision float32, and "
-            "check its weights"
-        )
-    append(rows)
+def _append(features: Rows, append: Callable[[dict[str, np.ndarray]], None]) -> None:
+    append({name: values.numpy() for name, values in features.items()})
 
 
 def extract(
@@ -324,7 +417,7 @@ def extract(
         tqdm(total=count, unit="img", disable=utils.no_bar(config.hide_tqdm_bar), smoothing=0.05) as bar,
     ):
         for split in datasets.SPLITS:
-            write_split(job.features(split), writer.open_split(split), bar)
+            write_split(arriving(job.features(split), device), writer.open_split(split), bar)
     seconds = time.perf_counter() - start
     print(f"extracted {count} images in {seconds:.0f} s, {count / seconds:.0f} images/s", flush=True)
     return feature_cache.FeatureCache(identity)
