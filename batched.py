@@ -49,8 +49,15 @@ class BatchedTrainer:
                     trainer.evaluate(meta_epoch * trainer.sub_epochs, loss)
             if all(trainer.has_ended() for trainer in self.trainers):
                 break
+        self._part()
         seconds = (time.perf_counter() - start) / len(self.trainers)
         return [trainer.fitted(seconds) for trainer in self.trainers]
+
+    def _part(self) -> None:
+        """Give every class parameters of its own: a copy of a view would copy the whole stack."""
+        for trainer in self.trainers:
+            for parameter in trainer.detector.flow.parameters():
+                parameter.data = parameter.data.clone()
 
     def train_epoch(self) -> Tensor:
         """One pass over every class's training images -> mean losses (G)."""

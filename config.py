@@ -258,7 +258,13 @@ class Config:
         affects="features",
     )
     extract_batch: int = knob(0, "images per backbone pass; 0: chosen for the device", low=0, affects="run")
-    workers: int = knob(-1, "processes that decode images; -1: chosen for the machine", low=-1, affects="run")
+    workers: int = knob(
+        -1,
+        "CPU: threads that each read and compute whole batches (0: one batch at a time, by all threads); "
+        "GPU: processes that read images; -1: chosen for the machine",
+        low=-1,
+        affects="run",
+    )
     compile: bool = knob(False, "torch.compile the backbone: pays on long runs only", affects="run")
 
     # --- flow
@@ -366,7 +372,8 @@ class Config:
     )
     train_together: str = knob(
         "auto",
-        "main.py: all classes as one batched model: True, False, or auto (on CUDA)",
+        "main.py: True: all classes as one batched model, meant for a GPU; False, auto: one by one; auto may "
+        "change once a GPU has been measured",
         choices=("auto", "True", "False"),
         affects="fit",
         scripts=("main.py",),

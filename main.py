@@ -67,9 +67,7 @@ def fit(
 ) -> Iterator[detector.Fitted]:
     """Fit the classes one after the other, or all at once as one batched model (knob train_together); yield
     each when done."""
-    at_once = config.train_together == "True" or (
-        config.train_together == "auto" and sources["train"].device.type == "cuda"
-    )
+    at_once = config.train_together == "True"
 
     def make(class_name: str) -> train.Trainer:
         return train.make_trainer(config, cache, class_name, seed, sources["train"], sources["test"])

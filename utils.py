@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from joblib import cpu_count  # knows a container's share of the machine
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
@@ -35,7 +36,7 @@ def seed_everything(seed: int) -> None:
 def set_up(device_name: str, threads: int) -> torch.device:
     """The device of a name (auto, cpu, cuda, cuda:N), and torch's threads set. Raises UserError on an absent
     device."""
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or cpu_count())
     if device_name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -296,7 +297,7 @@ def versions() -> dict[str, str]:
     packages = ("torch", "torchvision", "timm", "FrEIA", "numpy", "scikit-learn")
     installed = {name: metadata.version(name) for name in packages}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    machine = f"{os.cpu_count()} cores, {processor()}, GPU: {gpu}"
+    machine = f"{cpu_count()} cores, {processor()}, GPU: {gpu}"
     return {"python": platform.python_version(), **installed, "commit": commit(), "machine": machine}
 
 

@@ -79,6 +79,15 @@ def test_together_equals_alone(tmp_path, fusion, options):
         assert moved > 1e-3, "nothing was trained"
 
 
+def test_a_class_keeps_its_own_bytes(tmp_path):
+    """What a class trained together leaves is no view into the stack of all classes."""
+    cache = random_cache(tmp_path / "cache", [8, 8, 8])
+    config = Config(fusion="hilo", batch_size=8, verbose=False, hide_tqdm_bar=True)
+    for fitted in batched.BatchedTrainer(make_trainers(cache, config)).run():
+        for name, value in fitted.detector.flow.state_dict().items():
+            assert value.untyped_storage().nbytes() == value.numel() * value.element_size(), name
+
+
 def test_groups_hold_classes_of_one_size(tmp_path):
     cache = random_cache(tmp_path / "cache", [10, 12, 10])
     trainers = make_trainers(cache, Config(fusion="none", verbose=False))

@@ -1,9 +1,13 @@
 """Backbones and what is made of their tokens: shapes, places, pooling, weights, resizing, and the cache they
 end in."""
 
+import itertools
 import math
 import re
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -521,6 +525,7 @@ def small(folder, **more) -> Config:
         {},
         {"extract_batch": 2},
         {"workers": 1},
+        {"workers": 3, "extract_batch": 2},
         {"token_grid": "1"},
         {"token_grid": "compact"},
         {"precision": "bfloat16"},
@@ -608,16 +613,78 @@ def test_pretrained(mixed, monkeypatch):
 
 def test_failed_extraction_leaves_nothing(mixed, tmp_path):
     (mixed / "test" / "b" / "02.png").write_bytes(b"broken")
-    for workers in (0, 1):
+    for workers in (0, 1, 3):
         with pytest.raises(UserError, match=re.escape("02.png")):
             extractor.ensure_features(small(mixed, workers=workers), CPU)
         assert not list(tmp_path.glob("features/*"))
 
 
-def test_features_that_are_not_finite(mixed, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_features_that_are_not_finite(mixed, tmp_path, workers):
     with pytest.raises(UserError, match="finite"):
-        extractor.ensure_features(small(mixed, norm_std=(1e-12, 1e-12, 1e-12)), CPU)
+        extractor.ensure_features(small(mixed, norm_std=(1e-12, 1e-12, 1e-12), workers=workers), CPU)
     assert not list(tmp_path.glob("features/*"))
+
+
+def job_of(config: Config) -> extractor.Extraction:
+    return extractor.Extraction(config, datasets.images_of(config), extractor.cache_identity(config), CPU)
+
+
+def test_threads_give_what_one_gives_in_order(mixed, monkeypatch):
+    """Whatever the order in which threads end, rows come in that of the images; batches begin at start."""
+    alone, threads = job_of(small(mixed, extract_batch=2)), job_of(small(mixed, extract_batch=2, workers=3))
+    stack_at_once, calls = extractor.stack_rows, itertools.count()
+
+    def slow_first(rows):
+        time.sleep(0.1 * (next(calls) == 0))
+        return stack_at_once(rows)
+
+    monkeypatch.setattr(extractor, "stack_rows", slow_first)
+    for span in ((0, None), (3, 9), (4, 4)):
+        one, other = ([rows["tokens"] for rows in job.features("train", *span)] for job in (threads, alone))
+        assert sum(map(len, one)) == sum(map(len, other)) == len(range(10)[slice(*span)])
+        if one:
+            assert torch.allclose(torch.cat(one).float(), torch.cat(other).float(), rtol=0.01, atol=0.01)
+
+
+def test_threads_share_what_torch_has(mixed, monkeypatch):
+    """Two threads of torch's four each; afterwards there are four again, and no thread is left, even where
+    the rows are not all taken."""
+    job, seen, running = job_of(small(mixed, extract_batch=2, workers=2)), set(), threading.active_count()
+    rows_of = job.rows
+    monkeypatch.setattr(job, "rows", lambda images: seen.add(torch.get_num_threads()) or rows_of(images))
+    torch.set_num_threads(4)
+    try:
+        features = job.features("train")
+        next(features)
+        features.close()
+        assert seen == {2} and torch.get_num_threads() == 4 and threading.active_count() == running
+        fresh = ThreadPoolExecutor(1)
+        assert fresh.submit(torch.get_num_threads).result() == 4
+        fresh.shutdown()
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_how_many_threads_and_readers(mixed, monkeypatch):
+    job = job_of(small(mixed, workers=-1))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(extractor, "cpu_count", lambda: 12)
+    assert (job.threads, job.readers) == (8, 0)
+    job.device = torch.device("cuda")
+    assert (job.threads, job.readers) == (0, 11)
+    job.config = small(mixed, workers=3)
+    assert (job.threads, job.readers) == (0, 3)
+    job.config, job.device = small(mixed, workers=-1, compile=True), CPU
+    assert (job.threads, job.readers) == (0, 0)
+
+
+def test_a_device_resizes_as_pillow_does(monkeypatch):
+    """Anywhere but on the CPU the images are resized by two rounded passes, not by torch's float bicubic."""
+    monkeypatch.setattr(extractor.F, "interpolate", lambda *_, **__: pytest.fail("torch's own resize"))
+    one = torch.ones(3, 1, 1, device="meta")
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8, device="meta")
+    assert extractor.prepare(images, (24, 16), one, one, torch.float32).shape == (2, 3, 24, 16)
 
 
 def test_full_disk(mixed, tmp_path, monkeypatch):

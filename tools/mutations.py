@@ -214,6 +214,48 @@ MUTATIONS = [
     ),
     Mutation("oneDNN's product is exported", "linear.py", "            or is_traced()\n", "", "linear"),
     Mutation("copysign is exported", "normalization.py", "if is_traced() else", "if False else", "linear"),
+    Mutation(
+        "threads of extraction all take every core",
+        "extractor.py",
+        "initializer=lambda: torch.set_num_threads(share)",
+        "initializer=lambda: None",
+        "extractor",
+    ),
+    Mutation(
+        "extraction leaves few threads behind",
+        "extractor.py",
+        "            torch.set_num_threads(threads)  # what threads",
+        "            pass  # what threads",
+        "extractor",
+    ),
+    Mutation(
+        "features of threads are not tested",
+        "extractor.py",
+        "if not all(torch.isfinite(values)",
+        "if False and not all(torch.isfinite(values)",
+        "extractor",
+    ),
+    Mutation(
+        "features of a device are not tested",
+        "extractor.py",
+        "        if not finite:\n",
+        "        if False:\n",
+        "extractor",
+    ),
+    Mutation(
+        "a device resizes by torch's float bicubic",
+        "extractor.py",
+        'if images.device.type == "cpu":  # which resizes',
+        "if True:  # which resizes",
+        "extractor",
+    ),
+    Mutation(
+        "a class trained together keeps the whole stack",
+        "batched.py",
+        "        self._part()\n",
+        "",
+        "batched",
+    ),
 ]
 
 
