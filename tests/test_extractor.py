@@ -647,6 +647,15 @@ def test_threads_give_what_one_gives_in_order(mixed, monkeypatch):
             assert torch.allclose(torch.cat(one).float(), torch.cat(other).float(), rtol=0.01, atol=0.01)
 
 
+@pytest.mark.parametrize("workers", [0, 3])
+def test_threads_leave_out_what_cannot_be_read(mixed, workers):
+    for name in ("a/02.png", "b/00.png"):
+        (mixed / "train" / name).write_bytes(b"broken")
+    found: list[int] = []
+    rows = list(job_of(small(mixed, extract_batch=2, workers=workers)).features("train", 1, None, found))
+    assert found == [2, 5] and sum(len(part["tokens"]) for part in rows) == 7
+
+
 def test_threads_share_what_torch_has(mixed, monkeypatch):
     """Two threads of torch's four each; afterwards there are four again, and no thread is left, even where
     the rows are not all taken."""
