@@ -1,117 +1,352 @@
-"""Pictures of a run: score histograms, ROC of all classes, curves over epochs, and the images at both ends of
-the scores."""
+"""Pictures of a run: score histograms, ROC of all classes, curves over epochs, the flow beside the simple
+detectors, kinds of defect, and the images at both ends of the scores. Those of one seed show the first."""
 
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")  # files only: no screen is needed
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from sklearn.metrics import roc_curve
 
 import datasets
 import detector
 import feature_cache
 from config import Config, UserError
+from predict import threshold
+from tables import shorten
 
-SHEET = 12  # images per row of a contact sheet
-TILE = 96  # pixels
+SHEET = 10  # images per row of a contact sheet
+TILE = 104  # pixels of a side of the square that an image is fitted into
+GAP, LINE = 6, 13  # pixels between tiles, and of a line of text
+MOST_IN_LEGEND = 20  # classes
+RUNS_AWAY = 10  # the scores' range in spreads of the normal images', from which the axis is logarithmic
 
 
-def draw_all(config: Config, cache: feature_cache.FeatureCache, classes: list[str], folder: Path) -> None:
-    """Draw every picture of a run (first seed) into ``folder``/figures from what its classes left behind.
+class Picture(NamedTuple):
+    """A picture of a run. class_name: of which class; empty for all of them."""
 
-    Contact sheets need the raw images: with ``pretrained`` there are none.
-    """
-    figures = folder / "figures"
+    path: Path
+    caption: str
+    class_name: str = ""
+
+
+def draw_all(
+    config: Config, cache: feature_cache.FeatureCache, classes: list[str], folder: Path, summary: dict
+) -> list[Picture]:
+    """Draw every picture of a run into ``folder``/figures from what its classes left behind and its summary.
+
+    A picture that would be empty is left out: no ROC without test images of both labels. Contact sheets need
+    the raw images: with ``pretrained`` there are none."""
+    figures, seed = folder / "figures", config.seed
     figures.mkdir(parents=True, exist_ok=True)
     records = dict(detector.trained_records(config, classes))
-    draw_roc(records, figures / "roc.png")
-    draw_curves(records, figures / "epochs.png")
+    pictures = []
+    if summary["baselines"] or len(classes) > 1:
+        if draw_methods(summary, figures / "methods.png"):
+            caption = "AUROC of the flow (± standard deviation over seeds) and of the simple detectors"
+            pictures.append(Picture(figures / "methods.png", caption))
+    if draw_defects(summary, figures / "defects.png"):
+        pictures.append(Picture(figures / "defects.png", "AUROC of each kind of defect"))
+    if draw_roc(records, seed, figures / "roc.png"):
+        pictures.append(Picture(figures / "roc.png", f"ROC of every class, seed {seed}"))
+    draw_curves(records, seed, figures / "epochs.png")
+    pictures.append(Picture(figures / "epochs.png", f"Loss and test AUROC over the epochs, seed {seed}"))
     for name, record in records.items():
-        draw_histogram(name, record["test"], config.nbins1, config.nbins2, figures / f"scores-{name}.png")
+        if record["test"]["scores"]:
+            path = figures / f"scores-{file_name(name)}.png"
+            draw_histogram(name, record, seed, (config.nbins1, config.nbins2), path)
+            pictures.append(Picture(path, f"Scores of {name}, seed {seed}", name))
+    return pictures + draw_sheets(config, cache, records, figures)
+
+
+def draw_sheets(
+    config: Config, cache: feature_cache.FeatureCache, records: dict[str, dict], figures: Path
+) -> list[Picture]:
+    """The contact sheet of every class that has test images; none where the raw images are not those that
+    were extracted."""
     if config.pretrained:
-        return  # the raw images need not be there
+        return []  # the raw images need not be there
+    pictures = []
     try:
         images = datasets.images_of(config)
         if images.fingerprint() != cache.meta["image_list"]:
             raise UserError("the images have changed since they were extracted")
         for name, record in records.items():
-            draw_sheet(images, record["test"], figures / f"extremes-{name}.png")
+            if record["test"]["scores"]:
+                path = figures / f"extremes-{file_name(name)}.png"
+                draw_sheet(images, record["test"], f"normal class: {name}, seed {config.seed}", path)
+                caption = f"Test images of {name} at both ends of the scores, seed {config.seed}"
+                pictures.append(Picture(path, caption, name))
     except UserError as mistake:
         print(f"no contact sheets: {mistake}")
+    return pictures
 
 
-def draw_histogram(name: str, test: dict, nbins_normal: int, nbins_anomalous: int, path: Path) -> None:
-    """Densities of the scores of normal and anomalous test images."""
-    scores, labels = np.array(test["scores"]), np.array(test["labels"])
-    figure = Figure((6, 4), layout="constrained")
+def file_name(class_name: str) -> str:
+    return class_name.replace("/", "_")
+
+
+# ---------------------------------------------------------------- plots
+def title(axes: Axes, text: str) -> None:
+    """A title in which a class's name is taken as it is: $ begins no formula."""
+    axes.set_title("\n".join(textwrap.wrap(text, 70)), fontsize="medium", parse_math=False)
+
+
+def legend(owner: Axes | Figure, handles: list, labels: list[str], **options) -> None:
+    """A legend in which names are taken as they are: a leading _ hides nothing, $ begins no formula."""
+    shown = owner.legend(handles, [f" {label}" for label in labels], fontsize="small", **options)
+    for text in shown.get_texts():
+        text.set_parse_math(False)
+
+
+def draw_histogram(name: str, record: dict, seed: int, bins: tuple[int, int], path: Path) -> None:
+    """Counts of the scores of normal and anomalous test images, with the threshold where one was set. Where
+    the anomalous images' scores run away from the normal ones', the axis is logarithmic far from 0.
+
+    bins: of the normal and of the anomalous images, over the same range."""
+    scores, labels = np.array(record["test"]["scores"]), np.array(record["test"]["labels"])
+    limit = threshold(record)
+    figure = Figure((7, 4.8), layout="constrained")
     axes = figure.subplots()
-    span = tuple(np.quantile(scores, [0, 0.995]))
-    for label, text, bins in ((0, "normal", nbins_normal), (1, "anomalous", nbins_anomalous)):
-        if (labels == label).any():
-            axes.hist(scores[labels == label], bins=bins, range=span, density=True, alpha=0.6, label=text)
-    axes.set(
-        title=f"normal class: {name}", xlabel="anomaly score (cut at its 99.5 % quantile)", ylabel="density"
-    )
-    axes.legend()
+    centre, width = bulk(scores, labels)
+    if width:
+        axes.set_xscale("function", functions=stretch(centre, width))
+    handles: list = []
+    texts = []
+    for label, kind, count in ((0, "normal", bins[0]), (1, "anomalous", bins[1])):
+        own = scores[labels == label]
+        if len(own):
+            _, _, bars = axes.hist(
+                own, bins=edges(scores, count, centre, width).tolist(), alpha=0.6, color=f"C{label}"
+            )
+            above = "" if limit is None else f", {(own > limit).mean():.1%} above"
+            handles.append(bars)
+            texts.append(f"{kind}: {len(own)} images{above}")
+    if limit is not None:
+        handles.append(axes.axvline(limit, color="black", linestyle="--", linewidth=1))
+        texts.append(f"threshold {limit:.4g}: 95 % of the held-out normal images are below")
+    few, many = sorted(max(1, int((labels == label).sum())) for label in (0, 1))
+    if many > 20 * few:
+        axes.set_yscale("log")
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    title(axes, f"normal class: {name}, seed {seed}")
+    axes.set(xlabel="anomaly score", ylabel="images per bin")
+    if width:
+        ticks = edges(scores, 8, centre, width)
+        axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        axes.set_xlabel("anomaly score (logarithmic far from the normal images)")
+    legend(figure, handles, texts, loc="outside lower center")
     figure.savefig(path, dpi=120)
 
 
-def draw_roc(records: dict[str, dict], path: Path) -> None:
-    figure = Figure((6, 6), layout="constrained")
+def bulk(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Centre and width of the normal images' scores, around which the axis stays linear; width 0: it is so
+    everywhere, as no score runs away."""
+    normal = scores[labels == 0] if (labels == 0).any() else scores
+    low, centre, high = np.quantile(normal, [0.05, 0.5, 0.95])
+    width = max(float(high - low), 1e-9 * float(np.ptp(scores)))
+    return (float(centre), width) if np.ptp(scores) > RUNS_AWAY * width else (float(centre), 0.0)
+
+
+def stretch(centre: float, width: float) -> tuple[Callable, Callable]:
+    """A scale that is linear around ``centre`` and logarithmic far from it, and its inverse."""
+    return (
+        lambda score: np.arcsinh((score - centre) / width),
+        lambda place: centre + width * np.sinh(place),
+    )
+
+
+def edges(scores: np.ndarray, count: int, centre: float, width: float) -> np.ndarray:
+    """The edges of ``count`` bins over the range of the scores, equally wide on the axis."""
+    low, high = float(scores.min()), float(scores.max())
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    if not width:
+        return np.linspace(low, high, count + 1)
+    there, back = stretch(centre, width)
+    inner = back(np.linspace(there(low), there(high), count + 1))
+    inner[[0, -1]] = low, high  # rounding must lose no score
+    return inner
+
+
+def draw_roc(records: dict[str, dict], seed: int, path: Path) -> bool:
+    """The ROC curves of the classes whose test images are of both labels -> whether there was one to draw."""
+    both = {name: r for name, r in records.items() if len(set(r["test"]["labels"])) == 2}
+    if not both:
+        return False
+    figure = Figure((6.5, 6), layout="constrained")
     axes = figure.subplots()
-    for name, record in records.items():
-        labels = np.array(record["test"]["labels"])
-        if len(np.unique(labels)) == 2:
-            fpr, tpr, _ = roc_curve(labels, record["test"]["scores"])
-            axes.plot(fpr, tpr, label=f"{name}  {record['result']['auroc']:.3f}")
+    handles: list = []
+    texts = []
+    for name, record in both.items():
+        fpr, tpr, _ = roc_curve(record["test"]["labels"], record["test"]["scores"])
+        handles += axes.plot(fpr, tpr, linestyle=line_style(len(handles)))
+        texts.append(f"{name}  {record['result']['auroc']:.3f}")
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.5)
-    axes.set(
-        xlabel="false positive rate",
-        ylabel="true positive rate",
-        title="ROC, normal class and AUROC",
-        aspect="equal",
-    )
-    axes.legend(fontsize="small")
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+    title(axes, f"ROC: normal class and AUROC, seed {seed}")
+    if len(handles) <= MOST_IN_LEGEND:
+        legend(axes, handles, texts)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def line_style(number: int) -> str:
+    """The ten colours come again with other dashes."""
+    return ("-", "--", ":", "-.")[number // 10 % 4]
+
+
+def draw_curves(records: dict[str, dict], seed: int, path: Path) -> None:
+    """The loss on training batches (dashed) and on held-out images (solid) over the epochs; the test AUROC
+    where there is one, the reported epoch marked with a circle."""
+    histories = {name: record["history"] for name, record in records.items()}
+    defined = any(np.isfinite(column(history, "auroc")).any() for history in histories.values())
+    figure = Figure((10 if defined else 5.5, 4), layout="constrained")
+    panels = figure.subplots(1, 2 if defined else 1, squeeze=False)[0]
+    handles: list = []
+    losses = panels[-1]
+    for number, (name, history) in enumerate(histories.items()):
+        epochs, colour = [entry["epoch"] for entry in history], f"C{number % 10}"
+        losses.plot(epochs, column(history, "loss"), "--", marker=".", color=colour, linewidth=1)
+        held = column(history, "held_out_loss")
+        handles += losses.plot(epochs, held, line_style(number), marker=".", color=colour)
+        if defined:
+            aurocs = column(history, "auroc")
+            panels[0].plot(epochs, aurocs, line_style(number), marker=".", color=colour)
+            chosen = records[name]["result"]
+            panels[0].plot(chosen["epoch"], chosen["auroc"], marker="o", color=colour)
+    if defined:
+        panels[0].set(xlabel="epoch", ylabel="test AUROC")
+        title(panels[0], f"circle: what is reported; seed {seed}")
+    losses.set(xlabel="epoch", ylabel="loss, nats per channel")
+    title(losses, f"dashed: training; solid: held-out normal images, if any; seed {seed}")
+    for axes in panels:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(histories) <= MOST_IN_LEGEND:
+        legend(losses, handles, list(histories))
     figure.savefig(path, dpi=120)
 
 
-def draw_curves(records: dict[str, dict], path: Path) -> None:
-    """Test AUROC and the loss (held-out where there is one) over epochs; the reported epoch is marked."""
-    figure = Figure((10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, record in records.items():
-        epochs = [entry["epoch"] for entry in record["history"]]
-        (line,) = left.plot(epochs, [entry["auroc"] for entry in record["history"]], marker=".", label=name)
-        left.plot(record["result"]["epoch"], record["result"]["auroc"], marker="o", color=line.get_color())
-        losses = [entry.get("held_out_loss", entry["loss"]) for entry in record["history"]]
-        right.plot(epochs, losses, marker=".", color=line.get_color())
-    left.set(xlabel="epoch", ylabel="test AUROC (circle: reported)")
-    right.set(xlabel="epoch", ylabel="loss, nats per channel (held-out if any)")
-    left.legend(fontsize="small")
+def column(history: list[dict], name: str) -> np.ndarray:
+    """A figure of every entry of a history; NaN where an entry has none."""
+    return np.array([entry.get(name) for entry in history], float)
+
+
+def draw_methods(summary: dict, path: Path) -> bool:
+    """AUROC of the flow, ± its deviation over the seeds, and of the simple detectors: a line per class and
+    one for the mean -> whether any is defined."""
+    rows = {**summary["classes"], "mean": summary["mean"]}
+    aurocs = np.array([entry["auroc"] for entry in rows.values()], float)
+    if np.isnan(aurocs).all():
+        return False
+    figure = Figure((7, 1.8 + 0.28 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(rows))
+    handles: list = []
+    texts = []
+    for number, (method, table) in enumerate(summary["baselines"].items()):
+        values = [(table["classes"] | {"mean": table["mean"]})[name]["auroc"] for name in rows]
+        marker = "v^<>sDPX*"[number % 9]
+        handles += axes.plot(np.array(values, float), places, marker, color=f"C{number % 9 + 1}", alpha=0.7)
+        texts.append(method)
+    spread = [entry["auroc_std"] for entry in rows.values()]
+    several = f", ± over {len(summary['seeds'])} seeds" if len(summary["seeds"]) > 1 else ""
+    handles.insert(0, axes.errorbar(aurocs, places, xerr=spread, fmt="o", color="black", capsize=3))
+    texts.insert(0, f"flow{several}")
+    axes.set_yticks(places, [shorten(name, 30) for name in rows], parse_math=False)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("AUROC")
+    seeds = ", ".join(map(str, summary["seeds"]))
+    title(axes, f"flow and simple detectors, {'seeds' if several else 'seed'} {seeds}")
+    legend(figure, handles, texts, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
+    return True
 
 
-def draw_sheet(images: datasets.ImageSet, test: dict, path: Path) -> None:
-    """A contact sheet: the least and the most anomalous test images, truly normal ones first, then truly
-    anomalous ones."""
-    rows, labels, scores = (np.array(test[key]) for key in ("rows", "labels", "scores"))
-    ranked = [rows[labels == label][np.argsort(scores[labels == label])] for label in (0, 1)]
-    strips = [strip for order in ranked for strip in (order[:SHEET], order[::-1][:SHEET])]
-    titles = (
-        "normal, lowest scores",
-        "normal, highest scores",
-        "anomalous, lowest scores",
-        "anomalous, highest scores",
+def draw_defects(summary: dict, path: Path) -> bool:
+    """A bar of AUROC per class and kind of defect, ± over the seeds -> whether a class has kinds."""
+    bars = [
+        (name, kind, entry) for name, kinds in summary["defects"].items() for kind, entry in kinds.items()
+    ]
+    if not bars:
+        return False
+    names = list(summary["defects"])
+    figure = Figure((7, 1.2 + 0.24 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(
+        np.arange(len(bars)),
+        [entry["auroc"] for _, _, entry in bars],
+        xerr=[entry["auroc_std"] for _, _, entry in bars],
+        color=[f"C{names.index(name) % 10}" for name, _, _ in bars],
+        alpha=0.8,
     )
-    figure = Figure((SHEET * 0.8, 4.2), layout="constrained")
-    for axes, title, strip in zip(figure.subplots(4, 1), titles, strips):
-        tiles = [Image.fromarray(images.read("test", int(row))).resize((TILE, TILE)) for row in strip]
-        if tiles:
-            axes.imshow(np.concatenate([np.asarray(tile) for tile in tiles], 1))
-        axes.set_title(title, fontsize="small", loc="left")
-        axes.axis("off")
-    figure.savefig(path, dpi=100)
+    labels = [f"{shorten(name, 20)}: {shorten(kind, 20)} ({entry['n']})" for name, kind, entry in bars]
+    axes.set_yticks(np.arange(len(bars)), labels, parse_math=False, fontsize="small")
+    axes.invert_yaxis()
+    axes.axvline(0.5, color="grey", linewidth=0.8, linestyle="--")
+    axes.set(xlim=(0, 1), xlabel="AUROC against the normal test images (dashed: chance)")
+    title(axes, f"kinds of defect (images), seeds {', '.join(map(str, summary['seeds']))}")
+    figure.savefig(path, dpi=120)
+    return True
+
+
+# ---------------------------------------------------------------- contact sheets
+def strips(test: dict) -> list[tuple[str, list[int]]]:
+    """(heading, positions in the test set): the least and the most anomalous images, truly normal ones
+    first; each strip from its end of the scores inwards. A label without images has none."""
+    labels, scores = np.array(test["labels"]), np.array(test["scores"])
+    found = []
+    for label, kind in ((0, "normal"), (1, "anomalous")):
+        own = np.flatnonzero(labels == label)
+        ranked = own[np.argsort(scores[own], kind="stable")]
+        if len(ranked):
+            found.append((f"{kind}, lowest scores", ranked[:SHEET].tolist()))
+            found.append((f"{kind}, highest scores", ranked[::-1][:SHEET].tolist()))
+    return found
+
+
+def draw_sheet(images: datasets.ImageSet, test: dict, heading: str, path: Path) -> None:
+    """A contact sheet: the strips, every image in its own shape with its score, its class and its name."""
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 10)
+    height = LINE + GAP + TILE + 3 * LINE + GAP  # of a strip
+    rows = strips(test)
+    sheet = Image.new("RGB", (SHEET * (TILE + GAP) + GAP, 2 * LINE + len(rows) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, GAP), shorten(heading, 150), "black", font)
+    for number, (caption, positions) in enumerate(rows):
+        top = 2 * LINE + number * height
+        draw.text((GAP, top), caption, "black", font)
+        for place, position in enumerate(positions):
+            left, row = GAP + place * (TILE + GAP), int(test["rows"][position])
+            sheet.paste(tile(images.read("test", row)), (left, top + LINE + GAP))
+            words = (f"{test['scores'][position]:.4g}", *described(images.labels, row))
+            for line, word in enumerate(words):
+                at = (left, top + LINE + GAP + TILE + line * LINE)
+                draw.text(at, shorten(word, 17), "black", font)
+    sheet.save(path)
+
+
+def tile(pixels: np.ndarray) -> Image.Image:
+    """An image (H, W, 3) in its own shape, as large as fits into a square of TILE pixels on grey."""
+    return ImageOps.pad(Image.fromarray(pixels), (TILE, TILE), Image.Resampling.BICUBIC, (225, 225, 225))
+
+
+def described(labels: datasets.Labels, row: int) -> tuple[str, str]:
+    """The class (or folder) of a test image with what is wrong with it, and its name."""
+    split = labels.test
+    category, parts = int(split.category[row]), Path(split.names[row]).parts
+    folder = parts[-2] if len(parts) > 1 else ""
+    known = labels.classes[category] if category != datasets.OTHER else folder
+    if labels.per_category:  # every image is of one class: its folder says more
+        known = folder or known
+    return known, parts[-1]

@@ -114,8 +114,8 @@ def run_baselines(config: Config, cache: feature_cache.FeatureCache, classes: li
 
 def defect_aurocs(config: Config, cache: feature_cache.FeatureCache, classes: list[str]) -> dict[str, dict]:
     """{class: {kind of defect: its AUROC}} over all seeds, of a data set that has kinds of defect."""
-    kinds = getattr(cache.labels.test, "kind", None)
-    if not kinds:
+    kinds = getattr(cache.labels.test, "kind", ())
+    if not any(kinds):
         return {}
     table = {}
     for class_name in classes:
@@ -141,7 +141,7 @@ def run(config: Config) -> dict:
     summary = report.summarize(config, results, table, seconds, cache.meta, defects)
     print("\n" + report.write_results(folder, summary))
     if config.plots:
-        figures.draw_all(config, cache, classes, folder)
+        figures.draw_all(config, cache, classes, folder, summary)
     print(f"\nresults in {folder}/results.json, .csv and .md; wall time {summary['wall_time_s']:.0f} s")
     return summary
 
