@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 import math
+import pickle
 import sys
 from pathlib import Path
 
@@ -231,9 +232,12 @@ def packaged_weights(extractor: str) -> Path:
     return Path(files.get_model_file_path())
 
 
+HEADS = {"head", "head_dist", "fc", "classifier", "last_linear", "pre_logits"}  # what is no backbone's
+
+
 def load_weights_file(model: nn.Module, path: Path, by_order: bool = False) -> None:
-    """Load a local weights file with timm's own reader. Raises UserError unless every tensor of the model is
-    found there."""
+    """Load a local weights file with timm's own reader, which executes nothing. Raises UserError unless every
+    tensor of the model is found there, and nothing else but a classifier."""
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         outcome = load_checkpoint(
@@ -244,7 +248,12 @@ def load_weights_file(model: nn.Module, path: Path, by_order: bool = False) -> N
             filter_fn=None if by_order else adapt,
             weights_only=True,
         )
-    except Exception as error:  # zip, pickle, safetensors, npz: every format fails in its own way
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"weights_path: {path} is a pickle that would execute code, or no weights at all, and was not "
+            "loaded; expected a state dict of tensors, best as .safetensors"
+        ) from None
+    except Exception as error:  # zip, safetensors, npz: every format fails in its own way
         reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
         raise UserError(
             f"weights_path: {path} cannot be loaded into this backbone ({reason}); expected its .pth, "
@@ -252,11 +261,13 @@ def load_weights_file(model: nn.Module, path: Path, by_order: bool = False) -> N
             ".npz weights"
         ) from None
     missing = getattr(outcome, "missing_keys", ())
-    if missing:
-        raise UserError(
-            f"weights_path: {path} is of another model: {len(missing)} tensors are missing there, "
-            f"{missing[0]} first"
-        )
+    surplus = [name for name in getattr(outcome, "unexpected_keys", ()) if name.split(".")[0] not in HEADS]
+    for names, where in ((missing, "missing there"), (surplus, "there that it has not")):
+        if names:
+            raise UserError(
+                f"weights_path: {path} is of another model: {len(names)} tensors are {where}, "
+                f"{names[0]} first"
+            )
 
 
 def choose_precision(precision: str, device: torch.device) -> torch.dtype:

@@ -121,7 +121,7 @@ class Config:
         affects="run",
         scripts=("main.py",),
     )
-    threads: int = knob(0, "CPU threads for torch; 0: all cores", low=0, affects="run")
+    threads: int = knob(0, "CPU threads for torch; 0: all cores", low=0, high=1024, affects="run")
     verbose: bool = knob(True, "print the loss and AUROC of every epoch", affects="run", scripts=FITTING)
     hide_tqdm_bar: bool = knob(
         False, "no progress bars (there are none where the output is no terminal)", affects="run"
@@ -148,6 +148,7 @@ class Config:
         None,
         "which of world_size processes this one is, from 0; none: what torchrun sets (RANK), or 0",
         low=0,
+        high=10**6,
         affects="run",
     )
     world_size: int | None = knob(
@@ -155,6 +156,7 @@ class Config:
         "how many processes share the work, on one machine or many with a shared folder; none: what torchrun "
         "sets (WORLD_SIZE), or 1",
         low=1,
+        high=10**6,
         affects="run",
     )
     plots: bool = knob(
@@ -164,10 +166,20 @@ class Config:
         scripts=("main.py",),
     )
     nbins1: int = knob(
-        50, "bins of the score histogram of normal images", low=1, affects="run", scripts=("main.py",)
+        50,
+        "bins of the score histogram of normal images",
+        low=1,
+        high=10000,
+        affects="run",
+        scripts=("main.py",),
     )
     nbins2: int = knob(
-        100, "bins of the score histogram of anomalous images", low=1, affects="run", scripts=("main.py",)
+        100,
+        "bins of the score histogram of anomalous images",
+        low=1,
+        high=10000,
+        affects="run",
+        scripts=("main.py",),
     )
 
     # --- data
@@ -176,7 +188,11 @@ class Config:
     )
     dataset_path: str | None = knob(None, "folder of the raw images; none: data/<dataset>", affects="run")
     class_name: str = knob(
-        "all", "normal class: one, several separated by commas, or all", affects="run", scripts=FITTING
+        "all",
+        "normal class: one, several separated by commas, or all; a comma in a name is written "
+        "\\, (backslash, comma)",
+        affects="run",
+        scripts=FITTING,
     )
     validate: bool = knob(
         False,
@@ -203,7 +219,9 @@ class Config:
         "local weights instead of the hub's: .pth, .safetensors, .npz where timm reads it; random: untrained",
         affects="features",
     )
-    n_feat: int | None = knob(None, "feature channels C; none: the backbone's", low=2, affects="features")
+    n_feat: int | None = knob(
+        None, "feature channels C; none: the backbone's", low=2, high=10**6, affects="features"
+    )
     img_size: Size | None = knob(
         None,
         "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's",
@@ -249,6 +267,7 @@ class Config:
         "side; 0: the "
         "plain mean",
         low=0.0,
+        high=100.0,
         affects="features",
     )
     precision: str = knob(
@@ -257,29 +276,38 @@ class Config:
         choices=("auto", "float32", "bfloat16", "float16"),
         affects="features",
     )
-    extract_batch: int = knob(0, "images per backbone pass; 0: chosen for the device", low=0, affects="run")
+    extract_batch: int = knob(
+        0, "images per backbone pass; 0: chosen for the device", low=0, high=65536, affects="run"
+    )
     workers: int = knob(
         -1,
         "CPU: threads that each read and compute whole batches (0: one batch at a time, by all threads); "
         "GPU: processes that read images; -1: chosen for the machine",
         low=-1,
+        high=256,
         affects="run",
     )
     compile: bool = knob(False, "torch.compile the backbone: pays on long runs only", affects="run")
 
     # --- flow
-    n_coupling_blocks: int = knob(4, "coupling layers K", low=1, affects="fit")
+    n_coupling_blocks: int = knob(4, "coupling layers K", low=1, high=1000, affects="fit")
     fc_internal: int | None = knob(
-        None, "hidden width H of the subnets; none: C, as in the paper", low=1, affects="fit"
+        None, "hidden width H of the subnets; none: C, as in the paper", low=1, high=10**6, affects="fit"
     )
-    clamp: float = knob(3.0, "soft clamp alpha of the log-scales", low=1e-6, affects="fit")
+    clamp: float = knob(3.0, "soft clamp alpha of the log-scales", low=1e-6, high=1000.0, affects="fit")
     fusion: str = knob("hilo", "multi-frequency fusion module", choices=FUSIONS, affects="fit")
-    n_heads: int = knob(0, "attention heads; 0: 4 for class_attention, 8 for hilo", low=0, affects="fit")
+    n_heads: int = knob(
+        0, "attention heads; 0: 4 for class_attention, 8 for hilo", low=0, high=4096, affects="fit"
+    )
     alpha: float = knob(
         0.5, "hilo: share of the heads given to the low frequencies", low=0.0, high=1.0, affects="fit"
     )
     window: int = knob(
-        3, "hilo and the compact token grid: side of a window in patches", low=1, affects="features"
+        3,
+        "hilo and the compact token grid: side of a window in patches",
+        low=1,
+        high=1024,
+        affects="features",
     )
     use_gamma: bool = knob(True, "learn a gain per channel on the fused features", affects="fit")
     identity_start: bool = knob(
@@ -301,6 +329,7 @@ class Config:
         "semantic token re-pooled from the patches under a centred Gaussian, its sigma in shares of the "
         "grid's side; 0: the backbone's own",
         low=0.0,
+        high=100.0,
         affects="fit",
         scripts=SCRIPTS,
     )
@@ -308,40 +337,48 @@ class Config:
         0.0,
         "normalize whiten: added to the covariance's eigenvalues, in units of their mean; 0 whitens fully",
         low=0.0,
+        high=1e9,
         affects="fit",
     )
     low_depths: int = knob(
         2,
         "bands: how many of the deepest depths give their low band to the semantic token",
         low=0,
+        high=1000,
         affects="fit",
     )
-    batch_size: int = knob(32, "images per training step", low=1, affects="fit")
+    batch_size: int = knob(32, "images per training step", low=1, high=10**7, affects="fit")
     meta_epochs: int = knob(
-        1, "evaluations on the test set; each follows sub_epochs epochs", low=1, affects="fit"
+        1, "evaluations on the test set; each follows sub_epochs epochs", low=1, high=10**6, affects="fit"
     )
-    sub_epochs: int = knob(1, "epochs of training per meta epoch", low=1, affects="fit")
+    sub_epochs: int = knob(1, "epochs of training per meta epoch", low=1, high=10**6, affects="fit")
     least_steps: int = knob(
         0,
         "training steps at least: a small class gets more epochs until it has had so many",
         low=0,
+        high=10**7,
         affects="fit",
     )
-    lr_init: float = knob(5e-5, "Adam learning rate", low=0.0, affects="fit")
+    lr_init: float = knob(5e-5, "Adam learning rate", low=0.0, high=1e38, affects="fit")
     lr_schedule: str = knob(
         "constant",
         "learning rate over the run: constant or cosine (to zero)",
         choices=("constant", "cosine"),
         affects="fit",
     )
-    weight_decay: float = knob(1e-5, "Adam weight decay (L2)", low=0.0, affects="fit")
+    weight_decay: float = knob(1e-5, "Adam weight decay (L2)", low=0.0, high=1e6, affects="fit")
     max_grad_norm: float = knob(
-        0.0, "clip the gradient to this norm; 0: no clipping, as in the released code", low=0.0, affects="fit"
+        0.0,
+        "clip the gradient to this norm; 0: no clipping, as in the released code",
+        low=0.0,
+        high=1e30,
+        affects="fit",
     )
     feature_noise: float = knob(
         0.0,
         "standard deviation of Gaussian noise added to the normalised semantic token in training",
         low=0.0,
+        high=1e6,
         affects="fit",
     )
     holdout: float = knob(
@@ -361,6 +398,7 @@ class Config:
         3,
         "select_epoch likelihood: meta epochs without improvement before training ends",
         low=1,
+        high=10**6,
         affects="fit",
     )
     refit: bool = knob(
@@ -391,12 +429,14 @@ class Config:
         2.0,
         "score spectrum: weight of the distance to the nearest normal images beside the likelihood",
         low=0.0,
+        high=1e6,
         affects="fit",
     )
     spread_at_balance: float = knob(
         0.2,
         "score spectrum: spread of a class's semantic tokens at which meaning and texture count alike",
         low=1e-6,
+        high=1e6,
         affects="fit",
     )
     baselines: bool = knob(
@@ -409,18 +449,23 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
+        for part in self.modelname.split("/"):  # a sweep's runs lie in a folder of their own
+            check_folder_name("modelname", part)
+        if ".." in (self.feature_path or "").replace("\\", "/").split("/"):
+            raise UserError(f"feature_path: give the folder itself, without '..', got {self.feature_path!r}")
         if self.preset not in PRESETS:
             raise UserError(unknown("preset", self.preset, PRESETS))
         grid = self.token_grid
         if grid not in ("full", "compact", "centre") and not (
-            grid.isascii() and grid.isdigit() and int(grid) > 0
+            grid.isascii() and grid.isdigit() and len(grid) < 5 and int(grid) > 0
         ):
             raise UserError(
                 f"token_grid: expected full, compact, centre or a number of patches per side, got {grid!r}"
             )
-        if self.img_size and min(self.img_size) < 1:
+        if self.img_size and not all(0 < side <= LARGEST_IMAGE for side in self.img_size):
             raise UserError(
-                f"img_size: expected positive numbers of pixels, got {self.img_size[0]}x{self.img_size[1]}"
+                f"img_size: expected 1 to {LARGEST_IMAGE} pixels a side, got "
+                f"{self.img_size[0]}x{self.img_size[1]}"
             )
         if self.norm_std and not all(0 < value < math.inf for value in self.norm_std):
             raise UserError(f"norm_std: expected three positive numbers, got {self.norm_std}")
@@ -433,10 +478,17 @@ class Config:
                 f"pooling released needs a pooled grid: set token_grid to a number, 8 as released (it is "
                 f"{grid})"
             )
+        for name in ("centre_pool", "low_sigma"):
+            if 0 < getattr(self, name) < NARROWEST:
+                raise UserError(
+                    f"{name}: expected 0 or at least {NARROWEST} of a side, got {getattr(self, name):g}"
+                )
         if grid == "centre" and not self.centre_pool:
             raise UserError("token_grid centre needs centre_pool above 0, say 0.1 (it is 0)")
         depths = self.band_depths.split(",")
-        if self.band_depths != "auto" and not all(depth.strip().isdecimal() for depth in depths):
+        if self.band_depths != "auto" and not all(
+            depth.strip().isdecimal() and len(depth) < 5 for depth in depths
+        ):
             raise UserError(f"band_depths: expected auto or numbers as in 1,2,3, got {self.band_depths!r}")
         if self.score == "spectrum" and not (self.bands and self.holdout):
             raise UserError(
@@ -505,6 +557,11 @@ PRESETS["ablation"] = PRESETS["accurate"] | {
 
 
 # ---------------------------------------------------------------- checks
+LONGEST_TEXT, LONGEST_NAME = 4096, 100  # characters of a knob's text; bytes of a folder's name
+LARGEST_IMAGE = 8192  # pixels a side
+NARROWEST = 0.01  # of a side: a narrower Gaussian weighs one patch, or divides by nothing
+
+
 def check(field, value):
     """Raise UserError unless ``value`` fits the knob: its type, its choices, its range."""
     meta, optional = field.metadata, type(None) in typing.get_args(field.type)
@@ -514,6 +571,8 @@ def check(field, value):
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise UserError(f"{field.name}: expected {describe(kind)}, got {value!r}")
+    if kind is str:
+        check_text(field.name, value)
     if kind is float and not math.isfinite(value):
         raise UserError(f"{field.name}: expected a finite number, got {value!r}")
     if meta["choices"] and value not in meta["choices"]:
@@ -523,6 +582,45 @@ def check(field, value):
             f"at least {meta['low']}" if meta["high"] is None else f"from {meta['low']} to {meta['high']}"
         )
         raise UserError(f"{field.name}: expected {describe(kind)} {bounds}, got {value!r}")
+
+
+def check_text(name, text):
+    """Raise UserError on a text that no file name or table can hold: control characters (a class's name may
+    have them, but for NUL), bytes that are not UTF-8, a length that no command line has."""
+    harmless = name == "class_name"
+    if any(ord(c) < 32 or 127 <= ord(c) < 160 for c in text) and not (harmless and "\0" not in text):
+        raise UserError(f"{name}: expected a text without control characters, got {text[:100]!r}")
+    if any(0xD800 <= ord(c) < 0xE000 for c in text):  # what Python makes of bytes that are not UTF-8
+        raise UserError(f"{name}: expected valid UTF-8, got {text[:100]!r}")
+    if len(text) > LONGEST_TEXT:
+        raise UserError(f"{name}: expected at most {LONGEST_TEXT} characters, got {len(text)}")
+
+
+def check_folder_name(name, text):
+    """Raise UserError unless ``text`` names a folder that stays where it is made."""
+    taken = ("classes", "figures")  # what a run keeps in its own folder
+    if not text.strip(". ") or text[0] in ".~-" or "/" in text or "\\" in text or text in taken:
+        raise UserError(
+            f"{name}: expected a plain name without /, \\ or a leading dot, dash or ~, and none of "
+            f"{', '.join(taken)}, got {text!r}"
+        )
+    if len(text.encode()) > LONGEST_NAME:
+        raise UserError(f"{name}: expected at most {LONGEST_NAME} bytes, got {len(text.encode())}")
+
+
+def class_names(text):
+    """The class names in the knob class_name, separated by commas: a backslash takes the next character as it
+    is, so that a class may have a comma (``\\,``) or be called all (``\\all``)."""
+    names, escaped = [""], False
+    for c in text:
+        if escaped or c not in "\\,":
+            names[-1] += c
+            escaped = False
+        elif c == "\\":
+            escaped = True
+        else:
+            names.append("")
+    return names
 
 
 def plain_type(annotation):
@@ -573,6 +671,8 @@ def parse_value(field, text):
             return checked_length(sides * 2 if len(sides) == 1 else sides, 2)
         if field.type == Triple | None:
             return checked_length([float(part) for part in text.split(",")], 3)
+        if field.name == "modelname":
+            check_folder_name("modelname", text)
         return kind(text)
     except (KeyError, ValueError):
         raise UserError(f"{field.name}: expected {describe(kind)}, got {text!r}") from None
@@ -726,5 +826,6 @@ def guarded(main, *arguments) -> None:
 
 
 def stop(mistake):
-    print(f"error: {' '.join(str(mistake).split())}", file=sys.stderr)
+    line = " ".join(str(mistake).split())
+    print(f"error: {line if len(line) < 2000 else f'{line[:2000]}...'}", file=sys.stderr)
     sys.exit(2)

@@ -18,7 +18,7 @@ from torchvision import datasets as tv
 import images
 import layouts
 import outliers
-from config import Config, UserError, unknown
+from config import Config, UserError, class_names, unknown
 from images import images_below, read_image  # noqa: F401  (what predict.py takes from here)
 from layouts import OTHER, SPLITS, Listing
 
@@ -165,14 +165,20 @@ def _hash(*contents) -> str:
 
 
 def choose_classes(labels: Labels, class_name: str) -> list[str]:
-    """The classes that the knob class_name asks for. Raises UserError on an unknown one."""
+    """The classes that the knob class_name asks for (config.class_names). Raises UserError on an unknown
+    one."""
     if class_name == "all":
         return list(labels.classes)
-    chosen = list(dict.fromkeys(name.strip() for name in class_name.split(",")))
-    for name in chosen:
-        if name not in labels.classes:
-            raise UserError(unknown("class", name, ["all", *labels.classes]))
-    return chosen
+    if class_name in labels.classes:  # the whole text is one class, whatever it is made of
+        return [class_name]
+    known = {name.strip(): name for name in labels.classes} | {name: name for name in labels.classes}
+    chosen = []
+    for name in class_names(class_name):
+        found = known.get(name, known.get(name.strip()))
+        if found is None:
+            raise UserError(unknown("class", name.strip(), ["all", *labels.classes]))
+        chosen.append(found)
+    return list(dict.fromkeys(chosen))
 
 
 # ---------------------------------------------------------------- raw images

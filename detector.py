@@ -2,7 +2,6 @@
 save and load."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +16,11 @@ from torch.nn import functional as F
 
 import datasets
 import feature_cache
+import memory
 import model
+import records
 import utils
-from config import Config, UserError
+from config import Config, UserError, make_config
 from normalization import BandNormalizer, Normalizer, spread
 from token_grid import Bands, TokenGrid
 
@@ -180,6 +181,7 @@ class Detector(nn.Module):
         """features: the sidecar of the cache; n_feat, grid (rows, columns), tokens, kind (map or tokens) and,
         with bands, band_channels are read. Raises UserError on settings that do not fit the features."""
         super().__init__()
+        memory.check_detector(config, features)
         channels, grid = features["n_feat"], tuple(features["grid"])
         self.score_name, self.fused = config.score, config.fusion != "none"
         self.spread_at_balance = config.spread_at_balance
@@ -261,15 +263,27 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def score_features(self, features: Features) -> np.ndarray:
-        """The anomaly scores (n) of images from their cached features, each image by itself."""
+        """The anomaly scores (n) of images from their cached features, each image by itself. Raises UserError
+        when one is not finite."""
         if self.score_name != "spectrum":
-            return self.score(*self(*features))
+            return self._finite(self.score(*self(*features)))
         tokens, patches = self.inputs(*features)
         rings, none = self.texture_inputs(features.bands)
         semantic = model.likelihood_score(*self.flow(tokens, [patches]))
         texture = model.likelihood_score(*self.texture(rings, [none]))
         distances = [self.evidence[k].distance(t) for k, t in (("semantic", tokens), ("texture", rings))]
-        return self.combine((semantic, distances[0]), (texture, distances[1])).cpu().numpy()
+        return self._finite(self.combine((semantic, distances[0]), (texture, distances[1])).cpu().numpy())
+
+    @staticmethod
+    def _finite(scores: np.ndarray) -> np.ndarray:
+        """The scores, all finite: one that is not would pass for a verdict. Raises UserError."""
+        broken = np.flatnonzero(~np.isfinite(scores))
+        if len(broken):
+            raise UserError(
+                f"{len(broken)} of {len(scores)} scores are not finite, image {broken[0]} first: its "
+                "features or the detector's weights are damaged"
+            )
+        return scores
 
     def load_saved(self, state: dict[str, Tensor]) -> None:
         """Load a state dict whose references may have any number of rows."""
@@ -346,26 +360,24 @@ def checkpoint_files(path: Path) -> tuple[Path, Path]:
 
 def checkpoint_path(config: Config, class_name: str, seed: int) -> Path:
     """Where a class and seed of a run is kept, without the ending."""
-    return run_folder(config) / "classes" / f"{class_name.replace('/', '_')}-seed{seed}"
+    return run_folder(config) / "classes" / f"{utils.file_name(class_name)}-seed{seed}"
 
 
 def save_fitted(config: Config, cache: feature_cache.FeatureCache, fitted: Fitted) -> Path:
     """Keep a fitted class: its result with configuration, history and scores (JSON, written last), and its
-    weights."""
+    weights, whose size and hash the JSON records. Raises UserError when they cannot be written."""
     path = checkpoint_path(config, fitted.result["class"], fitted.result["seed"])
     record, weights = checkpoint_files(path)
     record.unlink(missing_ok=True)  # an older run's: it would not fit what is written now
     weights.unlink(missing_ok=True)
     if config.save_model:
-        with utils.whole_file(weights) as partial:
-            save_file(
-                {name: t.contiguous().cpu() for name, t in fitted.detector.state_dict().items()}, partial
-            )
+        save_weights(fitted.detector.state_dict(), weights)
     content = {
         "result": fitted.result,
         "history": fitted.history,
         "config": dataclasses.asdict(config),
         "features": cache.meta,
+        "weights": fingerprint(weights) if config.save_model else None,
         "test": {
             "rows": fitted.test_rows.tolist(),
             "labels": fitted.labels.tolist(),
@@ -374,8 +386,36 @@ def save_fitted(config: Config, cache: feature_cache.FeatureCache, fitted: Fitte
         "held_out_scores": fitted.held_scores.astype(float).tolist(),
         "own_input_scores": {k: v.astype(float).tolist() for k, v in fitted.own_input_scores.items()},
     }
-    utils.write_json(record, content)
+    records.write(record, content)
     return path
+
+
+def save_weights(state: dict[str, Tensor], path: Path) -> None:
+    """Write a state dict, whole or not at all. Raises UserError on a full disk or a folder that may not be
+    written."""
+    with utils.whole_file(path) as partial:
+        try:
+            save_file({name: t.contiguous().cpu() for name, t in state.items()}, partial)
+        except SafetensorError as error:
+            raise UserError(
+                f"the weights {path} cannot be written ({error}); make space on its disk"
+            ) from None
+
+
+def fingerprint(path: Path) -> dict:
+    """The size and the hash of a file, as a record keeps them."""
+    return {"bytes": path.stat().st_size, "sha256": utils.sha256_of_file(path)}
+
+
+def weights_fault(record: dict, path: Path) -> str | None:
+    """What is wrong with the weights beside a record (missing, cut, changed), or None when they are those
+    that were written with it."""
+    kept = record["weights"]
+    if kept is None:
+        return f"no weights were kept in {path} (save_model was False)"
+    if not path.is_file():
+        return f"the weights {path} are missing"
+    return None if fingerprint(path) == kept else f"the weights {path} are cut or were changed"
 
 
 def undefined_as_nan(entry: dict) -> dict:
@@ -387,31 +427,45 @@ def undefined_as_nan(entry: dict) -> dict:
 
 
 def read_record(path: Path) -> dict:
-    """What the JSON of a checkpoint says. Raises OSError or ValueError when it cannot be read."""
-    content = json.loads(checkpoint_files(path)[0].read_text())
+    """What the JSON of a checkpoint says. Raises OSError or ValueError when it cannot be read, or was
+    changed."""
+    content = records.read(checkpoint_files(path)[0])
     content["history"] = [undefined_as_nan(entry) for entry in content["history"]]
     content["result"] = undefined_as_nan(content["result"])
     return content
 
 
 def config_of(record: dict) -> Config:
-    """The configuration that a checkpoint was made with."""
+    """The configuration that a checkpoint was made with. Raises UserError when it is none of this version."""
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items()}
-    return Config(**values)
+    return make_config(values)
 
 
 def load_detector(path: Path) -> tuple[Detector, dict]:
     """The detector of a checkpoint (either of its two files) and what its JSON says. Unpickles nothing.
-    Raises UserError."""
+    Raises UserError unless both are what was written together, and every weight is finite."""
     record_file, weights = checkpoint_files(Path(path))
+    expected = f"expected a checkpoint {record_file} with its .safetensors beside it"
     try:
-        record, state = read_record(record_file), load_file(weights)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"expected a checkpoint {record_file} with its .safetensors beside it ({error})"
-        ) from None
-    detector = Detector(config_of(record), record["features"])
-    detector.load_saved(state)
+        record = read_record(record_file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{expected} ({error})") from None
+    fault = weights_fault(record, weights)
+    if fault:
+        raise UserError(f"{expected}: {fault}; train it again")
+    try:
+        detector = Detector(config_of(record), record["features"])
+        detector.load_saved(load_file(weights))
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # a foreign safetensors file, or one of another flow: each fails in its own way
+        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        raise UserError(f"{weights} holds no weights of this detector ({reason})") from None
+    broken = [name for name, t in detector.state_dict().items() if not torch.isfinite(t).all()]
+    if broken:
+        raise UserError(f"{weights} holds weights that are not finite ({broken[0]}): train it again")
     return detector.eval(), record
 
 

@@ -19,6 +19,7 @@ from sklearn.metrics import roc_curve
 import datasets
 import detector
 import feature_cache
+import utils
 from config import Config, UserError
 from predict import threshold
 from tables import shorten
@@ -61,7 +62,7 @@ def draw_all(
     pictures.append(Picture(figures / "epochs.png", f"Loss and test AUROC over the epochs, seed {seed}"))
     for name, record in records.items():
         if record["test"]["scores"]:
-            path = figures / f"scores-{file_name(name)}.png"
+            path = figures / f"scores-{utils.file_name(name)}.png"
             draw_histogram(name, record, seed, (config.nbins1, config.nbins2), path)
             pictures.append(Picture(path, f"Scores of {name}, seed {seed}", name))
     return pictures + draw_sheets(config, cache, records, figures)
@@ -81,17 +82,13 @@ def draw_sheets(
             raise UserError("the images have changed since they were extracted")
         for name, record in records.items():
             if record["test"]["scores"]:
-                path = figures / f"extremes-{file_name(name)}.png"
+                path = figures / f"extremes-{utils.file_name(name)}.png"
                 draw_sheet(images, record["test"], f"normal class: {name}, seed {config.seed}", path)
                 caption = f"Test images of {name} at both ends of the scores, seed {config.seed}"
                 pictures.append(Picture(path, caption, name))
     except UserError as mistake:
         print(f"no contact sheets: {mistake}")
     return pictures
-
-
-def file_name(class_name: str) -> str:
-    return class_name.replace("/", "_")
 
 
 # ---------------------------------------------------------------- plots

@@ -118,7 +118,7 @@ class HiLo(nn.Module):
                 )  # rows ordered (2, heads, width)
                 self.add_module(f"{name}_proj", Linear(inner, out))
         if not bands:
-            members = window_members(grid, window)
+            members = window_members(grid, min(window, max(grid)))  # a wider window holds no more patches
             sizes = (members >= 0).sum(1)
             flat = members.flatten()
             self.register_buffer(

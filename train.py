@@ -19,6 +19,7 @@ import datasets
 import detector
 import extractor
 import feature_cache
+import memory
 import model
 import utils
 from baselines import own_input_scores
@@ -193,6 +194,7 @@ class Trainer:
 
     def __init__(self, config: Config, data: ClassData, features: dict, seed: int, device: torch.device):
         self.config, self.data, self.seed, self.device = config, data, seed, device
+        memory.check_training(config, features, len(data.fit_rows))
         utils.seed_everything(seed)
         self.detector = Detector(config, features)
         self._fit_normalizers(data.fit_rows)
@@ -477,13 +479,14 @@ def make_trainer(
 
 def main(config: Config) -> None:
     device = utils.set_up(config.device, config.threads)
-    if config.class_name == "all" or "," in config.class_name:
-        raise UserError(
-            f"train.py fits one class: give it with --class_name (now {config.class_name!r}); main.py fits "
-            f"several"
-        )
+    given = f"give it with --class_name (now {config.class_name!r})"
+    advice = f"train.py fits one class: {given}; main.py fits several"
+    if config.class_name == "all":
+        raise UserError(advice)
     cache = extractor.ensure_features(config, device)
-    class_name = datasets.choose_classes(cache.labels, config.class_name)[0]
+    class_name, *more = datasets.choose_classes(cache.labels, config.class_name)
+    if more:
+        raise UserError(advice)
     train, test = (TokenSource(cache.arrays(split), device) for split in datasets.SPLITS)
     fitted = make_trainer(config, cache, class_name, config.seed, train, test).run()
     path = detector.save_fitted(config, cache, fitted)

@@ -33,12 +33,25 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+THREADS_PER_CORE = 8
+
+
 def set_up(device_name: str, threads: int) -> torch.device:
-    """The device of a name (auto, cpu, cuda, cuda:N), and torch's threads set. Raises UserError on an absent
-    device."""
-    torch.set_num_threads(threads or cpu_count())
+    """The device of a name (auto, cpu, cuda, cuda:N), and torch's threads set. Of several processes on one
+    machine (torchrun's LOCAL_RANK) each takes a GPU of its own. Raises UserError on an absent device, or on
+    more threads than the machine has use for."""
+    cores = cpu_count()
+    if threads > THREADS_PER_CORE * cores:
+        raise UserError(
+            f"threads: this machine has {cores} cores; expected at most {THREADS_PER_CORE * cores}, or 0 for "
+            f"all cores, got {threads}"
+        )
+    torch.set_num_threads(threads or cores)
+    local = _from_environment("LOCAL_RANK", 0)
     if device_name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device_name = "cuda" if torch.cuda.is_available() else "cpu"
+    if device_name == "cuda" and local and torch.cuda.device_count():
+        device_name = f"cuda:{local % torch.cuda.device_count()}"
     try:
         device = torch.device(device_name)
     except RuntimeError:
@@ -186,6 +199,11 @@ def write_json(path: Path, content) -> None:
     write_text(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
 
 
+def as_strict_json(content):
+    """What a content is once ``write_json`` has written it and it was read again."""
+    return json.loads(json.dumps(_finite(content), allow_nan=False))
+
+
 def _finite(content):
     if isinstance(content, dict):
         return {key: _finite(value) for key, value in content.items()}
@@ -276,6 +294,18 @@ def _is_file(handle: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+LONGEST_NAME = 150  # bytes of a class's name in a file's name: seed, ending and a partial's mark come on top
+
+
+def file_name(name: str) -> str:
+    """A class's name as part of a file's name: as it is where it is plain, otherwise with what a file system
+    or a terminal may stumble over replaced, cut to a length, and told apart by a hash of the whole name."""
+    plain = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in name)
+    plain = f"_{plain[1:]}" if plain[:1] in ".-" else plain
+    short = plain.encode()[:LONGEST_NAME].decode(errors="ignore")
+    return short if short == name else f"{short}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def sha256_of_file(path: Path) -> str:

@@ -1,11 +1,18 @@
 """What a fit leaves on disk, and what reads it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from fabricated import CHOOSING, SPECTRUM, fit, make, settings
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import detector
+import records
 from config import Config, UserError
 
 
@@ -64,3 +71,167 @@ def test_no_weights_of_an_older_fit_stay(cache, tmp_path, monkeypatch):
     assert weights.exists()
     detector.save_fitted(settings(save_model=False), cache, fit(cache))
     assert not weights.exists()
+
+
+# ---------------------------------------------------------------- what was changed, cut or made up
+@pytest.fixture
+def kept(cache, tmp_path, monkeypatch):
+    """The two files of a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    return detector.checkpoint_files(detector.save_fitted(settings(), cache, fit(cache)))
+
+
+def refused(path) -> str:
+    with pytest.raises(UserError) as mistake:
+        detector.load_detector(path)
+    assert "\n" not in str(mistake.value)
+    return str(mistake.value)
+
+
+@pytest.mark.parametrize(
+    "part, name, value",
+    [
+        ("config", "clamp", 2.9),
+        ("config", "score", "likelihood"),
+        ("config", "pooling", "released"),
+        ("features", "n_feat", 31),
+        ("result", "auroc", 0.9999),
+        ("test", "scores", [0.0]),
+    ],
+)
+def test_an_edit_of_the_record_is_noticed(kept, part, name, value):
+    content = json.loads(kept[0].read_text())
+    kept[0].write_text(json.dumps(content))  # the layout is no part of the checksum
+    detector.load_detector(kept[0])
+    content[part][name] = value
+    kept[0].write_text(json.dumps(content))
+    assert "checksum" in refused(kept[0])
+
+
+def test_weights_that_were_cut_or_exchanged(kept, cache):
+    _, weights = kept
+    whole = weights.read_bytes()
+    for damaged in (whole[:-4], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        weights.write_bytes(damaged)
+        assert "cut or were changed" in refused(weights)
+    weights.unlink()
+    assert "missing" in refused(weights)
+
+
+def reseal(kept, **changes) -> None:
+    """Change a record and its weights' fingerprint, and seal it again: what a forger would do."""
+    record = json.loads(kept[0].read_text()) | changes
+    records.write(kept[0], record | {"weights": detector.fingerprint(kept[1])})
+
+
+def test_weights_that_are_not_finite_are_refused(kept):
+    state = load_file(kept[1])
+    name = next(name for name in state if name.endswith("fc1.weight"))
+    for value in (float("nan"), float("inf")):
+        state[name][0, 0] = value
+        save_file(state, kept[1])
+        reseal(kept)
+        assert "not finite" in refused(kept[0]) and name in refused(kept[0])
+
+
+def test_weights_of_another_flow_are_refused(kept):
+    state = load_file(kept[1])
+    for other in (
+        {"x": torch.zeros(1)},
+        {**state, "a.reference": torch.zeros(1)},
+        {k: v.flatten()[:1] for k, v in state.items()},
+    ):
+        save_file({k: v.clone() for k, v in other.items()}, kept[1])
+        reseal(kept)
+        assert "no weights of this detector" in refused(kept[0])
+
+
+MEANINGLESS = [
+    ("features", {"grid": [0, 0]}),
+    ("features", {"n_feat": 10**9}),
+    ("config", {"clamp": -1}),
+    ("config", {"nonsense": True}),
+]
+
+
+@pytest.mark.parametrize("part, change", MEANINGLESS, ids=str)
+def test_a_sealed_record_that_means_nothing_is_one_line(kept, part, change):
+    content = json.loads(kept[0].read_text())
+    reseal(kept, **{part: content[part] | change})
+    refused(kept[0])
+
+
+ANY_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=10,
+)
+FUZZ = examples(
+    max_examples=60, deadline=None, database=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+
+
+@FUZZ
+@given(name=st.sampled_from([*records.SHAPE, "checksum"]), value=ANY_JSON, sealed=st.booleans())
+def test_records_of_any_shape_are_one_line(kept, name, value, sealed):
+    """A part of the record replaced by any JSON, the checksum made to fit or not."""
+    original, content = kept[0].read_text(), json.loads(kept[0].read_text())
+    content[name] = value
+    if sealed and name != "checksum":
+        content["checksum"] = records.checksum(content)
+    kept[0].write_text(json.dumps(content))
+    try:
+        detector.load_detector(kept[0])
+    except UserError as mistake:
+        assert "\n" not in str(mistake)
+    finally:
+        kept[0].write_text(original)
+
+
+@FUZZ
+@given(content=st.binary(max_size=200), which=st.sampled_from([0, 1]), at=st.integers(0, 400))
+def test_bytes_of_any_kind_are_one_line(kept, content, which, at):
+    """Bytes put into either file, with a fingerprint that fits the weights."""
+    originals = [file.read_bytes() for file in kept]
+    kept[which].write_bytes(originals[which][:at] + content + originals[which][at + len(content) :])
+    if which:
+        reseal(kept)
+    try:
+        detector.load_detector(kept[0])
+    except UserError as mistake:
+        assert "\n" not in str(mistake)
+    finally:
+        for file, original in zip(kept, originals):
+            file.write_bytes(original)
+
+
+def test_json_that_is_too_deep(kept):
+    kept[0].write_text("[" * 100_000)
+    assert "deep" in refused(kept[0])
+
+
+def test_full_disk_under_the_weights(cache, tmp_path, monkeypatch):
+    """safetensors has an error of its own for it."""
+    monkeypatch.chdir(tmp_path)
+
+    def full(*_):
+        raise detector.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(detector, "save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        detector.save_fitted(settings(), cache, fit(cache))
+    assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*partial"))
+
+
+def test_a_score_that_is_not_finite_is_no_verdict(cache):
+    trainer = make(cache, score="likelihood")
+    fitted = trainer.run()
+    features = trainer.data.test[fitted.test_rows]
+    features.semantic[3] = float("nan")
+    with pytest.raises(UserError, match="image 3"):
+        fitted.detector.score_features(features)

@@ -3,6 +3,8 @@ end in."""
 
 import itertools
 import math
+import pathlib
+import pickle
 import re
 import shutil
 import threading
@@ -294,6 +296,36 @@ def test_weights_without_a_classifier(tmp_path):
         settings("vit_tiny_patch16_224", weights_path=str(tmp_path / "w.safetensors"))
     ).model
     assert torch.equal(loaded.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
+
+
+class Executes:
+    """A pickle of it makes a file when it is loaded carelessly."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+def test_weights_that_would_execute(tmp_path):
+    proof = tmp_path / "executed"
+    for number, content in enumerate((Executes(proof), {"state_dict": {"conv1.weight": Executes(proof)}})):
+        torch.save(content, tmp_path / f"{number}.pth")
+        (tmp_path / f"{number}.bin").write_bytes(pickle.dumps(content))
+        for path in (tmp_path / f"{number}.pth", tmp_path / f"{number}.bin"):
+            assert "would execute" in refused(path, "resnet18")
+    assert not proof.exists()
+    pickle.loads((tmp_path / "0.bin").read_bytes())
+    assert proof.exists(), "loaded carelessly, it does execute"
+
+
+def test_weights_with_more_than_the_model_has(tmp_path):
+    """The tensors of a deeper model hold those of a shallower one, with other values."""
+    state = timm.create_model("resnet18").state_dict() | {"layer1.2.conv1.weight": torch.zeros(1)}
+    save_file(state, tmp_path / "w.safetensors")
+    line = refused(tmp_path / "w.safetensors", "resnet18")
+    assert "another model" in line and "layer1.2.conv1.weight" in line
 
 
 def refused(path, name="vit_tiny_patch16_224") -> str:

@@ -1,0 +1,74 @@
+"""What a detector and its training take of memory, estimated before it is asked for: a mistyped size is a
+line then, and not a machine that hangs."""
+
+import math
+from pathlib import Path
+
+from config import Config, UserError
+
+FLOAT = 4  # bytes
+
+
+def available() -> float:
+    """Bytes that this process may still take: what the system has free, or what its container may have; inf
+    where neither is told."""
+    free = math.inf
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    except (OSError, StopIteration, ValueError):  # no Linux, no container, or a container without a limit
+        pass
+    return free
+
+
+def check(what: str, needed: float, advice: str) -> None:
+    """Raise UserError when ``what`` needs more bytes than there are."""
+    free = available()
+    if needed > free:
+        raise UserError(
+            f"{what} needs about {needed / 1e9:.3g} GB of memory, {free / 1e9:.3g} are free; {advice}"
+        )
+
+
+def parameters(config: Config, channels: int, fused: bool) -> int:
+    """Roughly the parameters of a flow over so many channels: those of its linear layers, and of the largest
+    fusion there is."""
+    half, hidden = channels / 2, config.fc_internal or channels
+    subnet = half * hidden + 2 * hidden**2 + 2 * hidden * channels
+    fusion = 3 * half**2 + half * hidden if fused else 0
+    return math.ceil(2 * config.n_coupling_blocks * (subnet + fusion))
+
+
+def detector_floats(config: Config, features: dict) -> int:
+    """Roughly the numbers that a detector holds: its flows, and the matrices that whiten their inputs."""
+    channels = features["n_feat"]
+    bands = sum(features["band_channels"]) * (2 + config.rings) if config.bands else 0
+    grid = math.prod(features["grid"])
+    flows = parameters(config, channels + bands, config.fusion != "none")
+    return flows + (parameters(config, bands, False) if bands else 0) + channels**2 + bands**2 + 17 * grid**2
+
+
+def check_detector(config: Config, features: dict) -> None:
+    """Raise UserError when a detector of these features is more than the memory holds."""
+    check(
+        f"a detector of {features['n_feat']} channels and {config.n_coupling_blocks} coupling layers",
+        FLOAT * detector_floats(config, features),
+        "choose a smaller fc_internal or n_coupling_blocks",
+    )
+
+
+def check_training(config: Config, features: dict, n_images: int) -> None:
+    """Raise UserError when fitting to so many images is more than the memory holds: weights, gradients and
+    Adam's two moments, a batch's tokens as they are, normalised and with their gradients, and what each
+    coupling layer keeps for the backward pass."""
+    batch, hidden = min(config.batch_size, n_images), config.fc_internal or features["n_feat"]
+    kept = 2 * config.n_coupling_blocks * (6 * hidden + 4 * features["n_feat"])
+    needed = 4 * detector_floats(config, features)
+    needed += batch * (3 * features["tokens"] * features["n_feat"] + kept)
+    check(
+        f"training in batches of {batch}",
+        FLOAT * needed,
+        "choose a smaller batch_size, fc_internal, n_coupling_blocks or token_grid",
+    )

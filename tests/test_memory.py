@@ -1,0 +1,86 @@
+"""Sizes that no machine has are one line, before anything is taken."""
+
+import pytest
+import torch
+from fabricated import SPECTRUM, C, make, settings
+
+import memory
+import utils
+from config import Config, UserError
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fc_internal": 10**6},
+        {"fc_internal": 10**5, "n_coupling_blocks": 1000},
+        {"n_coupling_blocks": 1000, "fc_internal": 20_000, "fusion": "none"},
+    ],
+    ids=str,
+)
+def test_sizes_beyond_the_machine(cache, change):
+    with pytest.raises(UserError, match="GB of memory.*fc_internal"):
+        make(cache, **change)
+
+
+def test_batch_beyond_the_machine(cache, monkeypatch):
+    """What a batch takes is counted, though the detector itself would fit."""
+    config = settings(batch_size=40)
+    need = memory.FLOAT * 4 * memory.detector_floats(config, cache.meta)
+    monkeypatch.setattr(memory, "available", lambda: need + 1000)
+    with pytest.raises(UserError, match="batches of 40.*batch_size"):
+        make(cache, batch_size=40)
+    monkeypatch.setattr(memory, "available", lambda: 100 * need)
+    make(cache, batch_size=10**7)  # no batch is larger than the class
+
+
+@pytest.mark.parametrize("fusion", ["class_attention", "hilo", "none"])
+@pytest.mark.parametrize("more", [{}, {"fc_internal": 8}, SPECTRUM], ids=str)
+def test_estimate_is_near_what_is_built(cache, fusion, more):
+    """Between half and three times the numbers of a detector in fact, whatever it is made of."""
+    detector = make(cache, **{"fusion": fusion, "fc_internal": 64, **more}).detector
+    held = sum(tensor.numel() for tensor in (*detector.parameters(), *detector.buffers()))
+    config = settings(**{"fusion": fusion, "fc_internal": 64, **more})
+    assert held / 2 < memory.detector_floats(config, cache.meta) < 3 * held + 2000
+
+
+def test_memory_is_found():
+    assert memory.available() > 1e6
+
+
+def test_wide_windows_are_the_whole_grid(cache):
+    """A window wider than the grid holds no more patches than the grid, and takes no more memory."""
+    wide, whole = (make(cache, fusion="hilo", window=window).detector for window in (1000, 3))
+    rows = torch.randn(4, C), torch.randn(4, 9, C)
+    wide.load_state_dict(whole.state_dict())
+    with torch.no_grad():
+        assert torch.equal(wide(*rows)[0], whole(*rows)[0])
+    assert sum(buffer.numel() for buffer in wide.buffers()) < 10_000
+
+
+def test_threads_that_no_machine_has():
+    before = torch.get_num_threads()
+    with pytest.raises(UserError, match="threads: this machine has"):
+        utils.set_up("cpu", 1000)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"threads": 10**4},
+        {"window": 10**9},
+        {"n_coupling_blocks": 10**9},
+        {"batch_size": 10**20},
+        {"img_size": (10**5, 8)},
+        {"centre_pool": 1e-320},
+        {"low_sigma": 1e-300},
+        {"clamp": 1e300},
+        {"token_grid": "9" * 5000},
+        {"band_depths": "9" * 5000},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_ranges(values):
+    with pytest.raises(UserError, match=next(iter(values))):
+        Config(**values)

@@ -1,0 +1,111 @@
+"""Names: of runs, of classes, of files; what they may hold and where they lead."""
+
+import numpy as np
+import pytest
+from fabricated import fit, settings
+
+import config as knobs
+import datasets
+import detector
+import utils
+from config import Config, UserError
+from datasets import Labels, Split
+
+STRANGE = [
+    "v1.0",
+    "v1.5",
+    "v1.5.json",
+    "-x",
+    ".. ..",
+    "two words",
+    "a,b",
+    'say "a"',
+    "ä/ß 🐱",
+    "line\nbreak",
+    "\\",
+    "all",
+]
+
+
+def labels_of(*classes: str) -> Labels:
+    split = Split.of(
+        [f"{name}/{i}" for name in classes for i in (0, 1)], np.repeat(np.arange(len(classes)), 2)
+    )
+    return Labels(classes, split, split)
+
+
+# ---------------------------------------------------------------- of classes
+def test_every_class_has_files_of_its_own():
+    names = [*STRANGE, "a/b", "a\\b", "a_b", "x" * 300, "x" * 301, "~", "ä" * 100]
+    paths = [detector.checkpoint_path(Config(), name, seed) for name in names for seed in (0, 1)]
+    files = [file for path in paths for file in detector.checkpoint_files(path)]
+    assert len(set(files)) == 4 * len(names)
+    for file in files:
+        assert file.parent == detector.run_folder(Config()) / "classes" and file.name.isprintable()
+        assert len(file.name.encode()) < 200 and file.name[0] not in ".-"
+    assert utils.file_name("two words ü") == "two words ü", "a plain name stays readable"
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_checkpoint_of_a_strange_class(cache, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    fitted = fit(cache)
+    fitted.result["class"] = name
+    path = detector.save_fitted(settings(), cache, fitted)
+    for file in (path, *detector.checkpoint_files(path)):
+        assert detector.load_detector(file)[1]["result"]["class"] == name
+    assert not [found for found in tmp_path.iterdir() if found.name != "runs"]
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_class_given_on_the_command_line(name):
+    labels = labels_of(*STRANGE, "b")
+    escaped = name.replace("\\", "\\\\").replace(",", "\\,")
+    escaped = "\\all" if name == "all" else escaped
+    assert datasets.choose_classes(labels, escaped) == [name]
+    assert datasets.choose_classes(labels, f"b,{escaped}") == ["b", name]
+    assert knobs.from_command_line("test", [f"--class_name={escaped}"]).class_name == escaped
+
+
+def test_a_class_with_a_comma_needs_no_escape_alone():
+    assert datasets.choose_classes(labels_of("a", "b", "a,b"), "a,b") == ["a,b"]
+    assert datasets.choose_classes(labels_of("a", "b"), "a, b,a") == ["a", "b"]
+    assert datasets.choose_classes(labels_of("a", "b"), "all") == ["a", "b"]
+    with pytest.raises(UserError, match="unknown class 'c'"):
+        datasets.choose_classes(labels_of("a", "b"), "a,c")
+
+
+# ---------------------------------------------------------------- of runs and folders
+@pytest.mark.parametrize(
+    "name", ["", " ", ".", "..", "../x", "a/b", "/tmp/x", "a\\b", "-x", ".x", "a\nb", "a\0b", "\udcff",
+             "x" * 101, "classes", "figures", "~root"]
+)  # fmt: skip
+def test_a_run_stays_in_its_folder(capsys, name):
+    with pytest.raises(SystemExit):
+        knobs.from_command_line("test", [f"--modelname={name}"])
+    error = capsys.readouterr().err
+    assert "modelname" in error and error.count("\n") == 1
+    for nested in (name, f"grid/{name}") if name != "a/b" else ("grid/../b", "grid//b"):
+        with pytest.raises(UserError, match="modelname"):
+            Config(modelname=nested)  # with /, it is a sweep's run, one folder deeper
+
+
+@pytest.mark.parametrize("name", ["run", "ä b", "v1.5", "a,b=c"])
+def test_plain_names_of_runs(name):
+    assert detector.run_folder(Config(modelname=name)).parts == ("runs", name)
+
+
+@pytest.mark.parametrize("field", ["dataset_path", "feature_path", "weights_path", "extractor", "class_name"])
+def test_texts_are_valid(field):
+    for text in ("a\0b", "a\udcffb", "x" * 5000):
+        with pytest.raises(UserError, match=field):
+            Config(**{field: text})
+    if field != "class_name":
+        with pytest.raises(UserError, match=field):
+            Config(**{field: "a\x1bb"})
+
+
+def test_feature_path_without_dots():
+    with pytest.raises(UserError, match="feature_path"):
+        Config(feature_path="features/../../x")
+    assert Config(feature_path="/tmp/a..b/c").feature_path == "/tmp/a..b/c"
