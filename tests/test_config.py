@@ -275,7 +275,7 @@ def test_flag_without_a_value():
         (["--token_grid", "eight"], ("token_grid", "eight")),
         (["--token_grid", "³"], ("token_grid",)),
         (["--select_epoch", "likelihood"], ("holdout",)),
-        (["--n_feat", "1"], ("n_feat", "at least 2")),
+        (["--n_feat", "1"], ("n_feat", "from 2")),
     ],
 )
 def test_mistakes_are_one_line(capsys, arguments, told):
