@@ -17,7 +17,10 @@ class UserError(Exception):
 
 
 # Datasets and backbones by name: the single list that choices, help and loading are made from.
-DATASETS = ("cifar10", "CIFAR100", "fashion", "STL10", "CatsvsDogs", "mvtec", "lbot", "digits", "folder")
+DATASETS = (
+    *("cifar10", "CIFAR100", "fashion", "STL10", "CatsvsDogs"),
+    *("mvtec", "VisA", "BTAD", "MTD", "lbot", "digits", "folder"),
+)
 BACKBONES = {  # name here -> timm model (the released code's names; any other timm name works as it is)
     "VIT": "vit_base_patch16_384.orig_in21k_ft_in1k",
     "VIT_L": "vit_large_patch16_384.augreg_in21k_ft_in1k",
@@ -187,6 +190,9 @@ class Config:
         "cifar10", "data set (see README for the folder layouts)", choices=DATASETS, affects="features"
     )
     dataset_path: str | None = knob(None, "folder of the raw images; none: data/<dataset>", affects="run")
+    fine_classes: bool = knob(
+        False, "CIFAR100: its 100 classes instead of its 20 superclasses", affects="features"
+    )
     class_name: str = knob(
         "all",
         "normal class: one, several separated by commas, or all; a comma in a name is written "
@@ -471,6 +477,8 @@ class Config:
             raise UserError(f"norm_std: expected three positive numbers, got {self.norm_std}")
         if self.norm_mean and not all(map(math.isfinite, self.norm_mean)):
             raise UserError(f"norm_mean: expected three finite numbers, got {self.norm_mean}")
+        if self.fine_classes and self.dataset != "CIFAR100":
+            raise UserError(f"fine_classes is for dataset CIFAR100, not {self.dataset}; set it False")
         if self.sweep:
             parse_sweep(self.sweep)
         if self.pooling == "released" and not grid.isdigit():
@@ -649,8 +657,9 @@ CLOSE = 0.75  # likeness (difflib's ratio) from which a name counts as a slip of
 def unknown(kind, got, known, all_of_them="-h lists them all"):
     """The line for a name that is not in ``known``, with the nearest one when there is one; a long list is
     only pointed to."""
-    near = difflib.get_close_matches(str(got), [str(name) for name in known], 1, CLOSE)
-    hint = f", did you mean {near[0]}" if near else ""
+    names = {str(name).lower(): str(name) for name in known}
+    near = difflib.get_close_matches(str(got).lower(), names, 1, CLOSE)
+    hint = f", did you mean {names[near[0]]}" if near else ""
     listed = f" Expected one of: {', '.join(map(str, known))}" if len(known) <= 30 else f" {all_of_them}"
     return f"unknown {kind} {got!r}{hint}.{listed}"
 
@@ -673,7 +682,8 @@ def parse_value(field, text):
             return checked_length([float(part) for part in text.split(",")], 3)
         if field.name == "modelname":
             check_folder_name("modelname", text)
-        return kind(text)
+        spelt = {str(choice).lower(): choice for choice in field.metadata["choices"] or ()}
+        return spelt.get(text.lower()) or kind(text)
     except (KeyError, ValueError):
         raise UserError(f"{field.name}: expected {describe(kind)}, got {text!r}") from None
 

@@ -13,31 +13,14 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torchvision import datasets as tv
 
 import images
 import layouts
 import outliers
+import published
 from config import Config, UserError, class_names, unknown
 from images import images_below, read_image  # noqa: F401  (what predict.py takes from here)
 from layouts import OTHER, SPLITS, Listing
-
-# CIFAR-100's 20 superclasses (Krizhevsky 2009, table in section 3), and the superclass of each of the 100
-# classes in alphabetical order.
-SUPERCLASSES = tuple(
-    "aquatic_mammals fish flowers food_containers fruit_and_vegetables household_electrical_devices "
-    "household_furniture insects large_carnivores large_man-made_outdoor_things "
-    "large_natural_outdoor_scenes large_omnivores_and_herbivores medium_mammals non-insect_invertebrates "
-    "people reptiles small_mammals trees vehicles_1 vehicles_2".split()
-)
-SUPERCLASS_OF = tuple(
-    int(number)
-    for number in (
-        "4 1 14 8 0 6 7 7 18 3 3 14 9 18 7 11 3 9 7 11 6 11 5 10 7 6 13 15 3 15 0 11 1 10 12 14 16 9 11 5 "
-        "5 19 8 8 15 13 14 17 18 10 16 4 17 4 2 0 17 4 18 17 10 3 2 12 12 16 12 1 9 19 2 10 0 1 16 12 9 "
-        "13 15 13 16 19 2 4 6 19 5 5 8 19 18 1 2 15 6 0 17 8 14 13"
-    ).split()
-)
 
 
 # ---------------------------------------------------------------- labels
@@ -182,39 +165,38 @@ def choose_classes(labels: Labels, class_name: str) -> list[str]:
 
 
 # ---------------------------------------------------------------- raw images
-def load_images(dataset: str, dataset_path: str | None) -> ImageSet:
+def load_images(dataset: str, dataset_path: str | None, fine_classes: bool = False) -> ImageSet:
     """The images of a data set. Raises UserError when they are not where ``dataset_path`` (None:
-    data/<dataset>) says."""
+    data/<dataset>) says.
+
+    fine_classes: CIFAR-100's 100 classes instead of its 20 superclasses."""
     if dataset == "digits":
         return _digits()
     root = Path(dataset_path or f"data/{dataset}")
-    if dataset == "mvtec":
-        return _file_set(layouts.mvtec(root))
-    if (root / "train").is_dir():
-        return _file_set(layouts.folders(root))
-    if dataset in _TORCHVISION:
-        return _torchvision(dataset, root)
-    if not root.is_dir():
-        raise UserError(
-            f"dataset_path: expected {dataset} images as {root}/{{train,test}}/<class>/*, or normal pictures "
-            f"in {root} itself, but {layouts.what_is_there(root)}"
-        )
-    return _file_set(layouts.normal_only(root))
+    if dataset not in published.FORMS:
+        return _file_set(layouts.READERS[dataset](root))
+    if not all((root / split).is_dir() for split in SPLITS):
+        return _array_set(*published.load(dataset, root, fine_classes))
+    if fine_classes:
+        raise UserError(f"fine_classes: in the image folders of {root} each folder is a class; set it False")
+    return _file_set(layouts.folders(root))
 
 
 def images_of(config: Config) -> ImageSet:
     """The images a configuration asks for: a data set's own, or its validation set. Raises UserError."""
-    found = load_images(config.dataset, config.dataset_path)
+    found = load_images(config.dataset, config.dataset_path, config.fine_classes)
     return validation_set(found) if config.validate else found
 
 
-def slug(dataset: str, dataset_path: str | None) -> str:
-    """What tells the image folders of one kind of data set apart in the name of a cache: "" for a data set
-    that is the same wherever it lies and for the default folder, else the folder's name and a hash of its
-    place."""
-    default = Path(f"data/{dataset}").resolve()
-    place = Path(dataset_path).resolve() if dataset_path else default
-    if dataset == "digits" or dataset in _TORCHVISION or place == default:
+def slug(config: Config) -> str:
+    """What tells the images of two configurations of one data set apart in the name of a cache: for image
+    folders the folder's name and a hash of its place, but for the default folder; for CIFAR-100 whether its
+    classes are the fine ones."""
+    if config.dataset == "digits" or config.dataset in published.FORMS:
+        return "fine" if config.fine_classes else ""
+    default = Path(f"data/{config.dataset}").resolve()
+    place = Path(config.dataset_path).resolve() if config.dataset_path else default
+    if place == default:
         return ""
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in place.name)[:40]
     return f"{name}-{hashlib.sha256(str(place).encode(errors='surrogateescape')).hexdigest()[:6]}"
@@ -248,54 +230,6 @@ def _array_key(pixels: dict[str, np.ndarray], split: str, i: int) -> str:
 
 def _from_array(pixels: dict[str, np.ndarray], split: str, i: int) -> np.ndarray:
     return pixels[split][i]
-
-
-_TORCHVISION: dict[
-    str, tuple[Callable, dict, dict]
-] = {  # name -> (train and test arguments of the torchvision class, the class)
-    "cifar10": (tv.CIFAR10, {"train": True}, {"train": False}),
-    "CIFAR100": (tv.CIFAR100, {"train": True}, {"train": False}),
-    "fashion": (tv.FashionMNIST, {"train": True}, {"train": False}),
-    "STL10": (tv.STL10, {"split": "train"}, {"split": "test"}),
-}
-
-
-def _torchvision(dataset: str, root: Path) -> ImageSet:
-    """A data set in torchvision's own files, downloaded where the network allows and checked by
-    torchvision."""
-    kind, *arguments = _TORCHVISION[dataset]
-    pixels, category = {}, {}
-    for split, argument in zip(SPLITS, arguments):
-        try:
-            try:
-                loaded = kind(
-                    str(root), **argument
-                )  # checked by torchvision; RuntimeError when absent or corrupt
-            except RuntimeError:
-                loaded = kind(str(root), **argument, download=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"dataset_path: expected {dataset} in {root} as image folders {{train,test}}/<class>/* or "
-                f"torchvision's files; neither is "
-                f"there and the download failed ({error}). Put either there, or give its folder with "
-                f"--dataset_path"
-            ) from None
-        pixels[split] = _rgb(np.asarray(loaded.data), channels_first=dataset == "STL10")
-        category[split] = np.asarray(loaded.labels if dataset == "STL10" else loaded.targets)
-    classes = loaded.classes
-    if dataset == "CIFAR100":
-        classes, category = (
-            SUPERCLASSES,
-            {split: np.asarray(SUPERCLASS_OF)[fine] for split, fine in category.items()},
-        )
-    return _array_set([name.replace("/", "_").replace(" ", "_") for name in classes], pixels, category)
-
-
-def _rgb(pixels: np.ndarray, channels_first: bool) -> np.ndarray:
-    """(n, H, W), (n, 3, H, W) or (n, H, W, 3) uint8 -> (n, H, W, 3)."""
-    if pixels.ndim == 3:
-        return np.broadcast_to(pixels[..., None], (*pixels.shape, 3))
-    return pixels.transpose(0, 2, 3, 1) if channels_first else pixels
 
 
 def _file_set(listing: Listing) -> ImageSet:

@@ -29,7 +29,7 @@ def cache_folder(config: Config, img_size: tuple[int, int], grid_key: str) -> Pa
         return Path(config.feature_path)
     extractor = config.extractor.replace("/", "_").replace(":", "_")
     validation = "-validation" if config.validate else ""
-    slug = datasets.slug(config.dataset, config.dataset_path)
+    slug = datasets.slug(config)
     place = f"-{slug}" if slug else ""
     size = f"{img_size[0]}x{img_size[1]}"
     return Path("features") / f"{config.dataset}{place}-{extractor}-{size}-{grid_key}{validation}"

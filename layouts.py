@@ -3,8 +3,11 @@
 Each reader takes the folder that the user named and gives a ``Listing``, or raises UserError that says
 where it looked, what it found there and what it expected."""
 
+import csv
 import dataclasses
+import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -126,16 +129,9 @@ def normal_only(root: Path, name: str | None = None) -> Listing:
     skipped = Counter(reason for path in here if (reason := images.why_skipped(path)))
     pictures = [path for path in here if not images.why_skipped(path)]
     if not pictures:
-        below = subfolders(root)
-        advice = (
-            f"; put normal pictures into {root}/train/<class> (and test pictures into {root}/test/<class>), "
-            f"or give the folder of the normal ones: --dataset_path {root / below[0]}"
-            if below
-            else ""
-        )
         raise UserError(
             f"dataset_path: expected images as {root}/{{train,test}}/<class>/*, or normal pictures in {root} "
-            f"itself, but {what_is_there(root)}{advice}"
+            f"itself, but {what_is_there(root)}{_advice(root)}"
         )
     if skipped:
         images.note(f"passed over in {root}: {images.tell_skipped(skipped)}")
@@ -145,6 +141,20 @@ def normal_only(root: Path, name: str | None = None) -> Listing:
         root,
         [name or root.resolve().name or "normal"],
         {"train": [Entry(path, 0) for path in pictures], "test": []},
+    )
+
+
+def _advice(root: Path) -> str:
+    """What to do about a folder without pictures that holds folders."""
+    below = subfolders(root)
+    deeper = next((name for name in below if (root / name / "train").is_dir()), None)
+    if deeper:
+        return f"; give --dataset_path {root / deeper}, which holds train/"
+    if not below:
+        return ""
+    return (
+        f"; put normal pictures into {root}/train/<class> and test pictures into {root}/test/<class>, or "
+        f"give the folder of the normal ones: --dataset_path {root / below[0]}"
     )
 
 
@@ -198,6 +208,143 @@ def _mask(path: Path, folder: Path, masks: Path) -> Path | None:
     return next((file for name in MASK_NAMES if (file := beside / name.format(path.stem)).is_file()), None)
 
 
+# ---------------------------------------------------------------- VisA
+def visa(root: Path) -> Listing:
+    """VisA: ``split_csv/1cls.csv`` says which image of ``<object>/Data/Images/{Normal,Anomaly}`` is in
+    which split, and which mask is its; ``<object>/image_anno.csv``, where it is there, says what is wrong.
+    Also in its converted form, MVTec-style categories."""
+    bases = [root, root / "VisA", *(root / name for name in subfolders(root)[:1])]
+    base = next((b for b in bases if (b / "split_csv" / "1cls.csv").is_file()), None)
+    if base is None:
+        if _categories(root):
+            return mvtec(root)
+        raise UserError(
+            f"dataset_path: expected VisA as {root / 'split_csv' / '1cls.csv'} and the folders "
+            f"<object>/Data/Images that it names, but {what_is_there(root)}"
+        )
+    table = base / "split_csv" / "1cls.csv"
+    rows = _read_table(table, ("object", "split", "label", "image", "mask"))
+    missing = [row["image"] for row in rows if not (base / row["image"]).is_file()]
+    if missing:
+        raise UserError(
+            f"dataset_path: {table} names {(base / missing[0]).resolve()}, which is not there, nor are "
+            f"{len(missing) - 1} others of its {len(rows)} images; unpack VisA whole"
+        )
+    objects = sorted({row["object"] for row in rows})
+    kinds = {
+        kind["image"]: kind["label"] for name in objects for kind in _kinds(base / name / "image_anno.csv")
+    }
+    entries: dict[str, list[Entry]] = {split: [] for split in SPLITS}
+    for row in sorted(rows, key=lambda row: row["image"]):
+        defect, number = row["label"] != "normal", objects.index(row["object"])
+        mask = base / row["mask"] if row["mask"] else None
+        kind = kinds.get(row["image"], "anomaly") if defect else ""
+        if row["split"] not in entries:
+            raise UserError(f"dataset_path: {table} has the split {row['split']!r}; expected train or test")
+        entries[row["split"]].append(Entry(base / row["image"], number, defect, kind, mask))
+    return Listing(base, objects, entries, per_category=True)
+
+
+def _kinds(table: Path) -> list[dict[str, str]]:
+    return _read_table(table, ("image", "label")) if table.is_file() else []
+
+
+def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows of a CSV file. Raises UserError unless it has these columns."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"dataset_path: {path} cannot be read ({error})") from None
+    if not rows or any(row.get(column) is None for row in rows for column in columns):
+        raise UserError(f"dataset_path: expected the columns {', '.join(columns)} in {path}, in every row")
+    return rows
+
+
+# ---------------------------------------------------------------- sets without a split of their own
+TRAIN_SHARE = (
+    0.8  # of each class's normal pictures: the first of a fixed shuffle (RandomState(0)) of the sorted list
+)
+
+
+def split_by_rule(files: list[Path]) -> dict[str, list[Path]]:
+    """A split for pictures that are published without one. Sorted by the number in their name, then by
+    name, they are shuffled by numpy's RandomState(0).permutation; the first 80 % (rounded) train."""
+    ordered = sorted(files, key=lambda path: (_number(path), path.name))
+    shuffled = np.random.RandomState(0).permutation(len(ordered))
+    n_train = round(TRAIN_SHARE * len(ordered))
+    chosen = {"train": shuffled[:n_train], "test": shuffled[n_train:]}
+    return {split: [ordered[i] for i in sorted(index)] for split, index in chosen.items()}
+
+
+def _number(path: Path) -> int:
+    digits = re.findall("[0-9]+", path.stem)
+    return int(digits[-1]) if digits else -1
+
+
+def cats_vs_dogs(root: Path) -> Listing:
+    """Cats and dogs: ``{train,test}/<class>/*``, Kaggle's flat ``train/cat.0.jpg``, or Microsoft's
+    ``PetImages/{Cat,Dog}/0.jpg``; the last two split by ``split_by_rule``, 10,000 of each class to train
+    and 2,500 to test, the same pictures in both. Kaggle's test1/ has no labels and is not read."""
+    if subfolders(root / "train"):
+        return folders(root)
+    search = Search(root)
+    flat = next((f for f in (root / "train", root) if any(f.glob("cat.*.jpg"))), None)
+    places = {
+        p.name.lower(): p for f in (root, root / "PetImages") if f.is_dir() for p in f.iterdir() if p.is_dir()
+    }
+    if flat:
+        pictures = {name: [p for p in search.images(flat) if p.name.startswith(f"{name}.")] for name in PETS}
+    elif all(name in places for name in PETS):
+        pictures = {name: search.images(places[name]) for name in PETS}
+    else:
+        raise UserError(
+            f"dataset_path: expected cats and dogs as {root}/{{train,test}}/{{cat,dog}}/*, "
+            f"{root / 'train' / 'cat.0.jpg'} (Kaggle) or {root / 'PetImages' / 'Cat'} (Microsoft), but "
+            f"{what_is_there(root)}"
+        )
+    search.tell()
+    for name, found in pictures.items():
+        if not found:
+            raise UserError(
+                f"dataset_path: no pictures of a {name} in {flat}; expected {name}.0.jpg and so on beside "
+                f"those of the other"
+            )
+    halves = [split_by_rule(pictures[name]) for name in PETS]
+    entries = {s: [Entry(path, i) for i, half in enumerate(halves) for path in half[s]] for s in SPLITS}
+    return Listing(root, list(PETS), entries)
+
+
+PETS = ("cat", "dog")
+
+
+def magnetic_tiles(root: Path) -> Listing:
+    """Magnetic tile defects: ``MT_Free/Imgs/*.jpg`` are normal, ``MT_<Kind>/Imgs/*.jpg`` are defective,
+    their masks .png beside them. The free ones are split by ``split_by_rule``; all defective ones are
+    tested."""
+    inner = [root, *(root / name for name in subfolders(root))]
+    base = next((folder for folder in inner if (folder / "MT_Free").is_dir()), None)
+    if base is None:
+        raise UserError(
+            f"dataset_path: expected magnetic tiles as {root / 'MT_Free' / 'Imgs'}, and MT_Blowhole, "
+            f"MT_Break, ... beside it, but {what_is_there(root)}"
+        )
+    free = split_by_rule(_tiles(base / "MT_Free"))
+    entries = {split: [Entry(path, 0) for path in free[split]] for split in SPLITS}
+    for name in subfolders(base):
+        if name.startswith("MT_") and name != "MT_Free":
+            kind = name.removeprefix("MT_").lower()
+            for path in _tiles(base / name):
+                mask = path.with_suffix(".png")
+                entries["test"].append(Entry(path, 0, True, kind, mask if mask.is_file() else None))
+    return Listing(base, ["magnetic_tile"], entries, per_category=True)
+
+
+def _tiles(folder: Path) -> list[Path]:
+    """The photographs in a folder: the .png beside them are masks."""
+    return [path for path in images.images_below(folder) if path.suffix.lower() in (".jpg", ".jpeg")]
+
+
 def read_mask(path: Path) -> np.ndarray:
     """A mask of a defect, (H, W) bool: True where the file is not black. Raises UserError."""
     try:
@@ -207,3 +354,24 @@ def read_mask(path: Path) -> np.ndarray:
             return np.asarray(image if one else image.convert("L")) > 0
     except Exception as error:  # every format fails in its own way
         raise UserError(f"unreadable mask {path} ({type(error).__name__})") from None
+
+
+def own_pictures(root: Path) -> Listing:
+    """Folders per class (``folders``), or normal pictures alone (``normal_only``)."""
+    if not root.is_dir():
+        raise UserError(
+            f"dataset_path: expected images as {root}/{{train,test}}/<class>/*, or normal pictures in {root} "
+            f"itself, but {what_is_there(root)}"
+        )
+    return folders(root) if (root / "train").is_dir() else normal_only(root)
+
+
+READERS: dict[str, Callable[[Path], Listing]] = {
+    "folder": own_pictures,
+    "lbot": own_pictures,
+    "CatsvsDogs": cats_vs_dogs,
+    "mvtec": mvtec,
+    "BTAD": mvtec,
+    "VisA": visa,
+    "MTD": magnetic_tiles,
+}

@@ -10,12 +10,15 @@ import platform
 import random
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 import torch
@@ -110,6 +113,28 @@ def _from_environment(name: str, default: int) -> int:
     if not text.isdecimal():
         raise UserError(f"{name} in the environment: expected a whole number, got {text!r}")
     return int(text)
+
+
+def reachable(url: str, seconds: float = 3.0) -> bool:
+    """Whether the host of a URL, or the proxy to it, takes a connection within so many seconds."""
+    host = urlsplit(url)
+    proxy = None if proxy_bypass(host.hostname or "") else getproxies().get(host.scheme)
+    if proxy:
+        host = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    answered = threading.Event()
+
+    def connect() -> None:
+        try:
+            address = (host.hostname or "", host.port or {"http": 80}.get(host.scheme, 443))
+            socket.create_connection(address, timeout=seconds).close()
+            answered.set()
+        except (OSError, ValueError, UnicodeError):
+            pass
+
+    thread = threading.Thread(target=connect, daemon=True)  # looking up a name cannot be given a time limit
+    thread.start()
+    thread.join(seconds)
+    return answered.is_set()
 
 
 # -------------------------------------- metrics: labels 0 normal, 1 anomalous; scores higher = more anomalous

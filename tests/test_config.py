@@ -331,7 +331,7 @@ def test_import_starts_nothing(tmp_path):
 
 # ---------------------------------------------------------------- one place for one decision
 FEATURES = """
-    dataset validate extractor weights_path n_feat img_size norm_mean norm_std token_grid pooling
+    dataset fine_classes validate extractor weights_path n_feat img_size norm_mean norm_std token_grid pooling
     precision bands band_depths rings low_sigma window
 """.split()
 FIT = """
@@ -374,6 +374,8 @@ def test_help_starts_with_the_most_used_knobs():
         ("epochs", NAMES, "sub_epochs"),
         ("ResNet", config.BACKBONES, None),
         ("zebra", ["cat", "horse"], None),
+        ("CIFAR10", config.DATASETS, "cifar10"),
+        ("mnist", config.DATASETS, None),
     ],
 )
 def test_hints_are_for_slips_of_the_pen(got, known, near):
@@ -381,11 +383,26 @@ def test_hints_are_for_slips_of_the_pen(got, known, near):
     assert (f"did you mean {near}" in line) if near else ("did you mean" not in line), line
 
 
+@pytest.mark.parametrize("spelt, meant", [("CIFAR10", "cifar10"), ("cifar100", "CIFAR100"), ("visa", "VisA")])
+def test_names_in_any_case(spelt, meant):
+    assert parsed("--dataset", spelt).dataset == meant
+    assert config.parse_values({"dataset": spelt}) == {"dataset": meant}
+    assert parsed("--sweep", f"dataset={spelt},digits").sweep
+
+
+def test_fine_classes_are_cifar100s(capsys):
+    assert parsed("--dataset", "CIFAR100", "--fine_classes").fine_classes
+    assert "CIFAR100" in mistake(capsys, "--dataset", "digits", "--fine_classes")
+
+
 def test_names_are_those_of_the_registries():
+    import layouts
+    import published
     from freq_fusion import FUSIONS
     from model import SCORES
     from normalization import NORMALIZATIONS
 
+    assert sorted(config.DATASETS) == sorted(["digits", *published.FORMS, *layouts.READERS])
     assert set(config.FUSIONS) == set(FUSIONS)
     assert set(config.SCORES) == set(SCORES)
     assert set(config.NORMALIZATIONS) == {"auto", *NORMALIZATIONS}

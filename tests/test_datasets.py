@@ -2,19 +2,16 @@
 
 import dataclasses
 import json
-import pickle
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, make_folder, write_image
-from PIL import Image
 from sklearn.datasets import load_digits
 
 import datasets
 import feature_cache
-import layouts
 from config import Config, UserError
 from datasets import OTHER, SPLITS, Labels, Split, choose_classes, load_images
 from feature_cache import CacheIdentity, CacheWriter, FeatureCache
@@ -216,57 +213,6 @@ def test_mvtec_defects_do_not_train(tmp_path):
     assert len(labels.train.names) == 3 and len(labels.one_class("bottle")[0]) == 2
 
 
-@pytest.mark.parametrize("folder", ["", "BTech_Dataset_transformed/"])
-def test_btad_layout(tmp_path, folder):
-    """ "ok" for "good", numbers for names, masks of the image's own name; perhaps one folder deeper."""
-    names = ("train/ok/0.bmp", "test/ok/1.bmp", "test/ko/2.bmp", "test/ko/3.bmp", "ground_truth/ko/2.png")
-    labels = load_images("mvtec", str(tree(tmp_path, *(f"{folder}01/{name}" for name in names)))).labels
-    assert labels.classes == ("01",) and labels.one_class("01")[2].tolist() == [1, 1, 0]
-    assert labels.test.kind == ["ko", "ko", ""] and len(labels.one_class("01")[0]) == 1
-
-
-def test_mvtec_without_test(tmp_path):
-    labels = load_images("mvtec", str(tree(tmp_path / "bottle", "train/good/1.png"))).labels
-    assert labels.test.names == [] and len(labels.one_class("bottle")[0]) == 1
-
-
-def test_kinds_and_masks(tmp_path):
-    """The mask of each defective image: beside its name, in subfolders too; none for the others."""
-    root = tree(tmp_path / "bottle", *MVTEC, "test/hole/deep/6.png")
-    mask = np.zeros((5, 4), np.uint8)
-    mask[2, 3] = 255
-    for name in ("hole/5_mask.png", "hole/deep/6_mask.png"):
-        write_image(root / "ground_truth" / name, mask)
-    images = load_images("mvtec", str(root))
-    names, kinds = images.labels.test.names, images.labels.test.kind
-    assert dict(zip(names, kinds)) == {
-        "test/good/3.png": "",
-        "test/hole/5.png": "hole",
-        "test/hole/deep/6.png": "hole",
-        "test/scratch/4.png": "scratch",
-    }
-    for i, kind in enumerate(kinds):
-        found = images.mask(i)
-        assert (found is None) if kind != "hole" else (found == (mask > 0)).all()
-    assert load_images("digits", None).mask(0) is None
-
-
-@pytest.mark.parametrize(
-    "mode, value", [("1", 255), ("L", 1), ("P", 1), ("RGB", 9), ("LA", 9), ("I;16", 300)]
-)
-def test_masks_of_every_mode(tmp_path, mode, value):
-    marked = Image.fromarray(np.array([[0, value]], np.uint16 if mode == "I;16" else np.uint8))
-    marked = marked if mode in ("I;16", "P") else marked.convert(mode)
-    if mode == "P":
-        marked = Image.fromarray(np.array([[0, value]], np.uint8), "P")
-        marked.putpalette([0] * 6)
-    marked.save(tmp_path / "m.png")
-    assert layouts.read_mask(tmp_path / "m.png").tolist() == [[False, True]]
-    (tmp_path / "m.png").write_bytes(b"no mask")
-    with pytest.raises(UserError, match="m.png"):
-        layouts.read_mask(tmp_path / "m.png")
-
-
 @pytest.mark.parametrize("names", [(), ("bottle/1.png",)])
 def test_mvtec_without_categories(tmp_path, names):
     with pytest.raises(UserError, match="train/good"):
@@ -275,83 +221,7 @@ def test_mvtec_without_categories(tmp_path, names):
         load_images("mvtec", str(tmp_path / "absent"))
 
 
-# ---------------------------------------------------------------- torchvision's own files
-def fabricated_cifar10(root: Path) -> np.ndarray:
-    """Six files in the layout of cifar-10-batches-py, a few images each -> all pixels in order, (n, 32, 32,
-    3)."""
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir()
-    generator, everything = np.random.RandomState(0), []
-    for batch, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
-        rows = generator.randint(0, 256, (4, 3072), dtype=np.uint8)
-        (folder / name).write_bytes(
-            pickle.dumps({"data": rows, "labels": [(batch + i) % 10 for i in range(4)]})
-        )
-        everything.append(rows.reshape(4, 3, 32, 32).transpose(0, 2, 3, 1))
-    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
-    return np.concatenate(everything)
-
-
-def test_cifar10_in_torchvisions_files(tmp_path, monkeypatch):
-    pixels = fabricated_cifar10(tmp_path)
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    images = load_images("cifar10", str(tmp_path))
-    labels = images.labels
-    assert labels.classes[0] == "airplane" and len(labels.classes) == 10 and not images.from_files
-    assert [len(labels.split(split).names) for split in SPLITS] == [20, 4]
-    assert labels.train.category.tolist() == [(batch + i) % 10 for batch in range(5) for i in range(4)]
-    got = [images.read(split, i) for split in SPLITS for i in range(len(labels.split(split).names))]
-    assert (np.array(got) == pixels).all()
-
-
-def test_superclasses():
-    """Five classes in each, and a few that anybody can place (torchvision's 100 classes are in alphabetical
-    order)."""
-    assert np.bincount(datasets.SUPERCLASS_OF).tolist() == [5] * 20 and len(set(datasets.SUPERCLASSES)) == 20
-    alphabetical = {
-        0: "apple",
-        1: "aquarium_fish",
-        2: "baby",
-        3: "bear",
-        8: "bicycle",
-        21: "chimpanzee",
-        41: "lawn_mower",
-        96: "willow_tree",
-        99: "worm",
-    }
-    wanted = {
-        "apple": "fruit_and_vegetables",
-        "aquarium_fish": "fish",
-        "baby": "people",
-        "bear": "large_carnivores",
-        "bicycle": "vehicles_1",
-        "chimpanzee": "large_omnivores_and_herbivores",
-        "lawn_mower": "vehicles_2",
-        "willow_tree": "trees",
-        "worm": "non-insect_invertebrates",
-    }
-    for number, name in alphabetical.items():
-        assert datasets.SUPERCLASSES[datasets.SUPERCLASS_OF[number]] == wanted[name]
-
-
-@pytest.mark.parametrize(
-    "dataset, shape", [("grey", (7, 4, 6)), ("channels first", (7, 3, 4, 6)), ("channels last", (7, 4, 6, 3))]
-)
-def test_pixel_layouts(dataset, shape):
-    pixels = np.random.RandomState(0).randint(0, 256, shape, dtype=np.uint8)
-    got = datasets._rgb(pixels, channels_first=dataset == "channels first")
-    assert got.shape == (7, 4, 6, 3)
-    for image in range(7):
-        for channel in range(3):
-            wanted = {
-                "grey": pixels[image],
-                "channels first": pixels[image, channel % pixels.shape[1]],
-                "channels last": pixels[image, ..., channel % shape[-1]],
-            }
-            assert (got[image, ..., channel] == wanted[dataset]).all()
-
-
+# ---------------------------------------------------------------- real images
 REAL_CIFAR = ROOT / "data" / "cifar10"
 
 
@@ -462,11 +332,15 @@ def test_keys_of_arrays_and_of_made_images(texture_folder):
 
 def test_slug_tells_two_products_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, second = (datasets.slug("folder", str(tmp_path / place / "pro duct")) for place in "ab")
+
+    def slug(dataset, path):
+        return datasets.slug(Config(dataset=dataset, dataset_path=path))
+
+    first, second = (slug("folder", str(tmp_path / place / "pro duct")) for place in "ab")
     assert first != second and first.startswith("pro_duct-") and len(first) == len("pro_duct-") + 6
-    assert datasets.slug("folder", "a/pro duct") == datasets.slug("folder", "a/../a/pro duct/") == first
-    assert datasets.slug("mvtec", None) == datasets.slug("mvtec", "data/mvtec") == ""
-    assert datasets.slug("cifar10", "/anywhere") == datasets.slug("digits", "/anywhere") == ""
+    assert slug("folder", "a/pro duct") == slug("folder", "a/../a/pro duct/") == first
+    assert slug("mvtec", None) == slug("mvtec", "data/mvtec") == ""
+    assert slug("cifar10", "/anywhere") == slug("digits", "/anywhere") == ""
 
 
 # ---------------------------------------------------------------- the cache
