@@ -82,7 +82,7 @@ def draw_sheets(
             raise UserError("the images have changed since they were extracted")
         for name, record in records.items():
             if record["test"]["scores"]:
-                path = figures / f"extremes-{utils.file_name(name)}.png"
+                path = figures / f"extremes-{utils.file_name(name)}.jpg"
                 draw_sheet(images, record["test"], f"normal class: {name}, seed {config.seed}", path)
                 caption = f"Test images of {name} at both ends of the scores, seed {config.seed}"
                 pictures.append(Picture(path, caption, name))
@@ -207,8 +207,8 @@ def draw_curves(records: dict[str, dict], seed: int, path: Path) -> None:
     where there is one, the reported epoch marked with a circle."""
     histories = {name: record["history"] for name, record in records.items()}
     defined = any(np.isfinite(column(history, "auroc")).any() for history in histories.values())
-    figure = Figure((10 if defined else 5.5, 4), layout="constrained")
-    panels = figure.subplots(1, 2 if defined else 1, squeeze=False)[0]
+    figure = Figure((7, 7 if defined else 3.6), layout="constrained")
+    panels = figure.subplots(2 if defined else 1, 1, squeeze=False)[:, 0]
     handles: list = []
     losses = panels[-1]
     for number, (name, history) in enumerate(histories.items()):
@@ -330,7 +330,7 @@ def draw_sheet(images: datasets.ImageSet, test: dict, heading: str, path: Path) 
             for line, word in enumerate(words):
                 at = (left, top + LINE + GAP + TILE + line * LINE)
                 draw.text(at, shorten(word, 17), "black", font)
-    sheet.save(path)
+    sheet.save(path, quality=90, subsampling=0)
 
 
 def tile(pixels: np.ndarray) -> Image.Image:
@@ -339,11 +339,8 @@ def tile(pixels: np.ndarray) -> Image.Image:
 
 
 def described(labels: datasets.Labels, row: int) -> tuple[str, str]:
-    """The class (or folder) of a test image with what is wrong with it, and its name."""
+    """What a test image shows (its class, or what is wrong with it, or else its folder), and its name."""
     split = labels.test
-    category, parts = int(split.category[row]), Path(split.names[row]).parts
-    folder = parts[-2] if len(parts) > 1 else ""
-    known = labels.classes[category] if category != datasets.OTHER else folder
-    if labels.per_category:  # every image is of one class: its folder says more
-        known = folder or known
-    return known, parts[-1]
+    category, path = int(split.category[row]), Path(split.names[row])
+    known = split.kind[row] or (labels.classes[category] if category != datasets.OTHER else path.parent.name)
+    return known, path.name

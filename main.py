@@ -24,6 +24,7 @@ import figures
 import report
 import train
 import utils
+import webpage
 from config import Config, knobs_affecting
 
 
@@ -114,7 +115,7 @@ def run_baselines(config: Config, cache: feature_cache.FeatureCache, classes: li
 
 def defect_aurocs(config: Config, cache: feature_cache.FeatureCache, classes: list[str]) -> dict[str, dict]:
     """{class: {kind of defect: its AUROC}} over all seeds, of a data set that has kinds of defect."""
-    kinds = getattr(cache.labels.test, "kind", ())
+    kinds = cache.labels.test.kind
     if not any(kinds):
         return {}
     table = {}
@@ -140,9 +141,10 @@ def run(config: Config) -> dict:
     seconds = time.perf_counter() - start
     summary = report.summarize(config, results, table, seconds, cache.meta, defects)
     print("\n" + report.write_results(folder, summary))
-    if config.plots:
-        figures.draw_all(config, cache, classes, folder, summary)
-    print(f"\nresults in {folder}/results.json, .csv and .md; wall time {summary['wall_time_s']:.0f} s")
+    pictures = figures.draw_all(config, cache, classes, folder, summary) if config.plots else []
+    page = webpage.write_page(folder, summary, pictures)
+    print(f"\nresults in {page} (for a browser), results.json, .csv and .md beside it")
+    print(f"wall time {utils.readable_time(summary['wall_time_s'])}")
     return summary
 
 

@@ -193,9 +193,7 @@ def notes(summary: dict) -> list[str]:
         means = {name: table["mean"]["auroc"] for name, table in summary["baselines"].items()}
         ranked = sorted(means, key=lambda name: -np.nan_to_num(means[name]))
         listed = "; ".join(f"{name} {number(means[name])}" for name in ranked)
-        lines.append(
-            f"simple: the best simple detector of the class, in the last row of the means; means: {listed}."
-        )
+        lines.append(f"simple: the best simple detector of each class; as means over the classes: {listed}.")
     reasons: dict[str, list[str]] = {}
     for name, values in summary["classes"].items():
         if values["undefined"]:

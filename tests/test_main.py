@@ -120,7 +120,10 @@ def test_main_leaves_its_files(run_folder):
             assert all(
                 torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point()
             )
-    assert len(list((run / "figures").glob("*.png"))) >= 3
+    pictures = list((run / "figures").iterdir())
+    assert len(pictures) == 3 + 2 * 3, "methods, ROC, epochs; scores and a contact sheet per class"
+    page = (run / "report.html").read_text()
+    assert page.count("<img") == len(pictures) and "leaf" in page
     assert not list(folder.rglob("*.partial*"))
 
 

@@ -1,0 +1,127 @@
+"""report.html: whole in itself, whatever the names; what it must tell."""
+
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+from test_report import RESULTS, SIMPLE, result, undefined
+
+import report
+import webpage
+from config import Config
+from figures import Picture
+
+NASTY = "<script>alert('x')</script> & \"b\" 'c'"
+
+
+class Reader(HTMLParser):
+    """The elements, attributes and words of a page; every element that is opened must be closed."""
+
+    EMPTY = {"meta", "img"}
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict]] = []
+        self.words: list[str] = []
+        self.feed(page)
+        assert self.open == [], "not closed"
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def summary_of(results=RESULTS, simple=SIMPLE, defects=None, **knobs) -> dict:
+    return report.summarize(Config(**knobs), results, simple, 4000.0, {"precision": "bfloat16"}, defects)
+
+
+@pytest.fixture
+def picture(tmp_path) -> Picture:
+    Image.new("RGB", (2, 2)).save(tmp_path / "p.png")
+    return Picture(tmp_path / "p.png", NASTY, "red, round")
+
+
+def test_page_tells_what_it_must(picture):
+    defects = {"b": {"hole": {"n": 7, "auroc": 0.75, "auroc_std": 0.1}}}
+    summary = summary_of(n_seeds=2, defects=defects, clamp=2.5)
+    seen = Reader(webpage.page(summary, [picture])).text
+    for told in (
+        "0.7250 ± 0.0354",  # the mean
+        "0.8500 ± 0.0707",
+        "kNN",
+        "+0.3000 [+0.2000, +0.4000]",
+        "above in 1 of 2",
+        "hole 7 0.7500 ± 0.1000",
+        "0, 1",  # seeds
+        "67 min",
+        summary["command"],
+        summary["versions"]["torch"],
+        summary["versions"]["machine"],
+        summary["versions"]["commit"],
+        "clamp 2.5",
+        "features: precision bfloat16",
+    ):
+        assert " ".join(told.split()) in seen, told
+
+
+def test_nothing_is_fetched(picture):
+    """No address outside the page in any attribute or style, and a policy that forbids it."""
+    page = webpage.page(summary_of(n_seeds=2), [picture])
+    elements = Reader(page).elements
+    assert not {tag for tag, _ in elements} & {"script", "link", "iframe", "object", "base"}
+    for _, attributes in elements:
+        for name in ("src", "href", "srcset", "action", "background"):
+            assert attributes.get(name, "data:").startswith("data:")
+        assert not any(name.startswith("on") for name in attributes)
+    assert "@import" not in page and "url(" not in page
+    assert any("default-src 'none'" in (a.get("content") or "") for tag, a in elements if tag == "meta")
+
+
+def test_names_break_nothing(picture):
+    """A class, a defect, a run and a caption that look like HTML are read back as they are."""
+    results = [result(NASTY, 0, 0.5)]
+    simple = {NASTY: SIMPLE["b"]}
+    defects = {NASTY: {NASTY: {"n": 1, "auroc": 0.5, "auroc_std": 0.0}}}
+    summary = summary_of(results, simple, defects, modelname="a<b>&amp;", dataset_path=NASTY)
+    seen = Reader(webpage.page(summary, [picture._replace(class_name=NASTY)]))
+    assert seen.text.count(NASTY) >= 7 and "a<b>&amp;" in seen.text
+    assert [a["alt"] for tag, a in seen.elements if tag == "img"] == [NASTY]
+
+
+def test_sections_without_content_are_left_out(tmp_path):
+    """No baselines, no kinds, no pictures, no AUROC: no empty heading, no nan, no None."""
+    seen = Reader(webpage.page(summary_of([undefined("bare")], {}), [])).text
+    for absent in ("Simple detectors", "Kinds of defect", "Pictures", "Class by class", "nan", "None"):
+        assert absent not in seen, absent
+    assert "no AUROC (no anomalous test images): bare." in seen
+
+
+def test_pictures_of_many_classes_are_folded(picture):
+    for count, open_ones in ((webpage.MOST_OPEN, webpage.MOST_OPEN), (webpage.MOST_OPEN + 1, 0)):
+        pictures = [picture._replace(class_name=str(i)) for i in range(count)]
+        elements = Reader(webpage.page(summary_of(n_seeds=2), pictures)).elements
+        folded = [attributes for tag, attributes in elements if tag == "details"]
+        assert len(folded) == count and sum("open" in a for a in folded) == open_ones
+
+
+def test_only_changed_knobs_stand_out():
+    table = webpage.configuration({"clamp": 2.5, "alpha": Config.alpha, "seed": 0, "img_size": None})
+    assert table.count("<tr class=changed>") == 1 and table.index("class=changed") < table.index("clamp")
+
+
+def test_page_is_written_beside_the_results(tmp_path, picture):
+    path = webpage.write_page(tmp_path, summary_of(n_seeds=2), [picture])
+    assert path == tmp_path / "report.html" and path.read_text().startswith("<!doctype html>")
