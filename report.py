@@ -1,6 +1,12 @@
 """The report of a run: its summary over classes and seeds, the table, and the files results.json, .csv and
-.md."""
+.md.
 
+python report.py                every run in runs/: what it was, its mean AUROC, when, whether it is finished
+python report.py RUN            its table
+python report.py RUN_A RUN_B    side by side: AUROC per class, paired difference, the knobs that differ
+"""
+
+import argparse
 import csv
 import dataclasses
 import io
@@ -14,7 +20,7 @@ import numpy as np
 
 import tables
 import utils
-from config import Config
+from config import Config, guarded
 from model import SCORES
 from tables import cell, number
 from utils import METRICS
@@ -345,3 +351,31 @@ def write_sweep(
         parts.append(f"The same flows scored by {title}:\n\n{table}")
     utils.write_text(folder / "sweep.md", "\n\n".join([f"# {' x '.join(sweep)}", *parts, note]) + "\n")
     return tables.as_text(header, rows, ruled_last=False)
+
+
+# ---------------------------------------------------------------- the script
+def main(arguments: argparse.Namespace) -> None:
+    import compare  # which uses this module: not at its head
+
+    root, names = Path("runs"), arguments.runs
+    if not names:
+        print(compare.list_runs(root))
+    elif len(names) == 1:
+        print(terminal_table(compare.find_run(names[0], root).summary))
+    else:
+        print(compare.compare(names[0], names[1], root))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="the name of a run in runs/, or its folder")
+    arguments = parser.parse_args()
+    if len(arguments.runs) > 2:
+        parser.error("expected two runs at most")
+    return arguments
+
+
+if __name__ == "__main__":
+    guarded(main, parse_arguments())

@@ -1,0 +1,139 @@
+"""The list of runs, and two runs side by side."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import script
+from test_report import result
+
+import compare
+import records
+import report
+import utils
+from config import Config, UserError
+
+ROWS = list(range(40))
+LABELS = [i % 2 for i in ROWS]
+
+
+def scores_of(signal: float, seed: int = 0) -> list[float]:
+    return (np.random.RandomState(seed).randn(len(ROWS)) + signal * np.array(LABELS)).tolist()
+
+
+def write_run(root: Path, name: str, classes: dict[str, list], seed: int = 0, rows=ROWS, images="i", **knobs):
+    """A finished run: {class: scores}."""
+    folder, results = root / name, []
+    for class_name, scores in classes.items():
+        auroc = utils.auroc(np.array(LABELS), np.array(scores))
+        results.append(result(class_name, seed, auroc))
+        record = {
+            "result": results[-1],
+            "history": [],
+            "config": {},
+            "features": {"kind": "map", "grid": [1, 1], "tokens": 2, "n_feat": 4, "image_list": images},
+            "weights": None,
+            "test": {"rows": rows, "labels": LABELS, "scores": scores},
+            "held_out_scores": [],
+            "own_input_scores": {},
+        }
+        records.write(folder / "classes" / f"{utils.file_name(class_name)}-seed{seed}.json", record)
+    summary = report.summarize(Config(modelname=name, seed=seed, **knobs), results, {}, 1.0, {})
+    report.write_results(folder, summary)
+    return folder
+
+
+def lines_of(text: str) -> dict[str, str]:
+    """{first word: line}"""
+    return {line.split()[0]: line for line in text.splitlines() if line.strip()}
+
+
+def test_list_says_what_every_run_is(tmp_path):
+    write_run(tmp_path, "done", {"a": scores_of(9.0)}, dataset="digits", extractor="efficientnet_lite0")
+    os.utime(write_run(tmp_path, "sweep/one", {"a": scores_of(0.0)}) / "results.json", (2e9, 2e9))
+    (write_run(tmp_path, "begun", {"a": scores_of(0.0)}) / "results.json").unlink()
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/results.json").write_text("[]")
+    text = compare.list_runs(tmp_path)
+    lines = lines_of(text)
+    assert max(map(len, text.splitlines())) <= 100
+    for word in ("digits", "efficientnet_lite0", "paper", " 0 ", "1.0000", "finished"):
+        assert word in lines["done"], word
+    assert "2033-05-18" in lines["sweep/one"] and "finished" in lines["sweep/one"]
+    assert lines["begun"].endswith("unfinished: 1") and lines["odd"].endswith("unreadable")
+
+
+def test_list_tells_classes_that_are_newer_than_the_table(tmp_path):
+    folder = write_run(tmp_path, "again", {"a": scores_of(1.0), "b": scores_of(1.0)})
+    os.utime(folder / "results.json", (1e9, 1e9))
+    os.utime(folder / "classes/a-seed0.json", (9e8, 9e8))
+    assert lines_of(compare.list_runs(tmp_path))["again"].endswith("newer: 1")
+
+
+def test_compare_pairs_each_class(tmp_path):
+    """The difference and its interval are those of the paired bootstrap, B minus A."""
+    weak, strong = scores_of(0.5), scores_of(4.0, 1)
+    write_run(tmp_path, "a", {"x": weak, "y": strong, "z": weak}, clamp=2.0)
+    write_run(tmp_path, "b", {"y": strong, "x": strong}, clamp=2.5)
+    text = compare.compare("a", "b", tmp_path)
+    wanted = utils.paired_bootstrap(np.array(LABELS), np.array(strong), np.array(weak))
+    assert wanted["low"] > 0
+    lines = lines_of(text)
+    assert report.margin_cell({"x": wanted}, "x") in lines["x"]
+    assert lines["x"].split()[1:3] == [
+        f"{utils.auroc(np.array(LABELS), np.array(s)):.4f}" for s in (weak, strong)
+    ]
+    assert "+0.0000 [+0.0000, +0.0000]" in lines["y"] and "above in 1 of 2" in lines["mean"]
+    assert "only in a: z." in text
+    assert lines["clamp"].split() == ["clamp", "2.0", "2.5"] and "modelname" not in text
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"rows": ROWS[::-1]}, "other test images"),
+        ({"images": "other"}, "other test images"),
+        ({"seed": 1}, "no seed in common"),
+        ({}, "no scores in b"),
+    ],
+)
+def test_what_cannot_be_paired_is_told(tmp_path, change, told):
+    write_run(tmp_path, "a", {"x": scores_of(1.0)})
+    folder = write_run(tmp_path, "b", {"x": scores_of(1.0)}, **change)
+    if not change:
+        (folder / "classes/x-seed0.json").write_text("{}")
+    lines = lines_of(compare.compare("a", str(folder), tmp_path))
+    assert lines["x"].endswith(told) and lines["mean"].endswith("-")
+
+
+def test_runs_that_are_not_there(tmp_path):
+    write_run(tmp_path, "a", {"x": scores_of(1.0)})
+    write_run(tmp_path, "b", {"y": scores_of(1.0)})
+    with pytest.raises(UserError, match="no finished run 'c'.*there are: a, b"):
+        compare.find_run("c", tmp_path)
+    with pytest.raises(UserError, match="no class in common"):
+        compare.compare("a", "b", tmp_path)
+    with pytest.raises(UserError, match="no runs in"):
+        compare.list_runs(tmp_path / "elsewhere")
+    (tmp_path / "a/results.json").write_text(json.dumps({"runs": {}}))
+    with pytest.raises(UserError, match="run main.py again"):
+        compare.find_run("a", tmp_path)
+
+
+def test_script_prints_list_table_and_comparison(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs", "one", {"x": scores_of(1.0)})
+    printed = []
+    for names in ([], ["one"], ["one", "one"]):
+        report.main(SimpleNamespace(runs=names))
+        printed.append(capsys.readouterr().out)
+    assert "finished" in printed[0] and "FPR95" in printed[1] and "+0.0000" in printed[2]
+
+
+@pytest.mark.slow
+def test_script_ends_a_mistake_with_one_line(tmp_path):
+    done = script("report.py", "two", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "two" in done.stderr
