@@ -81,7 +81,7 @@ class ClassAttention(nn.Module):
         query = fold_keys(query, self.k.weight)  # (B, heads, d)
         own = torch.matmul(query, x.unsqueeze(2))  # (B, heads, 1): the semantic token's own logit
         weights = torch.cat([own, token_logits(query, tokens, index)], 2).softmax(2)
-        mixed = weights[..., :1] * x.unsqueeze(1) + mix_tokens(weights[..., 1:], tokens, index)
+        mixed = torch.addcmul(mix_tokens(weights[..., 1:], tokens, index), weights[..., :1], x.unsqueeze(1))
         return self.proj(project_values(mixed, self.v.weight))
 
 
@@ -157,9 +157,11 @@ class HiLo(nn.Module):
 
     def _window_weights(self, logits: Tensor) -> Tensor:
         """Softmax inside each window, windows averaged: (B, heads, N) -> (B, heads, N)."""
-        windows = logits[..., self.members].masked_fill(self.padding, -torch.inf)  # (B, heads, W * window^2)
+        windows = logits.index_select(2, self.members).masked_fill(
+            self.padding, -torch.inf
+        )  # (B, heads, W * window^2)
         weights = windows.unflatten(2, (self.n_windows, -1)).softmax(3).flatten(2) / self.n_windows
-        return weights[..., self.place]
+        return weights.index_select(2, self.place)
 
     def _mean_weights(self, logits: Tensor) -> Tensor:
         """Softmax over the windows' means, spread over their patches: (B, heads, N) -> (B, heads, N)."""

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (M, K), weight (N, K), bias (N) -> x weight^T + bias (M, N), by oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "none") -> Tensor:
+    """x (M, K), weight (N, K), bias (N) -> x weight^T + bias (M, N), by oneDNN; act "relu": its positive
+    part."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, act, [], "")
 
 
 def _works() -> bool:
@@ -20,7 +21,12 @@ def _works() -> bool:
     product."""
     x, weight = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
     try:
-        return torch.backends.mkldnn.is_available() and torch.allclose(product(x, weight), x @ weight.t())
+        right = x @ weight.t()
+        return (
+            torch.backends.mkldnn.is_available()
+            and torch.allclose(product(x, weight), right)
+            and torch.allclose(product(x, -weight, act="relu"), (-right).relu())
+        )
     except (AttributeError, RuntimeError, TypeError):
         return False
 
@@ -37,27 +43,34 @@ class _Linear(torch.autograd.Function):
     """``product`` with its gradient, which is two such products."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, relu):
         x = x.contiguous()  # oneDNN is slow, very slow backwards, on rows with gaps
-        ctx.save_for_backward(x, weight)
+        y = product(x, weight, bias, "relu" if relu else "none")
+        ctx.save_for_backward(x, weight, *([y] if relu else []))
         ctx.has_bias = bias is not None
-        return product(x, weight, bias)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
+        x, weight, *positive = ctx.saved_tensors
         gradient = gradient.contiguous()
+        if positive:
+            gradient = torch.ops.aten.threshold_backward(gradient, positive[0], 0)
         to_x = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
         to_weight = product(gradient.t(), x.t()) if ctx.needs_input_grad[1] else None
-        return to_x, to_weight, gradient.sum(0) if ctx.has_bias else None
+        return to_x, to_weight, gradient.sum(0) if ctx.has_bias else None, None
 
 
 class Linear(nn.Linear):
-    """nn.Linear, by oneDNN for float32 matrices on the CPU. ``plain`` keeps to nn.Linear: transforms of
-    torch.func need that; so does whoever compiles, exports or traces it."""
+    """nn.Linear, with ``relu`` its positive part, by oneDNN for float32 matrices on the CPU. ``plain`` keeps
+    to nn.Linear: transforms of torch.func need that; so does whoever compiles, exports or traces it."""
 
     plain = False
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, relu: bool = False):
+        super().__init__(inputs, outputs, bias)
+        self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
         if (
@@ -69,5 +82,6 @@ class Linear(nn.Linear):
             or is_traced()
             or x.shape[0] == 0
         ):
-            return super().forward(x)
-        return _Linear.apply(x, self.weight, self.bias)
+            y = super().forward(x)
+            return y.relu() if self.relu else y
+        return _Linear.apply(x, self.weight, self.bias, self.relu)

@@ -14,7 +14,6 @@ import FrEIA.modules as Fm
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from freq_fusion import build_fusion
 from linear import Linear
@@ -37,9 +36,9 @@ class Subnet(nn.Module):
         self, d: int, out: int, hidden: int, fusion: nn.Module | None, use_gamma: bool, identity_start: bool
     ):
         super().__init__()
-        self.fc1 = Linear(d, hidden)
-        self.fc2 = Linear(hidden, hidden)
-        self.fc3 = Linear(hidden, hidden)
+        self.fc1 = Linear(d, hidden, relu=True)
+        self.fc2 = Linear(hidden, hidden, relu=True)
+        self.fc3 = Linear(hidden, hidden, relu=True)
         self.fusion = fusion
         self.gamma = nn.Parameter(torch.ones(hidden)) if fusion is not None and use_gamma else None
         self.fc_out = Linear(hidden if fusion is None else 2 * hidden, out)
@@ -48,9 +47,7 @@ class Subnet(nn.Module):
             nn.init.zeros_(self.fc_out.bias)
 
     def forward(self, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
-        h = F.relu(self.fc1(x))
-        h = F.relu(self.fc2(h))
-        h = F.relu(self.fc3(h))
+        h = self.fc3(self.fc2(self.fc1(x)))
         if self.fusion is None:
             return self.fc_out(h)
         fused = self.fusion(x, tokens, index)
@@ -118,12 +115,12 @@ class FusedCoupling(Fm.InvertibleModule):
             scale2, shift2 = self._affine(self.s2(x2, tokens, self.p2))
             x1 = (y1 - shift2) * torch.exp(-scale2)
             return (torch.cat([x1, x2], 1)[:, self.inverse_order],), -(scale1.sum(1) + scale2.sum(1))
-        x = x[:, self.order]
+        x = x.index_select(1, self.order)
         x1, x2 = x[:, : self.split], x[:, self.split :]
         scale2, shift2 = self._affine(self.s2(x2, tokens, self.p2))
-        y1 = torch.exp(scale2) * x1 + shift2
+        y1 = torch.addcmul(shift2, torch.exp(scale2), x1)
         scale1, shift1 = self._affine(self.s1(y1, tokens, self.p1))
-        y2 = torch.exp(scale1) * x2 + shift1
+        y2 = torch.addcmul(shift1, torch.exp(scale1), x2)
         return (torch.cat([y1, y2], 1).clamp(-1e6, 1e6),), scale1.sum(1) + scale2.sum(1)
 
     def _check_shapes(self, x: Tensor, tokens: Tensor) -> None:
