@@ -12,11 +12,12 @@ import normalization
 @pytest.mark.parametrize("shape", [(1, 3, 5), (7, 16, 8), (64, 33, 20)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("gaps", [True, False])
-def test_value_and_gradients(shape, bias, gaps):
-    """Against float64 nn.Linear, for whole rows and for rows cut out of wider ones."""
+@pytest.mark.parametrize("relu", [True, False])
+def test_value_and_gradients(shape, bias, gaps, relu):
+    """Against float64, which takes nn.Linear's way, for whole rows and for rows cut out of wider ones."""
     m, k, n = shape
     torch.manual_seed(0)
-    layer, exact = linear.Linear(k, n, bias=bias), nn.Linear(k, n, bias=bias).double()
+    layer, exact = linear.Linear(k, n, bias, relu), linear.Linear(k, n, bias, relu).double()
     exact.load_state_dict(layer.state_dict())
     x = torch.randn(m, 2 * k)[:, :k] if gaps else torch.randn(m, k)
     x, y = x.clone(memory_format=torch.preserve_format).requires_grad_(), x.detach().double().requires_grad_()
@@ -46,7 +47,7 @@ def test_without_the_private_operator(monkeypatch):
 
     monkeypatch.setattr(linear, "product", gone)
     assert not linear._works()
-    monkeypatch.setattr(linear, "product", lambda x, weight: x @ weight.t() + 1)
+    monkeypatch.setattr(linear, "product", lambda x, weight, act="none": x @ weight.t() + (act == "relu"))
     assert not linear._works()
     monkeypatch.setattr(linear, "AVAILABLE", False)
     layer = linear.Linear(3, 4)

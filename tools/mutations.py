@@ -213,6 +213,13 @@ MUTATIONS = [
         "utils",
     ),
     Mutation("oneDNN's product is exported", "linear.py", "            or is_traced()\n", "", "linear"),
+    Mutation(
+        "a ReLU's gradient passes everywhere",
+        "linear.py",
+        "        if positive:\n",
+        "        if False:\n",
+        "linear",
+    ),
     Mutation("copysign is exported", "normalization.py", "if is_traced() else", "if False else", "linear"),
     Mutation(
         "threads of extraction all take every core",
