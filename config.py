@@ -445,6 +445,14 @@ class Config:
         high=1e6,
         affects="fit",
     )
+    false_alarms: float = knob(
+        0.05,
+        "share of normal pictures that may be called anomalous: the threshold, from the held-out normal ones",
+        low=1e-6,
+        high=0.5,
+        affects="run",
+        scripts=FITTING,
+    )
     baselines: bool = knob(
         False,
         "main.py: nearest neighbours and Gaussian on the same features, in the same table",

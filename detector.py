@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import calibration
 import datasets
 import feature_cache
 import memory
 import model
+import pictures
 import records
 import utils
 from config import Config, UserError, make_config
@@ -285,6 +287,16 @@ class Detector(nn.Module):
             )
         return scores
 
+    @staticmethod
+    def load(
+        path: str | Path, device: str = "auto", threads: int = 0, false_alarms: float | None = None
+    ) -> "PictureDetector":
+        """A fitted class that scores pictures, from its checkpoint: ``Detector.load(path).score(picture)``.
+
+        false_alarms: the share of normal pictures that ``verdict`` may call anomalous; None: the run's knob.
+        Raises UserError when the checkpoint or the device is not there."""
+        return PictureDetector.load(path, utils.set_up(device, threads), false_alarms)
+
     def load_saved(self, state: dict[str, Tensor]) -> None:
         """Load a state dict whose references may have any number of rows."""
         for name, values in state.items():
@@ -473,3 +485,74 @@ def trained_records(config: Config, classes: list[str]) -> Iterator[tuple[str, d
     """The checkpoints' records of a run's first seed, class by class."""
     for class_name in classes:
         yield class_name, read_record(checkpoint_path(config, class_name, config.seed))
+
+
+# ---------------------------------------------------------------- from pictures
+class PictureDetector:
+    """A fitted class as it is used: pictures in; scores, p-values, verdicts and heat maps out.
+
+    A picture is a path, a Pillow image or an array (H, W, 3) or (H, W) of uint8. held_out: scores of held-out
+    normal pictures, which p-values and verdicts rest on; may be empty."""
+
+    def __init__(self, fitted: Detector, record: dict, eye: pictures.Eye, false_alarms: float | None = None):
+        self.fitted, self.record, self.eye = fitted.to(eye.device).eval(), record, eye
+        self.class_name, self.seed = record["result"]["class"], record["result"]["seed"]
+        self.held_out = np.array(record["held_out_scores"], float)
+        self.false_alarms = config_of(record).false_alarms if false_alarms is None else false_alarms
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: torch.device,
+        false_alarms: float | None = None,
+        eye: pictures.Eye | None = None,
+    ) -> "PictureDetector":
+        """From a checkpoint; ``eye``: of a detector that was fitted to the same features."""
+        fitted, record = load_detector(Path(path))
+        eye = eye or pictures.Eye(config_of(record), record["features"], device)
+        return cls(fitted, record, eye, false_alarms)
+
+    def score(self, picture: Any) -> Any:
+        """The anomaly score of a picture (float), or of several (n): higher is more anomalous. Raises
+        UserError on one that cannot be read."""
+        several = pictures.are_several(picture)
+        scores: list[np.ndarray] = []
+        for rows in self.eye.rows(picture if several else [picture]):
+            if isinstance(rows, pictures.Unreadable):
+                raise UserError(rows.reason)
+            scores.append(self.score_rows(rows))
+        joined = np.concatenate(scores) if scores else np.empty(0)
+        return joined if several else float(joined[0])
+
+    def score_rows(self, rows: pictures.Rows) -> np.ndarray:
+        """Scores (n) from rows of features, as ``Eye.rows`` gives them."""
+        return self.fitted.score_features(Features.of(rows)).astype(float)
+
+    def p_value(self, score: Any) -> Any:
+        """How many normal pictures score as high or higher, as a share, of a score or an array of them; NaN
+        where none were held out (calibration.p_values)."""
+        if not len(self.held_out):
+            return np.full(np.shape(score), np.nan) if np.ndim(score) else float("nan")
+        values = calibration.p_values(self.held_out, score)
+        return values if np.ndim(score) else float(values)
+
+    @property
+    def threshold(self) -> calibration.Threshold:
+        """Where ``verdict`` draws the line. Raises UserError where no pictures were held out."""
+        return calibration.threshold(self.held_out, self.false_alarms)
+
+    def verdict(self, score: Any) -> Any:
+        """ "anomalous" or "normal", of a score or an array of them. Raises UserError where no pictures were
+        held out."""
+        verdicts = np.where(np.asarray(score) > self.threshold.score, "anomalous", "normal")
+        return verdicts if np.ndim(score) else str(verdicts)
+
+    def calibrate(self, good: Any) -> calibration.Threshold:
+        """Let p-values and verdicts rest on fresh normal pictures instead -> the new threshold."""
+        return self.calibrate_to(np.atleast_1d(self.score(good)))
+
+    def calibrate_to(self, scores: Any) -> calibration.Threshold:
+        """The same, from the pictures' scores (n)."""
+        self.held_out = np.array(scores, float)
+        return self.threshold

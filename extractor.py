@@ -102,9 +102,14 @@ class ImageRows(Dataset):
             pixels = self.images.read(self.split, i)
         except UserError as mistake:  # raised again by the reader: a worker would wrap it into a traceback
             return Unreadable(i, str(mistake))
-        if pixels.shape[0] > self.img_size[0] or pixels.shape[1] > self.img_size[1]:
-            pixels = np.asarray(Image.fromarray(pixels).resize(self.img_size[::-1], Image.Resampling.BICUBIC))
-        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+        return to_device_size(pixels, self.img_size)
+
+
+def to_device_size(pixels: np.ndarray, img_size: tuple[int, int]) -> Tensor:
+    """(h, w, 3) uint8 -> (3, h, w), resized to ``img_size`` here when a side is longer than that."""
+    if pixels.shape[0] > img_size[0] or pixels.shape[1] > img_size[1]:
+        pixels = np.asarray(Image.fromarray(pixels).resize(img_size[::-1], Image.Resampling.BICUBIC))
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
 def stack_rows(rows: list) -> list:

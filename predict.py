@@ -1,102 +1,263 @@
-"""Score images with a fitted class: the higher, the more anomalous. One line per image, most anomalous first.
+"""Score pictures with a fitted class: the higher, the more anomalous. One row per picture, as they come.
 
-python predict.py runs/foad_mfff/classes/cat-seed0 FOLDER_OR_IMAGE ... > scores.csv
-"""
+python predict.py runs/foad_mfff/classes/cat-seed0 FOLDER photo.jpg > scores.csv
+python predict.py runs/foad_mfff/classes/normal-seed0 'shots/*.png' --output scores.json --false_alarms 0.01
+find . -name '*.jpg' | python predict.py runs/foad_mfff -
+
+A run's folder scores every picture by every class of its first seed, a row for each; --class_name names some.
+
+p_value: the share of normal pictures that score as high or higher, from the held-out ones; verdict: anomalous
+where that is at most --false_alarms. Both are empty where none were held out. Pictures that cannot be read
+are left out, listed at the end, and make the exit status 1."""
 
 import argparse
 import sys
 from pathlib import Path
 
 
-def parse_arguments():
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "checkpoint", type=Path, help="a class of a run: runs/<modelname>/classes/<class>-seed<n>"
+        "checkpoint", type=Path, help="a run, runs/<modelname>, or a class of it, .../classes/<class>-seed<n>"
     )
-    parser.add_argument("images", type=Path, nargs="+", help="images, or folders of them")
-    parser.add_argument("--device", default="auto")
-    return parser.parse_args()
+    parser.add_argument("images", nargs="+", help="files, folders, globs; - reads a list from standard input")
+    parser.add_argument("--class_name", help="of a run: these classes only, separated by commas [all]")
+    parser.add_argument("--seed", type=int, help="of a run: this seed [the first]")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write .csv, .json or .jsonl instead of CSV to the screen"
+    )
+    parser.add_argument(
+        "--false_alarms", type=float, help="share of normal pictures that may be called anomalous [the run's]"
+    )
+    parser.add_argument(
+        "--calibrate", type=Path, metavar="FOLDER", help="fresh good pictures: p-values and verdicts by them"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores [0]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":  # parse before the slow imports
+    import signal
+
     ARGUMENTS = parse_arguments()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while they are imported: no traceback
 
+import contextlib
 import csv
-import dataclasses
+import glob
+import json
+from collections.abc import Callable, Iterator
 
-import numpy as np
-import torch
+from tqdm import tqdm
 
 import config as knobs
 import datasets
-import detector
-import extractor
-import feature_cache
 import utils
 from config import UserError
-from feature_cache import CacheIdentity
+from detector import PictureDetector
+from pictures import Unreadable
+
+COLUMNS = ("image", "class", "score", "p_value", "verdict")
+Put = Callable[[dict], None]
 
 
-def find_images(paths: list[Path]) -> list[Path]:
-    """The images among files and below folders, in order. Raises UserError on a path that is neither."""
-    images = []
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"no file or folder {path}")
-        images += datasets.images_below(path) if path.is_dir() else [path]
+# ---------------------------------------------------------------- what is asked for
+def find_images(names: list[str]) -> list[Path]:
+    """The files that names stand for, in order: files, images below folders, globs, - for lines of standard
+    input. Raises UserError on a name that stands for nothing."""
+    images: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if name == "-":
+            images += [Path(line.rstrip("\n")) for line in sys.stdin if line.strip()]
+        elif path.is_dir():
+            images += datasets.images_below(path)
+        elif path.exists():
+            images.append(path)
+        elif found := sorted(glob.glob(name, recursive=True)):
+            images += [Path(file) for file in found if Path(file).is_file()]
+        else:
+            raise UserError(f"no file or folder {name}, and no files that it matches as a pattern")
+    if not images:
+        raise UserError("no pictures given: files, folders, globs or, for -, a line each on standard input")
     return images
 
 
-def threshold(record: dict) -> float | None:
-    """The score that 95 % of the held-out normal training images stay below; None where none were held
-    out."""
-    held = record.get("held_out_scores")
-    return float(np.quantile(held, 0.95)) if held else None
+def find_checkpoints(path: Path, class_name: str | None, seed: int | None) -> list[Path]:
+    """The checkpoints of a run's folder, or the one that is named. Raises UserError when there are none."""
+    if not path.is_dir():
+        return [path]
+    records = sorted(path.glob("classes/*.json"))
+    parts = [(file, *file.stem.rpartition("-seed")[::2]) for file in records]
+    numbered = [(file, name, int(number)) for file, name, number in parts if number.isdigit()]
+    if not numbered:
+        raise UserError(f"expected a run with classes/<class>-seed<n>.json in {path}, found none")
+    first = min(number for _, _, number in numbered) if seed is None else seed
+    found = {name: file for file, name, number in numbered if number == first}
+    if not found:
+        raise UserError(f"{path} holds no class of seed {seed}")
+    chosen = list(found) if class_name is None else [name.strip() for name in class_name.split(",")]
+    for name in chosen:
+        if name not in found:
+            raise UserError(knobs.unknown("class", name, found))
+    return [found[name] for name in chosen]
 
 
-@torch.inference_mode()
-def score_images(fitted: detector.Detector, job: extractor.Extraction) -> np.ndarray:
-    """Scores of the images of an extraction job, in order; memory does not grow with their number."""
-    scores = []
-    for rows in job.features("test"):
-        scores.append(fitted.score_features(detector.Features.of(rows)))
-    return np.concatenate(scores)
-
-
-def features_of(config: knobs.Config, record: dict) -> CacheIdentity:
-    """The features a detector takes. Raises UserError when the configuration no longer gives those it was
-    fitted to."""
-    identity = extractor.cache_identity(config)
-    for field, expected in identity.fields.items():
-        fitted_to = record["features"].get(field)
-        if fitted_to != feature_cache.as_json(expected) and field not in ("dataset", "validate"):
+def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
+    """The detectors asked for; classes of one run share the backbone. Raises UserError."""
+    rate = arguments.false_alarms
+    if rate is not None and not 0 < rate <= 0.5:
+        raise UserError(f"false_alarms: expected a share above 0 and up to 0.5, got {rate}")
+    device = utils.set_up(arguments.device, arguments.threads)
+    loaded: list[PictureDetector] = []
+    for path in find_checkpoints(arguments.checkpoint, arguments.class_name, arguments.seed):
+        eye = loaded[0].eye if loaded else None
+        loaded.append(PictureDetector.load(path, device, rate, eye))
+        if loaded[-1].record["features"] != loaded[0].record["features"]:
             raise UserError(
-                f"the detector was fitted to features with {field} {fitted_to}, now it is {expected}"
+                f"the classes in {arguments.checkpoint} were fitted to different features; name one class"
             )
-    return identity
+    return loaded
 
 
-def main(arguments: argparse.Namespace) -> None:
-    device = utils.set_up(arguments.device, 0)
-    fitted, record = detector.load_detector(arguments.checkpoint)
-    config = dataclasses.replace(detector.config_of(record), device=arguments.device)
-    files = find_images(arguments.images)
-    job = extractor.Extraction(config, datasets.unlabelled(files), features_of(config, record), device)
-    scores = score_images(fitted.to(device), job)
-    limit = threshold(record)
-    table = csv.writer(sys.stdout, lineterminator="\n")
-    table.writerow(["score", "image"] if limit is None else ["score", "anomalous", "image"])
-    for i in np.argsort(-scores, kind="stable"):
-        verdict = [] if limit is None else ["yes" if scores[i] > limit else "no"]
-        table.writerow([f"{scores[i]:.6g}", *verdict, files[i]])
-    if limit is not None:
-        print(
-            f"anomalous: above {limit:.6g}, the score that 95 % of the held-out normal images stay below",
-            file=sys.stderr,
+# ---------------------------------------------------------------- what comes out
+@contextlib.contextmanager
+def table(output: Path | None) -> Iterator[Put]:
+    """What takes the rows, {column: value}, one by one: CSV on the screen, or a file that is there, whole,
+    when the block ends well. Raises UserError on an ending that is none of the three."""
+    if output is None:
+        yield _csv(sys.stdout)
+        return
+    if output.suffix not in (".csv", ".json", ".jsonl"):
+        raise UserError(f"output: expected a name ending in .csv, .json or .jsonl, got {output}")
+    with utils.whole_file(output) as partial, open(partial, "w", encoding="utf-8", newline="") as stream:
+        if output.suffix == ".csv":
+            yield _csv(stream)
+        elif output.suffix == ".jsonl":
+            yield lambda row: print(json.dumps(row, ensure_ascii=False), file=stream, flush=True)
+        else:
+            comma = iter(["[\n"])
+            yield lambda row: print(
+                next(comma, ",\n") + json.dumps(row, ensure_ascii=False), end="", file=stream, flush=True
+            )
+            print(next(comma, "") + "\n]", file=stream)
+
+
+def _csv(stream) -> Put:
+    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+
+    def put(row: dict) -> None:
+        writer.writerow(row | {"score": f"{row['score']:.6g}"})
+        stream.flush()
+
+    return put
+
+
+def rows_of(detectors: list[PictureDetector], files: list[Path]) -> Iterator[list[dict] | Unreadable]:
+    """The table's rows, in the order of the files: of some pictures together, or why one cannot be read."""
+    waiting = iter(files)
+    for rows in detectors[0].eye.rows(files):
+        if isinstance(rows, Unreadable):
+            next(waiting)
+            yield rows
+            continue
+        columns = [(fitted, fitted.score_rows(rows)) for fitted in detectors]
+        named = [str(next(waiting)) for _ in columns[0][1]]
+        yield [row(name, fitted, scores[i]) for i, name in enumerate(named) for fitted, scores in columns]
+
+
+def row(name: str, fitted: PictureDetector, score: float) -> dict:
+    known = len(fitted.held_out) > 0
+    return {
+        "image": name,
+        "class": fitted.class_name,
+        "score": float(score),
+        "p_value": round(fitted.p_value(score), 6) if known else None,
+        "verdict": fitted.verdict(score) if known else None,
+    }
+
+
+def calibrate(detectors: list[PictureDetector], folder: Path) -> list[str]:
+    """Let the detectors' p-values rest on the good pictures of a folder -> those that cannot be read. Raises
+    UserError when none can."""
+    scores: list[list[float]] = [[] for _ in detectors]
+    unreadable = []
+    files = datasets.images_below(folder) if folder.is_dir() else []
+    for rows in progress(detectors[0].eye.rows(files), len(files), "calibrating", True):
+        if isinstance(rows, Unreadable):
+            unreadable.append(rows.reason)
+        else:
+            for known, fitted in zip(scores, detectors):
+                known += fitted.score_rows(rows).tolist()
+    if not scores[0]:
+        raise UserError(
+            f"calibrate: expected a folder of good pictures, found none that can be read in {folder}"
         )
+    for known, fitted in zip(scores, detectors):
+        fitted.calibrate_to(known)
+    return unreadable
+
+
+def progress(parts: Iterator, total: int, text: str, shown: bool) -> Iterator:
+    """The same parts, with a bar on standard error that counts pictures; none where it is no terminal."""
+    with tqdm(total=total, unit="img", desc=text, disable=None if shown else True) as bar:
+        for part in parts:
+            yield part
+            bar.update(1 if isinstance(part, Unreadable) else _count(part))
+
+
+def _count(part) -> int:
+    return len({row["image"] for row in part}) if isinstance(part, list) else len(next(iter(part.values())))
+
+
+def tell_thresholds(detectors: list[PictureDetector]) -> None:
+    """Say on standard error where the verdicts draw the line, and where that rests on too little."""
+    for fitted in detectors:
+        name = f"{fitted.class_name}: " if len(detectors) > 1 else ""
+        if not len(fitted.held_out):
+            print(f"{name}no verdicts: no normal pictures were held out; --calibrate FOLDER", file=sys.stderr)
+            continue
+        print(f"{name}{fitted.threshold}", file=sys.stderr)
+        if fitted.threshold.warning:
+            print(f"warning: {name}{fitted.threshold.warning}", file=sys.stderr)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Score the pictures -> the exit status: 1 where some could not be read."""
+    files = find_images(arguments.images)
+    detectors = load_all(arguments)
+    unreadable = calibrate(detectors, arguments.calibrate) if arguments.calibrate else []
+    done, bar = 0, arguments.output is not None or not sys.stdout.isatty()
+    tell_thresholds(detectors)
+    try:
+        with table(arguments.output) as put:
+            for part in progress(rows_of(detectors, files), len(files), "scoring", bar):
+                if isinstance(part, Unreadable):
+                    unreadable.append(part.reason)
+                    continue
+                for line in part:
+                    put(line)
+                done += len(part) // len(detectors)
+    except KeyboardInterrupt:
+        kept = f"; {arguments.output} is not written" if arguments.output else ""
+        print(f"interrupted: {done} of {len(files)} pictures were scored{kept}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the rows has seen enough
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    for reason in unreadable:
+        print(f"skipped: {reason}", file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def guarded(arguments: argparse.Namespace) -> None:
+    sys.exit(main(arguments))
 
 
 if __name__ == "__main__":
-    knobs.guarded(main, ARGUMENTS)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    knobs.guarded(guarded, ARGUMENTS)

@@ -1,6 +1,10 @@
-"""predict.py scores new images as the run scored them."""
+"""predict.py scores new pictures as the run scored them, and so do three lines in a notebook."""
 
+import csv
+import io
+import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,33 +13,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import main
+import pictures
+import predict
+import train
+from config import Config, UserError
+from detector import Detector
+
 pytestmark = pytest.mark.slow
 
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = [
-    "--dataset",
-    "folder",
-    "--dataset_path",
-    "images",
-    "--extractor",
-    "resnet18",
-    "--weights_path",
-    "random",
-    "--img_size",
-    "64",
-    "--precision",
-    "float32",
-    "--workers",
-    "0",
-    "--threads",
-    "1",
-    "--hide_tqdm_bar",
-    "--fc_internal",
-    "16",
-    "--class_name",
-    "a",
-]
+RUN = {
+    "dataset": "folder", "dataset_path": "images", "extractor": "resnet18", "weights_path": "random",
+    "img_size": (64, 64), "precision": "float32", "workers": 0, "threads": 1, "hide_tqdm_bar": True,
+    "fc_internal": 16, "verbose": False, "device": "cpu",
+}  # fmt: skip
 
 
 def run(folder, *command):
@@ -47,56 +40,233 @@ def fitted(tmp_path_factory):
     """A run with a held-out share and one without, on small random images."""
     folder = tmp_path_factory.mktemp("predict")
     rng = np.random.RandomState(0)
-    for split, name in (("train", "a"), ("test", "a"), ("test", "b")):
+    for split, name in (("train", "a"), ("train", "b"), ("test", "a"), ("test", "b")):
         (folder / "images" / split / name).mkdir(parents=True)
         for i in range(10):
             Image.fromarray(rng.randint(0, 256, (48, 48, 3)).astype(np.uint8)).save(
                 folder / "images" / split / name / f"{i}.png"
             )
-    for name, options in (
-        ("held", ["--holdout", "0.3", "--score", "latent_knn"]),
-        ("plain", ["--score", "likelihood"]),
-        ("spectrum", ["--holdout", "0.3", "--bands", "True", "--score", "spectrum", "--refit", "True"]),
-    ):
-        outcome = run(folder, ROOT / "train.py", *RUN, "--modelname", name, *options)
-        assert outcome.returncode == 0, outcome.stderr
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        for name, options in (
+            ("held", {"holdout": 0.3, "score": "latent_knn"}),
+            ("plain", {"score": "likelihood"}),
+            ("spectrum", {"holdout": 0.3, "bands": True, "score": "spectrum", "refit": True}),
+        ):
+            train.main(Config(**RUN, class_name="a", modelname=name, **options))
+        main.main(Config(**RUN, class_name="a,b", modelname="two", holdout=0.3, plots=False))
+    finally:
+        os.chdir(before)
     return folder
 
 
-@pytest.mark.parametrize("name", ["held", "plain", "spectrum"])
-def test_scores_are_those_of_the_run(fitted, name):
-    outcome = run(
-        fitted, ROOT / "predict.py", f"runs/{name}/classes/a-seed0", "images/test", "--device", "cpu"
+TESTED = [f"images/test/{c}/{i}.png" for c in "ab" for i in range(10)]
+
+
+@pytest.fixture
+def here(fitted, monkeypatch):
+    monkeypatch.chdir(fitted)
+    return fitted
+
+
+def predicted(capsys, *arguments) -> tuple[list[dict], str, int]:
+    """The rows, what was said beside them, and the exit status."""
+    status = predict.main(
+        predict.parse_arguments([*map(str, arguments), "--device", "cpu", "--threads", "1"])
     )
-    assert outcome.returncode == 0, outcome.stderr
-    header, *lines = [line.split(",") for line in outcome.stdout.splitlines()]
-    found = {line[-1]: float(line[0]) for line in lines}
-    test = json.loads((fitted / f"runs/{name}/classes/a-seed0.json").read_text())["test"]
-    wanted = dict(zip([f"images/test/{c}/{i}.png" for c in "ab" for i in range(10)], test["scores"]))
-    assert found.keys() == wanted.keys()
-    np.testing.assert_allclose(
-        [found[path] for path in wanted], list(wanted.values()), rtol=2e-3, atol=2e-3
-    )  # the run's features went through a float16 file
-    assert [float(line[0]) for line in lines] == sorted(found.values(), reverse=True)
-    if name != "plain":
-        held = json.loads((fitted / f"runs/{name}/classes/a-seed0.json").read_text())["held_out_scores"]
-        assert len(held) == 3 and header == ["score", "anomalous", "image"]
-        assert {line[-1]: line[1] == "yes" for line in lines} == {
-            path: score > np.quantile(held, 0.95) for path, score in found.items()
-        }
+    captured = capsys.readouterr()
+    return list(csv.DictReader(io.StringIO(captured.out))), captured.err, status
+
+
+def record_of(name: str, class_name: str = "a") -> dict:
+    return json.loads(Path(f"runs/{name}/classes/{class_name}-seed0.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["held", "plain", "spectrum"])
+def test_scores_are_those_of_the_run(here, capsys, name):
+    rows, said, status = predicted(capsys, f"runs/{name}/classes/a-seed0", "images/test")
+    assert status == 0 and [row["image"] for row in rows] == TESTED, "a row for each, in order"
+    record = record_of(name)
+    found = np.array([float(row["score"]) for row in rows])
+    # the run's features went through a float16 file
+    np.testing.assert_allclose(found, record["test"]["scores"], rtol=2e-3, atol=2e-3)
+    held = np.array(record["held_out_scores"])
+    if name == "plain":
+        assert {(row["p_value"], row["verdict"]) for row in rows} == {("", "")} and "--calibrate" in said
+        return
+    assert len(held) == 3 and "needs 19" in said, "three pictures are few"
+    for row, score in zip(rows, found):
+        assert float(row["p_value"]) == (1 + (held >= score).sum()) / 4
+        assert row["verdict"] == ("anomalous" if score > held.max() else "normal")
+
+
+def test_three_lines_in_a_notebook(here):
+    loaded = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
+    wanted = record_of("held")["test"]["scores"]
+    arrays = [np.asarray(Image.open(path)) for path in TESTED]
+    score = loaded.score(TESTED[3])
+    assert isinstance(score, float) and score == pytest.approx(wanted[3], rel=2e-3)
+    for same in (Path(TESTED[3]), Image.open(TESTED[3]), arrays[3]):
+        assert loaded.score(same) == pytest.approx(score, rel=1e-5)
+    for several in (TESTED, arrays, np.stack(arrays), iter(TESTED)):
+        assert loaded.score(several) == pytest.approx(np.array(wanted), rel=2e-3)
+    gray = arrays[0][..., 0]
+    assert loaded.score(gray) == pytest.approx(loaded.score(np.stack([gray] * 3, 2)), rel=1e-5)
+    assert loaded.score([]).shape == (0,)
+    with pytest.raises(UserError, match="float64"):
+        loaded.score(arrays[0] / 255)
+    with pytest.raises(UserError, match="nowhere"):
+        loaded.score("nowhere.png")
+    top = max(loaded.held_out)
+    assert loaded.p_value(top + 1) == 0.25 and loaded.verdict(top + 1) == "anomalous"
+    assert loaded.verdict([top, top + 1]).tolist() == ["normal", "anomalous"]
+    assert loaded.calibrate(arrays[:10]).n == 10 and loaded.p_value(1e9) == pytest.approx(1 / 11)
+
+
+def test_backbone_is_loaded_once_and_late(here, monkeypatch):
+    loaded, real = [], pictures.extractor.Extraction
+    monkeypatch.setattr(pictures.extractor, "Extraction", lambda *a: loaded.append(1) or real(*a))
+    found = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
+    assert not loaded
+    found.score(TESTED[:2])
+    found.score(TESTED[0])
+    assert loaded == [1]
+
+
+def test_pictures_are_read_a_few_at_a_time(here):
+    """However many there are: the one that is asked for is not far behind the one that was read."""
+    eye = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1).eye
+    given = 0
+
+    def endless():
+        nonlocal given
+        for path in itertools.cycle(TESTED):
+            given += 1
+            yield path
+
+    rows = eye.rows(endless())
+    for _ in range(3):
+        next(rows)
+    rows.close()
+    assert given <= 3 * eye.job.batch + pictures.READERS * eye.job.batch + 2
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "jsonl"])
+def test_output_files(here, capsys, tmp_path, ending):
+    target = tmp_path / f"x.{ending}"
+    odd = tmp_path / 'a, "b".png'
+    Image.open(TESTED[0]).save(odd)
+    shown, _, _ = predicted(capsys, "runs/held", odd, TESTED[1])
+    assert predicted(capsys, "runs/held", odd, TESTED[1], "--output", target)[0] == []
+    text = target.read_text()
+    if ending == "csv":
+        written = list(csv.DictReader(io.StringIO(text)))
+        assert written == shown
     else:
-        assert header == ["score", "image"]
+        written = json.loads(text) if ending == "json" else [json.loads(line) for line in text.splitlines()]
+    assert [row["image"] for row in written] == [str(odd), TESTED[1]]
+    assert [float(row["score"]) for row in written] == pytest.approx(
+        [float(r["score"]) for r in shown], rel=1e-4
+    )
+    assert list(tmp_path.iterdir()) == [target] or len(list(tmp_path.iterdir())) == 2, "no partial file stays"
 
 
-def test_mistakes_are_one_line(fitted):
-    for arguments in (
+def test_unreadable_files_are_listed_and_make_the_status_one(here, capsys, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    rows, said, status = predicted(capsys, "runs/held", TESTED[0], broken, TESTED[1])
+    assert status == 1 and [row["image"] for row in rows] == TESTED[:2]
+    assert said.splitlines()[-1].startswith("skipped: ") and str(broken) in said.splitlines()[-1]
+
+
+def test_globs_and_lists(here, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(TESTED[:3]) + "\n"))
+    rows, _, _ = predicted(capsys, "runs/held", "-", "images/test/b/*.png")
+    assert [row["image"] for row in rows] == TESTED[:3] + TESTED[10:]
+
+
+def test_calibrate_on_fresh_pictures(here, capsys):
+    rows, said, _ = predicted(
+        capsys, "runs/plain", "images/test/b", "--calibrate", "images/test/a", "--false_alarms", "0.2"
+    )
+    fresh = np.array(record_of("plain")["test"]["scores"][:10])
+    for row in rows:
+        assert float(row["p_value"]) == pytest.approx(
+            (1 + (fresh >= float(row["score"])).sum()) / 11, abs=1e-6
+        )
+        assert (row["verdict"] == "anomalous") == (float(row["p_value"]) <= 0.2)
+    assert "from 10 held-out" in said and "warning" not in said
+
+
+def test_a_run_scores_by_every_class(here, capsys):
+    arguments = ["images/test/a/0.png", "images/test/b/0.png"]
+    rows, _, _ = predicted(capsys, "runs/two", *arguments)
+    assert [(row["image"], row["class"]) for row in rows] == [(i, c) for i in arguments for c in ("a", "b")]
+    for name in "ab":
+        wanted = record_of("two", name)["test"]["scores"]
+        mine = [float(row["score"]) for row in rows if row["class"] == name]
+        assert mine == pytest.approx([wanted[0], wanted[10]], rel=2e-3)
+    assert [row["class"] for row in predicted(capsys, "runs/two", arguments[0], "--class_name", "b")[0]] == [
+        "b"
+    ]
+
+
+@pytest.mark.parametrize("output", [None, "x.csv"])
+def test_rows_flow_and_ctrl_c_is_one_line(here, capsys, monkeypatch, output):
+    """What was scored is out before the next pictures are looked at; a file is whole or not there."""
+    real, seen = predict.rows_of, []
+
+    def interrupted(*arguments):
+        for number, part in enumerate(real(*arguments)):
+            seen.append(capsys.readouterr().out)
+            if number == 2:
+                raise KeyboardInterrupt
+            yield part
+
+    monkeypatch.setattr(predict, "rows_of", interrupted)
+    options = ["--output", output] if output else []
+    _, said, status = predicted(capsys, "runs/held", *TESTED, *options)
+    ending = "; x.csv is not written" if output else ""
+    assert status == 130 and said == f"interrupted: 16 of 20 pictures were scored{ending}\n"
+    if output:
+        assert seen == ["", "", ""] and not list(here.glob("*x.csv*"))
+    else:
+        assert [text.count("\n") for text in seen] == [1, 8, 8], "the header, then eight pictures at a time"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
         ["runs/held/classes/b-seed0", "images"],
         ["runs/held/classes/a-seed0", "nowhere"],
-        ["runs/held/classes/a-seed0", "runs"],
-    ):
-        outcome = run(fitted, ROOT / "predict.py", *arguments)
-        assert (
-            outcome.returncode == 2
-            and outcome.stderr.startswith("error: ")
-            and outcome.stderr.count("\n") == 1
-        )
+        ["runs/held", "images", "--class_name", "zebra"],
+        ["runs/held", "images", "--seed", "7"],
+        ["runs/held", "images", "--output", "x.txt"],
+        ["runs/held", "images", "--false_alarms", "2"],
+        ["runs/held", "images", "--calibrate", "nowhere"],
+        ["images", "images"],
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_mistakes_are_one_line(here, capsys, arguments):
+    with pytest.raises(UserError) as told:
+        predicted(capsys, *arguments)
+    assert "\n" not in str(told.value) and capsys.readouterr().out == ""
+
+
+def test_the_script_ends_with_a_line_and_a_status(fitted):
+    outcome = run(fitted, ROOT / "predict.py", "runs/held", "nowhere")
+    assert outcome.returncode == 2
+    assert outcome.stderr.startswith("error: ") and outcome.stderr.count("\n") == 1
+    no_picture = "runs/held/classes/a-seed0.json"
+    outcome = run(fitted, ROOT / "predict.py", "runs/held", TESTED[0], no_picture, "--threads", "1")
+    assert outcome.returncode == 1 and outcome.stdout.count("\n") == 2
+    assert no_picture in outcome.stderr.splitlines()[-1]
+
+
+def test_another_backbone_is_refused(here):
+    loaded = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
+    loaded.eye.features["weights_sha256"] = "of others"
+    with pytest.raises(UserError, match="weights_sha256"):
+        loaded.score(TESTED[0])
