@@ -78,3 +78,12 @@ def threshold(held_out: np.ndarray, false_alarms: float) -> Threshold:
     tail = (1 - CONFIDENCE) / 2
     low, high = (float(betaincinv(above + 1, n - above, share)) for share in (tail, 1 - tail))
     return Threshold(float(ordered[above]), (above + 1) / (n + 1), low, high, n, false_alarms)
+
+
+def of_record(record: dict) -> Threshold | None:
+    """The threshold of a fitted class, from its record: at the rate of its knob false_alarms. None where no
+    pictures were held out."""
+    held_out = record.get("held_out_scores")
+    if not held_out:
+        return None
+    return threshold(np.array(held_out, float), record.get("config", {}).get("false_alarms", 0.05))

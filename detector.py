@@ -498,7 +498,8 @@ class PictureDetector:
         self.fitted, self.record, self.eye = fitted.to(eye.device).eval(), record, eye
         self.class_name, self.seed = record["result"]["class"], record["result"]["seed"]
         self.held_out = np.array(record["held_out_scores"], float)
-        self.false_alarms = config_of(record).false_alarms if false_alarms is None else false_alarms
+        config = config_of(record)
+        self.false_alarms = config.false_alarms if false_alarms is None else false_alarms
 
     @classmethod
     def load(

@@ -16,12 +16,12 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from sklearn.metrics import roc_curve
 
+import calibration
 import datasets
 import detector
 import feature_cache
 import utils
 from config import Config, UserError
-from predict import threshold
 from tables import shorten
 
 SHEET = 10  # images per row of a contact sheet
@@ -110,7 +110,8 @@ def draw_histogram(name: str, record: dict, seed: int, bins: tuple[int, int], pa
 
     bins: of the normal and of the anomalous images, over the same range."""
     scores, labels = np.array(record["test"]["scores"]), np.array(record["test"]["labels"])
-    limit = threshold(record)
+    found = calibration.of_record(record)
+    limit = found.score if found else None
     figure = Figure((7, 4.8), layout="constrained")
     axes = figure.subplots()
     centre, width = bulk(scores, labels)
@@ -127,9 +128,10 @@ def draw_histogram(name: str, record: dict, seed: int, bins: tuple[int, int], pa
             above = "" if limit is None else f", {(own > limit).mean():.1%} above"
             handles.append(bars)
             texts.append(f"{kind}: {len(own)} images{above}")
-    if limit is not None:
-        handles.append(axes.axvline(limit, color="black", linestyle="--", linewidth=1))
-        texts.append(f"threshold {limit:.4g}: 95 % of the held-out normal images are below")
+    if found:
+        handles.append(axes.axvline(found.score, color="black", linestyle="--", linewidth=1))
+        rates = f"{found.expected:.1%} ({found.low:.1%} to {found.high:.1%})"
+        texts.append(f"threshold {found.score:.4g}: false alarms expected {rates}")
     few, many = sorted(max(1, int((labels == label).sum())) for label in (0, 1))
     if many > 20 * few:
         axes.set_yscale("log")

@@ -19,6 +19,7 @@ from torch import Tensor
 import datasets
 import extractor
 import feature_cache
+import images
 from config import Config, UserError
 from extractor import Rows, Unreadable
 
@@ -31,7 +32,7 @@ def pixels_of(picture: Any) -> np.ndarray:
     if isinstance(picture, (str, Path)):
         return datasets.read_image(Path(picture))
     if isinstance(picture, Image.Image):
-        return np.asarray(picture.convert("RGB"))
+        return np.asarray(images.to_rgb(picture))
     array = np.asarray(picture)
     if array.ndim == 2:
         array = np.repeat(array[..., None], 3, 2)
