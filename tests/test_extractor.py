@@ -481,7 +481,25 @@ def test_weights_not_reachable(monkeypatch):
     monkeypatch.setattr(backbones.timm, "create_model", offline)
     with pytest.raises(UserError, match="not reachable.*no route to host.*--weights_path") as mistake:
         load_backbone(settings("VIT", weights_path=None))
-    assert "\n" not in str(mistake.value)
+    assert "\n" not in str(mistake.value) and "--extractor efficientnet_lite0" in str(mistake.value)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_no_waiting_for_a_hub_that_is_not_there(monkeypatch, there):
+    """Its client is told to look into the cache only, for as long as the weights are loaded."""
+    hub, seen = backbones.huggingface_hub.constants, []
+
+    def create(*arguments, **options):
+        seen.append(hub.HF_HUB_OFFLINE)
+        raise OSError
+
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(backbones.utils, "reachable", lambda url: there and url == hub.ENDPOINT)
+    monkeypatch.setattr(backbones.timm, "create_model", create)
+    for weights_path in (None, "random"):
+        with pytest.raises(UserError):
+            load_backbone(settings("VIT", weights_path=weights_path))
+    assert seen == [not there, False] and hub.HF_HUB_OFFLINE is False
 
 
 # ---------------------------------------------------------------- images
