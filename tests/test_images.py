@@ -262,16 +262,21 @@ def test_what_is_found(tmp_path, capsys):
 
 
 def test_links(tmp_path):
-    """A linked folder is searched once, and loops end."""
+    """A folder that is linked twice is searched once; a link to itself is no image."""
     write_image(tmp_path / "elsewhere/1.png", PIXELS)
     (tmp_path / "set").mkdir()
-    (tmp_path / "set/linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "set/again").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere/loop").symlink_to(tmp_path / "set")
+    for name in ("linked", "again"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set/self.png").symlink_to("self.png")
     counted = Counter()
     assert [p.name for p in images.images_below(tmp_path / "set", counted)] == ["1.png"]
     assert counted == {"no regular file": 1}
+
+
+def test_link_loops_end(tmp_path):
+    write_image(tmp_path / "a/1.png", PIXELS)
+    (tmp_path / "a/loop").symlink_to(tmp_path / "a")
+    assert images.images_below(tmp_path) == [tmp_path / "a/1.png"]
 
 
 def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
