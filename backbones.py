@@ -176,6 +176,19 @@ def load_backbone(config: Config, source: str) -> Backbone:
         load_weights_file(model, Path(config.weights_path))
     elif config.extractor in WEIGHT_PACKAGES and config.weights_path is None:
         load_weights_file(model, packaged_weights(config.extractor), by_order=True)
+    return _as_backbone(model, img_size, config)
+
+
+def outline(config: Config) -> Backbone:
+    """The backbone without weights and without memory for them: what it gives can be asked before it is
+    loaded. Raises UserError as ``load_backbone`` does, but for the weights."""
+    img_size = config.img_size or tuple(timm_defaults(config.extractor).input_size[1:])
+    with torch.device("meta"):
+        model = _create(timm_name(config.extractor), img_size, config.extractor, from_hub=False)
+        return _as_backbone(model, img_size, config)
+
+
+def _as_backbone(model: nn.Module, img_size: tuple[int, int], config: Config) -> Backbone:
     try:
         backbone = Backbone(model.eval().requires_grad_(False), img_size)
     except (AssertionError, RuntimeError) as error:

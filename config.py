@@ -5,11 +5,18 @@ Edit a default here or give ``--knob value`` on the command line: both are the s
 Standard library only, so that ``-h`` is quick."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
+import multiprocessing
+import os
+import shlex
+import signal
 import sys
 import typing
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks a script to end
 
 
 class UserError(Exception):
@@ -146,6 +153,11 @@ class Config:
         "main.py: keep the classes and seeds that a run of the same configuration has finished",
         affects="run",
         scripts=("main.py",),
+    )
+    restart: bool = knob(
+        False,
+        "extractor.py: extract everything again, also what is finished",
+        affects="run",
     )
     rank: int | None = knob(
         None,
@@ -291,6 +303,26 @@ class Config:
         "GPU: processes that read images; -1: chosen for the machine",
         low=-1,
         high=256,
+        affects="run",
+    )
+    unreadable: str = knob(
+        "stop",
+        "images that cannot be read: stop (after all others are done, naming each), or skip (they are left "
+        "out, and listed)",
+        choices=("stop", "skip"),
+        affects="run",
+    )
+    shard_rows: int = knob(
+        0,
+        "images per file of a new feature cache; 0: files of 128 to 256 MB",
+        low=0,
+        high=10**6,
+        affects="run",
+    )
+    verify: bool = knob(
+        False,
+        "check every row of the features against its checksum first (they are checked as they are read in "
+        "any case); extractor.py mends what is damaged where it has the images",
         affects="run",
     )
     compile: bool = knob(False, "torch.compile the backbone: pays on long runs only", affects="run")
@@ -830,17 +862,55 @@ def run_script(main, config):
     guarded(main, config)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or a signal that asks a script to end. told: what is kept, and how to go on."""
+
+    def __init__(self, number=signal.SIGINT, told="finished classes and finished shards are kept"):
+        super().__init__(told)
+        self.number, self.told = number, told
+
+
+def catch_signals() -> None:
+    """From now on SIGINT, SIGTERM and SIGHUP raise Interrupted in the main thread, the first time."""
+
+    def interrupt(number, frame):
+        for kind in ENDING:
+            signal.signal(kind, signal.SIG_IGN if kind != signal.SIGINT else signal.SIG_DFL)
+        raise Interrupted(number)
+
+    for kind in ENDING:
+        if signal.getsignal(kind) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(kind, interrupt)
+
+
 def guarded(main, *arguments) -> None:
-    """Run ``main(*arguments)``; a user's mistake, a full disk or Ctrl-C ends the script with one line."""
+    """Run ``main(*arguments)``; a user's mistake, a full disk, Ctrl-C or a signal to end stops the script
+    with one line."""
     try:
+        catch_signals()
         main(*arguments)
     except UserError as mistake:
         stop(mistake)
     except OSError as error:  # a full disk, a folder that may not be written
         stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-    except KeyboardInterrupt:
-        print("interrupted: finished classes and finished caches are kept", file=sys.stderr)
-        sys.exit(130)
+    except Interrupted as interrupted:
+        print(f"interrupted: {interrupted.told}", file=sys.stderr)
+        end_now(128 + interrupted.number)
+
+
+def end_now(status) -> None:
+    """End the process without waiting for threads that compute, and its workers with it."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+def command_line() -> str:
+    """The command that runs this script as it was run, for a shell."""
+    return "python " + shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
 def stop(mistake):

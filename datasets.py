@@ -6,7 +6,7 @@ digits are read here (README, "Your own data")."""
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +44,12 @@ class Split:
         defect = np.zeros(len(names), bool) if defect is None else np.asarray(defect, bool)
         kind = [""] * len(names) if kind is None else list(kind)
         return cls(names, np.asarray(category, np.int64), defect, kind)
+
+    def kept(self, rows: Sequence[int] | np.ndarray) -> "Split":
+        """These images of the split, in the order of ``rows``."""
+        index = np.asarray(rows, np.int64)
+        names, kind = ([values[i] for i in index] for values in (self.names, self.kind))
+        return Split(names, self.category[index], self.defect[index], kind)
 
     def as_json(self) -> dict:
         """What ``from_json`` takes, made of lists."""
@@ -101,14 +107,23 @@ class Labels:
         anomalous = (self.test.category[test] != chosen) | self.test.defect[test]
         return train, test, anomalous.astype(np.int64)
 
+    def as_json(self) -> dict:
+        """What ``from_json`` takes, made of lists."""
+        content = {"classes": list(self.classes), "per_category": self.per_category}
+        return content | {split: self.split(split).as_json() for split in SPLITS}
+
+    @classmethod
+    def from_json(cls, content: dict) -> "Labels":
+        """The labels of ``as_json``. Raises UserError on any other content."""
+        try:
+            train, test = (Split.from_json(content[split]) for split in SPLITS)
+            return cls(tuple(content["classes"]), train, test, content["per_category"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"expected labels, got other content ({error!r})") from None
+
     def fingerprint(self) -> str:
         """A hash of the names and labels, in order."""
-        splits = (self.train, self.test)
-        return _hash(
-            self.classes,
-            self.per_category,
-            [s.as_json() for s in splits],
-        )
+        return _hash(self.as_json())
 
 
 def _nothing(split: str, i: int) -> str:
@@ -133,6 +148,19 @@ class ImageSet:
         """The content hash of every image of a split, in order."""
         return [self.identify(split, i) for i in range(len(self.labels.split(split).names))]
 
+    def kept(self, rows: dict[str, np.ndarray]) -> "ImageSet":
+        """These images of each split, in the order of ``rows``."""
+        train, test = (self.labels.split(split).kept(rows[split]) for split in SPLITS)
+        labels = dataclasses.replace(self.labels, train=train, test=test)
+        masks = tuple(self.masks[i] for i in rows["test"]) if self.masks else ()
+        read, identify = (partial(_at_row, take, rows) for take in (self.read, self.identify))
+        return ImageSet(labels, read, identify, self.from_files, masks)
+
+    def part_key(self, split: str, start: int, stop: int) -> str:
+        """A hash of names, labels and content of the images start..stop of a split."""
+        part = self.labels.split(split).kept(range(start, stop))
+        return _hash(part.as_json(), [self.identify(split, i) for i in range(start, stop)])
+
     def fingerprint(self) -> str:
         """A hash of names, labels and content: equal for the same images, whatever folder they lie in."""
         return _hash(self.labels.fingerprint(), [self.keys(split) for split in SPLITS])
@@ -141,6 +169,10 @@ class ImageSet:
         """Where the defect of test image i is, (H, W) bool; None where the data set does not say. Raises
         UserError on an unreadable mask."""
         return layouts.read_mask(path) if self.masks and (path := self.masks[i]) else None
+
+
+def _at_row(take: Callable, rows: dict[str, np.ndarray], split: str, i: int):
+    return take(split, int(rows[split][i]))
 
 
 def _hash(*contents) -> str:

@@ -398,7 +398,7 @@ def save_fitted(config: Config, cache: feature_cache.FeatureCache, fitted: Fitte
         "held_out_scores": fitted.held_scores.astype(float).tolist(),
         "own_input_scores": {k: v.astype(float).tolist() for k, v in fitted.own_input_scores.items()},
     }
-    records.write(record, content)
+    utils.write_sealed(record, content)
     return path
 
 

@@ -6,8 +6,10 @@ import config as knobs
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
     CONFIG = knobs.from_command_line(__doc__, script="extractor.py")
 
+import contextlib
 import dataclasses
 import functools
+import math
 import shutil
 import time
 from collections import deque
@@ -27,10 +29,12 @@ from tqdm import tqdm
 
 import backbones
 import datasets
-import feature_cache
 import utils
+from cache_writer import CHANGED, MOST_NAMED, CacheWriter, Features, lost_shards, reopen, start_again
 from config import Config, UserError, knobs_affecting
-from feature_cache import CacheIdentity
+from feature_cache import CacheIdentity, FeatureCache, cache_folder, labels_damage
+from manifest import Manifest, has_features
+from shards import REPAIR, Damaged, Shard
 from token_grid import Bands, TokenGrid
 
 CHUNK = 64  # images that travel together from the readers to the device and on to the disk
@@ -74,7 +78,7 @@ def cache_identity(config: Config) -> CacheIdentity:
     if not config.bands:
         fields |= {"band_depths": None, "rings": None, "low_sigma": None}
     grid_key = grid.key + ("-bands" if config.bands else "")
-    return CacheIdentity(feature_cache.cache_folder(config, fields["img_size"], grid_key), fields)
+    return CacheIdentity(cache_folder(config, fields["img_size"], grid_key), fields)
 
 
 # ---------------------------------------------------------------- images -> device
@@ -184,6 +188,26 @@ def prepare(
 Rows = dict[str, Tensor]  # what is kept of some images, by name: tokens (n, 1 + N, C), bands (n, D)
 
 
+def what_is_kept(config: Config, backbone: backbones.Backbone) -> tuple[dict[str, tuple[int, ...]], dict]:
+    """The shape of each array that an image leaves, and the cache's fields that tell what they are."""
+    grid, bands = token_grid(config), band_token(config)
+    shape = grid.cached_shape(backbone.grid)
+    n_tokens = 1 + grid.n_tokens(shape)
+    fields = {
+        "n_feat": backbone.n_feat,
+        "kind": "map" if backbone.is_map else "tokens",
+        "grid": shape,
+        "tokens": n_tokens,
+    }
+    shapes: dict[str, tuple[int, ...]] = {"tokens": (n_tokens, backbone.n_feat)}
+    if bands:
+        depths = backbone.band_depths(config.band_depths)
+        channels = backbone.channels_of(depths)
+        fields |= {"depths": depths, "band_channels": channels}
+        shapes["bands"] = (bands.size(channels),)
+    return shapes, fields
+
+
 class Extraction:
     """One backbone over one data set, with everything that was chosen for this machine."""
 
@@ -195,25 +219,15 @@ class Extraction:
         self.img_size = identity.fields["img_size"]
         backbone = backbones.load_backbone(config, identity.fields["weights"])
         self.dtype = backbones.choose_precision(config.precision, device)
-        self.full_grid, self.n_feat = backbone.grid, backbone.n_feat
-        shape = self.grid.cached_shape(backbone.grid)
-        n_tokens = 1 + self.grid.n_tokens(shape)
-        self.shapes: dict[str, tuple[int, ...]] = {"tokens": (n_tokens, backbone.n_feat)}  # of an image
-        self.fields = identity.fields | {
+        self.full_grid = backbone.grid
+        self.shapes, kept = what_is_kept(config, backbone)
+        self.depths = kept.get("depths", ())
+        self.fields = identity.fields | kept
+        self.fields |= {
             "precision": str(self.dtype).removeprefix("torch."),
             "weights_sha256": utils.sha256_of_tensors(backbone.state_dict()),
-            "n_feat": backbone.n_feat,
-            "kind": "map" if backbone.is_map else "tokens",
-            "grid": shape,
-            "tokens": n_tokens,
             "image_list": images.fingerprint(),
         }
-        self.depths: tuple[int, ...] = ()
-        if self.bands:
-            self.depths = backbone.band_depths(config.band_depths)
-            channels = backbone.channels_of(self.depths)
-            self.fields |= {"depths": self.depths, "band_channels": channels}
-            self.shapes["bands"] = (self.bands.size(channels),)
         self.backbone = backbones.speed_up(backbone, device, self.dtype, fuse=not config.compile)
         if config.compile:
             used = "forward_intermediates" if self.bands else "forward_features"
@@ -315,6 +329,7 @@ class Extraction:
             return rows
 
         pool = ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(share))
+        wait = True
         try:
             pending: deque[Future] = deque()
             for first in range(0, len(chosen), self.batch):
@@ -323,8 +338,11 @@ class Extraction:
                     yield from pending.popleft().result()
             while pending:
                 yield from pending.popleft().result()
+        except knobs.Interrupted:  # whose two seconds are shorter than a batch may be
+            wait = False
+            raise
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait, cancel_futures=True)
             torch.set_num_threads(threads)  # what threads made from now on start with
 
     @torch.inference_mode()
@@ -381,56 +399,74 @@ def _arrived(copies: Rows, event: torch.cuda.Event) -> Rows:
 LONG_JOB = 1000  # images from which the time is estimated before the start
 
 
-def write_split(features: Iterator[Rows], append: Callable[[dict[str, np.ndarray]], None], bar: tqdm) -> None:
-    """Append the rows of a split to the cache. Writing overlaps with computing: one write may be pending."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = None
-        for rows in features:
-            if pending is not None:
-                pending.result()  # raises what the write raised
-            pending = pool.submit(_append, rows, append)
-            bar.update(len(rows["tokens"]))
-        if pending is not None:
-            pending.result()
-
-
-def _append(features: Rows, append: Callable[[dict[str, np.ndarray]], None]) -> None:
-    append({name: values.numpy() for name, values in features.items()})
-
-
 def extract(
     config: Config, images: datasets.ImageSet, identity: CacheIdentity, device: torch.device
-) -> feature_cache.FeatureCache:
-    """Extract every image of a data set once into its cache. Raises UserError; leaves nothing
-    half-written."""
+) -> FeatureCache:
+    """Extract what is missing of the images of a data set into their cache. Raises UserError; finished shards
+    are kept."""
+    shapes, _ = what_is_kept(config, backbones.outline(config))
+    check_disk(identity.folder, images.labels, shapes)
     job = Extraction(config, images, identity, device)
-    count = images.labels.count()
-    size = feature_cache.size_in_bytes(images.labels, job.shapes)
+    writer = new_writer(config, images, identity.folder, job.fields, shapes)
+    missing = writer.missing()
+    count = sum(shard.stop - shard.start for shard in missing)
     print(
         f"extracting {count} images with {config.extractor} on {device} in {job.fields['precision']}: "
-        f"{job.fields['tokens']} tokens "
-        f"of {job.n_feat} channels each, {size / 1e9:.2f} GB in {identity.folder}",
+        f"{job.fields['tokens']} tokens of {job.fields['n_feat']} channels each, "
+        f"{writer.manifest.size(missing) / 1e9:.2f} GB in {identity.folder}",
         flush=True,
     )
-    check_disk(identity.folder, size)
     if count >= LONG_JOB:
         expected = count * job.seconds_per_image()
         print(f"this takes about {utils.readable_time(expected)} on this machine, once", flush=True)
+
+    def features(shard: Shard, skipped: list[int]) -> Iterator[dict[str, np.ndarray]]:
+        for rows in arriving(job.features(shard.split, shard.start, shard.stop, skipped), device):
+            yield {name: values.numpy() for name, values in rows.items()}
+
     start = time.perf_counter()
-    with (
-        feature_cache.CacheWriter(identity.folder, job.fields, images.labels, job.shapes) as writer,
-        tqdm(total=count, unit="img", disable=utils.no_bar(config.hide_tqdm_bar), smoothing=0.05) as bar,
-    ):
-        for split in datasets.SPLITS:
-            write_split(arriving(job.features(split), device), writer.open_split(split), bar)
+    fill(config, writer, features, count)
     seconds = time.perf_counter() - start
     print(f"extracted {count} images in {seconds:.0f} s, {count / seconds:.0f} images/s", flush=True)
-    return feature_cache.FeatureCache(identity)
+    return FeatureCache(identity)
 
 
-def check_disk(folder: Path, size: int) -> None:
-    """Raise UserError when the cache would not fit on the disk."""
+def new_writer(
+    config: Config,
+    images: datasets.ImageSet,
+    folder: Path,
+    fields: dict,
+    shapes: dict[str, tuple[int, ...]],
+) -> CacheWriter:
+    """A writer of these images' cache."""
+    skip = config.unreadable == "skip"
+    return CacheWriter(folder, fields, images.labels, shapes, config.shard_rows, part_key(images), skip)
+
+
+def part_key(images: datasets.ImageSet) -> Callable[[Shard], str]:
+    """What the images of a shard are known by."""
+    return lambda shard: images.part_key(shard.split, shard.start, shard.stop)
+
+
+def fill(config: Config, writer: CacheWriter, features: Features, count: int) -> None:
+    """Write what is missing, and say what is kept when that is stopped or the disk is full."""
+    hidden = utils.no_bar(config.hide_tqdm_bar)
+    try:
+        with tqdm(total=count, unit="img", disable=hidden, smoothing=0.05) as bar:
+            writer.fill(features, utils.ranks(config), bar.update)
+    except knobs.Interrupted as interrupted:
+        interrupted.told = f"{writer.kept()}; to go on: {knobs.command_line()}"
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{reason} ({writer.folder}): {writer.kept()}; then run the same again") from None
+
+
+def check_disk(folder: Path, labels: datasets.Labels, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise UserError when the part of a cache that is not there yet would not fit on the disk."""
+    size = 2 * labels.count() * sum(math.prod(shape) for shape in shapes.values())
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    size -= sum(path.stat().st_size for path in folder.glob("*.npy"))
     free = shutil.disk_usage(existing).free
     if size > free:
         raise UserError(
@@ -441,48 +477,49 @@ def check_disk(folder: Path, size: int) -> None:
 
 def pool_full_cache(
     config: Config, images: datasets.ImageSet, identity: CacheIdentity
-) -> feature_cache.FeatureCache | None:
+) -> FeatureCache | None:
     """Make a smaller grid's cache out of the same images' full-grid cache, without the backbone; None without
     one."""
     full = cache_identity(
         dataclasses.replace(config, token_grid="full", pooling="correct", feature_path=None)
     )
-    if config.token_grid == "full" or not feature_cache.has_features(full.folder):
+    if config.token_grid == "full":
         return None
     try:
-        source = feature_cache.FeatureCache(full.with_images(images))
+        source = FeatureCache(full.with_images(images))
     except UserError:
         return None
     grid = token_grid(config)
     shape = grid.cached_shape(source.grid)
     n_tokens = 1 + grid.n_tokens(shape)
     shapes = source.shapes | {"tokens": (n_tokens, source.channels)}
-    size = feature_cache.size_in_bytes(images.labels, shapes)
+    check_disk(identity.folder, images.labels, shapes)
+    fields = source.manifest.fields | identity.fields | {"grid": shape, "tokens": n_tokens}
+    writer = new_writer(config, images, identity.folder, fields, shapes)
+    missing = writer.missing()
     print(
-        f"features: pooling {full.folder} to {n_tokens} tokens per image, {size / 1e9:.2f} GB in "
-        f"{identity.folder}",
+        f"features: pooling {full.folder} to {n_tokens} tokens per image, "
+        f"{writer.manifest.size(missing) / 1e9:.2f} GB in {identity.folder}",
         flush=True,
     )
-    check_disk(identity.folder, size)
-    fields = source.meta | identity.fields | {"grid": shape, "tokens": n_tokens}
+    rows_of = {split: source.image_rows(split) for split in datasets.SPLITS}
 
-    def pooled(split: str) -> Iterator[Rows]:
-        arrays = source.arrays(split)
-        for start in range(0, len(arrays["tokens"]), CHUNK):
-            rows = {name: torch.from_numpy(a[start : start + CHUNK]) for name, a in arrays.items()}
-            yield rows | {"tokens": grid.pool(rows["tokens"].float(), source.grid).half()}
+    def pooled(shard: Shard, skipped: list[int]) -> Iterator[dict[str, np.ndarray]]:
+        arrays = source.arrays(shard.split)
+        first, last = np.searchsorted(rows_of[shard.split], (shard.start, shard.stop))
+        there = set(rows_of[shard.split][first:last].tolist())
+        skipped += [i for i in range(shard.start, shard.stop) if i not in there]
+        for start in range(first, last, CHUNK):
+            rows = {name: array[start : min(start + CHUNK, last)] for name, array in arrays.items()}
+            tokens = grid.pool(torch.from_numpy(rows["tokens"]).float(), source.grid).half()
+            yield rows | {"tokens": tokens.numpy()}
 
-    with (
-        feature_cache.CacheWriter(identity.folder, fields, images.labels, shapes) as writer,
-        tqdm(total=images.labels.count(), unit="img", disable=utils.no_bar(config.hide_tqdm_bar)) as bar,
-    ):
-        for split in datasets.SPLITS:
-            write_split(pooled(split), writer.open_split(split), bar)
-    return feature_cache.FeatureCache(identity)
+    fill(config, writer, pooled, sum(shard.stop - shard.start for shard in missing))
+    return FeatureCache(identity)
 
 
 # ---------------------------------------------------------------- the two ways in
-def ensure_features(config: Config, device: torch.device) -> feature_cache.FeatureCache:
+def ensure_features(config: Config, device: torch.device) -> FeatureCache:
     """The cache of a configuration; what is missing is extracted first unless ``pretrained`` says it is
     there.
 
@@ -491,30 +528,112 @@ def ensure_features(config: Config, device: torch.device) -> feature_cache.Featu
     folder = identity.folder
     if config.pretrained:
         print(f"features: {folder} (pretrained True: taken as they are)", flush=True)
-        return feature_cache.FeatureCache(identity)
+        return as_wanted(config, FeatureCache(identity))
+    there = fits(identity)  # a mistake shows before the images are looked at
     try:
         images = datasets.images_of(config)
     except UserError as mistake:
         hint = f"; the features in {folder} can be used without the images: --pretrained True"
-        raise UserError(f"{mistake}{hint if feature_cache.has_features(folder) else ''}") from None
+        raise UserError(f"{mistake}{hint if there else ''}") from None
     datasets.choose_classes(
         images.labels, config.class_name
     )  # a mistake shows before the long extraction, not after it
-    if feature_cache.has_features(folder):
-        cache = feature_cache.FeatureCache(identity.with_images(images))
-        print(f"features: reusing the cache {folder}", flush=True)
-        return cache
+    if there and is_finished(folder):
+        Manifest.read(folder).refuse_others(folder, identity.with_images(images).fields)
+        if not mend(images, folder, thorough=config.verify):
+            print(f"features: reusing the cache {folder}", flush=True)
+            return as_wanted(config, FeatureCache(identity))
+    return make_features(config, images, identity, device)
+
+
+def fits(identity: CacheIdentity) -> bool:
+    """Whether the folder holds features of this kind, finished or not. Raises UserError when it holds
+    others, or anything else."""
+    if not has_features(identity.folder):
+        return False
+    with contextlib.suppress(Damaged):  # its shards are still known by their records
+        Manifest.read(identity.folder).refuse_others(identity.folder, identity.fields)
+    return True
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a cache is whole; one with a damaged manifest is not."""
+    try:
+        return Manifest.read(folder).finished
+    except Damaged:
+        return False
+
+
+def make_features(
+    config: Config, images: datasets.ImageSet, identity: CacheIdentity, device: torch.device
+) -> FeatureCache:
+    """What is missing of a cache, from a larger one or from the images."""
     return pool_full_cache(config, images, identity) or extract(config, images, identity, device)
+
+
+def mend(images: datasets.ImageSet, folder: Path, thorough: bool) -> bool:
+    """Whether anything of a finished cache has to be extracted again; it is then no longer finished.
+
+    thorough: by the checksum of every row, else by sizes and headers. Raises UserError when no shard is of
+    these images: the folder may be the wrong one."""
+    manifest = Manifest.read(folder)
+    lost = lost_shards(folder, manifest, part_key(images), thorough)
+    if lost and all(CHANGED in damage for damage in lost.values()) and len(lost) == len(manifest.shards):
+        raise UserError(
+            f"the features in {folder} are of other images than those now there; give another "
+            f"--feature_path, or python extractor.py --restart to replace them"
+        )
+    relabelled = manifest.fields["image_list"] != images.fingerprint()
+    if not (lost or relabelled or labels_damage(folder, manifest)):
+        return False
+    print(f"features: {len(lost)} of {len(manifest.shards)} shards are made again {listed(lost)}", flush=True)
+    reopen(folder, lost)
+    return True
+
+
+def listed(lost: dict[Shard, str]) -> str:
+    """Lost shards with the reason, the first few of them."""
+    shown = [f"{shard.name}: {damage}" for shard, damage in lost.items()]
+    return f"({'; '.join(shown[:MOST_NAMED])}{'; ...' if len(shown) > MOST_NAMED else ''})"
+
+
+def as_wanted(config: Config, cache: FeatureCache) -> FeatureCache:
+    """A finished cache, checked as the knobs want it. Raises UserError."""
+    if cache.skipped and config.unreadable == "stop":
+        raise UserError(
+            f"the features in {cache.folder} leave out {len(cache.skipped)} unreadable images, "
+            f"{cache.skipped[0]} first; --unreadable skip takes them as they are"
+        )
+    if config.verify:
+        lost = lost_shards(cache.folder, cache.manifest, None, thorough=True)
+        if lost:
+            raise Damaged(f"{len(lost)} shards of {cache.folder} are damaged {listed(lost)}; {REPAIR}")
+        print(f"features: all {len(cache.manifest.shards)} shards of {cache.folder} are sound", flush=True)
+    return cache
 
 
 def main(config: Config) -> None:
     device = utils.set_up(config.device, config.threads)
     identity = cache_identity(config)
-    images = datasets.images_of(config)
-    if feature_cache.has_features(identity.folder):
-        feature_cache.FeatureCache(identity)  # refuses to replace the features of another configuration
-        print(f"features: extracting again what {identity.folder} holds", flush=True)
-    print(f"features written to {extract(config, images, identity, device).folder}", flush=True)
+    folder, there = identity.folder, fits(identity)
+    try:
+        images = datasets.images_of(config)
+    except UserError:
+        if not (there and config.verify):
+            raise
+        as_wanted(config, FeatureCache(identity))  # without the images it is only looked at
+        return
+    if there and config.restart:
+        if utils.ranks(config).world_size > 1:
+            raise UserError("restart: expected one process, which others may join without restart")
+        start_again(folder)
+    elif there and is_finished(folder) and not mend(images, folder, thorough=True):
+        cache = as_wanted(dataclasses.replace(config, verify=False), FeatureCache(identity))
+        print(
+            f"features: all {len(cache.manifest.shards)} shards of {folder} are there and sound", flush=True
+        )
+        return
+    print(f"features written to {make_features(config, images, identity, device).folder}", flush=True)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def draw_sheets(
         images = datasets.images_of(config)
         if images.fingerprint() != cache.meta["image_list"]:
             raise UserError("the images have changed since they were extracted")
+        images = images.kept({split: cache.image_rows(split) for split in datasets.SPLITS})
         for name, record in records.items():
             if record["test"]["scores"]:
                 path = figures / f"extremes-{utils.file_name(name)}.jpg"

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import datasets
 import extractor
-import feature_cache
 import images
+import utils
 from config import Config, UserError
 from extractor import Rows, Unreadable
 
@@ -73,7 +73,7 @@ class Eye:
     def _check(self, fields: dict) -> None:
         for field, now in fields.items():
             fitted_to = self.features.get(field)
-            if fitted_to != feature_cache.as_json(now):
+            if fitted_to != utils.as_strict_json(now):
                 raise UserError(
                     f"the detector was fitted to features with {field} {fitted_to}, now it is {now}"
                 )

@@ -1,7 +1,5 @@
 """The JSON record of a checkpoint: sealed with a checksum when it is written, checked when it is read."""
 
-import hashlib
-import json
 from pathlib import Path
 
 import utils
@@ -20,30 +18,10 @@ SHAPE = {
 FEATURES = {"kind": str, "grid": list, "tokens": int, "n_feat": int}
 
 
-def checksum(content: dict) -> str:
-    """sha256 of a record without its own field ``checksum``, over its sorted keys: the layout of the file
-    does not matter, every value does."""
-    rest = {name: value for name, value in content.items() if name != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def write(path: Path, content: dict) -> None:
-    """Write a record with its checksum, whole or not at all; a number that is not finite becomes null."""
-    content = utils.as_strict_json(content)
-    utils.write_json(path, content | {"checksum": checksum(content)})
-
-
 def read(path: Path) -> dict:
     """A record as it was written. Raises OSError when it is not there, and ValueError, with the reason in one
     line, when it is no JSON, was changed, or is not shaped like a record."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
-    if not isinstance(content, dict) or "checksum" not in content:
-        raise ValueError(f"{path} has no checksum: it is no record, or one of an earlier version")
-    if content["checksum"] != checksum(content):
-        raise ValueError(f"{path} was changed after it was written: its checksum differs")
+    content = utils.read_sealed(path)
     for part, shape in ((content, SHAPE), (content.get("features"), FEATURES)):
         _check(path, part, shape)
     grid = content["features"]["grid"]

@@ -99,6 +99,9 @@ class Ranks(NamedTuple):
         return [item for turn in turns for item in items[turn % self.world_size :: self.world_size]]
 
 
+ALONE = Ranks(0, 1)
+
+
 def ranks(config: Config) -> Ranks:
     """The knobs rank and world_size, or what torchrun set (RANK, WORLD_SIZE), or 0 of 1. Raises UserError."""
     rank = _from_environment("RANK", 0) if config.rank is None else config.rank
@@ -203,15 +206,30 @@ def _rank_auroc(scores: np.ndarray, n_normal: int) -> float:
 # ---------------------------------------------------------------- files
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to beside ``path``; it takes its place only when the block ends without an error."""
+    """A path to write to beside ``path``; it takes its place, on the disk, only when the block ends without
+    an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     try:
         yield partial
+        sync(partial)
         os.replace(partial, path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems that do not sync folders
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -331,6 +349,42 @@ def file_name(name: str) -> str:
     plain = f"_{plain[1:]}" if plain[:1] in ".-" else plain
     short = plain.encode()[:LONGEST_NAME].decode(errors="ignore")
     return short if short == name else f"{short}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def checksum(content: dict) -> str:
+    """sha256 of what JSON can hold, without its own field ``checksum``, over its sorted keys: the layout of a
+    file does not matter, every value does."""
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    return sha256_of_text(json.dumps(rest, sort_keys=True, allow_nan=False))
+
+
+def write_sealed(path: Path, content: dict) -> None:
+    """Write JSON with its checksum, whole or not at all; a number that is not finite becomes null."""
+    content = as_strict_json(content)
+    write_json(path, content | {"checksum": checksum(content)})
+
+
+def read_json(path: Path):
+    """Raises OSError when it is not there, and ValueError when it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+
+
+def read_sealed(path: Path) -> dict:
+    """What ``write_sealed`` wrote. Raises OSError when it is not there, and ValueError, with the reason in
+    one line, when it is no JSON or was changed."""
+    content = read_json(path)
+    if not isinstance(content, dict) or "checksum" not in content:
+        raise ValueError(f"{path} has no checksum: it is no record, or one of an earlier version")
+    if content["checksum"] != checksum(content):
+        raise ValueError(f"{path} was changed after it was written: its checksum differs")
+    return content
+
+
+def sha256_of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_of_file(path: Path) -> str:

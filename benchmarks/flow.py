@@ -24,6 +24,7 @@ import feature_cache
 import model
 import train
 import utils
+from cache_writer import CacheWriter
 from config import Config
 from linear import Linear
 
@@ -124,15 +125,14 @@ def write_random_cache(folder, classes, images, channels):
     labels = datasets.Labels(tuple(map(str, range(classes))), **splits)
     meta = {"n_feat": channels, "kind": "tokens", "grid": (8, 8), "tokens": 65}
     rng = np.random.default_rng(0)
-    with feature_cache.CacheWriter(folder, meta, labels, {"tokens": (65, channels)}) as writer:
-        for name, n in counts.items():
-            append = writer.open_split(name)
-            for start in range(0, n, 500):
-                append(
-                    rng.standard_normal((min(500, n - start), 65, channels), dtype=np.float32).astype(
-                        np.float16
-                    )
-                )
+    writer = CacheWriter(folder, meta, labels, {"tokens": (65, channels)})
+
+    def rows(shard, skipped):
+        for start in range(shard.start, shard.stop, 500):
+            size = (min(start + 500, shard.stop) - start, 65, channels)
+            yield {"tokens": rng.standard_normal(size, dtype=np.float32).astype(np.float16)}
+
+    writer.fill(rows)
     return feature_cache.FeatureCache(feature_cache.CacheIdentity(folder, {}))
 
 

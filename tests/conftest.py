@@ -4,6 +4,7 @@ subprocesses."""
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +23,8 @@ import datasets
 import feature_cache
 import freq_fusion
 import model
+from cache_writer import CacheWriter
+from shards import Shard
 
 torch.set_num_threads(1)
 
@@ -118,11 +121,12 @@ def make_cache(
     meta = {"n_feat": row[1], "grid": (1, row[0] - 1), "tokens": row[0], "kind": "tokens"} | fields
     arrays = {"tokens": tokens} | ({"bands": bands} if bands else {})
     shapes = {name: splits["train"].shape[1:] for name, splits in arrays.items()}
-    with feature_cache.CacheWriter(folder, meta, labels, shapes) as writer:
-        for split in datasets.SPLITS:
-            append = writer.open_split(split)
-            for half in (slice(0, 3), slice(3, None)):
-                append({name: splits[split][half].astype(np.float16) for name, splits in arrays.items()})
+
+    def rows(shard: Shard, skipped: list[int]) -> Iterator[dict[str, np.ndarray]]:
+        here = slice(shard.start, shard.stop)
+        yield {name: splits[shard.split][here].astype(np.float16) for name, splits in arrays.items()}
+
+    CacheWriter(folder, meta, labels, shapes).fill(rows)
     return feature_cache.FeatureCache(feature_cache.CacheIdentity(folder, {}))
 
 

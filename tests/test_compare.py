@@ -11,7 +11,6 @@ from conftest import script
 from test_report import result
 
 import compare
-import records
 import report
 import utils
 from config import Config, UserError
@@ -40,7 +39,7 @@ def write_run(root: Path, name: str, classes: dict[str, list], seed: int = 0, ro
             "held_out_scores": [],
             "own_input_scores": {},
         }
-        records.write(folder / "classes" / f"{utils.file_name(class_name)}-seed{seed}.json", record)
+        utils.write_sealed(folder / "classes" / f"{utils.file_name(class_name)}-seed{seed}.json", record)
     summary = report.summarize(Config(modelname=name, seed=seed, **knobs), results, {}, 1.0, {})
     report.write_results(folder, summary)
     return folder

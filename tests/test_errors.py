@@ -120,8 +120,8 @@ def test_no_cuda(run_here):
 
 
 def test_images_that_are_not_there(run_here, tmp_path):
-    """A class folder without images, then an unreadable image in it: each is named, and no half cache is
-    left."""
+    """A class folder without images, then an unreadable image in it: each is named; the rest of the features
+    is kept, and goes on when the image is mended."""
     folder = folder_of(tmp_path)
     broken = folder / "test" / "b" / "00.png"
     shutil.rmtree(folder / "test" / "b")
@@ -130,28 +130,32 @@ def test_images_that_are_not_there(run_here, tmp_path):
     assert "no images" in one_line(run_here("main.py", *arguments))
     broken.write_bytes(b"no image")
     for workers in (0, 1):
-        assert str(broken) in one_line(run_here("main.py", *arguments, "--workers", workers))
-    assert not list(tmp_path.glob("features/*"))
+        line = one_line(run_here("main.py", *arguments, "--workers", workers))
+        assert "test/b/00.png" in line and "1 of 2 shards are kept" in line
+    assert "not finished" in one_line(run_here("main.py", *arguments, "--pretrained"))
 
 
 def test_cache_of_another_backbone(run_here, tmp_path):
     folder = folder_of(tmp_path)
     arguments = ("--dataset", "folder", "--dataset_path", folder, *SMALL, "--feature_path", "kept")
     assert run_here("extractor.py", *arguments).returncode == 0
-    before = (tmp_path / "kept" / "test-tokens.npy").read_bytes()
+    before = (tmp_path / "kept" / "test-tokens-00000.npy").read_bytes()
     for script in ("main.py", "extractor.py"):
         line = one_line(run_here(script, *arguments, "--extractor", "resnet10t"))
         assert "kept" in line and "extractor is resnet18" in line and "resnet10t" in line
-    assert (tmp_path / "kept" / "test-tokens.npy").read_bytes() == before, "it is not replaced"
+    assert (tmp_path / "kept" / "test-tokens-00000.npy").read_bytes() == before, "it is not replaced"
 
 
 def test_broken_cache(run_here, tmp_path):
     folder = folder_of(tmp_path)
     arguments = ("--dataset", "folder", "--dataset_path", folder, *SMALL, "--feature_path", "kept")
     assert run_here("extractor.py", *arguments).returncode == 0
-    tokens = tmp_path / "kept" / "train-tokens.npy"
-    tokens.write_bytes(tokens.read_bytes()[:-100])
-    assert "train-tokens.npy" in one_line(run_here("main.py", *arguments))
+    tokens = tmp_path / "kept" / "train-tokens-00000.npy"
+    whole = tokens.read_bytes()
+    tokens.write_bytes(whole[:-100])
+    assert "train-tokens-00000.npy" in one_line(run_here("main.py", *arguments, "--pretrained"))
+    assert "train-00000: train-tokens-00000.npy: " in run_here("extractor.py", *arguments).stdout
+    assert tokens.read_bytes() == whole
 
 
 def test_loss_that_is_not_finite(run_here, tmp_path):
@@ -179,8 +183,12 @@ def test_weights_not_reachable(monkeypatch, tmp_path, capsys):
     """In this process, so that no test waits for a network: what a hub client raises, and what the user
     sees."""
 
-    def offline(*arguments, **options):
-        raise OSError("Cannot reach the hub")
+    create = backbones.timm.create_model
+
+    def offline(*arguments, pretrained=False, **options):
+        if pretrained:
+            raise OSError("Cannot reach the hub")
+        return create(*arguments, **options)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(backbones.timm, "create_model", offline)

@@ -1,11 +1,11 @@
 """Backbones and what is made of their tokens: shapes, places, pooling, weights, resizing, and the cache they
 end in."""
 
+import dataclasses
 import itertools
 import math
 import pathlib
 import pickle
-import re
 import shutil
 import threading
 import time
@@ -661,19 +661,39 @@ def test_pretrained(mixed, monkeypatch):
         extractor.ensure_features(small(mixed), CPU)
 
 
-def test_failed_extraction_leaves_nothing(mixed, tmp_path):
-    (mixed / "test" / "b" / "02.png").write_bytes(b"broken")
+def test_an_unreadable_image_costs_its_shard_only(mixed):
+    """The others are there when it is repaired, or taken out, or left out."""
+    broken = mixed / "test" / "b" / "02.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"broken")
     for workers in (0, 1, 3):
-        with pytest.raises(UserError, match=re.escape("02.png")):
-            extractor.ensure_features(small(mixed, workers=workers), CPU)
-        assert not list(tmp_path.glob("features/*"))
+        with pytest.raises(UserError, match="1 unreadable images: test/b/02.png;.*5 of 6 shards are kept"):
+            extractor.ensure_features(small(mixed, workers=workers, shard_rows=3), CPU)
+    broken.write_bytes(whole)
+    cache = extractor.ensure_features(small(mixed, shard_rows=3), CPU)
+    straight = extractor.ensure_features(small(mixed, shard_rows=3, feature_path="other"), CPU)
+    assert cache.meta == straight.meta and cache.meta["count"] == {"train": 10, "test": 6}
+
+
+def test_unreadable_images_are_left_out_on_request(mixed):
+    (mixed / "train" / "a" / "03.png").write_bytes(b"broken")
+    config = small(mixed, unreadable="skip")
+    cache = extractor.ensure_features(config, CPU)
+    assert cache.skipped == ["train/a/03.png"] and "train/a/03.png" not in cache.labels.train.names
+    assert len(cache.tokens("train")) == len(cache.labels.train.names) == 9
+    extractor.ensure_features(config, CPU)
+    pooled = extractor.ensure_features(dataclasses.replace(config, token_grid="1"), CPU)
+    assert pooled.skipped == cache.skipped
+    assert (pooled.tokens("train").semantic() == cache.tokens("train").semantic()).all()
+    with pytest.raises(UserError, match="leave out 1 unreadable images, train/a/03.png first; --unreadable"):
+        extractor.ensure_features(small(mixed), CPU)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_features_that_are_not_finite(mixed, tmp_path, workers):
     with pytest.raises(UserError, match="finite"):
         extractor.ensure_features(small(mixed, norm_std=(1e-12, 1e-12, 1e-12), workers=workers), CPU)
-    assert not list(tmp_path.glob("features/*"))
+    assert not list(tmp_path.glob("features/*/*.npy"))
 
 
 def job_of(config: Config) -> extractor.Extraction:

@@ -126,8 +126,8 @@ MUTATIONS = [
     Mutation(
         "pooling a full cache without a disk check",
         "extractor.py",
-        "    check_disk(identity.folder, size)\n    fields = source.meta",
-        "    fields = source.meta",
+        "    check_disk(identity.folder, images.labels, shapes)\n    fields = source",
+        "    fields = source",
         "extractor",
     ),
     Mutation(

@@ -1,0 +1,273 @@
+"""Writing a feature cache, by one process or several at once, from where the last one was stopped."""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+import shards
+import utils
+from config import UserError
+from datasets import SPLITS, Labels
+from manifest import RECORD, Manifest, has_features, without_images
+from shards import ArrayWriter, Damaged, Shard
+
+MOST_NAMED = 20  # unreadable images in one line
+Features = Callable[[Shard, list[int]], Iterator[dict[str, np.ndarray]]]
+
+
+class CacheWriter:
+    """A cache in the making. Goes on with what the folder holds of the same features; any number of processes
+    may do so at once. Raises UserError when the folder holds other features.
+
+    shapes: of each array, per image. shard_rows: of a new cache; 0: files of a good size. part_key: what the
+    images of a shard are known by. skip: unreadable images are left out instead of leaving their shard
+    unfinished."""
+
+    def __init__(
+        self,
+        folder: Path,
+        fields: dict,
+        labels: Labels,
+        shapes: dict[str, tuple[int, ...]],
+        shard_rows: int = 0,
+        part_key: Callable[[Shard], str] = lambda shard: "",
+        skip: bool = False,
+    ):
+        self.folder, self.labels, self.part_key, self.skip = folder, labels, part_key, skip
+        self._records: dict[str, dict] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        text, rows = json.dumps(labels.as_json()), shard_rows or shards.rows_per_shard(shapes)
+        images = {split: len(labels.split(split).names) for split in SPLITS}
+        new = Manifest(utils.as_strict_json(fields), utils.sha256_of_text(text), images, shapes, rows)
+        with utils.Lock(folder / ".lock"):
+            for name in ("manifest.json", "labels.json"):
+                shards.remove_partials(folder, name)
+            self.manifest = self._joined(new)
+            if not self.manifest.finished:
+                self.manifest.write(folder)
+                utils.write_text(folder / "labels.json", text)
+            for shard in self.manifest.shards:
+                self._note(shard).unlink(missing_ok=True)
+
+    def _joined(self, new: Manifest) -> Manifest:
+        """The folder's own manifest, or the new one; an unfinished one takes the images as they are now."""
+        if not has_features(self.folder):
+            return new
+        try:
+            found = Manifest.read(self.folder)
+        except Damaged:
+            return new
+        found.refuse_others(self.folder, new.fields if found.finished else without_images(new.fields))
+        return found if found.finished else dataclasses.replace(new, shard_rows=found.shard_rows)
+
+    # ------------------------------------------------------------ what is there
+    def missing(self) -> list[Shard]:
+        """The shards that no process has finished yet, in order."""
+        if self.manifest.finished:
+            return []
+        return [shard for shard in self.manifest.shards if self._record(shard) is None]
+
+    def kept(self) -> str:
+        """How much of the cache is there, in words."""
+        total = len(self.manifest.shards)
+        return f"{total - len(self.missing())} of {total} shards are kept in {self.folder}"
+
+    def _record(self, shard: Shard) -> dict | None:
+        """The record of a shard that is finished, of these features and of the images as they are now; None
+        without one."""
+        if shard.name not in self._records:
+            try:
+                record = utils.read_sealed(self.folder / f"{shard.name}.json")
+                fits = record["of"] == self._of(shard) and (self.skip or not record["skipped"])
+                if not fits or any(
+                    f.damage() for f in self.manifest.stored(self.folder, shard, record).values()
+                ):
+                    return None
+            except (OSError, ValueError, KeyError, TypeError):
+                return None
+            self._records[shard.name] = record
+        return self._records[shard.name]
+
+    def _of(self, shard: Shard) -> dict:
+        """What a record must be of to be kept."""
+        return {
+            "features": self.manifest.features_sha256,
+            "images": self.part_key(shard),
+            "rows": [shard.start, shard.stop],
+        }
+
+    def _note(self, shard: Shard) -> Path:
+        return self.folder / f"{shard.name}.unreadable.json"
+
+    def _lock(self, shard: Shard) -> utils.Lock:
+        return utils.Lock(self.folder / f".{shard.name}.lock")
+
+    # ------------------------------------------------------------ making it
+    def fill(
+        self,
+        features: Features,
+        ranks: utils.Ranks = utils.ALONE,
+        advance: Callable[[int], object] = lambda images: None,
+    ) -> None:
+        """Write the shards that are missing, beginning with this rank's, and finish the cache when all are
+        there; what another process has in work is waited for, and taken over if that process ends.
+
+        features(shard, skipped) gives a shard's rows in order and adds the images that it leaves out to
+        ``skipped``. advance: called with the number of images done. Raises UserError that names all
+        unreadable images, unless they are to be skipped, after everything else is done."""
+        told = False
+        while missing := self.missing():
+            todo = [shard for shard in missing if not self._note(shard).exists()]
+            if not todo:
+                raise UserError(self._unreadable(missing))
+            worked = [self._work(shard, features, advance) for shard in ranks.own_first(todo)]
+            if not any(worked):
+                if not told:
+                    print(f"waiting for {todo[0].name}, in work by {self._lock(todo[0]).owner()}", flush=True)
+                told = True
+                time.sleep(0.2)
+        self.finish()
+
+    def _work(self, shard: Shard, features: Features, advance: Callable[[int], object]) -> bool:
+        """Write a shard that no other process has written meanwhile. False: another one has it in work."""
+        lock = self._lock(shard)
+        if not lock.take():
+            return False
+        try:
+            if self._record(shard) is None and not self._note(shard).exists():
+                skipped: list[int] = []
+                self._write(shard, features(shard, skipped), skipped)
+            advance(shard.stop - shard.start)
+        finally:
+            lock.release()
+        return True
+
+    def _write(self, shard: Shard, features: Iterator[dict[str, np.ndarray]], skipped: list[int]) -> None:
+        """The files of a shard, each beside its place until all are on the disk; then its record."""
+        for name in [
+            *(shard.file(self.folder, name).name for name in self.manifest.shapes),
+            f"{shard.name}.json",
+        ]:
+            shards.remove_partials(self.folder, name)
+        writers = {
+            name: ArrayWriter(shard.file(self.folder, name), shape)
+            for name, shape in self.manifest.shapes.items()
+        }
+        try:
+            rows = _append_all(writers, features)
+            if rows != shard.stop - shard.start - len(skipped):
+                raise ValueError(f"expected the rows of {shard} but for {skipped}, got {rows}")
+            if skipped and not self.skip:
+                utils.write_json(self._note(shard), skipped)
+                return
+            files = {name: writer.flush() for name, writer in writers.items()}
+            for writer in writers.values():
+                writer.put()
+            utils.sync(self.folder)
+            record = {"of": self._of(shard), "rows": rows, "skipped": skipped, "files": files}
+            utils.write_sealed(self.folder / f"{shard.name}.json", record)
+        finally:
+            for writer in writers.values():
+                writer.abandon()
+
+    def _unreadable(self, missing: list[Shard]) -> str:
+        names = []
+        for shard in missing:
+            for i in utils.read_json(self._note(shard)):
+                names.append(self.labels.split(shard.split).names[i])
+        shown = ", ".join(names[:MOST_NAMED]) + (" and others" if len(names) > MOST_NAMED else "")
+        return (
+            f"{len(names)} unreadable images: {shown}; repair them or take them out, or leave them out with "
+            f"--unreadable skip; {self.kept()}"
+        )
+
+    def finish(self) -> None:
+        """Write the manifest that makes the cache whole."""
+        with utils.Lock(self.folder / ".lock"):
+            if self.manifest.finished or Manifest.read(self.folder).finished:
+                return
+            if not self.missing():
+                records = {shard.name: self._records[shard.name] for shard in self.manifest.shards}
+                dataclasses.replace(self.manifest, records=records, finished=True).write(self.folder)
+
+
+def _append_all(writers: dict[str, ArrayWriter], features: Iterator[dict[str, np.ndarray]]) -> int:
+    """Append features to the files -> the number of rows. Writing overlaps with computing: one write may be
+    pending. Raises ValueError when the arrays differ in their rows."""
+
+    def append(rows: dict[str, np.ndarray]) -> None:
+        if rows.keys() != writers.keys() or len({len(values) for values in rows.values()}) != 1:
+            raise ValueError(f"expected as many rows of {list(writers)}, got {list(rows)}")
+        for name, values in rows.items():
+            writers[name].append(values)
+
+    with ThreadPoolExecutor(1) as pool:
+        pending = None
+        for rows in features:
+            if pending is not None:
+                pending.result()  # raises what the write raised
+            pending = pool.submit(append, rows)
+        if pending is not None:
+            pending.result()
+    return next(iter(writers.values())).rows
+
+
+# ---------------------------------------------------------------- doing shards again
+CHANGED = "its images have changed"
+
+
+def lost_shards(
+    folder: Path, manifest: Manifest, part_key: Callable[[Shard], str] | None, thorough: bool
+) -> dict[Shard, str]:
+    """The shards of a finished cache that must be made again, and why: damaged files or, with ``part_key``,
+    images that have changed. thorough: by the checksum of every row, else by sizes and headers."""
+    lost = {}
+    for shard in manifest.shards:
+        record = manifest.records[shard.name]
+        told = []
+        for stored in manifest.stored(folder, shard, record).values():
+            damage = stored.full_damage() if thorough else stored.damage()
+            told += [f"{stored.path.name}: {damage}"] if damage else []
+        if part_key and record["of"]["images"] != part_key(shard):
+            told.append(CHANGED)
+        if told:
+            lost[shard] = "; ".join(told)
+    return lost
+
+
+def reopen(folder: Path, lost: Iterable[Shard]) -> None:
+    """Make a finished cache an unfinished one that lacks some of its shards. Their files stay until new ones
+    take their place."""
+    with utils.Lock(folder / ".lock"):
+        manifest = Manifest.read(folder)
+        gone = {shard.name for shard in lost}
+        for name, record in manifest.records.items():
+            path = folder / f"{name}.json"
+            if name in gone:
+                path.unlink(missing_ok=True)
+            elif not path.exists():
+                utils.write_sealed(path, record)
+        dataclasses.replace(manifest, records={}, finished=False).write(folder)
+
+
+def start_again(folder: Path) -> None:
+    """Make a cache, finished or not, one that has everything still to do. Raises UserError while another
+    process writes to it."""
+    with utils.Lock(folder / ".lock"):
+        for lock in folder.glob(".*-*.lock"):
+            if (busy := utils.Lock(lock)).take():
+                busy.release()
+            else:
+                raise UserError(f"restart: {folder} is being written to by {busy.owner()}; end that first")
+        with contextlib.suppress(Damaged):
+            manifest = Manifest.read(folder)
+            dataclasses.replace(manifest, records={}, finished=False).write(folder)
+        for path in folder.iterdir():
+            if RECORD.fullmatch(path.name):
+                path.unlink()
