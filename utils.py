@@ -207,12 +207,17 @@ def _rank_auroc(scores: np.ndarray, n_normal: int) -> float:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to beside ``path``; it takes its place, on the disk, only when the block ends without
-    an error."""
+    an error. It has the mode of an ordinary new file, whoever writes it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # by the umask
+        partial.unlink()  # so that a block that writes nothing leaves nothing
         yield partial
+        if partial.is_file():
+            partial.chmod(mode)
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)

@@ -105,6 +105,24 @@ def test_whole_file(tmp_path):
     assert path.read_text() == "content" and list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640)])
+def test_whole_file_has_the_mode_of_an_ordinary_file(tmp_path, mask, mode):
+    """Also where its writer makes a private one, as safetensors does."""
+    before = os.umask(mask)
+    try:
+        with utils.whole_file(tmp_path / "file") as partial:
+            partial.touch(mode=0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == mode
+
+
+def test_whole_file_that_nobody_writes_is_none(tmp_path):
+    with pytest.raises(FileNotFoundError), utils.whole_file(tmp_path / "file"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_whole_file_keeps_the_old_one_on_error(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
