@@ -72,21 +72,20 @@ def images_below(folder: Path, skipped: Counter | None = None) -> list[Path]:
     Hidden files and folders and __MACOSX are passed over; links are followed, each folder is entered once.
     skipped: counts, by ending, the other files that are no images; without it they are told here."""
     counted: Counter = Counter() if skipped is None else skipped
-    files, entered = [], set()
-    for place, subfolders, names in os.walk(folder, onerror=_cannot_search, followlinks=True):
+    files, folders, entered = [], [os.fspath(folder)], set()
+    while folders:
+        place = folders.pop()
         found = os.stat(place)
         if (found.st_dev, found.st_ino) in entered:
-            subfolders.clear()
             continue
         entered.add((found.st_dev, found.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if is_searched(name))
-        for name in filter(is_searched, names):
-            path = Path(place, name)
-            reason = why_skipped(path)
-            if reason:
+        for entry in searched(place):
+            if is_folder(entry):
+                folders.append(entry.path)
+            elif reason := why_skipped(entry):
                 counted[reason] += 1
             else:
-                files.append(path)
+                files.append(Path(entry.path))
     if not files:
         others = f"; there are {tell_skipped(counted)}" if counted else ""
         raise UserError(
@@ -97,26 +96,35 @@ def images_below(folder: Path, skipped: Counter | None = None) -> list[Path]:
     return sorted(files)
 
 
-def is_searched(name: str) -> bool:
-    """Whether a file or folder of this name is looked at."""
-    return not name.startswith(".") and name != NOT_SEARCHED
-
-
-def why_skipped(path: Path) -> str | None:
-    """What a file is that is no image; None for an image."""
-    if path.suffix.lower() not in extensions():
-        return path.suffix.lower() or "without ending"
+def searched(folder: str | Path) -> list[os.DirEntry]:
+    """What lies in a folder, sorted, but for hidden names and __MACOSX. Raises UserError when it cannot be
+    read."""
     try:
-        return None if path.is_file() else "no regular file"
+        with os.scandir(folder) as entries:
+            kept = [e for e in entries if not e.name.startswith(".") and e.name != NOT_SEARCHED]
+    except OSError as error:
+        raise UserError(
+            f"dataset_path: the folder {folder} cannot be read ({error.strerror}); allow it, or take it out"
+        ) from None
+    return sorted(kept, key=lambda entry: entry.name)
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that points to itself
+        return False
+
+
+def why_skipped(entry: os.DirEntry) -> str | None:
+    """What a file is that is no image; None for an image."""
+    ending = os.path.splitext(entry.name)[1].lower()
+    if ending not in extensions():
+        return ending or "without ending"
+    try:
+        return None if entry.is_file() else "no regular file"
     except OSError:  # a link that points to itself
         return "no regular file"
-
-
-def _cannot_search(error: OSError) -> None:
-    raise UserError(
-        f"dataset_path: the folder {error.filename} cannot be read ({error.strerror}); allow it, or take it "
-        f"out"
-    )
 
 
 def tell_skipped(skipped: Counter) -> str:

@@ -69,21 +69,18 @@ class Search:
 def subfolders(folder: Path) -> list[str]:
     """The names of the folders in a folder, sorted, hidden ones left out; none where it is no folder. Raises
     UserError when it cannot be read."""
-    try:
-        return sorted(p.name for p in folder.iterdir() if images.is_searched(p.name) and p.is_dir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise UserError(
-            f"dataset_path: the folder {folder} cannot be read ({error.strerror}); allow it"
-        ) from None
+    return (
+        [entry.name for entry in images.searched(folder) if images.is_folder(entry)]
+        if folder.is_dir()
+        else []
+    )
 
 
 def what_is_there(folder: Path) -> str:
-    """What a message says was found at a path: "... is no folder", "... holds a, b and 3 more"."""
+    """What a message says was found at a path: "... is not there", "... holds a, b and 3 more"."""
     if not folder.is_dir():
         return f"{folder.resolve()} is {'a file, no folder' if folder.exists() else 'not there'}"
-    names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir() if images.is_searched(p.name))
+    names = [entry.name + "/" * images.is_folder(entry) for entry in images.searched(folder)]
     if not names:
         return f"{folder.resolve()} is empty"
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
@@ -125,9 +122,9 @@ def normal_only(root: Path, name: str | None = None) -> Listing:
     """Pictures of one thing that lie in a folder itself, all normal: one class of the folder's name (or of
     ``name``), and an empty test split. Subfolders are not searched. Raises UserError when no pictures lie
     there."""
-    here = sorted(p for p in root.iterdir() if images.is_searched(p.name) and not p.is_dir())
-    skipped = Counter(reason for path in here if (reason := images.why_skipped(path)))
-    pictures = [path for path in here if not images.why_skipped(path)]
+    here = [entry for entry in images.searched(root) if not images.is_folder(entry)]
+    skipped = Counter(reason for entry in here if (reason := images.why_skipped(entry)))
+    pictures = [root / entry.name for entry in here if not images.why_skipped(entry)]
     if not pictures:
         raise UserError(
             f"dataset_path: expected images as {root}/{{train,test}}/<class>/*, or normal pictures in {root} "

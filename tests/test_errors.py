@@ -15,6 +15,7 @@ from conftest import make_folder, write_image
 import backbones
 import config as knobs
 import extractor
+import utils
 
 pytestmark = pytest.mark.slow
 
@@ -100,6 +101,17 @@ def test_mistakes(run_here, tmp_path, script, arguments, told):
     for word in told:
         assert word in line, line
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+@pytest.mark.parametrize("dataset", sorted(set(knobs.DATASETS) - {"digits"}))
+def test_data_sets_that_are_not_there(run_here, tmp_path, monkeypatch, dataset):
+    """Each says the path and what was looked for, at once, and leaves no folder behind."""
+    monkeypatch.setattr(utils, "reachable", lambda url: False)
+    for path in ([], ["--dataset_path", "some/where"]):
+        line = one_line(run_here("extractor.py", "--dataset", dataset, *path, *SMALL))
+        place = tmp_path / (path[1] if path else f"data/{dataset}")
+        assert f"{place} is not there" in line and "expected" in line
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("script", ["main.py", "train.py", "extractor.py"])

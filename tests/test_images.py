@@ -191,6 +191,29 @@ def test_truncated_files_are_refused(tmp_path, ending):
             images.read_image(cut)
 
 
+@pytest.mark.parametrize(
+    "ending", ["jpg", "png", "gif", "bmp", "tif", "webp", "jp2", "avif", "ppm", "tga", "ico"]
+)
+def test_damaged_files_are_read_or_refused(tmp_path, ending):
+    """A few wrong bytes, in the header as in the pixels: an image or one line, whatever the decoder
+    raises."""
+    path = tmp_path / f"a.{ending}"
+    saved(path, GENERATOR.randint(0, 256, (40, 40, 3)).astype(np.uint8))
+    content, refused = path.read_bytes(), 0
+    for _ in range(60):
+        damaged = bytearray(content)
+        for place in (GENERATOR.randint(len(content)), GENERATOR.randint(64)):
+            damaged[place] = GENERATOR.randint(256)
+        path.write_bytes(damaged)
+        try:
+            pixels = images.read_image(path)
+            assert pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
+        except UserError as mistake:
+            assert f"a.{ending}" in str(mistake) and "\n" not in str(mistake)
+            refused += 1
+    assert refused, "some of the damage is noticed"
+
+
 def bomb(path: Path, side: int, **options) -> Path:
     Image.new("L", (side, side), 77).save(path, **options)
     return path
