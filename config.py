@@ -23,6 +23,10 @@ class UserError(Exception):
     """A mistake of the user's, told in one line: what was expected, what came, what to do."""
 
 
+class ClassError(UserError):
+    """One class cannot be fitted, for what its images or features are; the others can."""
+
+
 # Datasets and backbones by name: the single list that choices, help and loading are made from.
 DATASETS = (
     *("cifar10", "CIFAR100", "fashion", "STL10", "CatsvsDogs"),
@@ -85,7 +89,7 @@ MOST_USED = (
     "modelname",
     "n_seeds",
     "threads",
-    "resume",
+    "restart",
     "sweep",
 )
 
@@ -148,15 +152,10 @@ class Config:
         affects="run",
         scripts=("main.py",),
     )
-    resume: bool = knob(
-        False,
-        "main.py: keep the classes and seeds that a run of the same configuration has finished",
-        affects="run",
-        scripts=("main.py",),
-    )
     restart: bool = knob(
         False,
-        "extractor.py: extract everything again, also what is finished",
+        "do again what is finished (extractor.py: the features; main.py and train.py: the classes) instead of "
+        "going on where the last run ended",
         affects="run",
     )
     rank: int | None = knob(

@@ -24,7 +24,7 @@ import packing
 import pictures
 import records
 import utils
-from config import Config, UserError, make_config
+from config import ClassError, Config, UserError, make_config
 from normalization import BandNormalizer, Normalizer, spread
 from token_grid import Bands, TokenGrid
 
@@ -87,6 +87,9 @@ def in_batches(index: np.ndarray, size: int) -> list[np.ndarray]:
     return [index[i : i + size] for i in range(0, len(index), size)]
 
 
+FEWEST = 3  # images that a flow can be fitted to: two have one direction and no spread around it
+
+
 @dataclasses.dataclass(frozen=True)
 class ClassData:
     """One one-class problem: where its tokens are and which rows are for what."""
@@ -103,16 +106,44 @@ class ClassData:
 def class_data(
     config: Config, labels: datasets.Labels, class_name: str, seed: int, train: TokenSource, test: TokenSource
 ) -> ClassData:
-    """The rows of a class, a share of the normal training images held out at random. Raises UserError on too
-    few."""
+    """The rows of a class, a share of the normal training images held out at random. Raises ClassError on too
+    few, and on features that are all the same."""
     train_rows, test_rows, test_labels = labels.one_class(class_name)
     shuffled = np.random.RandomState(seed).permutation(train_rows)
     n_held = math.ceil(config.holdout * len(shuffled))
     fit_rows, held_rows = np.sort(shuffled[n_held:]), np.sort(shuffled[:n_held])
-    if len(fit_rows) < 2 or len(test_rows) == 0:
+    if len(fit_rows) < FEWEST or len(test_rows) == 0:
         counts = f"{len(fit_rows)} training and {len(test_rows)} test images"
-        raise UserError(f"class {class_name}: {counts}; expected at least 2 and 1")
-    return ClassData(class_name, train, test, fit_rows, held_rows, test_rows, test_labels)
+        raise ClassError(f"class {class_name}: {counts}; expected at least {FEWEST} and 1")
+    data = ClassData(class_name, train, test, fit_rows, held_rows, test_rows, test_labels)
+    sample = train[fit_rows[np.linspace(0, len(fit_rows) - 1, min(64, len(fit_rows))).astype(int)]].semantic
+    if (sample == sample[0]).all():
+        raise ClassError(
+            f"class {class_name}: the cached features of its training images are all the same; so are its "
+            "images, or the cache is damaged"
+        )
+    return data
+
+
+def features_fault(data: ClassData) -> str | None:
+    """Where a class's cached features are not finite; None where all are. Reads them all: asked only once
+    something has gone wrong."""
+    for what, source, rows in (
+        ("training", data.train, np.sort(np.concatenate([data.fit_rows, data.held_rows]))),
+        ("test", data.test, data.test_rows),
+    ):
+        broken = []
+        for batch in in_batches(rows, EVAL_BATCH):
+            kinds = [kind for kind in source.on_cpu(batch) if kind is not None]
+            broken += batch[
+                ~torch.stack([k.flatten(1).isfinite().all(1) for k in kinds]).all(0).numpy()
+            ].tolist()
+        if broken:
+            return (
+                f"class {data.class_name}: the cached features of {len(broken)} of its {what} images are not "
+                f"finite, row {broken[0]} of that split first; the cache is damaged: extract them again"
+            )
+    return None
 
 
 # ---------------------------------------------------------------- the detector

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,79 +23,94 @@ import extractor
 import feature_cache
 import figures
 import report
+import runs
 import train
 import utils
 import webpage
-from config import Config, knobs_affecting
+from config import ClassError, Config, UserError
 
 
 # ---------------------------------------------------------------- running
-def run_classes(
-    config: Config, cache: feature_cache.FeatureCache, classes: list[str], device: torch.device
-) -> list[dict]:
-    """Fit every class with every seed -> their results. Each is saved as soon as it is there."""
+class Failed(NamedTuple):
+    """Stands for a class that could not be fitted."""
+
+    cell: runs.Cell
+    reason: str
+
+    def result(self) -> dict:
+        """A result without figures."""
+        nothing = dict.fromkeys(report.COLUMNS, float("nan"))
+        return {"class": self.cell.class_name, "seed": self.cell.seed, **nothing, "reason": self.reason}
+
+
+class Stopwatch:
+    """Hands out the time since it was last asked."""
+
+    def __init__(self) -> None:
+        self.since = time.perf_counter()
+
+    def lap(self) -> float:
+        now, since = time.perf_counter(), self.since
+        self.since = now
+        return round(now - since, 3)
+
+
+def run_cells(ledger: runs.Ledger, device: torch.device, watch: Stopwatch) -> None:
+    """Fit every class with every seed that is not finished and that no other rank is at. Each is saved as
+    soon as it is there, with its share of the wall time. A class that cannot be fitted stops no other."""
+    config, cache = ledger.config, ledger.cache
     sources = {split: detector.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
-    results: list[dict] = []
-    total = len(classes) * config.n_seeds
-
-    def add(result: dict) -> None:
-        results.append(result)
-        print(
-            f"[{len(results)}/{total}] {result['class']} seed {result['seed']}: AUROC {result['auroc']:.4f}  "
-            f"{result['seconds']:.0f} s",
-            flush=True,
-        )
-
-    for seed in seeds_of(config):
-        missing = []
-        for class_name in classes:
-            result = finished_result(config, cache, class_name, seed) if config.resume else None
-            if result:
-                add(result)
+    together = config.train_together == "True" and config.score != "spectrum"  # its flows train one by one
+    for number, cell in enumerate(ledger.results, 1):
+        announce(ledger, cell, number, "kept")
+    for cells in ledger.turns(together):
+        for outcome in fit(config, cache, cells, sources):
+            if isinstance(outcome, Failed):
+                cell, result = outcome.cell, outcome.result() | {"wall_time_s": watch.lap()}
+                runs.keep_failure(config, cache, cell, result)
             else:
-                missing.append(class_name)
-        for fitted in fit(config, cache, missing, seed, sources):
-            detector.save_fitted(config, cache, fitted)
-            add(fitted.result)
-    return sorted(results, key=lambda result: (result["seed"], classes.index(result["class"])))
+                result = outcome.result
+                cell = runs.Cell(result["class"], result["seed"])
+                result["wall_time_s"] = watch.lap()
+                detector.save_fitted(config, cache, outcome)
+            ledger.keep(cell, result)
+            announce(ledger, cell, len(ledger.results), "")
+        watch.lap()  # waiting for other ranks is nobody's share
+
+
+def announce(ledger: runs.Ledger, cell: runs.Cell, number: int, how: str) -> None:
+    """Say what a class has come to."""
+    result = ledger.results[cell]
+    told = result.get("reason") or (
+        f"AUROC {result['auroc']:.4f}  {how or format(result['seconds'], '.0f') + ' s'}"
+    )
+    print(f"[{number}/{len(ledger.cells)}] {cell.class_name} seed {cell.seed}: {told}", flush=True)
 
 
 def fit(
     config: Config,
     cache: feature_cache.FeatureCache,
-    classes: list[str],
-    seed: int,
+    cells: list[runs.Cell],
     sources: dict[str, detector.TokenSource],
-) -> Iterator[detector.Fitted]:
-    """Fit the classes one after the other, or all at once as one batched model (knob train_together); yield
-    each when done."""
-    at_once = config.train_together == "True"
+) -> Iterator[detector.Fitted | Failed]:
+    """Fit cells one after the other, or several at once as one batched model; yield each when done."""
 
-    def make(class_name: str) -> train.Trainer:
-        return train.make_trainer(config, cache, class_name, seed, sources["train"], sources["test"])
+    def make(cell: runs.Cell) -> train.Trainer:
+        return train.make_trainer(config, cache, *cell, sources["train"], sources["test"])
 
-    if (
-        not at_once or len(classes) < 2 or config.score == "spectrum"
-    ):  # its two flows are trained one class at a time
-        yield from (make(class_name).run() for class_name in classes)
-        return
-    for group in batched.groups([make(class_name) for class_name in classes]):
-        yield from batched.BatchedTrainer(group).run()
-
-
-def finished_result(
-    config: Config, cache: feature_cache.FeatureCache, class_name: str, seed: int
-) -> dict | None:
-    """The result of a class and seed that an earlier run of the same configuration and features finished, or
-    None."""
-    try:
-        record = detector.read_record(detector.checkpoint_path(config, class_name, seed))
-    except (OSError, ValueError):
-        return None
-    fitted_with = detector.config_of(record)
-    relevant = knobs_affecting("features", "fit")
-    same = all(getattr(fitted_with, name) == getattr(config, name) for name in relevant)
-    return record["result"] if same and record["features"] == cache.meta else None
+    if len(cells) > 1:
+        try:
+            groups = batched.groups([make(cell) for cell in cells])
+            fitted = [fitted for group in groups for fitted in batched.BatchedTrainer(group).run()]
+            yield from fitted
+            return
+        except ClassError:
+            pass  # one of them cannot be fitted: each by itself shows which, and spares the others
+    for cell in cells:
+        try:
+            yield make(cell).run()
+        except ClassError as mistake:
+            yield Failed(cell, str(mistake).removeprefix(f"class {cell.class_name}: "))
 
 
 def run_baselines(config: Config, cache: feature_cache.FeatureCache, classes: list[str]) -> dict[str, dict]:
@@ -129,49 +145,78 @@ def seeds_of(config: Config) -> range:
     return range(config.seed, config.seed + config.n_seeds)
 
 
-def run(config: Config) -> dict:
-    """The whole course of one configuration: features, classes, baselines, report -> its summary."""
-    start, folder = time.perf_counter(), detector.run_folder(config)
+def run(config: Config) -> dict | None:
+    """The whole course of one configuration: features, classes, baselines, report -> its summary; None where
+    another rank writes the report."""
+    watch = Stopwatch()
     device = utils.set_up(config.device, config.threads)
-    cache = extractor.ensure_features(config, device)
-    classes = datasets.choose_classes(cache.labels, config.class_name)
-    results = run_classes(config, cache, classes, device)
-    table = run_baselines(config, cache, classes) if config.baselines else {}
-    defects = defect_aurocs(config, cache, classes)
-    seconds = time.perf_counter() - start
+    with runs.writing(config):
+        cache = extractor.ensure_features(config, device)
+        classes = datasets.choose_classes(cache.labels, config.class_name)
+        runs.settle(config, cache)
+        cells = [runs.Cell(class_name, seed) for seed in seeds_of(config) for class_name in classes]
+        ledger = runs.Ledger(config, cache, cells)
+        try:
+            run_cells(ledger, device, watch)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(ledger.go_on()) from None
+        if not ledger.report_is_mine():
+            print(f"rank {ledger.ranks.rank} is done; another one reports", flush=True)
+            return None
+        return write_report(ledger, classes, watch)
+
+
+def write_report(ledger: runs.Ledger, classes: list[str], watch: Stopwatch) -> dict:
+    """Baselines, table and pictures of a run whose cells are all done -> its summary."""
+    config, cache, folder = ledger.config, ledger.cache, detector.run_folder(ledger.config)
+    results = [ledger.results[cell] for cell in ledger.cells]
+    failing = {result["class"] for result in results if "reason" in result}
+    whole = [class_name for class_name in classes if class_name not in failing]
+    table = run_baselines(config, cache, whole) if config.baselines else {}
+    defects = defect_aurocs(config, cache, whole)
+    seconds = sum(result["wall_time_s"] for result in results) + watch.lap()
     summary = report.summarize(config, results, table, seconds, cache.meta, defects)
     print("\n" + report.write_results(folder, summary))
-    pictures = figures.draw_all(config, cache, classes, folder, summary) if config.plots else []
+    pictures = figures.draw_all(config, cache, whole, folder, summary) if config.plots and whole else []
     page = webpage.write_page(folder, summary, pictures)
     print(f"\nresults in {page} (for a browser), results.json, .csv and .md beside it")
     print(f"wall time {utils.readable_time(summary['wall_time_s'])}")
     return summary
 
 
-def run_sweep(config: Config) -> None:
-    """Run every combination of the values that the knob ``sweep`` lists, then the table of them all."""
+def run_sweep(config: Config) -> list[dict]:
+    """Run every combination of the values that the knob ``sweep`` lists, then the table of them all -> their
+    summaries."""
     start, sweep, folder = time.perf_counter(), knobs.parse_sweep(config.sweep), detector.run_folder(config)
     configs = {}
     for values in itertools.product(
         *sweep.values()
     ):  # all of them first: a mistake shows before the first run
-        parsed, name = knobs.parse_values(dict(zip(sweep, values))), "-".join(values).replace("/", "_")
+        parsed = knobs.parse_values(dict(zip(sweep, values)))
+        name = utils.file_name("-".join(values), knobs.LONGEST_NAME - 10)
         configs[values] = dataclasses.replace(
             config, **parsed, modelname=f"{config.modelname}/{name}", sweep=None
         )
-    summaries = {}
+    summaries: dict[tuple, dict] = {}
     for values, combination in configs.items():
         print(f"\n=== {' '.join(f'{knob} {value}' for knob, value in zip(sweep, values))}", flush=True)
-        summaries[values] = run(combination)
+        if summary := run(combination):
+            summaries[values] = summary
+    if len(summaries) < len(configs):  # another rank reports
+        return list(summaries.values())
     print("\n" + report.write_sweep(folder, sweep, summaries, time.perf_counter() - start))
     print(f"\nresults in {folder}/sweep.json and sweep.md")
+    return list(summaries.values())
 
 
 def main(config: Config) -> None:
-    if config.sweep:
-        run_sweep(config)
-    else:
-        run(config)
+    """Raises UserError, once everything is reported, when a class could not be fitted."""
+    summaries = run_sweep(config) if config.sweep else [run(config)]
+    classes = [entry for summary in summaries if summary for entry in summary["classes"].values()]
+    failures = [bad[0] for e in classes if (bad := [run for run in e["runs"] if "reason" in run])]
+    if failures:
+        first = f"class {failures[0]['class']}: {failures[0]['reason']}"
+        raise UserError(f"{len(failures)} of {len(classes)} classes could not be fitted: {first}")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def summarize(
     seeds = sorted({result["seed"] for result in results})
     for name in classes:
         runs = [result for result in results if result["class"] == name]
-        by_class[name] |= {"runs": runs, "undefined": why_undefined(runs[0])}
+        reasons = [reason for result in runs if (reason := why_undefined(result))]
+        by_class[name] |= {"runs": runs, "undefined": reasons[0] if reasons else ""}
     mean = _over_seeds([[r for r in results if r["class"] == name] for name in classes])
     simple: dict[str, dict[str, dict]] = {}
     for class_name, entry in baseline_table.items():
@@ -80,6 +81,8 @@ def why_undefined(result: dict) -> str:
     """Why a class has no AUROC; empty where it has one."""
     if not _undefined(result["auroc"]):
         return ""
+    if "reason" in result:  # it could not be fitted
+        return result["reason"]
     if result.get("n_test") == 0:
         return "no test images"
     if "n_anomalous" not in result:

@@ -21,9 +21,10 @@ import extractor
 import feature_cache
 import memory
 import model
+import runs
 import utils
 from baselines import own_input_scores
-from config import Config, UserError
+from config import ClassError, Config, UserError
 from detector import (
     EVAL_BATCH,
     NEGLIGIBLE,
@@ -197,7 +198,13 @@ class Trainer:
         memory.check_training(config, features, len(data.fit_rows))
         utils.seed_everything(seed)
         self.detector = Detector(config, features)
-        self._fit_normalizers(data.fit_rows)
+        try:
+            self._fit_normalizers(data.fit_rows)
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            reason = (
+                f"class {data.class_name}: its features cannot be normalised ({str(error).splitlines()[0]})"
+            )
+            raise ClassError(detector.features_fault(data) or reason) from None
         self.detector.to(device)
         self.parameters = list(self.detector.parameters())
         self.heads = self._make_heads()
@@ -328,10 +335,13 @@ class Trainer:
             return False
         return all(head.is_stale(len(self.history)) for head in self.heads)
 
-    def not_finite(self, what: str, step: int) -> UserError:
-        """The error of a loss or score that is not finite: the epoch, the learning rate, what to try."""
+    def not_finite(self, what: str, step: int) -> ClassError:
+        """The error of a loss or score that is not finite: features that are not, or the epoch, the learning
+        rate, what to try."""
+        if fault := detector.features_fault(self.data):
+            return ClassError(fault)
         epoch = min(step * self.epochs // self.steps + 1, self.epochs)
-        return UserError(
+        return ClassError(
             f"class {self.data.class_name}: {what} in epoch {epoch} at learning rate {self.rate:g}; "
             "try a lower lr_init, max_grad_norm 1, or normalize power_l2"
         )
@@ -478,24 +488,31 @@ def make_trainer(
 
 
 def main(config: Config) -> None:
+    start = time.perf_counter()
     device = utils.set_up(config.device, config.threads)
     given = f"give it with --class_name (now {config.class_name!r})"
     advice = f"train.py fits one class: {given}; main.py fits several"
     if config.class_name == "all":
         raise UserError(advice)
-    cache = extractor.ensure_features(config, device)
-    class_name, *more = datasets.choose_classes(cache.labels, config.class_name)
-    if more:
-        raise UserError(advice)
-    train, test = (TokenSource(cache.arrays(split), device) for split in datasets.SPLITS)
-    fitted = make_trainer(config, cache, class_name, config.seed, train, test).run()
-    path = detector.save_fitted(config, cache, fitted)
-    result = fitted.result
+    with runs.writing(config):
+        cache = extractor.ensure_features(config, device)
+        class_name, *more = datasets.choose_classes(cache.labels, config.class_name)
+        if more:
+            raise UserError(advice)
+        runs.settle(config, cache)
+        cell = runs.Cell(class_name, config.seed)
+        result, kept = runs.finished(config, cache, cell), "kept from an earlier run"
+        if result is None:
+            train, test = (TokenSource(cache.arrays(split), device) for split in datasets.SPLITS)
+            fitted = make_trainer(config, cache, *cell, train, test).run()
+            fitted.result["wall_time_s"] = round(time.perf_counter() - start, 3)
+            detector.save_fitted(config, cache, fitted)
+            result, kept = fitted.result, "kept"
     metrics = "  ".join(f"{metric.title} {result[name]:.4f}" for name, metric in utils.METRICS.items())
     print(
         f"{class_name}: {metrics}  (epoch {result['epoch']}, best on test "
         f"{result['best_on_test_auroc']:.4f})  "
-        f"{result['seconds']:.0f} s  kept in {path}.json"
+        f"{result['seconds']:.0f} s  {kept} in {detector.checkpoint_path(config, *cell)}.json"
     )
 
 

@@ -347,12 +347,12 @@ def _is_file(handle: int, path: Path) -> bool:
 LONGEST_NAME = 150  # bytes of a class's name in a file's name: seed, ending and a partial's mark come on top
 
 
-def file_name(name: str) -> str:
+def file_name(name: str, longest: int = LONGEST_NAME) -> str:
     """A class's name as part of a file's name: as it is where it is plain, otherwise with what a file system
     or a terminal may stumble over replaced, cut to a length, and told apart by a hash of the whole name."""
     plain = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in name)
     plain = f"_{plain[1:]}" if plain[:1] in ".-" else plain
-    short = plain.encode()[:LONGEST_NAME].decode(errors="ignore")
+    short = plain.encode()[:longest].decode(errors="ignore")
     return short if short == name else f"{short}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 

@@ -229,9 +229,9 @@ def test_knobs_that_a_script_does_not_read_are_refused(script, name, capsys):
         ("verbose", "False", False),
         ("verbose", "no", False),
         ("verbose", "0", False),
-        ("resume", "true", True),
-        ("resume", "YES", True),
-        ("resume", "1", True),
+        ("restart", "true", True),
+        ("restart", "YES", True),
+        ("restart", "1", True),
     ],
 )
 def test_values(name, text, value):
@@ -241,9 +241,9 @@ def test_values(name, text, value):
 
 
 def test_flag_without_a_value():
-    assert parsed("--resume").resume is True
-    made = parsed("--resume", "--seed", "3", "--hide_tqdm_bar")
-    assert made.resume is True and made.seed == 3 and made.hide_tqdm_bar is True
+    assert parsed("--restart").restart is True
+    made = parsed("--restart", "--seed", "3", "--hide_tqdm_bar")
+    assert made.restart is True and made.seed == 3 and made.hide_tqdm_bar is True
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_flag_without_a_value():
         (["--lr_init", "fast"], ("lr_init", "fast")),
         (["--clamp", "0"], ("clamp",)),
         (["--holdout", "0.6"], ("holdout", "0.6")),
-        (["--resume", "maybe"], ("resume", "maybe", "True or False")),
+        (["--restart", "maybe"], ("restart", "maybe", "True or False")),
         (["--fusion", "hillo"], ("fusion", "hillo", "hilo")),
         (["--dataset", "cifar"], ("dataset", "cifar", "cifar10")),
         (["--preset", "papre"], ("preset", "papre", "paper")),
@@ -300,7 +300,7 @@ def test_pixel_deviations_are_positive(capsys, triple):
         {"nonsense": 1},
         {"seed": "3"},
         {"seed": True},
-        {"resume": 1},
+        {"restart": 1},
         {"lr_init": "1"},
         {"img_size": 224},
         {"preset": "none"},

@@ -1,5 +1,6 @@
 """The whole run, from images to results.json."""
 
+import dataclasses
 import json
 import math
 
@@ -174,38 +175,21 @@ def fitted_classes(monkeypatch) -> list:
     return seen
 
 
-def test_resume_skips_what_is_finished(run_folder, texture_folder, tmp_path, monkeypatch):
+def test_a_run_goes_on_where_it_ended(run_folder, texture_folder, tmp_path, monkeypatch):
     first = in_process(whole(texture_folder), run_folder, tmp_path, monkeypatch)
     (tmp_path / "runs/run/classes/leaf-seed0.json").unlink()
     seen = fitted_classes(monkeypatch)
-    again = in_process(whole(texture_folder, resume=True), run_folder, tmp_path, monkeypatch)
+    again = in_process(whole(texture_folder), run_folder, tmp_path, monkeypatch)
     assert seen == [("leaf", 0)] and metrics(again) == metrics(first)
     seen.clear()
-    in_process(
-        whole(texture_folder, resume=True, verbose=True, class_name="sky"), run_folder, tmp_path, monkeypatch
-    )
+    more = whole(texture_folder, verbose=True, class_name="sky")
+    in_process(more, run_folder, tmp_path, monkeypatch)
     assert seen == [], "knobs that change no outcome do not count"
-    in_process(
-        whole(texture_folder, resume=True, n_seeds=2, class_name="sky"), run_folder, tmp_path, monkeypatch
-    )
+    in_process(dataclasses.replace(more, n_seeds=2), run_folder, tmp_path, monkeypatch)
     assert seen == [("sky", 1)]
-
-
-@pytest.mark.parametrize("change", [{"lr_init": 2e-3}, {"clamp": 1.0}, {"score": "likelihood"}], ids=str)
-def test_resume_fits_again_what_differs(run_folder, texture_folder, tmp_path, monkeypatch, change):
-    in_process(whole(texture_folder, class_name="leaf"), run_folder, tmp_path, monkeypatch)
-    seen = fitted_classes(monkeypatch)
-    in_process(
-        whole(texture_folder, class_name="leaf", resume=True, **change), run_folder, tmp_path, monkeypatch
-    )
-    assert seen == [("leaf", 0)]
-
-
-def test_without_resume_everything_runs_again(run_folder, texture_folder, tmp_path, monkeypatch):
-    for _ in range(2):
-        seen = fitted_classes(monkeypatch)
-        in_process(whole(texture_folder, class_name="leaf"), run_folder, tmp_path, monkeypatch)
-        assert seen == [("leaf", 0)]
+    seen.clear()
+    in_process(dataclasses.replace(more, restart=True), run_folder, tmp_path, monkeypatch)
+    assert seen == [("sky", 0)]
 
 
 @pytest.mark.parametrize(
@@ -233,42 +217,18 @@ def test_images_without_signal(tmp_path, monkeypatch):
 
 
 def test_test_images_of_one_label(tmp_path, monkeypatch):
-    """Nothing but normal test images: no AUROC, and no failure either, the second time with --resume."""
+    """Nothing but normal test images: no AUROC, and no failure either, the second time as well."""
     monkeypatch.chdir(tmp_path)
     folder = make_folder(tmp_path / "images", classes=("only",), n_train=8, n_test=4)
-    for resume in (False, True):
+    for _ in range(2):
         main.main(
             whole(
                 folder,
                 extractor="resnet18",
                 weights_path="random",
                 normalize="standardize",
-                resume=resume,
                 plots=True,
             )
         )
     auroc = json.loads((tmp_path / "runs/run/results.json").read_text())["mean"]["auroc"]
     assert auroc is None or math.isnan(auroc)
-
-
-@pytest.mark.parametrize(
-    "change", [{"fusion": "none"}, {"normalize": "standardize"}, {"batch_size": 4}], ids=str
-)
-def test_resume_fits_again_when_a_fit_knob_differs(run_folder, texture_folder, tmp_path, monkeypatch, change):
-    in_process(whole(texture_folder, class_name="leaf"), run_folder, tmp_path, monkeypatch)
-    seen = fitted_classes(monkeypatch)
-    in_process(
-        whole(texture_folder, class_name="leaf", resume=True, **change), run_folder, tmp_path, monkeypatch
-    )
-    assert seen == [("leaf", 0)]
-
-
-def test_resume_fits_again_when_the_features_differ(run_folder, texture_folder, tmp_path, monkeypatch):
-    in_process(whole(texture_folder, class_name="leaf"), run_folder, tmp_path, monkeypatch)
-    seen = fitted_classes(monkeypatch)
-    path = tmp_path / "runs/run/classes/leaf-seed0.json"
-    record = json.loads(path.read_text())
-    record["features"]["weights_sha256"] = "other"
-    path.write_text(json.dumps(record))
-    in_process(whole(texture_folder, class_name="leaf", resume=True), run_folder, tmp_path, monkeypatch)
-    assert seen == [("leaf", 0)]

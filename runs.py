@@ -1,0 +1,283 @@
+"""The folder of a run: who writes it, which of its classes and seeds are finished, which rank takes which.
+
+A cell is one class with one seed. It is finished when its record and weights are whole and were made with
+this very configuration on these very features. Ranks (several processes, on one machine or many with a
+shared folder) claim cells by lock files, and never talk: a rank that dies gives its claims back, and any
+rank, or the next run, takes them. Layout of runs/<modelname>/: ``run.json`` what the run is,
+``.writer-<rank>-of-<n>`` who writes it, ``classes/`` the cells."""
+
+import contextlib
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import detector
+import feature_cache
+import utils
+from config import Config, UserError, knobs_affecting
+
+FAILED = ".failed.json"  # the ending of what a cell leaves that cannot be fitted
+
+
+class Cell(NamedTuple):
+    class_name: str
+    seed: int
+
+
+# ---------------------------------------------------------------- one modelname, one writer
+@contextlib.contextmanager
+def writing(config: Config) -> Iterator[None]:
+    """Hold the run's folder as its only writer, or as one of the ranks that share it. Raises UserError when
+    it cannot be written, or another run is at it; what was made for nothing is taken away again."""
+    folder, ranks = detector.run_folder(config), utils.ranks(config)
+    if config.restart and ranks.world_size > 1:
+        raise UserError(
+            "restart: one process at a time; drop the old run with one, or give another --modelname"
+        )
+    lock = utils.Lock(folder / f".writer-{ranks.rank}-of-{ranks.world_size}")
+    try:
+        try:
+            _take(lock, folder)
+            (folder / "classes").mkdir(exist_ok=True)
+            if ranks.world_size == 1:
+                _sweep_up(folder)
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be written ({error.strerror}); start in another folder"
+            ) from None
+        yield
+    finally:
+        lock.release()
+        for made in (folder / "classes", folder, *folder.parents[:-1]):
+            with contextlib.suppress(OSError):
+                made.rmdir()  # where nothing was written into it
+
+
+def _take(lock: utils.Lock, folder: Path) -> None:
+    for _ in range(10):  # another rank may be looking whether this lock is held
+        if lock.take():
+            break
+        time.sleep(0.1)
+    else:
+        raise UserError(_busy(folder, lock))
+    world = lock.path.name.rpartition("-")[2]
+    for path in folder.glob(".writer-*"):
+        other = utils.Lock(path)
+        if path.name.rpartition("-")[2] != world and not other.take():
+            raise UserError(_busy(folder, other))
+        other.release()
+
+
+def _busy(folder: Path, lock: utils.Lock) -> str:
+    return f"{folder} is being written by {lock.owner()}; wait for its end, or give another --modelname"
+
+
+def _sweep_up(folder: Path) -> None:
+    """Remove what killed runs left half-written."""
+    for place in (folder, folder / "classes", folder / "figures"):
+        for path in place.glob(".*.partial"):
+            path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- one modelname, one configuration
+def identity(config: Config, cache: feature_cache.FeatureCache) -> dict:
+    """What the outcome of a cell depends on, besides class and seed, as JSON has it."""
+    values = {name: getattr(config, name) for name in knobs_affecting("features", "fit")}
+    return utils.as_strict_json({"config": values, "features": cache.meta})
+
+
+def settle(config: Config, cache: feature_cache.FeatureCache) -> None:
+    """Make the folder this configuration's, or find that it is. Raises UserError, with the knobs that differ,
+    when it holds the classes of another one: they are neither mixed nor overwritten."""
+    folder = detector.run_folder(config)
+    path, wanted = folder / "run.json", identity(config, cache)
+    advice = "give another --modelname, or drop what is there with --restart"
+    if config.restart:
+        drop(config)
+        utils.write_sealed(path, wanted)
+        return
+    alone = utils.ranks(config).world_size == 1
+    kept = [path for path in (folder / "classes").glob("*-seed*.json") if not path.name.endswith(FAILED)]
+    try:
+        found = utils.read_sealed(path)
+    except FileNotFoundError:
+        if kept:
+            raise UserError(
+                f"{folder} holds classes of an earlier version of this program; {advice}"
+            ) from None
+        utils.write_sealed(path, wanted)
+        return
+    except ValueError as error:
+        raise UserError(f"{error}; {advice}") from None
+    differing = differences(found, wanted)
+    if differing and not kept and alone:  # nothing to lose
+        utils.write_sealed(path, wanted)
+    elif differing:
+        raise UserError(f"{folder} holds classes of another configuration: {differing}; {advice}")
+
+
+def differences(found: dict, wanted: dict) -> str:
+    """In one line, the knobs and the fields of the features that differ; empty where none does."""
+    told = []
+    for part in ("config", "features"):
+        old, new = found.get(part) or {}, wanted[part]
+        for name in dict.fromkeys((*new, *old)):
+            if old.get(name) != new.get(name) and name not in told:
+                told.append(name)
+                told[-1:] = [f"{name} {_short(old.get(name))} there, {_short(new.get(name))} now"]
+    return ", ".join(dict.fromkeys(told))
+
+
+def _short(value) -> str:
+    return text if len(text := str(value)) < 40 else f"{text[:36]}..."
+
+
+def drop(config: Config) -> None:
+    """Remove what earlier runs of this name left: files of this program's own making, by name and mark."""
+    folder = detector.run_folder(config)
+    for path in (folder / "classes").glob("*-seed*.json"):
+        with contextlib.suppress(ValueError):
+            utils.read_sealed(path)  # anything else is left alone
+            for file in (path, path.with_name(f"{path.name.removesuffix('.json')}.safetensors")):
+                file.unlink(missing_ok=True)
+    for name in ("run.json", "results.json", "results.csv", "results.md"):
+        (folder / name).unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- finished or failed
+def finished(config: Config, cache: feature_cache.FeatureCache, cell: Cell) -> dict | None:
+    """The result of a cell that was finished under this configuration and these features; None when it was
+    not, or its files are not whole, or lack what is asked for now."""
+    path = detector.checkpoint_path(config, *cell)
+    try:
+        record = detector.read_record(path)
+        fitted_with = detector.config_of(record)
+    except (OSError, ValueError, UserError):
+        return None
+    made = {name: getattr(fitted_with, name) for name in knobs_affecting("features", "fit")}
+    if utils.as_strict_json({"config": made, "features": record["features"]}) != identity(config, cache):
+        return None
+    if (record["result"].get("class"), record["result"].get("seed")) != cell:
+        return None
+    if config.save_model and detector.weights_fault(record, detector.checkpoint_files(path)[1]):
+        return None
+    if config.baselines and not record["own_input_scores"] and len(record["test"]["labels"]):
+        return None
+    return record["result"]
+
+
+def failure_path(config: Config, cell: Cell) -> Path:
+    path = detector.checkpoint_path(config, *cell)
+    return path.with_name(path.name + FAILED)
+
+
+def failed(config: Config, cache: feature_cache.FeatureCache, cell: Cell) -> dict | None:
+    """The result of a cell that failed under this configuration and these features: its reason."""
+    try:
+        record = utils.read_sealed(failure_path(config, cell))
+    except (OSError, ValueError):
+        return None
+    same = {part: record.get(part) for part in ("config", "features")} == identity(config, cache)
+    return detector.undefined_as_nan(record["result"]) if same else None
+
+
+def keep_failure(config: Config, cache: feature_cache.FeatureCache, cell: Cell, result: dict) -> None:
+    """Keep why a cell failed, for the other ranks and the report; its checkpoint, if any, is gone."""
+    for path in detector.checkpoint_files(detector.checkpoint_path(config, *cell)):
+        path.unlink(missing_ok=True)
+    utils.write_sealed(failure_path(config, cell), identity(config, cache) | {"result": result})
+
+
+# ---------------------------------------------------------------- whose turn it is
+class Ledger:
+    """The cells of a run: which are done, and claims on the others."""
+
+    def __init__(self, config: Config, cache: feature_cache.FeatureCache, cells: list[Cell]):
+        self.config, self.cache, self.cells = config, cache, cells
+        self.ranks = utils.ranks(config)
+        self.results: dict[Cell, dict] = {}
+        self.claims: dict[Cell, utils.Lock] = {}
+        for path in () if self.ranks.world_size > 1 else (failure_path(config, cell) for cell in cells):
+            path.unlink(missing_ok=True)  # a new run tries again
+        self.look()
+
+    def look(self) -> list[Cell]:
+        """See what is done, by whomever -> the cells that were not, as far as this rank knew."""
+        new = []
+        for cell in self.cells:
+            if cell in self.results:
+                continue
+            result = finished(self.config, self.cache, cell) or failed(self.config, self.cache, cell)
+            if result:
+                self.results[cell] = result
+                new.append(cell)
+        return new
+
+    def missing(self) -> list[Cell]:
+        return [cell for cell in self.cells if cell not in self.results]
+
+    def claim(self, cells: list[Cell]) -> list[Cell]:
+        """Those of ``cells`` that are not done and that no other process is at: they are this one's now."""
+        mine = []
+        for cell in cells:
+            path = detector.checkpoint_path(self.config, *cell)
+            lock = utils.Lock(path.with_name(f".{path.name}.claim"))
+            if cell not in self.results and lock.take():
+                self.claims[cell] = lock
+                mine.append(cell)
+        self.look()  # another may have finished one just before it was claimed
+        for cell in [cell for cell in mine if cell in self.results]:
+            self.release(cell)
+        return [cell for cell in mine if cell not in self.results]
+
+    def release(self, cell: Cell) -> None:
+        if cell in self.claims:
+            self.claims.pop(cell).release()
+
+    def keep(self, cell: Cell, result: dict) -> None:
+        self.results[cell] = result
+        self.release(cell)
+
+    def turns(self, at_once: bool) -> Iterator[list[Cell]]:
+        """The cells that this process is to fit, claimed, until none is left to claim: one by one, or
+        (``at_once``) its share of a seed together. Rank 0 waits for those that others are at."""
+        own = self.cells[self.ranks.rank :: self.ranks.world_size]
+        groups = [[cell] for cell in self.ranks.own_first(self.cells)]
+        if at_once:
+            seeds = dict.fromkeys(cell.seed for cell in own)
+            groups = [[cell for cell in own if cell.seed == seed] for seed in seeds] + groups
+        try:
+            while self.missing():
+                for group in groups:
+                    if claimed := self.claim(group):
+                        yield claimed
+                if self.missing() and self.ranks.rank:
+                    return
+                if self.missing():
+                    time.sleep(0.5)
+                    self.look()
+        finally:
+            for cell in list(self.claims):
+                self.release(cell)
+
+    def report_is_mine(self) -> bool:
+        """Whether all cells are done and the report is this rank's to write: rank 0's, or that of any rank
+        that sees all done while there is no rank 0."""
+        if self.missing():
+            return False
+        first = utils.Lock(detector.run_folder(self.config) / f".writer-0-of-{self.ranks.world_size}")
+        if self.ranks.rank == 0:
+            return True
+        alone = first.take()
+        first.release()
+        return alone
+
+    def go_on(self) -> str:
+        """What an interrupted run has kept, and the command that goes on with it."""
+        command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+        self.look()
+        done = len(self.cells) - len(self.missing())
+        return f"{done} of {len(self.cells)} classes are kept; go on with: {command}"

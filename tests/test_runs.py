@@ -1,0 +1,350 @@
+"""The folder of a run: one writer, one configuration, what is finished and what has failed."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+from conftest import make_cache
+from fabricated import CLASSES, N_TRAIN, SPECTRUM, fit, settings
+
+import config as knobs
+import detector
+import main
+import runs
+import train
+import utils
+from config import Config, UserError
+from datasets import Labels, Split
+from feature_cache import CacheIdentity, FeatureCache
+
+
+@pytest.fixture
+def run(cache, tmp_path, monkeypatch):
+    """run(knob=value, ...) -> results.json of main.main on a fabricated cache, in tmp_path. ``run.cache`` may
+    be another cache; ``run.fitted`` lists the cells that were fitted since it was last cleared."""
+    monkeypatch.chdir(tmp_path)
+    real = train.make_trainer
+
+    def make_trainer(config, cache, class_name, seed, *sources):
+        go.fitted.append((class_name, seed))
+        return real(config, cache, class_name, seed, *sources)
+
+    def go(**more) -> dict:
+        config = settings(**{"modelname": "run", "plots": False, "save_model": True, **more})
+        main.main(config)
+        return results(config)
+
+    go.fitted, go.cache = [], cache
+    monkeypatch.setattr(train, "make_trainer", make_trainer)
+    monkeypatch.setattr(main.extractor, "ensure_features", lambda *_: go.cache)
+    return go
+
+
+def results(config: Config) -> dict:
+    return json.loads((detector.run_folder(config) / "results.json").read_text())
+
+
+def table(results: dict) -> dict:
+    """The figures of a run, without times."""
+    return {
+        name: {k: v for k, v in entry.items() if k != "runs"} for name, entry in results["classes"].items()
+    } | {"mean": results["mean"], "baselines": results["baselines"], "margins": results["margins"]}
+
+
+def files(folder="runs/run/classes"):
+    return sorted(os.listdir(folder))
+
+
+# ---------------------------------------------------------------- going on
+@pytest.mark.parametrize("options", [{}, {"baselines": True, **SPECTRUM}], ids=str)
+def test_a_run_goes_on_bit_for_bit(run, options):
+    whole = run(n_seeds=2, **options)
+    first, last = run.fitted[0], run.fitted[-1]
+    run.fitted.clear()
+    for name, seed in (first, last):
+        os.unlink(f"runs/run/classes/{name}-seed{seed}.json")
+    os.unlink("runs/run/results.json")
+    resumed = run(n_seeds=2, **options)
+    assert run.fitted == [first, last] and table(resumed) == table(whole)
+    for name in CLASSES:  # the kept ones are kept with all that they were
+        assert [r["class"] for r in resumed["classes"][name]["runs"]] == [name, name]
+
+
+def test_wall_time_adds_up(run):
+    whole = run()
+    kept = [entry["runs"][0]["wall_time_s"] for entry in whole["classes"].values()]
+    assert min(kept) > 0
+    path = runs.detector.checkpoint_path(settings(modelname="run"), "b", 0).with_suffix(".json")
+    record = json.loads(path.read_text())
+    record["result"]["wall_time_s"] = 1000.0
+    utils.write_sealed(path, {name: value for name, value in record.items() if name != "checksum"})
+    assert 1000 + kept[0] + kept[2] <= run()["wall_time_s"] + 0.1 < 1100
+    assert whole["wall_time_s"] >= round(sum(kept), 1) - 0.1
+
+
+DAMAGE = {
+    "weights missing": lambda path: path.with_suffix(".safetensors").unlink(),
+    "weights cut": lambda path: os.truncate(path.with_suffix(".safetensors"), 100),
+    "weights changed": lambda path: path.with_suffix(".safetensors").write_bytes(
+        path.with_suffix(".safetensors").read_bytes()[:-1] + b"?"
+    ),
+    "record cut": lambda path: os.truncate(path, 100),
+    "record edited": lambda path: path.write_text(path.read_text().replace('"seed": 0', '"seed": 1')),
+    "record empty": lambda path: path.write_text(""),
+    "record of another class": lambda path: path.write_bytes(path.with_name("a-seed0.json").read_bytes()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_damaged_is_not_finished(run, damage):
+    whole = run()
+    run.fitted.clear()
+    DAMAGE[damage](detector.run_folder(settings(modelname="run")) / "classes" / "b-seed0.json")
+    resumed = run()
+    assert run.fitted == [("b", 0)] and table(resumed) == table(whole)
+    detector.load_detector("runs/run/classes/b-seed0")
+
+
+def test_what_is_asked_for_later_is_made(run):
+    """Weights, and what the baselines need, where the first run kept none."""
+    run(save_model=False)
+    assert files() == [f"{name}-seed0.json" for name in CLASSES]
+    run.fitted.clear()
+    run(save_model=True)
+    assert len(run.fitted) == 3 and len(files()) == 6
+    run.fitted.clear()
+    assert run(baselines=True)["baselines"] and len(run.fitted) == 3
+    run.fitted.clear()
+    run(baselines=True, save_model=False, verbose=True, threads=0, class_name="c,a", nbins1=3)
+    assert run.fitted == [], "knobs that change no outcome do not count"
+
+
+def test_restart(run):
+    run()
+    run.fitted.clear()
+    (utils.Path("runs/run/classes") / "mine-seed0.json").write_text("{}")
+    run(restart=True)
+    assert len(run.fitted) == 3 and "mine-seed0.json" in files(), "what is no record of ours stays"
+    with pytest.raises(UserError, match="restart"):
+        run(restart=True, rank=0, world_size=2)
+
+
+# ---------------------------------------------------------------- one configuration
+@pytest.mark.parametrize(
+    "change",
+    [{"lr_init": 2e-3}, {"clamp": 1.0}, {"score": "likelihood"}, {"fusion": "none"}, {"batch_size": 4}],
+    ids=str,
+)
+def test_another_configuration_is_refused(run, change):
+    run()
+    before, kept = files(), utils.sha256_of_file("runs/run/classes/a-seed0.json")
+    run.fitted.clear()
+    with pytest.raises(UserError) as mistake:
+        run(**change)
+    line, name = str(mistake.value), next(iter(change))
+    assert f"{name} {getattr(settings(), name)} there, {change[name]} now" in line
+    assert "--modelname" in line and "--restart" in line and "\n" not in line
+    assert run.fitted == [] and files() == before
+    assert utils.sha256_of_file("runs/run/classes/a-seed0.json") == kept
+    run(modelname="other", **change)
+    run(restart=True, **change)
+    assert len(run.fitted) == 6
+
+
+def again(cache) -> FeatureCache:
+    """The same cache, opened once more: to be changed by a test."""
+    return FeatureCache(CacheIdentity(cache.folder, {}))
+
+
+def test_other_features_are_refused(run):
+    run()
+    run.cache = again(run.cache)
+    run.cache.meta = run.cache.meta | {"weights_sha256": "other"}
+    with pytest.raises(UserError, match="weights_sha256 None there, other now"):
+        run()
+
+
+def test_a_folder_of_an_earlier_version_is_left_alone(run):
+    run()
+    os.unlink("runs/run/run.json")
+    with pytest.raises(UserError, match="earlier version.*--restart"):
+        run()
+    os.makedirs("runs/old/classes")
+    utils.write_json(utils.Path("runs/old/classes/a-seed0.json"), {"result": {}})
+    with pytest.raises(UserError, match="earlier version"):
+        run(modelname="old")
+    assert files("runs/old/classes") == ["a-seed0.json"]
+
+
+def test_train_keeps_and_refuses_as_main_does(run, capsys):
+    one = settings(modelname="run", class_name="b")
+    train.main(one)
+    train.main(one)
+    assert run.fitted == [("b", 0)] and "kept from an earlier run" in capsys.readouterr().out
+    run()
+    assert run.fitted == [("b", 0), ("a", 0), ("c", 0)]
+    with pytest.raises(UserError, match="clamp"):
+        train.main(dataclasses.replace(one, clamp=1.0))
+
+
+# ---------------------------------------------------------------- one writer
+def test_one_writer(run):
+    config = settings(modelname="run")
+    with runs.writing(config):
+        with pytest.raises(
+            UserError, match=rf"runs/run is being written by process {os.getpid()}.*--modelname"
+        ):
+            run()
+        with pytest.raises(UserError, match="being written"):
+            run(rank=1, world_size=2)
+    run()
+    assert ".writer" not in str(os.listdir("runs/run"))
+
+
+def test_ranks_share_a_folder_with_their_like_only(run):
+    shared = settings(modelname="run", rank=0, world_size=3)
+    with runs.writing(shared), runs.writing(dataclasses.replace(shared, rank=2)):
+        for other in ({}, {"rank": 0, "world_size": 2}, {"rank": 2, "world_size": 3}):
+            with pytest.raises(UserError, match="being written"):
+                run(**other)
+
+
+def test_nothing_stays_of_a_run_that_did_not_begin(run, tmp_path, monkeypatch):
+    def mistaken(*_):
+        raise UserError("no images")
+
+    monkeypatch.setattr(main.extractor, "ensure_features", mistaken)
+    with pytest.raises(UserError, match="no images"):
+        run()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["runs", "runs/run", "runs/run/classes"])
+def test_a_folder_that_cannot_be_written(run, tmp_path, place):
+    """It is found before anything is read or trained. (A file in its way: root may write everywhere.)"""
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).write_text("in the way")
+    run.cache = None
+    with pytest.raises(UserError, match="runs/run cannot be written"):
+        run()
+    assert (tmp_path / place).read_text() == "in the way"
+
+
+def test_what_a_killed_run_left_half_written_goes(run):
+    os.makedirs("runs/run/classes")
+    partial = utils.Path("runs/run/classes/.a-seed0.json.123.partial")
+    partial.write_text("half")
+    run()
+    assert not partial.exists()
+
+
+# ---------------------------------------------------------------- classes that cannot be fitted
+def damaged(cache, tmp_path, change) -> FeatureCache:
+    """A copy of the fabricated cache, its tokens changed by ``change(tokens of the train split)``."""
+    tokens = {s: cache.tokens(s)[np.arange(len(cache.tokens(s)))].astype(float) for s in ("train", "test")}
+    change(tokens)
+    return make_cache(tmp_path / "damaged", cache.labels, tokens, grid=(3, 3), band_channels=(4, 6))
+
+
+def test_a_constant_class_does_not_lose_the_others(run, tmp_path, capsys):
+    good = run()
+
+    def change(tokens):
+        tokens["train"][N_TRAIN : 2 * N_TRAIN] = tokens["train"][N_TRAIN]
+
+    run.cache = damaged(run.cache, tmp_path, change)
+    with pytest.raises(UserError, match="1 of 3 classes.*class b: .*all the same"):
+        run(modelname="bad")
+    found = results(settings(modelname="bad"))
+    assert found["classes"]["b"]["auroc"] is None and "all the same" in found["classes"]["b"]["undefined"]
+    assert all(found["classes"][name]["auroc"] == good["classes"][name]["auroc"] for name in "ac")
+    assert (
+        "all the same" in capsys.readouterr().out and not utils.Path("runs/bad/classes/b-seed0.json").exists()
+    )
+    run.fitted.clear()
+    with pytest.raises(UserError, match="1 of 3 classes"):
+        run(modelname="bad", n_seeds=2)  # it is tried again, the others are kept
+    assert run.fitted == [("b", 0), ("a", 1), ("b", 1), ("c", 1)]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("options", [{}, {"normalize": "power_l2+whiten"}, SPECTRUM], ids=str)
+def test_features_that_are_not_finite_are_named(cache, tmp_path, value, split, options):
+    """Instead of advice about the learning rate."""
+
+    class Damaged:
+        """The fabricated cache with one value changed as it is read."""
+
+        def __init__(self, array):
+            self.array, self.shape = array, array.shape
+
+        def __len__(self):
+            return len(self.array)
+
+        def __getitem__(self, index):
+            rows = np.array(self.array[index], np.float32)
+            rows[np.asarray(index) == 5, 3 if rows.ndim == 3 else 2] = value
+            return rows
+
+    real = cache.arrays
+    cache = again(cache)
+    cache.arrays = lambda s: {
+        name: Damaged(array) if s == split and name == "tokens" else array for name, array in real(s).items()
+    }
+    with pytest.raises(UserError) as mistake:
+        fit(cache, "a", **options)
+    line = str(mistake.value)
+    assert f"1 of its {'training' if split == 'train' else 'test'} images are not finite, row 5" in line
+    assert "damaged" in line and "lr_init" not in line
+
+
+def test_two_training_images_are_no_class(run):
+    category = np.array([0] * 2 + [1] * (2 * N_TRAIN - 2) + [2] * N_TRAIN)
+    labels = run.cache.labels
+    run.cache = again(run.cache)
+    run.cache.labels = Labels(CLASSES, Split.of(labels.train.names, category), labels.test)
+    with pytest.raises(UserError, match="1 of 3 classes could not be fitted: class a: 2 training"):
+        run()
+    found = results(settings(modelname="run"))
+    assert found["classes"]["a"]["auroc"] is None and found["classes"]["b"]["auroc"] > 0.5
+
+
+def test_classes_trained_together_lose_only_the_bad_one(run, tmp_path):
+    def change(tokens):
+        tokens["train"][:N_TRAIN] = 0.5
+
+    run.cache = damaged(run.cache, tmp_path, change)
+    with pytest.raises(UserError, match="1 of 3 classes.*class a"):
+        run(train_together="True")
+    assert results(settings(modelname="run"))["classes"]["b"]["auroc"] > 0.5
+
+
+def test_a_mistake_in_a_setting_is_no_classs_failure(run):
+    """It would be the same for every class: one line, and nothing is left."""
+    with pytest.raises(UserError, match="heads"):
+        run(n_heads=17)
+    assert not os.path.exists("runs/run/results.json")
+
+
+# ---------------------------------------------------------------- interrupted
+def test_ctrl_c_says_what_is_kept(run, monkeypatch, capsys):
+    real = detector.save_fitted
+
+    def interrupted(*arguments):
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(detector, "save_fitted", interrupted)
+    monkeypatch.setattr("sys.argv", ["/x/main.py", "--modelname", "run"])
+    with pytest.raises(SystemExit) as stopped:
+        knobs.guarded(main.main, settings(modelname="run", plots=False))
+    line = capsys.readouterr().err
+    assert stopped.value.code == 130 and line.count("\n") == 1
+    assert "1 of 3 classes are kept" in line and "python main.py --modelname run" in line
+    monkeypatch.setattr(detector, "save_fitted", real)
+    run.fitted.clear()
+    run()
+    assert run.fitted == [("b", 0), ("c", 0)]
