@@ -163,6 +163,7 @@ def run(config: Config) -> dict | None:
         if not ledger.report_is_mine():
             print(f"rank {ledger.ranks.rank} is done; another one reports", flush=True)
             return None
+        ledger.tidy()
         return write_report(ledger, classes, watch)
 
 

@@ -275,6 +275,15 @@ class Ledger:
         first.release()
         return alone
 
+    def tidy(self) -> None:
+        """Once all is done: remove the locks and half-written files of ranks that were killed."""
+        folder = detector.run_folder(self.config)
+        for path in (*folder.glob(".writer-*"), *(folder / "classes").glob(".*.claim")):
+            lock = utils.Lock(path)  # one that is held stays
+            lock.take()
+            lock.release()
+        _sweep_up(folder)
+
     def go_on(self) -> str:
         """What an interrupted run has kept, and the command that goes on with it."""
         command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -154,7 +154,9 @@ def test_train_script_is_one_class_of_main(run_folder, texture_folder, tmp_path,
 
 def test_together_run(run_folder, texture_folder, tmp_path, monkeypatch):
     alone, joint = (
-        in_process(whole(texture_folder, train_together=value), run_folder, tmp_path, monkeypatch)
+        in_process(
+            whole(texture_folder, train_together=value, restart=True), run_folder, tmp_path, monkeypatch
+        )
         for value in ("False", "True")
     )
     for name, values in metrics(alone).items():
