@@ -154,8 +154,8 @@ class Config:
     )
     restart: bool = knob(
         False,
-        "do again what is finished (extractor.py: the features; main.py and train.py: the classes) instead of "
-        "going on where the last run ended",
+        "do again what is finished (extractor.py: the features; main.py and train.py: the classes) instead "
+        "of going on where the last run ended",
         affects="run",
     )
     rank: int | None = knob(

@@ -158,8 +158,9 @@ def run(config: Config) -> dict | None:
         ledger = runs.Ledger(config, cache, cells)
         try:
             run_cells(ledger, device, watch)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(ledger.go_on()) from None
+        except knobs.Interrupted as interrupted:
+            interrupted.told = ledger.go_on()
+            raise
         if not ledger.report_is_mine():
             print(f"rank {ledger.ranks.rank} is done; another one reports", flush=True)
             return None

@@ -7,8 +7,6 @@ rank, or the next run, takes them. Layout of runs/<modelname>/: ``run.json`` wha
 ``.writer-<rank>-of-<n>`` who writes it, ``classes/`` the cells."""
 
 import contextlib
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import NamedTuple
 import detector
 import feature_cache
 import utils
-from config import Config, UserError, knobs_affecting
+from config import Config, UserError, command_line, knobs_affecting
 
 FAILED = ".failed.json"  # the ending of what a cell leaves that cannot be fitted
 
@@ -286,7 +284,6 @@ class Ledger:
 
     def go_on(self) -> str:
         """What an interrupted run has kept, and the command that goes on with it."""
-        command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
         self.look()
         done = len(self.cells) - len(self.missing())
-        return f"{done} of {len(self.cells)} classes are kept; go on with: {command}"
+        return f"{done} of {len(self.cells)} classes are kept; go on with: {command_line()}"

@@ -81,7 +81,7 @@ def test_killed_at_any_moment(begin, tmp_path, options):
     check_whole()
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT])
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_asked_to_end(begin, tmp_path, kind):
     """One line that says what is kept and how to go on, within two seconds."""
     pid = begin(n_seeds=2, meta_epochs=10**5)

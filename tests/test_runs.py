@@ -161,7 +161,7 @@ def again(cache) -> FeatureCache:
 def test_other_features_are_refused(run):
     run()
     run.cache = again(run.cache)
-    run.cache.meta = run.cache.meta | {"weights_sha256": "other"}
+    run.cache.manifest.fields["weights_sha256"] = "other"
     with pytest.raises(UserError, match="weights_sha256 None there, other now"):
         run()
 
@@ -330,20 +330,19 @@ def test_a_mistake_in_a_setting_is_no_classs_failure(run):
 
 
 # ---------------------------------------------------------------- interrupted
-def test_ctrl_c_says_what_is_kept(run, monkeypatch, capsys):
+def test_ctrl_c_says_what_is_kept(run, monkeypatch):
     real = detector.save_fitted
 
     def interrupted(*arguments):
         real(*arguments)
-        raise KeyboardInterrupt
+        raise knobs.Interrupted
 
     monkeypatch.setattr(detector, "save_fitted", interrupted)
     monkeypatch.setattr("sys.argv", ["/x/main.py", "--modelname", "run"])
-    with pytest.raises(SystemExit) as stopped:
-        knobs.guarded(main.main, settings(modelname="run", plots=False))
-    line = capsys.readouterr().err
-    assert stopped.value.code == 130 and line.count("\n") == 1
-    assert "1 of 3 classes are kept" in line and "python main.py --modelname run" in line
+    with pytest.raises(knobs.Interrupted) as stopped:
+        main.main(settings(modelname="run", plots=False))
+    line = stopped.value.told
+    assert "\n" not in line and "1 of 3 classes are kept" in line and "python main.py --modelname run" in line
     monkeypatch.setattr(detector, "save_fitted", real)
     run.fitted.clear()
     run()
