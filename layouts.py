@@ -87,6 +87,17 @@ def what_is_there(folder: Path) -> str:
     return f"{folder.resolve()} holds {', '.join(names[:4])}{more}"
 
 
+def where_instead(root: Path, holds: Callable[[Path], bool]) -> str:
+    """The advice for a folder that does not hold a data set, where the folder above it or one at most three
+    below it does; "" otherwise."""
+    level, near = [root], [root.resolve().parent]
+    for _ in range(3):
+        level = [folder / name for folder in level[:1000] for name in subfolders(folder)]
+        near += level
+    found = next((folder for folder in near if holds(folder)), None)
+    return f"; {found} does: give --dataset_path {found}" if found else ""
+
+
 # ---------------------------------------------------------------- folders per class
 def folders(root: Path) -> Listing:
     """``{train,test}/<class>/**``; without test/, an empty test split. A test folder without a train folder
@@ -144,11 +155,9 @@ def normal_only(root: Path, name: str | None = None) -> Listing:
 def _advice(root: Path) -> str:
     """What to do about a folder without pictures that holds folders."""
     below = subfolders(root)
-    deeper = next((name for name in below if (root / name / "train").is_dir()), None)
-    if deeper:
-        return f"; give --dataset_path {root / deeper}, which holds train/"
-    if not below:
-        return ""
+    elsewhere = where_instead(root, lambda folder: bool(subfolders(folder / "train")))
+    if elsewhere or not below:
+        return elsewhere
     return (
         f"; put normal pictures into {root}/train/<class> and test pictures into {root}/test/<class>, or "
         f"give the folder of the normal ones: --dataset_path {root / below[0]}"
@@ -168,6 +177,7 @@ def mvtec(root: Path) -> Listing:
         raise UserError(
             f"dataset_path: expected MVTec-style categories in {root}, <category>/train/good (or ok) and "
             f"<category>/test/<good or defect>, but {what_is_there(root)}"
+            f"{where_instead(root, lambda folder: bool(_categories(folder)))}"
         )
     search = Search(root)
     entries: dict[str, list[Entry]] = {
@@ -218,6 +228,7 @@ def visa(root: Path) -> Listing:
         raise UserError(
             f"dataset_path: expected VisA as {root / 'split_csv' / '1cls.csv'} and the folders "
             f"<object>/Data/Images that it names, but {what_is_there(root)}"
+            f"{where_instead(root, lambda folder: (folder / 'split_csv' / '1cls.csv').is_file())}"
         )
     table = base / "split_csv" / "1cls.csv"
     rows = _read_table(table, ("object", "split", "label", "image", "mask"))
@@ -283,33 +294,39 @@ def cats_vs_dogs(root: Path) -> Listing:
     """Cats and dogs: ``{train,test}/<class>/*``, Kaggle's flat ``train/cat.0.jpg``, or Microsoft's
     ``PetImages/{Cat,Dog}/0.jpg``; the last two split by ``split_by_rule``, 10,000 of each class to train
     and 2,500 to test, the same pictures in both. Kaggle's test1/ has no labels and is not read."""
-    if subfolders(root / "train"):
+    if all(subfolders(root / split) for split in SPLITS):
         return folders(root)
-    search = Search(root)
-    flat = next((f for f in (root / "train", root) if any(f.glob("cat.*.jpg"))), None)
-    places = {
-        p.name.lower(): p for f in (root, root / "PetImages") if f.is_dir() for p in f.iterdir() if p.is_dir()
-    }
-    if flat:
-        pictures = {name: [p for p in search.images(flat) if p.name.startswith(f"{name}.")] for name in PETS}
-    elif all(name in places for name in PETS):
-        pictures = {name: search.images(places[name]) for name in PETS}
-    else:
+    places = _pets(root)
+    if not places:
         raise UserError(
             f"dataset_path: expected cats and dogs as {root}/{{train,test}}/{{cat,dog}}/*, "
             f"{root / 'train' / 'cat.0.jpg'} (Kaggle) or {root / 'PetImages' / 'Cat'} (Microsoft), but "
-            f"{what_is_there(root)}"
+            f"{what_is_there(root)}{where_instead(root, lambda folder: bool(_pets(folder)))}"
         )
-    search.tell()
-    for name, found in pictures.items():
-        if not found:
+    search, halves = Search(root), []
+    for name, (folder, start) in places.items():
+        pictures = [path for path in search.images(folder) if path.name.startswith(start)]
+        if not pictures:
             raise UserError(
-                f"dataset_path: no pictures of a {name} in {flat}; expected {name}.0.jpg and so on beside "
-                f"those of the other"
+                f"dataset_path: no pictures of a {name} in {folder}; expected {start}0.jpg and so on"
             )
-    halves = [split_by_rule(pictures[name]) for name in PETS]
+        halves.append(split_by_rule(pictures))
+    search.tell()
     entries = {s: [Entry(path, i) for i, half in enumerate(halves) for path in half[s]] for s in SPLITS}
     return Listing(root, list(PETS), entries)
+
+
+def _pets(root: Path) -> dict[str, tuple[Path, str]]:
+    """Where the pictures of each pet lie, and how their names start: Kaggle's form or Microsoft's; {} if in
+    neither."""
+    for folder in (root / "train", root):
+        if any(folder.glob("cat.*.jpg")):
+            return {name: (folder, f"{name}.") for name in PETS}
+    for folder in (root / "PetImages", root):
+        named = {name.lower(): folder / name for name in subfolders(folder)}
+        if all(name in named for name in PETS):
+            return {name: (named[name], "") for name in PETS}
+    return {}
 
 
 PETS = ("cat", "dog")
@@ -325,6 +342,7 @@ def magnetic_tiles(root: Path) -> Listing:
         raise UserError(
             f"dataset_path: expected magnetic tiles as {root / 'MT_Free' / 'Imgs'}, and MT_Blowhole, "
             f"MT_Break, ... beside it, but {what_is_there(root)}"
+            f"{where_instead(root, lambda folder: (folder / 'MT_Free').is_dir())}"
         )
     free = split_by_rule(_tiles(base / "MT_Free"))
     entries = {split: [Entry(path, 0) for path in free[split]] for split in SPLITS}

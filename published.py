@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 from torchvision import datasets as tv
@@ -155,7 +156,8 @@ def _download(dataset: str, root: Path, source: Source) -> None:
     )
     advice += "with --dataset_path"
     if not utils.reachable(source.url):
-        raise UserError(f"{told}; it cannot be downloaded, {source.url} is not reachable: {advice}")
+        host = urlsplit(source.url).hostname
+        raise UserError(f"{told}; {host} is not reachable to download it: {advice}")
     absent = [folder for folder in (root / source.path).parents if not folder.exists()]
     try:
         with utils.whole_file(root / source.path) as partial_file:

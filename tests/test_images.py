@@ -191,6 +191,7 @@ def test_truncated_files_are_refused(tmp_path, ending):
             images.read_image(cut)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "ending", ["jpg", "png", "gif", "bmp", "tif", "webp", "jp2", "avif", "ppm", "tga", "ico"]
 )

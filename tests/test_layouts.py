@@ -209,6 +209,13 @@ def test_cats_and_dogs_in_folders(tmp_path):
     assert counts(load_images("CatsvsDogs", str(root)).labels, "train") == {"cat": 1, "dog": 1}
 
 
+def test_a_folder_in_the_folder_is_no_class(tmp_path):
+    """As unpacking train.zip into train/ leaves it."""
+    tree(tmp_path, *(f"train/train/{name}.{i}.jpg" for name in layouts.PETS for i in range(5)))
+    assert f"--dataset_path {tmp_path / 'train'}" in refused("CatsvsDogs", tmp_path)
+    assert load_images("CatsvsDogs", str(tmp_path / "train")).labels.classes == layouts.PETS
+
+
 def test_kaggles_unlabelled_pictures_are_not_read(tmp_path):
     root = tree(
         tmp_path, *(f"train/{name}.{i}.jpg" for name in layouts.PETS for i in range(5)), "test1/1.jpg"
@@ -270,6 +277,24 @@ def test_what_was_looked_for_and_found(tmp_path, dataset, looked):
     assert looked in (line := refused(dataset, tmp_path)) and "holds a/, b/, c/, d/ and 2 more" in line
 
 
-def test_one_folder_too_deep(tmp_path):
-    tree(tmp_path, "unpacked/train/a/1.png", "unpacked/test/a/1.png", "other/x.png")
-    assert f"--dataset_path {tmp_path / 'unpacked'}" in refused("folder", tmp_path)
+DEEPER = {
+    "folder": ("train/a/1.png", "test/a/1.png"),
+    "lbot": ("train/normal/1.png",),
+    "mvtec": ("bottle/train/good/1.png", "bottle/test/good/1.png"),
+    "BTAD": ("01/train/ok/1.png", "02/train/ok/1.png"),
+    "VisA": ("split_csv/1cls.csv",),
+    "MTD": ("MT_Free/Imgs/1.jpg",),
+    "CatsvsDogs": ("train/cat.0.jpg", "train/dog.0.jpg"),
+}
+
+
+@pytest.mark.parametrize("dataset", DEEPER)
+def test_where_it_lies_instead(tmp_path, dataset):
+    """Two folders deeper, or one folder up: the right --dataset_path is named."""
+    for name in DEEPER[dataset]:
+        (tmp_path / "un/packed" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "un/packed" / name).touch()
+    (tmp_path / "un/packed/empty").mkdir()
+    for root in (tmp_path, tmp_path / "un/packed/empty"):
+        assert f"--dataset_path {tmp_path / 'un/packed'}" in refused(dataset, root)
+    assert "--dataset_path" not in refused(dataset, tmp_path / "un/packed/empty/absent")
