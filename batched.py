@@ -8,13 +8,14 @@ the step is shared."""
 import copy
 import time
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call, stack_module_state
 
 import model
-from linear import Linear
-from train import Fitted, Trainer, make_optimizer
+from linear import Linear, forward_precision, products
+from train import Fitted, Trainer, compiled, make_optimizer
 
 
 class BatchedTrainer:
@@ -23,6 +24,7 @@ class BatchedTrainer:
 
     def __init__(self, trainers: list[Trainer]):
         self.trainers, self.config = trainers, trainers[0].config
+        self.source = trainers[0].data.train  # of all of them
         flows = [trainer.detector.flow for trainer in trainers]
         self.parameters, _ = stack_module_state(flows)  # {name: (G, ...)}
         for g, flow in enumerate(flows):
@@ -33,6 +35,8 @@ class BatchedTrainer:
         for module in self.flow.modules():
             if isinstance(module, Linear):
                 module.plain = True  # vmap sees through nn.Linear only
+        losses = torch.vmap(self._loss)
+        self.losses = compiled(losses) if self.config.compile_flow else losses
         self.optimizer = make_optimizer(list(self.parameters.values()), self.config)
 
     def run(self) -> list[Fitted]:
@@ -62,16 +66,20 @@ class BatchedTrainer:
     def train_epoch(self) -> Tensor:
         """One pass over every class's training images -> mean losses (G)."""
         batches = list(zip(*(trainer.shuffled_batches() for trainer in self.trainers)))
-        losses = [self.train_step(batch) for batch in self.trainers[0].progress(batches)]
+        with products(self.config.matmul, self.trainers[0].device):
+            losses = [self.train_step(batch) for batch in self.trainers[0].progress(batches)]
         return torch.stack(losses).mean(0)
 
     def train_step(self, batches: tuple) -> Tensor:
         """One Adam step for all classes, each on its own batch of rows -> losses (G), detached."""
         for trainer in self.trainers:  # all at the same step
             self.optimizer.param_groups[0]["lr"] = trainer.scheduled_rate()
-        inputs = [trainer.inputs(batch) for trainer, batch in zip(self.trainers, batches)]
+        rows = torch.cat(batches) if isinstance(batches[0], Tensor) else np.concatenate(batches)
+        features = self.source[rows].split(len(batches[0]))  # one gather for all classes
+        inputs = [trainer.inputs(part) for trainer, part in zip(self.trainers, features)]
         semantic, patches = (torch.stack(tokens) for tokens in zip(*inputs))  # (G, B, C), (G, B, N, C)
-        losses = torch.vmap(self._loss)(self.parameters, semantic, patches)
+        with forward_precision(self.config.matmul, semantic.device):
+            losses = self.losses(self.parameters, semantic, patches)
         self.optimizer.zero_grad(set_to_none=True)
         losses.sum().backward()  # no class's loss depends on another's parameters
         if self.config.max_grad_norm:
@@ -104,8 +112,11 @@ def groups(trainers: list[Trainer]) -> list[list[Trainer]]:
     device = trainers[0].device
     most = len(trainers)
     if device.type == "cuda":
-        state = 16 * sum(
-            p.numel() for p in trainers[0].parameters
-        )  # parameters, gradients, two moments, float32
-        most = max(1, int(0.7 * torch.cuda.mem_get_info(device)[0] / (2 * state)))
+        most = at_once(trainers[0].bytes, torch.cuda.mem_get_info(device)[0])
     return [group[i : i + most] for group in by_size.values() for i in range(0, len(group), most)]
+
+
+def at_once(one: int, free: int) -> int:
+    """How many classes of ``one`` bytes each train together in ``free`` bytes: at least one, and a third of
+    the memory is left for what was not counted."""
+    return max(1, int(0.67 * free / one))

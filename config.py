@@ -396,6 +396,18 @@ class Config:
         high=10**7,
         affects="fit",
     )
+    matmul: str = knob(
+        "highest",
+        "products in training: highest (float32), tf32 (on a GPU) or bfloat16 (weights stay float32)",
+        choices=("highest", "tf32", "bfloat16"),
+        affects="fit",
+    )
+    compile_flow: bool = knob(
+        False,
+        "torch.compile the flow in training, on a GPU with CUDA graphs: pays on long runs only",
+        affects="run",
+        scripts=("train.py", "main.py"),
+    )
     lr_init: float = knob(5e-5, "Adam learning rate", low=0.0, high=1e38, affects="fit")
     lr_schedule: str = knob(
         "constant",

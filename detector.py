@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ from config import ClassError, Config, UserError, make_config
 from normalization import BandNormalizer, Normalizer, spread
 from token_grid import Bands, TokenGrid
 
-EVAL_BATCH = 100  # images per forward pass in evaluation: their tokens stay in a CPU's caches
+EVAL_BATCH = {"cpu": 100, "cuda": 500}  # images per forward pass in evaluation: a CPU's caches hold these
+LEFT_FREE = 0.2  # share of a GPU's memory that tokens leave to training
 
 
 # ---------------------------------------------------------------- features of one class
@@ -46,6 +47,14 @@ class Features(NamedTuple):
         tokens = rows["tokens"].float()
         return cls(tokens[:, 0], tokens[:, 1:], rows["bands"].float() if "bands" in rows else None)
 
+    def split(self, size: int) -> "list[Features]":
+        """Consecutive parts of ``size`` images."""
+        parts = [[None] * math.ceil(len(self.semantic) / size) if t is None else t.split(size) for t in self]
+        return [Features(*part) for part in zip(*parts)]
+
+
+Index: TypeAlias = np.ndarray | Tensor  # row numbers
+
 
 class TokenSource:
     """Rows of a cached split by index: read out of the mapped files, or out of the device's memory where they
@@ -55,23 +64,38 @@ class TokenSource:
         self.device, self.arrays = device, arrays
         self.resident: dict[str, Tensor] | None = None
         size = 2 * sum(math.prod(array.shape) for array in arrays.values())
-        if device.type == "cuda" and size < 0.5 * torch.cuda.mem_get_info(device)[0]:
-            self.resident = {name: self._load(array) for name, array in arrays.items()}
+        if device.type == "cuda" and fits_beside_training(size, *torch.cuda.mem_get_info(device)):
+            self.make_resident()
+
+    def make_resident(self) -> None:
+        """Copy every array to the device's memory, to be read there from now on."""
+        self.resident = {name: self._load(array) for name, array in self.arrays.items()}
 
     def _load(self, array: feature_cache.CachedArray) -> Tensor:
         resident = torch.empty(array.shape, dtype=torch.float16, device=self.device)
-        for rows in torch.arange(len(array)).split(1024):
-            resident[rows] = torch.from_numpy(array[rows.numpy()]).to(self.device)
+        for start in range(0, len(array), 1024):
+            rows = slice(start, start + 1024)
+            resident[rows].copy_(torch.from_numpy(array[rows]))
         return resident
 
-    def __getitem__(self, index: np.ndarray) -> Features:
-        """The features of the images ``index``, on the device."""
+    def index(self, rows: np.ndarray) -> Index:
+        """Row numbers as ``[...]`` takes them without a copy to the device: to be made once an epoch."""
+        return rows if self.resident is None else torch.from_numpy(rows).to(self.device)
+
+    def _rows(self, name: str, index: Index) -> Tensor:
+        """The rows ``index`` of an array, float16, on the device."""
         if self.resident is None:
-            return Features.of(
-                {k: torch.from_numpy(a[index]).to(self.device) for k, a in self.arrays.items()}
-            )
-        chosen = torch.from_numpy(index).to(self.device)
-        return Features.of({name: array[chosen] for name, array in self.resident.items()})
+            return torch.from_numpy(self.arrays[name][np.asarray(index)]).to(self.device)
+        chosen = self.index(index) if isinstance(index, np.ndarray) else index
+        return self.resident[name].index_select(0, chosen)
+
+    def __getitem__(self, index: Index) -> Features:
+        """The features of the images ``index``, on the device."""
+        return Features.of({name: self._rows(name, index) for name in self.arrays})
+
+    def bands_there(self, index: Index) -> Tensor:
+        """The band tokens (n, D) of the images ``index``, float32, on the device."""
+        return self._rows("bands", index).float()
 
     def on_cpu(self, index: np.ndarray) -> Features:
         """The same, read from the files to the CPU."""
@@ -82,8 +106,13 @@ class TokenSource:
         return torch.from_numpy(self.arrays["bands"][index]).float()
 
 
-def in_batches(index: np.ndarray, size: int) -> list[np.ndarray]:
-    """An index array cut into consecutive batches, ``size`` long but the last."""
+def fits_beside_training(size: int, free: int, total: int) -> bool:
+    """Whether so many bytes of tokens may stay on a GPU with so many bytes free of all it has."""
+    return size <= free - LEFT_FREE * total
+
+
+def in_batches(index: Index, size: int) -> list:
+    """Row numbers cut into consecutive batches, ``size`` long but the last."""
     return [index[i : i + size] for i in range(0, len(index), size)]
 
 
@@ -283,7 +312,9 @@ class Detector(nn.Module):
     @torch.no_grad()
     def latents(self, source: TokenSource, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """z (n, C) and log-determinant (n) of many images."""
-        z, log_det = zip(*(self(*source[batch]) for batch in in_batches(rows, EVAL_BATCH)))
+        z, log_det = zip(
+            *(self(*source[batch]) for batch in in_batches(rows, EVAL_BATCH[source.device.type]))
+        )
         return torch.cat(z), torch.cat(log_det)
 
     def score(self, z: Tensor, log_det: Tensor, name: str | None = None) -> np.ndarray:

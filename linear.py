@@ -5,6 +5,10 @@ On AMD processors oneDNN's is about twice as quick for these sizes (benchmarks/R
 same up to float32 rounding. PyTorch offers the product as an operator of its compiler; where that operator is
 missing, nn.Linear does the work."""
 
+import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -37,6 +41,44 @@ AVAILABLE = _works()
 def is_traced() -> bool:
     """Whether the code is being compiled, exported or traced: PyTorch's own operators are wanted then."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+@functools.cache
+def batched_by_onednn() -> bool:
+    """Whether float32 products of stacked matrices that are allowed bfloat16 go to oneDNN and come out as
+    exact as ever: so on processors without bfloat16 tiles (AMX), where it is quicker than the library that
+    PyTorch takes otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 8, 300, generator=generator), torch.randn(4, 300, 50, generator=generator)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        error = (a @ b - a.double() @ b.double()).abs().max().item()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return AVAILABLE and error < 1e-4  # of values about 17; bfloat16 would be off by 0.1
+
+
+@contextmanager
+def products(matmul: str, device: torch.device) -> Iterator[None]:
+    """float32 products by the knob ``matmul``: in TF32 on a GPU that is told so; on a CPU by oneDNN, stacked
+    matrices too, where that costs no digits."""
+    before, wanted = torch.get_float32_matmul_precision(), None
+    if device.type == "cuda" and matmul == "tf32":
+        wanted = "high"
+    elif device.type == "cpu" and batched_by_onednn():
+        wanted = "medium"
+    torch.set_float32_matmul_precision(wanted or before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def forward_precision(matmul: str, device: torch.device) -> AbstractContextManager:
+    """What the forward pass of a training step runs under: bfloat16 products where ``matmul`` says so, of
+    weights that stay float32."""
+    return torch.autocast(device.type, torch.bfloat16) if matmul == "bfloat16" else nullcontext()
 
 
 class _Linear(torch.autograd.Function):
@@ -80,6 +122,7 @@ class Linear(nn.Linear):
             or x.dtype != torch.float32
             or x.dim() != 2
             or is_traced()
+            or torch.is_autocast_enabled("cpu")
             or x.shape[0] == 0
         ):
             y = super().forward(x)

@@ -59,16 +59,22 @@ def check_detector(config: Config, features: dict) -> None:
     )
 
 
+def training_bytes(config: Config, features: dict, n_images: int) -> int:
+    """Roughly the bytes that fitting to so many images takes: weights, gradients and Adam's two moments, a
+    batch's tokens as they are, normalised and with their gradients, and what each coupling layer keeps for
+    the backward pass, the queries of its attention heads the most of it."""
+    batch, channels = min(config.batch_size, n_images), features["n_feat"]
+    heads = (config.n_heads or 8) if config.fusion != "none" else 0
+    kept = 2 * config.n_coupling_blocks * (6 * (config.fc_internal or channels) + 4 * channels * (1 + heads))
+    return FLOAT * (
+        4 * detector_floats(config, features) + batch * (3 * features["tokens"] * channels + kept)
+    )
+
+
 def check_training(config: Config, features: dict, n_images: int) -> None:
-    """Raise UserError when fitting to so many images is more than the memory holds: weights, gradients and
-    Adam's two moments, a batch's tokens as they are, normalised and with their gradients, and what each
-    coupling layer keeps for the backward pass."""
-    batch, hidden = min(config.batch_size, n_images), config.fc_internal or features["n_feat"]
-    kept = 2 * config.n_coupling_blocks * (6 * hidden + 4 * features["n_feat"])
-    needed = 4 * detector_floats(config, features)
-    needed += batch * (3 * features["tokens"] * features["n_feat"] + kept)
+    """Raise UserError when fitting to so many images is more than the memory holds."""
     check(
-        f"training in batches of {batch}",
-        FLOAT * needed,
+        f"training in batches of {min(config.batch_size, n_images)}",
+        training_bytes(config, features, n_images),
         "choose a smaller batch_size, fc_internal, n_coupling_blocks or token_grid",
     )

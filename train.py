@@ -32,10 +32,12 @@ from detector import (
     Detector,
     Features,
     Fitted,
+    Index,
     Inputs,
     TokenSource,
     in_batches,
 )
+from linear import forward_precision, products
 
 PATCH_SAMPLE = 256  # images whose patch tokens the normaliser's statistics come from
 POOL_BATCH = 250  # images whose patch tokens are held at once when semantic tokens are re-pooled
@@ -128,6 +130,7 @@ class Head:
     ):
         self.name, self.flow, self.inputs, self.config = name, flow, inputs, config
         self.optimizer = SubnetOptimizers(flow, config) if trained else None
+        self.trained = compiled(flow) if config.compile_flow else flow  # the same flow, as training runs it
         self.best: Outcome | None = None
 
     def step(self, features: Features, noise: torch.Generator, rate: float) -> Tensor:
@@ -135,7 +138,8 @@ class Head:
         assert self.optimizer is not None
         self.optimizer.set_learning_rate(rate)
         tokens, patches = self.noisy_inputs(features, noise)
-        loss = model.loss_per_image(*self.flow(tokens, [patches])).mean()
+        with forward_precision(self.config.matmul, tokens.device):
+            loss = model.loss_per_image(*self.trained(tokens, [patches])).mean()
         loss.backward()
         self.optimizer.step()
         return loss.detach()
@@ -153,7 +157,7 @@ class Head:
     def latents(self, source: TokenSource, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """z (n, C) and log-determinant (n) of many images."""
         batches = []
-        for batch in in_batches(rows, EVAL_BATCH):
+        for batch in in_batches(rows, EVAL_BATCH[source.device.type]):
             tokens, patches = self.inputs(self.features(source, batch))
             batches.append(self.flow(tokens, [patches]))
         z, log_det = zip(*batches)
@@ -162,10 +166,10 @@ class Head:
     @torch.no_grad()
     def tokens(self, source: TokenSource, rows: np.ndarray) -> Tensor:
         """The flow's input tokens (n, C) of many images."""
-        batches = in_batches(rows, EVAL_BATCH)
+        batches = in_batches(rows, EVAL_BATCH[source.device.type])
         return torch.cat([self.inputs(self.features(source, batch)).tokens for batch in batches])
 
-    def features(self, source: TokenSource, rows: np.ndarray) -> Features:
+    def features(self, source: TokenSource, rows: Index) -> Features:
         return source[rows]
 
     def remember_if_best(self, outcome: Outcome) -> None:
@@ -182,11 +186,17 @@ class Head:
         return self.optimizer is None or evaluations - self.best.evaluation >= self.config.patience
 
 
+def compiled(step: Callable) -> Callable:
+    """A function or module as torch.compile makes it for many calls: with CUDA graphs where there is a
+    GPU."""
+    return torch.compile(step, mode="reduce-overhead" if torch.cuda.is_available() else "default")
+
+
 class TextureHead(Head):
     """The flow of rings and peaks: it needs no tokens."""
 
-    def features(self, source: TokenSource, rows: np.ndarray) -> Features:
-        bands = source.bands(rows).to(source.device)
+    def features(self, source: TokenSource, rows: Index) -> Features:
+        bands = source.bands_there(rows)
         return Features(bands, bands, bands)
 
 
@@ -196,6 +206,7 @@ class Trainer:
     def __init__(self, config: Config, data: ClassData, features: dict, seed: int, device: torch.device):
         self.config, self.data, self.seed, self.device = config, data, seed, device
         memory.check_training(config, features, len(data.fit_rows))
+        self.bytes = memory.training_bytes(config, features, len(data.fit_rows))
         utils.seed_everything(seed)
         self.detector = Detector(config, features)
         try:
@@ -284,12 +295,14 @@ class Trainer:
         """One pass over the normal training images in a new order -> their mean loss (nats per channel, no
         constant)."""
         self.detector.train()
-        losses = [self.train_step(batch) for batch in self.progress(self.shuffled_batches())]
+        with products(self.config.matmul, self.device):
+            losses = [self.train_step(batch) for batch in self.progress(self.shuffled_batches())]
         return torch.stack(losses).mean().item()
 
-    def shuffled_batches(self) -> list[np.ndarray]:
-        """The batches of an epoch: rows of the training split, shuffled."""
-        return in_batches(self.generator.permutation(self.data.fit_rows), self.config.batch_size)
+    def shuffled_batches(self) -> list[Index]:
+        """The batches of an epoch: rows of the training split, shuffled, taken to the device at once."""
+        rows = self.generator.permutation(self.data.fit_rows)
+        return in_batches(self.data.train.index(rows), self.config.batch_size)
 
     def progress(self, batches: list) -> Iterable:
         return tqdm(
@@ -300,11 +313,11 @@ class Trainer:
             disable=utils.no_bar(self.config.hide_tqdm_bar),
         )
 
-    def inputs(self, batch: np.ndarray) -> Inputs:
-        """What the semantic flow sees of the rows ``batch`` in training."""
-        return self.heads[0].noisy_inputs(self.data.train[batch], self.noise)
+    def inputs(self, features: Features) -> Inputs:
+        """What the semantic flow sees of a batch in training."""
+        return self.heads[0].noisy_inputs(features, self.noise)
 
-    def train_step(self, batch: np.ndarray) -> Tensor:
+    def train_step(self, batch: Index) -> Tensor:
         """One Adam step of every flow on the mean loss of a batch of rows -> the first flow's loss,
         detached."""
         rate = self.scheduled_rate()
@@ -351,7 +364,8 @@ class Trainer:
         epoch."""
         self.detector.eval()
         entry: dict = {"epoch": epoch, "loss": loss}
-        outcomes = {head.name: self._outcome(head, entry) for head in self.heads}
+        with products("highest", self.device):
+            outcomes = {head.name: self._outcome(head, entry) for head in self.heads}
         for name, outcome in outcomes.items():
             if len(self.data.held_rows):
                 entry["held_out_loss" if name == "semantic" else f"{name}_held_out_loss"] = (
@@ -454,7 +468,10 @@ class Trainer:
             fit.reference = self.heads[0].latents(data.train, normal)[0]
         for head in self.heads if self.config.score == "spectrum" else ():
             fit.evidence[head.name].reference = head.tokens(data.train, normal).half()
-        scores = [fit.score_features(data.test[batch]) for batch in in_batches(data.test_rows, EVAL_BATCH)]
+        scores = [
+            fit.score_features(data.test[batch])
+            for batch in in_batches(data.test_rows, EVAL_BATCH[self.device.type])
+        ]
         if not np.isfinite(np.concatenate(scores)).all():
             raise self.not_finite("scores are not finite after the refit", self.step - 1)
         return np.concatenate(scores)
@@ -466,7 +483,10 @@ class Trainer:
 
         def tokens(source: TokenSource, rows: np.ndarray) -> Tensor:
             return torch.cat(
-                [self.detector.own_input(source[batch]) for batch in in_batches(rows, EVAL_BATCH)]
+                [
+                    self.detector.own_input(source[batch])
+                    for batch in in_batches(rows, EVAL_BATCH[source.device.type])
+                ]
             )
 
         normal = np.sort(np.concatenate([data.fit_rows, data.held_rows]))

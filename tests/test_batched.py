@@ -1,5 +1,8 @@
 """Classes trained at once come to what each comes to alone."""
 
+import dataclasses
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +89,46 @@ def test_a_class_keeps_its_own_bytes(tmp_path):
     for fitted in batched.BatchedTrainer(make_trainers(cache, config)).run():
         for name, value in fitted.detector.flow.state_dict().items():
             assert value.untyped_storage().nbytes() == value.numel() * value.element_size(), name
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_bfloat16_products(tmp_path, together):
+    """The losses are those of float32 to bfloat16's three digits, and not to float32's seven; weights stay
+    float32."""
+    cache, found = random_cache(tmp_path / "cache", [16, 16]), {}
+    for matmul in ("highest", "bfloat16"):
+        config = Config(fusion="hilo", batch_size=8, verbose=False, hide_tqdm_bar=True, matmul=matmul, seed=1)
+        trainers = make_trainers(cache, config)
+        fits = batched.BatchedTrainer(trainers).run() if together else [t.run() for t in trainers]
+        found[matmul] = np.array([fitted.history[-1]["loss"] for fitted in fits])
+        assert {p.dtype for fitted in fits for p in fitted.detector.parameters()} == {torch.float32}
+    difference = np.abs(found["bfloat16"] / found["highest"] - 1)
+    assert (difference < 1e-2).all() and (difference > 1e-6).any()
+
+
+def test_a_compiled_step_is_the_same_step(tmp_path, monkeypatch):
+    """Alone and together, with a compiler that counts the graphs it gets and leaves them as they are."""
+    graphs = []
+
+    def keep(graph, _, **__):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=keep))
+    cache = random_cache(tmp_path / "cache", [16, 16])
+    config = Config(n_coupling_blocks=1, batch_size=8, verbose=False, hide_tqdm_bar=True)
+    plain = [trainer.run() for trainer in make_trainers(cache, config)]
+    config = dataclasses.replace(config, compile_flow=True)
+    alone = make_trainers(cache, config)[0].run()
+    assert len(graphs) == 1
+    at_once = batched.BatchedTrainer(make_trainers(cache, config)).run()
+    assert len(graphs) == 2
+    for one, other in zip([plain[0], *plain], [alone, *at_once]):
+        np.testing.assert_allclose(one.scores, other.scores, rtol=1e-4)
+
+
+def test_as_many_as_the_memory_holds():
+    assert [batched.at_once(100, free) for free in (0, 150, 1000)] == [1, 1, 6]
 
 
 def test_groups_hold_classes_of_one_size(tmp_path):

@@ -336,7 +336,7 @@ FEATURES = """
 """.split()
 FIT = """
     device n_coupling_blocks fc_internal clamp fusion n_heads alpha use_gamma identity_start normalize
-    centre_pool whiten_ridge low_depths batch_size meta_epochs sub_epochs least_steps lr_init
+    centre_pool whiten_ridge low_depths batch_size meta_epochs sub_epochs least_steps matmul lr_init
     lr_schedule weight_decay max_grad_norm feature_noise holdout select_epoch patience refit
     train_together score neighbours_weight spread_at_balance
 """.split()

@@ -95,3 +95,55 @@ def test_compiling_and_tracing_take_the_plain_layer():
     torch.testing.assert_close(compiled, layer(x), rtol=1e-5, atol=1e-6)
     assert "mkldnn" not in str(graphs[0].graph) and "autograd_function" not in str(graphs[0].graph)
     assert "aten::linear" in str(torch.jit.trace(layer, x).graph)
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    "matmul, device, exact, expected",
+    [
+        ("highest", CPU, True, "medium"),
+        ("bfloat16", CPU, True, "medium"),
+        ("highest", CPU, False, "highest"),
+        ("tf32", CPU, False, "highest"),
+        ("tf32", CUDA, True, "high"),
+        ("highest", CUDA, True, "highest"),
+        ("bfloat16", CUDA, True, "highest"),
+    ],
+)
+def test_products(monkeypatch, matmul, device, exact, expected):
+    """A CPU whose oneDNN gives up digits when it may is not allowed to; what was set before comes back."""
+    monkeypatch.setattr(linear, "batched_by_onednn", lambda: exact)
+    with pytest.raises(RuntimeError), linear.products(matmul, device):
+        assert torch.get_float32_matmul_precision() == expected
+        raise RuntimeError
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_stacked_products_keep_their_digits():
+    a, b = torch.randn(3, 4, 500), torch.randn(3, 500, 6)
+    with linear.products("highest", CPU):
+        error = (a @ b - a.double() @ b.double()).abs().max().item()
+    assert error < 1e-4
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_product_that_loses_digits_is_seen(monkeypatch):
+    """The probe, where the product is made with bfloat16 numbers."""
+    exact = torch.Tensor.__matmul__
+
+    def coarse(a, b):
+        return exact(a.bfloat16(), b.bfloat16()).float() if a.dtype == torch.float32 else exact(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", coarse)
+    assert not linear.batched_by_onednn.__wrapped__()
+
+
+def test_bfloat16_forward_takes_bfloat16_products():
+    layer, x = linear.Linear(300, 4, relu=True), torch.randn(5, 300)
+    with linear.forward_precision("bfloat16", CPU):
+        assert layer(x).dtype == torch.bfloat16
+    for matmul in ("highest", "tf32"):
+        with linear.forward_precision(matmul, CPU):
+            assert layer(x).dtype == torch.float32

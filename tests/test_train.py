@@ -365,3 +365,32 @@ def test_refit_takes_in_the_images_that_were_held_out(cache, options):
     again = fitted.detector.score_features(trainer.data.test[fitted.test_rows])
     assert np.allclose(again, fitted.scores, rtol=1e-4, atol=1e-4)
     assert not np.allclose(fit(cache, **options).scores, fitted.scores, rtol=1e-3)
+
+
+def test_tokens_on_the_device_are_those_in_the_files(cache):
+    """A source whose arrays were copied to the device reads there, by row numbers from either side."""
+    files, there = (detector.TokenSource(cache.arrays("train"), torch.device("cpu")) for _ in range(2))
+    there.make_resident()
+    there.arrays = dict.fromkeys(there.arrays)  # the files are not asked any more
+    rows = np.array([5, 0, 117, 5])
+    assert isinstance(there.index(rows), torch.Tensor) and files.index(rows) is rows
+    for index in (rows, there.index(rows)):
+        for wanted, got in zip(files[rows], there[index]):
+            assert torch.equal(wanted, got)
+        assert torch.equal(files.bands(rows), there.bands_there(index))
+    assert torch.equal(files.bands_there(rows), files.bands(rows))
+
+
+def test_tokens_leave_room_for_training():
+    """CIFAR-10's 44 GB of ViT-B tokens stay on an idle H100 of 80 GB, and not where others use half of it."""
+    assert detector.fits_beside_training(44, 80, 80) and not detector.fits_beside_training(44, 40, 80)
+    assert not detector.fits_beside_training(70, 80, 80)
+
+
+def test_features_are_split_with_and_without_bands():
+    whole = detector.Features(torch.arange(5.0)[:, None], torch.arange(10.0).view(5, 2, 1))
+    parts = whole.split(2)
+    assert [len(part.semantic) for part in parts] == [2, 2, 1] and all(part.bands is None for part in parts)
+    assert torch.equal(torch.cat([part.patches for part in parts]), whole.patches)
+    parts = whole._replace(bands=torch.arange(5.0)).split(3)
+    assert [part.bands.tolist() for part in parts] == [[0, 1, 2], [3, 4]]

@@ -552,6 +552,47 @@ MUTATIONS = [
         "before",
         "extractor",
     ),
+    Mutation(
+        "matmul bfloat16 does nothing",
+        "linear.py",
+        'if matmul == "bfloat16" else',
+        "if False else",
+        "batched",
+    ),
+    Mutation(
+        "a product that loses digits is taken", "linear.py", "and error < 1e-4", "and error < 1", "linear"
+    ),
+    Mutation(
+        "TF32 stays on after training",
+        "linear.py",
+        "    finally:\n        torch.set_float32_matmul_precision(before)\n\n\ndef",
+        "    finally:\n        pass\n\n\ndef",
+        "linear",
+    ),
+    Mutation(
+        "bfloat16 goes by oneDNN's float32 product",
+        "linear.py",
+        '            or torch.is_autocast_enabled("cpu")\n',
+        "",
+        "linear",
+    ),
+    Mutation(
+        "compile_flow does nothing", "train.py", "compiled(flow) if config.compile_flow else", "", "batched"
+    ),
+    Mutation(
+        "a gather of all classes is cut wrongly",
+        "batched.py",
+        ".split(len(batches[0]))",
+        ".split(len(batches[0]) - 1)",
+        "batched",
+    ),
+    Mutation(
+        "tokens take the whole GPU",
+        "detector.py",
+        "free - LEFT_FREE * total",
+        "free",
+        "train",
+    ),
 ]
 
 
