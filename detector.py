@@ -162,7 +162,7 @@ def features_fault(data: ClassData) -> str | None:
         ("test", data.test, data.test_rows),
     ):
         broken = []
-        for batch in in_batches(rows, EVAL_BATCH):
+        for batch in in_batches(rows, EVAL_BATCH["cpu"]):
             kinds = [kind for kind in source.on_cpu(batch) if kind is not None]
             broken += batch[
                 ~torch.stack([k.flatten(1).isfinite().all(1) for k in kinds]).all(0).numpy()
