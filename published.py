@@ -43,6 +43,7 @@ SUPERCLASS_OF = tuple(
 )
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 STL10_CLASSES = "airplane bird car cat deer dog horse monkey ship truck".split()  # 1 to 10 in its files
+BROKEN = "its checksum differs from the published one (a broken download?)"
 ROWS = {
     "data_batch": 10_000,
     "test_batch": 10_000,
@@ -80,6 +81,11 @@ class Form:
     read: Callable[[Path], Arrays]
     sources: tuple[Source, ...] = ()
 
+    def goes_on(self, root: Path, folder: Path) -> bool:
+        """Whether what lacks in a folder is fetched file by file: a download that broke off goes on."""
+        fetched = {root / source.path for source in self.sources}
+        return all(folder / name in fetched for name in self.files)
+
 
 def load(dataset: str, root: Path, fine_classes: bool = False) -> Arrays:
     """A data set in one of its published forms. Raises UserError that says what was looked for, and what is
@@ -104,7 +110,7 @@ def _read(dataset: str, root: Path) -> Arrays | None:
             missing = [name for name in form.files if not (folder / name).is_file()]
             if not missing:
                 return form.read(folder)
-            if len(missing) < len(form.files):
+            if len(missing) < len(form.files) and not form.goes_on(root, folder):
                 partly = partly or folder / missing[0]
     if partly and not any(_archives(dataset, root)):
         raise UserError(
@@ -129,11 +135,9 @@ def _fetch(dataset: str, root: Path) -> bool:
         path = root / source.path
         if not path.is_file():
             _download(dataset, root, source)
-        elif calculate_md5(path) != source.md5:
-            raise damaged(
-                path, "its checksum differs from the published one (a broken download?)", source.url
-            )
         if path.name.endswith(".tar.gz"):
+            if calculate_md5(path) != source.md5:
+                raise damaged(path, BROKEN, source.url)
             _unpack(path, root / form.folders[0], form.files)
     return True
 
@@ -210,8 +214,7 @@ def _cifar_python(kind, folder: Path) -> Arrays:
     except RuntimeError:  # absent or corrupt, it says
         checked = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
         wrong = next((name for name, md5 in checked if calculate_md5(folder / name) != md5), folder.name)
-        reason = "its checksum differs from the published one (a broken download?)"
-        raise damaged(folder / wrong, reason, kind.url) from None
+        raise damaged(folder / wrong, BROKEN, kind.url) from None
     return Arrays(list(loaded.classes), pixels, category)
 
 

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import pickle
+import re
 import tarfile
 from pathlib import Path
 
@@ -334,9 +335,9 @@ def test_a_missing_file_is_named(tmp_path, monkeypatch, form):
     written(tmp_path, files)
     for name in list(files):
         (tmp_path / name).rename(tmp_path / "kept")
-        with pytest.raises(UserError, match="in part") as told:
+        fetched = "put it at " if form == "fashion gz" else "in part: "  # the one that comes file by file
+        with pytest.raises(UserError, match=fetched + re.escape(str(tmp_path / name))):
             read(form.split()[0], tmp_path)
-        assert str(tmp_path / name) in str(told.value)
         (tmp_path / "kept").rename(tmp_path / name)
 
 
@@ -441,9 +442,11 @@ def test_a_download(tmp_path, monkeypatch):
 
     monkeypatch.setattr(utils, "reachable", lambda url: True)
     monkeypatch.setattr(published, "download_url", fetch)
+    first = next(iter(files))  # is there already: a download that broke off goes on
+    written(tmp_path / "new", {first: files[first]})
     for _ in range(2):
         assert (read("fashion", tmp_path / "new").read("test", 0) == pixels["test"][0]).all()
-    assert fetched == tv.FashionMNIST.resources
+    assert sorted(fetched) == sorted(tv.FashionMNIST.resources[1:])
 
 
 @pytest.mark.skipif(not hasattr(utils.socket, "AF_INET"), reason="no network stack")
