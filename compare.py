@@ -169,8 +169,8 @@ def paired(a: Run, b: Run, name: str) -> dict:
         except (OSError, ValueError):
             return {"missing": f"no scores in {run.name}"}
     theirs, ours = (record["test"] for record in kept)
-    lists = {record["features"].get("image_list") for record in kept}
-    if len(lists) > 1 or any(ours[key] != theirs[key] for key in ("rows", "labels")):
+    images = [[record["features"].get(field) for field in ("image_list", "skipped")] for record in kept]
+    if images[0] != images[1] or any(ours[key] != theirs[key] for key in ("rows", "labels")):
         return {"missing": "other test images"}
     return utils.paired_bootstrap(
         np.array(ours["labels"]), np.array(ours["scores"]), np.array(theirs["scores"])

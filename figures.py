@@ -61,7 +61,7 @@ def draw_all(
     draw_curves(records, seed, figures / "epochs.png")
     pictures.append(Picture(figures / "epochs.png", f"Loss and test AUROC over the epochs, seed {seed}"))
     for name, record in records.items():
-        if record["test"]["scores"]:
+        if record["test"]["scores"] or record["held_out_scores"]:
             path = figures / f"scores-{utils.file_name(name)}.png"
             draw_histogram(name, record, seed, (config.nbins1, config.nbins2), path)
             pictures.append(Picture(path, f"Scores of {name}, seed {seed}", name))
@@ -106,11 +106,16 @@ def legend(owner: Axes | Figure, handles: list, labels: list[str], **options) ->
 
 
 def draw_histogram(name: str, record: dict, seed: int, bins: tuple[int, int], path: Path) -> None:
-    """Counts of the scores of normal and anomalous test images, with the threshold where one was set. Where
-    the anomalous images' scores run away from the normal ones', the axis is logarithmic far from 0.
+    """Counts of the scores of normal and anomalous test images (of the held-out normal ones where there is no
+    test), with the threshold where one was set. Where the anomalous images' scores run away from the normal
+    ones', the axis is logarithmic far from those.
 
     bins: of the normal and of the anomalous images, over the same range."""
     scores, labels = np.array(record["test"]["scores"]), np.array(record["test"]["labels"])
+    tested = len(scores) > 0
+    if not tested:
+        scores = np.array(record["held_out_scores"])
+        labels = np.zeros(len(scores))
     found = calibration.of_record(record)
     limit = found.score if found else None
     figure = Figure((7, 4.8), layout="constrained")
@@ -120,7 +125,8 @@ def draw_histogram(name: str, record: dict, seed: int, bins: tuple[int, int], pa
         axes.set_xscale("function", functions=stretch(centre, width))
     handles: list = []
     texts = []
-    for label, kind, count in ((0, "normal", bins[0]), (1, "anomalous", bins[1])):
+    normal = "normal" if tested else "held-out normal"
+    for label, kind, count in ((0, normal, bins[0]), (1, "anomalous", bins[1])):
         own = scores[labels == label]
         if len(own):
             _, _, bars = axes.hist(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import baselines
 import batched
@@ -24,6 +25,7 @@ import feature_cache
 import figures
 import report
 import runs
+import tables
 import train
 import utils
 import webpage
@@ -63,6 +65,8 @@ def run_cells(ledger: runs.Ledger, device: torch.device, watch: Stopwatch) -> No
     together = config.train_together == "True" and config.score != "spectrum"  # its flows train one by one
     for number, cell in enumerate(ledger.results, 1):
         announce(ledger, cell, number, "kept")
+    missing = len(ledger.cells) - len(ledger.results)
+    print(f"fitting {missing} flows of {len(ledger.cells)} (classes x seeds) on {device}", flush=True)
     for cells in ledger.turns(together):
         for outcome in fit(config, cache, cells, sources):
             if isinstance(outcome, Failed):
@@ -81,10 +85,15 @@ def run_cells(ledger: runs.Ledger, device: torch.device, watch: Stopwatch) -> No
 def announce(ledger: runs.Ledger, cell: runs.Cell, number: int, how: str) -> None:
     """Say what a class has come to."""
     result = ledger.results[cell]
-    told = result.get("reason") or (
-        f"AUROC {result['auroc']:.4f}  {how or format(result['seconds'], '.0f') + ' s'}"
-    )
+    left = len(ledger.cells) - number
+    told = result.get("reason") or f"AUROC {tables.number(result['auroc'])}  {how or took(result, left)}"
     print(f"[{number}/{len(ledger.cells)}] {cell.class_name} seed {cell.seed}: {told}", flush=True)
+
+
+def took(result: dict, left: int) -> str:
+    """The time that a class took, and what as many more as are left would take."""
+    told = f"{result['seconds']:.0f} s"
+    return f"{told}, about {utils.readable_time(left * result['seconds'])} for {left} more" if left else told
 
 
 def fit(
@@ -118,7 +127,15 @@ def run_baselines(config: Config, cache: feature_cache.FeatureCache, classes: li
     of them."""
     semantic = {split: torch.from_numpy(cache.tokens(split).semantic()).float() for split in datasets.SPLITS}
     table = {}
-    for class_name, record in detector.trained_records(config, classes):
+    print(f"simple detectors on the same features: {len(classes)} classes", flush=True)
+    bar = tqdm(
+        detector.trained_records(config, classes),
+        total=len(classes),
+        unit="class",
+        leave=False,
+        disable=utils.no_bar(config.hide_tqdm_bar),
+    )
+    for class_name, record in bar:
         train_rows, test_rows, labels = cache.labels.one_class(class_name)
         scores = baselines.baseline_scores(semantic["train"][train_rows], semantic["test"][test_rows])
         scores |= {name: np.array(values) for name, values in record.get("own_input_scores", {}).items()}

@@ -69,6 +69,7 @@ def page(summary: dict, pictures: list[Picture]) -> str:
         section("Kinds of defect", defects(summary)),
         section("Classes and seeds", fits(summary)),
         section("Class by class", *classes(pictures)),
+        section("Pictures that could not be read, left out", skipped(summary)),
         section("How it was made", provenance(summary), "<h2>Configuration</h2>", configuration(config)),
     ]
     head = (
@@ -204,6 +205,12 @@ def classes(pictures: list[Picture]) -> list[str]:
         + "</details>"
         for name in names
     ]
+
+
+def skipped(summary: dict) -> str:
+    """The images that were left out; empty where there are none."""
+    names = summary["features"].get("skipped") or []
+    return "<br>".join(text(name) for name in names)
 
 
 def provenance(summary: dict) -> str:

@@ -16,6 +16,7 @@ import utils
 from config import Config, UserError
 
 ROWS = list(range(40))
+IMAGES = {"image_list": "i", "skipped": []}
 LABELS = [i % 2 for i in ROWS]
 
 
@@ -23,7 +24,9 @@ def scores_of(signal: float, seed: int = 0) -> list[float]:
     return (np.random.RandomState(seed).randn(len(ROWS)) + signal * np.array(LABELS)).tolist()
 
 
-def write_run(root: Path, name: str, classes: dict[str, list], seed: int = 0, rows=ROWS, images="i", **knobs):
+def write_run(
+    root: Path, name: str, classes: dict[str, list], seed: int = 0, rows=ROWS, images=IMAGES, **knobs
+):
     """A finished run: {class: scores}."""
     folder, results = root / name, []
     for class_name, scores in classes.items():
@@ -33,7 +36,7 @@ def write_run(root: Path, name: str, classes: dict[str, list], seed: int = 0, ro
             "result": results[-1],
             "history": [],
             "config": {},
-            "features": {"kind": "map", "grid": [1, 1], "tokens": 2, "n_feat": 4, "image_list": images},
+            "features": {"kind": "map", "grid": [1, 1], "tokens": 2, "n_feat": 4, **images},
             "weights": None,
             "test": {"rows": rows, "labels": LABELS, "scores": scores},
             "held_out_scores": [],
@@ -94,7 +97,8 @@ def test_compare_pairs_each_class(tmp_path):
     "change, told",
     [
         ({"rows": ROWS[::-1]}, "other test images"),
-        ({"images": "other"}, "other test images"),
+        ({"images": IMAGES | {"image_list": "other"}}, "other test images"),
+        ({"images": IMAGES | {"skipped": ["x.png"]}}, "other test images"),
         ({"seed": 1}, "no seed in common"),
         ({}, "no scores in b"),
     ],

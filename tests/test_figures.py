@@ -50,6 +50,13 @@ def test_histogram_without_a_threshold_or_a_label(drawn, tmp_path):
     assert texts_of(drawn[0].legends[0]) == ["normal: 2 images"]
 
 
+def test_histogram_of_held_out_images_where_there_is_no_test(drawn, tmp_path):
+    kept = record([], [], held_out_scores=[0.0, 1.0, 2.0])
+    figures.draw_histogram("cat", kept, 0, (5, 5), tmp_path / "h.png")
+    first, threshold = texts_of(drawn[0].legends[0])
+    assert first.startswith("held-out normal: 3 images") and threshold.startswith("threshold")
+
+
 @pytest.mark.parametrize("shift", [0.0, -3.0])
 def test_scores_that_run_away_get_a_logarithmic_axis(drawn, tmp_path, shift):
     """No score falls out of the bins, and the normal images fill more than one of them."""

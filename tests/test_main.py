@@ -38,7 +38,6 @@ def whole(folder, **more) -> Config:
             "workers": 0,
             "precision": "float32",
             "plots": False,
-            "hide_tqdm_bar": True,
             "verbose": False,
             **more,
         }
@@ -99,6 +98,17 @@ def test_main_detects(run_folder):
         table["mean"]["auroc"] > 0.9 for table in results["baselines"].values()
     )
     assert f"{results['mean']['auroc']:.4f}" in done.stdout and "preset paper" in done.stdout
+
+
+def test_main_says_how_far_it_is(run_folder):
+    """Classes done and to come, the time that is left, the simple detectors; no bar where nobody looks."""
+    _, done = run_folder
+    assert "fitting 6 flows of 6" in done.stdout
+    assert "for 5 more" in done.stdout and "[6/6]" in done.stdout and "for 0 more" not in done.stdout
+    assert "simple detectors on the same features: 3 classes" in done.stdout
+    assert "report.html" in done.stdout and "it/s" not in done.stderr and "%|" not in done.stderr
+    table = done.stdout[done.stdout.index("class  ") :]
+    assert max(map(len, table.splitlines())) <= 100
 
 
 def test_main_leaves_its_files(run_folder):

@@ -44,8 +44,9 @@ class Reader(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def summary_of(results=RESULTS, simple=SIMPLE, defects=None, **knobs) -> dict:
-    return report.summarize(Config(**knobs), results, simple, 4000.0, {"precision": "bfloat16"}, defects)
+def summary_of(results=RESULTS, simple=SIMPLE, defects=None, skipped=(), **knobs) -> dict:
+    features = {"precision": "bfloat16", "skipped": list(skipped)}
+    return report.summarize(Config(**knobs), results, simple, 4000.0, features, defects)
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def picture(tmp_path) -> Picture:
 
 def test_page_tells_what_it_must(picture):
     defects = {"b": {"hole": {"n": 7, "auroc": 0.75, "auroc_std": 0.1}}}
-    summary = summary_of(n_seeds=2, defects=defects, clamp=2.5)
+    summary = summary_of(n_seeds=2, defects=defects, skipped=["cut<off>.png"], clamp=2.5)
     seen = Reader(webpage.page(summary, [picture])).text
     for told in (
         "0.7250 ± 0.0354",  # the mean
@@ -72,6 +73,7 @@ def test_page_tells_what_it_must(picture):
         summary["versions"]["machine"],
         summary["versions"]["commit"],
         "clamp 2.5",
+        "left out cut<off>.png",
         "features: precision bfloat16",
     ):
         assert " ".join(told.split()) in seen, told
@@ -104,9 +106,24 @@ def test_names_break_nothing(picture):
 def test_sections_without_content_are_left_out(tmp_path):
     """No baselines, no kinds, no pictures, no AUROC: no empty heading, no nan, no None."""
     seen = Reader(webpage.page(summary_of([undefined("bare")], {}), [])).text
-    for absent in ("Simple detectors", "Kinds of defect", "Pictures", "Class by class", "nan", "None"):
+    for absent in (
+        "Simple detectors",
+        "Kinds of defect",
+        "Pictures",
+        "Class by class",
+        "left out",
+        "nan",
+        "None",
+    ):
         assert absent not in seen, absent
     assert "no AUROC (no anomalous test images): bare." in seen
+
+
+def test_a_class_that_could_not_be_fitted_is_told():
+    failed = {key: float("nan") for key in report.COLUMNS}
+    failed |= {"class": "bare", "seed": 0, "reason": "the loss is <nan>"}
+    seen = Reader(webpage.page(summary_of([failed, RESULTS[0]], {}), [])).text
+    assert "no AUROC (the loss is <nan>): bare." in seen and "bare 0 - - -" in seen
 
 
 def test_pictures_of_many_classes_are_folded(picture):
