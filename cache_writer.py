@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -114,19 +115,26 @@ class CacheWriter:
         features: Features,
         ranks: utils.Ranks = utils.ALONE,
         advance: Callable[[int], object] = lambda images: None,
+        at_once: int = 1,
     ) -> None:
         """Write the shards that are missing, beginning with this rank's, and finish the cache when all are
         there; what another process has in work is waited for, and taken over if that process ends.
 
         features(shard, skipped) gives a shard's rows in order and adds the images that it leaves out to
-        ``skipped``. advance: called with the number of images done. Raises UserError that names all
+        ``skipped``. advance: called with the number of images done. at_once: shards in work at a time, above
+        one each by a thread of its own, which asks for its features. Raises UserError that names all
         unreadable images, unless they are to be skipped, after everything else is done."""
         told = False
         while missing := self.missing():
             todo = [shard for shard in missing if not self._note(shard).exists()]
             if not todo:
                 raise UserError(self._unreadable(missing))
-            worked = [self._work(shard, features, advance) for shard in ranks.own_first(todo)]
+            work, mine = partial(self._work, features=features, advance=advance), ranks.own_first(todo)
+            if at_once == 1:
+                worked = [work(shard) for shard in mine]
+            else:
+                with ThreadPoolExecutor(at_once) as pool:
+                    worked = list(pool.map(work, mine))
             if not any(worked):
                 if not told:
                     print(f"waiting for {todo[0].name}, in work by {self._lock(todo[0]).owner()}", flush=True)

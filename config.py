@@ -299,7 +299,7 @@ class Config:
     workers: int = knob(
         -1,
         "CPU: threads that each read and compute whole batches (0: one batch at a time, by all threads); "
-        "GPU: processes that read images; -1: chosen for the machine",
+        "GPU: threads that read images; -1: chosen for the machine",
         low=-1,
         high=256,
         affects="run",

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,6 @@ from joblib import cpu_count
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import backbones
@@ -37,10 +37,12 @@ from manifest import Manifest, has_features
 from shards import REPAIR, Damaged, Shard
 from token_grid import Bands, TokenGrid
 
-CHUNK = 64  # images that travel together from the readers to the device and on to the disk
-IN_FLIGHT = 2  # chunks on their way from a GPU while the next is computed
+CHUNK = 64  # images of a full cache that are pooled at a time
+BATCH = {"cpu": 8, "cuda": 64}  # images per backbone pass: a CPU's caches hold the maps of these
+IN_FLIGHT = 2  # batches on their way from a GPU while the next is computed
 MOST_THREADS = 8  # that compute whole batches: more would wait for Python's lock, and share out the rest
-MOST_READERS = 32  # processes: no device takes more images than they decode
+MOST_READERS = 32  # threads: no device takes more images than they decode
+SHARDS_AT_ONCE = 4  # on a GPU
 NOT_FINITE = (
     "the backbone gave features that are not finite or exceed float16; try --precision float32, and check "
     "its weights"
@@ -89,8 +91,8 @@ class Unreadable(NamedTuple):
     reason: str
 
 
-class ImageRows(Dataset):
-    """The images of one split for a DataLoader: (3, h, w) uint8, or the error of an unreadable one.
+class ImageRows:
+    """The images of one split: (3, h, w) uint8, or the error of an unreadable one.
 
     An image larger than the backbone's is resized here (Pillow, bicubic), a smaller one on the device, many
     at a time."""
@@ -101,10 +103,14 @@ class ImageRows(Dataset):
     def __len__(self) -> int:
         return len(self.images.labels.split(self.split).names)
 
+    def stacks(self, rows: range) -> list[Tensor | Unreadable]:
+        """The images ``rows``, consecutive ones of one size stacked: (n, 3, h, w), in order."""
+        return stack_rows([self[i] for i in rows])
+
     def __getitem__(self, i: int) -> Tensor | Unreadable:
         try:
             pixels = self.images.read(self.split, i)
-        except UserError as mistake:  # raised again by the reader: a worker would wrap it into a traceback
+        except UserError as mistake:  # raised again, or noted, where it is known what is wanted
             return Unreadable(i, str(mistake))
         return to_device_size(pixels, self.img_size)
 
@@ -232,9 +238,7 @@ class Extraction:
         if config.compile:
             used = "forward_intermediates" if self.bands else "forward_features"
             setattr(self.backbone.model, used, torch.compile(getattr(self.backbone.model, used)))
-        self.batch = config.extract_batch or (
-            128 if device.type == "cuda" else 8
-        )  # 8: a CPU's caches hold the maps
+        self.batch = config.extract_batch or BATCH[device.type]
         self.mean, self.std = (
             torch.tensor(identity.fields[key], device=device).view(3, 1, 1)
             for key in ("norm_mean", "norm_std")
@@ -303,12 +307,20 @@ class Extraction:
 
     @property
     def readers(self) -> int:
-        """Processes that read images beside the thread that drives a GPU."""
+        """Threads that read images beside the one that drives a GPU, for each of the shards at once."""
         if self.device.type == "cpu":
             return 0
         if self.config.workers >= 0:
             return self.config.workers
-        return min(MOST_READERS, max(1, cpu_count() - 1)) if self.images.from_files else 0  # not for arrays
+        readers = (
+            min(MOST_READERS, cpu_count() - 1) if self.images.from_files else 1
+        )  # arrays are there already
+        return max(1, readers // self.shards_at_once)
+
+    @property
+    def shards_at_once(self) -> int:
+        """Shards in work at a time: on a GPU one is computed while others are read, checked and written."""
+        return 1 if self.device.type == "cpu" else SHARDS_AT_ONCE
 
     def _by_threads(self, everything: ImageRows, chosen: range) -> Iterator[Rows | Unreadable]:
         """Features by threads, each of which reads and computes whole batches with its share of torch's own
@@ -319,7 +331,7 @@ class Extraction:
 
         @torch.inference_mode()
         def compute(batch: range) -> list[Rows | Unreadable]:
-            stacks = stack_rows([everything[i] for i in batch])
+            stacks = everything.stacks(batch)
             return [images if isinstance(images, Unreadable) else checked(images) for images in stacks]
 
         def checked(images: Tensor) -> Rows:
@@ -328,47 +340,79 @@ class Extraction:
                 raise UserError(NOT_FINITE)
             return rows
 
-        pool = ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(share))
-        wait = True
         try:
-            pending: deque[Future] = deque()
-            for first in range(0, len(chosen), self.batch):
-                pending.append(pool.submit(compute, chosen[first : first + self.batch]))
-                if len(pending) > 2 * workers:
-                    yield from pending.popleft().result()
-            while pending:
-                yield from pending.popleft().result()
-        except knobs.Interrupted:  # whose two seconds are shorter than a batch may be
-            wait = False
-            raise
+            with thread_pool(workers, lambda: torch.set_num_threads(share)) as pool:
+                for found in in_order(pool, compute, self._batches(chosen), 2 * workers):
+                    yield from found
         finally:
-            pool.shutdown(wait, cancel_futures=True)
             torch.set_num_threads(threads)  # what threads made from now on start with
 
     @torch.inference_mode()
     def _by_one_thread(self, everything: ImageRows, chosen: range) -> Iterator[Rows | Unreadable]:
-        """Features by this thread, which keeps the device busy; other processes read the images. The device
-        says at the end whether all was finite: asking earlier would wait for it."""
-        pinned = self.device.type == "cuda"
-        chunk = max(CHUNK, self.batch)
+        """Features by this thread, which keeps the device busy, while others read the images. The device says
+        at the end whether all was finite: asking earlier would wait for it."""
         finite = torch.ones((), dtype=torch.bool, device=self.device)
-        rows, readers = Subset(everything, chosen), self.readers
-        for stacks in DataLoader(rows, chunk, collate_fn=stack_rows, num_workers=readers, pin_memory=pinned):
-            for images in stacks:
-                if isinstance(images, Unreadable):
-                    yield images
-                    continue
-                found = self.rows(images)
-                for values in found.values():
-                    finite &= torch.isfinite(values).all()
-                yield found
+        for images in self._read_ahead(everything, chosen):
+            if isinstance(images, Unreadable):
+                yield images
+                continue
+            rows = self.rows(images)
+            for values in rows.values():
+                finite &= torch.isfinite(values).all()
+            yield rows
         if not finite:
             raise UserError(NOT_FINITE)
+
+    def _read_ahead(self, everything: ImageRows, chosen: range) -> Iterator[Tensor | Unreadable]:
+        """The images, stacked batch by batch: read by ``readers`` threads into pinned memory, where there are
+        any."""
+        if not self.readers:
+            for batch in self._batches(chosen):
+                yield from everything.stacks(batch)
+            return
+
+        def read(batch: range) -> list[Tensor | Unreadable]:
+            stacks = everything.stacks(batch)
+            return [
+                s.pin_memory() if isinstance(s, Tensor) and torch.cuda.is_available() else s for s in stacks
+            ]
+
+        with thread_pool(self.readers) as pool:
+            for stacks in in_order(pool, read, self._batches(chosen), self.readers + 1):
+                yield from stacks
+
+    def _batches(self, chosen: range) -> list[range]:
+        return [chosen[first : first + self.batch] for first in range(0, len(chosen), self.batch)]
+
+
+@contextmanager
+def thread_pool(workers: int, start: Callable[[], object] | None = None) -> Iterator[ThreadPoolExecutor]:
+    """Threads that begin with ``start()``; what waits for them when the block ends early is dropped."""
+    pool, wait = ThreadPoolExecutor(workers, initializer=start), True
+    try:
+        yield pool
+    except knobs.Interrupted:  # whose two seconds are shorter than a batch may be
+        wait = False
+        raise
+    finally:
+        pool.shutdown(wait, cancel_futures=True)
+
+
+def in_order(pool: ThreadPoolExecutor, task: Callable, batches: list[range], ahead: int) -> Iterator:
+    """task(batch) of every batch by the pool's threads, in order, ``ahead`` of them before they are asked
+    for."""
+    pending: deque[Future] = deque()
+    for batch in batches:
+        pending.append(pool.submit(task, batch))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def arriving(features: Iterator[Rows], device: torch.device) -> Iterator[Rows]:
     """The same rows in the CPU's memory. From a GPU they are copied to pinned memory on a stream of their
-    own, beside the computing, and handed on ``IN_FLIGHT`` chunks late; PyTorch's pool gives a pinned buffer
+    own, beside the computing, and handed on ``IN_FLIGHT`` batches late; PyTorch's pool gives a pinned buffer
     out again once nobody holds it."""
     if device.type != "cuda":
         yield from features
@@ -425,7 +469,7 @@ def extract(
             yield {name: values.numpy() for name, values in rows.items()}
 
     start = time.perf_counter()
-    fill(config, writer, features, count)
+    fill(config, writer, features, count, job.shards_at_once)
     seconds = time.perf_counter() - start
     print(f"extracted {count} images in {seconds:.0f} s, {count / seconds:.0f} images/s", flush=True)
     return FeatureCache(identity)
@@ -448,12 +492,13 @@ def part_key(images: datasets.ImageSet) -> Callable[[Shard], str]:
     return lambda shard: images.part_key(shard.split, shard.start, shard.stop)
 
 
-def fill(config: Config, writer: CacheWriter, features: Features, count: int) -> None:
-    """Write what is missing, and say what is kept when that is stopped or the disk is full."""
+def fill(config: Config, writer: CacheWriter, features: Features, count: int, at_once: int = 1) -> None:
+    """Write what is missing, so many shards at once; say what is kept when that is stopped or the disk is
+    full."""
     hidden = utils.no_bar(config.hide_tqdm_bar)
     try:
         with tqdm(total=count, unit="img", disable=hidden, smoothing=0.05) as bar:
-            writer.fill(features, utils.ranks(config), bar.update)
+            writer.fill(features, utils.ranks(config), bar.update, at_once)
     except knobs.Interrupted as interrupted:
         interrupted.told = f"{writer.kept()}; to go on: {knobs.command_line()}"
         raise

@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -751,11 +752,35 @@ def test_how_many_threads_and_readers(mixed, monkeypatch):
     monkeypatch.setattr(extractor, "cpu_count", lambda: 12)
     assert (job.threads, job.readers) == (8, 0)
     job.device = torch.device("cuda")
-    assert (job.threads, job.readers) == (0, 11)
+    assert (job.threads, job.readers, job.shards_at_once) == (0, 2, 4)
     job.config = small(mixed, workers=3)
     assert (job.threads, job.readers) == (0, 3)
     job.config, job.device = small(mixed, workers=-1, compile=True), CPU
     assert (job.threads, job.readers) == (0, 0)
+
+
+def test_as_with_a_gpu_shards_at_once_and_readers(mixed, monkeypatch):
+    """Three shards in work at a time, each with two threads that read for the one that computes: the cache's
+    bytes are those of one after the other."""
+    plain, busy = (small(mixed, shard_rows=2, feature_path=name) for name in ("plain", "busy"))
+    extractor.ensure_features(plain, CPU)
+    monkeypatch.setattr(extractor.Extraction, "readers", 2)
+    monkeypatch.setattr(extractor.Extraction, "shards_at_once", 3)
+    reading, read = set(), extractor.ImageRows.stacks
+
+    def slow(rows, batch):
+        reading.add(threading.current_thread().name)
+        time.sleep(0.05 * (batch[0] % 4 == 0))
+        return read(rows, batch)
+
+    monkeypatch.setattr(extractor.ImageRows, "stacks", slow)
+    extractor.ensure_features(busy, CPU)
+    assert len(reading) > 2
+    files = sorted(path.name for path in Path("plain").iterdir())
+    assert files == sorted(path.name for path in Path("busy").iterdir())
+    for name in files:
+        if name.endswith(".npy"):
+            assert Path("plain", name).read_bytes() == Path("busy", name).read_bytes()
 
 
 def test_a_device_resizes_as_pillow_does(monkeypatch):
