@@ -15,7 +15,7 @@ import shards
 import utils
 from config import UserError
 from datasets import SPLITS, Labels
-from manifest import RECORD, Manifest, has_features, without_images
+from manifest import LEFT_OVER, RECORD, Manifest, has_features, without_images
 from shards import ArrayWriter, Damaged, Shard
 
 MOST_NAMED = 20  # unreadable images in one line
@@ -201,6 +201,7 @@ class CacheWriter:
             if self.manifest.finished or Manifest.read(self.folder).finished:
                 return
             if not self.missing():
+                tidy(self.folder)
                 records = {shard.name: self._records[shard.name] for shard in self.manifest.shards}
                 dataclasses.replace(self.manifest, records=records, finished=True).write(self.folder)
 
@@ -249,18 +250,43 @@ def lost_shards(
     return lost
 
 
+def tidy(folder: Path) -> None:
+    """Remove what killed writers have left in a cache that has all its shards, under its lock."""
+    for path in folder.iterdir():
+        if LEFT_OVER.fullmatch(path.name):
+            if path.suffix != ".lock":
+                path.unlink(missing_ok=True)
+            elif (lock := utils.Lock(path)).take():
+                lock.release()
+
+
+def restore(folder: Path, manifest: Manifest) -> None:
+    """Put what lies beside the rows of a finished cache in order: records that are gone or were changed,
+    from the manifest, and leftovers."""
+    with utils.Lock(folder / ".lock"):
+        restore_records(folder, manifest)
+        tidy(folder)
+
+
+def restore_records(folder: Path, manifest: Manifest) -> None:
+    for name, record in manifest.records.items():
+        path = folder / f"{name}.json"
+        try:
+            same = utils.read_sealed(path) == record
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            utils.write_sealed(path, record)
+
+
 def reopen(folder: Path, lost: Iterable[Shard]) -> None:
     """Make a finished cache an unfinished one that lacks some of its shards. Their files stay until new ones
     take their place."""
     with utils.Lock(folder / ".lock"):
         manifest = Manifest.read(folder)
-        gone = {shard.name for shard in lost}
-        for name, record in manifest.records.items():
-            path = folder / f"{name}.json"
-            if name in gone:
-                path.unlink(missing_ok=True)
-            elif not path.exists():
-                utils.write_sealed(path, record)
+        restore_records(folder, manifest)
+        for shard in lost:
+            (folder / f"{shard.name}.json").unlink()
         dataclasses.replace(manifest, records={}, finished=False).write(folder)
 
 

@@ -836,6 +836,8 @@ def make_config(given):
 def from_command_line(description, argv=None, script="main.py"):
     """The configuration of a script's command line; ``-h`` prints the knobs it reads and exits. A mistake
     ends the script with one line."""
+    if argv is None:
+        end_at_once_on_signals()
     try:
         given, rest = build_parser(description, script).parse_known_args(argv)
         if rest:
@@ -889,9 +891,24 @@ def catch_signals() -> None:
             signal.signal(kind, signal.SIG_IGN if kind != signal.SIGINT else signal.SIG_DFL)
         raise Interrupted(number)
 
+    _handle(interrupt)
+
+
+def end_at_once_on_signals() -> None:
+    """Until ``catch_signals``: SIGINT, SIGTERM and SIGHUP end the process with one line. For the time of the
+    slow imports, which an exception would leave half done, with a traceback."""
+
+    def end(number, frame):
+        print("interrupted: nothing was begun", file=sys.stderr)
+        end_now(128 + number)
+
+    _handle(end)
+
+
+def _handle(handler) -> None:
     for kind in ENDING:
         if signal.getsignal(kind) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(kind, interrupt)
+            signal.signal(kind, handler)
 
 
 def guarded(main, *arguments) -> None:

@@ -30,7 +30,16 @@ from tqdm import tqdm
 import backbones
 import datasets
 import utils
-from cache_writer import CHANGED, MOST_NAMED, CacheWriter, Features, lost_shards, reopen, start_again
+from cache_writer import (
+    CHANGED,
+    MOST_NAMED,
+    CacheWriter,
+    Features,
+    lost_shards,
+    reopen,
+    restore,
+    start_again,
+)
 from config import Config, UserError, knobs_affecting
 from feature_cache import CacheIdentity, FeatureCache, cache_folder, labels_damage
 from manifest import Manifest, has_features
@@ -630,6 +639,8 @@ def mend(images: datasets.ImageSet, folder: Path, thorough: bool) -> bool:
         )
     relabelled = manifest.fields["image_list"] != images.fingerprint()
     if not (lost or relabelled or labels_damage(folder, manifest)):
+        if thorough:
+            restore(folder, manifest)
         return False
     print(f"features: {len(lost)} of {len(manifest.shards)} shards are made again {listed(lost)}", flush=True)
     reopen(folder, lost)

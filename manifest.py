@@ -47,9 +47,13 @@ def has_features(folder: Path) -> bool:
 
 
 RECORD = re.compile(r"(train|test)-\d{5,}\.json")
+LEFT_OVER = re.compile(
+    r"\.(train|test)-\d{5,}\.lock|(train|test)-\d{5,}\.unreadable\.json"
+    r"|\.(manifest|labels|(train|test)(-[a-z]+)?-\d{5,}(\.unreadable)?)\.(json|npy)\..*\.partial"
+)
 OURS = re.compile(
-    r"\.lock|\..*\.partial|labels\.json|(train|test)-[a-z]+-\d{5,}\.npy|(train|test)-\d{5,}(\.unreadable)?\.json"
-    r"|\.(train|test)-\d{5,}\.lock|lost\+found"  # the last: what every new file system holds
+    rf"{RECORD.pattern}|{LEFT_OVER.pattern}|\.lock|labels\.json|(train|test)-[a-z]+-\d{{5,}}\.npy"
+    r"|lost\+found"  # what every new file system holds
 )
 
 
