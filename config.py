@@ -931,7 +931,7 @@ def end_now(status) -> None:
     for child in multiprocessing.active_children():
         child.kill()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # it may be in a write
             stream.flush()
     os._exit(status)
 

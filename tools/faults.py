@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,7 +32,6 @@ import extractor
 from config import Config, UserError
 from feature_cache import CacheIdentity, FeatureCache
 
-LONGEST = 2.0  # seconds in which a process that is asked to end must do so
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -48,6 +47,7 @@ class Child:
 
     def __init__(self, config: Config, log: Path):
         self.log = log
+        self.status: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
             self._run(config)
@@ -69,23 +69,30 @@ class Child:
     def wait(self, seconds: float = 60) -> int | None:
         """The exit status, negative for a signal; None when it still runs after so many seconds."""
         end = time.monotonic() + seconds
-        while True:
+        while self.status is None and time.monotonic() < end:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                return os.waitstatus_to_exitcode(status)
-            if time.monotonic() > end:
-                return None
-            time.sleep(0.002)
+                self.status = os.waitstatus_to_exitcode(status)
+            else:
+                time.sleep(0.002)
+        return self.status
 
     def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        if self.status is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.wait()
 
 
 class Bench:
-    """Generated images, their cache as an uninterrupted run makes it, and how long that takes."""
+    """Generated images, their cache as an uninterrupted run makes it, and how long that takes.
 
-    def __init__(self, root: Path, rng: random.Random):
-        self.root, self.rng, self.count = root, rng, 0
+    longest: seconds in which a process that is asked to end must do so."""
+
+    def __init__(self, root: Path, rng: random.Random, longest: float):
+        self.root, self.rng, self.longest, self.count = root, rng, longest, 0
         noise = np.random.default_rng(0)
         for split, count in (("train", 50), ("test", 20)):
             for name in "abc":
@@ -105,7 +112,7 @@ class Bench:
         return self.root / "caches" / str(self.count)
 
     def start(self, folder: Path, **more) -> Child:
-        settings = {
+        settings: dict[str, Any] = {
             "dataset": "folder",
             "dataset_path": str(self.root / "images"),
             "extractor": "resnet10t",
@@ -168,8 +175,7 @@ def kills(bench: Bench, times: int) -> Row:
         before, child = finished(folder), bench.start(folder)
         status = child.wait(bench.moment())
         if status is None:
-            child.signal(signal.SIGKILL)
-            child.wait()
+            child.kill()
             done += 1
         lost, wrong = lost + lost_of(before, folder), wrong + bench.misread(folder)
         if status is not None:
@@ -188,10 +194,9 @@ def asked_to_end(bench: Bench, times: int) -> Row:
         before, child, number = finished(folder), bench.start(folder), SIGNALS[done % len(SIGNALS)]
         if child.wait(0.05 + bench.moment()) is None:
             child.signal(number)
-            status = child.wait(LONGEST)
+            status = child.wait(bench.longest)
             if status is None:
-                child.signal(signal.SIGKILL)
-                child.wait()
+                child.kill()
             told = child.log.read_text().strip().splitlines()[-1]
             ended_well = status == 128 + number and told.startswith("interrupted: ")
             wrong += not (ended_well or status == 0)  # it may have been at its end already
@@ -210,30 +215,26 @@ def shards_of(bench: Bench) -> int:
 
 
 def ranks(bench: Bench, times: int) -> Row:
-    """Two, three or five ranks at once, of which one is killed: the others finish its shards."""
+    """Two, three or five ranks at once, or two processes that know nothing of each other; one is killed: the
+    others finish its shards."""
     lost = wrong = 0
     for turn in range(times):
-        folder, size = bench.new_folder(), (2, 3, 5)[turn % 3]
-        children = [bench.start(folder, rank=rank, world_size=size) for rank in range(size)]
+        folder, size = bench.new_folder(), (2, 3, 5, 2)[turn % 4]
+        alone = turn % 4 == 3
+        children = [
+            bench.start(folder, **({} if alone else {"rank": r, "world_size": size})) for r in range(size)
+        ]
         victim = bench.rng.randrange(size)
         children[victim].wait(bench.moment())
         before = finished(folder)
         for rank, child in enumerate(children):
             if rank == victim:
-                kill(child)
+                child.kill()
             else:
                 wrong += child.wait() != 0
         lost, wrong = lost + lost_of(before, folder), wrong + bench.wrong(folder)
         shutil.rmtree(folder)
-    return Row("one of 2, 3 or 5 ranks killed", times, lost, wrong)
-
-
-def kill(child: Child) -> None:
-    try:
-        child.signal(signal.SIGKILL)
-        child.wait()
-    except (ProcessLookupError, ChildProcessError):  # it had ended, and was waited for
-        pass
+    return Row("one of 2, 3 or 5 processes killed", times, lost, wrong)
 
 
 def all_ranks(bench: Bench, times: int) -> Row:
@@ -244,7 +245,7 @@ def all_ranks(bench: Bench, times: int) -> Row:
         children = [bench.start(folder, rank=rank, world_size=3) for rank in range(3)]
         children[0].wait(bench.moment())
         for child in children:
-            kill(child)
+            child.kill()
         before = finished(folder)
         bench.finish(folder)
         lost, wrong = lost + lost_of(before, folder), wrong + bench.wrong(folder)
@@ -329,10 +330,10 @@ def can_mount() -> bool:
 def plan(times: int) -> dict[Callable[[Bench, int], Row], int]:
     """How often each fault is done, for so many kills."""
     part = max(1, times // 10)
-    faults = {
+    faults: dict[Callable[[Bench, int], Row], int] = {
         kills: times,
         asked_to_end: max(3, part),
-        ranks: max(3, part),
+        ranks: max(4, part),
         all_ranks: part,
         flips: max(5, part),
     }
@@ -344,7 +345,7 @@ def main(arguments: argparse.Namespace) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     total = 0
     with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
-        bench, start = Bench(Path(root), random.Random(arguments.seed)), time.monotonic()
+        bench, start = Bench(Path(root), random.Random(arguments.seed), arguments.longest), time.monotonic()
         count = shards_of(bench)
         print(f"{count} shards, an uninterrupted run takes {bench.seconds:.2f} s; seed {arguments.seed}\n")
         print("| fault | times | lost | wrong |\n|---|---|---|---|", flush=True)
@@ -362,6 +363,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--times", type=int, default=100, help="kills; a tenth of it of most other faults")
+    parser.add_argument("--longest", type=float, default=2.0, help="seconds in which a signal must be obeyed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--only", default="", help="faults whose name holds this word: kills, ranks, flips ..."

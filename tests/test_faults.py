@@ -1,0 +1,93 @@
+"""What machines do to an extraction, done for real in processes of their own: tools/faults.py, and whole
+scripts."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, script
+
+SMALL = (
+    *("--dataset", "digits", "--extractor", "resnet10t", "--weights_path", "random", "--img_size", "32"),
+    *("--threads", "1", "--shard_rows", "100", "--feature_path", "kept", "--hide_tqdm_bar"),
+)
+
+
+def test_ten_kills_and_the_other_faults():
+    """Nothing lost, nothing wrong; how long a machine takes to obey a signal is not this test's matter."""
+    done = script("tools/faults.py", "--times", "10", "--longest", "30", cwd=ROOT, timeout=600)
+    rows = re.findall(r"^\| (.+) \| (\d+) \| (\d+) \| (\d+) \|$", done.stdout, re.M)
+    assert done.returncode == 0 and len(rows) >= 5, done.stdout + done.stderr
+    assert {(lost, wrong) for _, _, lost, wrong in rows} == {("0", "0")}, done.stdout
+
+
+def started(*arguments, cwd: Path, **environment) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "extractor.py"), *arguments]
+    environment = {"PATH": "", "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_an_extraction_with_one_line(tmp_path, number):
+    """Which says what is kept and how to go on; what it names does so."""
+    running = started(*SMALL, cwd=tmp_path)
+    while not (tmp_path / "kept" / "train-00000.json").exists():
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.01)
+    running.send_signal(number)
+    _, errors = running.communicate(timeout=60)
+    told = re.fullmatch(r"interrupted: (\d+) of 18 shards are kept in kept; to go on: python (.+)\n", errors)
+    assert running.returncode == 128 + number and told, errors
+    assert len(list((tmp_path / "kept").glob("t*-?????.json"))) == int(told[1]) >= 1
+    assert not list((tmp_path / "kept").glob(".*"))
+    name, *arguments = told[2].split()
+    done = script(name, *arguments, cwd=tmp_path)
+    assert done.returncode == 0 and f"extracting {1797 - 100 * int(told[1])} images" in done.stdout
+
+
+def test_a_signal_while_modules_are_imported(tmp_path):
+    """A stub that takes its time stands in for torch."""
+    (tmp_path / "numpy.py").write_text("import time; print('importing', flush=True); time.sleep(60)\n")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        running = started(*SMALL, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+        assert running.stdout.readline() == "importing\n"
+        running.send_signal(number)
+        _, errors = running.communicate(timeout=60)
+        assert (running.returncode, errors) == (128 + number, "interrupted: nothing was begun\n")
+
+
+def test_nohup_is_respected(tmp_path):
+    """A hang-up that is ignored when the script starts stays ignored."""
+    (tmp_path / "numpy.py").write_text(
+        "import signal; print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN); raise SystemExit\n"
+    )
+    command = f"trap '' HUP; exec {sys.executable} {ROOT / 'extractor.py'} --dataset digits"
+    done = subprocess.run(
+        ["/bin/sh", "-c", command], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.stdout == "True\n"
+
+
+def test_verify_without_the_images(tmp_path):
+    """The rows are only looked at; a changed one is a line."""
+    (tmp_path / "numbers").mkdir()
+    from conftest import make_folder
+
+    folder = make_folder(tmp_path / "images", n_train=3, n_test=2)
+    place = ("--dataset", "folder", "--dataset_path", folder)
+    settings = [*place, *SMALL[2:]]
+    assert script("extractor.py", *settings, cwd=tmp_path).returncode == 0
+    folder.rename(tmp_path / "elsewhere")
+    assert "dataset_path" in script("extractor.py", *settings, cwd=tmp_path).stderr
+    done = script("extractor.py", *settings, "--verify", cwd=tmp_path)
+    assert done.returncode == 0 and "all 2 shards of kept are sound" in done.stdout
+    path = tmp_path / "kept" / "test-tokens-00000.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    done = script("extractor.py", *settings, "--verify", cwd=tmp_path)
+    assert done.returncode == 2 and "1 shards of kept are damaged (test-00000: " in done.stderr
