@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,8 @@ import published
 from config import Config, UserError, class_names, unknown
 from images import images_below, read_image  # noqa: F401  (what predict.py takes from here)
 from layouts import OTHER, SPLITS, Listing
+
+READERS = 8  # threads that hash files: a shared folder answers many at a time
 
 
 # ---------------------------------------------------------------- labels
@@ -145,8 +148,11 @@ class ImageSet:
     masks: tuple[Path | None, ...] = ()
 
     def keys(self, split: str) -> list[str]:
-        """The content hash of every image of a split, in order."""
-        return [self.identify(split, i) for i in range(len(self.labels.split(split).names))]
+        """The content hash of every image of a split, in order; READERS files are read at a time."""
+        parts = np.array_split(np.arange(len(self.labels.split(split).names)), READERS)
+        with ThreadPoolExecutor(READERS) as pool:
+            found = pool.map(lambda rows: [self.identify(split, int(i)) for i in rows], parts)
+            return [key for keys in found for key in keys]
 
     def kept(self, rows: dict[str, np.ndarray]) -> "ImageSet":
         """These images of each split, in the order of ``rows``."""

@@ -88,13 +88,13 @@ def what_is_there(folder: Path) -> str:
 
 
 def where_instead(root: Path, holds: Callable[[Path], bool]) -> str:
-    """The advice for a folder that does not hold a data set, where the folder above it or one at most three
-    below it does; "" otherwise."""
-    level, near = [root], [root.resolve().parent]
+    """The advice for a folder that does not hold a data set, where a folder at most three below it, or the
+    one above it, does; "" otherwise."""
+    level, near = [root], []
     for _ in range(3):
         level = [folder / name for folder in level[:1000] for name in subfolders(folder)]
         near += level
-    found = next((folder for folder in near if holds(folder)), None)
+    found = next((folder for folder in [*near, root.resolve().parent] if holds(folder)), None)
     return f"; {found} does: give --dataset_path {found}" if found else ""
 
 

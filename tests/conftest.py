@@ -67,6 +67,21 @@ def make_folder(
     return root
 
 
+PIXELS = np.full((5, 4, 3), 90, np.uint8)
+
+
+def counts(labels: datasets.Labels, split: str) -> dict:
+    """{class: images} of a split."""
+    return {name: int((labels.split(split).category == i).sum()) for i, name in enumerate(labels.classes)}
+
+
+def tree(root: Path, *names: str) -> Path:
+    """A folder with one image at each of the names."""
+    for i, name in enumerate(names):
+        write_image(root / name, PIXELS + i)
+    return root
+
+
 def script(
     name: str, *arguments, cwd: Path, code_root: Path = ROOT, timeout: float = 120, **environment
 ) -> subprocess.CompletedProcess:

@@ -3,30 +3,15 @@
 import dataclasses
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_folder, write_image
+from conftest import PIXELS, ROOT, counts, make_folder, tree
 from sklearn.datasets import load_digits
 
 import datasets
 from config import Config, UserError
-from datasets import OTHER, SPLITS, Labels, Split, choose_classes, load_images
-
-PIXELS = np.full((5, 4, 3), 90, np.uint8)
-
-
-def counts(labels: Labels, split: str) -> dict:
-    """{class: images} of a split."""
-    return {name: int((labels.split(split).category == i).sum()) for i, name in enumerate(labels.classes)}
-
-
-def tree(root: Path, *names: str) -> Path:
-    """A folder with one image at each of the names."""
-    for i, name in enumerate(names):
-        write_image(root / name, PIXELS + i)
-    return root
+from datasets import OTHER, SPLITS, Split, choose_classes, load_images
 
 
 # ---------------------------------------------------------------- digits

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_image
+from conftest import PIXELS, counts, tree, write_image
 from PIL import Image
-from test_datasets import MVTEC, PIXELS, counts, tree
+from test_datasets import MVTEC
 
 import layouts
 from config import UserError
