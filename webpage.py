@@ -39,6 +39,7 @@ thead th, thead th:first-child { background: #f3f5f7; } tbody tr:last-child > * 
 figure { margin: 0 0 16px; } figcaption { color: #525a63; font-size: .9rem; margin-bottom: 4px; }
 figure div { overflow-x: auto; } figure img { height: auto; display: block; }
 .plot img { width: 100%; min-width: 560px; max-width: 840px; }
+@media (max-width: 600px) { figcaption::after { content: " (scrolls sideways)"; } }
 .pair { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
 code { background: #f3f5f7; padding: 1px 4px; border-radius: 4px; font-size: .85rem; }
 details { border-top: 1px solid #d4d9de; padding: 8px 0; } summary { cursor: pointer; font-weight: 600; }
