@@ -719,6 +719,8 @@ def unknown(kind, got, known, all_of_them="-h lists them all"):
 def parse_value(field, text):
     """The value of a knob from its command-line text. Raises UserError with what was expected."""
     kind = plain_type(field.type)
+    if not isinstance(text, str):  # what argparse makes of --knob=--
+        raise UserError(f"{field.name}: expected a value, got '--'")
     if type(None) in typing.get_args(field.type) and text.lower() == "none":
         return None
     try:
@@ -828,7 +830,7 @@ def make_config(given):
         if name not in names:
             raise UserError(unknown("knob", name, names))
     preset = given.get("preset", Config.preset)
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(unknown("preset", preset, PRESETS))
     return Config(**{**PRESETS[preset], **given})
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from conftest import make_folder, script
 from fabricated import CLASSES, SPECTRUM, settings
-from processes import kill_after, start, wait
 
 import config as knobs
 import detector
 import main
 from config import Config
+from tools.processes import kill_after, start, wait
 
 KILLS = int(os.environ.get("FOAD_KILLS", "10"))  # tools/faults.py asks for more
 LASTING = {"n_seeds": 2, "meta_epochs": 2, "fusion": "hilo"}  # a run that takes a moment
