@@ -617,7 +617,7 @@ PRESETS["ablation"] = PRESETS["accurate"] | {
 
 # ---------------------------------------------------------------- checks
 LONGEST_TEXT, LONGEST_NAME = 4096, 100  # characters of a knob's text; bytes of a folder's name
-LARGEST_IMAGE = 8192  # pixels a side
+LARGEST_IMAGE = 4096  # pixels a side: no backbone was made for more
 NARROWEST = 0.01  # of a side: a narrower Gaussian weighs one patch, or divides by nothing
 
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import backbones
 import datasets
+import memory
 import utils
 from cache_writer import (
     CHANGED,
@@ -52,6 +53,7 @@ IN_FLIGHT = 2  # batches on their way from a GPU while the next is computed
 MOST_THREADS = 8  # that compute whole batches: more would wait for Python's lock, and share out the rest
 MOST_READERS = 32  # threads: no device takes more images than they decode
 SHARDS_AT_ONCE = 4  # on a GPU
+PIXEL = 100  # bytes per pixel of a batch, at least: the picture and the first maps of a small backbone
 NOT_FINITE = (
     "the backbone gave features that are not finite or exceed float16; try --precision float32, and check "
     "its weights"
@@ -248,6 +250,13 @@ class Extraction:
             used = "forward_intermediates" if self.bands else "forward_features"
             setattr(self.backbone.model, used, torch.compile(getattr(self.backbone.model, used)))
         self.batch = config.extract_batch or BATCH[device.type]
+        at_once = min(self.batch, max(1, images.labels.count()))
+        if device.type == "cpu":
+            memory.check(
+                f"a batch of {at_once} images of {self.img_size[0]}x{self.img_size[1]}",
+                PIXEL * at_once * math.prod(self.img_size),
+                "choose a smaller extract_batch or img_size",
+            )
         self.mean, self.std = (
             torch.tensor(identity.fields[key], device=device).view(3, 1, 1)
             for key in ("norm_mean", "norm_std")

@@ -1,9 +1,14 @@
 """Sizes that no machine has are one line, before anything is taken."""
 
+import dataclasses
+
 import pytest
 import torch
+from conftest import make_folder
 from fabricated import SPECTRUM, C, make, settings
 
+import datasets
+import extractor
 import memory
 import utils
 from config import Config, UserError
@@ -84,3 +89,15 @@ def test_threads_that_no_machine_has():
 def test_ranges(values):
     with pytest.raises(UserError, match=next(iter(values))):
         Config(**values)
+
+
+def test_batches_of_images_beyond_the_machine(tmp_path, monkeypatch):
+    """Asked before the first image is read."""
+    folder = make_folder(tmp_path / "images", classes=("a",), n_train=8, n_test=4)
+    config = settings(dataset="folder", dataset_path=str(folder), img_size=(32, 32), extractor="resnet10t")
+    images, identity = datasets.images_of(config), extractor.cache_identity(config)
+    monkeypatch.setattr(memory, "available", lambda: 8 * 32 * 32 * extractor.PIXEL)
+    extractor.Extraction(config, images, identity, torch.device("cpu"))
+    large = dataclasses.replace(config, extract_batch=10)
+    with pytest.raises(UserError, match="10 images of 32x32.*extract_batch"):
+        extractor.Extraction(large, images, identity, torch.device("cpu"))

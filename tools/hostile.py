@@ -106,7 +106,7 @@ MORE = {  # what only one knob's reader would stumble over
         "inception_next_tiny",
     ),
     "weights_path": ("../images", ".", "random ", "RANDOM", "features/meta.json"),
-    "img_size": ("0", "1", "1x1", "8192", "8192x1", "99999999", "32x32x32", "x", "32x", "-32", "3.2e1"),
+    "img_size": ("0", "1", "1x1", "4097", "4097x1", "99999999", "32x32x32", "x", "32x", "-32", "3.2e1"),
     "norm_mean": ("0,0,0", "1e300,0,0", "nan,0,0", "0,0", "a,b,c"),
     "norm_std": ("0,0,0", "1e-320,1,1", "1e300,1,1", "-1,1,1", "1,1"),
     "token_grid": ("0", "2", "9999", "centre", "compact", "full", "١"),
