@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 import backbones
 import datasets
-import memory
 import utils
 from cache_writer import (
     CHANGED,
@@ -252,7 +251,7 @@ class Extraction:
         self.batch = config.extract_batch or BATCH[device.type]
         at_once = min(self.batch, max(1, images.labels.count()))
         if device.type == "cpu":
-            memory.check(
+            utils.check_memory(
                 f"a batch of {at_once} images of {self.img_size[0]}x{self.img_size[1]}",
                 PIXEL * at_once * math.prod(self.img_size),
                 "choose a smaller extract_batch or img_size",

@@ -2,34 +2,11 @@
 line then, and not a machine that hangs."""
 
 import math
-from pathlib import Path
 
-from config import Config, UserError
+from config import Config
+from utils import check_memory
 
 FLOAT = 4  # bytes
-
-
-def available() -> float:
-    """Bytes that this process may still take: what the system has free, or what its container may have; inf
-    where neither is told."""
-    free = math.inf
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
-    except (OSError, StopIteration, ValueError):  # no Linux, no container, or a container without a limit
-        pass
-    return free
-
-
-def check(what: str, needed: float, advice: str) -> None:
-    """Raise UserError when ``what`` needs more bytes than there are."""
-    free = available()
-    if needed > free:
-        raise UserError(
-            f"{what} needs about {needed / 1e9:.3g} GB of memory, {free / 1e9:.3g} are free; {advice}"
-        )
 
 
 def parameters(config: Config, channels: int, fused: bool) -> int:
@@ -52,7 +29,7 @@ def detector_floats(config: Config, features: dict) -> int:
 
 def check_detector(config: Config, features: dict) -> None:
     """Raise UserError when a detector of these features is more than the memory holds."""
-    check(
+    check_memory(
         f"a detector of {features['n_feat']} channels and {config.n_coupling_blocks} coupling layers",
         FLOAT * detector_floats(config, features),
         "choose a smaller fc_internal or n_coupling_blocks",
@@ -73,7 +50,7 @@ def training_bytes(config: Config, features: dict, n_images: int) -> int:
 
 def check_training(config: Config, features: dict, n_images: int) -> None:
     """Raise UserError when fitting to so many images is more than the memory holds."""
-    check(
+    check_memory(
         f"training in batches of {min(config.batch_size, n_images)}",
         training_bytes(config, features, n_images),
         "choose a smaller batch_size, fc_internal, n_coupling_blocks or token_grid",

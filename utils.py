@@ -140,6 +140,30 @@ def reachable(url: str, seconds: float = 3.0) -> bool:
     return answered.is_set()
 
 
+# ---------------------------------------------------------------- memory
+def available_memory() -> float:
+    """Bytes that this process may still take: what the system has free, or what its container may have; inf
+    where neither is told."""
+    free = math.inf
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    except (OSError, StopIteration, ValueError):  # no Linux, no container, or a container without a limit
+        pass
+    return free
+
+
+def check_memory(what: str, needed: float, advice: str) -> None:
+    """Raise UserError when ``what`` needs more bytes than there are."""
+    free = available_memory()
+    if needed > free:
+        raise UserError(
+            f"{what} needs about {needed / 1e9:.3g} GB of memory, {free / 1e9:.3g} are free; {advice}"
+        )
+
+
 # -------------------------------------- metrics: labels 0 normal, 1 anomalous; scores higher = more anomalous
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     """Area under the ROC curve; ties count half. NaN where only one label occurs."""

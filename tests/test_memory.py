@@ -32,10 +32,10 @@ def test_batch_beyond_the_machine(cache, monkeypatch):
     """What a batch takes is counted, though the detector itself would fit."""
     config = settings(batch_size=40)
     need = memory.FLOAT * 4 * memory.detector_floats(config, cache.meta)
-    monkeypatch.setattr(memory, "available", lambda: need + 1000)
+    monkeypatch.setattr(utils, "available_memory", lambda: need + 1000)
     with pytest.raises(UserError, match="batches of 40.*batch_size"):
         make(cache, batch_size=40)
-    monkeypatch.setattr(memory, "available", lambda: 100 * need)
+    monkeypatch.setattr(utils, "available_memory", lambda: 100 * need)
     make(cache, batch_size=10**7)  # no batch is larger than the class
 
 
@@ -50,7 +50,7 @@ def test_estimate_is_near_what_is_built(cache, fusion, more):
 
 
 def test_memory_is_found():
-    assert memory.available() > 1e6
+    assert utils.available_memory() > 1e6
 
 
 def test_wide_windows_are_the_whole_grid(cache):
@@ -96,7 +96,7 @@ def test_batches_of_images_beyond_the_machine(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "images", classes=("a",), n_train=8, n_test=4)
     config = settings(dataset="folder", dataset_path=str(folder), img_size=(32, 32), extractor="resnet10t")
     images, identity = datasets.images_of(config), extractor.cache_identity(config)
-    monkeypatch.setattr(memory, "available", lambda: 8 * 32 * 32 * extractor.PIXEL)
+    monkeypatch.setattr(utils, "available_memory", lambda: 8 * 32 * 32 * extractor.PIXEL)
     extractor.Extraction(config, images, identity, torch.device("cpu"))
     large = dataclasses.replace(config, extract_batch=10)
     with pytest.raises(UserError, match="10 images of 32x32.*extract_batch"):

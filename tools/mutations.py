@@ -126,7 +126,7 @@ MUTATIONS = [
     ),
     Mutation(
         "memory is not asked about",
-        "memory.py",
+        "utils.py",
         "    if needed > free:",
         "    if False:",
         "memory",
