@@ -287,6 +287,26 @@ class Config:
         high=100.0,
         affects="features",
     )
+    places: int = knob(
+        0,
+        "also keep and use place tokens, for defects of a small place: the maps of middle depths on a grid "
+        "of so many rows and columns; 0: none",
+        low=0,
+        high=64,
+        affects="features",
+    )
+    place_channels: int = knob(
+        192,
+        "channels of a place token at most; more are brought down by a fixed random rotation",
+        low=1,
+        high=10**4,
+        affects="features",
+    )
+    mirror: bool = knob(
+        False,
+        "features are the mean of the image's and its mirror image's: twice the time",
+        affects="features",
+    )
     precision: str = knob(
         "auto",
         "backbone arithmetic: float32, bfloat16, float16; auto: the fastest half precision the device has",
@@ -496,6 +516,13 @@ class Config:
         affects="run",
         scripts=FITTING,
     )
+    spread_of_surfaces: float = knob(
+        0.08,
+        "score spectrum, places: spread of a class's semantic tokens at which places count half as much as "
+        "the texture of the whole image; more alike, they count as much",
+        low=1e-6,
+        affects="fit",
+    )
     baselines: bool = knob(
         False,
         "main.py: nearest neighbours and Gaussian on the same features, in the same table",
@@ -578,6 +605,8 @@ PRESETS = {
     # How these were chosen, and on what: results/choosing.md.
     "accurate": {
         "bands": True,
+        "places": 14,
+        "mirror": True,
         "normalize": "power_l2+whiten",
         "whiten_ridge": 10.0,
         "centre_pool": 0.1,

@@ -25,7 +25,7 @@ import pictures
 import records
 import utils
 from config import ClassError, Config, UserError, make_config
-from normalization import BandNormalizer, Normalizer, spread
+from normalization import BandNormalizer, Normalizer, PlaceNormalizer, spread
 from token_grid import Bands, TokenGrid
 
 EVAL_BATCH = {"cpu": 100, "cuda": 500}  # images per forward pass in evaluation: a CPU's caches hold these
@@ -34,18 +34,21 @@ LEFT_FREE = 0.2  # share of a GPU's memory that tokens leave to training
 
 # ---------------------------------------------------------------- features of one class
 class Features(NamedTuple):
-    """What is cached of some images, float32: semantic (n, C), patches (n, N, C) and bands (n, D), or
-    None."""
+    """What is cached of some images, float32: semantic (n, C), patches (n, N, C) and, where kept, bands (n,
+    D) and places (n, P, E)."""
 
     semantic: Tensor
     patches: Tensor
     bands: Tensor | None = None
+    places: Tensor | None = None
 
     @classmethod
     def of(cls, rows: dict[str, Tensor]) -> "Features":
-        """From cached rows: tokens (n, 1 + N, C) and, where kept, bands (n, D), float16."""
+        """From cached rows: tokens (n, 1 + N, C) and, where kept, bands (n, D) and places (n, P, E),
+        float16."""
         tokens = rows["tokens"].float()
-        return cls(tokens[:, 0], tokens[:, 1:], rows["bands"].float() if "bands" in rows else None)
+        kept = {name: rows[name].float() for name in ("bands", "places") if name in rows}
+        return cls(tokens[:, 0], tokens[:, 1:], **kept)
 
     def split(self, size: int) -> "list[Features]":
         """Consecutive parts of ``size`` images."""
@@ -90,20 +93,21 @@ class TokenSource:
         return self.resident[name].index_select(0, chosen)
 
     def __getitem__(self, index: Index) -> Features:
-        """The features of the images ``index``, on the device."""
-        return Features.of({name: self._rows(name, index) for name in self.arrays})
+        """The features of the images ``index``, on the device, but for the places: few classes need them."""
+        return Features.of({name: self._rows(name, index) for name in self.arrays if name != "places"})
 
-    def bands_there(self, index: Index) -> Tensor:
-        """The band tokens (n, D) of the images ``index``, float32, on the device."""
-        return self._rows("bands", index).float()
+    def one(self, name: str, index: Index) -> Tensor:
+        """One array of the images ``index``, float32, on the device, without reading the rest."""
+        return self._rows(name, index).float()
 
     def on_cpu(self, index: np.ndarray) -> Features:
         """The same, read from the files to the CPU."""
-        return Features.of({name: torch.from_numpy(array[index]) for name, array in self.arrays.items()})
+        names = [name for name in self.arrays if name != "places"]
+        return Features.of({name: torch.from_numpy(self.arrays[name][index]) for name in names})
 
-    def bands(self, index: np.ndarray) -> Tensor:
-        """The band tokens (n, D) of the images ``index``, on the CPU, without reading the rest."""
-        return torch.from_numpy(self.arrays["bands"][index]).float()
+    def one_on_cpu(self, name: str, index: np.ndarray) -> Tensor:
+        """One array of the images ``index``, float32, read from the files to the CPU."""
+        return torch.from_numpy(self.arrays[name][index]).float()
 
 
 def fits_beside_training(size: int, free: int, total: int) -> bool:
@@ -190,6 +194,7 @@ LOW_RIDGE, TEXTURE_RIDGE = (
     0.0,
 )  # of the whitening of low bands and of rings and peaks: see results/choosing.md
 NEGLIGIBLE = 0.1  # a head whose weight is less stays at its start: training it would not show
+HEADS = ("semantic", "texture", "local")  # the flows of the detector, each with its evidence
 
 
 class Inputs(NamedTuple):
@@ -236,19 +241,21 @@ class Evidence(nn.Module):
 class Detector(nn.Module):
     """Normaliser and flow: cached tokens -> latent z and log-determinant -> anomaly score.
 
-    With band tokens there are two flows, called heads. ``flow`` sees meaning: the semantic token joined with
-    the low bands of the deepest depths, patch tokens fused in. ``texture`` sees rings and peaks. The score
-    "spectrum" weighs their evidence by how alike the class's normal images are in meaning (docs/method.md,
-    section 4)."""
+    With band tokens there are two flows, called heads, and with place tokens three. ``flow`` sees meaning:
+    the semantic token joined with the low bands of the deepest depths, patch tokens fused in. ``texture``
+    sees rings and peaks of the whole image, ``local`` one place at a time. The score "spectrum" weighs their
+    evidence by how alike the class's normal images are in meaning (docs/method.md, section 4)."""
 
     def __init__(self, config: Config, features: dict):
         """features: the sidecar of the cache; n_feat, grid (rows, columns), tokens, kind (map or tokens) and,
-        with bands, band_channels are read. Raises UserError on settings that do not fit the features."""
+        with bands, band_channels, with places, place_shape are read. Raises UserError on settings that do not
+        fit the features."""
         super().__init__()
         memory.check_detector(config, features)
         channels, grid = features["n_feat"], tuple(features["grid"])
         self.score_name, self.fused = config.score, config.fusion != "none"
         self.spread_at_balance = config.spread_at_balance
+        self.spread_of_surfaces = config.spread_of_surfaces
         self.normalizer = Normalizer(
             normalization_in_effect(config, features),
             channels,
@@ -265,14 +272,19 @@ class Detector(nn.Module):
         n_tokens = features["tokens"] - 1 if self.fused else 0
         self.flow = _flow(config, self.channels, grid, config.fusion, n_tokens)
         self.register_buffer("reference", torch.zeros(0, self.channels))  # latents of the training images
-        self.register_buffer("texture_weight", torch.zeros(()))  # 0: meaning alone decides, 1: texture alone
+        self.register_buffer("weights", torch.tensor([1.0, 0.0, 0.0]))  # of HEADS in the score "spectrum"
+        self.heads = HEADS[:3] if config.places else HEADS[:2]
+        if config.places:
+            places, width = features["place_shape"]
+            self.place_normalizer = PlaceNormalizer(places, width)
+            self.local = _flow(config, width, (1, 1), "none", 0)
         if config.score == "spectrum":
+            widths = {"semantic": self.channels, "texture": self.texture_channels}
             self.evidence = nn.ModuleDict(
-                {
-                    "semantic": Evidence(self.channels, config.neighbours_weight),
-                    "texture": Evidence(self.texture_channels, config.neighbours_weight),
-                }
+                {name: Evidence(width, config.neighbours_weight) for name, width in widths.items()}
             )
+            if config.places:  # the neighbours of a place are as many as the places of all images
+                self.evidence["local"] = Evidence(0, 0.0)
 
     def _build_bands(self, config: Config, channels: tuple[int, ...]) -> int:
         """The normalisers of the band token and the texture flow -> channels of the low bands."""
@@ -286,8 +298,10 @@ class Detector(nn.Module):
         self.texture = _flow(config, self.texture_channels, (1, 1), "none", 0)
         return sum(map(len, low))
 
-    def inputs(self, semantic: Tensor, patches: Tensor, bands: Tensor | None = None) -> Inputs:
-        """What ``flow`` takes of raw tokens (B, C), (B, N, C) and, with bands, (B, D)."""
+    def inputs(
+        self, semantic: Tensor, patches: Tensor, bands: Tensor | None = None, places: Tensor | None = None
+    ) -> Inputs:
+        """What ``flow`` takes of raw tokens (B, C), (B, N, C) and, with bands, (B, D), without the places."""
         tokens, patches = self.normalizer(semantic, patches)
         if self.low is not None and bands is not None:
             low = self.low(bands)
@@ -302,8 +316,18 @@ class Detector(nn.Module):
         tokens = self.rings(bands)
         return Inputs(tokens, tokens.new_zeros(len(tokens), 0, tokens.shape[1]))
 
+    def local_inputs(self, places: Tensor) -> Inputs:
+        """What ``local`` takes of raw place tokens (B, P, E): every place by itself, (B P, E)."""
+        tokens = self.place_normalizer(places).flatten(0, 1)
+        return Inputs(tokens, tokens.new_zeros(len(tokens), 0, tokens.shape[1]))
+
+    def place_scores(self, places: Tensor) -> Tensor:
+        """The negative log-likelihood of every place (B, P) from raw place tokens (B, P, E)."""
+        tokens, none = self.local_inputs(places)
+        return model.likelihood_score(*self.local(tokens, [none])).view(places.shape[:2])
+
     def forward(
-        self, semantic: Tensor, patches: Tensor, bands: Tensor | None = None
+        self, semantic: Tensor, patches: Tensor, bands: Tensor | None = None, places: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Raw tokens -> z (B, C) and log-determinant (B) of the semantic flow."""
         tokens, fused = self.inputs(semantic, patches, bands)
@@ -322,10 +346,14 @@ class Detector(nn.Module):
         -> (n)."""
         return model.SCORES[name or self.score_name].function(z, log_det, self.reference).cpu().numpy()
 
-    def combine(self, semantic: tuple[Tensor, Tensor], texture: tuple[Tensor, Tensor]) -> Tensor:
-        """The score "spectrum" (n) from the likelihood scores and neighbour distances (n) of both heads."""
-        meaning, surface = self.evidence["semantic"](*semantic), self.evidence["texture"](*texture)
-        return (1 - self.texture_weight) * meaning + self.texture_weight * surface
+    def weight(self, head: str) -> float:
+        """How much a head (HEADS) counts in the score "spectrum"; the weights of all sum to 1."""
+        return self.weights[HEADS.index(head)].item()
+
+    def combine(self, findings: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """The score "spectrum" (n) from each head's likelihood scores and neighbour distances (n)."""
+        evidence = [self.weight(name) * self.evidence[name](*found) for name, found in findings.items()]
+        return torch.stack(evidence).sum(0)
 
     @torch.no_grad()
     def score_features(self, features: Features) -> np.ndarray:
@@ -333,12 +361,33 @@ class Detector(nn.Module):
         when one is not finite."""
         if self.score_name != "spectrum":
             return self._finite(self.score(*self(*features)))
-        tokens, patches = self.inputs(*features)
-        rings, none = self.texture_inputs(features.bands)
-        semantic = model.likelihood_score(*self.flow(tokens, [patches]))
-        texture = model.likelihood_score(*self.texture(rings, [none]))
-        distances = [self.evidence[k].distance(t) for k, t in (("semantic", tokens), ("texture", rings))]
-        return self._finite(self.combine((semantic, distances[0]), (texture, distances[1])).cpu().numpy())
+        inputs = {"semantic": self.inputs(*features), "texture": self.texture_inputs(features.bands)}
+        findings = {}
+        for name, (tokens, patches) in inputs.items():
+            likelihood = model.likelihood_score(*self.flow_of(name)(tokens, [patches]))
+            findings[name] = (likelihood, self.evidence[name].distance(tokens))
+        if self.uses_places:
+            findings["local"] = self.local_finding(self.place_scores(features.places))
+        return self._finite(self.combine(findings).cpu().numpy())
+
+    def read(self, source: TokenSource, rows: np.ndarray) -> Features:
+        """All that scoring the images ``rows`` takes: the places, too, where they count."""
+        features = source[rows]
+        return features._replace(places=source.one("places", rows)) if self.uses_places else features
+
+    @property
+    def uses_places(self) -> bool:
+        """Whether the score reads place tokens: a class that its meaning tells apart does not."""
+        return "local" in self.heads and self.weight("local") > 0
+
+    @staticmethod
+    def local_finding(scores: Tensor) -> tuple[Tensor, Tensor]:
+        """An image's likelihood score is its least likely place's: (B, P) -> (B), and no neighbours, (B)."""
+        largest = scores.amax(1)
+        return largest, torch.zeros_like(largest)
+
+    def flow_of(self, head: str) -> nn.Module:
+        return {"semantic": self.flow, "texture": self.texture, "local": getattr(self, "local", None)}[head]
 
     @staticmethod
     def _finite(scores: np.ndarray) -> np.ndarray:
@@ -375,14 +424,18 @@ class Detector(nn.Module):
         tokens = self.inputs(*features).tokens
         if self.score_name != "spectrum":
             return tokens
-        rings = self.texture_inputs(features.bands).tokens
-        return torch.cat([(1 - self.texture_weight).sqrt() * tokens, self.texture_weight.sqrt() * rings], 1)
+        rings, meaning = self.texture_inputs(features.bands).tokens, self.weights[0]
+        return torch.cat([meaning.sqrt() * tokens, (1 - meaning).sqrt() * rings], 1)
 
     def weigh(self, semantic: Tensor) -> None:
-        """Set the weight of texture from the normal images' semantic tokens (n, C), as the backbone gives
-        them."""
-        ratio = spread(semantic) / self.spread_at_balance
-        self.texture_weight.fill_(1 / (1 + ratio**4))
+        """Set the weights of the heads from the normal images' semantic tokens (n, C), as the backbone gives
+        them (docs/method.md, eq. 12)."""
+        alike = spread(semantic)
+        surface = 1 / (1 + (alike / self.spread_at_balance) ** 4)
+        share = 1 / (1 + (alike / self.spread_of_surfaces) ** 4) if "local" in self.heads else 0.0
+        local = surface * share / (1 + share)
+        local = local if local >= NEGLIGIBLE else 0.0
+        self.weights.copy_(torch.tensor([1 - surface, surface - local, local]))
 
 
 def _flow(config: Config, channels: int, grid: tuple[int, int], fusion: str, n_tokens: int) -> nn.Module:
@@ -479,8 +532,8 @@ def kept_weights(fitted: Fitted, cache: feature_cache.FeatureCache) -> dict[str,
     arrays = cache.arrays(split)
     rows = rows[rows < len(arrays["tokens"])]
     chosen = rows[np.linspace(0, len(rows) - 1, min(COMPARED, len(rows))).astype(int)]
-    device = fitted.detector.texture_weight.device
-    features = TokenSource(arrays, torch.device("cpu")).on_cpu(chosen)
+    device = fitted.detector.weights.device
+    features = fitted.detector.read(TokenSource(arrays, torch.device("cpu")), chosen)
     features = Features(*(None if values is None else values.to(device) for values in features))
     rounded = copy.deepcopy(fitted.detector)
     rounded.load_saved(packing.unpack(packed))

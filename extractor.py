@@ -44,7 +44,7 @@ from config import Config, UserError, knobs_affecting
 from feature_cache import CacheIdentity, FeatureCache, cache_folder, labels_damage
 from manifest import Manifest, has_features
 from shards import REPAIR, Damaged, Shard
-from token_grid import Bands, TokenGrid
+from token_grid import Bands, Places, TokenGrid
 
 CHUNK = 64  # images of a full cache that are pooled at a time
 BATCH = {"cpu": 8, "cuda": 64}  # images per backbone pass: a CPU's caches hold the maps of these
@@ -64,8 +64,14 @@ def token_grid(config: Config) -> TokenGrid:
     return TokenGrid(config.token_grid, config.pooling, config.window, config.centre_pool)
 
 
-def band_token(config: Config) -> Bands | None:
-    return Bands(config.rings, config.low_sigma) if config.bands else None
+def maps_kept(config: Config) -> dict[str, Bands | Places]:
+    """What is kept of the maps of several depths, by the name of its array."""
+    kept: dict[str, Bands | Places] = {}
+    if config.bands:
+        kept["bands"] = Bands(config.rings, config.low_sigma)
+    if config.places:
+        kept["places"] = Places(config.places, config.place_channels)
+    return kept
 
 
 def cache_identity(config: Config) -> CacheIdentity:
@@ -88,8 +94,13 @@ def cache_identity(config: Config) -> CacheIdentity:
         if fields[name] == unspecified:  # whatever the machine or the backbone chose is accepted
             del fields[name]
     if not config.bands:
-        fields |= {"band_depths": None, "rings": None, "low_sigma": None}
-    grid_key = grid.key + ("-bands" if config.bands else "")
+        fields |= {"rings": None, "low_sigma": None}
+    if not config.places:
+        fields["place_channels"] = None
+    if not (config.bands or config.places):
+        fields["band_depths"] = None
+    parts = {"bands": config.bands, f"places{config.places}": config.places, "mirror": config.mirror}
+    grid_key = "-".join([grid.key, *(name for name, kept in parts.items() if kept)])
     return CacheIdentity(cache_folder(config, fields["img_size"], grid_key), fields)
 
 
@@ -206,7 +217,7 @@ Rows = dict[str, Tensor]  # what is kept of some images, by name: tokens (n, 1 +
 
 def what_is_kept(config: Config, backbone: backbones.Backbone) -> tuple[dict[str, tuple[int, ...]], dict]:
     """The shape of each array that an image leaves, and the cache's fields that tell what they are."""
-    grid, bands = token_grid(config), band_token(config)
+    grid, of_maps = token_grid(config), maps_kept(config)
     shape = grid.cached_shape(backbone.grid)
     n_tokens = 1 + grid.n_tokens(shape)
     fields = {
@@ -216,11 +227,13 @@ def what_is_kept(config: Config, backbone: backbones.Backbone) -> tuple[dict[str
         "tokens": n_tokens,
     }
     shapes: dict[str, tuple[int, ...]] = {"tokens": (n_tokens, backbone.n_feat)}
-    if bands:
+    if of_maps:
         depths = backbone.band_depths(config.band_depths)
         channels = backbone.channels_of(depths)
         fields |= {"depths": depths, "band_channels": channels}
-        shapes["bands"] = (bands.size(channels),)
+        shapes |= {name: kept.shape(channels) for name, kept in of_maps.items()}
+    if config.places:
+        fields["place_shape"] = shapes["places"]
     return shapes, fields
 
 
@@ -231,7 +244,7 @@ class Extraction:
         self, config: Config, images: datasets.ImageSet, identity: CacheIdentity, device: torch.device
     ):
         self.config, self.images, self.device = config, images, device
-        self.grid, self.bands = token_grid(config), band_token(config)
+        self.grid, self.of_maps = token_grid(config), maps_kept(config)
         self.img_size = identity.fields["img_size"]
         backbone = backbones.load_backbone(config, identity.fields["weights"])
         self.dtype = backbones.choose_precision(config.precision, device)
@@ -246,7 +259,7 @@ class Extraction:
         }
         self.backbone = backbones.speed_up(backbone, device, self.dtype, fuse=not config.compile)
         if config.compile:
-            used = "forward_intermediates" if self.bands else "forward_features"
+            used = "forward_intermediates" if self.of_maps else "forward_features"
             setattr(self.backbone.model, used, torch.compile(getattr(self.backbone.model, used)))
         self.batch = config.extract_batch or BATCH[device.type]
         at_once = min(self.batch, max(1, images.labels.count()))
@@ -273,13 +286,25 @@ class Extraction:
 
     def _batch(self, images: Tensor) -> Rows:
         pixels = prepare(images, self.img_size, self.mean, self.std, self.dtype)
-        if self.bands is None:
-            return {"tokens": self.grid.pool(self.backbone(pixels), self.full_grid).half()}
-        tokens, maps = self.backbone.with_maps(pixels, self.depths)
-        return {
-            "tokens": self.grid.pool(tokens, self.full_grid).half(),
-            "bands": self.bands.measure(maps).half(),
-        }
+        rows = self._view(pixels, mirrored=False)
+        if self.config.mirror:
+            mirrored = self._view(pixels.flip(3), mirrored=True)
+            rows = {name: (values + mirrored[name]) / 2 for name, values in rows.items()}
+        return {name: values.half() for name, values in rows.items()}
+
+    def _view(self, pixels: Tensor, mirrored: bool) -> Rows:
+        """What is kept of images (n, 3, H, W), float32, all places where they are in the image that was not
+        mirrored."""
+        maps: list[Tensor] = []
+        if self.of_maps:
+            tokens, maps = self.backbone.with_maps(pixels, self.depths)
+        else:
+            tokens = self.backbone(pixels)
+        if mirrored:
+            patches = tokens[:, 1:].unflatten(1, self.full_grid).flip(2).flatten(1, 2)
+            tokens, maps = torch.cat([tokens[:, :1], patches], 1), [features.flip(3) for features in maps]
+        rows = {"tokens": self.grid.pool(tokens, self.full_grid)}
+        return rows | {name: kept.measure(maps) for name, kept in self.of_maps.items()}
 
     @torch.inference_mode()
     def seconds_per_image(self) -> float:

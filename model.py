@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from freq_fusion import build_fusion
 from linear import Linear
 
+LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)  # the constant of a Gaussian, nats per channel
 NEIGHBOURS = 2  # PANDA and DN2 use two
 CHUNK = 1024  # rows whose distances to all others are held at once
 
@@ -209,7 +210,7 @@ def latent_score(z: Tensor, log_det: Tensor, reference: Tensor | None = None) ->
 
 def likelihood_score(z: Tensor, log_det: Tensor, reference: Tensor | None = None) -> Tensor:
     """Full negative log-likelihood in nats per channel."""
-    return loss_per_image(z, log_det) + 0.5 * math.log(2 * math.pi)
+    return loss_per_image(z, log_det) + LOG_ROOT_2PI
 
 
 def latent_knn_score(z: Tensor, log_det: Tensor, reference: Tensor) -> Tensor:

@@ -84,6 +84,33 @@ class BandNormalizer(nn.Module):
         return (self._power(bands) - self.mean) @ self.whitening
 
 
+class PlaceNormalizer(nn.Module):
+    """Place tokens (B, P, D) -> the same shape, whitened: each place by its own mean, all places by one
+    covariance. Its buffers are fitted by ``fit``."""
+
+    def __init__(self, places: int, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(places, channels))
+        self.register_buffer("whitening", torch.eye(channels))
+
+    @torch.no_grad()
+    def fit(self, places: Tensor) -> "PlaceNormalizer":
+        """Fit to the place tokens (n, P, D) of normal training images, float32.
+
+        A place's own mean is drawn to the mean of all places as far as the places' means differ by chance
+        alone (the positive part of James and Stein's estimator)."""
+        common, own = places.mean((0, 1)), places.mean(0)
+        within = (places - own).square().mean() / max(len(places) - 1, 1)
+        between = (own - common).square().mean().clamp_min(EPS)
+        self.mean.copy_(common + (1 - within / between).clamp_min(0) * (own - common))
+        self.whitening.copy_(fit_whitening((places - self.mean).flatten(0, 1), 0.0))
+        return self
+
+    @torch.no_grad()
+    def forward(self, places: Tensor) -> Tensor:
+        return (places - self.mean) @ self.whitening
+
+
 class Normalizer(nn.Module):
     """(B, C) semantic and (B, N, C) patch tokens -> the same shapes, normalised. Its buffers are fitted by
     ``fit``.

@@ -177,9 +177,9 @@ class Bands:
     def statistics(self) -> tuple[str, ...]:
         return ("low", *(f"ring{k + 1}" for k in range(self.rings)), "peak")
 
-    def size(self, channels: tuple[int, ...]) -> int:
-        """Numbers per image, from the channels of each depth."""
-        return len(self.statistics) * sum(channels)
+    def shape(self, channels: tuple[int, ...]) -> tuple[int]:
+        """Numbers of an image, from the channels of each depth."""
+        return (len(self.statistics) * sum(channels),)
 
     def columns(self, channels: tuple[int, ...], statistics: tuple[str, ...], depths: range) -> list[range]:
         """Where the chosen statistics of the chosen depths stand in the token: a range of columns for
@@ -221,3 +221,49 @@ class Bands:
         lower = torch.matmul(spectrum.flatten(2), member.flatten(1).t()).transpose(1, 2)
         highest = (total - lower.sum(1)).clamp_min(0)
         return torch.cat([lower, highest.unsqueeze(1)], 1)
+
+
+# ---------------------------------------------------------------- places
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Place tokens (docs/method.md, section 5.3): what the maps of middle depths hold at each place of one
+    grid, side x side, the deepest depth left out. A local defect shows in the tokens of its place alone.
+
+    channels: at most so many per place; more are brought down by a fixed random rotation, which keeps
+    distances on average."""
+
+    side: int
+    channels: int
+
+    def shape(self, channels: tuple[int, ...]) -> tuple[int, int]:
+        """Places and channels of an image, from the channels of each depth."""
+        return self.side**2, min(self.channels, sum(self._middle(channels)))
+
+    @staticmethod
+    def _middle(depths):
+        """All but the deepest depth; of one alone, that one."""
+        return depths[:-1] or depths
+
+    def measure(self, maps: list[Tensor]) -> Tensor:
+        """Maps (B, C_i, rows_i, columns_i) of several depths -> place tokens (B, side^2, D), float32: 3 x 3
+        means, brought to the grid and joined (as PatchCore does, arXiv 2106.08265, section 3.1)."""
+        resized = [self._resize(features.float()) for features in self._middle(maps)]
+        tokens = torch.cat(resized, 1).flatten(2).transpose(1, 2)
+        if tokens.shape[2] <= self.channels:
+            return tokens
+        return tokens @ rotation(tokens.shape[2], self.channels).to(tokens.device)
+
+    def _resize(self, features: Tensor) -> Tensor:
+        smooth, size = F.avg_pool2d(features, 3, 1, 1), (self.side, self.side)
+        if min(features.shape[2:]) >= self.side:
+            return F.adaptive_avg_pool2d(smooth, size)
+        return F.interpolate(smooth, size, mode="bilinear", align_corners=False)
+
+
+@functools.lru_cache(maxsize=4)
+def rotation(before: int, after: int) -> Tensor:
+    """A fixed random matrix (before, after) with orthonormal columns, scaled so that lengths are kept on
+    average."""
+    generator = torch.Generator().manual_seed(0)
+    columns, _ = torch.linalg.qr(torch.randn(before, after, generator=generator, dtype=torch.float64))
+    return (columns * math.sqrt(before / after)).float()

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from detector import (
     NEGLIGIBLE,
     ClassData,
     Detector,
+    Evidence,
     Features,
     Fitted,
     Index,
@@ -39,6 +41,10 @@ from detector import (
 )
 from linear import forward_precision, products
 
+PLACE_SAMPLE = 500  # images whose place tokens the normaliser is fitted to
+PLACES_AT_ONCE = 8  # places of each image that a training step of the local flow sees
+PLACE_STEPS = 4  # steps of the local flow for each of the others'
+PLACE_BATCH = 25  # images whose places are scored at once
 PATCH_SAMPLE = 256  # images whose patch tokens the normaliser's statistics come from
 POOL_BATCH = 250  # images whose patch tokens are held at once when semantic tokens are re-pooled
 LOSS_CHECK = 64  # steps between two looks at the loss on a GPU, where reading it waits for the device
@@ -46,6 +52,11 @@ ADAM = {"betas": (0.8, 0.8), "eps": 1e-4}  # the paper's (docs/method.md, sectio
 
 
 # ---------------------------------------------------------------- optimisation
+def evenly(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the rows, evenly spaced."""
+    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
+
+
 def make_optimizer(parameters: list[Tensor], config: Config) -> torch.optim.Adam:
     return torch.optim.Adam(
         parameters, lr=config.lr_init, weight_decay=config.weight_decay, fused=True, **ADAM
@@ -107,23 +118,35 @@ class SubnetOptimizers:
 
 
 # ---------------------------------------------------------------- one class
+class Measured(NamedTuple):
+    """What one flow makes of n images."""
+
+    z: Tensor  # (n, C), and of the local flow nothing: its latents are those of places
+    log_det: Tensor  # (n), likewise
+    likelihood: Tensor  # (n), the likelihood score
+    loss: float  # mean over the images, nats per channel, without the constant
+
+
 @dataclasses.dataclass
 class Outcome:
-    """What one flow makes of the held-out and the test images after an epoch: latents and
-    log-determinants."""
+    """What one flow makes of the held-out and the test images after an epoch."""
 
     evaluation: int  # evaluations up to and including this one
     entry: dict
-    held_out_loss: float  # NaN where nothing is held out
-    held: tuple[Tensor, Tensor] | None
-    test: tuple[Tensor, Tensor]
-    held_scores: np.ndarray  # by the knob ``score`` of this flow alone
-    scores: np.ndarray
+    held: Measured | None
+    test: Measured
     state: dict[str, Tensor] | None = None  # the weights, where a later epoch may be worse
+
+    @property
+    def held_out_loss(self) -> float:
+        """NaN where nothing is held out."""
+        return self.held.loss if self.held else float("nan")
 
 
 class Head:
     """One flow of the detector in training: its inputs, its optimiser, and the epoch to report so far."""
+
+    noise = 1.0  # share of the knob feature_noise
 
     def __init__(
         self, name: str, flow: nn.Module, inputs: Callable[[Features], Inputs], config: Config, trained: bool
@@ -150,24 +173,30 @@ class Head:
         tokens, patches = self.inputs(features)
         if self.config.feature_noise:
             shape, device = tokens.shape, tokens.device
-            tokens = tokens + self.config.feature_noise * torch.randn(shape, generator=noise, device=device)
+            sigma = self.noise * self.config.feature_noise
+            tokens = tokens + sigma * torch.randn(shape, generator=noise, device=device)
         return Inputs(tokens, patches)
 
     @torch.no_grad()
-    def latents(self, source: TokenSource, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """z (n, C) and log-determinant (n) of many images."""
+    def measure(self, source: TokenSource, rows: np.ndarray) -> Measured:
+        """What the flow makes of many images."""
         batches = []
         for batch in in_batches(rows, EVAL_BATCH[source.device.type]):
             tokens, patches = self.inputs(self.features(source, batch))
             batches.append(self.flow(tokens, [patches]))
-        z, log_det = zip(*batches)
-        return torch.cat(z), torch.cat(log_det)
+        z, log_det = (torch.cat(parts) for parts in zip(*batches))
+        loss = model.loss_per_image(z, log_det).mean().item()
+        return Measured(z, log_det, model.likelihood_score(z, log_det), loss)
 
     @torch.no_grad()
     def tokens(self, source: TokenSource, rows: np.ndarray) -> Tensor:
         """The flow's input tokens (n, C) of many images."""
         batches = in_batches(rows, EVAL_BATCH[source.device.type])
         return torch.cat([self.inputs(self.features(source, batch)).tokens for batch in batches])
+
+    def distances(self, evidence: Evidence, source: TokenSource, rows: np.ndarray) -> Tensor:
+        """Mean distances (n) of many images to the nearest normal ones."""
+        return evidence.distance(self.tokens(source, rows))
 
     def features(self, source: TokenSource, rows: Index) -> Features:
         return source[rows]
@@ -196,8 +225,52 @@ class TextureHead(Head):
     """The flow of rings and peaks: it needs no tokens."""
 
     def features(self, source: TokenSource, rows: Index) -> Features:
-        bands = source.bands_there(rows)
+        bands = source.one("bands", rows)
         return Features(bands, bands, bands)
+
+
+class LocalHead(Head):
+    """The flow of single places: it needs place tokens alone, learns from a few places of each image at a
+    step, and finds an image as unlikely as its least likely place. Places are many: their flow takes several
+    steps where the others take one, with less noise."""
+
+    noise = 0.3
+
+    def __init__(self, detector: Detector, config: Config, trained: bool):
+        super().__init__("local", detector.local, self._some_places, config, trained)
+        self.detector, self.generator = detector, np.random.RandomState(config.seed)
+
+    def step(self, features: Features, noise: torch.Generator, rate: float) -> Tensor:
+        losses = [super(LocalHead, self).step(features, noise, rate) for _ in range(PLACE_STEPS)]
+        return torch.stack(losses).mean()
+
+    def _some_places(self, features: Features) -> Inputs:
+        """Of place tokens (B, P, E), PLACES_AT_ONCE drawn at random from each image: (B places, E)."""
+        places = features.semantic
+        chosen = self.generator.randint(places.shape[1], size=(len(places), PLACES_AT_ONCE))
+        tokens = self.detector.place_normalizer(places)
+        rows = torch.arange(len(places), device=places.device)[:, None]
+        tokens = tokens[rows, torch.from_numpy(chosen).to(places.device)].flatten(0, 1)
+        return Inputs(tokens, tokens.new_zeros(len(tokens), 0, tokens.shape[1]))
+
+    @torch.no_grad()
+    def measure(self, source: TokenSource, rows: np.ndarray) -> Measured:
+        scores = [
+            self.detector.place_scores(source.one("places", batch)) for batch in in_batches(rows, PLACE_BATCH)
+        ]
+        largest, mean = (torch.cat(parts) for parts in zip(*((s.amax(1), s.mean(1)) for s in scores)))
+        none = largest.new_zeros(0)
+        return Measured(none, none, largest, mean.mean().item() - model.LOG_ROOT_2PI)
+
+    def tokens(self, source: TokenSource, rows: np.ndarray) -> Tensor:
+        return torch.zeros(0, 0)
+
+    def distances(self, evidence: Evidence, source: TokenSource, rows: np.ndarray) -> Tensor:
+        return torch.zeros(len(rows), device=source.device)
+
+    def features(self, source: TokenSource, rows: np.ndarray) -> Features:
+        places = source.one("places", rows)
+        return Features(places, places)
 
 
 class Trainer:
@@ -231,10 +304,10 @@ class Trainer:
         self.distances: dict[str, Tensor] = {}  # to the nearest normal images, of test and held-out ones
 
     def _fit_normalizers(self, rows: np.ndarray) -> None:
-        """Fit the normalisation, and the weight of texture, to normal training images."""
+        """Fit the normalisation, and the weights of the heads, to normal training images."""
         fit, source = self.detector, self.data.train
         if fit.rings is not None:
-            bands = source.bands(rows)
+            bands = source.one_on_cpu("bands", rows)
             fit.rings.fit(bands)
             if fit.low is not None:
                 fit.low.fit(bands)
@@ -243,26 +316,27 @@ class Trainer:
             return
         own, pooled = [], []
         for batch in in_batches(rows, POOL_BATCH):
-            semantic, patches, _ = source.on_cpu(batch)
+            semantic, patches = source.on_cpu(batch)[:2]
             own.append(semantic.clone())  # cloned: a view would keep the patches
             pooled.append(fit.normalizer.pool(semantic, patches).clone())
         if spectrum:
             fit.weigh(torch.cat(own))
-        sample = rows[np.linspace(0, len(rows) - 1, min(PATCH_SAMPLE, len(rows))).astype(int)]
-        fit.normalizer.fit(torch.cat(pooled), source.on_cpu(sample).patches.flatten(0, 1))
+        fit.normalizer.fit(torch.cat(pooled), source.on_cpu(evenly(rows, PATCH_SAMPLE)).patches.flatten(0, 1))
+        if fit.uses_places:
+            fit.place_normalizer.fit(source.one_on_cpu("places", evenly(rows, PLACE_SAMPLE)))
 
     def _make_heads(self) -> list[Head]:
         fit, config = self.detector, self.config
         if config.score != "spectrum":
-            return [Head("semantic", fit.flow, lambda features: fit.inputs(*features), config, trained=True)]
-        weight = fit.texture_weight.item()
-        assert fit.texture is not None
-        return [
-            Head("semantic", fit.flow, lambda f: fit.inputs(*f), config, trained=1 - weight >= NEGLIGIBLE),
+            return [Head("semantic", fit.flow, lambda f: fit.inputs(*f), config, trained=True)]
+        trained = {name: fit.weight(name) >= NEGLIGIBLE for name in fit.heads}
+        heads = [
+            Head("semantic", fit.flow, lambda f: fit.inputs(*f), config, trained["semantic"]),
             TextureHead(
-                "texture", fit.texture, lambda f: fit.texture_inputs(f.bands), config, weight >= NEGLIGIBLE
+                "texture", fit.texture, lambda f: fit.texture_inputs(f.bands), config, trained["texture"]
             ),
         ]
+        return heads + ([LocalHead(fit, config, trained["local"])] if fit.uses_places else [])
 
     def run(self) -> Fitted:
         start = time.perf_counter()
@@ -286,10 +360,10 @@ class Trainer:
         for head in self.heads if self.config.score == "spectrum" else ():
             evidence = self.detector.evidence[head.name]
             evidence.reference = head.tokens(self.data.train, self.data.fit_rows).half()
-            held = evidence.distance(head.tokens(self.data.train, self.data.held_rows))
+            held = head.distances(evidence, self.data.train, self.data.held_rows)
             evidence.calibrate("neighbours", held)
             self.distances[f"{head.name} held"] = held
-            self.distances[head.name] = evidence.distance(head.tokens(self.data.test, self.data.test_rows))
+            self.distances[head.name] = head.distances(evidence, self.data.test, self.data.test_rows)
 
     def train_epoch(self) -> float:
         """One pass over the normal training images in a new order -> their mean loss (nats per channel, no
@@ -377,7 +451,7 @@ class Trainer:
         entry["auroc"] = utils.auroc(self.data.labels, scores)
         for name, score in model.SCORES.items():  # what the flow's other scores would have had
             if not score.needs_reference:
-                by_name = self.detector.score(*outcomes["semantic"].test, name)
+                by_name = self.detector.score(*outcomes["semantic"].test[:2], name)
                 entry[f"{name}_auroc"] = utils.auroc(self.data.labels, by_name)
         self.history.append(entry)
         for head in self.heads:
@@ -393,31 +467,26 @@ class Trainer:
             return head.best
         fit, data = self.detector, self.data
         if self.config.score == "latent_knn":
-            fit.reference = head.latents(data.train, data.fit_rows)[0]
-        held = head.latents(data.train, data.held_rows) if len(data.held_rows) else None
-        held_out_loss = model.loss_per_image(*held).mean().item() if held else float("nan")
-        if held and not math.isfinite(held_out_loss):
+            fit.reference = head.measure(data.train, data.fit_rows).z
+        held = head.measure(data.train, data.held_rows) if len(data.held_rows) else None
+        if held and not math.isfinite(held.loss):
             raise self.not_finite("scores are not finite", self.step - 1)
-        test = head.latents(data.test, data.test_rows)
-        held_scores = fit.score(*held) if held else np.empty(0)
-        return Outcome(len(self.history) + 1, entry, held_out_loss, held, test, held_scores, fit.score(*test))
+        return Outcome(len(self.history) + 1, entry, held, head.measure(data.test, data.test_rows))
 
     def _scores(self, outcomes: dict[str, Outcome]) -> tuple[np.ndarray, np.ndarray]:
         """Scores of the test images and of the held-out normals, from what each flow made of them."""
         fit = self.detector
         if self.config.score != "spectrum":
-            return outcomes["semantic"].scores, outcomes["semantic"].held_scores
-        likelihoods: dict[str, Tensor] = {}
+            held, test = outcomes["semantic"].held, outcomes["semantic"].test
+            return fit.score(test.z, test.log_det), (fit.score(held.z, held.log_det) if held else np.empty(0))
+        findings: dict[str, dict] = {"": {}, " held": {}}
         for name, outcome in outcomes.items():
             assert outcome.held is not None
-            likelihoods[f"{name} held"] = model.likelihood_score(*outcome.held)
-            likelihoods[name] = model.likelihood_score(*outcome.test)
-            fit.evidence[name].calibrate("likelihood", likelihoods[f"{name} held"])
-        test, held = (
-            fit.combine(*((likelihoods[name + rows], self.distances[name + rows]) for name in outcomes))
-            for rows in ("", " held")
-        )
-        return test.cpu().numpy(), held.cpu().numpy()
+            fit.evidence[name].calibrate("likelihood", outcome.held.likelihood)
+            for rows, measured in (("", outcome.test), (" held", outcome.held)):
+                findings[rows][name] = (measured.likelihood, self.distances[name + rows])
+        test, held = (fit.combine(found).cpu().numpy() for found in findings.values())
+        return test, held
 
     def fitted(self, seconds: float) -> Fitted:
         """The detector of the chosen epochs and the result of the class."""
@@ -428,17 +497,14 @@ class Trainer:
             if head.best.state is not None:
                 head.flow.load_state_dict(head.best.state)
         if self.config.score == "latent_knn":
-            self.detector.reference = self.heads[0].latents(data.train, data.fit_rows)[0]
+            self.detector.reference = self.heads[0].measure(data.train, data.fit_rows).z
         scores, held_scores = self._scores(chosen)
         if self.config.refit:
             scores = self._refitted_scores()
         entry = chosen["semantic"].entry
         if "texture" in chosen:
-            texture = chosen["texture"].entry
-            entry = entry | {
-                "texture_epoch": texture["epoch"],
-                "texture_weight": self.detector.texture_weight.item(),
-            }
+            entry = entry | {f"{name}_epoch": best.entry["epoch"] for name, best in chosen.items()}
+            entry |= {f"{name}_weight": self.detector.weight(name) for name in chosen}
         result = {
             "class": data.class_name,
             "seed": self.seed,
@@ -465,11 +531,11 @@ class Trainer:
         normal = np.sort(np.concatenate([data.fit_rows, data.held_rows]))
         self._fit_normalizers(normal)
         if self.config.score == "latent_knn":
-            fit.reference = self.heads[0].latents(data.train, normal)[0]
+            fit.reference = self.heads[0].measure(data.train, normal).z
         for head in self.heads if self.config.score == "spectrum" else ():
             fit.evidence[head.name].reference = head.tokens(data.train, normal).half()
         scores = [
-            fit.score_features(data.test[batch])
+            fit.score_features(fit.read(data.test, batch))
             for batch in in_batches(data.test_rows, EVAL_BATCH[self.device.type])
         ]
         if not np.isfinite(np.concatenate(scores)).all():

@@ -35,7 +35,7 @@ def fabricate(folder, signal: float = 2.0, scale: float = 1.0) -> FeatureCache:
         s: scale * (generator.randn(len(category[s]), 1 + n, C) + signal * centres[category[s]][:, None])
         for s in SPLITS
     }
-    size = Bands(2, 0.15).size(BAND_CHANNELS)
+    size = Bands(2, 0.15).shape(BAND_CHANNELS)[0]
     places = generator.randn(len(CLASSES), size)
     bands = {
         s: 3 + 0.3 * (generator.randn(len(category[s]), size) + signal * places[category[s]]) for s in SPLITS

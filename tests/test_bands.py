@@ -78,7 +78,7 @@ def test_columns_cover_the_token_once():
     bands = Bands(2, 0.1)
     places = bands.columns(CHANNELS, bands.statistics, range(2))
     flat = [column for place in places for column in place]
-    assert sorted(flat) == list(range(bands.size(CHANNELS))) == list(range(4 * sum(CHANNELS)))
+    assert sorted(flat) == list(range(bands.shape(CHANNELS)[0])) == list(range(4 * sum(CHANNELS)))
     (low,) = bands.columns(CHANNELS, ("low",), range(1, 2))
     assert torch.equal(bands.measure(maps())[:, low], Bands(2, 0.1).measure(maps()[1:])[:, :6])
 
@@ -131,7 +131,7 @@ def fabricate(folder, meaning: float, texture: float, alike: bool):
         s: Split.of([f"{s}{i}" for i in range(len(c))], np.where(c == 0, 0, -1)) for s, c in category.items()
     }
     bands_of = Bands(2, 0.15)
-    size = bands_of.size(CHANNELS)
+    size = bands_of.shape(CHANNELS)[0]
     rings = np.zeros(size)
     for place in bands_of.columns(CHANNELS, bands_of.statistics[1:], range(2)):
         rings[place.start : place.stop] = generator.randn(len(place))
@@ -196,7 +196,7 @@ def test_the_start_is_an_epoch_and_stays_when_training_does_not_help(tmp_path):
     trainer, fitted = fit(cache, lr_init=0.5, feature_noise=5.0)
     assert [entry["epoch"] for entry in fitted.history] == [0, 1] and fitted.history[0]["loss"] is None
     assert fitted.result["texture_epoch"] == 0, "so large a step ruins the flow"
-    z, log_det = trainer.heads[1].latents(trainer.data.test, trainer.data.test_rows)
+    log_det = trainer.heads[1].measure(trainer.data.test, trainer.data.test_rows).log_det
     assert log_det.abs().max() == 0, "the flow is the identity it started from"
 
 

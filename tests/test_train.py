@@ -377,8 +377,8 @@ def test_tokens_on_the_device_are_those_in_the_files(cache):
     for index in (rows, there.index(rows)):
         for wanted, got in zip(files[rows], there[index]):
             assert torch.equal(wanted, got)
-        assert torch.equal(files.bands(rows), there.bands_there(index))
-    assert torch.equal(files.bands_there(rows), files.bands(rows))
+        assert torch.equal(files.one_on_cpu("bands", rows), there.one("bands", index))
+    assert torch.equal(files.one("bands", rows), files.one_on_cpu("bands", rows))
 
 
 def test_tokens_leave_room_for_training():
