@@ -134,6 +134,7 @@ class ClassData:
     held_rows: np.ndarray  # normal training images held out for likelihood
     test_rows: np.ndarray
     labels: np.ndarray  # of test_rows: 0 normal, 1 anomalous
+    per_category: bool = False  # a surface or an object and its defects (MVTec) instead of one class of many
 
 
 def class_data(
@@ -148,7 +149,8 @@ def class_data(
     if len(fit_rows) < FEWEST or len(test_rows) == 0:
         counts = f"{len(fit_rows)} training and {len(test_rows)} test images"
         raise ClassError(f"class {class_name}: {counts}; expected at least {FEWEST} and 1")
-    data = ClassData(class_name, train, test, fit_rows, held_rows, test_rows, test_labels)
+    rows = (fit_rows, held_rows, test_rows)
+    data = ClassData(class_name, train, test, *rows, test_labels, labels.per_category)
     sample = train[fit_rows[np.linspace(0, len(fit_rows) - 1, min(64, len(fit_rows))).astype(int)]].semantic
     if (sample == sample[0]).all():
         raise ClassError(

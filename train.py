@@ -24,7 +24,7 @@ import memory
 import model
 import runs
 import utils
-from baselines import own_input_scores
+from baselines import PLACE_BASELINES, own_input_scores
 from config import ClassError, Config, UserError
 from detector import (
     EVAL_BATCH,
@@ -556,7 +556,14 @@ class Trainer:
             )
 
         normal = np.sort(np.concatenate([data.fit_rows, data.held_rows]))
-        return own_input_scores(tokens(data.train, normal), tokens(data.test, data.test_rows))
+        scores = own_input_scores(tokens(data.train, normal), tokens(data.test, data.test_rows))
+        if not (self.config.places and data.per_category):
+            return scores
+        reference = data.train.one_on_cpu("places", evenly(normal, PLACE_SAMPLE))
+        for name, fit in PLACE_BASELINES.items():
+            score, batches = fit(reference), in_batches(data.test_rows, PLACE_BATCH)
+            scores[name] = torch.cat([score(data.test.one_on_cpu("places", b)) for b in batches]).numpy()
+        return scores
 
 
 # ---------------------------------------------------------------- the script

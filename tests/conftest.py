@@ -128,13 +128,18 @@ def make_flow(channels: int, grid: tuple[int, int], **more):
 
 
 def make_cache(
-    folder: Path, labels: datasets.Labels, tokens: dict, bands: dict | None = None, **fields
+    folder: Path,
+    labels: datasets.Labels,
+    tokens: dict,
+    bands: dict | None = None,
+    places: dict | None = None,
+    **fields,
 ) -> feature_cache.FeatureCache:
-    """A cache of made-up tokens {split: (n, 1 + N, C)} and, if given, band tokens {split: (n, D)}; its grid
-    is one row unless ``fields`` says otherwise."""
+    """A cache of made-up tokens {split: (n, 1 + N, C)} and, if given, band tokens {split: (n, D)} and place
+    tokens {split: (n, P, E)}; its grid is one row unless ``fields`` says otherwise."""
     row = tokens["train"].shape[1:]
     meta = {"n_feat": row[1], "grid": (1, row[0] - 1), "tokens": row[0], "kind": "tokens"} | fields
-    arrays = {"tokens": tokens} | ({"bands": bands} if bands else {})
+    arrays = {"tokens": tokens} | ({"bands": bands} if bands else {}) | ({"places": places} if places else {})
     shapes = {name: splits["train"].shape[1:] for name, splits in arrays.items()}
 
     def rows(shard: Shard, skipped: list[int]) -> Iterator[dict[str, np.ndarray]]:

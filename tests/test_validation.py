@@ -16,11 +16,12 @@ from config import Config
 
 
 def image_set(n=40, sizes=((8, 8), (8, 10))):
-    """Two classes, one of which varies in size; every pixel of image i holds i, but for a bright first
+    """Two classes, one of which varies in size; the pixels of image i lie around i, but for a bright first
     row."""
     rng = np.random.RandomState(0)
     pixels = [np.full((*sizes[i % 2 if i % 4 else 0], 3), i, np.uint8) for i in range(2 * n)]
     for image in pixels:
+        image += rng.randint(0, 60, image.shape).astype(np.uint8)
         image[0] = 200 + rng.randint(50)
     category = np.arange(2 * n) % 2
     labels = datasets.Labels(
