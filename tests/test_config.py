@@ -332,13 +332,13 @@ def test_import_starts_nothing(tmp_path):
 # ---------------------------------------------------------------- one place for one decision
 FEATURES = """
     dataset fine_classes validate extractor weights_path n_feat img_size norm_mean norm_std token_grid pooling
-    precision bands band_depths rings low_sigma window
+    precision bands band_depths rings low_sigma window places place_channels mirror
 """.split()
 FIT = """
     device n_coupling_blocks fc_internal clamp fusion n_heads alpha use_gamma identity_start normalize
     centre_pool whiten_ridge low_depths batch_size meta_epochs sub_epochs least_steps matmul lr_init
     lr_schedule weight_decay max_grad_norm feature_noise holdout select_epoch patience refit
-    train_together score neighbours_weight spread_at_balance
+    train_together score neighbours_weight spread_at_balance spread_of_surfaces
 """.split()
 
 
