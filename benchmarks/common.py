@@ -33,10 +33,10 @@ def medians(jobs: dict, repeats: int, device: torch.device) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product: the best of twenty, by PyTorch's own product and by
+def matmul_peak(device: torch.device, dtype: torch.dtype, n: int | None = None) -> float:
+    """FLOP/s of a large square matrix product (n x n): the best of twenty, by PyTorch's own product and by
     oneDNN's."""
-    n = 8192 if device.type == "cuda" else 2048
+    n = n or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     products = [torch.matmul] + ([linear.product] if device.type == "cpu" and linear.AVAILABLE else [])
     best = float("inf")

@@ -26,13 +26,16 @@ import train
 import utils
 from cache_writer import CacheWriter
 from config import Config
-from linear import Linear
+from linear import Linear, forward_precision, products
 
 
-def our_step(flow, optimizer, tokens):
-    loss = model.loss_per_image(*flow(tokens[:, 0], [tokens[:, 1:]])).mean()
-    loss.backward()
-    optimizer.step()
+def our_step(flow, optimizer, tokens, matmul="highest"):
+    """A step as train.Head takes it."""
+    with products(matmul, tokens.device):
+        with forward_precision(matmul, tokens.device):
+            loss = model.loss_per_image(*flow(tokens[:, 0], [tokens[:, 1:]])).mean()
+        loss.backward()
+        optimizer.step()
     return loss.item()
 
 
