@@ -1,7 +1,7 @@
 """Raw images with one-class labels and splits.
 
-Files of images are found by layouts.py and read by images.py; torchvision's own files and scikit-learn's
-digits are read here (README, "Your own data")."""
+Files of images are found by layouts.py and read by images.py, the binary files of published data sets by
+published.py, scikit-learn's digits here (README, "Your own data")."""
 
 import dataclasses
 import hashlib

@@ -270,9 +270,7 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 
 
 # ---------------------------------------------------------------- sets without a split of their own
-TRAIN_SHARE = (
-    0.8  # of each class's normal pictures: the first of a fixed shuffle (RandomState(0)) of the sorted list
-)
+TRAIN_SHARE = 0.8  # of each class's normal pictures
 
 
 def split_by_rule(files: list[Path]) -> dict[str, list[Path]]:
