@@ -128,7 +128,7 @@ def compare(first: str, second: str, root: Path) -> str:
     ]
     known = {name: margin for name, margin in margins.items() if "missing" not in margin}
     means = [number(mean_over(run, shared)) for run in (a, b)]
-    rows.append(["mean", *means, report.margin_cell(known, "mean")])
+    rows.append(["mean", *means, report.margin_cell(known, None)])
     parts = [f"A: {a.name}\nB: {b.name}\n", tables.as_text(header, rows)]
     return "\n".join([*parts, tables.wrapped(notes(a, b, shared)), "", differences(a, b)])
 

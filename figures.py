@@ -20,6 +20,7 @@ import calibration
 import datasets
 import detector
 import feature_cache
+import report
 import utils
 from config import Config, UserError
 from tables import shorten
@@ -250,8 +251,8 @@ def column(history: list[dict], name: str) -> np.ndarray:
 def draw_methods(summary: dict, path: Path) -> bool:
     """AUROC of the flow, ± its deviation over the seeds, and of the simple detectors: a line per class and
     one for the mean -> whether any is defined."""
-    rows = {**summary["classes"], "mean": summary["mean"]}
-    aurocs = np.array([entry["auroc"] for entry in rows.values()], float)
+    rows = report.table_rows(summary)
+    aurocs = np.array([row.values["auroc"] for row in rows], float)
     if np.isnan(aurocs).all():
         return False
     figure = Figure((7, 1.8 + 0.28 * len(rows)), layout="constrained")
@@ -260,15 +261,15 @@ def draw_methods(summary: dict, path: Path) -> bool:
     handles: list = []
     texts = []
     for number, (method, table) in enumerate(summary["baselines"].items()):
-        values = [(table["classes"] | {"mean": table["mean"]})[name]["auroc"] for name in rows]
+        values = [report.simple_auroc(table, row.name) for row in rows]
         marker = "v^<>sDPX*"[number % 9]
         handles += axes.plot(np.array(values, float), places, marker, color=f"C{number % 9 + 1}", alpha=0.7)
         texts.append(method)
-    spread = [entry["auroc_std"] for entry in rows.values()]
+    spread = [row.values["auroc_std"] for row in rows]
     several = f", ± over {len(summary['seeds'])} seeds" if len(summary["seeds"]) > 1 else ""
     handles.insert(0, axes.errorbar(aurocs, places, xerr=spread, fmt="o", color="black", capsize=3))
     texts.insert(0, f"flow{several}")
-    axes.set_yticks(places, [shorten(name, 30) for name in rows], parse_math=False)
+    axes.set_yticks(places, [shorten(row.label, 30) for row in rows], parse_math=False)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("AUROC")

@@ -15,6 +15,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -157,15 +158,13 @@ def make_table(summary: dict) -> tuple[list[str], list[list[str]]]:
         header.append("flow - best simple (95 %)")
 
     rows = []
-    for name, values in _rows(summary):
-        baselines = summary["baselines"].values()
-        simple = [table["mean"] if name == "mean" else table["classes"][name] for table in baselines]
+    for row in table_rows(summary):
         rows.append(
             [
-                name,
-                *(cell(values, metric, n_seeds) for metric in SHOWN),
-                *(number(result["auroc"]) for result in simple),
-                *([margin_cell(summary["margins"], name)] if summary["margins"] else []),
+                row.label,
+                *(cell(row.values, metric, n_seeds) for metric in SHOWN),
+                *(number(simple_auroc(table, row.name)) for table in summary["baselines"].values()),
+                *([margin_cell(summary["margins"], row.name)] if summary["margins"] else []),
             ]
         )
     return header, rows
@@ -178,14 +177,14 @@ def terminal_table(summary: dict) -> str:
     header += ["simple"] if baselines else []
     header += ["flow - simple [95 %]"] if summary["margins"] else []
     rows = []
-    for name, values in _rows(summary):
-        row = [name, cell(values, "auroc", n_seeds)]
-        row += [number(values[metric]) for metric in SHOWN[1:]]
+    for row in table_rows(summary):
+        line = [row.label, cell(row.values, "auroc", n_seeds)]
+        line += [number(row.values[metric]) for metric in SHOWN[1:]]
         if baselines:
-            row.append(number(best_simple(summary, name)[1]))
+            line.append(number(best_simple(summary, row.name)[1]))
         if summary["margins"]:
-            row.append(margin_cell(summary["margins"], name))
-        rows.append(row)
+            line.append(margin_cell(summary["margins"], row.name))
+        rows.append(line)
     return "\n".join([tables.as_text(header, rows), tables.wrapped(notes(summary))])
 
 
@@ -211,35 +210,49 @@ def notes(summary: dict) -> list[str]:
     return lines
 
 
-def _rows(summary: dict) -> list[tuple[str, dict]]:
-    return [*summary["classes"].items(), ("mean", summary["mean"])]
+class Row(NamedTuple):
+    """A row of a table: its label, the name of its class (None: the mean over them, whatever a class is
+    called), and its figures."""
+
+    label: str
+    name: str | None
+    values: dict
+
+
+def table_rows(summary: dict) -> list[Row]:
+    """A row per class, then the mean."""
+    rows = [Row(name, name, values) for name, values in summary["classes"].items()]
+    return [*rows, Row("mean", None, summary["mean"])]
+
+
+def simple_auroc(table: dict, name: str | None) -> float:
+    """The AUROC of a simple detector on a class, or its mean; NaN where it was not asked."""
+    entry = table["mean"] if name is None else table["classes"].get(name, {})
+    return entry.get("auroc", float("nan"))
 
 
 def reported_epoch(summary: dict) -> str:
     return "last epoch" if summary["config"]["select_epoch"] == "last" else "epoch by held-out likelihood"
 
 
-def best_simple(summary: dict, name: str) -> tuple[str, float]:
+def best_simple(summary: dict, name: str | None) -> tuple[str, float]:
     """The simple detector with the highest AUROC on a class (or on average), and that AUROC; NaN where it is
     undefined."""
-    aurocs = {
-        method: (table["mean"] if name == "mean" else table["classes"][name])["auroc"]
-        for method, table in summary["baselines"].items()
-    }
+    aurocs = {method: simple_auroc(table, name) for method, table in summary["baselines"].items()}
     defined = {method: value for method, value in aurocs.items() if not _undefined(value)}
     return max(defined.items(), key=lambda item: item[1]) if defined else ("", float("nan"))
 
 
-def margin_cell(margins: dict[str, dict], name: str) -> str:
+def margin_cell(margins: dict[str, dict], name: str | None) -> str:
     """How far the flow of the first seed is above the best simple detector of a class, with the paired
-    interval; for the mean, the classes where it is above by more than the interval."""
-    if name in margins:
-        margin = margins[name]
-        if _undefined(margin["difference"]):
-            return "-"
-        return f"{margin['difference']:+.4f} [{margin['low']:+.4f}, {margin['high']:+.4f}]"
-    defined = [margin for margin in margins.values() if not _undefined(margin["difference"])]
-    return f"above in {sum(m['low'] > 0 for m in defined)} of {len(defined)}" if defined else "-"
+    interval; for the mean (None), the classes where it is above by more than the interval."""
+    if name is None:
+        defined = [margin for margin in margins.values() if not _undefined(margin["difference"])]
+        return f"above in {sum(m['low'] > 0 for m in defined)} of {len(defined)}" if defined else "-"
+    margin = margins.get(name)
+    if margin is None or _undefined(margin["difference"]):
+        return "-"
+    return f"{margin['difference']:+.4f} [{margin['low']:+.4f}, {margin['high']:+.4f}]"
 
 
 # ---------------------------------------------------------------- the files
@@ -290,19 +303,19 @@ def as_csv(summary: dict) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["method", "class", "dataset", "run", "seeds", *COUNTS, *columns, "undefined"])
     for method, table in ({"flow": summary} | summary["baselines"]).items():
-        for name, values in [*table["classes"].items(), ("mean", table["mean"])]:
+        for label, name, values in table_rows(table):
             fitted = method == "flow"  # the baselines stand beside the flows of the first seed
             own_seeds = " ".join(map(str, seeds if fitted else seeds[:1]))
-            counts = _counts(summary["classes"][name]["runs"] if name != "mean" else [], fitted)
+            counts = _counts(summary["classes"][name]["runs"] if name is not None else [], fitted)
             figures = ["" if _undefined(values.get(column)) else values[column] for column in columns]
-            about = [method, name, config["dataset"], config["modelname"], own_seeds]
+            about = [method, label, config["dataset"], config["modelname"], own_seeds]
             writer.writerow([*about, *counts, *figures, _reason(summary, name)])
     return text.getvalue()
 
 
-def _reason(summary: dict, name: str) -> str:
+def _reason(summary: dict, name: str | None) -> str:
     """Why a row has no AUROC, or for how many classes the mean has none; empty where nothing is missing."""
-    if name != "mean":
+    if name is not None:
         return summary["classes"][name]["undefined"]
     missing = [entry["undefined"] for entry in summary["classes"].values() if entry["undefined"]]
     total = len(summary["classes"])

@@ -132,12 +132,12 @@ def pair(*parts: str) -> str:
 # ---------------------------------------------------------------- sections
 def facts(summary: dict) -> str:
     """The figures that one looks for first."""
-    n_seeds, (method, simple) = len(summary["seeds"]), report.best_simple(summary, "mean")
+    n_seeds, (method, simple) = len(summary["seeds"]), report.best_simple(summary, None)
     shown = {"mean AUROC of the flow": cell(summary["mean"], "auroc", n_seeds)}
     if method:
         shown[f"best simple detector ({method})"] = number(simple)
     if summary["margins"]:
-        shown["flow beyond it, by more than the interval"] = report.margin_cell(summary["margins"], "mean")
+        shown["flow beyond it, by more than the interval"] = report.margin_cell(summary["margins"], None)
     shown |= {"classes": str(len(summary["classes"])), "seeds": ", ".join(map(str, summary["seeds"]))}
     shown["time"] = utils.readable_time(summary["wall_time_s"])
     entries = (f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in shown.items())
@@ -151,8 +151,8 @@ def headline(summary: dict) -> str:
     header += ["best simple detector"] if summary["baselines"] else []
     header += ["flow - best simple [95 %]"] if summary["margins"] else []
     rows = []
-    for name, values in [*summary["classes"].items(), ("mean", summary["mean"])]:
-        row = [name, cell(values, "auroc", n_seeds)]
+    for label, name, values in report.table_rows(summary):
+        row = [label, cell(values, "auroc", n_seeds)]
         row += [number(values[metric]) for metric in report.SHOWN[1:]]
         if summary["baselines"]:
             method, value = report.best_simple(summary, name)
@@ -169,9 +169,9 @@ def baselines(summary: dict) -> str:
         return ""
     n_seeds = len(summary["seeds"])
     rows = [
-        [name, cell(values, "auroc", n_seeds)]
-        + [number((m["mean"] if name == "mean" else m["classes"][name])["auroc"]) for m in methods.values()]
-        for name, values in [*summary["classes"].items(), ("mean", summary["mean"])]
+        [label, cell(values, "auroc", n_seeds)]
+        + [number(report.simple_auroc(method, name)) for method in methods.values()]
+        for label, name, values in report.table_rows(summary)
     ]
     return table(["class", "flow", *methods], rows, "mean")
 

@@ -103,6 +103,7 @@ def test_csv_survives_any_name(tmp_path, name):
     markdown = (tmp_path / "results.md").read_text().splitlines()
     lines = [line for line in markdown if line.startswith("|")]
     assert len(lines) == 4 and "<b>" not in lines[2], "a header, a rule, a class and the mean"
+    assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1, "as many cells in each"
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,30 @@ def test_undefined_is_empty_with_its_reason(tmp_path, counts, reason):
     assert kept["auroc"] is None and kept["undefined"] == reason
     assert f"no AUROC ({reason}): bare." in text and "nan" not in text
     assert "nan" not in (tmp_path / "results.md").read_text()
+
+
+def test_a_class_without_simple_detectors_stands_beside_others(tmp_path):
+    """One that could not be fitted, or has no test images."""
+    results = [undefined("bare") | {"reason": "the loss is nan"}, result("b", 0, 0.6)]
+    summary = report.summarize(Config(), results, {"b": SIMPLE["b"]}, 1.0, {})
+    _, rows = report.make_table(summary)
+    assert rows[0][-2:] == ["-", "-"] and rows[1][-2:] == ["0.5000", "+0.3000 [-0.1000, +0.4000]"]
+    lines = report.write_results(tmp_path, summary).splitlines()
+    assert lines[2].split() == ["bare", *["-"] * 6] and "no AUROC (the loss is nan): bare." in lines
+
+
+def test_a_class_may_be_called_mean(tmp_path):
+    simple = {
+        "mean": SIMPLE["b"] | {"metrics": {"kNN": {metric: 0.9 for metric in METRICS}}},
+        "b": SIMPLE["b"],
+    }
+    summary = report.summarize(Config(), [result("mean", 0, 0.9), result("b", 0, 0.6)], simple, 1.0, {})
+    _, rows = report.make_table(summary)
+    assert [row[1] for row in rows] == ["0.9000", "0.6000", "0.7500"]
+    assert [row[-2] for row in rows] == ["0.9000", "0.5000", "0.7000"]
+    assert [row[-1][:5] for row in rows] == ["+0.30", "+0.30", "above"]
+    found = [(row["n_train"], row["auroc"][:4]) for row in rows_of(report.as_csv(summary))[:3]]
+    assert found == [("40", "0.9"), ("40", "0.6"), ("", "0.75")]
 
 
 def test_nothing_defined_at_all(tmp_path):
