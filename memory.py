@@ -24,7 +24,10 @@ def detector_floats(config: Config, features: dict) -> int:
     bands = sum(features["band_channels"]) * (2 + config.rings) if config.bands else 0
     grid = math.prod(features["grid"])
     flows = parameters(config, channels + bands, config.fusion != "none")
-    return flows + (parameters(config, bands, False) if bands else 0) + channels**2 + bands**2 + 17 * grid**2
+    places, width = features["place_shape"] if config.places else (0, 0)
+    for joined in (bands, width):
+        flows += (parameters(config, joined, False) if joined else 0) + joined**2
+    return flows + channels**2 + places * width + 17 * grid**2
 
 
 def check_detector(config: Config, features: dict) -> None:

@@ -65,6 +65,21 @@ def test_outliers_differ_from_their_image_and_are_the_same_each_time():
         assert (" " in name) == (not np.array_equal(image, original)), name
 
 
+def test_outliers_are_of_both_sorts():
+    assert set(outliers.KINDS) == {*"rotated pasted blended scratched spotted cut noisy blurred".split()}
+
+
+@pytest.mark.parametrize("kind", outliers.TEXTURE)
+def test_texture_outliers_leave_the_rest_as_it_is(kind):
+    """They change something at every draw, and never more than a fifth of the image."""
+    generator = np.random.RandomState(1)
+    image, other = (generator.randint(0, 255, (60, 80, 3)).astype(np.uint8) for _ in range(2))
+    for seed in range(20):
+        made = outliers.outlier(image, other, kind, np.random.RandomState(seed))
+        changed = (made != image).any(2).mean()
+        assert made.dtype == np.uint8 and 0 < changed < 0.2, (seed, changed)
+
+
 @pytest.fixture(scope="module")
 def small_folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
