@@ -5,7 +5,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +64,27 @@ class CacheWriter:
         except Damaged:
             return new
         found.refuse_others(self.folder, new.fields if found.finished else without_images(new.fields))
-        return found if found.finished else dataclasses.replace(new, shard_rows=found.shard_rows)
+        if found.finished:
+            return found
+        joined = dataclasses.replace(new, shard_rows=found.shard_rows)
+        self._refuse_other_images(joined)
+        for shard in set(found.shards) - set(joined.shards):
+            (self.folder / f"{shard.name}.json").unlink(missing_ok=True)
+            if shard.name not in {kept.name for kept in joined.shards}:  # of images that are no longer there
+                for array in found.shapes:
+                    shard.file(self.folder, array).unlink(missing_ok=True)
+        return joined
+
+    def _refuse_other_images(self, joined: Manifest) -> None:
+        """Raise UserError when there are finished shards, but none of the images as they are now: the folder,
+        or the images, may be the wrong ones."""
+        there = [shard for shard in joined.shards if self._recorded(shard, joined) is not None]
+        recorded = [path for path in self.folder.iterdir() if RECORD.fullmatch(path.name)]
+        if recorded and not there:
+            raise UserError(
+                f"the {len(recorded)} finished shards in {self.folder} are of other images than those now "
+                f"there; give another --feature_path, or python extractor.py --restart to replace them"
+            )
 
     # ------------------------------------------------------------ what is there
     def missing(self) -> list[Shard]:
@@ -80,25 +99,28 @@ class CacheWriter:
         return f"{total - len(self.missing())} of {total} shards are kept in {self.folder}"
 
     def _record(self, shard: Shard) -> dict | None:
-        """The record of a shard that is finished, of these features and of the images as they are now; None
-        without one."""
+        """The record of a shard that is finished, as it is wanted and with its files; None without one."""
         if shard.name not in self._records:
-            try:
-                record = utils.read_sealed(self.folder / f"{shard.name}.json")
-                fits = record["of"] == self._of(shard) and (self.skip or not record["skipped"])
-                if not fits or any(
-                    f.damage() for f in self.manifest.stored(self.folder, shard, record).values()
-                ):
-                    return None
-            except (OSError, ValueError, KeyError, TypeError):
+            record = self._recorded(shard, self.manifest)
+            if record is None or record["skipped"] and not self.skip:
+                return None
+            if any(stored.damage() for stored in self.manifest.stored(self.folder, shard, record).values()):
                 return None
             self._records[shard.name] = record
         return self._records[shard.name]
 
-    def _of(self, shard: Shard) -> dict:
+    def _recorded(self, shard: Shard, manifest: Manifest) -> dict | None:
+        """The record of a shard, if it is of these features and of the images as they are now."""
+        try:
+            record = utils.read_sealed(self.folder / f"{shard.name}.json")
+            return record if record["of"] == self._of(shard, manifest) else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def _of(self, shard: Shard, manifest: Manifest) -> dict:
         """What a record must be of to be kept."""
         return {
-            "features": self.manifest.features_sha256,
+            "features": manifest.features_sha256,
             "images": self.part_key(shard),
             "rows": [shard.start, shard.stop],
         }
@@ -133,7 +155,7 @@ class CacheWriter:
             if at_once == 1:
                 worked = [work(shard) for shard in mine]
             else:
-                with ThreadPoolExecutor(at_once) as pool:
+                with utils.thread_pool(at_once) as pool:
                     worked = list(pool.map(work, mine))
             if not any(worked):
                 if not told:
@@ -178,7 +200,7 @@ class CacheWriter:
             for writer in writers.values():
                 writer.put()
             utils.sync(self.folder)
-            record = {"of": self._of(shard), "rows": rows, "skipped": skipped, "files": files}
+            record = {"of": self._of(shard, self.manifest), "rows": rows, "skipped": skipped, "files": files}
             utils.write_sealed(self.folder / f"{shard.name}.json", record)
         finally:
             for writer in writers.values():
@@ -216,7 +238,7 @@ def _append_all(writers: dict[str, ArrayWriter], features: Iterator[dict[str, np
         for name, values in rows.items():
             writers[name].append(values)
 
-    with ThreadPoolExecutor(1) as pool:
+    with utils.thread_pool(1) as pool:
         pending = None
         for rows in features:
             if pending is not None:
@@ -284,9 +306,11 @@ def reopen(folder: Path, lost: Iterable[Shard]) -> None:
     take their place."""
     with utils.Lock(folder / ".lock"):
         manifest = Manifest.read(folder)
+        if not manifest.finished:  # another process was quicker
+            return
         restore_records(folder, manifest)
         for shard in lost:
-            (folder / f"{shard.name}.json").unlink()
+            (folder / f"{shard.name}.json").unlink(missing_ok=True)
         dataclasses.replace(manifest, records={}, finished=False).write(folder)
 
 

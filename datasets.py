@@ -163,9 +163,10 @@ class ImageSet:
         return ImageSet(labels, read, identify, self.from_files, masks)
 
     def part_key(self, split: str, start: int, stop: int) -> str:
-        """A hash of names, labels and content of the images start..stop of a split."""
-        part = self.labels.split(split).kept(range(start, stop))
-        return _hash(part.as_json(), [self.identify(split, i) for i in range(start, stop)])
+        """A hash of names, labels and content of the images start..stop of a split, where there are any."""
+        labels = self.labels.split(split)
+        rows = range(len(labels.names))[start:stop]
+        return _hash(labels.kept(rows).as_json(), [self.identify(split, i) for i in rows])
 
     def fingerprint(self) -> str:
         """A hash of names, labels and content: equal for the same images, whatever folder they lie in."""

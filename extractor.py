@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -383,7 +382,7 @@ class Extraction:
             return rows
 
         try:
-            with thread_pool(workers, lambda: torch.set_num_threads(share)) as pool:
+            with utils.thread_pool(workers, lambda: torch.set_num_threads(share)) as pool:
                 for found in in_order(pool, compute, self._batches(chosen), 2 * workers):
                     yield from found
         finally:
@@ -419,25 +418,12 @@ class Extraction:
                 s.pin_memory() if isinstance(s, Tensor) and torch.cuda.is_available() else s for s in stacks
             ]
 
-        with thread_pool(self.readers) as pool:
+        with utils.thread_pool(self.readers) as pool:
             for stacks in in_order(pool, read, self._batches(chosen), self.readers + 1):
                 yield from stacks
 
     def _batches(self, chosen: range) -> list[range]:
         return [chosen[first : first + self.batch] for first in range(0, len(chosen), self.batch)]
-
-
-@contextmanager
-def thread_pool(workers: int, start: Callable[[], object] | None = None) -> Iterator[ThreadPoolExecutor]:
-    """Threads that begin with ``start()``; what waits for them when the block ends early is dropped."""
-    pool, wait = ThreadPoolExecutor(workers, initializer=start), True
-    try:
-        yield pool
-    except knobs.Interrupted:  # whose two seconds are shorter than a batch may be
-        wait = False
-        raise
-    finally:
-        pool.shutdown(wait, cancel_futures=True)
 
 
 def in_order(pool: ThreadPoolExecutor, task: Callable, batches: list[range], ahead: int) -> Iterator:
@@ -718,9 +704,7 @@ def main(config: Config) -> None:
         start_again(folder)
     elif there and is_finished(folder) and not mend(images, folder, thorough=True):
         cache = as_wanted(dataclasses.replace(config, verify=False), FeatureCache(identity))
-        print(
-            f"features: all {len(cache.manifest.shards)} shards of {folder} are there and sound", flush=True
-        )
+        print(f"features: all {len(cache.manifest.shards)} shards of {folder} are sound", flush=True)
         return
     print(f"features written to {make_features(config, images, identity, device).folder}", flush=True)
 

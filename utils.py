@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +27,7 @@ from joblib import cpu_count  # knows a container's share of the machine
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from config import Config, UserError
+from config import Config, Interrupted, UserError
 
 
 def seed_everything(seed: int) -> None:
@@ -162,6 +163,21 @@ def check_memory(what: str, needed: float, advice: str) -> None:
         raise UserError(
             f"{what} needs about {needed / 1e9:.3g} GB of memory, {free / 1e9:.3g} are free; {advice}"
         )
+
+
+@contextmanager
+def thread_pool(threads: int, start: Callable[[], object] | None = None) -> Iterator[ThreadPoolExecutor]:
+    """Threads that begin with ``start()``. At the end of the block what they have begun is waited for, and
+    the rest dropped; not so when the script is asked to end: a batch may be longer than the two seconds it
+    has."""
+    pool, wait = ThreadPoolExecutor(threads, initializer=start), True
+    try:
+        yield pool
+    except Interrupted:
+        wait = False
+        raise
+    finally:
+        pool.shutdown(wait, cancel_futures=True)
 
 
 # -------------------------------------- metrics: labels 0 normal, 1 anomalous; scores higher = more anomalous

@@ -27,6 +27,7 @@ import datasets
 import extractor
 from config import BACKBONES, Config, UserError
 from datasets import SPLITS, Labels, Split
+from manifest import Manifest
 from token_grid import TokenGrid
 
 CPU = torch.device("cpu")
@@ -688,6 +689,152 @@ def test_unreadable_images_are_left_out_on_request(mixed):
     assert (pooled.tokens("train").semantic() == cache.tokens("train").semantic()).all()
     with pytest.raises(UserError, match="leave out 1 unreadable images, train/a/03.png first; --unreadable"):
         extractor.ensure_features(small(mixed), CPU)
+
+
+def contents(folder) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def flip_last(path) -> None:
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_extractor_mends_the_damaged_shard_alone(mixed, capsys, verify):
+    config = small(mixed, shard_rows=4, feature_path="kept", verify=verify)
+    extractor.main(config)
+    before = contents(Path("kept"))
+    flip_last(Path("kept") / "train-tokens-00001.npy")
+    (Path("kept") / "test-00000.json").unlink()
+    extractor.main(config)
+    assert "1 of 5 shards are made again (train-00001: " in capsys.readouterr().out
+    assert contents(Path("kept")) == before
+    extractor.main(config)
+    assert "all 5 shards of kept are sound" in capsys.readouterr().out
+
+
+def test_verify_before_training_mends_too(mixed, capsys):
+    """Without ``verify`` rows are checked when they are read; a file that is cut or gone is seen at once."""
+    config = small(mixed, shard_rows=4, feature_path="kept")
+    extractor.main(config)
+    before = contents(Path("kept"))
+    flip_last(Path("kept") / "train-tokens-00001.npy")
+    cache = extractor.ensure_features(config, CPU)
+    with pytest.raises(UserError, match="checksum"):
+        cache.tokens("train")[:]
+    with pytest.raises(UserError, match="1 shards of kept are damaged"):
+        extractor.ensure_features(dataclasses.replace(config, verify=True, pretrained=True), CPU)
+    extractor.ensure_features(dataclasses.replace(config, verify=True), CPU).tokens("train")[:]
+    assert contents(Path("kept")) == before
+    (Path("kept") / "test-tokens-00000.npy").unlink()
+    extractor.ensure_features(config, CPU)
+    assert contents(Path("kept")) == before
+
+
+def test_verify_without_the_images_only_looks(mixed, capsys):
+    config = small(mixed, feature_path="kept", verify=True)
+    extractor.main(config)
+    mixed.rename("elsewhere")
+    with pytest.raises(UserError, match="dataset_path"):
+        extractor.main(dataclasses.replace(config, verify=False))
+    extractor.main(config)
+    assert "all 2 shards of kept are sound" in capsys.readouterr().out
+    flip_last(Path("kept") / "test-tokens-00000.npy")
+    with pytest.raises(UserError, match=r"1 shards of kept are damaged \(test-00000: .*--verify"):
+        extractor.main(config)
+
+
+def test_changed_images_cost_their_shards_only(mixed, capsys):
+    """For extractor.py; training refuses the features first. Labels come along."""
+    config = small(mixed, shard_rows=4, feature_path="kept")
+    extractor.main(config)
+    write_image(mixed / "train" / "a" / "04.png", texture(2, np.random.RandomState(9)))
+    write_image(mixed / "test" / "b" / "03.png", texture(2, np.random.RandomState(9)))
+    with pytest.raises(UserError, match="other images.*python extractor.py extracts those that have changed"):
+        extractor.ensure_features(config, CPU)
+    extractor.main(config)
+    assert "1 of 5 shards are made again (train-00001: its images have changed)" in capsys.readouterr().out
+    straight = extractor.ensure_features(dataclasses.replace(config, feature_path="other"), CPU)
+    assert extractor.ensure_features(config, CPU).meta == straight.meta
+    assert contents(Path("kept")) == contents(Path("other"))
+
+
+def test_images_taken_away(mixed):
+    """The shards before them stay; those that are left over go."""
+    config = small(mixed, shard_rows=2, feature_path="kept")
+    extractor.main(config)
+    for name in ("train/b/03.png", "train/b/04.png", "test/b/00.png"):
+        (mixed / name).unlink()
+    inode = (Path("kept") / "train-tokens-00000.npy").stat().st_ino
+    extractor.main(config)
+    extractor.main(dataclasses.replace(config, feature_path="other"))
+    assert contents(Path("kept")) == contents(Path("other"))
+    assert (Path("kept") / "train-tokens-00000.npy").stat().st_ino == inode
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_images_altogether_are_refused(mixed, finished):
+    """The folder, or the images, may be the wrong ones: nothing is replaced without restart."""
+    config = small(mixed, feature_path="kept")
+    extractor.main(config)
+    if not finished:
+        extractor.reopen(Path("kept"), Manifest.read(Path("kept")).shards[:1])
+    before = contents(Path("kept"))
+    other = make_folder(Path("other images"), classes=("a", "b"), n_train=5, n_test=3, seed=7)
+    config = dataclasses.replace(config, dataset_path=str(other))
+    with pytest.raises(UserError, match="other images.*restart"):
+        extractor.main(config)
+    assert contents(Path("kept")) == before
+    extractor.main(dataclasses.replace(config, restart=True))
+    assert (
+        extractor.ensure_features(config, CPU).meta["image_list"] == datasets.images_of(config).fingerprint()
+    )
+
+
+def test_restart_extracts_everything_again(mixed, capsys):
+    config = small(mixed, feature_path="kept", restart=True)
+    extractor.main(config)
+    before = contents(Path("kept"))
+    capsys.readouterr()
+    extractor.main(config)
+    assert "extracting 16 images" in capsys.readouterr().out and contents(Path("kept")) == before
+    with pytest.raises(UserError, match="restart: expected one process"):
+        extractor.main(dataclasses.replace(config, rank=0, world_size=2))
+
+
+def test_features_of_other_settings_are_refused_before_any_work(mixed, monkeypatch):
+    """Finished or not, by both ways in, before images are read or a backbone is built."""
+    config = small(mixed, feature_path="kept")
+    extractor.main(config)
+    monkeypatch.setattr(datasets, "images_of", lambda config: pytest.fail("images were looked at"))
+    for reopened in (False, True):
+        if reopened:
+            extractor.reopen(Path("kept"), Manifest.read(Path("kept")).shards)
+        for way_in in (extractor.main, lambda config: extractor.ensure_features(config, CPU)):
+            with pytest.raises(UserError, match="kept.*token_grid is full there"):
+                way_in(dataclasses.replace(config, token_grid="1"))
+            Path("mine").mkdir(exist_ok=True)
+            (Path("mine") / "thesis.txt").write_text("mine")
+            with pytest.raises(UserError, match="mine is there and holds no features"):
+                way_in(dataclasses.replace(config, feature_path="mine"))
+
+
+def test_the_disk_is_checked_before_the_backbone_is_built(mixed, monkeypatch):
+    monkeypatch.setattr(extractor.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr(backbones, "load_backbone", lambda *_: pytest.fail("built"))
+    with pytest.raises(UserError, match="the features need 0.00 GB"):
+        extractor.ensure_features(small(mixed), CPU)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"token_grid": "compact"}, {"token_grid": "1"}, {"bands": True}], ids=str
+)
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_outline_tells_what_the_backbone_gives(name, options):
+    config = settings(name, (64, 96), **options)
+    outline, loaded = backbones.outline(config), load_backbone(config)
+    assert extractor.what_is_kept(config, outline) == extractor.what_is_kept(config, loaded)
+    assert all(parameter.is_meta for parameter in outline.parameters())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
