@@ -7,6 +7,25 @@ python report.py RUN_A RUN_B    side by side: AUROC per class, paired difference
 """
 
 import argparse
+
+from config import Config, OneLineParser, UserError, guarded, stop
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="the name of a run in runs/, or its folder")
+    try:
+        arguments = parser.parse_args()
+        if len(arguments.runs) > 2:
+            raise UserError(f"expected two runs at most, got {len(arguments.runs)}")
+    except UserError as mistake:
+        stop(mistake)
+    return arguments
+
+
+if __name__ == "__main__":  # parse before the slow imports
+    ARGUMENTS = parse_arguments()
+
 import csv
 import dataclasses
 import io
@@ -21,7 +40,6 @@ import numpy as np
 
 import tables
 import utils
-from config import Config, guarded
 from model import SCORES
 from tables import cell, number
 from utils import METRICS
@@ -382,16 +400,5 @@ def main(arguments: argparse.Namespace) -> None:
         print(compare.compare(names[0], names[1], root))
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="the name of a run in runs/, or its folder")
-    arguments = parser.parse_args()
-    if len(arguments.runs) > 2:
-        parser.error("expected two runs at most")
-    return arguments
-
-
 if __name__ == "__main__":
-    guarded(main, parse_arguments())
+    guarded(main, ARGUMENTS)

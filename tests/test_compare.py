@@ -138,5 +138,12 @@ def test_script_prints_list_table_and_comparison(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_script_ends_a_mistake_with_one_line(tmp_path):
+    no_numpy = tmp_path / "without"
+    (no_numpy / "numpy").mkdir(parents=True)
+    (no_numpy / "numpy/__init__.py").write_text("raise ImportError")
+    for arguments, told in ((("-h",), "RUN_A RUN_B"), (("a", "b", "c"), "two runs at most")):
+        done = script("report.py", *arguments, cwd=tmp_path, PYTHONPATH=str(no_numpy))
+        assert told in done.stdout + done.stderr, "before the slow imports"
+        assert done.stderr.count("\n") <= 1
     done = script("report.py", "two", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "two" in done.stderr
