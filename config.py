@@ -13,9 +13,13 @@ import multiprocessing
 import os
 import shlex
 import signal
+import socket
 import sys
+import threading
+import time
 import typing
 
+LATEST = 1.5  # seconds from a signal to the end
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks a script to end
 
 
@@ -947,7 +951,8 @@ def guarded(main, *arguments) -> None:
     with one line."""
     try:
         catch_signals()
-        main(*arguments)
+        with ended_in_time():
+            main(*arguments)
     except UserError as mistake:
         stop(mistake)
     except OSError as error:  # a full disk, a folder that may not be written
@@ -955,6 +960,33 @@ def guarded(main, *arguments) -> None:
     except Interrupted as interrupted:
         print(f"interrupted: {interrupted.told}", file=sys.stderr)
         end_now(128 + interrupted.number)
+
+
+@contextlib.contextmanager
+def ended_in_time():
+    """In the block, a signal to end does so after LATEST seconds even where the main thread is in one long
+    call, a decomposition say, and cannot answer."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)  # told by the system's own handler
+
+    def wait():
+        number = next((n for n in iter(lambda: next(iter(reader.recv(1)), 0), 0) if n in ENDING), 0)
+        reader.close()
+        if number:
+            time.sleep(LATEST)
+            print(f"interrupted: {Interrupted(number).told}", file=sys.stderr)
+            end_now(128 + number)
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        writer.close()
+
+
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are not the parent's
 
 
 def end_now(status) -> None:

@@ -1,10 +1,12 @@
 """Runs that are killed, shared and interrupted, in processes of their own: nothing is lost, nothing wrong."""
 
+import hashlib
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -95,6 +97,57 @@ def test_asked_to_end(begin, tmp_path, kind):
     log = (tmp_path / "log").read_text()
     assert log.count("interrupted: ") == 1 and "0 of 6 classes are kept; go on with: python" in log
     assert "Traceback" not in log and leftovers() == []
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_end_in_one_long_call(tmp_path, kind):
+    """Python answers no signal before such a call comes back."""
+
+    def long() -> None:
+        (tmp_path / "began").touch()
+        hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)
+
+    pid = start(lambda: knobs.guarded(long), tmp_path / "log")
+    while not (tmp_path / "began").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(pid, kind)
+    assert wait(pid, timeout=30) == 128 + kind
+    assert (tmp_path / "log").read_text().count("interrupted: ") == 1
+
+
+def test_signals_after_the_end_are_nobodys(tmp_path):
+    """What was set up for a script goes with it, and a child's signal does not end its parent."""
+
+    def parent() -> None:
+        pid = start(lambda: time.sleep(60), tmp_path / "child")
+        time.sleep(0.2)
+        os.kill(pid, signal.SIGINT)
+        wait(pid)
+        time.sleep(knobs.LATEST + 0.5)
+
+    assert wait(start(lambda: knobs.guarded(parent), tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+
+
+def test_a_disk_that_is_full(begin, tmp_path):
+    """One line, nothing is taken for finished, and the run goes on once there is room."""
+    Path("runs").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", "runs"]).returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        assert wait(begin(**LASTING)) == 2
+        log = (tmp_path / "log").read_text()
+        assert log.count("\nerror: ") == 1 and "No space left" in log and "Traceback" not in log
+        done = len(list(Path("runs/run/classes").glob("*.json")))
+        assert done < 6 and leftovers() == []
+        subprocess.run(["mount", "-o", "remount,size=30m", "runs"], check=True)
+        assert wait(begin(**LASTING)) == 0
+        check_whole()
+        assert (tmp_path / "log").read_text().count("kept\n") == done
+        first = table()
+    finally:
+        subprocess.run(["umount", "-l", "runs"], check=True)
+    assert wait(begin(**LASTING)) == 0 and table() == first
 
 
 # ---------------------------------------------------------------- shared
