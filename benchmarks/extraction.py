@@ -1,18 +1,24 @@
 """Extraction: ours against float32 eager with one image loader, in one run on one machine; and what half
 precision changes.
 
-python benchmarks/extraction.py --dataset_path data/cifar10 --images 2000
+python benchmarks/extraction.py --dataset_path data/cifar10 --images 500 --busy 1
+    idle, and beside another program that burns one core
 python benchmarks/extraction.py --extractor VIT --weights random --images 2000 --device cuda
     a GPU: share of its matmul peak
 """
 
 import argparse
 import dataclasses
+import subprocess
+import sys
+from collections import deque
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 import torch
 from common import matmul_peak, medians, print_machine
+from joblib import cpu_count
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -30,8 +36,8 @@ from config import Config
 class PlainImages(Dataset):
     """The released way: every image is opened, resized and normalised on its own."""
 
-    def __init__(self, images, count, fields):
-        self.images, self.count = images, count
+    def __init__(self, images, count, fields, split="train"):
+        self.images, self.count, self.split = images, count, split
         self.transform = transforms.Compose(
             [
                 transforms.Resize(fields["img_size"], transforms.InterpolationMode.BICUBIC),
@@ -44,7 +50,7 @@ class PlainImages(Dataset):
         return self.count
 
     def __getitem__(self, i):
-        return self.transform(Image.fromarray(self.images.read("train", i)))
+        return self.transform(Image.fromarray(self.images.read(self.split, i)))
 
 
 @torch.inference_mode()
@@ -52,11 +58,6 @@ def plain_extraction(backbone, images, count, fields, device, batch=32):
     """Float32, eager, one loader in the same process -> (count, 1 + N, C) float32."""
     loader = DataLoader(PlainImages(images, count, fields), batch)
     return torch.cat([backbone(part.to(device)).cpu() for part in loader])
-
-
-class NoBar:
-    def update(self, count):
-        pass
 
 
 def read_chosen(images, chosen, split, i):
@@ -81,7 +82,7 @@ def first_images(images, count):
 
 def write(job):
     """What extraction does with a split, but for the disk."""
-    extractor.write_split(job.features("train"), len, NoBar())
+    deque(extractor.arriving(job.features("train"), job.device), maxlen=0)
 
 
 def collect(job):
@@ -106,63 +107,40 @@ def auroc_difference(images, exact, ours):
     return found
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--extractor", default="efficientnet_lite0")
-    parser.add_argument("--weights", default=None, help="weights file, or random")
-    parser.add_argument("--dataset", default="cifar10")
-    parser.add_argument("--dataset_path", default="data/cifar10")
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--compile", action="store_true")
-    args = parser.parse_args()
-    device = utils.set_up(args.device, 0)
-    print_machine()
+@contextmanager
+def burning(cores: int):
+    """Other programs that each keep one core busy."""
+    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
 
-    config = Config(
-        dataset=args.dataset,
-        dataset_path=args.dataset_path,
-        extractor=args.extractor,
-        weights_path=args.weights,
-        compile=args.compile,
-    )
-    identity = extractor.cache_identity(config)
-    fields = identity.fields
-    images = first_images(datasets.load_images(args.dataset, args.dataset_path), args.images)
-    job = extractor.Extraction(config, images, identity, device)
-    exact_job = extractor.Extraction(
-        dataclasses.replace(config, precision="float32", compile=False), images, identity, device
-    )
-    plain = backbones.load_backbone(config, fields["weights"]).to(device)
 
-    jobs = {
-        "float32 eager, one image loader": lambda: plain_extraction(
-            plain, images, args.images, fields, device
-        ),
-        "ours, float32": lambda: write(exact_job),
-        f"ours, {job.fields['precision']}": lambda: write(job),
-    }
-    seconds = medians(jobs, args.repeats, device)
-    base = seconds["float32 eager, one image loader"]
-    print(
-        f"\n{args.extractor} at {fields['img_size'][0]}x{fields['img_size'][1]}, {args.images} images, "
-        f"medians of {args.repeats}"
-    )
-    for name, value in seconds.items():
-        print(f"{name:34s} {args.images / value:8.1f} images/s  {base / value:5.2f} x")
+def report_speed(args, jobs, device) -> dict[str, float]:
+    """Images per second of every way, idle and, on a CPU, beside a program that burns one core -> seconds."""
+    idle = medians(jobs, args.repeats, device)
+    base = idle["float32 eager, one image loader"]
+    for name, value in idle.items():
+        print(f"{name:52s} {args.images / value:8.1f} images/s  {base / value:5.2f} x", flush=True)
+    if device.type == "cpu" and args.busy:
+        cores = cpu_count()
+        share = max(1, cores - args.busy) / cores
+        with burning(args.busy):
+            busy = medians(jobs, args.repeats, device)
+        print(f"beside {args.busy} other programs; a fair share is {share:.0%} of what it is alone")
+        for name, value in busy.items():
+            print(
+                f"{name:52s} {args.images / value:8.1f} images/s  {idle[name] / value / share:4.0%} of it",
+                flush=True,
+            )
+    return idle
 
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        plain(torch.zeros(1, 3, *fields["img_size"], device=device))
-    peak = matmul_peak(device, job.dtype)
-    rate = counter.get_total_flops() * args.images / seconds[f"ours, {job.fields['precision']}"]
-    print(
-        f"{rate / 1e9:.0f} GFLOP/s of a {job.fields['precision']} matmul peak of {peak / 1e9:.0f} GFLOP/s: "
-        f"{rate / peak:.0%}"
-    )
 
+def report_likeness(args, plain, images, fields, job, device) -> None:
+    """What half precision changes: cosines to float32, and nearest neighbours."""
     exact, ours = plain_extraction(plain, images, args.images, fields, device), collect(job)
     for name, part in (("semantic", slice(0, 1)), ("patch", slice(1, None))):
         cosine = F.cosine_similarity(exact[:, part], ours[:, part], dim=2)
@@ -175,6 +153,69 @@ def main():
         f"mean AUROC of nearest neighbours on these images: float32 {first:.4f}, ours {second:.4f}, "
         f"difference {second - first:+.4f}"
     )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--extractor", default="efficientnet_lite0")
+    parser.add_argument("--weights", default=None, help="weights file, or random")
+    parser.add_argument("--dataset", default="cifar10")
+    parser.add_argument("--dataset_path", default="data/cifar10")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--busy", type=int, default=0, help="then again beside so many burning programs")
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    device = utils.set_up(args.device, args.threads)
+    print_machine()
+    config = Config(
+        dataset=args.dataset,
+        dataset_path=args.dataset_path,
+        extractor=args.extractor,
+        weights_path=args.weights,
+        compile=args.compile,
+    )
+    identity = extractor.cache_identity(config)
+    fields = identity.fields
+    images = first_images(datasets.load_images(args.dataset, args.dataset_path), args.images)
+
+    def job_with(**more):
+        return extractor.Extraction(dataclasses.replace(config, **more), images, identity, device)
+
+    job, exact_job = job_with(), job_with(precision="float32", compile=False)
+    plain = backbones.load_backbone(config, fields["weights"]).to(device)
+    precision = job.fields["precision"]
+    jobs = {
+        "float32 eager, one image loader": lambda: plain_extraction(
+            plain, images, args.images, fields, device
+        ),
+        "ours, float32": lambda: write(exact_job),
+        f"ours, {precision}": lambda: write(job),
+    }
+    if device.type == "cpu" and torch.get_num_threads() > 1:
+        in_step = job_with(workers=0)
+        jobs[f"ours, {precision}, all threads on one batch"] = lambda: write(in_step)
+    size = "x".join(map(str, fields["img_size"]))
+    print(f"\n{args.extractor} at {size}, {args.images} images, medians of {args.repeats}")
+    seconds = report_speed(args, jobs, device)
+
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        plain(torch.zeros(1, 3, *fields["img_size"], device=device))
+    peak = matmul_peak(device, job.dtype)
+    rate = counter.get_total_flops() * args.images / seconds[f"ours, {precision}"]
+    print(
+        f"{rate / 1e9:.0f} GFLOP/s of a {precision} matmul peak of {peak / 1e9:.0f} GFLOP/s: "
+        f"{rate / peak:.0%}"
+    )
+    report_likeness(args, plain, images, fields, job, device)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""The benchmarks run, at a tiny size; what the whole job computes from what it measured."""
+
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, script
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import whole_job  # noqa: E402
+
+
+def test_computed_from_what_was_measured():
+    """Seconds that are so much per image and so much per start are told exactly, for any other size."""
+
+    def found(images, classes):
+        return {
+            job: {
+                phase: 0.5 * amount + 3 * starts
+                for phase, (amount, starts) in whole_job.amounts(job, images, classes).items()
+            }
+            for job in whole_job.JOBS
+        }
+
+    measured = {size: found(*size) for size in ((120, 1), (600, 1), (600, 3))}
+    for job in whole_job.JOBS:
+        wanted = sum(found(60000, 10)[job].values())
+        assert abs(whole_job.computed(measured, job, (60000, 10)) - wanted) < 1e-6 * wanted
+
+
+def test_the_released_job_extracts_the_test_images_once_per_class():
+    """CIFAR-10: 60,000 images here, 150,000 there."""
+    assert whole_job.amounts("ours", 60000, 10)["extraction"] == (60000, 1)
+    assert np.isclose(whole_job.amounts("released", 60000, 10)["extraction"][0], 150000)
+
+
+@pytest.mark.slow
+def test_both_jobs_at_a_tiny_size(tmp_path, texture_folder):
+    done = script("benchmarks/whole_job.py", "--dataset", "folder", "--dataset_path", texture_folder,
+                  "--extractor", "test_resnet", "--weights", "random", "--images", 60, "--classes", 1,
+                  "--device", "cpu", "--threads", 1, "--scratch", tmp_path, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| 60 | 1")]
+    assert [row[2] for row in rows[:2]] == ["ours", "released"] and rows[2][-1] == "measured |"
+    assert "| 60000 | 10 |" in done.stdout
+    assert list(tmp_path.iterdir()) == []  # nothing stays
+
+
+@pytest.mark.slow
+def test_extraction_and_flow_at_a_tiny_size(tmp_path, texture_folder):
+    done = script("benchmarks/extraction.py", "--dataset", "folder", "--dataset_path", texture_folder,
+                  "--extractor", "test_resnet", "--weights", "random", "--images", 18, "--repeats", 1,
+                  "--device", "cpu", "--threads", 2, "--busy", 1, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all threads on one batch") == 2 and "of it" in done.stdout
+    done = script("benchmarks/flow.py", "--device", "cpu", "--threads", 1, "--channels", 32, "--batches", 2,
+                  "--repeats", 1, "--classes", 2, "--images", 8, "--scratch", tmp_path, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "transcription / together" in done.stdout
