@@ -55,6 +55,6 @@ def test_extraction_and_flow_at_a_tiny_size(tmp_path, texture_folder):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all threads on one batch") == 2 and "of it" in done.stdout
     done = script("benchmarks/flow.py", "--device", "cpu", "--threads", 1, "--channels", 32, "--batches", 2,
-                  "--repeats", 1, "--classes", 2, "--images", 8, "--scratch", tmp_path, cwd=tmp_path)  # fmt: skip
+                  "--repeats", 1, "--classes", 2, "--images", 8, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "transcription / together" in done.stdout
