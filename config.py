@@ -647,6 +647,10 @@ PRESETS["ablation"] = PRESETS["accurate"] | {
     "save_model": False,
 }
 
+# Defaults that a data set changes, unless the preset or the command line says otherwise: one's own pictures
+# get verdicts, which rest on held-out normal ones.
+OF_DATASET = {"folder": {"holdout": 0.1}}
+
 
 # ---------------------------------------------------------------- checks
 LONGEST_TEXT, LONGEST_NAME = 4096, 100  # characters of a knob's text; bytes of a folder's name
@@ -856,8 +860,8 @@ def add_knob(group, field):
 
 
 def make_config(given):
-    """The configuration of ``given`` {knob: value}: defaults, then the preset's, then the given ones. Raises
-    UserError."""
+    """The configuration of ``given`` {knob: value}: defaults, then those of the data set, then the preset's,
+    then the given ones. Raises UserError."""
     names = [field.name for field in dataclasses.fields(Config)]
     for name in given:
         if name not in names:
@@ -865,7 +869,8 @@ def make_config(given):
     preset = given.get("preset", Config.preset)
     if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(unknown("preset", preset, PRESETS))
-    return Config(**{**PRESETS[preset], **given})
+    chosen = {**PRESETS[preset], **given}
+    return Config(**{**OF_DATASET.get(chosen.get("dataset"), {}), **chosen})
 
 
 def from_command_line(description, argv=None, script="main.py"):

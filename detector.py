@@ -116,8 +116,8 @@ def fits_beside_training(size: int, free: int, total: int) -> bool:
 
 
 def in_batches(index: Index, size: int) -> list:
-    """Row numbers cut into consecutive batches, ``size`` long but the last."""
-    return [index[i : i + size] for i in range(0, len(index), size)]
+    """Row numbers cut into consecutive batches, ``size`` long but the last; of none, one empty batch."""
+    return [index[i : i + size] for i in range(0, max(1, len(index)), size)]
 
 
 FEWEST = 3  # images that a flow can be fitted to: two have one direction and no spread around it
@@ -140,15 +140,23 @@ class ClassData:
 def class_data(
     config: Config, labels: datasets.Labels, class_name: str, seed: int, train: TokenSource, test: TokenSource
 ) -> ClassData:
-    """The rows of a class, a share of the normal training images held out at random. Raises ClassError on too
-    few, and on features that are all the same."""
+    """The rows of a class, a share of the normal training images held out at random; there may be no test
+    images. Raises ClassError on too few, and on features that are all the same.
+
+    Of a folder of one's own, where verdicts count, as many are held out as the false-alarm rate needs, up to
+    a fifth."""
     train_rows, test_rows, test_labels = labels.one_class(class_name)
     shuffled = np.random.RandomState(seed).permutation(train_rows)
     n_held = math.ceil(config.holdout * len(shuffled))
+    if config.dataset == "folder" and n_held:
+        n_held = max(n_held, min(calibration.needed(config.false_alarms), len(shuffled) // 5))
     fit_rows, held_rows = np.sort(shuffled[n_held:]), np.sort(shuffled[:n_held])
-    if len(fit_rows) < FEWEST or len(test_rows) == 0:
-        counts = f"{len(fit_rows)} training and {len(test_rows)} test images"
-        raise ClassError(f"class {class_name}: {counts}; expected at least {FEWEST} and 1")
+    if len(fit_rows) < FEWEST or not (len(test_rows) or len(held_rows)):
+        counts = f"{len(fit_rows)} training, {len(held_rows)} held-out and {len(test_rows)} test images"
+        raise ClassError(
+            f"class {class_name}: {counts}; expected at least {FEWEST} to train on and one of the others "
+            "(--holdout 0.1 holds some out)"
+        )
     rows = (fit_rows, held_rows, test_rows)
     data = ClassData(class_name, train, test, *rows, test_labels, labels.per_category)
     sample = train[fit_rows[np.linspace(0, len(fit_rows) - 1, min(64, len(fit_rows))).astype(int)]].semantic
@@ -310,18 +318,18 @@ class Detector(nn.Module):
             tokens = torch.cat([tokens, low], 1)
             if self.fused:  # the low bands have no patches: theirs are zero
                 patches = F.pad(patches, (0, low.shape[1]))
-        return Inputs(tokens, patches if self.fused else tokens.new_zeros(len(tokens), 0, self.channels))
+        return Inputs(tokens, patches if self.fused else tokens.new_zeros(tokens.shape[0], 0, self.channels))
 
     def texture_inputs(self, bands: Tensor) -> Inputs:
         """What ``texture`` takes of raw band tokens (B, D)."""
         assert self.rings is not None, "there are no band tokens"
         tokens = self.rings(bands)
-        return Inputs(tokens, tokens.new_zeros(len(tokens), 0, tokens.shape[1]))
+        return Inputs(tokens, tokens.new_zeros(tokens.shape[0], 0, tokens.shape[1]))
 
     def local_inputs(self, places: Tensor) -> Inputs:
         """What ``local`` takes of raw place tokens (B, P, E): every place by itself, (B P, E)."""
         tokens = self.place_normalizer(places).flatten(0, 1)
-        return Inputs(tokens, tokens.new_zeros(len(tokens), 0, tokens.shape[1]))
+        return Inputs(tokens, tokens.new_zeros(tokens.shape[0], 0, tokens.shape[1]))
 
     def place_scores(self, places: Tensor) -> Tensor:
         """The negative log-likelihood of every place (B, P) from raw place tokens (B, P, E)."""
@@ -361,8 +369,13 @@ class Detector(nn.Module):
     def score_features(self, features: Features) -> np.ndarray:
         """The anomaly scores (n) of images from their cached features, each image by itself. Raises UserError
         when one is not finite."""
+        return self._finite(self.scores(features).cpu().numpy())
+
+    def scores(self, features: Features) -> Tensor:
+        """The same (n), unchecked, on the device: what an exported file computes."""
         if self.score_name != "spectrum":
-            return self._finite(self.score(*self(*features)))
+            z, log_det = self(*features)
+            return model.SCORES[self.score_name].function(z, log_det, self.reference)
         inputs = {"semantic": self.inputs(*features), "texture": self.texture_inputs(features.bands)}
         findings = {}
         for name, (tokens, patches) in inputs.items():
@@ -370,7 +383,7 @@ class Detector(nn.Module):
             findings[name] = (likelihood, self.evidence[name].distance(tokens))
         if self.uses_places:
             findings["local"] = self.local_finding(self.place_scores(features.places))
-        return self._finite(self.combine(findings).cpu().numpy())
+        return self.combine(findings)
 
     def read(self, source: TokenSource, rows: np.ndarray) -> Features:
         """All that scoring the images ``rows`` takes: the places, too, where they count."""

@@ -41,6 +41,7 @@ from cache_writer import (
 )
 from config import Config, UserError, knobs_affecting
 from feature_cache import CacheIdentity, FeatureCache, cache_folder, labels_damage
+from linear import is_traced
 from manifest import Manifest, has_features
 from shards import REPAIR, Damaged, Shard
 from token_grid import Bands, Places, TokenGrid
@@ -158,6 +159,9 @@ def stack_rows(rows: list) -> list:
     return [torch.stack(stack) if isinstance(stack, list) else stack for stack in stacks]
 
 
+HALF = 0.5001  # what is halfway between two levels goes up, in whatever order a device adds
+
+
 @functools.lru_cache(maxsize=64)
 def bicubic_weights(before: int, after: int) -> Tensor:
     """Pillow's antialiased bicubic filter (a = -1/2) from ``before`` to ``after`` pixels in a row -> (after,
@@ -192,7 +196,7 @@ def resize_like_pillow(images: Tensor, size: tuple[int, int]) -> Tensor:
         if before != after:
             weights = bicubic_weights(before, after).to(images.device)
             pixels = torch.matmul(pixels, weights.t()) if dim == 3 else torch.matmul(weights, pixels)
-            pixels = (pixels + 0.5).floor().clamp(0, 255)
+            pixels = (pixels + HALF).floor().clamp(0, 255)
     return pixels
 
 
@@ -276,9 +280,9 @@ class Extraction:
     def rows(self, images: Tensor) -> Rows:
         """(n, 3, h, w) uint8, any n -> tokens (n, 1 + N, C) and, where kept, bands (n, D), float16 on the
         device."""
-        batches = [
-            self._batch(batch) for batch in images.to(self.device, non_blocking=True).split(self.batch)
-        ]
+        images = images.to(self.device, non_blocking=True)
+        parts = [images] if is_traced() else images.split(self.batch)
+        batches = [self._batch(batch) for batch in parts]
         if len(batches) == 1:
             return batches[0]
         return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}

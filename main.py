@@ -86,7 +86,8 @@ def announce(ledger: runs.Ledger, cell: runs.Cell, number: int, how: str) -> Non
     """Say what a class has come to."""
     result = ledger.results[cell]
     left = len(ledger.cells) - number
-    told = result.get("reason") or f"AUROC {tables.number(result['auroc'])}  {how or took(result, left)}"
+    tested = f"AUROC {tables.number(result['auroc'])}" if result.get("n_test") else "no test images"
+    told = result.get("reason") or f"{tested}  {how or took(result, left)}"
     print(f"[{number}/{len(ledger.cells)}] {cell.class_name} seed {cell.seed}: {told}", flush=True)
 
 
@@ -137,6 +138,8 @@ def run_baselines(config: Config, cache: feature_cache.FeatureCache, classes: li
     )
     for class_name, record in bar:
         train_rows, test_rows, labels = cache.labels.one_class(class_name)
+        if not len(test_rows):
+            continue
         scores = baselines.baseline_scores(semantic["train"][train_rows], semantic["test"][test_rows])
         scores |= {name: np.array(values) for name, values in record.get("own_input_scores", {}).items()}
         metrics = {name: utils.detection_metrics(labels, values) for name, values in scores.items()}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from freq_fusion import build_fusion
-from linear import Linear
+from linear import Linear, is_traced
 
 LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)  # the constant of a Gaussian, nats per channel
 NEIGHBOURS = 2  # PANDA and DN2 use two
@@ -125,7 +125,7 @@ class FusedCoupling(Fm.InvertibleModule):
         return (torch.cat([y1, y2], 1).clamp(-1e6, 1e6),), scale1.sum(1) + scale2.sum(1)
 
     def _check_shapes(self, x: Tensor, tokens: Tensor) -> None:
-        expected = (len(x), *self.dims_c[0])
+        expected = (x.shape[0], *self.dims_c[0])
         if x.shape[1:] != self.dims_in[0] or tokens.shape != expected:
             raise ValueError(
                 f"expected a semantic token (B, {self.dims_in[0][0]}) and patch tokens {expected}, got "
@@ -198,6 +198,10 @@ def nearest_neighbours(reference: Tensor, query: Tensor, k: int = NEIGHBOURS) ->
     """Mean Euclidean distance to the k nearest rows of reference (n, C), for every row of query (m, C) ->
     (m)."""
     k = min(k, len(reference))
+    if is_traced():  # ONNX has no cdist, and a batch of any size has no number of chunks
+        squares = query.square().sum(1, keepdim=True) + reference.square().sum(1)
+        products = 2 * torch.matmul(query, reference.t())
+        return (squares - products).clamp_min(0).sqrt().topk(k, largest=False).values.mean(1)
     return torch.cat(
         [torch.cdist(rows, reference).topk(k, largest=False).values.mean(1) for rows in query.split(CHUNK)]
     )

@@ -55,16 +55,20 @@ class Eye:
     """The backbone that a detector was fitted with: pictures -> rows of features. It is loaded at the first
     picture. Several classes of a run share one."""
 
-    def __init__(self, config: Config, features: dict, device: torch.device):
-        """features: the sidecar of the features that the detector was fitted to."""
-        self.config = dataclasses.replace(config, device=str(device), compile=False)
+    def __init__(self, config: Config, features: dict, device: torch.device, precision: str | None = None):
+        """features: the sidecar of the features that the detector was fitted to. precision: of the backbone,
+        as the knob says it; None: as in the fit."""
+        self.config = dataclasses.replace(
+            config, device=str(device), compile=False, precision=precision or config.precision
+        )
         self.features, self.device = features, device
+        self.unchecked = {"dataset", "validate"} | ({"precision"} if precision else set())
 
     @functools.cached_property
     def job(self) -> extractor.Extraction:
         """The loaded backbone. Raises UserError when it no longer gives the features of the fit."""
         identity = extractor.cache_identity(self.config)
-        self._check({k: v for k, v in identity.fields.items() if k not in ("dataset", "validate")})
+        self._check({k: v for k, v in identity.fields.items() if k not in self.unchecked})
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be a table of scores
             job = extractor.Extraction(self.config, datasets.unlabelled([]), identity, self.device)
         self._check({"weights_sha256": job.fields["weights_sha256"]})

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import calibration
 import datasets
 import detector
 import extractor
@@ -183,7 +184,8 @@ class Head:
         batches = []
         for batch in in_batches(rows, EVAL_BATCH[source.device.type]):
             tokens, patches = self.inputs(self.features(source, batch))
-            batches.append(self.flow(tokens, [patches]))
+            none = tokens, tokens.new_zeros(0)
+            batches.append(self.flow(tokens, [patches]) if len(batch) else none)
         z, log_det = (torch.cat(parts) for parts in zip(*batches))
         loss = model.loss_per_image(z, log_det).mean().item()
         return Measured(z, log_det, model.likelihood_score(z, log_det), loss)
@@ -459,7 +461,8 @@ class Trainer:
         if self.config.verbose:
             held = f"  held-out loss {entry['held_out_loss']:.4f}" if "held_out_loss" in entry else ""
             trained = "before training" if loss is None else f"loss {loss:.4f}"
-            tqdm.write(f"{self.data.class_name}  epoch {epoch}  {trained}{held}  AUROC {entry['auroc']:.4f}")
+            tested = f"  AUROC {entry['auroc']:.4f}" if len(self.data.test_rows) else ""
+            tqdm.write(f"{self.data.class_name}  epoch {epoch}  {trained}{held}{tested}")
 
     def _outcome(self, head: Head, entry: dict) -> Outcome:
         """What a flow makes of the images now. A flow that is not trained stays as it was."""
@@ -500,7 +503,8 @@ class Trainer:
             self.detector.reference = self.heads[0].measure(data.train, data.fit_rows).z
         scores, held_scores = self._scores(chosen)
         if self.config.refit:
-            scores = self._refitted_scores()
+            self._refit()
+            scores = self._refitted_scores() if len(data.test_rows) else scores
         entry = chosen["semantic"].entry
         if "texture" in chosen:
             entry = entry | {f"{name}_epoch": best.entry["epoch"] for name, best in chosen.items()}
@@ -517,14 +521,13 @@ class Trainer:
             "n_anomalous": int(data.labels.sum()),
             "seconds": round(seconds, 1),
         }
-        simple = self._own_input_scores() if self.config.baselines else {}
+        simple = self._own_input_scores() if self.config.baselines and len(data.test_rows) else {}
         return Fitted(
             self.detector, scores, data.labels, data.test_rows, held_scores, self.history, result, simple
         )
 
-    def _refitted_scores(self) -> np.ndarray:
-        """Scores of the test images once the normalisation and the neighbours have taken in all normal
-        training images.
+    def _refit(self) -> None:
+        """Let the normalisation and the neighbours take in all normal training images.
 
         The standardisation stays that of the held-out images, from when they were still held out."""
         fit, data = self.detector, self.data
@@ -534,9 +537,12 @@ class Trainer:
             fit.reference = self.heads[0].measure(data.train, normal).z
         for head in self.heads if self.config.score == "spectrum" else ():
             fit.evidence[head.name].reference = head.tokens(data.train, normal).half()
+
+    def _refitted_scores(self) -> np.ndarray:
+        """Scores of the test images after the refit."""
         scores = [
-            fit.score_features(fit.read(data.test, batch))
-            for batch in in_batches(data.test_rows, EVAL_BATCH[self.device.type])
+            self.detector.score_features(self.detector.read(self.data.test, batch))
+            for batch in in_batches(self.data.test_rows, EVAL_BATCH[self.device.type])
         ]
         if not np.isfinite(np.concatenate(scores)).all():
             raise self.not_finite("scores are not finite after the refit", self.step - 1)
@@ -585,7 +591,7 @@ def main(config: Config) -> None:
     device = utils.set_up(config.device, config.threads)
     given = f"give it with --class_name (now {config.class_name!r})"
     advice = f"train.py fits one class: {given}; main.py fits several"
-    if config.class_name == "all":
+    if config.class_name == "all" and not is_one_class(config):
         raise UserError(advice)
     with runs.writing(config):
         cache = extractor.ensure_features(config, device)
@@ -601,12 +607,32 @@ def main(config: Config) -> None:
             fitted.result["wall_time_s"] = round(time.perf_counter() - start, 3)
             detector.save_fitted(config, cache, fitted)
             result, kept = fitted.result, "kept"
+    kept += f" in {detector.checkpoint_path(config, *cell)}.json"
+    print(f"{class_name}: {outcome(result)}  {result['seconds']:.0f} s  {kept}")
+    tell_threshold(detector.read_record(detector.checkpoint_path(config, *cell)))
+
+
+def is_one_class(config: Config) -> bool:
+    """Whether a folder of one's own holds one class, which needs no name then. Raises UserError."""
+    return config.dataset == "folder" and len(datasets.images_of(config).labels.classes) == 1
+
+
+def outcome(result: dict) -> str:
+    """What came out of a class, in words: its metrics, or that there was nothing to test on."""
+    epoch = f"epoch {result['epoch']}"
+    if not result["n_test"]:
+        return f"fitted to {result['n_train']} normal images, no test images ({epoch})"
     metrics = "  ".join(f"{metric.title} {result[name]:.4f}" for name, metric in utils.METRICS.items())
-    print(
-        f"{class_name}: {metrics}  (epoch {result['epoch']}, best on test "
-        f"{result['best_on_test_auroc']:.4f})  "
-        f"{result['seconds']:.0f} s  {kept} in {detector.checkpoint_path(config, *cell)}.json"
-    )
+    return f"{metrics}  ({epoch}, best on test {result['best_on_test_auroc']:.4f})"
+
+
+def tell_threshold(record: dict) -> None:
+    """Say where predict.py will draw the line, and how sure that is; nothing where none were held out."""
+    found = calibration.of_record(record)
+    if found:
+        print(found)
+        if found.warning:
+            print(f"warning: {found.warning}")
 
 
 if __name__ == "__main__":

@@ -380,6 +380,29 @@ MUTATIONS = [
         "return 0",
         "predict",
     ),
+    Mutation(
+        "own folders hold nothing out", "config.py", '{"folder": {"holdout": 0.1}}', "{}", "normal_only"
+    ),
+    Mutation(
+        "too few are held out", "detector.py", "n_held = max(n_held,", "n_held = min(n_held,", "normal_only"
+    ),
+    Mutation(
+        "of no rows no batch",
+        "detector.py",
+        "range(0, max(1, len(index)), size)",
+        "range(0, len(index), size)",
+        "normal_only",
+    ),
+    Mutation(
+        "an exported file is not compared", "export.py", "if not off <= TOLERANCE", "if False", "export"
+    ),
+    Mutation(
+        "exported p-values forget the picture",
+        "export.py",
+        "(1 + above) / (1 + len",
+        "above / (1 + len",
+        "export",
+    ),
     Mutation("soft clamp's factor", "model.py", "self.clamp * 0.636", "self.clamp * 0.64", "golden"),
     Mutation(
         "log-determinant of one half only",

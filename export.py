@@ -1,0 +1,178 @@
+"""One file that scores pictures without this repository: uint8 pictures in; score, p-value and verdict out.
+
+python export.py runs/foad_mfff/classes/cat-seed0 cat.onnx
+python export.py runs/foad_mfff/classes/cat-seed0 cat.pt2 --size 480x640
+
+Input "images" (n, H, W, 3) uint8, any n, RGB; H and W are the backbone's own, or those of --size, which are
+resized inside as Pillow does. Outputs "score" (n), "p_value" (n) among the held-out normal pictures (NaN
+without any) and "anomalous" (n), whether the score is above the threshold at --false_alarms. The arithmetic
+is float32. The file is compared with the detector before it is put in its place."""
+
+import argparse
+from pathlib import Path
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="a class: runs/<modelname>/classes/<class>-seed<n>")
+    parser.add_argument("output", type=Path, help="the file to write: .onnx or .pt2 (torch.export)")
+    parser.add_argument("--size", help="height x width of the pictures, as in 480x640 [the backbone's]")
+    parser.add_argument("--false_alarms", type=float, help="as of predict.py [the run's]")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores [0]")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":  # parse before the slow imports
+    ARGUMENTS = parse_arguments()
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import calibration
+import config as knobs
+import extractor
+import utils
+from config import UserError
+from detector import HEADS, Features, PictureDetector
+from pictures import Eye
+
+TOLERANCE = 1e-4  # of the largest score, between the file's scores and the detector's
+OUTPUTS = ("score", "p_value", "anomalous")
+
+
+class Exported(nn.Module):
+    """From pixels to score, p-value and verdict in one module (the top of this file says what they are)."""
+
+    def __init__(self, detector: PictureDetector):
+        super().__init__()
+        self.job = detector.eye.job
+        self.backbone, self.fitted = self.job.backbone, detector.fitted.requires_grad_(False)
+        weights = {name: self.fitted.weight(name) for name in HEADS}
+        setattr(self.fitted, "weight", weights.__getitem__)  # numbers: an exported graph cannot look  # noqa: B010
+        held_out = torch.from_numpy(detector.held_out).float()
+        known = len(held_out) > 0
+        self.register_buffer("held_out", held_out)
+        limit = detector.threshold.score if known else float("inf")
+        self.register_buffer("limit", torch.tensor(limit))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pixels = extractor.resize_like_pillow(images.permute(0, 3, 1, 2), self.job.img_size)
+        score = self.fitted.scores(Features.of(self.job.rows(pixels)))
+        above = (self.held_out >= score.unsqueeze(1)).sum(1)
+        p_value = (1 + above) / (1 + len(self.held_out))
+        if not len(self.held_out):
+            p_value = p_value * float("nan")
+        return score, p_value.float(), score > self.limit
+
+
+def load(path: Path, false_alarms: float | None) -> PictureDetector:
+    """The detector of a checkpoint on the CPU, its backbone in float32. Raises UserError."""
+    cpu = torch.device("cpu")
+    loaded = PictureDetector.load(path, cpu, false_alarms)
+    loaded.eye = Eye(loaded.eye.config, loaded.eye.features, cpu, precision="float32")
+    return loaded
+
+
+def examples(count: int, size: tuple[int, int]) -> Tensor:
+    """Pictures to compare on (count, H, W, 3) uint8: noise that is smoother from one to the next."""
+    noise = torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(0))
+    smooth = [nn.functional.avg_pool2d(noise[i], 2 * i + 1, 1, i) for i in range(count)]
+    return (torch.stack(smooth) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+# ---------------------------------------------------------------- the two formats
+Run = Callable[[np.ndarray], list[np.ndarray]]  # images -> score, p-value, verdict
+
+
+def write_pt2(program: torch.export.ExportedProgram, path: Path) -> Run:
+    """Write a file of torch.export -> what runs it."""
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    path.write_bytes(content.getvalue())
+    module = torch.export.load(io.BytesIO(path.read_bytes())).module()
+    return lambda images: [out.numpy() for out in module(torch.from_numpy(images))]
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: Path) -> Run:
+    """Write an ONNX file, its weights inside -> what runs it (onnxruntime). Raises UserError without the
+    packages."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"ONNX needs packages ({error.name} is missing): pip install onnx onnxscript onnxruntime"
+        ) from None
+    names = {"input_names": ["images"], "output_names": list(OUTPUTS)}
+    made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    path.write_bytes(made.model_proto.SerializeToString())
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    return lambda images: session.run(list(OUTPUTS), {"images": images})
+
+
+WRITERS = {".onnx": write_onnx, ".pt2": write_pt2}
+
+
+def export(detector: PictureDetector, output: Path, size: tuple[int, int] | None = None) -> float:
+    """Write the file -> how far its scores are from the detector's, as a share of the largest. Raises
+    UserError when that is too far, and leaves no file then."""
+    if output.suffix not in WRITERS:
+        raise UserError(f"output: expected a name ending in .onnx or .pt2, got {output}")
+    size = size or detector.eye.job.img_size
+    module, images = Exported(detector).eval(), examples(5, size)
+    batch = {"images": {0: torch.export.Dim("batch", min=1, max=2**20)}}
+    with torch.no_grad():
+        wanted = detector_scores(detector, images)
+        module(images)  # once as it is: the matrices that are kept for a size are constants of the file then
+        program = torch.export.export(module, (images[:3],), dynamic_shapes=batch)
+        with utils.whole_file(output) as partial:
+            return compare(detector, wanted, WRITERS[output.suffix](program, partial), images)
+
+
+def detector_scores(detector: PictureDetector, images: Tensor) -> np.ndarray:
+    """The detector's own scores (n) of pictures (n, H, W, 3)."""
+    pixels = extractor.resize_like_pillow(images.permute(0, 3, 1, 2), detector.eye.job.img_size)
+    return detector.score_rows(detector.eye.job.rows(pixels.to(torch.uint8)))
+
+
+def compare(detector: PictureDetector, wanted: np.ndarray, run: Run, images: Tensor) -> float:
+    """How far the scores of the file are from the detector's, one by one and together. Raises UserError."""
+    together = run(images.numpy())
+    alone = [run(images[i : i + 1].numpy()) for i in range(len(images))]
+    scores = [together[0], np.concatenate([outputs[0] for outputs in alone])]
+    off = max(float(np.abs(got - wanted).max()) for got in scores) / float(np.abs(wanted).max())
+    if not off <= TOLERANCE:
+        raise UserError(
+            f"the exported scores differ from the detector's by {off:.1e} of the largest, more than "
+            f"{TOLERANCE:g}; nothing was written"
+        )
+    if len(detector.held_out):
+        expected = calibration.p_values(detector.held_out.astype(np.float32), together[0])
+        if not np.allclose(together[1], expected, atol=1e-6):
+            raise UserError("the exported p-values differ from the detector's; nothing was written")
+    return off
+
+
+def main(arguments: argparse.Namespace) -> None:
+    utils.set_up("cpu", arguments.threads)
+    loaded = load(arguments.checkpoint, arguments.false_alarms)
+    size = None
+    if arguments.size:
+        size = knobs.parse_values({"img_size": arguments.size})["img_size"]
+    off = export(loaded, arguments.output, size)
+    (height, width), written = size or loaded.eye.job.img_size, arguments.output.stat().st_size
+    print(
+        f"{arguments.output}: {written / 1e6:.1f} MB, images (n, {height}, {width}, 3) uint8 -> "
+        f"{', '.join(OUTPUTS)}; scores within {off:.1e} of the detector's"
+    )
+
+
+if __name__ == "__main__":
+    knobs.guarded(main, ARGUMENTS)

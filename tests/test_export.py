@@ -1,0 +1,96 @@
+"""One file from pixels to score and p-value: it says what the detector says."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_folder
+from PIL import Image
+
+import calibration
+import export
+import train
+from config import Config, UserError
+from extractor import resize_like_pillow
+
+pytestmark = pytest.mark.slow
+RUN = {
+    "dataset": "folder", "class_name": "leaf", "extractor": "efficientnet_lite0",
+    "img_size": (64, 64), "precision": "float32", "workers": 0, "threads": 1, "hide_tqdm_bar": True,
+    "fc_internal": 16, "n_coupling_blocks": 2, "verbose": False, "device": "cpu", "holdout": 0.3,
+}  # fmt: skip
+OPTIONS = {
+    "spectrum": {
+        "bands": True,
+        "band_depths": "1,2",
+        "score": "spectrum",
+        "refit": True,
+        "fusion": "class_attention",
+    },
+    "latent_knn": {"score": "latent_knn"},
+}
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    patch = pytest.MonkeyPatch()
+    patch.chdir(folder)
+    path = str(make_folder(folder / "images", n_train=20, n_test=4, size=48))
+    for name, options in OPTIONS.items():
+        train.main(Config(**RUN, **options, dataset_path=path, modelname=name))
+    yield folder
+    patch.undo()
+
+
+def loaded(name: str):
+    return export.load(f"runs/{name}/classes/leaf-seed0", false_alarms=0.2)
+
+
+@pytest.mark.parametrize(
+    "name, ending, size",
+    [("spectrum", "onnx", (48, 48)), ("spectrum", "pt2", None), ("latent_knn", "onnx", None)],
+)
+def test_exported_file_is_the_detector(fitted, tmp_path, name, ending, size):
+    if ending == "onnx":
+        runtime = pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    detector, path = loaded(name), tmp_path / f"x.{ending}"
+    assert export.export(detector, path, size) <= 1e-4 and list(tmp_path.iterdir()) == [path]
+    files = [fitted / f"images/test/{c}/0{i}.png" for c in ("leaf", "sky") for i in range(3)]
+    pictures = [Image.open(file).resize(size or (64, 64)) for file in files]
+    images = np.stack([np.asarray(picture) for picture in pictures])
+    if ending == "onnx":
+        session = runtime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+        score, p_value, anomalous = session.run(["score", "p_value", "anomalous"], {"images": images})
+    else:
+        module = torch.export.load(path).module()
+        score, p_value, anomalous = (out.numpy() for out in module(torch.from_numpy(images)))
+    pixels = resize_like_pillow(torch.from_numpy(images).permute(0, 3, 1, 2), (64, 64)).to(torch.uint8)
+    wanted = detector.score(pixels.permute(0, 2, 3, 1).numpy())
+    assert np.abs(score - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    assert p_value == pytest.approx(calibration.p_values(detector.held_out.astype(np.float32), score))
+    assert np.array_equal(anomalous, detector.verdict(wanted) == "anomalous")
+    assert anomalous[3:].any(), "the sky is no leaf"
+
+
+def test_file_that_says_something_else_is_not_kept(fitted, tmp_path, monkeypatch):
+    def wrong(program, path):
+        path.write_bytes(b"x")
+        return lambda images: [out.numpy() * 1.001 for out in program.module()(torch.from_numpy(images))]
+
+    monkeypatch.setitem(export.WRITERS, ".pt2", wrong)
+    with pytest.raises(UserError, match="differ from the detector's by 1.0e-03"):
+        export.export(loaded("latent_knn"), tmp_path / "x.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes(fitted, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"\.onnx or \.pt2"):
+        export.export(loaded("latent_knn"), tmp_path / "x.tflite")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime"):
+        export.write_onnx(None, tmp_path / "x.onnx")
+    with pytest.raises(UserError, match="img_size"):
+        export.main(export.parse_arguments(["runs/latent_knn/classes/leaf-seed0", "x.pt2", "--size", "big"]))

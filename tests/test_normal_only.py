@@ -1,0 +1,87 @@
+"""A folder of good pictures and nothing else: a fit, a threshold, no metrics and no empty pictures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_folder, texture, write_image
+
+import calibration
+import config as knobs
+import main
+import train
+from config import Config, UserError
+from detector import Detector
+
+RUN = {
+    "dataset": "folder", "dataset_path": "good", "extractor": "resnet10t", "weights_path": "random",
+    "img_size": (64, 64), "precision": "float32", "workers": 0, "threads": 1, "hide_tqdm_bar": True,
+    "fc_internal": 16, "n_coupling_blocks": 2, "fusion": "class_attention", "device": "cpu", "holdout": 0.1,
+}  # fmt: skip
+SPECTRUM = {
+    "bands": True, "score": "spectrum", "refit": True, "baselines": True, "select_epoch": "likelihood",
+    "normalize": "power_l2+whiten", "centre_pool": 0.1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def good(tmp_path, monkeypatch):
+    """30 good pictures in a folder."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.RandomState(0)
+    for i in range(30):
+        write_image(tmp_path / "good" / f"{i:02d}.png", texture(0, generator, 48))
+    return tmp_path
+
+
+@pytest.mark.parametrize("options", [SPECTRUM, {"score": "latent_knn"}, {"score": "likelihood"}], ids=str)
+def test_train_on_good_pictures_alone(good, capsys, options):
+    train.main(Config(**RUN, **options))
+    said = capsys.readouterr().out
+    record = json.loads(Path("runs/foad_mfff/classes/good-seed0.json").read_text())
+    held = record["held_out_scores"]
+    assert len(held) == 6, "as many as 5 % needs are not there: a fifth is held out"
+    assert record["result"]["auroc"] is None and record["result"]["n_test"] == 0
+    assert record["result"]["n_train"] == 24 and record["test"]["scores"] == []
+    assert "fitted to 24 normal images, no test images" in said and "nan" not in said
+    assert str(calibration.threshold(np.array(held), 0.05)) in said and "warning: a false-alarm rate" in said
+    loaded = Detector.load("runs/foad_mfff/classes/good-seed0", "cpu", 1)
+    scores = loaded.score([texture(kind, np.random.RandomState(1), 48) for kind in (0, 2)])
+    assert loaded.verdict(scores).tolist() == ["normal", "anomalous"]
+
+
+def test_main_on_good_pictures_alone(good, capsys):
+    main.main(Config(**RUN, **SPECTRUM, modelname="whole"))
+    said = capsys.readouterr().out
+    assert "no test images" in said and "nan" not in said
+    results = json.loads(Path("runs/whole/results.json").read_text())
+    assert results["classes"]["good"]["auroc"] is None and results["margins"] == {}
+    drawn = {path.name for path in Path("runs/whole/figures").glob("*.png")}
+    assert "roc.png" not in drawn and not any(name.startswith("extremes") for name in drawn)
+
+
+def test_rate_that_the_pictures_support(good, capsys):
+    train.main(Config(**RUN, score="likelihood", false_alarms=0.2))
+    assert "warning" not in capsys.readouterr().out
+    record = json.loads(Path("runs/foad_mfff/classes/good-seed0.json").read_text())
+    assert len(record["held_out_scores"]) == 4, "a fifth needs four"
+
+
+def test_own_folders_hold_some_out():
+    assert knobs.make_config({"dataset": "folder"}).holdout == 0.1
+    assert knobs.make_config({"dataset": "folder", "holdout": 0.0}).holdout == 0
+    assert knobs.make_config({"dataset": "cifar10"}).holdout == knobs.make_config({}).holdout == 0
+
+
+def test_without_any_held_out_there_is_nothing_to_say(good):
+    with pytest.raises(UserError, match="--holdout 0.1"):
+        train.main(Config(**RUN | {"holdout": 0.0}))
+
+
+def test_several_classes_need_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "good", n_train=5, n_test=1)
+    with pytest.raises(UserError, match="class_name"):
+        train.main(Config(**RUN))
+    assert not (tmp_path / "features").exists(), "known before the extraction"
