@@ -273,11 +273,16 @@ def draw_methods(summary: dict, path: Path) -> bool:
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("AUROC")
-    seeds = ", ".join(map(str, summary["seeds"]))
-    title(axes, f"flow and simple detectors, {'seeds' if several else 'seed'} {seeds}")
+    title(axes, f"flow and simple detectors, {seeds_of(summary)}")
     legend(figure, handles, texts, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
     return True
+
+
+def seeds_of(summary: dict) -> str:
+    """The seeds of a run in a title: seed 0; seeds 0, 1, 2."""
+    seeds = summary["seeds"]
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def draw_defects(summary: dict, path: Path) -> bool:
@@ -302,7 +307,7 @@ def draw_defects(summary: dict, path: Path) -> bool:
     axes.invert_yaxis()
     axes.axvline(0.5, color="grey", linewidth=0.8, linestyle="--")
     axes.set(xlim=(0, 1), xlabel="AUROC against the normal test images (dashed: chance)")
-    title(axes, f"kinds of defect (images), seeds {', '.join(map(str, summary['seeds']))}")
+    title(axes, f"kinds of defect (images), {seeds_of(summary)}")
     figure.savefig(path, dpi=120)
     return True
 

@@ -130,6 +130,7 @@ def test_methods_stand_beside_each_other(drawn, tmp_path):
     assert figures.draw_methods(summary, tmp_path / "m.png")
     axes = drawn[0].axes[0]
     assert texts_of(drawn[0].legends[0]) == ["flow, ± over 2 seeds", "kNN"]
+    assert axes.get_title().endswith("detectors, seeds 0, 1")
     flow = axes.containers[0]
     assert flow[0].get_xdata().tolist() == pytest.approx([0.85, 0.6, 0.725])
     (bars,) = flow[2]
@@ -150,7 +151,7 @@ def test_defects_have_a_bar_each(drawn, tmp_path):
     summary = report.summarize(Config(), RESULTS[:1], {}, 1.0, {}, defects)
     assert figures.draw_defects(summary, tmp_path / "d.png")
     axes = drawn[0].axes[0]
-    assert [bar.get_width() for bar in axes.patches] == [0.75, 1.0]
+    assert [bar.get_width() for bar in axes.patches] == [0.75, 1.0] and axes.get_title().endswith(", seed 0")
     assert [label.get_text() for label in axes.get_yticklabels()] == ["b: hole (7)", "b: dirt (2)"]
     assert not figures.draw_defects(report.summarize(Config(), RESULTS[:1], {}, 1.0, {}), tmp_path / "d.png")
 
