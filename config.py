@@ -962,6 +962,8 @@ def guarded(main, *arguments) -> None:
         stop(mistake)
     except OSError as error:  # a full disk, a folder that may not be written
         stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except UnicodeEncodeError as error:  # the name of a file, on its way to the screen
+        stop(f"a name is not valid UTF-8: {error.object[:200]!r}; rename it")
     except Interrupted as interrupted:
         print(f"interrupted: {interrupted.told}", file=sys.stderr)
         end_now(128 + interrupted.number)

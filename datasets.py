@@ -188,7 +188,10 @@ def _hash(*contents) -> str:
 
 def choose_classes(labels: Labels, class_name: str) -> list[str]:
     """The classes that the knob class_name asks for (config.class_names). Raises UserError on an unknown
-    one."""
+    one, and on a folder whose name is no text."""
+    for name in labels.classes:
+        if any(0xD800 <= ord(c) < 0xE000 for c in name):  # what Python makes of bytes that are not UTF-8
+            raise UserError(f"class {name!r}: the name of its folder is not valid UTF-8; rename it")
     if class_name == "all":
         return list(labels.classes)
     if class_name in labels.classes:  # the whole text is one class, whatever it is made of

@@ -88,7 +88,8 @@ def announce(ledger: runs.Ledger, cell: runs.Cell, number: int, how: str) -> Non
     left = len(ledger.cells) - number
     tested = f"AUROC {tables.number(result['auroc'])}" if result.get("n_test") else "no test images"
     told = result.get("reason") or f"{tested}  {how or took(result, left)}"
-    print(f"[{number}/{len(ledger.cells)}] {cell.class_name} seed {cell.seed}: {told}", flush=True)
+    name = " ".join(cell.class_name.split())  # one line, whatever a folder is called
+    print(f"[{number}/{len(ledger.cells)}] {name} seed {cell.seed}: {told}", flush=True)
 
 
 def took(result: dict, left: int) -> str:

@@ -75,6 +75,14 @@ def test_a_class_with_a_comma_needs_no_escape_alone():
         datasets.choose_classes(labels_of("a", "b"), "a,c")
 
 
+def test_a_folder_whose_name_is_no_text(capsys):
+    with pytest.raises(UserError, match="UTF-8.*rename"):
+        datasets.choose_classes(labels_of("a", "\udcffb"), "a")
+    with pytest.raises(SystemExit):
+        knobs.guarded(lambda: "\udcff.png".encode())
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 # ---------------------------------------------------------------- of runs and folders
 @pytest.mark.parametrize(
     "name", ["", " ", ".", "..", "../x", "a/b", "/tmp/x", "a\\b", "-x", ".x", "a\nb", "a\0b", "\udcff",
