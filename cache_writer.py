@@ -167,15 +167,16 @@ class CacheWriter:
     def _work(self, shard: Shard, features: Features, advance: Callable[[int], object]) -> bool:
         """Write a shard that no other process has written meanwhile. False: another one has it in work."""
         lock = self._lock(shard)
-        if not lock.take():
-            return False
-        try:
-            if self._record(shard) is None and not self._note(shard).exists():
-                skipped: list[int] = []
-                self._write(shard, features(shard, skipped), skipped)
-            advance(shard.stop - shard.start)
-        finally:
-            lock.release()
+        if self._record(shard) is None:
+            if not lock.take():
+                return False
+            try:
+                if self._record(shard) is None and not self._note(shard).exists():
+                    skipped: list[int] = []
+                    self._write(shard, features(shard, skipped), skipped)
+            finally:
+                lock.release()
+        advance(shard.stop - shard.start)
         return True
 
     def _write(self, shard: Shard, features: Iterator[dict[str, np.ndarray]], skipped: list[int]) -> None:

@@ -117,8 +117,9 @@ class ArrayWriter:
 
 
 def finite(values: np.ndarray) -> bool:
-    """Whether no float16 value is infinite or NaN: none has all bits of the exponent set."""
-    return not values.size or int((values.view(np.uint16) & 0x7FFF).max()) < 0x7C00
+    """Whether no float16 value is infinite or NaN: as whole numbers those are the largest of either sign."""
+    bits = values.view(np.int16)
+    return not bits.size or bool(bits.max() < 0x7C00 and bits.view(np.uint16).max() < 0xFC00)
 
 
 # ---------------------------------------------------------------- reading
@@ -232,9 +233,10 @@ class CachedArray:
         rows = np.empty((len(index), *self.shape[1:]), DTYPE)
         numbers = np.searchsorted(self._starts, index, "right") - 1
         for number in np.unique(numbers):
-            here = np.flatnonzero(numbers == number)
             mapped = self._open(int(number))
-            rows[here] = mapped[index[here] - self._starts[number]]
+            values, first = np.asarray(mapped), self._starts[number]
+            for i in np.flatnonzero(numbers == number):  # each row is copied once
+                rows[i] = values[index[i] - first]
             release(mapped)
         return rows
 
