@@ -115,7 +115,7 @@ class Bench:
         settings: dict[str, Any] = {
             "dataset": "folder",
             "dataset_path": str(self.root / "images"),
-            "extractor": "resnet10t",
+            "extractor": "test_resnet",
             "weights_path": "random",
             "img_size": (32, 32),
             "precision": "float32",
@@ -199,7 +199,9 @@ def asked_to_end(bench: Bench, times: int) -> Row:
                 child.kill()
             told = child.log.read_text().strip().splitlines()[-1]
             ended_well = status == 128 + number and told.startswith("interrupted: ")
-            wrong += not (ended_well or status == 0)  # it may have been at its end already
+            if not (ended_well or status == 0):  # it may have been at its end already
+                print(f"{number.name} ended it with status {status}: {told}", file=sys.stderr)
+                wrong += 1
             done += 1
         lost, wrong = lost + lost_of(before, folder), wrong + bench.misread(folder)
         if len(finished(folder)) == shards_of(bench):
