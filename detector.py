@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import calibration
 import datasets
 import feature_cache
+import heat_map
 import memory
 import model
 import packing
@@ -336,6 +337,13 @@ class Detector(nn.Module):
         tokens, none = self.local_inputs(places)
         return model.likelihood_score(*self.local(tokens, [none])).view(places.shape[:2])
 
+    @torch.no_grad()
+    def place_map(self, places: Tensor) -> np.ndarray:
+        """How unusual every place is (B, P), standardised as the score's evidence is, from raw place tokens
+        (B, P, E)."""
+        known = self.evidence["local"]
+        return ((self.place_scores(places) - known.likelihood_mean) / known.likelihood_std).cpu().numpy()
+
     def forward(
         self, semantic: Tensor, patches: Tensor, bands: Tensor | None = None, places: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -642,6 +650,13 @@ def trained_records(config: Config, classes: list[str]) -> Iterator[tuple[str, d
         yield class_name, read_record(checkpoint_path(config, class_name, config.seed))
 
 
+def place_maps(fitted: Detector, cache: feature_cache.FeatureCache, rows: np.ndarray) -> np.ndarray:
+    """How unusual every place of the test images ``rows`` is (n, P), from their cached features."""
+    places = cache.arrays("test")["places"]
+    batches = in_batches(rows, EVAL_BATCH["cpu"])
+    return np.concatenate([fitted.place_map(torch.from_numpy(places[batch]).float()) for batch in batches])
+
+
 # ---------------------------------------------------------------- from pictures
 class PictureDetector:
     """A fitted class as it is used: pictures in; scores, p-values, verdicts and heat maps out.
@@ -684,6 +699,19 @@ class PictureDetector:
     def score_rows(self, rows: pictures.Rows) -> np.ndarray:
         """Scores (n) from rows of features, as ``Eye.rows`` gives them."""
         return self.fitted.score_features(Features.of(rows)).astype(float)
+
+    def heat_map(self, picture: Any) -> np.ndarray:
+        """How unusual each place of a picture is, (H, W) float32 at its size. Raises UserError on a picture
+        that cannot be read.
+
+        Where the score reads places: standardised, so that 0 is as unusual as the most unusual place of a
+        usual normal picture. Else by occlusion: how much the score falls when a part is blurred."""
+        pixels = pictures.pixels_of(picture)
+        if not self.fitted.uses_places:
+            return heat_map.by_occlusion(self.score, pixels)
+        rows = next(iter(self.eye.rows([pixels])))
+        assert not isinstance(rows, pictures.Unreadable), "pixels can be read"
+        return heat_map.of_places(self.fitted.place_map(Features.of(rows).places)[0], pixels.shape[:2])
 
     def p_value(self, score: Any) -> Any:
         """How many normal pictures score as high or higher, as a share, of a score or an array of them; NaN

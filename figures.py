@@ -20,6 +20,7 @@ import calibration
 import datasets
 import detector
 import feature_cache
+import heat_map
 import report
 import utils
 from config import Config, UserError
@@ -28,6 +29,7 @@ from tables import shorten
 SHEET = 10  # images per row of a contact sheet
 TILE = 104  # pixels of a side of the square that an image is fitted into
 GAP, LINE = 6, 13  # pixels between tiles, and of a line of text
+HEAT_MAPS = 4  # of the most anomalous test images of a class
 MOST_IN_LEGEND = 20  # classes
 RUNS_AWAY = 10  # the scores' range in spreads of the normal images', from which the axis is logarithmic
 
@@ -88,8 +90,36 @@ def draw_sheets(
                 draw_sheet(images, record["test"], f"normal class: {name}, seed {config.seed}", path)
                 caption = f"Test images of {name} at both ends of the scores, seed {config.seed}"
                 pictures.append(Picture(path, caption, name))
+                pictures += draw_heat_maps(config, cache, images, name, record, figures)
     except UserError as mistake:
         print(f"no contact sheets: {mistake}")
+    return pictures
+
+
+def draw_heat_maps(
+    config: Config,
+    cache: feature_cache.FeatureCache,
+    images: datasets.ImageSet,
+    name: str,
+    record: dict,
+    figures: Path,
+) -> list[Picture]:
+    """Where the most anomalous test images of a class are unusual, beside its contact sheet; none where its
+    score reads no places (predict.py --heat_maps draws those, too)."""
+    if not (config.places and config.save_model):
+        return []
+    fitted, _ = detector.load_detector(detector.checkpoint_path(config, name, config.seed))
+    if not fitted.uses_places:
+        return []
+    test = record["test"]
+    rows = np.array(test["rows"])[np.argsort(test["scores"])[::-1][:HEAT_MAPS]]
+    pictures = []
+    for number, (row, places) in enumerate(zip(rows, detector.place_maps(fitted, cache, rows)), 1):
+        path, pixels = figures / f"heat-{utils.file_name(name)}-{number}.png", images.read("test", int(row))
+        values = heat_map.of_places(places, pixels.shape[:2])
+        heat_map.draw(pixels, values, path, images.labels.test.names[int(row)])
+        caption = f"Where test image {number} of {name}, by its score, is unusual, seed {config.seed}"
+        pictures.append(Picture(path, caption, name))
     return pictures
 
 

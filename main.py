@@ -23,6 +23,7 @@ import detector
 import extractor
 import feature_cache
 import figures
+import heat_map
 import report
 import runs
 import tables
@@ -162,6 +163,42 @@ def defect_aurocs(config: Config, cache: feature_cache.FeatureCache, classes: li
     return {name: defects for name, defects in table.items() if defects}
 
 
+def localisations(config: Config, cache: feature_cache.FeatureCache, classes: list[str]) -> dict[str, dict]:
+    """{class: pixel AUROC and AUPRO of its first seed's heat maps}, of the classes whose score reads places
+    and whose test images have masks (ground_truth folders); needs the raw images and the kept weights."""
+    if config.pretrained or not config.save_model or not config.places:
+        return {}
+    try:
+        images = datasets.images_of(config)
+        images = images.kept({split: cache.image_rows(split) for split in datasets.SPLITS})
+        return {
+            name: found
+            for name in classes
+            if (found := _localisation(config, cache, images, name)) is not None
+        }
+    except UserError as mistake:
+        print(f"no pixel AUROC: {mistake}")
+        return {}
+
+
+def _localisation(
+    config: Config, cache: feature_cache.FeatureCache, images: datasets.ImageSet, class_name: str
+) -> dict | None:
+    """Pixel AUROC and AUPRO of one class, from the cached places of its test images; a normal image's mask is
+    empty, an anomalous one without a mask is left out."""
+    fitted, record = detector.load_detector(detector.checkpoint_path(config, class_name, config.seed))
+    rows, labels = (np.array(record["test"][key], int) for key in ("rows", "labels"))
+    marked = {row: mask for row in rows if (mask := images.mask(int(row))) is not None}
+    if not marked or not fitted.uses_places:
+        return None
+    size = next(iter(marked.values())).shape
+    kept = [row for row, label in zip(rows, labels) if row in marked or not label]
+    masks = [marked.get(row, np.zeros(size, bool)) for row in kept]
+    maps = detector.place_maps(fitted, cache, np.array(kept))
+    sized = [heat_map.of_places(values, mask.shape) for values, mask in zip(maps, masks)]
+    return heat_map.localisation(sized, masks)
+
+
 def seeds_of(config: Config) -> range:
     return range(config.seed, config.seed + config.n_seeds)
 
@@ -199,7 +236,12 @@ def write_report(ledger: runs.Ledger, classes: list[str], watch: Stopwatch) -> d
     defects = defect_aurocs(config, cache, whole)
     seconds = sum(result["wall_time_s"] for result in results) + watch.lap()
     summary = report.summarize(config, results, table, seconds, cache.meta, defects)
+    summary["localisation"] = localisations(config, cache, whole)
     print("\n" + report.write_results(folder, summary))
+    for name, found in summary["localisation"].items():
+        print(
+            f"{name}: where the defect is: pixel AUROC {found['pixel_auroc']:.4f}  AUPRO {found['aupro']:.4f}"
+        )
     pictures = figures.draw_all(config, cache, whole, folder, summary) if config.plots and whole else []
     page = webpage.write_page(folder, summary, pictures)
     print(f"\nresults in {page} (for a browser), results.json, .csv and .md beside it")

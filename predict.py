@@ -34,6 +34,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--calibrate", type=Path, metavar="FOLDER", help="fresh good pictures: p-values and verdicts by them"
     )
+    parser.add_argument(
+        "--heat_maps", type=Path, metavar="FOLDER", help="write there where each picture is unusual, as a PNG"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores [0]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     return parser.parse_args(argv)
@@ -55,10 +58,11 @@ from tqdm import tqdm
 
 import config as knobs
 import datasets
+import heat_map
 import utils
 from config import UserError
 from detector import PictureDetector
-from pictures import Unreadable
+from pictures import Unreadable, pixels_of
 
 COLUMNS = ("image", "class", "score", "p_value", "verdict")
 Put = Callable[[dict], None]
@@ -181,6 +185,18 @@ def row(name: str, fitted: PictureDetector, score: float) -> dict:
     }
 
 
+def draw_heat_maps(detectors: list[PictureDetector], rows: list[dict], folder: Path) -> None:
+    """A PNG for each row: the picture, and where it is unusual. Names that are alike get a number."""
+    for row in rows:
+        fitted = next(known for known in detectors if known.class_name == row["class"])
+        name = f"{Path(row['image']).stem}-{row['class']}" if len(detectors) > 1 else Path(row["image"]).stem
+        stem, number = utils.file_name(name), 1
+        while (path := folder / f"{stem}{f'-{number}' * (number > 1)}.png").exists():
+            number += 1
+        told = f"{row['image']}  score {row['score']:.3g}  {row['verdict'] or ''}"
+        heat_map.draw(pixels_of(row["image"]), fitted.heat_map(row["image"]), path, told)
+
+
 def calibrate(detectors: list[PictureDetector], folder: Path) -> list[str]:
     """Let the detectors' p-values rest on the good pictures of a folder -> those that cannot be read. Raises
     UserError when none can."""
@@ -241,6 +257,8 @@ def main(arguments: argparse.Namespace) -> int:
                     continue
                 for line in part:
                     put(line)
+                if arguments.heat_maps:
+                    draw_heat_maps(detectors, part, arguments.heat_maps)
                 done += len(part) // len(detectors)
     except KeyboardInterrupt:
         kept = f"; {arguments.output} is not written" if arguments.output else ""

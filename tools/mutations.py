@@ -403,6 +403,27 @@ MUTATIONS = [
         "above / (1 + len",
         "export",
     ),
+    Mutation(
+        "AUPRO counts pixels, not regions",
+        "heat_map.py",
+        "share = 1 / np.maximum(sizes, 1)",
+        "share = 1 / np.full_like(sizes, sizes.mean())",
+        "heat_map",
+    ),
+    Mutation(
+        "regions of 4 neighbours",
+        "heat_map.py",
+        "ndimage.label(mask, np.ones((3, 3)))",
+        "ndimage.label(mask)",
+        "heat_map",
+    ),
+    Mutation(
+        "a map on its side",
+        "heat_map.py",
+        "scores.reshape(side, side)",
+        "scores.reshape(side, side).T",
+        "heat_map",
+    ),
     Mutation("soft clamp's factor", "model.py", "self.clamp * 0.636", "self.clamp * 0.64", "golden"),
     Mutation(
         "log-determinant of one half only",

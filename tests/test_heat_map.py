@@ -1,0 +1,155 @@
+"""Where is it: maps at the picture's size, AUPRO against a plain transcription, overlays on disk."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from scipy import ndimage
+
+import heat_map
+import main
+import predict
+from config import Config
+from detector import Detector
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import textures
+
+
+def plain_aupro(maps, masks, most_false):
+    """Every threshold in turn, every region in turn."""
+    values = np.unique(np.concatenate([m.ravel() for m in maps]))[::-1]
+    normal = sum((~mask).sum() for mask in masks)
+    points = [(0.0, 0.0)]
+    for value in values:
+        overlaps = []
+        for m, mask in zip(maps, masks):
+            regions, count = ndimage.label(mask, np.ones((3, 3)))
+            overlaps += [(m[regions == r] >= value).mean() for r in range(1, count + 1)]
+        false = sum(((m >= value) & ~mask).sum() for m, mask in zip(maps, masks)) / normal
+        points.append((false, np.mean(overlaps)))
+    area = 0.0
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x0 >= most_false:
+            break
+        end = min(x1, most_false)
+        y_end = y1 if x1 <= most_false else y0 + (y1 - y0) * (end - x0) / (x1 - x0)
+        area += (end - x0) * (y0 + y_end) / 2
+    return area / most_false
+
+
+@pytest.mark.parametrize("levels", [3, 1000], ids=["ties", "few ties"])
+@pytest.mark.parametrize("most_false", [0.05, 0.3, 1.0])
+def test_aupro_is_the_plain_one(levels, most_false):
+    generator = np.random.RandomState(0)
+    masks = [ndimage.binary_dilation(generator.rand(14, 11) > 0.97) for _ in range(4)] + [
+        np.zeros((9, 9), bool)
+    ]
+    maps = [np.round((generator.rand(*mask.shape) + 0.5 * mask) * levels) for mask in masks]
+    assert heat_map.aupro(maps, masks, most_false) == pytest.approx(
+        plain_aupro(maps, masks, most_false), abs=1e-9
+    )
+
+
+def test_aupro_by_hand():
+    mask = np.zeros((10, 10), bool)
+    mask[:2, :2] = mask[7:, 7:] = True
+    assert heat_map.aupro([mask.astype(float)], [mask]) == pytest.approx(1)
+    assert heat_map.aupro([np.zeros((10, 10))], [mask]) == pytest.approx(0.15), "chance: half of 0.3"
+    one = mask.copy()
+    one[7:, 7:] = False  # one region of two is found, whatever its size
+    assert heat_map.aupro([one.astype(float)], [mask]) == pytest.approx(0.5 + 0.5 * 0.15)
+    assert np.isnan(heat_map.aupro([np.zeros((4, 4))], [np.zeros((4, 4), bool)]))
+
+
+def test_map_of_places_keeps_its_places():
+    scores = np.zeros((4, 4))
+    scores[1, 3] = 1
+    values = heat_map.of_places(scores.ravel(), (40, 80))
+    assert values.shape == (40, 80) and values.dtype == np.float32
+    assert np.unravel_index(values.argmax(), values.shape)[0] in range(10, 20)
+    assert values[10:20, 60:].mean() > 0.5 and values[25:, :40].max() == 0
+
+
+def test_occlusion_finds_the_part_that_the_score_comes_from():
+    picture = np.full((64, 96, 3), 128, np.uint8)
+    picture[40:46, 70:76] = [255, 0, 0]  # the score: how red the reddest pixel is
+    values = heat_map.by_occlusion(
+        lambda images: np.array([(i[..., 0].astype(float) - i[..., 1]).max() for i in images]), picture
+    )
+    row, column = np.unravel_index(values.argmax(), values.shape)
+    assert values.shape == (64, 96) and abs(row - 43) <= 12 and abs(column - 73) <= 18
+    assert values[:20, :40].max() == 0 < values.max()
+
+
+def test_overlay_is_written(tmp_path):
+    heat_map.draw(np.zeros((30, 50, 3), np.uint8), np.random.rand(30, 50), tmp_path / "a" / "x.png", "a_$b$")
+    assert Image.open(tmp_path / "a" / "x.png").size[0] > 500
+
+
+# ---------------------------------------------------------------- of a run
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A texture with defects, their masks, and a run on it whose score reads places."""
+    folder = tmp_path_factory.mktemp("heat")
+    textures.generate(folder / "textures", 20, 3, 1, 0)
+    patch = pytest.MonkeyPatch()
+    patch.chdir(folder)
+    main.main(
+        Config(
+            dataset="mvtec", dataset_path="textures/brushed", extractor="resnet10t", weights_path="random",
+            img_size=(64, 64), precision="float32", threads=1, hide_tqdm_bar=True, fc_internal=16, workers=0,
+            n_coupling_blocks=1, fusion="none", bands=True, band_depths="1,2", places=6, score="spectrum",
+            holdout=0.2, spread_at_balance=10.0, spread_of_surfaces=10.0, device="cpu", verbose=False,
+            modelname="heat",
+        )
+    )  # fmt: skip
+    yield folder
+    patch.undo()
+
+
+@pytest.mark.slow
+def test_run_says_where_the_defects_are(run):
+    found = json.loads(Path("runs/heat/results.json").read_text())["localisation"]["brushed"]
+    assert 0 < found["pixel_auroc"] < 1 and 0 <= found["aupro"] <= 1
+    drawn = sorted(path.name for path in Path("runs/heat/figures").glob("heat-*.png"))
+    assert drawn == [f"heat-brushed-{i}.png" for i in range(1, 5)]
+
+
+@pytest.mark.slow
+def test_heat_map_of_a_picture(run, tmp_path):
+    loaded = Detector.load("runs/heat/classes/brushed-seed0", "cpu", 1)
+    assert loaded.fitted.uses_places
+    path = next(Path("textures/brushed/test/good").glob("*.png"))
+    picture = np.asarray(Image.open(path).convert("RGB"))
+    values = loaded.heat_map(path)
+    assert values.shape == picture.shape[:2] and np.array_equal(values, loaded.heat_map(picture))
+    side = picture.shape[0] // 4
+    spoilt = picture.copy()
+    spoilt[:side, -side:] = np.random.RandomState(0).randint(0, 256, (side, side, 3))
+    grown = loaded.heat_map(spoilt) - values
+    assert grown[:side, -side:].mean() > 3 * abs(grown[2 * side :, : 2 * side].mean())
+    status = predict.main(
+        predict.parse_arguments(
+            ["runs/heat", str(path), str(path), "--heat_maps", str(tmp_path), "--device", "cpu"]
+        )
+    )
+    assert status == 0 and sorted(p.name for p in tmp_path.iterdir()) == [
+        f"{path.stem}-2.png",
+        f"{path.stem}.png",
+    ]
+
+
+@pytest.mark.slow
+def test_detector_without_places_blurs(run, monkeypatch):
+    loaded = Detector.load("runs/heat/classes/brushed-seed0", "cpu", 1)
+    monkeypatch.setattr(type(loaded.fitted), "uses_places", False)
+    path = next(Path("textures/brushed/test/good").glob("*.png"))
+    picture = np.asarray(Image.open(path).convert("RGB"))
+    wanted = heat_map.by_occlusion(loaded.score, picture)
+    assert np.array_equal(loaded.heat_map(path), wanted) and wanted.std() > 0
