@@ -198,12 +198,14 @@ def test_ranks_report_a_class_that_fails(begin, cache, tmp_path, monkeypatch):
 
     def failing(config, cache, class_name, *rest):
         if class_name == "b":
+            (tmp_path / f"tried-{os.getpid()}").touch()
             raise knobs.ClassError("class b: it is as it is")
         return real(config, cache, class_name, *rest)
 
     monkeypatch.setattr(main.train, "make_trainer", failing)
     statuses = [wait(pid) for pid in [begin(rank=rank, world_size=2) for rank in range(2)]]
     assert statuses == [2, 0], (tmp_path / "log").read_text()
+    assert len(list(tmp_path.glob("tried-*"))) == 1, "one rank's failure is all ranks'"
     found = json.loads(Path("runs/run/results.json").read_text())["classes"]
     assert found["b"]["auroc"] is None and found["b"]["undefined"] == "it is as it is"
     assert found["a"]["auroc"] is not None
