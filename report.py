@@ -8,7 +8,7 @@ python report.py RUN_A RUN_B    side by side: AUROC per class, paired difference
 
 import argparse
 
-from config import Config, OneLineParser, UserError, guarded, stop
+from config import Config, OneLineParser, UserError, command_line, guarded, stop
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,8 +30,6 @@ import csv
 import dataclasses
 import io
 import math
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +47,7 @@ ORACLE = "best_on_test_auroc"
 SCORE_AUROCS = {f"{name}_auroc": score.title for name, score in SCORES.items() if not score.needs_reference}
 SHOWN = (*METRICS, ORACLE)  # the table's columns
 COLUMNS = (*SHOWN, *SCORE_AUROCS)  # the files'
+MOST_NAMED = 20  # images that are left out, in one line
 COUNTS = ("epoch", "n_train", "n_test", "seconds")  # what results.csv says of a class beside its metrics
 
 
@@ -92,7 +91,7 @@ def summarize(
         "features": meta,
         "versions": utils.versions(),
         "wall_time_s": round(seconds, 1),
-        "command": "python " + shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
     }
 
 
@@ -225,6 +224,9 @@ def notes(summary: dict) -> list[str]:
         if values["undefined"]:
             reasons.setdefault(values["undefined"], []).append(name)
     lines += [f"no AUROC ({reason}): {', '.join(names)}." for reason, names in reasons.items()]
+    if skipped := summary["features"].get("skipped"):
+        shown = ", ".join(skipped[:MOST_NAMED]) + (" and others" if len(skipped) > MOST_NAMED else "")
+        lines.append(f"{len(skipped)} unreadable images are left out: {shown}.")
     return lines
 
 

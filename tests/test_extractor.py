@@ -759,6 +759,18 @@ def test_changed_images_cost_their_shards_only(mixed, capsys):
     assert contents(Path("kept")) == contents(Path("other"))
 
 
+def test_a_pooled_cache_goes_on(mixed, monkeypatch):
+    """From the full one, without the backbone, with the bytes of an uninterrupted one."""
+    config = small(mixed, shard_rows=4, token_grid="1")
+    extractor.ensure_features(small(mixed, shard_rows=4), CPU)
+    monkeypatch.setattr(extractor, "extract", None)
+    folder = extractor.ensure_features(config, CPU).folder
+    before = contents(folder)
+    extractor.reopen(folder, Manifest.read(folder).shards[1:3])
+    extractor.ensure_features(config, CPU)
+    assert contents(folder) == before
+
+
 def test_images_taken_away(mixed):
     """The shards before them stay; those that are left over go."""
     config = small(mixed, shard_rows=2, feature_path="kept")

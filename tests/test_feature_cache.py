@@ -11,6 +11,7 @@ from conftest import ROOT
 
 import cache_writer
 import manifest
+import report
 import shards
 import utils
 from cache_writer import CacheWriter, lost_shards, reopen, start_again
@@ -477,6 +478,15 @@ def test_skipped_images_have_no_row(tmp_path):
     assert cache.labels.train.names == [LABELS.train.names[i] for i in cache.image_rows("train")]
     assert (cache.tokens("train")[:] == values()["tokens"]["train"][[0, 2, 3, 5, 6]]).all()
     assert len(cache.labels.one_class("dög")[0]) == 4
+
+
+def test_reports_name_the_images_that_are_left_out():
+    for count in (0, 2, 30):
+        features = {"skipped": [f"train/cat/{i}.png" for i in range(count)]}
+        summary = {"config": vars(Config()), "seeds": [0], "baselines": {}, "classes": {}}
+        told = " ".join(report.notes(summary | {"features": features}))
+        assert (f"{count} unreadable images are left out: train/cat/0.png, " in told) is (count > 0)
+        assert ("and others" in told) is (count == 30)
 
 
 def test_a_shard_of_unreadable_images_alone(tmp_path):
