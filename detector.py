@@ -314,12 +314,19 @@ class Detector(nn.Module):
     ) -> Inputs:
         """What ``flow`` takes of raw tokens (B, C), (B, N, C) and, with bands, (B, D), without the places."""
         tokens, patches = self.normalizer(semantic, patches)
-        if self.low is not None and bands is not None:
-            low = self.low(bands)
-            tokens = torch.cat([tokens, low], 1)
-            if self.fused:  # the low bands have no patches: theirs are zero
-                patches = F.pad(patches, (0, low.shape[1]))
-        return Inputs(tokens, patches if self.fused else tokens.new_zeros(tokens.shape[0], 0, self.channels))
+        tokens = self._with_low_bands(tokens, bands)
+        if not self.fused:
+            return Inputs(tokens, tokens.new_zeros(len(tokens), 0, self.channels))
+        return Inputs(tokens, F.pad(patches, (0, self.channels - patches.shape[2])))  # low bands have none
+
+    def tokens(
+        self, semantic: Tensor, patches: Tensor, bands: Tensor | None = None, places: Tensor | None = None
+    ) -> Tensor:
+        """The tokens (B, C) of ``inputs`` alone: a small part of the work."""
+        return self._with_low_bands(self.normalizer.semantic(semantic, patches), bands)
+
+    def _with_low_bands(self, tokens: Tensor, bands: Tensor | None) -> Tensor:
+        return tokens if self.low is None or bands is None else torch.cat([tokens, self.low(bands)], 1)
 
     def texture_inputs(self, bands: Tensor) -> Inputs:
         """What ``texture`` takes of raw band tokens (B, D)."""
@@ -444,7 +451,7 @@ class Detector(nn.Module):
     def own_input(self, features: Features) -> Tensor:
         """What the flows take of images, in one token (n, C): each flow's scaled by the root of its
         weight."""
-        tokens = self.inputs(*features).tokens
+        tokens = self.tokens(*features)
         if self.score_name != "spectrum":
             return tokens
         rings, meaning = self.texture_inputs(features.bands).tokens, self.weights[0]

@@ -176,14 +176,20 @@ class Normalizer(nn.Module):
 
     @torch.no_grad()
     def forward(self, semantic: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        normal = self.semantic(semantic, patches)
+        return normal, self._normalize_patches(patches) if self.steps and self.patches_used else patches
+
+    @torch.no_grad()
+    def semantic(self, semantic: Tensor, patches: Tensor) -> Tensor:
+        """The normalised semantic token alone, which is little work beside the patches: (B, C), (B, N, C) ->
+        (B, C)."""
         semantic = self.pool(semantic, patches)
         if not self.steps:
-            return semantic, patches
+            return semantic
         if "power_l2" in self.steps:
             semantic = power_l2(semantic)
         semantic = semantic - self.semantic_mean
-        semantic = semantic * self.semantic_scale if self.whitening is None else semantic @ self.whitening
-        return semantic, self._normalize_patches(patches) if self.patches_used else patches
+        return semantic * self.semantic_scale if self.whitening is None else semantic @ self.whitening
 
     def _normalize_patches(self, patches: Tensor) -> Tensor:
         """Most of the work is here: (B, N, C), written once and then changed in place."""

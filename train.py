@@ -223,6 +223,19 @@ def compiled(step: Callable) -> Callable:
     return torch.compile(step, mode="reduce-overhead" if torch.cuda.is_available() else "default")
 
 
+class SemanticHead(Head):
+    """The flow of meaning. Its tokens can be had without the patches."""
+
+    def __init__(self, detector: Detector, config: Config, trained: bool):
+        super().__init__("semantic", detector.flow, lambda f: detector.inputs(*f), config, trained)
+        self.detector = detector
+
+    @torch.no_grad()
+    def tokens(self, source: TokenSource, rows: np.ndarray) -> Tensor:
+        batches = in_batches(rows, EVAL_BATCH[source.device.type])
+        return torch.cat([self.detector.tokens(*source[batch]) for batch in batches])
+
+
 class TextureHead(Head):
     """The flow of rings and peaks: it needs no tokens."""
 
@@ -330,10 +343,10 @@ class Trainer:
     def _make_heads(self) -> list[Head]:
         fit, config = self.detector, self.config
         if config.score != "spectrum":
-            return [Head("semantic", fit.flow, lambda f: fit.inputs(*f), config, trained=True)]
+            return [SemanticHead(fit, config, trained=True)]
         trained = {name: fit.weight(name) >= NEGLIGIBLE for name in fit.heads}
         heads = [
-            Head("semantic", fit.flow, lambda f: fit.inputs(*f), config, trained["semantic"]),
+            SemanticHead(fit, config, trained["semantic"]),
             TextureHead(
                 "texture", fit.texture, lambda f: fit.texture_inputs(f.bands), config, trained["texture"]
             ),

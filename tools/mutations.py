@@ -351,8 +351,8 @@ MUTATIONS = [
     Mutation(
         "low bands left out of the flow",
         "detector.py",
-        "tokens = torch.cat([tokens, low], 1)",
-        "tokens = torch.cat([tokens, 0 * low], 1)",
+        "torch.cat([tokens, self.low(bands)], 1)",
+        "torch.cat([tokens, 0 * self.low(bands)], 1)",
         "bands train",
     ),
     Mutation(
