@@ -534,7 +534,8 @@ class Trainer:
             "n_anomalous": int(data.labels.sum()),
             "seconds": round(seconds, 1),
         }
-        simple = self._own_input_scores() if self.config.baselines and len(data.test_rows) else {}
+        compared = self.config.baselines and self.seed == self.config.seed  # the table's is the first seed
+        simple = self._own_input_scores() if compared and len(data.test_rows) else {}
         return Fitted(
             self.detector, scores, data.labels, data.test_rows, held_scores, self.history, result, simple
         )

@@ -180,6 +180,15 @@ def test_simple_detectors_of_places_find_the_defect(surface):
         assert utils.auroc(fitted.labels, fitted.own_input_scores[name]) > 0.9, name
 
 
+def test_simple_detectors_belong_to_the_first_seed(tmp_path):
+    """They hardly depend on it, and cost as much as a fit."""
+    cache = fabricate(tmp_path / "c", spread=0.1)
+    sources = [detector.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]
+    config = settings(baselines=True, n_seeds=2)
+    fitted = [train.make_trainer(config, cache, "a", seed, *sources).run() for seed in (0, 1)]
+    assert [bool(each.own_input_scores) for each in fitted] == [True, False]
+
+
 def test_coreset_takes_the_farthest():
     line = torch.tensor([[0.0], [1.0], [2.0], [10.0], [11.0], [50.0]])
     assert sorted(baselines.greedy_coreset(line, 3).flatten().tolist()) == [0, 11, 50]
