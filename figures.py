@@ -62,7 +62,7 @@ def draw_all(
     if draw_roc(records, seed, figures / "roc.png"):
         pictures.append(Picture(figures / "roc.png", f"ROC of every class, seed {seed}"))
     draw_curves(records, seed, figures / "epochs.png")
-    pictures.append(Picture(figures / "epochs.png", f"Loss and test AUROC over the epochs, seed {seed}"))
+    pictures.append(Picture(figures / "epochs.png", f"Loss (and test AUROC) over the epochs, seed {seed}"))
     for name, record in records.items():
         if record["test"]["scores"] or record["held_out_scores"]:
             path = figures / f"scores-{utils.file_name(name)}.png"

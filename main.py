@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import baselines
 import batched
+import calibration
 import datasets
 import detector
 import extractor
@@ -235,7 +236,8 @@ def write_report(ledger: runs.Ledger, classes: list[str], watch: Stopwatch) -> d
     table = run_baselines(config, cache, whole) if config.baselines else {}
     defects = defect_aurocs(config, cache, whole)
     seconds = sum(result["wall_time_s"] for result in results) + watch.lap()
-    summary = report.summarize(config, results, table, seconds, cache.meta, defects)
+    thresholds = {name: calibration.of_record(r) for name, r in detector.trained_records(config, whole)}
+    summary = report.summarize(config, results, table, seconds, cache.meta, defects, thresholds)
     summary["localisation"] = localisations(config, cache, whole)
     print("\n" + report.write_results(folder, summary))
     for name, found in summary["localisation"].items():

@@ -38,6 +38,7 @@ import numpy as np
 
 import tables
 import utils
+from calibration import Threshold
 from model import SCORES
 from tables import cell, number
 from utils import METRICS
@@ -59,11 +60,13 @@ def summarize(
     seconds: float,
     meta: dict,
     defects: dict[str, dict] | None = None,
+    thresholds: dict[str, Threshold | None] | None = None,
 ) -> dict:
     """results.json: per class the mean and standard deviation over seeds, and their mean over the classes for
     which they are defined (std of the seeds' means).
 
-    defects: what ``per_defect`` gives of each class that has kinds of defect."""
+    defects: what ``per_defect`` gives of each class that has kinds of defect. thresholds: of each class's
+    first seed, None where nothing was held out."""
     classes = list(dict.fromkeys(result["class"] for result in results))
     by_class = {name: _over_seeds([[r for r in results if r["class"] == name]]) for name in classes}
     seeds = sorted({result["seed"] for result in results})
@@ -86,6 +89,7 @@ def summarize(
         "baselines": rows,
         "margins": margins,
         "defects": defects or {},
+        "thresholds": {name: found._asdict() for name, found in (thresholds or {}).items() if found},
         "config": dataclasses.asdict(config),
         "seeds": seeds,
         "features": meta,
@@ -188,7 +192,11 @@ def make_table(summary: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def terminal_table(summary: dict) -> str:
-    """The table on screen, 100 columns wide at most: the baselines folded to the best one, notes below."""
+    """The table on screen, 100 columns wide at most: the baselines folded to the best one, notes below. Where
+    no class has an AUROC, the thresholds are what there is to tell."""
+    if nothing_tested(summary) and summary.get("thresholds"):
+        table = tables.as_text(*threshold_table(summary), ruled_last=False)
+        return "\n".join([table, tables.wrapped(notes(summary))])
     n_seeds, baselines = len(summary["seeds"]), summary["baselines"]
     header = ["class", *(metric.title for metric in METRICS.values()), "oracle"]
     header += ["simple"] if baselines else []
@@ -207,13 +215,11 @@ def terminal_table(summary: dict) -> str:
 
 def notes(summary: dict) -> list[str]:
     """What a reader of the table must know: the epoch, the seeds, the simple detectors, what is undefined."""
-    seeds = ", ".join(map(str, summary["seeds"]))
-    spread = (
-        f"mean ± standard deviation over the seeds {seeds}" if len(summary["seeds"]) > 1 else f"seed {seeds}"
-    )
-    lines = [
-        f"AUROC: {reported_epoch(summary)}, {spread}; oracle: the epoch that is best on the test images."
-    ]
+    seeds, lines = ", ".join(map(str, summary["seeds"])), []
+    several = "mean ± standard deviation over the seeds" if len(summary["seeds"]) > 1 else "seed"
+    if not nothing_tested(summary):
+        how = f"{reported_epoch(summary)}, {several} {seeds}"
+        lines.append(f"AUROC: {how}; oracle: the epoch that is best on the test images.")
     if summary["baselines"]:
         means = {name: table["mean"]["auroc"] for name, table in summary["baselines"].items()}
         ranked = sorted(means, key=lambda name: -np.nan_to_num(means[name]))
@@ -221,13 +227,33 @@ def notes(summary: dict) -> list[str]:
         lines.append(f"simple: the best simple detector of each class; as means over the classes: {listed}.")
     reasons: dict[str, list[str]] = {}
     for name, values in summary["classes"].items():
-        if values["undefined"]:
+        if values.get("undefined"):
             reasons.setdefault(values["undefined"], []).append(name)
     lines += [f"no AUROC ({reason}): {', '.join(names)}." for reason, names in reasons.items()]
     if skipped := summary["features"].get("skipped"):
         shown = ", ".join(skipped[:MOST_NAMED]) + (" and others" if len(skipped) > MOST_NAMED else "")
         lines.append(f"{len(skipped)} unreadable images are left out: {shown}.")
     return lines
+
+
+def nothing_tested(summary: dict) -> bool:
+    """Whether no class has an AUROC."""
+    return _undefined(summary["mean"]["auroc"])
+
+
+def threshold_table(summary: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of where each class's first seed draws the line, and how sure that is."""
+    rows = [
+        [
+            name,
+            f"{found['score']:.4g}",
+            f"{found['expected']:.1%}",
+            f"{found['low']:.1%} to {found['high']:.1%}",
+            str(found["n"]),
+        ]
+        for name, found in summary.get("thresholds", {}).items()
+    ]
+    return ["class", "anomalous above", "false alarms", "95 % interval", "held-out images"], rows
 
 
 class Row(NamedTuple):
@@ -279,11 +305,12 @@ def margin_cell(margins: dict[str, dict], name: str | None) -> str:
 def as_markdown(summary: dict) -> str:
     config = summary["config"]
     settings = ", ".join(f"{name} {value}" for name, value in config.items() if value is not None)
-    defects = "".join(f"\n\n{tables.as_markdown(*table)}" for table in [defect_table(summary)] if table[1])
-    explained = [f"Baseline columns: AUROC. {notes(summary)[0]}", *notes(summary)[1:]]
+    parts = [table for table in (defect_table(summary), threshold_table(summary)) if table[1]]
+    others = "".join(f"\n\n{tables.as_markdown(*table)}" for table in parts)
+    explained = ["Baseline columns: AUROC.", *notes(summary)]
     return (
         f"# {config['dataset']}, {config['extractor']}, fusion {config['fusion']}\n\n"
-        f"{tables.as_markdown(*make_table(summary))}{defects}\n\n"
+        f"{tables.as_markdown(*make_table(summary))}{others}\n\n"
         f"{' '.join(tables.escaped(line) for line in explained)}\n\n"
         f"{describe_run(summary, summary['wall_time_s'])}\n\nConfiguration: {settings}.\n"
     )
@@ -294,7 +321,7 @@ def defect_table(summary: dict) -> tuple[list[str], list[list[str]]]:
     n_seeds = len(summary["seeds"])
     rows = [
         [name, kind, str(entry["n"]), cell(entry, "auroc", n_seeds)]
-        for name, kinds in summary["defects"].items()
+        for name, kinds in summary.get("defects", {}).items()
         for kind, entry in kinds.items()
     ]
     return ["class", "kind of defect", "images", "AUROC against the normal test images"], rows

@@ -64,10 +64,15 @@ def page(summary: dict, pictures: list[Picture]) -> str:
     parts = [
         f"<h1>{text(config['modelname'])}</h1><p class=about>{text(f'{about}; {made}')}</p>",
         facts(summary),
-        section("Result", headline(summary), *(paragraph(line) for line in report.notes(summary))),
+        section(
+            "Result",
+            "" if report.nothing_tested(summary) else headline(summary),
+            *(paragraph(line) for line in report.notes(summary)),
+        ),
         section("Pictures", pair(*(picture(p) for p in pictures if not p.class_name))),
         section("Simple detectors, AUROC", baselines(summary)),
         section("Kinds of defect", defects(summary)),
+        section("Thresholds", table(*report.threshold_table(summary))),
         section("Classes and seeds", fits(summary)),
         section("Class by class", *classes(pictures)),
         section("Pictures that could not be read, left out", skipped(summary)),
@@ -133,7 +138,9 @@ def pair(*parts: str) -> str:
 def facts(summary: dict) -> str:
     """The figures that one looks for first."""
     n_seeds, (method, simple) = len(summary["seeds"]), report.best_simple(summary, None)
-    shown = {"mean AUROC of the flow": cell(summary["mean"], "auroc", n_seeds)}
+    shown = {}
+    if not report.nothing_tested(summary):
+        shown["mean AUROC of the flow"] = cell(summary["mean"], "auroc", n_seeds)
     if method:
         shown[f"best simple detector ({method})"] = number(simple)
     if summary["margins"]:
@@ -145,7 +152,9 @@ def facts(summary: dict) -> str:
 
 
 def headline(summary: dict) -> str:
-    """The headline table: every metric, the best simple detector and the margin."""
+    """The headline table: every metric, the best simple detector and the margin; empty without an AUROC."""
+    if report.nothing_tested(summary):
+        return ""
     n_seeds = len(summary["seeds"])
     header = ["class", *(metric.title for metric in METRICS.values()), "best on test (oracle)"]
     header += ["best simple detector"] if summary["baselines"] else []

@@ -8,6 +8,7 @@ import pytest
 
 import report
 import tables
+from calibration import Threshold
 from config import Config
 from utils import METRICS
 
@@ -127,6 +128,22 @@ def test_undefined_is_empty_with_its_reason(tmp_path, counts, reason):
     assert kept["auroc"] is None and kept["undefined"] == reason
     assert f"no AUROC ({reason}): bare." in text and "nan" not in text
     assert "nan" not in (tmp_path / "results.md").read_text()
+
+
+LINE = Threshold(1.25, 0.1, 0.01, 0.3, 9, 0.05)
+
+
+def test_thresholds_are_what_normal_images_alone_give(tmp_path):
+    """No row of dashes on screen; beside an AUROC they stand in the files only."""
+    lines = {"a": LINE, "b": None}
+    summary = report.summarize(Config(), [undefined("a", n_test=0)], {}, 1.0, {}, None, lines)
+    text = report.write_results(tmp_path, summary)
+    assert " ".join(text.splitlines()[2].split()) == "a 1.25 10.0% 1.0% to 30.0% 9"
+    assert "no AUROC (no test images): a." in text and "oracle" not in text
+    assert "| a | 1.25 | 10.0% | 1.0% to 30.0% | 9 |" in (tmp_path / "results.md").read_text()
+    assert json.loads((tmp_path / "results.json").read_text())["thresholds"]["a"]["n"] == 9
+    tested = report.summarize(Config(), [result("a", 0, 0.5)], {}, 1.0, {}, None, lines)
+    assert "30.0%" not in report.terminal_table(tested) and "30.0%" in report.as_markdown(tested)
 
 
 def test_a_class_without_simple_detectors_stands_beside_others(tmp_path):

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
-from test_report import RESULTS, SIMPLE, result, undefined
+from test_report import LINE, RESULTS, SIMPLE, result, undefined
 
 import report
 import webpage
@@ -116,7 +116,14 @@ def test_sections_without_content_are_left_out(tmp_path):
         "None",
     ):
         assert absent not in seen, absent
-    assert "no AUROC (no anomalous test images): bare." in seen
+    assert "no AUROC (no anomalous test images): bare." in seen and "mean AUROC" not in seen
+
+
+def test_thresholds_stand_on_the_page():
+    lines = {"bare": LINE}
+    summary = report.summarize(Config(), [undefined("bare", n_test=0)], {}, 1.0, {}, None, lines)
+    assert "Thresholds" in (seen := Reader(webpage.page(summary, [])).text)
+    assert "bare 1.25 10.0% 1.0% to 30.0% 9" in seen
 
 
 def test_a_class_that_could_not_be_fitted_is_told():

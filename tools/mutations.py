@@ -1123,6 +1123,20 @@ MUTATIONS = [
         "",
         "faults",
     ),
+    Mutation(
+        "table: dashes where thresholds are all there is to tell",
+        "report.py",
+        'if nothing_tested(summary) and summary.get("thresholds")',
+        "if False",
+        "report",
+    ),
+    Mutation(
+        "page: no thresholds",
+        "webpage.py",
+        'section("Thresholds", table(*report.threshold_table(summary)))',
+        '""',
+        "webpage",
+    ),
 ]
 
 
