@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 import images
 import layouts
@@ -247,6 +245,9 @@ def slug(config: Config) -> str:
 def _digits() -> ImageSet:
     """scikit-learn's 1,797 digits, 8 x 8; a fixed stratified split into halves (docs/method.md, section
     6)."""
+    from sklearn.datasets import load_digits  # slow to import, and needed here alone
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     pixels = np.repeat((digits.images * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=3)
     halves = train_test_split(np.arange(len(pixels)), test_size=0.5, random_state=0, stratify=digits.target)

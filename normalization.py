@@ -5,7 +5,6 @@ Backbone features are badly scaled for a flow: a few channels carry most of the 
 names the choices."""
 
 import torch
-from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 
 from linear import is_traced
@@ -49,6 +48,8 @@ def fit_whitening(tokens: Tensor, ridge: float) -> Tensor:
 
     The covariance is Ledoit and Wolf's; ``ridge`` is added to its eigenvalues, in units of their mean."""
     tokens = tokens.double()
+    from sklearn.covariance import ledoit_wolf  # slow to import: who only predicts does not wait
+
     covariance, _ = ledoit_wolf(tokens.cpu().numpy())
     values, vectors = torch.linalg.eigh(torch.from_numpy(covariance).to(tokens.device))
     values = values + (ridge + RIDGE) * values.mean()

@@ -24,8 +24,6 @@ from urllib.request import getproxies, proxy_bypass
 import numpy as np
 import torch
 from joblib import cpu_count  # knows a container's share of the machine
-from scipy.stats import rankdata
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from config import Config, Interrupted, UserError
 
@@ -183,11 +181,15 @@ def thread_pool(threads: int, start: Callable[[], object] | None = None) -> Iter
 # -------------------------------------- metrics: labels 0 normal, 1 anomalous; scores higher = more anomalous
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     """Area under the ROC curve; ties count half. NaN where only one label occurs."""
+    from sklearn.metrics import roc_auc_score  # slow to import, as below: who only predicts does not wait
+
     return float(roc_auc_score(labels, scores)) if len(np.unique(labels)) == 2 else float("nan")
 
 
 def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
     """Area under the precision-recall curve, anomalies positive; NaN where only one label occurs."""
+    from sklearn.metrics import average_precision_score
+
     return float(average_precision_score(labels, scores)) if len(np.unique(labels)) == 2 else float("nan")
 
 
@@ -196,6 +198,8 @@ def fpr_at_95_tpr(labels: np.ndarray, scores: np.ndarray) -> float:
     occurs."""
     if len(np.unique(labels)) < 2:
         return float("nan")
+    from sklearn.metrics import roc_curve
+
     fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
     return float(fpr[np.searchsorted(tpr, 0.95)])
 
@@ -239,6 +243,8 @@ def paired_bootstrap(
 def _rank_auroc(scores: np.ndarray, n_normal: int) -> float:
     """AUROC by the Mann-Whitney statistic, of scores whose first ``n_normal`` are normal images'."""
     n_anomalous = len(scores) - n_normal
+    from scipy.stats import rankdata
+
     ranks = rankdata(scores)[n_normal:].sum()
     return float((ranks - n_anomalous * (n_anomalous + 1) / 2) / (n_normal * n_anomalous))
 
