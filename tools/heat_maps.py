@@ -21,7 +21,7 @@ import pictures
 import utils
 from detector import Features, PictureDetector
 
-KINDS = ("places", "occlusion")
+KINDS = ("places", "gaussian", "occlusion")  # gaussian: the places' distances to the normal ones, no flow
 
 
 def heat(detector: PictureDetector, kind: str, pixels: np.ndarray) -> np.ndarray:
@@ -29,7 +29,12 @@ def heat(detector: PictureDetector, kind: str, pixels: np.ndarray) -> np.ndarray
         return heat_map.by_occlusion(detector.score, pixels)
     rows = next(iter(detector.eye.rows([pixels])))
     assert not isinstance(rows, pictures.Unreadable)
-    return heat_map.of_places(detector.fitted.place_map(Features.of(rows).places)[0], pixels.shape[:2])
+    places = Features.of(rows).places
+    if kind == "places":
+        values = detector.fitted.place_map(places)[0]
+    else:
+        values = detector.fitted.place_normalizer(places).square().mean(2)[0].numpy()
+    return heat_map.of_places(values, pixels.shape[:2])
 
 
 def chosen(images: datasets.ImageSet, number: int, per_kind: int) -> list[int]:
@@ -48,6 +53,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("dataset_path")
     parser.add_argument("--per_kind", type=int, default=2, help="pictures per kind of defect [2]")
+    parser.add_argument("--kinds", default=",".join(KINDS), help=f"[{','.join(KINDS)}]")
     parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()
     device = utils.set_up("cpu", arguments.threads)
@@ -59,7 +65,9 @@ def main() -> None:
         pixels = [images.read("test", row) for row in rows]
         masks = [images.mask(row) for row in rows]
         whole = [np.zeros(p.shape[:2], bool) if m is None else m for p, m in zip(pixels, masks)]
-        for kind in KINDS[0 if detector.fitted.uses_places else 1 :]:
+        for kind in arguments.kinds.split(","):
+            if kind != "occlusion" and not detector.fitted.uses_places:
+                continue
             start = time.perf_counter()
             maps = [heat(detector, kind, picture) for picture in pixels]
             seconds = (time.perf_counter() - start) / len(rows)
