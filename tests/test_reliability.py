@@ -132,7 +132,8 @@ def test_signals_after_the_end_are_nobodys(tmp_path):
 def test_a_disk_that_is_full(begin, tmp_path):
     """One line, nothing is taken for finished, and the run goes on once there is room."""
     Path("runs").mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", "runs"]).returncode:
+    small = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", "runs"]
+    if not shutil.which("mount") or subprocess.run(small, capture_output=True).returncode:
         pytest.skip("no file system may be mounted here")
     try:
         assert wait(begin(**LASTING)) == 2

@@ -214,8 +214,9 @@ def attempt(place: Place, value: Value) -> Outcome:
     def run() -> None:
         os.chdir(place.work)
         os.environ["HOME"] = str(place.root)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+        if Path("/proc/self/statm").exists():  # on Linux
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         sys.argv = ["main.py", *arguments_of(value)]
         knobs.run_script(main.main, knobs.from_command_line(main.__doc__))
