@@ -365,7 +365,7 @@ class Extraction:
     @property
     def shards_at_once(self) -> int:
         """Shards in work at a time: on a GPU one is computed while others are read, checked and written."""
-        return 1 if self.device.type == "cpu" else SHARDS_AT_ONCE
+        return 1 if self.device.type == "cpu" or self.config.compile else SHARDS_AT_ONCE
 
     def _by_threads(self, everything: ImageRows, chosen: range) -> Iterator[Rows | Unreadable]:
         """Features by threads, each of which reads and computes whole batches with its share of torch's own

@@ -10,6 +10,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -862,7 +863,7 @@ def job_of(config: Config) -> extractor.Extraction:
 
 def test_threads_give_what_one_gives_in_order(mixed, monkeypatch):
     """Whatever the order in which threads end, rows come in that of the images; batches begin at start."""
-    alone, threads = job_of(small(mixed, extract_batch=2)), job_of(small(mixed, extract_batch=2, workers=3))
+    alone, threads = (job_of(small(mixed, extract_batch=1, workers=n)) for n in (0, 2))
     stack_at_once, calls = extractor.stack_rows, itertools.count()
 
     def slow_first(rows):
@@ -940,6 +941,38 @@ def test_as_with_a_gpu_shards_at_once_and_readers(mixed, monkeypatch):
     for name in files:
         if name.endswith(".npy"):
             assert Path("plain", name).read_bytes() == Path("busy", name).read_bytes()
+
+
+def test_rows_arrive_in_order_and_copied(monkeypatch):
+    """From a GPU, by a stand-in for it: three batches are on their way before the first is waited for; each
+    is handed on once its copy has ended, and kept from reuse until then."""
+    log: list[str] = []
+
+    def buffer(shape, dtype, pin_memory):
+        assert pin_memory
+        return SimpleNamespace(copy_=lambda values, non_blocking: log.append(f"copy {values.name}") or values)
+
+    def batch(name):
+        keep = lambda stream: log.append(f"keep {name}")  # noqa: E731
+        return {"tokens": SimpleNamespace(name=name, shape=(1,), dtype=None, record_stream=keep)}
+
+    def event():
+        name = log[-1].split()[1]
+        return SimpleNamespace(synchronize=lambda: log.append(f"wait {name}"))
+
+    stream = SimpleNamespace(wait_stream=lambda other: log.append(f"after {other}"), record_event=event)
+    cuda = SimpleNamespace(
+        Stream=lambda device: stream,
+        stream=lambda _: nullcontext(),
+        current_stream=lambda device: "computing",
+    )
+    monkeypatch.setattr(extractor, "torch", SimpleNamespace(cuda=cuda, empty=buffer))
+    arriving = extractor.arriving(map(batch, "abcd"), torch.device("cuda"))
+    assert next(arriving)["tokens"].name == "a"
+    assert log == [step for name in "abc" for step in ("after computing", f"copy {name}", f"keep {name}")] + [
+        "wait a"
+    ]
+    assert [rows["tokens"].name for rows in arriving] == ["b", "c", "d"] and log[-1] == "wait d"
 
 
 def test_a_device_resizes_as_pillow_does(monkeypatch):

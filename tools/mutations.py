@@ -1137,6 +1137,27 @@ MUTATIONS = [
         '""',
         "webpage",
     ),
+    Mutation(
+        "rows are handed on before their copy has ended",
+        "extractor.py",
+        "    event.synchronize()\n",
+        "",
+        "extractor",
+    ),
+    Mutation(
+        "a copy does not wait for its features",
+        "extractor.py",
+        "        stream.wait_stream(torch.cuda.current_stream(device))\n",
+        "",
+        "extractor",
+    ),
+    Mutation(
+        "the readers' pictures come as they are read",
+        "extractor.py",
+        "yield pending.popleft().result()\n    while",
+        "yield pending.pop().result()\n    while",
+        "extractor",
+    ),
 ]
 
 
