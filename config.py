@@ -521,7 +521,7 @@ class Config:
         scripts=FITTING,
     )
     spread_of_surfaces: float = knob(
-        0.08,
+        0.07,
         "score spectrum, places: spread of a class's semantic tokens at which places count half as much as "
         "the texture of the whole image; more alike, they count as much",
         low=1e-6,
