@@ -174,6 +174,10 @@ class CacheWriter:
                 if self._record(shard) is None and not self._note(shard).exists():
                     skipped: list[int] = []
                     self._write(shard, features(shard, skipped), skipped)
+                    if self._record(shard) is None and not self._note(shard).exists():
+                        raise UserError(
+                            f"{shard.name} in {self.folder} is not there as it was written; check the disk"
+                        )
             finally:
                 lock.release()
         advance(shard.stop - shard.start)

@@ -699,5 +699,12 @@ def test_wrong_rows_are_refused(tmp_path):
     assert not list((tmp_path / "cache").glob("*.npy*")) and not list((tmp_path / "cache").glob(".*partial"))
 
 
+def test_a_disk_that_loses_what_was_written_ends_the_work(tmp_path, monkeypatch):
+    """Instead of making the same shard for ever."""
+    monkeypatch.setattr(shards.ArrayWriter, "put", lambda self: None)
+    with pytest.raises(UserError, match="train-00000 in .* is not there as it was written; check the disk"):
+        writer(tmp_path / "cache").fill(rows_of)
+
+
 def test_an_array_without_shards():
     assert CachedArray([], (2, 3))[:].shape == (0, 2, 3)
