@@ -146,7 +146,7 @@ class Manifest:
             if field == "image_list":
                 raise UserError(
                     f"the features in {folder} are of other images than those now there; python extractor.py "
-                    f"extracts those that have changed, or {advice}"
+                    f"extracts those that have changed (--restart: all again), or {advice}"
                 )
             raise UserError(
                 f"the features in {folder} do not fit: {field} is {_short(recorded)} there, "
