@@ -57,17 +57,18 @@ class CacheWriter:
 
     def _joined(self, new: Manifest) -> Manifest:
         """The folder's own manifest, or the new one; an unfinished one takes the images as they are now."""
-        if not has_features(self.folder):
-            return new
         try:
-            found = Manifest.read(self.folder)
+            found = Manifest.read(self.folder) if has_features(self.folder) else None
         except Damaged:
+            found = None
+        if found is None:
+            self._refuse_others(new)
             return new
         found.refuse_others(self.folder, new.fields if found.finished else without_images(new.fields))
         if found.finished:
             return found
         joined = dataclasses.replace(new, shard_rows=found.shard_rows)
-        self._refuse_other_images(joined)
+        self._refuse_others(joined)
         for shard in set(found.shards) - set(joined.shards):
             (self.folder / f"{shard.name}.json").unlink(missing_ok=True)
             if shard.name not in {kept.name for kept in joined.shards}:  # of images that are no longer there
@@ -75,15 +76,16 @@ class CacheWriter:
                     shard.file(self.folder, array).unlink(missing_ok=True)
         return joined
 
-    def _refuse_other_images(self, joined: Manifest) -> None:
-        """Raise UserError when there are finished shards, but none of the images as they are now: the folder,
-        or the images, may be the wrong ones."""
+    def _refuse_others(self, joined: Manifest) -> None:
+        """Raise UserError when there are finished shards, but none of these features and of the images as
+        they are now: the folder, or the images, may be the wrong ones."""
         there = [shard for shard in joined.shards if self._recorded(shard, joined) is not None]
         recorded = [path for path in self.folder.iterdir() if RECORD.fullmatch(path.name)]
         if recorded and not there:
             raise UserError(
                 f"the {len(recorded)} finished shards in {self.folder} are of other images than those now "
-                f"there; give another --feature_path, or python extractor.py --restart to replace them"
+                f"there, or of other settings; give another --feature_path, or python extractor.py --restart "
+                f"to replace them"
             )
 
     # ------------------------------------------------------------ what is there

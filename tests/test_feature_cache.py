@@ -483,7 +483,13 @@ def test_skipped_images_have_no_row(tmp_path):
 def test_reports_name_the_images_that_are_left_out():
     for count in (0, 2, 30):
         features = {"skipped": [f"train/cat/{i}.png" for i in range(count)]}
-        summary = {"config": vars(Config()), "seeds": [0], "baselines": {}, "classes": {}}
+        summary = {
+            "config": vars(Config()),
+            "seeds": [0],
+            "baselines": {},
+            "classes": {},
+            "mean": {"auroc": 0.5},
+        }
         told = " ".join(report.notes(summary | {"features": features}))
         assert (f"{count} unreadable images are left out: train/cat/0.png, " in told) is (count > 0)
         assert ("and others" in told) is (count == 30)
@@ -642,6 +648,17 @@ def test_sidecars_of_other_content(folder, name, text):
         elif text == '{"format": [2]}':
             return  # another version's: not to be touched
         writer(folder).fill(lambda shard, skipped: pytest.fail("made again"))
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("text", [None, "damaged"])
+def test_shards_without_a_manifest_are_known_by_their_records(folder, text):
+    """Those of other features are neither taken nor replaced; those of the same are taken."""
+    before, path = content(folder), folder / "manifest.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(UserError, match="of other settings.*restart"):
+        writer(folder, fields=FIELDS | FOUND | {"precision": "bfloat16"})
+    writer(folder).fill(lambda shard, skipped: pytest.fail("made again"))
     assert content(folder) == before
 
 
