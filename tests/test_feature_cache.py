@@ -386,6 +386,17 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path, folder):
     assert content(place) == content(folder)
 
 
+def test_leftovers_of_finished_shards_are_removed_too(tmp_path, folder):
+    """A process may be killed between a shard's record and the release of its lock."""
+    place = tmp_path / "cache"
+    with pytest.raises(Stop):
+        writer(place).fill(stopped_after(2))
+    for name in (".train-00000.lock", ".train-tokens-00001.npy.host-1.partial"):
+        (place / name).write_text("x")
+    write_cache(place)
+    assert content(place) == content(folder)
+
+
 def test_foreign_files_stay(folder):
     """Whatever happens to a cache, files that the program did not write are left as they are."""
     (folder / "notes").mkdir()
