@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import backbones
 import datasets
+import growth
 import utils
 from cache_writer import (
     CHANGED,
@@ -476,10 +477,14 @@ LONG_JOB = 1000  # images from which the time is estimated before the start
 
 
 def extract(
-    config: Config, images: datasets.ImageSet, identity: CacheIdentity, device: torch.device
+    config: Config,
+    images: datasets.ImageSet,
+    identity: CacheIdentity,
+    device: torch.device,
+    known: growth.Known | None = None,
 ) -> FeatureCache:
-    """Extract what is missing of the images of a data set into their cache. Raises UserError; finished shards
-    are kept."""
+    """Extract what is missing of the images of a data set into their cache, but for those whose features are
+    known. Raises UserError; finished shards are kept."""
     shapes, _ = what_is_kept(config, backbones.outline(config))
     check_disk(identity.folder, images.labels, shapes)
     job = Extraction(config, images, identity, device)
@@ -497,8 +502,11 @@ def extract(
         print(f"this takes about {utils.readable_time(expected)} on this machine, once", flush=True)
 
     def features(shard: Shard, skipped: list[int]) -> Iterator[dict[str, np.ndarray]]:
-        for rows in arriving(job.features(shard.split, shard.start, shard.stop, skipped), device):
-            yield {name: values.numpy() for name, values in rows.items()}
+        def compute(part: Shard) -> Iterator[dict[str, np.ndarray]]:
+            for rows in arriving(job.features(part.split, part.start, part.stop, skipped), device):
+                yield {name: values.numpy() for name, values in rows.items()}
+
+        return compute(shard) if known is None else known.features(images, shard, compute)
 
     start = time.perf_counter()
     fill(config, writer, features, count, job.shards_at_once)
@@ -615,12 +623,13 @@ def ensure_features(config: Config, device: torch.device) -> FeatureCache:
     datasets.choose_classes(
         images.labels, config.class_name
     )  # a mistake shows before the long extraction, not after it
-    if there and is_finished(folder):
+    known = grown(images, identity) if there else None
+    if there and known is None and is_finished(folder):
         Manifest.read(folder).refuse_others(folder, identity.with_images(images).fields)
         if not mend(images, folder, thorough=config.verify):
             print(f"features: reusing the cache {folder}", flush=True)
             return as_wanted(config, FeatureCache(identity))
-    return make_features(config, images, identity, device)
+    return make_features(config, images, identity, device, known)
 
 
 def fits(identity: CacheIdentity) -> bool:
@@ -642,10 +651,31 @@ def is_finished(folder: Path) -> bool:
 
 
 def make_features(
-    config: Config, images: datasets.ImageSet, identity: CacheIdentity, device: torch.device
+    config: Config,
+    images: datasets.ImageSet,
+    identity: CacheIdentity,
+    device: torch.device,
+    known: growth.Known | None,
 ) -> FeatureCache:
     """What is missing of a cache, from a larger one or from the images."""
-    return pool_full_cache(config, images, identity) or extract(config, images, identity, device)
+    made = pool_full_cache(config, images, identity) or extract(config, images, identity, device, known)
+    growth.remember(images, identity.folder)
+    return made
+
+
+def grown(images: datasets.ImageSet, identity: CacheIdentity) -> growth.Known | None:
+    """What a finished cache holds of images that are all still there, where others have come; its shards that
+    change are no longer finished then. None otherwise."""
+    if not is_finished(identity.folder):
+        return None
+    try:
+        known = growth.known_before(images, FeatureCache(identity))
+    except Damaged:
+        return None
+    if known is not None:
+        manifest = Manifest.read(identity.folder)
+        reopen(identity.folder, lost_shards(identity.folder, manifest, part_key(images), thorough=False))
+    return known
 
 
 def mend(images: datasets.ImageSet, folder: Path, thorough: bool) -> bool:
@@ -702,15 +732,16 @@ def main(config: Config) -> None:
             raise
         as_wanted(config, FeatureCache(identity))  # without the images it is only looked at
         return
+    known = grown(images, identity) if there and not config.restart else None
     if there and config.restart:
         if utils.ranks(config).world_size > 1:
             raise UserError("restart: expected one process, which others may join without restart")
         start_again(folder)
-    elif there and is_finished(folder) and not mend(images, folder, thorough=True):
+    elif there and known is None and is_finished(folder) and not mend(images, folder, thorough=True):
         cache = as_wanted(dataclasses.replace(config, verify=False), FeatureCache(identity))
         print(f"features: all {len(cache.manifest.shards)} shards of {folder} are sound", flush=True)
         return
-    print(f"features written to {make_features(config, images, identity, device).folder}", flush=True)
+    print(f"features written to {make_features(config, images, identity, device, known).folder}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A folder, made by one process or by several that share it, and whole when ``mani
     manifest.json               what the features are (the fields), the records of all shards, finished: true
                                 when all are there, and its own checksum
     labels.json                 names, categories and defects of the images
+    images.json                 the content hash of each image, and the file's own checksum (growth.py)
     train-tokens-00000.npy ...  float16 (images, 1 + N, C): the semantic token, then the patch tokens
     train-bands-00000.npy ...   float16 (images, D): the band token, where one is kept
     train-00000.json ...        the record of a finished shard: rows, images left out, sizes and checksums;
@@ -26,6 +27,7 @@ from config import UserError
 from shards import REPAIR, Damaged, Shard, StoredArray
 
 CACHE_FORMAT = 3
+IMAGES = "images.json"
 
 
 def has_features(folder: Path) -> bool:
@@ -49,10 +51,10 @@ def has_features(folder: Path) -> bool:
 RECORD = re.compile(r"(train|test)-\d{5,}\.json")
 LEFT_OVER = re.compile(
     r"\.(train|test)-\d{5,}\.lock|(train|test)-\d{5,}\.unreadable\.json"
-    r"|\.(manifest|labels|(train|test)(-[a-z]+)?-\d{5,}(\.unreadable)?)\.(json|npy)\..*\.partial"
+    r"|\.(manifest|labels|images|(train|test)(-[a-z]+)?-\d{5,}(\.unreadable)?)\.(json|npy)\..*\.partial"
 )
 OURS = re.compile(
-    rf"{RECORD.pattern}|{LEFT_OVER.pattern}|\.lock|labels\.json|(train|test)-[a-z]+-\d{{5,}}\.npy"
+    rf"{RECORD.pattern}|{LEFT_OVER.pattern}|\.lock|(labels|images)\.json|(train|test)-[a-z]+-\d{{5,}}\.npy"
     r"|lost\+found"  # what every new file system holds
 )
 

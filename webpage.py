@@ -72,6 +72,7 @@ def page(summary: dict, pictures: list[Picture]) -> str:
         section("Pictures", pair(*(picture(p) for p in pictures if not p.class_name))),
         section("Simple detectors, AUROC", baselines(summary)),
         section("Kinds of defect", defects(summary)),
+        section("Where the defect is", localisation(summary)),
         section("Thresholds", table(*report.threshold_table(summary))),
         section("Classes and seeds", fits(summary)),
         section("Class by class", *classes(pictures)),
@@ -170,6 +171,13 @@ def headline(summary: dict) -> str:
             row.append(report.margin_cell(summary["margins"], name))
         rows.append(row)
     return table(header, rows, "mean")
+
+
+def localisation(summary: dict) -> str:
+    """How well the heat maps find the defects, of classes whose test images have masks."""
+    found = summary.get("localisation", {})
+    rows = [[name, number(each["pixel_auroc"]), number(each["aupro"])] for name, each in found.items()]
+    return table(["class", "pixel AUROC", "AUPRO, up to 30 % false positives"], rows)
 
 
 def baselines(summary: dict) -> str:

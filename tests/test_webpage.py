@@ -58,6 +58,7 @@ def picture(tmp_path) -> Picture:
 def test_page_tells_what_it_must(picture):
     defects = {"b": {"hole": {"n": 7, "auroc": 0.75, "auroc_std": 0.1}}}
     summary = summary_of(n_seeds=2, defects=defects, skipped=["cut<off>.png"], clamp=2.5)
+    summary["localisation"] = {"a": {"pixel_auroc": 0.9876, "aupro": 0.8765}}
     seen = Reader(webpage.page(summary, [picture])).text
     for told in (
         "0.7250 ± 0.0354",  # the mean
@@ -66,6 +67,7 @@ def test_page_tells_what_it_must(picture):
         "+0.3000 [+0.2000, +0.4000]",
         "above in 1 of 2",
         "hole 7 0.7500 ± 0.1000",
+        "a 0.9876 0.8765",
         "0, 1",  # seeds
         "67 min",
         summary["command"],
