@@ -266,6 +266,15 @@ def packaged_weights(extractor: str) -> Path:
 HEADS = {"head", "head_dist", "fc", "classifier", "last_linear", "pre_logits"}  # what is no backbone's
 
 
+def _is_of_pickle(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came of, is the refusal of a pickle: timm 1.0.31 wraps PyTorch's."""
+    while error is not None:
+        if isinstance(error, pickle.UnpicklingError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def load_weights_file(model: nn.Module, path: Path, by_order: bool = False) -> None:
     """Load a local weights file with timm's own reader, which executes nothing. Raises UserError unless every
     tensor of the model is found there, and nothing else but a classifier."""
@@ -279,12 +288,12 @@ def load_weights_file(model: nn.Module, path: Path, by_order: bool = False) -> N
             filter_fn=None if by_order else adapt,
             weights_only=True,
         )
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"weights_path: {path} is a pickle that would execute code, or no weights at all, and was not "
-            "loaded; expected a state dict of tensors, best as .safetensors"
-        ) from None
-    except Exception as error:  # zip, safetensors, npz: every format fails in its own way
+    except Exception as error:  # zip, pickle, safetensors, npz: every format fails in its own way
+        if _is_of_pickle(error):
+            raise UserError(
+                f"weights_path: {path} is a pickle that would execute code, or no weights at all, and was "
+                "not loaded; expected a state dict of tensors, best as .safetensors"
+            ) from None
         reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
         raise UserError(
             f"weights_path: {path} cannot be loaded into this backbone ({reason}); expected its .pth, "
