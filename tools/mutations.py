@@ -267,6 +267,28 @@ MUTATIONS = [
         "surface = 1 - 1 / (1 + (alike / self.spread_at_balance) ** 4)",
         "bands",
     ),
+    Mutation("any images count as grown", "growth.py", "if not before < now or", "if False or", "growth"),
+    Mutation(
+        "known features are extracted again",
+        "growth.py",
+        "lambda i: keys[i] in self.rows",
+        "lambda i: False",
+        "growth",
+    ),
+    Mutation(
+        "growth without room",
+        "growth.py",
+        "manifest.size(cache.manifest.shards) > MOST",
+        "manifest.size([]) > MOST",
+        "growth",
+    ),
+    Mutation(
+        "localisation left off the page",
+        "webpage.py",
+        'section("Where the defect is", localisation(summary))',
+        'section("Where the defect is", "")',
+        "webpage",
+    ),
     Mutation(
         "places count whatever the spread",
         "detector.py",
