@@ -441,11 +441,11 @@ class Detector(nn.Module):
         return PictureDetector.load(path, utils.set_up(device, threads), false_alarms)
 
     def load_saved(self, state: dict[str, Tensor]) -> None:
-        """Load a state dict whose references may have any number of rows."""
+        """Load a state dict whose references, and whitening of places, may have any number of rows."""
         for name, values in state.items():
             owner, _, buffer = name.rpartition(".")
-            if buffer == "reference":
-                self.get_submodule(owner).reference = torch.empty_like(values)
+            if buffer == "reference" or name == "place_normalizer.whitening":
+                setattr(self.get_submodule(owner), buffer, torch.empty_like(values))
         self.load_state_dict(state)
 
     def own_input(self, features: Features) -> Tensor:

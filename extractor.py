@@ -739,6 +739,7 @@ def main(config: Config) -> None:
         start_again(folder)
     elif there and known is None and is_finished(folder) and not mend(images, folder, thorough=True):
         cache = as_wanted(dataclasses.replace(config, verify=False), FeatureCache(identity))
+        growth.remember(images, folder)
         print(f"features: all {len(cache.manifest.shards)} shards of {folder} are sound", flush=True)
         return
     print(f"features written to {make_features(config, images, identity, device, known).folder}", flush=True)

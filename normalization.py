@@ -85,31 +85,45 @@ class BandNormalizer(nn.Module):
         return (self._power(bands) - self.mean) @ self.whitening
 
 
+PLACE_RIDGE = 0.03  # added to the covariance of a place, in units of the mean variance
+
+
 class PlaceNormalizer(nn.Module):
-    """Place tokens (B, P, D) -> the same shape, whitened: each place by its own mean, all places by one
-    covariance. Its buffers are fitted by ``fit``."""
+    """Place tokens (B, P, D) -> the same shape, whitened: each place by its own mean and covariance, as far
+    as the data bear them out. Its buffers are fitted by ``fit``; before, there is no whitening."""
 
     def __init__(self, places: int, channels: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(places, channels))
-        self.register_buffer("whitening", torch.eye(channels))
+        self.register_buffer("whitening", torch.zeros(0, channels, channels))  # (P, D, D) once fitted
 
     @torch.no_grad()
     def fit(self, places: Tensor) -> "PlaceNormalizer":
-        """Fit to the place tokens (n, P, D) of normal training images, float32.
+        """Fit to the place tokens (n, P, D) of normal training images, float32 (docs/method.md, eq. 17).
 
         A place's own mean is drawn to the mean of all places as far as the places' means differ by chance
-        alone (the positive part of James and Stein's estimator)."""
+        alone (the positive part of James and Stein's estimator); its covariance to the common one by D / (n +
+        D), as if that had been seen on D images (an inverse Wishart prior; Friedman's regularised
+        discriminant analysis, 1989)."""
+        n, _, channels = places.shape
         common, own = places.mean((0, 1)), places.mean(0)
-        within = (places - own).square().mean() / max(len(places) - 1, 1)
+        within = (places - own).square().mean() / max(n - 1, 1)
         between = (own - common).square().mean().clamp_min(EPS)
         self.mean.copy_(common + (1 - within / between).clamp_min(0) * (own - common))
-        self.whitening.copy_(fit_whitening((places - self.mean).flatten(0, 1), 0.0))
+        away = (places - self.mean).transpose(0, 1)  # (P, n, D)
+        covariance = away.transpose(1, 2) @ away / n
+        pooled = covariance.mean(0)
+        covariance += channels / (n + channels) * (pooled - covariance)
+        variance = pooled.diagonal().mean()
+        values, vectors = torch.linalg.eigh(covariance.double())
+        roots = (values + PLACE_RIDGE * variance + EPS).rsqrt()
+        self.whitening = ((vectors * roots.unsqueeze(1)) @ vectors.transpose(1, 2)).float()
+        self.whitening /= self(places).square().mean().sqrt()
         return self
 
     @torch.no_grad()
     def forward(self, places: Tensor) -> Tensor:
-        return (places - self.mean) @ self.whitening
+        return torch.matmul((places - self.mean).transpose(0, 1), self.whitening).transpose(0, 1)
 
 
 class Normalizer(nn.Module):

@@ -42,7 +42,7 @@ SMALL = (
 
 
 def folder_of(tmp_path, **options):
-    return make_folder(tmp_path / "images", classes=("a", "b"), n_train=3, n_test=2, **options)
+    return make_folder(tmp_path / "images", classes=("a", "b"), n_train=4, n_test=2, **options)
 
 
 def one_line(done) -> str:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import config as knobs
 import main
 import train
-from config import Config, UserError
+from config import Config, UserError, make_config
 
 pytestmark = pytest.mark.slow
 
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.slow
 # ---------------------------------------------------------------- the whole run
 def whole(folder, **more) -> Config:
     """From images to results: EfficientNet-Lite0 with its own weights at 64 pixels."""
-    return Config(
-        **{
+    return make_config(
+        {
             "modelname": "run",
             "dataset": "folder",
             "dataset_path": str(folder),

@@ -65,8 +65,25 @@ def test_places_keep_their_own_means_as_far_as_these_are_no_chance():
     own = 5 * torch.randn(9, 4, generator=generator)
     apart = PlaceNormalizer(9, 4).fit(noise + own)
     assert torch.allclose(apart.mean, (noise + own).mean(0), atol=1e-2)
-    white = apart(noise + own).flatten(0, 1)
-    assert torch.allclose(torch.cov(white.T), torch.eye(4), atol=0.1)
+
+
+def test_places_have_their_own_covariance_as_far_as_there_are_images():
+    """By the formula, place by place; two images tell little about a place, many all."""
+    generator = torch.Generator().manual_seed(0)
+    scale = 1 + 3 * torch.rand(9, 4, generator=generator)
+    for n in (3, 5000):
+        tokens = scale * torch.randn(n, 9, 4, generator=generator)
+        fitted = PlaceNormalizer(9, 4).fit(tokens)
+        away = (tokens - fitted.mean).double()
+        own = torch.einsum("npc,npd->pcd", away, away) / n
+        pooled = own.mean(0)
+        mixed = (4 * pooled + n * own) / (4 + n) + 0.03 * pooled.trace() / 4 * torch.eye(4)
+        wanted = torch.einsum("npc,pcd,npd->np", away, torch.linalg.inv(mixed), away)
+        got = fitted(tokens).double().square().sum(2)
+        assert torch.allclose(got / got.mean(), wanted / wanted.mean(), rtol=1e-3), n
+        assert fitted(tokens).square().mean().item() == pytest.approx(1, rel=1e-4)
+    white = fitted(tokens)
+    assert (white.var(0) - 1).abs().max() < 0.15, "each place is white by itself"
 
 
 # ---------------------------------------------------------------- the local flow

@@ -311,6 +311,16 @@ MUTATIONS = [
         "places",
     ),
     Mutation(
+        "a place's covariance is its own alone",
+        "normalization.py",
+        "covariance += channels / (n + channels) * (pooled - covariance)",
+        "",
+        "places",
+    ),
+    Mutation(
+        "places without a ridge", "normalization.py", "PLACE_RIDGE * variance", "0 * variance", "places"
+    ),
+    Mutation(
         "every place has its own mean",
         "normalization.py",
         "(1 - within / between).clamp_min(0) * (own - common)",
