@@ -521,9 +521,9 @@ class Config:
         scripts=FITTING,
     )
     spread_of_surfaces: float = knob(
-        0.07,
-        "score spectrum, places: spread of a class's semantic tokens at which places count half as much as "
-        "the texture of the whole image; more alike, they count as much",
+        0.055,
+        "score spectrum, places: spread of a class's semantic tokens at which places count as much as the "
+        "texture of the whole image; more alike, up to twice as much",
         low=1e-6,
         affects="fit",
     )

@@ -462,8 +462,8 @@ class Detector(nn.Module):
         them (docs/method.md, eq. 12)."""
         alike = spread(semantic)
         surface = 1 / (1 + (alike / self.spread_at_balance) ** 4)
-        share = 1 / (1 + (alike / self.spread_of_surfaces) ** 4) if "local" in self.heads else 0.0
-        local = surface * share / (1 + share)
+        ratio = 2 / (1 + (alike / self.spread_of_surfaces) ** 4) if "local" in self.heads else 0.0
+        local = surface * ratio / (1 + ratio)
         local = local if local >= NEGLIGIBLE else 0.0
         self.weights.copy_(torch.tensor([1 - surface, surface - local, local]))
 

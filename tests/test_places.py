@@ -165,8 +165,8 @@ def test_weights_of_the_heads(surface):
                "place_shape": (PLACES, E)},
     )  # fmt: skip
     fresh.weigh(tokens)
-    # meaning and surface count alike; of the surface, places count half as much as the whole image
-    assert fresh.weights.tolist() == pytest.approx([1 / 2, 1 / 3, 1 / 6])
+    # meaning and surface count alike; of the surface, places count as much as the whole image
+    assert fresh.weights.tolist() == pytest.approx([1 / 2, 1 / 4, 1 / 4])
 
 
 def test_an_image_is_as_unlikely_as_its_least_likely_place(surface):

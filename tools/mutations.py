@@ -292,7 +292,7 @@ MUTATIONS = [
     Mutation(
         "places count whatever the spread",
         "detector.py",
-        "local = surface * share / (1 + share)",
+        "local = surface * ratio / (1 + ratio)",
         "local = surface / 2",
         "places",
     ),
