@@ -46,8 +46,8 @@ def is_traced() -> bool:
 @functools.cache
 def batched_by_onednn() -> bool:
     """Whether float32 products of stacked matrices that are allowed bfloat16 go to oneDNN and come out as
-    exact as ever: so on processors without bfloat16 tiles (AMX), where it is quicker than the library that
-    PyTorch takes otherwise."""
+    exact as ever: so on processors without bfloat16 tiles (AMX). On one thread it is quicker than the library
+    that PyTorch takes otherwise, on two slower (benchmarks/RESULTS.md)."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(4, 8, 300, generator=generator), torch.randn(4, 300, 50, generator=generator)
     before = torch.get_float32_matmul_precision()
@@ -66,7 +66,7 @@ def products(matmul: str, device: torch.device) -> Iterator[None]:
     before, wanted = torch.get_float32_matmul_precision(), None
     if device.type == "cuda" and matmul == "tf32":
         wanted = "high"
-    elif device.type == "cpu" and batched_by_onednn():
+    elif device.type == "cpu" and torch.get_num_threads() == 1 and batched_by_onednn():
         wanted = "medium"
     torch.set_float32_matmul_precision(wanted or before)
     try:
