@@ -524,7 +524,9 @@ def new_writer(
 ) -> CacheWriter:
     """A writer of these images' cache."""
     skip = config.unreadable == "skip"
-    return CacheWriter(folder, fields, images.labels, shapes, config.shard_rows, part_key(images), skip)
+    writer = CacheWriter(folder, fields, images.labels, shapes, config.shard_rows, part_key(images), skip)
+    growth.remember(images, folder)  # before the last shard makes the cache whole
+    return writer
 
 
 def part_key(images: datasets.ImageSet) -> Callable[[Shard], str]:
@@ -658,9 +660,7 @@ def make_features(
     known: growth.Known | None,
 ) -> FeatureCache:
     """What is missing of a cache, from a larger one or from the images."""
-    made = pool_full_cache(config, images, identity) or extract(config, images, identity, device, known)
-    growth.remember(images, identity.folder)
-    return made
+    return pool_full_cache(config, images, identity) or extract(config, images, identity, device, known)
 
 
 def grown(images: datasets.ImageSet, identity: CacheIdentity) -> growth.Known | None:
