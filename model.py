@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from arithmetic import is_traced
 from freq_fusion import build_fusion
-from linear import Linear, is_traced
 
 LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)  # the constant of a Gaussian, nats per channel
 NEIGHBOURS = 2  # PANDA and DN2 use two
@@ -37,18 +37,20 @@ class Subnet(nn.Module):
         self, d: int, out: int, hidden: int, fusion: nn.Module | None, use_gamma: bool, identity_start: bool
     ):
         super().__init__()
-        self.fc1 = Linear(d, hidden, relu=True)
-        self.fc2 = Linear(hidden, hidden, relu=True)
-        self.fc3 = Linear(hidden, hidden, relu=True)
+        self.fc1 = nn.Linear(d, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+        self.fc3 = nn.Linear(hidden, hidden)
         self.fusion = fusion
         self.gamma = nn.Parameter(torch.ones(hidden)) if fusion is not None and use_gamma else None
-        self.fc_out = Linear(hidden if fusion is None else 2 * hidden, out)
+        self.fc_out = nn.Linear(hidden if fusion is None else 2 * hidden, out)
         if identity_start:
             nn.init.zeros_(self.fc_out.weight)
             nn.init.zeros_(self.fc_out.bias)
 
     def forward(self, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
-        h = self.fc3(self.fc2(self.fc1(x)))
+        h = x
+        for layer in (self.fc1, self.fc2, self.fc3):
+            h = layer(h).relu()
         if self.fusion is None:
             return self.fc_out(h)
         fused = self.fusion(x, tokens, index)

@@ -7,7 +7,7 @@ names the choices."""
 import torch
 from torch import Tensor, nn
 
-from linear import is_traced
+from arithmetic import is_traced
 from token_grid import centred_window
 
 EPS = 1e-12

@@ -25,6 +25,7 @@ import memory
 import model
 import runs
 import utils
+from arithmetic import forward_precision, products
 from baselines import PLACE_BASELINES, own_input_scores
 from config import ClassError, Config, UserError
 from detector import (
@@ -38,9 +39,9 @@ from detector import (
     Index,
     Inputs,
     TokenSource,
+    evenly,
     in_batches,
 )
-from linear import forward_precision, products
 
 PLACE_SAMPLE = 500  # images whose place tokens the normaliser is fitted to
 PLACES_AT_ONCE = 8  # places of each image that a training step of the local flow sees
@@ -53,11 +54,6 @@ ADAM = {"betas": (0.8, 0.8), "eps": 1e-4}  # the paper's (docs/method.md, sectio
 
 
 # ---------------------------------------------------------------- optimisation
-def evenly(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of the rows, evenly spaced."""
-    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
-
-
 def make_optimizer(parameters: list[Tensor], config: Config) -> torch.optim.Adam:
     return torch.optim.Adam(
         parameters, lr=config.lr_init, weight_decay=config.weight_decay, fused=True, **ADAM

@@ -3,13 +3,14 @@
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import linear  # noqa: E402
+import arithmetic  # noqa: E402
 import utils  # noqa: E402
 
 
@@ -18,12 +19,15 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def medians(jobs: dict, repeats: int, device: torch.device) -> dict[str, float]:
+def medians(jobs: dict, repeats: int, device: torch.device, settle: int = 0) -> dict[str, float]:
     """Median seconds of each job, run in turns after one warm-up turn, so that all of them see the same
-    machine."""
+    machine. settle: how often a job runs before it is timed in a turn, where what the other left in caches
+    and memory would not be there in use."""
     times = {name: [] for name in jobs}
     for turn in range(repeats + 1):
         for name, job in jobs.items():
+            for _ in range(settle):
+                job()
             wait(device)
             start = time.perf_counter()
             job()
@@ -34,19 +38,19 @@ def medians(jobs: dict, repeats: int, device: torch.device) -> dict[str, float]:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, n: int | None = None) -> float:
-    """FLOP/s of a large square matrix product (n x n): the best of twenty, by PyTorch's own product and by
-    oneDNN's."""
+    """FLOP/s of a large square matrix product (n x n): the best of twenty, half of them as training takes
+    them."""
     n = n or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    products = [torch.matmul] + ([linear.product] if device.type == "cpu" and linear.AVAILABLE else [])
     best = float("inf")
     with torch.inference_mode():
-        for product in products * 10:
-            wait(device)
-            start = time.perf_counter()
-            product(a, b)
-            wait(device)
-            best = min(best, time.perf_counter() - start)
+        for turn in range(20):
+            with arithmetic.products("highest", device) if turn % 2 else nullcontext():
+                wait(device)
+                start = time.perf_counter()
+                torch.matmul(a, b)
+                wait(device)
+                best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
 
 

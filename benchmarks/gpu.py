@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from common import matmul_peak, wait
-from flow import our_step, same_flows
+from flow import in_parts, our_step, same_flows
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transcription import fit
@@ -157,9 +157,10 @@ def steps(job: Job) -> None:
             optimizer = train.SubnetOptimizers(flow, knobs.Config())
             kind = "highest" if device is CPU else matmul
             for _ in range(10):
-                losses.append(our_step(flow, optimizer, tokens, kind))
+                losses.append(our_step(flow, optimizer, in_parts(tokens), kind))
             with torch.no_grad():
-                z, _ = flow(tokens[:, 0], [tokens[:, 1:]])
+                semantic, patches = in_parts(tokens)
+                z, _ = flow(semantic, [patches])
             found.append((losses, z.square().mean(1).cpu()))
         (wanted, scores), (got, other) = found
         apart = [abs(a - b) / abs(a) for a, b in zip(wanted, got)]

@@ -172,3 +172,27 @@ def test_double_means_double():
 def test_filters_that_vanish(side, zero):
     energy = freq_fusion.SpectralGate(16, (side, side)).filters.square().sum(1)
     assert (energy < 1e-12).sum() == zero
+
+
+def test_a_spectrum_is_computed_once_for_tokens_that_stay(monkeypatch):
+    """For as long as they are there and as they were; tokens with a gradient have none to share."""
+    gate, index = freq_fusion.SpectralGate(8, (6, 6)), torch.arange(8)
+    made = []
+    monkeypatch.setattr(
+        freq_fusion.torch, "matmul", lambda a, b: made.append(1) or a @ b
+    )  # only the spectrum is made by it
+    tokens = torch.randn(2, 36, 8)
+    first = gate.gate_tokens(tokens, index)
+    assert torch.equal(gate.gate_tokens(tokens, index), first) and len(made) == 1
+    assert torch.allclose(gate.mean_tokens(tokens, index), tokens.mean(1), atol=1e-6) and len(made) == 1
+    tokens.mul_(2)
+    assert torch.allclose(gate.mean_tokens(tokens, index), tokens.mean(1), atol=1e-6) and len(made) == 2
+    assert len(freq_fusion.KNOWN_SPECTRA) == 1
+    del tokens
+    assert len(freq_fusion.KNOWN_SPECTRA) == 0
+    with_gradient = torch.randn(2, 36, 8, requires_grad=True)
+    for _ in range(2):  # a shared one could be walked back through once only
+        gate.gate_tokens(with_gradient, index).sum().backward()
+    with torch.inference_mode():
+        gate.gate_tokens(torch.randn(2, 36, 8), index)
+    assert len(freq_fusion.KNOWN_SPECTRA) == 0

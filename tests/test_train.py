@@ -221,7 +221,8 @@ def test_holdout(cache):
     )
     assert set(make(cache, "b", seed=1, holdout=0.23).data.held_rows.tolist()) != held
     fitted = trainer.run()
-    z, log_det = fitted.detector.latents(trainer.data.train, trainer.data.held_rows)
+    with torch.no_grad():
+        z, log_det = fitted.detector(*trainer.data.train[trainer.data.held_rows])
     assert fitted.result["held_out_loss"] == pytest.approx(
         model.loss_per_image(z, log_det).mean().item(), rel=1e-5
     )
@@ -385,6 +386,15 @@ def test_tokens_leave_room_for_training():
     """CIFAR-10's 44 GB of ViT-B tokens stay on an idle H100 of 80 GB, and not where others use half of it."""
     assert detector.fits_beside_training(44, 80, 80) and not detector.fits_beside_training(44, 40, 80)
     assert not detector.fits_beside_training(70, 80, 80)
+
+
+def test_features_have_no_gaps():
+    """oneDNN copies what has gaps before every product."""
+    tokens = torch.arange(24).view(2, 4, 3).half()
+    features = detector.Features.of({"tokens": tokens})
+    assert features.patches.is_contiguous() and features.patches.dtype == torch.float32
+    assert torch.equal(features.patches, tokens[:, 1:].float())
+    assert torch.equal(features.semantic, tokens[:, 0].float())
 
 
 def test_features_are_split_with_and_without_bands():

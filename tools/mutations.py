@@ -520,15 +520,9 @@ MUTATIONS = [
         "_rank_auroc(theirs[np.sort(chosen)]",
         "utils",
     ),
-    Mutation("oneDNN's product is exported", "linear.py", "            or is_traced()\n", "", "linear"),
     Mutation(
-        "a ReLU's gradient passes everywhere",
-        "linear.py",
-        "        if positive:\n",
-        "        if False:\n",
-        "linear",
+        "copysign is exported", "normalization.py", "if is_traced() else", "if False else", "arithmetic"
     ),
-    Mutation("copysign is exported", "normalization.py", "if is_traced() else", "if False else", "linear"),
     Mutation(
         "threads of extraction all take every core",
         "extractor.py",
@@ -749,27 +743,42 @@ MUTATIONS = [
     ),
     Mutation(
         "matmul bfloat16 does nothing",
-        "linear.py",
+        "arithmetic.py",
         'if matmul == "bfloat16" else',
         "if False else",
         "batched",
     ),
     Mutation(
-        "a product that loses digits is taken", "linear.py", "and error < 1e-4", "and error < 1", "linear"
+        "a product that loses digits is taken", "arithmetic.py", "error < 1e-4", "error < 1", "arithmetic"
     ),
+    Mutation(
+        "a spectrum outlives a change of its tokens",
+        "freq_fusion.py",
+        "if version != tokens._version:",
+        "if version is None:",
+        "fusion",
+    ),
+    Mutation(
+        "spectra are shared where there are gradients",
+        "freq_fusion.py",
+        "if is_traced() or tokens.requires_grad or",
+        "if is_traced() or",
+        "fusion",
+    ),
+    Mutation(
+        "tokens reach the flow with gaps",
+        "detector.py",
+        "tokens[:, 1:].float(), **kept)",
+        "tokens.float()[:, 1:], **kept)",
+        "train",
+    ),
+    Mutation("only stacked products are probed", "arithmetic.py", ", (a[0], b[0]))", ",)", "arithmetic"),
     Mutation(
         "TF32 stays on after training",
-        "linear.py",
-        "    finally:\n        torch.set_float32_matmul_precision(before)\n\n\ndef",
-        "    finally:\n        pass\n\n\ndef",
-        "linear",
-    ),
-    Mutation(
-        "bfloat16 goes by oneDNN's float32 product",
-        "linear.py",
-        '            or torch.is_autocast_enabled("cpu")\n',
-        "",
-        "linear",
+        "arithmetic.py",
+        "    finally:\n        torch.set_float32_matmul_precision(before)\n",
+        "    finally:\n        pass\n",
+        "arithmetic",
     ),
     Mutation(
         "compile_flow does nothing", "train.py", "compiled(flow) if config.compile_flow else", "", "batched"

@@ -1,0 +1,51 @@
+"""How products of matrices are computed, and whether the code is being traced.
+
+On AMD processors oneDNN's float32 products are about twice as quick, for the sizes of a flow, as those of the
+library that PyTorch takes by itself (benchmarks/RESULTS.md). PyTorch takes oneDNN's where products are
+allowed fewer digits than float32 has; on processors without bfloat16 tiles (AMX) they keep them all."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+
+def is_traced() -> bool:
+    """Whether the code is being compiled, exported or traced: PyTorch's own operators are wanted then."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+@functools.cache
+def exact_by_onednn() -> bool:
+    """Whether float32 products, of matrices and of stacks of them, that are allowed bfloat16 come out as
+    exact as ever on this CPU: asked once, with small ones."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 8, 300, generator=generator), torch.randn(4, 300, 50, generator=generator)
+    with _allowed("medium"):
+        error = max((x @ y - x.double() @ y.double()).abs().max().item() for x, y in ((a, b), (a[0], b[0])))
+    return error < 1e-4  # of values about 17; bfloat16 would be off by 0.1
+
+
+@contextmanager
+def _allowed(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def products(matmul: str, device: torch.device) -> AbstractContextManager:
+    """What float32 products of the detector run under, by the knob ``matmul``: in TF32 on a GPU that is told
+    so; on a CPU by oneDNN, where that costs no digits."""
+    if device.type == "cuda" and matmul == "tf32":
+        return _allowed("high")
+    return _allowed("medium") if device.type == "cpu" and exact_by_onednn() else nullcontext()
+
+
+def forward_precision(matmul: str, device: torch.device) -> AbstractContextManager:
+    """What the forward pass of a training step runs under: bfloat16 products where ``matmul`` says so, of
+    weights that stay float32."""
+    return torch.autocast(device.type, torch.bfloat16) if matmul == "bfloat16" else nullcontext()

@@ -1,0 +1,102 @@
+"""Products of matrices: quicker, with the digits they had; and what is traced holds nothing private."""
+
+import pytest
+import torch
+from torch import nn
+
+import arithmetic
+import normalization
+
+
+def exported(**how):
+    """Names of the operators in an export of a small network with a normalisation in front."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+        def forward(self, x):
+            return self.layers(normalization.power_l2(x))
+
+    net, x = Net().eval(), torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(net, (x,), **how)
+    graphs = [
+        module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)
+    ]
+    names = " ".join(str(node.target) for graph in graphs for node in graph.nodes)
+    torch.testing.assert_close(program.module()(x), net(x), rtol=1e-5, atol=1e-6)
+    return names
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_export_holds_nothing_private(strict):
+    names = exported(strict=strict)
+    assert "aten.linear" in names and "mkldnn" not in names and "copysign" not in names
+    assert "wrap_with_set_grad_enabled" not in names
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    "matmul, device, exact, expected",
+    [
+        ("highest", CPU, True, "medium"),
+        ("bfloat16", CPU, True, "medium"),
+        ("highest", CPU, False, "highest"),
+        ("tf32", CPU, False, "highest"),
+        ("tf32", CUDA, True, "high"),
+        ("highest", CUDA, True, "highest"),
+        ("bfloat16", CUDA, True, "highest"),
+    ],
+)
+def test_products(monkeypatch, matmul, device, exact, expected):
+    """A CPU whose oneDNN gives up digits when it may is not allowed to; what was set before comes back."""
+    monkeypatch.setattr(arithmetic, "exact_by_onednn", lambda: exact)
+    with pytest.raises(RuntimeError), arithmetic.products(matmul, device):
+        assert torch.get_float32_matmul_precision() == expected
+        raise RuntimeError
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_products_keep_their_digits(threads, stacked):
+    """Whether oneDNN makes them or not, with any number of threads; gradients are products as well."""
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 4, 500, requires_grad=True), torch.randn(3, 500, 6)
+    exact = (a.double() @ b.double()).detach()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with arithmetic.products("highest", CPU):
+            found = a @ b if stacked else torch.stack([x @ y for x, y in zip(a, b)])
+            found.sum().backward()
+    finally:
+        torch.set_num_threads(before)
+    assert (found - exact).abs().max() < 1e-4
+    torch.testing.assert_close(a.grad, b.sum(2)[:, None].expand(3, 4, 500), rtol=1e-5, atol=1e-5)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("kind", ["stacks", "matrices"])
+def test_a_product_that_loses_digits_is_seen(monkeypatch, kind):
+    """The probe, where products of one kind are made with bfloat16 numbers."""
+    exact = torch.Tensor.__matmul__
+
+    def coarse(a, b):
+        rounded = a.dtype == torch.float32 and a.dim() == (3 if kind == "stacks" else 2)
+        return exact(a.bfloat16(), b.bfloat16()).float() if rounded else exact(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", coarse)
+    assert not arithmetic.exact_by_onednn.__wrapped__()
+
+
+def test_bfloat16_forward_takes_bfloat16_products():
+    layer, x = nn.Linear(300, 4), torch.randn(5, 300)
+    with arithmetic.forward_precision("bfloat16", CPU):
+        assert layer(x).dtype == torch.bfloat16
+    for matmul in ("highest", "tf32"):
+        with arithmetic.forward_precision(matmul, CPU):
+            assert layer(x).dtype == torch.float32
