@@ -104,7 +104,9 @@ def find_run(name: str, root: Path) -> Run:
     """A finished run by its name or its folder. Raises UserError when there is none."""
     for folder in (root / name, Path(name)):
         if (folder / "results.json").is_file():
-            run = open_run(folder, folder.name)
+            inside = folder.resolve().is_relative_to(root.resolve())
+            shown = folder.resolve().relative_to(root.resolve()).as_posix() if inside else folder.name
+            run = open_run(folder, shown)
             if run.fault:
                 raise UserError(f"{run.fault}; run main.py again")
             return run

@@ -5,8 +5,12 @@ python export.py runs/foad_mfff/classes/cat-seed0 cat.pt2 --size 480x640
 
 Input "images" (n, H, W, 3) uint8, any n, RGB; H and W are the backbone's own, or those of --size, which are
 resized inside as Pillow does. Outputs "score" (n), "p_value" (n) among the held-out normal pictures (NaN
-without any) and "anomalous" (n), whether the score is above the threshold at --false_alarms. The arithmetic
-is float32. The file is compared with the detector before it is put in its place."""
+without any) and "anomalous" (n), whether the score is above the threshold at --false_alarms. The file is
+compared with the detector before it is put in its place.
+
+The arithmetic is float32. Held-out scores of a fit in bfloat16 differ from it: --calibrate FOLDER rests
+p-values and verdicts on fresh good pictures, scored as the file scores them; or fit with --precision
+float32."""
 
 import argparse
 from pathlib import Path
@@ -20,6 +24,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("output", type=Path, help="the file to write: .onnx or .pt2 (torch.export)")
     parser.add_argument("--size", help="height x width of the pictures, as in 480x640 [the backbone's]")
     parser.add_argument("--false_alarms", type=float, help="as of predict.py [the run's]")
+    parser.add_argument(
+        "--calibrate", type=Path, metavar="FOLDER", help="fresh good pictures: p-values and verdicts by them"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores [0]")
     return parser.parse_args(argv)
 
@@ -28,6 +35,8 @@ if __name__ == "__main__":  # parse before the slow imports
     ARGUMENTS = parse_arguments()
 
 import io
+import sys
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -40,6 +49,7 @@ import extractor
 import utils
 from config import UserError
 from detector import HEADS, Features, PictureDetector
+from images import images_below
 from pictures import Eye
 
 TOLERANCE = 1e-4  # of the largest score, between the file's scores and the detector's
@@ -71,12 +81,29 @@ class Exported(nn.Module):
         return score, p_value.float(), score > self.limit
 
 
-def load(path: Path, false_alarms: float | None) -> PictureDetector:
-    """The detector of a checkpoint on the CPU, its backbone in float32. Raises UserError."""
+def load(path: Path, false_alarms: float | None, good: Path | None = None) -> PictureDetector:
+    """The detector of a checkpoint on the CPU, its backbone in float32; ``good``: a folder of fresh good
+    pictures that p-values shall rest on. Raises UserError."""
     cpu = torch.device("cpu")
     loaded = PictureDetector.load(path, cpu, false_alarms)
     loaded.eye = Eye(loaded.eye.config, loaded.eye.features, cpu, precision="float32")
+    if good:
+        pictures = images_below(good) if good.is_dir() else []
+        if not pictures:
+            raise UserError(f"calibrate: expected a folder of good pictures, found none in {good}")
+        loaded.calibrate(pictures)
     return loaded
+
+
+def warning(loaded: PictureDetector, calibrated: bool) -> str:
+    """What the p-values of the file rest on, where that is not its own arithmetic; else empty."""
+    precision = loaded.eye.features["precision"]
+    if calibrated or precision == "float32" or not len(loaded.held_out):
+        return ""
+    return (
+        f"warning: p-values and verdicts rest on {len(loaded.held_out)} held-out scores in {precision}, the "
+        "file computes in float32: --calibrate FOLDER of good pictures, or a fit with --precision float32"
+    )
 
 
 def examples(count: int, size: tuple[int, int]) -> Tensor:
@@ -93,7 +120,9 @@ Run = Callable[[np.ndarray], list[np.ndarray]]  # images -> score, p-value, verd
 def write_pt2(program: torch.export.ExportedProgram, path: Path) -> Run:
     """Write a file of torch.export -> what runs it."""
     content = io.BytesIO()
-    torch.export.save(program, content)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No complete tensor found")  # of views: torch's, on its own doing
+        torch.export.save(program, content)
     path.write_bytes(content.getvalue())
     module = torch.export.load(io.BytesIO(path.read_bytes())).module()
     return lambda images: [out.numpy() for out in module(torch.from_numpy(images))]
@@ -113,7 +142,9 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> Run:
     names = {"input_names": ["images"], "output_names": list(OUTPUTS)}
     made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     path.write_bytes(made.model_proto.SerializeToString())
-    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # --threads; of its own it takes every core
+    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(list(OUTPUTS), {"images": images})
 
 
@@ -162,7 +193,7 @@ def compare(detector: PictureDetector, wanted: np.ndarray, run: Run, images: Ten
 
 def main(arguments: argparse.Namespace) -> None:
     utils.set_up("cpu", arguments.threads)
-    loaded = load(arguments.checkpoint, arguments.false_alarms)
+    loaded = load(arguments.checkpoint, arguments.false_alarms, arguments.calibrate)
     size = None
     if arguments.size:
         size = knobs.parse_values({"img_size": arguments.size})["img_size"]
@@ -172,6 +203,8 @@ def main(arguments: argparse.Namespace) -> None:
         f"{arguments.output}: {written / 1e6:.1f} MB, images (n, {height}, {width}, 3) uint8 -> "
         f"{', '.join(OUTPUTS)}; scores within {off:.1e} of the detector's"
     )
+    if told := warning(loaded, arguments.calibrate is not None):
+        print(told, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -170,8 +170,10 @@ def read_image(path: Path) -> np.ndarray:
             return _decoded(image, path)
     except MemoryError:
         raise
+    except FileNotFoundError:
+        raise UserError(f"no image {path}: there is no such file") from None
     except Exception as error:  # every format fails in its own way on damaged bytes
-        reason = str(error).split("\n")[0].replace(str(path), "it")[:120]
+        reason = str(error).split("\n")[0].replace(repr(str(path)), "it").replace(str(path), "it")[:120]
         raise UserError(
             f"unreadable image {path} ({type(error).__name__}: {reason}); repair it or take it out of the "
             f"folder"

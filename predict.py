@@ -52,6 +52,7 @@ import contextlib
 import csv
 import glob
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
@@ -242,11 +243,26 @@ def tell_thresholds(detectors: list[PictureDetector]) -> None:
             print(f"warning: {name}{fitted.threshold.warning}", file=sys.stderr)
 
 
+def tell_counts(
+    detectors: list[PictureDetector], counts: Counter[str], done: int, output: Path | None
+) -> None:
+    """Say on standard error how many pictures were scored, how many each class calls anomalous, and where the
+    rows are."""
+    anomalous = [
+        f"{counts[fitted.class_name]} anomalous" + f" by {fitted.class_name}" * (len(detectors) > 1)
+        for fitted in detectors
+        if len(fitted.held_out)
+    ]
+    told = ", ".join([f"{done} pictures scored", *anomalous])
+    print(told + (f"; rows in {output}" if output else ""), file=sys.stderr)
+
+
 def main(arguments: argparse.Namespace) -> int:
     """Score the pictures -> the exit status: 1 where some could not be read."""
     files = find_images(arguments.images)
     detectors = load_all(arguments)
     unreadable = calibrate(detectors, arguments.calibrate) if arguments.calibrate else []
+    counts: Counter[str] = Counter()  # of the verdicts of each class
     done, bar = 0, arguments.output is not None or not sys.stdout.isatty()
     tell_thresholds(detectors)
     try:
@@ -257,6 +273,7 @@ def main(arguments: argparse.Namespace) -> int:
                     continue
                 for line in part:
                     put(line)
+                    counts[line["class"]] += line["verdict"] == "anomalous"
                 if arguments.heat_maps:
                     draw_heat_maps(detectors, part, arguments.heat_maps)
                 done += len(part) // len(detectors)
@@ -267,6 +284,7 @@ def main(arguments: argparse.Namespace) -> int:
     except BrokenPipeError:  # whoever read the rows has seen enough
         sys.stdout = None  # type: ignore[assignment]
         return 0
+    tell_counts(detectors, counts, done, arguments.output)
     for reason in unreadable:
         print(f"skipped: {reason}", file=sys.stderr)
     return 1 if unreadable else 0

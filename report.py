@@ -219,7 +219,8 @@ def notes(summary: dict) -> list[str]:
     several = "mean ± standard deviation over the seeds" if len(summary["seeds"]) > 1 else "seed"
     if not nothing_tested(summary):
         how = f"{reported_epoch(summary)}, {several} {seeds}"
-        lines.append(f"AUROC: {how}; oracle: the epoch that is best on the test images.")
+        before = ", before the refit on all normal images" if summary["config"]["refit"] else ""
+        lines.append(f"AUROC: {how}; oracle: the epoch that is best on the test images{before}.")
     if summary["baselines"]:
         means = {name: table["mean"]["auroc"] for name, table in summary["baselines"].items()}
         ranked = sorted(means, key=lambda name: -np.nan_to_num(means[name]))

@@ -112,6 +112,15 @@ def test_what_cannot_be_paired_is_told(tmp_path, change, told):
     assert lines["x"].endswith(told) and lines["mean"].endswith("-")
 
 
+def test_a_run_of_a_sweep_goes_by_its_whole_name(tmp_path):
+    """However it is named: two sweeps may have the same value."""
+    (tmp_path / "sweep").mkdir()
+    folder = write_run(tmp_path / "sweep", "none", {"x": scores_of(1.0)})
+    for name in ("sweep/none", str(folder)):
+        assert compare.find_run(name, tmp_path).name == "sweep/none"
+    assert compare.find_run(str(folder), tmp_path / "elsewhere").name == "none"
+
+
 def test_runs_that_are_not_there(tmp_path):
     write_run(tmp_path, "a", {"x": scores_of(1.0)})
     write_run(tmp_path, "b", {"y": scores_of(1.0)})

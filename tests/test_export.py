@@ -1,6 +1,7 @@
 """One file from pixels to score and p-value: it says what the detector says."""
 
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import calibration
 import export
 import train
 from config import Config, UserError
+from detector import Detector
 from extractor import resize_like_pillow
 
 pytestmark = pytest.mark.slow
@@ -52,12 +54,23 @@ def loaded(name: str):
     "name, ending, size",
     [("spectrum", "onnx", (48, 48)), ("spectrum", "pt2", None), ("latent_knn", "onnx", None)],
 )
-def test_exported_file_is_the_detector(fitted, tmp_path, name, ending, size):
+def test_exported_file_is_the_detector(fitted, tmp_path, monkeypatch, name, ending, size):
     if ending == "onnx":
         runtime = pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
+        threads, kept = [], runtime.InferenceSession
+
+        def session(model, options=None, **others):
+            threads.append(options and options.intra_op_num_threads)
+            return kept(model, options, **others)
+
+        monkeypatch.setattr(runtime, "InferenceSession", session)
     detector, path = loaded(name), tmp_path / f"x.{ending}"
-    assert export.export(detector, path, size) <= 1e-4 and list(tmp_path.iterdir()) == [path]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "No complete tensor")
+        assert export.export(detector, path, size) <= 1e-4 and list(tmp_path.iterdir()) == [path]
+    if ending == "onnx":
+        assert threads == [torch.get_num_threads()], "as many as --threads says"
     files = [fitted / f"images/test/{c}/0{i}.png" for c in ("leaf", "sky") for i in range(3)]
     pictures = [Image.open(file).resize(size or (64, 64)) for file in files]
     images = np.stack([np.asarray(picture) for picture in pictures])
@@ -73,6 +86,29 @@ def test_exported_file_is_the_detector(fitted, tmp_path, name, ending, size):
     assert p_value == pytest.approx(calibration.p_values(detector.held_out.astype(np.float32), score))
     assert np.array_equal(anomalous, detector.verdict(wanted) == "anomalous")
     assert anomalous[3:].any(), "the sky is no leaf"
+
+
+def test_p_values_rest_on_the_files_own_arithmetic(fitted, tmp_path, capsys):
+    """A fit in bfloat16 is warned of; with --calibrate the held-out scores are the exported file's."""
+    patch = {"precision": "bfloat16", "modelname": "bf", "feature_path": "features/bf"}
+    train.main(Config(**RUN | OPTIONS["latent_knn"] | patch, dataset_path=str(fitted / "images")))
+    arguments = ["runs/bf/classes/leaf-seed0", str(tmp_path / "x.pt2"), "--threads", "1"]
+    export.main(export.parse_arguments(arguments))
+    assert "held-out scores in bfloat16, the file computes in float32" in capsys.readouterr().err
+    good = fitted / "images/test/leaf"
+    export.main(export.parse_arguments([*arguments, "--calibrate", str(good)]))
+    assert "warning" not in capsys.readouterr().err
+    held_out = torch.export.load(tmp_path / "x.pt2").module().held_out.numpy()
+    scores = [
+        detector.score(sorted(good.iterdir()))
+        for detector in (
+            export.load("runs/bf/classes/leaf-seed0", 0.2),
+            Detector.load("runs/bf/classes/leaf-seed0", "cpu", 1),
+        )
+    ]
+    assert held_out == pytest.approx(scores[0], rel=1e-6) and held_out != pytest.approx(scores[1], rel=1e-3)
+    with pytest.raises(UserError, match="calibrate: expected a folder of good pictures, found none in no"):
+        export.main(export.parse_arguments([*arguments, "--calibrate", "no"]))
 
 
 def test_file_that_says_something_else_is_not_kept(fitted, tmp_path, monkeypatch):

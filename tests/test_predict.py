@@ -180,6 +180,33 @@ def test_unreadable_files_are_listed_and_make_the_status_one(here, capsys, tmp_p
     assert said.splitlines()[-1].startswith("skipped: ") and str(broken) in said.splitlines()[-1]
 
 
+def test_the_end_says_how_many_are_anomalous(here, capsys, tmp_path):
+    """As the rows have it; of two classes each, of one without held-out pictures none."""
+    target = tmp_path / "x.csv"
+    for name, classes in (("held", ("a",)), ("two", ("a", "b"))):
+        _, said, _ = predicted(
+            capsys, f"runs/{name}", "images/test", "--false_alarms", "0.5", "--output", target
+        )
+        with open(target) as stream:
+            rows = list(csv.DictReader(stream))
+        counts = [sum((r["class"], r["verdict"]) == (c, "anomalous") for r in rows) for c in classes]
+        by = [f"{n} anomalous" + f" by {c}" * (len(classes) > 1) for n, c in zip(counts, classes)]
+        assert said.splitlines()[-1] == f"20 pictures scored, {', '.join(by)}; rows in {target}"
+        assert any(counts), "a test of something"
+    said = predicted(capsys, "runs/plain", "images/test")[1]
+    assert said.splitlines()[-1] == "20 pictures scored"
+
+
+def test_a_name_without_a_file(here, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{TESTED[0]}\nnowhere.png\n"))
+    _, said, status = predicted(capsys, "runs/held", "-")
+    assert status == 1 and said.splitlines()[-1] == "skipped: no image nowhere.png: there is no such file"
+    loaded = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
+    for ask in (loaded.score, loaded.heat_map):
+        with pytest.raises(UserError, match="no image nowhere.png"):
+            ask("nowhere.png")
+
+
 def test_globs_and_lists(here, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(TESTED[:3]) + "\n"))
     rows, _, _ = predicted(capsys, "runs/held", "-", "images/test/b/*.png")

@@ -464,6 +464,48 @@ MUTATIONS = [
         "an exported file is not compared", "export.py", "if not off <= TOLERANCE", "if False", "export"
     ),
     Mutation(
+        "an exported file's p-values rest on another arithmetic",
+        "export.py",
+        "        loaded.calibrate(pictures)\n",
+        "",
+        "export",
+    ),
+    Mutation(
+        "onnxruntime takes every core",
+        "export.py",
+        "options.intra_op_num_threads = torch.get_num_threads()",
+        "pass",
+        "export",
+    ),
+    Mutation(
+        "every picture counts as anomalous",
+        "predict.py",
+        '+= line["verdict"] == "anomalous"',
+        "+= 1",
+        "predict",
+    ),
+    Mutation(
+        "a message of a broken set is another",
+        "published.py",
+        "its checksum differs",
+        "it is bad",
+        "messages",
+    ),
+    Mutation(
+        "a run of a sweep goes by half its name",
+        "compare.py",
+        "if inside else",
+        "if not inside else",
+        "compare",
+    ),
+    Mutation(
+        "the oracle looks worse than the result",
+        "report.py",
+        'if summary["config"]["refit"] else ""',
+        'if False else ""',
+        "report",
+    ),
+    Mutation(
         "exported p-values forget the picture",
         "export.py",
         "(1 + above) / (1 + len",
