@@ -247,9 +247,9 @@ class LocalHead(Head):
 
     noise = 0.3
 
-    def __init__(self, detector: Detector, config: Config, trained: bool):
+    def __init__(self, detector: Detector, config: Config, trained: bool, seed: int):
         super().__init__("local", detector.local, self._some_places, config, trained)
-        self.detector, self.generator = detector, np.random.RandomState(config.seed)
+        self.detector, self.generator = detector, np.random.RandomState(seed)
 
     def step(self, features: Features, noise: torch.Generator, rate: float) -> Tensor:
         losses = [super(LocalHead, self).step(features, noise, rate) for _ in range(PLACE_STEPS)]
@@ -293,13 +293,7 @@ class Trainer:
         self.bytes = memory.training_bytes(config, features, len(data.fit_rows))
         utils.seed_everything(seed)
         self.detector = Detector(config, features)
-        try:
-            self._fit_normalizers(data.fit_rows)
-        except (ValueError, torch.linalg.LinAlgError) as error:
-            reason = (
-                f"class {data.class_name}: its features cannot be normalised ({str(error).splitlines()[0]})"
-            )
-            raise ClassError(detector.features_fault(data) or reason) from None
+        self._normalize_by(data.fit_rows)
         self.detector.to(device)
         self.parameters = list(self.detector.parameters())
         self.heads = self._make_heads()
@@ -314,8 +308,19 @@ class Trainer:
         self.history: list[dict] = []
         self.distances: dict[str, Tensor] = {}  # to the nearest normal images, of test and held-out ones
 
+    def _normalize_by(self, rows: np.ndarray) -> None:
+        """Fit the normalisation, and the weights of the heads, to normal training images. Raises ClassError
+        where their features allow none."""
+        try:
+            self._fit_normalizers(rows)
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            name, reason = self.data.class_name, str(error).splitlines()[0]
+            fault = detector.features_fault(self.data)
+            raise ClassError(
+                fault or f"class {name}: its features cannot be normalised ({reason})"
+            ) from None
+
     def _fit_normalizers(self, rows: np.ndarray) -> None:
-        """Fit the normalisation, and the weights of the heads, to normal training images."""
         fit, source = self.detector, self.data.train
         if fit.rings is not None:
             bands = source.one_on_cpu("bands", rows)
@@ -347,7 +352,7 @@ class Trainer:
                 "texture", fit.texture, lambda f: fit.texture_inputs(f.bands), config, trained["texture"]
             ),
         ]
-        return heads + ([LocalHead(fit, config, trained["local"])] if fit.uses_places else [])
+        return heads + ([LocalHead(fit, config, trained["local"], self.seed)] if fit.uses_places else [])
 
     def run(self) -> Fitted:
         start = time.perf_counter()
@@ -457,7 +462,7 @@ class Trainer:
                     outcome.held_out_loss
                 )
         scores, _ = self._scores(outcomes)
-        if not np.isfinite(scores).all() or any(math.isinf(o.held_out_loss) for o in outcomes.values()):
+        if not np.isfinite(scores).all():
             raise self.not_finite("scores are not finite", self.step - 1)
         entry["auroc"] = utils.auroc(self.data.labels, scores)
         for name, score in model.SCORES.items():  # what the flow's other scores would have had
@@ -542,7 +547,7 @@ class Trainer:
         The standardisation stays that of the held-out images, from when they were still held out."""
         fit, data = self.detector, self.data
         normal = np.sort(np.concatenate([data.fit_rows, data.held_rows]))
-        self._fit_normalizers(normal)
+        self._normalize_by(normal)
         if self.config.score == "latent_knn":
             fit.reference = self.heads[0].measure(data.train, normal).z
         for head in self.heads if self.config.score == "spectrum" else ():
@@ -550,13 +555,13 @@ class Trainer:
 
     def _refitted_scores(self) -> np.ndarray:
         """Scores of the test images after the refit."""
-        scores = [
-            self.detector.score_features(self.detector.read(self.data.test, batch))
-            for batch in in_batches(self.data.test_rows, EVAL_BATCH[self.device.type])
-        ]
-        if not np.isfinite(np.concatenate(scores)).all():
+        with products("highest", self.device), torch.no_grad():
+            batches = in_batches(self.data.test_rows, EVAL_BATCH[self.device.type])
+            parts = [self.detector.scores(self.detector.read(self.data.test, batch)) for batch in batches]
+        scores = torch.cat(parts).cpu().numpy()
+        if not np.isfinite(scores).all():
             raise self.not_finite("scores are not finite after the refit", self.step - 1)
-        return np.concatenate(scores)
+        return scores
 
     @torch.no_grad()
     def _own_input_scores(self) -> dict[str, np.ndarray]:

@@ -122,9 +122,9 @@ def settings(**more) -> Config:
     return Config(**(options | more))
 
 
-def fit(cache, **more):
+def fit(cache, cell_seed=0, **more):
     sources = [detector.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]
-    trainer = train.make_trainer(settings(**more), cache, "a", 0, *sources)
+    trainer = train.make_trainer(settings(**more), cache, "a", cell_seed, *sources)
     return trainer, trainer.run()
 
 
@@ -180,6 +180,16 @@ def test_an_image_is_as_unlikely_as_its_least_likely_place(surface):
     assert found.loss == pytest.approx(each.mean().item() - 0.9189385, abs=1e-4)
     features = trainer.data.test[rows]._replace(places=places)
     assert np.allclose(fitted.detector.score_features(features), fitted.scores, atol=1e-4)
+
+
+def test_a_seed_comes_out_the_same_whichever_seed_the_run_began_with(tmp_path):
+    """The places that the local flow learns from are drawn by the seed of the class, too."""
+    cache, options = fabricate(tmp_path / "c", spread=0.1), {"select_epoch": "last", "lr_init": 5e-3}
+    local = [
+        dict(fit(cache, cell_seed=1, seed=first, **options)[1].detector.local.named_parameters())
+        for first in (0, 1)
+    ]
+    assert all(torch.equal(values, local[1][name]) for name, values in local[0].items())
 
 
 def test_the_local_flow_learns(tmp_path):

@@ -24,8 +24,9 @@ from fabricated import (
 import config as knobs
 import detector
 import model
+import normalization
 import utils
-from config import UserError
+from config import ClassError, UserError
 from datasets import Split
 from feature_cache import CacheIdentity, FeatureCache
 
@@ -366,6 +367,31 @@ def test_refit_takes_in_the_images_that_were_held_out(cache, options):
     again = fitted.detector.score_features(trainer.data.test[fitted.test_rows])
     assert np.allclose(again, fitted.scores, rtol=1e-4, atol=1e-4)
     assert not np.allclose(fit(cache, **options).scores, fitted.scores, rtol=1e-3)
+
+
+def test_a_refit_that_cannot_be_normalised_is_the_classes_fault(cache, monkeypatch):
+    """The line of the class, which stops no other, instead of a traceback."""
+    trainer = make(cache, refit=True, **SPECTRUM)
+
+    def diverges(*_):
+        raise torch.linalg.LinAlgError("eigh did not converge")
+
+    monkeypatch.setattr(normalization, "fit_whitening", diverges)
+    with pytest.raises(ClassError, match="class a: .*cannot be normalised .eigh did not converge"):
+        trainer.run()
+
+
+def test_scores_that_are_not_finite_after_the_refit_are_the_classes_fault(cache, monkeypatch):
+    trainer = make(cache, refit=True, **SPECTRUM)
+    plain = trainer._refit
+
+    def broken():
+        plain()
+        trainer.detector.rings.whitening.fill_(torch.nan)
+
+    monkeypatch.setattr(trainer, "_refit", broken)
+    with pytest.raises(ClassError, match="class a: scores are not finite after the refit"):
+        trainer.run()
 
 
 def test_tokens_on_the_device_are_those_in_the_files(cache):
