@@ -17,10 +17,12 @@ MOST = 2e9  # bytes of features that are carried over in memory; a larger cache 
 
 
 def remember(images: ImageSet, folder: Path) -> None:
-    """Write which images a cache's rows are of, by their content."""
+    """Write which images a cache's rows are of, by their content; under the folder's lock, as a process that
+    finishes the cache removes what others have half written."""
     keys = {split: images.keys(split) for split in SPLITS}
     if _remembered(folder) != keys:
-        utils.write_sealed(folder / IMAGES, keys)
+        with utils.Lock(folder / ".lock"):
+            utils.write_sealed(folder / IMAGES, keys)
 
 
 def _remembered(folder: Path) -> dict[str, list[str]] | None:

@@ -316,9 +316,7 @@ class Trainer:
         except (ValueError, torch.linalg.LinAlgError) as error:
             name, reason = self.data.class_name, str(error).splitlines()[0]
             fault = detector.features_fault(self.data)
-            raise ClassError(
-                fault or f"class {name}: its features cannot be normalised ({reason})"
-            ) from None
+            raise ClassError(fault or f"class {name}: its features cannot be normalised ({reason})") from None
 
     def _fit_normalizers(self, rows: np.ndarray) -> None:
         fit, source = self.detector, self.data.train

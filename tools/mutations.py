@@ -71,7 +71,7 @@ MUTATIONS = [
     Mutation(
         "what the baselines need is not asked for",
         "runs.py",
-        '    if config.baselines and not record["own_input_scores"]',
+        '    if compared and not record["own_input_scores"]',
         '    if False and not record["own_input_scores"]',
         "runs",
     ),
@@ -399,7 +399,7 @@ MUTATIONS = [
     Mutation(
         "refit forgets the held-out images",
         "train.py",
-        "self._fit_normalizers(normal)",
+        "self._normalize_by(normal)",
         "self._fit_normalizers(data.fit_rows)",
         "train",
     ),
@@ -568,8 +568,8 @@ MUTATIONS = [
     Mutation(
         "threads of extraction all take every core",
         "extractor.py",
-        "initializer=lambda: torch.set_num_threads(share)",
-        "initializer=lambda: None",
+        "lambda: torch.set_num_threads(share)",
+        "lambda: None",
         "extractor",
     ),
     Mutation(
@@ -1233,6 +1233,27 @@ MUTATIONS = [
         "        stream.wait_stream(torch.cuda.current_stream(device))\n",
         "",
         "extractor",
+    ),
+    Mutation(
+        "the local flow draws its places by the run's first seed",
+        "train.py",
+        "self.generator = detector, np.random.RandomState(seed)",
+        "self.generator = detector, np.random.RandomState(config.seed)",
+        "places",
+    ),
+    Mutation(
+        "a refit that diverges is a traceback",
+        "train.py",
+        "        self._normalize_by(normal)",
+        "        self._fit_normalizers(normal)",
+        "train",
+    ),
+    Mutation(
+        "the list of images is written while another process tidies up",
+        "growth.py",
+        'with utils.Lock(folder / ".lock"):',
+        "if True:",
+        "growth",
     ),
     Mutation(
         "the readers' pictures come as they are read",
