@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 import detector
-import report
+import runs
 import tables
 import utils
 from config import UserError
-from tables import cell, number
+from tables import cell, margin_cell, number
 
 STATES = "unfinished: no table yet, so many classes and seeds are fitted; newer: fitted since the table."
 NAMES_ONLY = ("modelname",)  # knobs in which two runs always differ
@@ -46,7 +46,8 @@ def open_run(folder: Path, name: str) -> Run:
             raise ValueError("it holds no results of a run")
     except (OSError, ValueError, TypeError) as error:
         summary, fault = {}, f"{path} cannot be read: {error}"
-    return Run(name, folder, summary, sorted((folder / "classes").glob("*.json")), fault)
+    kept = (path for path in (folder / "classes").glob("*.json") if not path.name.endswith(runs.FAILED))
+    return Run(name, folder, summary, sorted(kept), fault)
 
 
 # ---------------------------------------------------------------- the list
@@ -125,12 +126,12 @@ def compare(first: str, second: str, root: Path) -> str:
     header = ["class", "A", "B", "B - A [95 %]"]
     rows = [
         [name, *(cell(run.summary["classes"][name], "auroc", len(run.summary["seeds"])) for run in (a, b))]
-        + [margins[name].get("missing") or report.margin_cell(margins, name)]
+        + [margins[name].get("missing") or margin_cell(margins, name)]
         for name in shared
     ]
     known = {name: margin for name, margin in margins.items() if "missing" not in margin}
     means = [number(mean_over(run, shared)) for run in (a, b)]
-    rows.append(["mean", *means, report.margin_cell(known, None)])
+    rows.append(["mean", *means, margin_cell(known, None)])
     parts = [f"A: {a.name}\nB: {b.name}\n", tables.as_text(header, rows)]
     return "\n".join([*parts, tables.wrapped(notes(a, b, shared)), "", differences(a, b)])
 

@@ -29,18 +29,18 @@ if __name__ == "__main__":  # parse before the slow imports
 import csv
 import dataclasses
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+import compare
 import tables
 import utils
 from calibration import Threshold
 from model import SCORES
-from tables import cell, number
+from tables import cell, margin_cell, number, undefined
 from utils import METRICS
 
 ORACLE = "best_on_test_auroc"
@@ -101,7 +101,7 @@ def summarize(
 
 def why_undefined(result: dict) -> str:
     """Why a class has no AUROC; empty where it has one."""
-    if not _undefined(result["auroc"]):
+    if not undefined(result["auroc"]):
         return ""
     if "reason" in result:  # it could not be fitted
         return result["reason"]
@@ -110,10 +110,6 @@ def why_undefined(result: dict) -> str:
     if "n_anomalous" not in result:
         return "the test images have one label only"
     return f"no {'anomalous' if result['n_anomalous'] == 0 else 'normal'} test images"
-
-
-def _undefined(value: float | None) -> bool:
-    return value is None or math.isnan(value)
 
 
 def _over_seeds(groups: list[list[dict]]) -> dict:
@@ -134,7 +130,7 @@ def _mean_metrics(per_class: dict[str, dict]) -> dict:
     """The mean over the classes for which a metric is defined; NaN where none is."""
     means = {}
     for metric in METRICS:
-        values = [entry[metric] for entry in per_class.values() if not _undefined(entry[metric])]
+        values = [entry[metric] for entry in per_class.values() if not undefined(entry[metric])]
         means[metric] = float(np.mean(values)) if values else float("nan")
     return means
 
@@ -239,7 +235,7 @@ def notes(summary: dict) -> list[str]:
 
 def nothing_tested(summary: dict) -> bool:
     """Whether no class has an AUROC."""
-    return _undefined(summary["mean"]["auroc"])
+    return undefined(summary["mean"]["auroc"])
 
 
 def threshold_table(summary: dict) -> tuple[list[str], list[list[str]]]:
@@ -286,20 +282,8 @@ def best_simple(summary: dict, name: str | None) -> tuple[str, float]:
     """The simple detector with the highest AUROC on a class (or on average), and that AUROC; NaN where it is
     undefined."""
     aurocs = {method: simple_auroc(table, name) for method, table in summary["baselines"].items()}
-    defined = {method: value for method, value in aurocs.items() if not _undefined(value)}
+    defined = {method: value for method, value in aurocs.items() if not undefined(value)}
     return max(defined.items(), key=lambda item: item[1]) if defined else ("", float("nan"))
-
-
-def margin_cell(margins: dict[str, dict], name: str | None) -> str:
-    """How far the flow of the first seed is above the best simple detector of a class, with the paired
-    interval; for the mean (None), the classes where it is above by more than the interval."""
-    if name is None:
-        defined = [margin for margin in margins.values() if not _undefined(margin["difference"])]
-        return f"above in {sum(m['low'] > 0 for m in defined)} of {len(defined)}" if defined else "-"
-    margin = margins.get(name)
-    if margin is None or _undefined(margin["difference"]):
-        return "-"
-    return f"{margin['difference']:+.4f} [{margin['low']:+.4f}, {margin['high']:+.4f}]"
 
 
 # ---------------------------------------------------------------- the files
@@ -355,7 +339,7 @@ def as_csv(summary: dict) -> str:
             fitted = method == "flow"  # the baselines stand beside the flows of the first seed
             own_seeds = " ".join(map(str, seeds if fitted else seeds[:1]))
             counts = _counts(summary["classes"][name]["runs"] if name is not None else [], fitted)
-            figures = ["" if _undefined(values.get(column)) else values[column] for column in columns]
+            figures = ["" if undefined(values.get(column)) else values[column] for column in columns]
             about = [method, label, config["dataset"], config["modelname"], own_seeds]
             writer.writerow([*about, *counts, *figures, _reason(summary, name)])
     return text.getvalue()
@@ -419,8 +403,6 @@ def write_sweep(
 
 # ---------------------------------------------------------------- the script
 def main(arguments: argparse.Namespace) -> None:
-    import compare  # which uses this module: not at its head
-
     root, names = Path("runs"), arguments.runs
     if not names:
         print(compare.list_runs(root))

@@ -8,13 +8,29 @@ TERMINAL = 100  # columns that a table on screen may take
 
 def number(value: float | None, digits: int = 4) -> str:
     """A figure of a table; - where it is undefined."""
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    return "-" if undefined(value) else f"{value:.{digits}f}"
+
+
+def undefined(value: float | None) -> bool:
+    return value is None or math.isnan(value)
 
 
 def cell(values: dict, metric: str, n_seeds: int) -> str:
     """A metric, with its standard deviation where there are several seeds."""
     mean = number(values[metric])
     return mean if mean == "-" or n_seeds < 2 else f"{mean} ± {number(values[f'{metric}_std'])}"
+
+
+def margin_cell(margins: dict[str, dict], name: str | None) -> str:
+    """How far the flow of the first seed is above the best simple detector of a class, with the paired
+    interval; for the mean (None), the classes where it is above by more than the interval."""
+    if name is None:
+        defined = [margin for margin in margins.values() if not undefined(margin["difference"])]
+        return f"above in {sum(m['low'] > 0 for m in defined)} of {len(defined)}" if defined else "-"
+    margin = margins.get(name)
+    if margin is None or undefined(margin["difference"]):
+        return "-"
+    return f"{margin['difference']:+.4f} [{margin['low']:+.4f}, {margin['high']:+.4f}]"
 
 
 def shorten(text: str, width: int) -> str:

@@ -57,6 +57,7 @@ def test_list_says_what_every_run_is(tmp_path):
     write_run(tmp_path, "done", {"a": scores_of(9.0)}, dataset="digits", extractor="efficientnet_lite0")
     os.utime(write_run(tmp_path, "sweep/one", {"a": scores_of(0.0)}) / "results.json", (2e9, 2e9))
     (write_run(tmp_path, "begun", {"a": scores_of(0.0)}) / "results.json").unlink()
+    utils.write_json(tmp_path / "begun/classes/b-seed0.failed.json", {})  # no class that is fitted
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/results.json").write_text("[]")
     text = compare.list_runs(tmp_path)

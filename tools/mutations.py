@@ -867,8 +867,8 @@ MUTATIONS = [
     Mutation(
         "table: undefined as a number",
         "tables.py",
-        '"-" if value is None or math.isnan(value) else',
-        '"0.0000" if value is None or math.isnan(value) else',
+        '"-" if undefined(value) else',
+        '"0.0000" if undefined(value) else',
         "report",
     ),
     Mutation(
@@ -1233,6 +1233,13 @@ MUTATIONS = [
         "        stream.wait_stream(torch.cuda.current_stream(device))\n",
         "",
         "extractor",
+    ),
+    Mutation(
+        "a class that failed counts as fitted in the list of runs",
+        "compare.py",
+        "if not path.name.endswith(runs.FAILED)",
+        "if True",
+        "compare",
     ),
     Mutation(
         "the local flow draws its places by the run's first seed",
