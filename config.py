@@ -818,6 +818,13 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
 
+    def parse_or_stop(self, argv=None):
+        """``parse_args``; a mistake ends the script with one line."""
+        try:
+            return self.parse_args(argv)
+        except UserError as mistake:
+            stop(mistake)
+
 
 def build_parser(description, script="main.py"):
     """A parser with every knob that ``script`` reads, its default and its meaning: the most used ones, then

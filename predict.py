@@ -14,16 +14,18 @@ import argparse
 import sys
 from pathlib import Path
 
+import config as knobs
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = knobs.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "checkpoint", type=Path, help="a run, runs/<modelname>, or a class of it, .../classes/<class>-seed<n>"
     )
     parser.add_argument("images", nargs="+", help="files, folders, globs; - reads a list from standard input")
-    parser.add_argument("--class_name", help="of a run: these classes only, separated by commas [all]")
+    parser.add_argument(
+        "--class_name", help="of a run: these classes only, separated by commas (in a name: \\,) [all]"
+    )
     parser.add_argument("--seed", type=int, help="of a run: this seed [the first]")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="write .csv, .json or .jsonl instead of CSV to the screen"
@@ -39,7 +41,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores [0]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    return parser.parse_args(argv)
+    return parser.parse_or_stop(argv)
 
 
 if __name__ == "__main__":  # parse before the slow imports
@@ -57,7 +59,6 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
-import config as knobs
 import datasets
 import heat_map
 import utils
@@ -104,11 +105,13 @@ def find_checkpoints(path: Path, class_name: str | None, seed: int | None) -> li
     found = {name: file for file, name, number in numbered if number == first}
     if not found:
         raise UserError(f"{path} holds no class of seed {seed}")
-    chosen = list(found) if class_name is None else [name.strip() for name in class_name.split(",")]
+    if class_name is None:
+        return list(found.values())
+    chosen = [name.strip() for name in knobs.class_names(class_name)]
     for name in chosen:
-        if name not in found:
+        if utils.file_name(name) not in found:
             raise UserError(knobs.unknown("class", name, found))
-    return [found[name] for name in chosen]
+    return [found[utils.file_name(name)] for name in chosen]
 
 
 def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:

@@ -8,18 +8,15 @@ python report.py RUN_A RUN_B    side by side: AUROC per class, paired difference
 
 import argparse
 
-from config import Config, OneLineParser, UserError, command_line, guarded, stop
+from config import Config, OneLineParser, command_line, guarded, stop
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="the name of a run in runs/, or its folder")
-    try:
-        arguments = parser.parse_args()
-        if len(arguments.runs) > 2:
-            raise UserError(f"expected two runs at most, got {len(arguments.runs)}")
-    except UserError as mistake:
-        stop(mistake)
+    arguments = parser.parse_or_stop()
+    if len(arguments.runs) > 2:
+        stop(f"expected two runs at most, got {len(arguments.runs)}")
     return arguments
 
 

@@ -17,6 +17,7 @@ import main
 import pictures
 import predict
 import train
+import utils
 from config import Config, UserError
 from detector import Detector
 
@@ -280,6 +281,26 @@ def test_mistakes_are_one_line(here, capsys, arguments):
     with pytest.raises(UserError) as told:
         predicted(capsys, *arguments)
     assert "\n" not in str(told.value) and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run"], ["run", "x", "--threads", "many"], ["run", "x", "--treads", "1"]]
+)
+def test_a_mistyped_command_is_one_line(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        predict.parse_arguments(arguments)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
+
+
+def test_classes_of_any_name_can_be_named(tmp_path):
+    """A comma in a name is written as in the knob class_name; files carry the names as file_name has them."""
+    names = ["a,b", "plain", "-odd\tname"]
+    for name in names:
+        utils.write_text(tmp_path / "classes" / f"{utils.file_name(name)}-seed0.json", "{}")
+    found = predict.find_checkpoints(tmp_path, "a\\,b,-odd\tname", None)
+    assert [path.name for path in found] == ["a,b-seed0.json", f"{utils.file_name(names[2])}-seed0.json"]
+    assert len(predict.find_checkpoints(tmp_path, None, None)) == 3
 
 
 def test_the_script_ends_with_a_line_and_a_status(fitted):
