@@ -3,6 +3,7 @@ save and load."""
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -221,38 +222,49 @@ class Inputs(NamedTuple):
     patches: Tensor
 
 
+REFERENCES = {"reference": 1.0, "own_reference": 0.5}  # kinds of tokens with neighbours -> what each counts
+
+
 class Evidence(nn.Module):
     """How unusual one flow finds an image, against held-out normal images (docs/method.md, section 4): the
-    standardised negative log-likelihood plus ``weight`` times the standardised distance to the nearest normal
-    images."""
+    standardised negative log-likelihood plus ``weight`` times the standardised distances to the nearest
+    normal images, in tokens of one kind (the flow's input) or two (the backbone's own semantic token, which
+    counts half), of ``channels`` channels each; there may be none."""
 
-    def __init__(self, channels: int, weight: float):
+    def __init__(self, channels: tuple[int, ...], weight: float):
         super().__init__()
-        self.weight = weight
-        self.register_buffer(
-            "reference", torch.zeros(0, channels, dtype=torch.float16)
-        )  # normal images' tokens
-        for name in ("likelihood_mean", "neighbours_mean"):
-            self.register_buffer(name, torch.zeros(()))
-        for name in ("likelihood_std", "neighbours_std"):
-            self.register_buffer(name, torch.ones(()))
+        self.kinds = list(REFERENCES)[: len(channels)]
+        for name, width in zip(self.kinds, channels):  # normal images' tokens
+            self.register_buffer(name, torch.zeros(0, width, dtype=torch.float16))
+        shares = torch.tensor([weight * REFERENCES[name] for name in self.kinds])
+        self.register_buffer("shares", shares, persistent=False)
+        for name, shape in (("likelihood", ()), ("neighbours", (len(channels),))):
+            self.register_buffer(f"{name}_mean", torch.zeros(shape))
+            self.register_buffer(f"{name}_std", torch.ones(shape))
 
-    def distance(self, tokens: Tensor) -> Tensor:
-        """Mean distance (B) from tokens (B, C) to the nearest reference tokens."""
-        return model.nearest_neighbours(self.reference.float(), tokens)
+    def remember(self, tokens: list[Tensor]) -> None:
+        """Take normal images' tokens (n, C) of each kind to look for neighbours in."""
+        for name, values in zip(self.kinds, tokens, strict=True):
+            setattr(self, name, values.half())
+
+    def distances(self, tokens: list[Tensor]) -> Tensor:
+        """Mean distances (B, kinds) from tokens (B, C) of each kind to the nearest reference tokens."""
+        pairs = zip(self.kinds, tokens, strict=True)
+        return torch.stack([model.nearest_neighbours(getattr(self, name).float(), t) for name, t in pairs], 1)
 
     def calibrate(self, name: str, held_out: Tensor) -> None:
-        """Take mean and standard deviation of ``name`` (likelihood or neighbours) from held-out normals'
-        values (n)."""
-        getattr(self, f"{name}_mean").copy_(held_out.mean())
+        """Take mean and standard deviation of ``name``, likelihood (n) or neighbours (n, kinds), from
+        held-out normals' values."""
+        getattr(self, f"{name}_mean").copy_(held_out.mean(0))
         getattr(self, f"{name}_std").copy_(
-            held_out.std().clamp_min(1e-6) if len(held_out) > 1 else torch.ones(())
+            held_out.std(0).clamp_min(1e-6) if len(held_out) > 1 else torch.ones(())
         )
 
-    def forward(self, likelihood: Tensor, distance: Tensor) -> Tensor:
+    def forward(self, likelihood: Tensor, distances: Tensor) -> Tensor:
+        """The evidence (B) of likelihood scores (B) and distances (B, kinds)."""
         standard = (likelihood - self.likelihood_mean) / self.likelihood_std
-        near = (distance - self.neighbours_mean) / self.neighbours_std
-        return (standard + self.weight * near) / (1 + self.weight)
+        near = torch.matmul((distances - self.neighbours_mean) / self.neighbours_std, self.shares)
+        return (standard + near) / (1 + self.shares.sum())
 
 
 class Detector(nn.Module):
@@ -273,14 +285,14 @@ class Detector(nn.Module):
         self.score_name, self.fused = config.score, config.fusion != "none"
         self.spread_at_balance = config.spread_at_balance
         self.spread_of_surfaces = config.spread_of_surfaces
-        self.normalizer = Normalizer(
-            normalization_in_effect(config, features),
-            channels,
-            ridge=config.whiten_ridge,
-            centre_pool=config.centre_pool,
-            grid=grid,
-            patches_used=self.fused,
+        normalization = normalization_in_effect(config, features)
+        normalizer = functools.partial(
+            Normalizer, normalization, channels, ridge=config.whiten_ridge, grid=grid
         )
+        self.normalizer = normalizer(centre_pool=config.centre_pool, patches_used=self.fused)
+        self.own: Normalizer | None = None  # of the backbone's semantic token, where the flow's is re-pooled
+        if config.centre_pool and config.score == "spectrum":
+            self.own = normalizer(centre_pool=0.0, patches_used=False)
         self.low: BandNormalizer | None = None
         self.rings: BandNormalizer | None = None
         self.texture: Any = None
@@ -296,12 +308,14 @@ class Detector(nn.Module):
             self.place_normalizer = PlaceNormalizer(places, width)
             self.local = _flow(config, width, (1, 1), "none", 0)
         if config.score == "spectrum":
-            widths = {"semantic": self.channels, "texture": self.texture_channels}
+            kinds: dict[str, tuple[int, ...]] = {
+                "semantic": (self.channels, channels) if self.own else (self.channels,),
+                "texture": (self.texture_channels,),
+                "local": (),  # a place's neighbours would be as many as the places of all images
+            }
             self.evidence = nn.ModuleDict(
-                {name: Evidence(width, config.neighbours_weight) for name, width in widths.items()}
+                {name: Evidence(kinds[name], config.neighbours_weight) for name in self.heads}
             )
-            if config.places:  # the neighbours of a place are as many as the places of all images
-                self.evidence["local"] = Evidence(0, 0.0)
 
     def _build_bands(self, config: Config, channels: tuple[int, ...]) -> int:
         """The normalisers of the band token and the texture flow -> channels of the low bands."""
@@ -333,6 +347,13 @@ class Detector(nn.Module):
 
     def _with_low_bands(self, tokens: Tensor, bands: Tensor | None) -> Tensor:
         return tokens if self.low is None or bands is None else torch.cat([tokens, self.low(bands)], 1)
+
+    def known_by(self, head: str, tokens: Tensor, features: Features) -> list[Tensor]:
+        """What a head looks for neighbours in (REFERENCES): its flow's input ``tokens`` (B, C), and the
+        backbone's own semantic token where the semantic flow's is re-pooled."""
+        if head != "semantic" or self.own is None:
+            return [tokens]
+        return [tokens, self.own.semantic(features.semantic, features.patches)]
 
     def texture_inputs(self, bands: Tensor) -> Inputs:
         """What ``texture`` takes of raw band tokens (B, D)."""
@@ -395,7 +416,10 @@ class Detector(nn.Module):
         findings = {}
         for name, (tokens, patches) in inputs.items():
             likelihood = model.likelihood_score(*self.flow_of(name)(tokens, [patches]))
-            findings[name] = (likelihood, self.evidence[name].distance(tokens))
+            findings[name] = (
+                likelihood,
+                self.evidence[name].distances(self.known_by(name, tokens, features)),
+            )
         if self.uses_places:
             findings["local"] = self.local_finding(self.place_scores(features.places))
         return self.combine(findings)
@@ -412,9 +436,9 @@ class Detector(nn.Module):
 
     @staticmethod
     def local_finding(scores: Tensor) -> tuple[Tensor, Tensor]:
-        """An image's likelihood score is its least likely place's: (B, P) -> (B), and no neighbours, (B)."""
-        largest = scores.amax(1)
-        return largest, torch.zeros_like(largest)
+        """An image's likelihood score is its least likely place's: (B, P) -> (B), and no neighbours, (B,
+        0)."""
+        return scores.amax(1), scores.new_zeros(len(scores), 0)
 
     def flow_of(self, head: str) -> nn.Module:
         return {"semantic": self.flow, "texture": self.texture, "local": getattr(self, "local", None)}[head]
@@ -444,18 +468,20 @@ class Detector(nn.Module):
         """Load a state dict whose references, and whitening of places, may have any number of rows."""
         for name, values in state.items():
             owner, _, buffer = name.rpartition(".")
-            if buffer == "reference" or name == "place_normalizer.whitening":
+            if buffer in REFERENCES or name == "place_normalizer.whitening":
                 setattr(self.get_submodule(owner), buffer, torch.empty_like(values))
         self.load_state_dict(state)
 
     def own_input(self, features: Features) -> Tensor:
-        """What the flows take of images, in one token (n, C): each flow's scaled by the root of its
-        weight."""
+        """What the detector takes of images, in one token (n, C): each kind of token (``known_by``) scaled by
+        the root of what it counts."""
         tokens = self.tokens(*features)
         if self.score_name != "spectrum":
             return tokens
         rings, meaning = self.texture_inputs(features.bands).tokens, self.weights[0]
-        return torch.cat([meaning.sqrt() * tokens, (1 - meaning).sqrt() * rings], 1)
+        kinds = zip(REFERENCES.values(), self.known_by("semantic", tokens, features))
+        joined = [(meaning * share).sqrt() * kind for share, kind in kinds]
+        return torch.cat([*joined, (1 - meaning).sqrt() * rings], 1)
 
     def weigh(self, semantic: Tensor) -> None:
         """Set the weights of the heads from the normal images' semantic tokens (n, C), as the backbone gives

@@ -187,14 +187,14 @@ class Head:
         return Measured(z, log_det, model.likelihood_score(z, log_det), loss)
 
     @torch.no_grad()
-    def tokens(self, source: TokenSource, rows: np.ndarray) -> Tensor:
-        """The flow's input tokens (n, C) of many images."""
+    def known(self, source: TokenSource, rows: np.ndarray) -> list[Tensor]:
+        """The tokens (n, C) of many images that neighbours are looked for in (detector.REFERENCES)."""
         batches = in_batches(rows, EVAL_BATCH[source.device.type])
-        return torch.cat([self.inputs(self.features(source, batch)).tokens for batch in batches])
+        return [torch.cat([self.inputs(self.features(source, batch)).tokens for batch in batches])]
 
     def distances(self, evidence: Evidence, source: TokenSource, rows: np.ndarray) -> Tensor:
-        """Mean distances (n) of many images to the nearest normal ones."""
-        return evidence.distance(self.tokens(source, rows))
+        """Mean distances (n, kinds of tokens) of many images to the nearest normal ones."""
+        return evidence.distances(self.known(source, rows))
 
     def features(self, source: TokenSource, rows: Index) -> Features:
         return source[rows]
@@ -227,9 +227,12 @@ class SemanticHead(Head):
         self.detector = detector
 
     @torch.no_grad()
-    def tokens(self, source: TokenSource, rows: np.ndarray) -> Tensor:
-        batches = in_batches(rows, EVAL_BATCH[source.device.type])
-        return torch.cat([self.detector.tokens(*source[batch]) for batch in batches])
+    def known(self, source: TokenSource, rows: np.ndarray) -> list[Tensor]:
+        fit, kinds = self.detector, []
+        for batch in in_batches(rows, EVAL_BATCH[source.device.type]):
+            features = source[batch]
+            kinds.append(fit.known_by("semantic", fit.tokens(*features), features))
+        return [torch.cat(parts) for parts in zip(*kinds)]
 
 
 class TextureHead(Head):
@@ -273,11 +276,11 @@ class LocalHead(Head):
         none = largest.new_zeros(0)
         return Measured(none, none, largest, mean.mean().item() - model.LOG_ROOT_2PI)
 
-    def tokens(self, source: TokenSource, rows: np.ndarray) -> Tensor:
-        return torch.zeros(0, 0)
+    def known(self, source: TokenSource, rows: np.ndarray) -> list[Tensor]:
+        return []
 
     def distances(self, evidence: Evidence, source: TokenSource, rows: np.ndarray) -> Tensor:
-        return torch.zeros(len(rows), device=source.device)
+        return torch.zeros(len(rows), 0, device=source.device)
 
     def features(self, source: TokenSource, rows: np.ndarray) -> Features:
         places = source.one("places", rows)
@@ -335,7 +338,10 @@ class Trainer:
             pooled.append(fit.normalizer.pool(semantic, patches).clone())
         if spectrum:
             fit.weigh(torch.cat(own))
-        fit.normalizer.fit(torch.cat(pooled), source.on_cpu(evenly(rows, PATCH_SAMPLE)).patches.flatten(0, 1))
+        sample = source.on_cpu(evenly(rows, PATCH_SAMPLE)).patches.flatten(0, 1)
+        fit.normalizer.fit(torch.cat(pooled), sample)
+        if fit.own is not None:
+            fit.own.fit(torch.cat(own), sample)
         if fit.uses_places:
             fit.place_normalizer.fit(source.one_on_cpu("places", evenly(rows, PLACE_SAMPLE)))
 
@@ -373,7 +379,7 @@ class Trainer:
         from."""
         for head in self.heads if self.config.score == "spectrum" else ():
             evidence = self.detector.evidence[head.name]
-            evidence.reference = head.tokens(self.data.train, self.data.fit_rows).half()
+            evidence.remember(head.known(self.data.train, self.data.fit_rows))
             held = head.distances(evidence, self.data.train, self.data.held_rows)
             evidence.calibrate("neighbours", held)
             self.distances[f"{head.name} held"] = held
@@ -549,7 +555,7 @@ class Trainer:
         if self.config.score == "latent_knn":
             fit.reference = self.heads[0].measure(data.train, normal).z
         for head in self.heads if self.config.score == "spectrum" else ():
-            fit.evidence[head.name].reference = head.tokens(data.train, normal).half()
+            fit.evidence[head.name].remember(head.known(data.train, normal))
 
     def _refitted_scores(self) -> np.ndarray:
         """Scores of the test images after the refit."""

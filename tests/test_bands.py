@@ -14,7 +14,7 @@ import model
 import train
 from config import Config, UserError
 from datasets import SPLITS, Labels, Split
-from normalization import BandNormalizer, Normalizer, spread
+from normalization import BandNormalizer, Normalizer, power_l2, spread
 from token_grid import Bands, TokenGrid, ring_of
 
 CHANNELS, BATCH = (4, 6), 3
@@ -234,9 +234,37 @@ def test_evidence_is_standardised_by_held_out_normals(tmp_path):
     evidence = fitted.detector.evidence["texture"]
     wanted = (likelihood - likelihood.mean()) / likelihood.std() + 3 * (near - near.mean()) / near.std()
     with torch.no_grad():
-        got = evidence(likelihood, evidence.distance(tokens))
+        got = evidence(likelihood, evidence.distances([tokens]))
     assert torch.allclose(got, wanted / 4, atol=2e-2)
     assert fitted.held_scores.mean() == pytest.approx(0, abs=1e-3)
+
+
+def test_neighbours_of_the_backbones_own_token_count_half(tmp_path):
+    """Beside re-pooled semantic tokens, in evidence and in the simple detectors' input; else there are
+    none."""
+    cache = fabricate(tmp_path / "c", meaning=1.0, texture=0.5, alike=False)
+    trainer, fitted = fit(cache, centre_pool=0.2, neighbours_weight=3.0)
+    fit_rows, held = (trainer.data.train[rows] for rows in (trainer.data.fit_rows, trainer.data.held_rows))
+    parts, kinds = fitted.detector, [[], []]
+    for features in (fit_rows, held):
+        pooled = parts.normalizer.semantic(features.semantic, features.patches)
+        kinds[0].append(torch.cat([pooled, parts.low(features.bands)], 1))
+        kinds[1].append((power_l2(features.semantic) - parts.own.semantic_mean) @ parts.own.whitening)
+    assert not torch.allclose(kinds[1][1], kinds[0][1][:, :C], atol=0.1)
+    near = [torch.cdist(b, a).topk(2, largest=False).values.mean(1) for a, b in kinds]
+    with torch.no_grad():
+        likelihood = model.likelihood_score(*parts(*held))
+    standard = [(values - values.mean()) / values.std() for values in (likelihood, *near)]
+    wanted = (standard[0] + 3 * standard[1] + 1.5 * standard[2]) / 5.5
+    evidence = parts.evidence["semantic"]
+    with torch.no_grad():
+        got = evidence(likelihood, evidence.distances([kinds[0][1], kinds[1][1]]))
+    assert torch.allclose(got, wanted, atol=2e-2)
+    taken = parts.own_input(held)
+    own = taken[:, kinds[0][1].shape[1] :][:, :C]
+    assert torch.allclose(own, (parts.weights[0] / 2).sqrt() * kinds[1][1], atol=1e-5)
+    _, plain = fit(cache)
+    assert plain.detector.own is None and plain.detector.evidence["semantic"].kinds == ["reference"]
 
 
 def test_spectrum_needs_bands_and_held_out_images():

@@ -814,6 +814,20 @@ MUTATIONS = [
         "tokens.float()[:, 1:], **kept)",
         "train",
     ),
+    Mutation(
+        "the own token's neighbours count whole",
+        "detector.py",
+        '"own_reference": 0.5}',
+        '"own_reference": 1.0}',
+        "bands",
+    ),
+    Mutation(
+        "the own token's normaliser is never fitted",
+        "train.py",
+        "            fit.own.fit(torch.cat(own), sample)\n",
+        "            pass\n",
+        "bands",
+    ),
     Mutation("only stacked products are probed", "arithmetic.py", ", (a[0], b[0]))", ",)", "arithmetic"),
     Mutation(
         "TF32 stays on after training",
