@@ -251,6 +251,7 @@ def test_neighbours_of_the_backbones_own_token_count_half(tmp_path):
         kinds[0].append(torch.cat([pooled, parts.low(features.bands)], 1))
         kinds[1].append((power_l2(features.semantic) - parts.own.semantic_mean) @ parts.own.whitening)
     assert not torch.allclose(kinds[1][1], kinds[0][1][:, :C], atol=0.1)
+    assert kinds[1][0].mean(0).abs().max() < 1e-4 and kinds[1][0].square().mean().item() == pytest.approx(1)
     near = [torch.cdist(b, a).topk(2, largest=False).values.mean(1) for a, b in kinds]
     with torch.no_grad():
         likelihood = model.likelihood_score(*parts(*held))
