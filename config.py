@@ -922,10 +922,15 @@ def run_script(main, config):
     guarded(main, config)
 
 
+KEPT = (
+    "finished classes and finished shards are kept, the same command (without --restart) goes on from there"
+)
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, or a signal that asks a script to end. told: what is kept, and how to go on."""
 
-    def __init__(self, number=signal.SIGINT, told="finished classes and finished shards are kept"):
+    def __init__(self, number=signal.SIGINT, told=KEPT):
         super().__init__(told)
         self.number, self.told = number, told
 

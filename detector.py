@@ -336,7 +336,7 @@ class Detector(nn.Module):
         tokens, patches = self.normalizer(semantic, patches)
         tokens = self._with_low_bands(tokens, bands)
         if not self.fused:
-            return Inputs(tokens, tokens.new_zeros(len(tokens), 0, self.channels))
+            return Inputs(tokens, tokens.new_zeros(tokens.shape[0], 0, self.channels))
         return Inputs(tokens, F.pad(patches, (0, self.channels - patches.shape[2])))  # low bands have none
 
     def tokens(

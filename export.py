@@ -1,16 +1,18 @@
-"""One file that scores pictures without this repository: uint8 pictures in; score, p-value and verdict out.
+"""One file that scores pictures without this repository: uint8 pictures in; score, p-value and
+verdict out.
 
 python export.py runs/foad_mfff/classes/cat-seed0 cat.onnx
 python export.py runs/foad_mfff/classes/cat-seed0 cat.pt2 --size 480x640
 
-Input "images" (n, H, W, 3) uint8, any n, RGB; H and W are the backbone's own, or those of --size, which are
-resized inside as Pillow does. Outputs "score" (n), "p_value" (n) among the held-out normal pictures (NaN
-without any) and "anomalous" (n), whether the score is above the threshold at --false_alarms. The file is
-compared with the detector before it is put in its place.
+Input "images" (n, H, W, 3) uint8, any n, RGB; H and W are the backbone's own, or those of
+--size, which are resized inside as Pillow does. Outputs "score" (n), "p_value" (n) among the
+held-out normal pictures (NaN without any) and "anomalous" (n), whether the score is above the
+threshold at --false_alarms. The file is compared with the detector before it is put in its
+place.
 
-The arithmetic is float32. Held-out scores of a fit in bfloat16 differ from it: --calibrate FOLDER rests
-p-values and verdicts on fresh good pictures, scored as the file scores them; or fit with --precision
-float32."""
+The arithmetic is float32. Held-out scores of a fit in bfloat16 differ from it: --calibrate
+FOLDER rests p-values and verdicts on fresh good pictures, scored as the file scores them; so
+does a fit with --precision float32."""
 
 import argparse
 from pathlib import Path

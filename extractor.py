@@ -1,5 +1,5 @@
-"""Extract the features of a data set once: frozen backbone -> semantic and patch tokens of every image ->
-cache on disk."""
+"""Extract the features of a data set once: frozen backbone -> semantic and patch tokens of every
+image -> cache on disk."""
 
 import config as knobs
 

@@ -1,14 +1,16 @@
-"""Score pictures with a fitted class: the higher, the more anomalous. One row per picture, as they come.
+"""Score pictures with a fitted class: the higher, the more anomalous. One row per picture, as they
+come.
 
 python predict.py runs/foad_mfff/classes/cat-seed0 FOLDER photo.jpg > scores.csv
-python predict.py runs/foad_mfff/classes/normal-seed0 'shots/*.png' --output scores.json --false_alarms 0.01
+python predict.py runs/foad_mfff 'shots/*.png' --output scores.json --false_alarms 0.01
 find . -name '*.jpg' | python predict.py runs/foad_mfff -
 
-A run's folder scores every picture by every class of its first seed, a row for each; --class_name names some.
+A run's folder scores every picture by every class of its first seed, a row for each;
+--class_name names some.
 
-p_value: the share of normal pictures that score as high or higher, from the held-out ones; verdict: anomalous
-where that is at most --false_alarms. Both are empty where none were held out. Pictures that cannot be read
-are left out, listed at the end, and make the exit status 1."""
+p_value: the share of normal pictures that score as high or higher, from the held-out ones;
+verdict: anomalous where that is at most --false_alarms. Both are empty where none were held out.
+Pictures that cannot be read are left out, listed at the end, and make the exit status 1."""
 
 import argparse
 import sys

@@ -1,9 +1,9 @@
-"""The report of a run: its summary over classes and seeds, the table, and the files results.json, .csv and
-.md.
+"""The report of a run: its summary over classes and seeds, the table, and the files results.json,
+.csv and .md.
 
-python report.py                every run in runs/: what it was, its mean AUROC, when, whether it is finished
-python report.py RUN            its table
-python report.py RUN_A RUN_B    side by side: AUROC per class, paired difference, the knobs that differ
+python report.py               every run in runs/: what it was, its mean AUROC, when, state
+python report.py RUN           its table
+python report.py RUN_A RUN_B   side by side: AUROC per class, paired difference, knobs that differ
 """
 
 import argparse

@@ -52,6 +52,12 @@ def test_help_lists_every_knob_with_its_default(name, tmp_path):
             assert str(choice) in text, f"--{field.name} does not name its choice {choice}"
 
 
+@pytest.mark.parametrize("name", [*SCRIPTS, "predict.py", "report.py", "export.py"])
+def test_help_fits_a_terminal(name, tmp_path):
+    shown = script(name, "-h", cwd=tmp_path).stdout
+    assert max(map(len, shown.splitlines())) <= 100 and "usage: " in shown
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_is_quick(name, tmp_path):
     """-h and a mistake answer before anything slow is imported: a stub that fails on import stands in for

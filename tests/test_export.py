@@ -31,6 +31,7 @@ OPTIONS = {
         "fusion": "class_attention",
     },
     "latent_knn": {"score": "latent_knn"},
+    "unfused": {"fusion": "none", "score": "likelihood"},
 }
 
 
@@ -52,7 +53,12 @@ def loaded(name: str):
 
 @pytest.mark.parametrize(
     "name, ending, size",
-    [("spectrum", "onnx", (48, 48)), ("spectrum", "pt2", None), ("latent_knn", "onnx", None)],
+    [
+        ("spectrum", "onnx", (48, 48)),
+        ("spectrum", "pt2", None),
+        ("latent_knn", "onnx", None),
+        ("unfused", "pt2", None),
+    ],
 )
 def test_exported_file_is_the_detector(fitted, tmp_path, monkeypatch, name, ending, size):
     if ending == "onnx":
