@@ -471,6 +471,13 @@ MUTATIONS = [
         "export",
     ),
     Mutation(
+        "the number of pictures is a constant of an exported file",
+        "detector.py",
+        "tokens.new_zeros(tokens.shape[0], 0, self.channels)",
+        "tokens.new_zeros(len(tokens), 0, self.channels)",
+        "export",
+    ),
+    Mutation(
         "onnxruntime takes every core",
         "export.py",
         "options.intra_op_num_threads = torch.get_num_threads()",

@@ -1,0 +1,49 @@
+"""The commands that the documents give can be run: their scripts are there and read the options named."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+KNOBS = {field.name: field.metadata["scripts"] for field in dataclasses.fields(Config)}
+PAGES = ["README.md", "CONTRIBUTING.md"] + [
+    str(path.relative_to(ROOT))
+    for folder in ("results", "docs", "benchmarks")
+    for path in (ROOT / folder).glob("*.md")
+]
+COMMAND = re.compile(r"(?:^|`)\s*(?:\.venv/bin/)?python3? ((?:tools/|benchmarks/)?\w+\.py)([^`#\n]*)", re.M)
+
+
+def faults(text: str) -> list[str]:
+    """What is wrong with the commands of a page."""
+    found = []
+    for script, rest in COMMAND.findall(text):
+        options = re.findall(r"--(\w+)", rest)
+        if not (ROOT / script).is_file():
+            found.append(f"there is no {script}")
+        elif script in ("main.py", "train.py", "extractor.py"):
+            found += [
+                f"{script} does not read --{name}" for name in options if script not in KNOBS.get(name, ())
+            ]
+        else:
+            code = (ROOT / script).read_text()
+            found += [f"{script} has no --{name}" for name in options if f'"--{name}"' not in code]
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_can_be_run(page):
+    assert faults((ROOT / page).read_text()) == []
+
+
+def test_what_cannot_be_run_is_found():
+    wrong = "`python nowhere.py`\n```\npython train.py --n_seeds 3\npython export.py x --sizes 3\n"
+    assert faults(wrong) == [
+        "there is no nowhere.py",
+        "train.py does not read --n_seeds",
+        "export.py has no --sizes",
+    ]
