@@ -18,9 +18,7 @@ def cosine_neighbours(reference: Tensor, query: Tensor) -> np.ndarray:
     return nearest_neighbours(F.normalize(reference, dim=1), F.normalize(query, dim=1)).cpu().numpy()
 
 
-OWN_INPUT = (
-    "flow's input"  # the normalised tokens of the detector, each flow's scaled by the root of its weight
-)
+OWN_INPUT = "flow's input"  # see Detector.own_input
 
 
 def gaussian(reference: Tensor, query: Tensor) -> np.ndarray:

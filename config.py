@@ -456,7 +456,7 @@ class Config:
     )
     holdout: float = knob(
         0.0,
-        "share of the normal training images held out to measure likelihood",
+        "share of the normal training images held out to measure likelihood, and for thresholds",
         low=0.0,
         high=0.5,
         affects="fit",
@@ -494,7 +494,7 @@ class Config:
     score: str = knob(
         "latent",
         "anomaly score: latent (mean z^2), likelihood (negative log-likelihood), latent_knn (neighbours in "
-        "latent space)",
+        "latent space), spectrum (meaning, texture and places, each as the class needs it; needs bands)",
         choices=SCORES,
         affects="fit",
     )

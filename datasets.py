@@ -18,7 +18,6 @@ import layouts
 import outliers
 import published
 from config import Config, UserError, class_names, unknown
-from images import images_below, read_image  # noqa: F401  (what predict.py takes from here)
 from layouts import OTHER, SPLITS, Listing
 
 READERS = 8  # threads that hash files: a shared folder answers many at a time
@@ -140,7 +139,7 @@ class ImageSet:
     masks: where the defect of each test image is marked, or None; () without any."""
 
     labels: Labels
-    read: Callable[[str, int], np.ndarray]  # picklable: readers may be other processes
+    read: Callable[[str, int], np.ndarray]
     identify: Callable[[str, int], str] = _nothing
     from_files: bool = True
     masks: tuple[Path | None, ...] = ()
@@ -293,7 +292,7 @@ def _file_set(listing: Listing) -> ImageSet:
 
 
 def _from_file(files: dict[str, list[Path]], split: str, i: int) -> np.ndarray:
-    return read_image(files[split][i])
+    return images.read_image(files[split][i])
 
 
 def _file_key(files: dict[str, list[Path]], split: str, i: int) -> str:

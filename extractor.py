@@ -107,7 +107,7 @@ def cache_identity(config: Config) -> CacheIdentity:
 
 # ---------------------------------------------------------------- images -> device
 class Unreadable(NamedTuple):
-    """Stands for an image that could not be read, on its way from a worker process."""
+    """Stands for an image that could not be read, on its way from a reader."""
 
     row: int  # in its split
     reason: str
@@ -216,7 +216,7 @@ def prepare(
 
 
 # ---------------------------------------------------------------- images -> tokens
-Rows = dict[str, Tensor]  # what is kept of some images, by name: tokens (n, 1 + N, C), bands (n, D)
+Rows = dict[str, Tensor]  # of some images: tokens (n, 1 + N, C), bands (n, D), places (n, P, E)
 
 
 def what_is_kept(config: Config, backbone: backbones.Backbone) -> tuple[dict[str, tuple[int, ...]], dict]:
@@ -279,8 +279,8 @@ class Extraction:
         )
 
     def rows(self, images: Tensor) -> Rows:
-        """(n, 3, h, w) uint8, any n -> tokens (n, 1 + N, C) and, where kept, bands (n, D), float16 on the
-        device."""
+        """(n, 3, h, w) uint8, any n -> tokens (n, 1 + N, C) and, where kept, bands (n, D) and places (n, P,
+        E), float16 on the device."""
         images = images.to(self.device, non_blocking=True)
         parts = [images] if is_traced() else images.split(self.batch)
         batches = [self._batch(batch) for batch in parts]
@@ -695,7 +695,8 @@ def mend(images: datasets.ImageSet, folder: Path, thorough: bool) -> bool:
         if thorough:
             restore(folder, manifest)
         return False
-    print(f"features: {len(lost)} of {len(manifest.shards)} shards are made again {listed(lost)}", flush=True)
+    again = f"{len(lost)} of {len(manifest.shards)} shards are made again {listed(lost)}"
+    print(f"features: {again if lost else 'all shards are kept, the labels are written again'}", flush=True)
     reopen(folder, lost)
     return True
 

@@ -196,8 +196,8 @@ class SpectralGate(nn.Module):
 
     Channels are split evenly among the sixteen frequencies of ``TOP16``, whose indices are scaled by ``grid
     // 6``, as in the released code (FcaNet scales for a 7 x 7 space). By that scaling three of the sixteen
-    filters are zero on grids of 6, 12, 18 and 24: a cosine whose frequency equals the side of the grid
-    vanishes at every patch."""
+    filters are zero on grids whose sides are multiples of 6, ViT-B's 24 among them: a cosine whose frequency
+    equals the side of the grid vanishes at every patch."""
 
     def __init__(self, channels: int, grid: tuple[int, int]):
         super().__init__()

@@ -12,7 +12,6 @@ Pixels always come as (H, W, 3) uint8, turned as the camera held it (EXIF), in t
 
 import functools
 import hashlib
-import mmap
 import os
 import stat
 import sys
@@ -42,7 +41,7 @@ NOT_SEARCHED = "__MACOSX"  # what a Mac's zip adds; names that start with a dot 
 
 # What Pillow warns of is not the user's to mend: many pixels (MOST_PIXELS is lower), damaged EXIF data.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-_frames_told = mmap.mmap(-1, 1)  # shared with forked readers: the first of them says it for all
+_frames_told = [False]  # whether it was said: once in a process
 
 
 def note(text: str) -> None:
@@ -184,7 +183,7 @@ def _decoded(image: Image.Image, path: Path) -> np.ndarray:
     """The pixels of an opened file, (H, W, 3) uint8. Raises ValueError on one that is too large or not
     finite."""
     if getattr(image, "is_animated", False) and not _frames_told[0]:
-        _frames_told[0] = 1
+        _frames_told[0] = True
         note(f"{path} has several frames; the first is taken, of other such files too")
     bounded(image)
     image.load()

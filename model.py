@@ -236,6 +236,6 @@ SCORES = {
     "latent": Score("mean z²", latent_score),
     "likelihood": Score("negative log-likelihood", likelihood_score),
     "latent_knn": Score("nearest neighbours in latent space", latent_knn_score, needs_reference=True),
-    # of both flows, each with its neighbours: Detector.combine; by z alone it is the likelihood
-    "spectrum": Score("likelihood and neighbours of both flows", likelihood_score, needs_reference=True),
+    # of all flows, those of whole images with their neighbours: Detector.combine; by z alone the likelihood
+    "spectrum": Score("likelihood and neighbours of all flows", likelihood_score, needs_reference=True),
 }

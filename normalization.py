@@ -1,7 +1,7 @@
 """Feature normalisation before the flow, fitted on normal training features only and saved with the
 checkpoint.
 
-Backbone features are badly scaled for a flow: a few channels carry most of the variance. ``build_normalizer``
+Backbone features are badly scaled for a flow: a few channels carry most of the variance. ``NORMALIZATIONS``
 names the choices."""
 
 import torch

@@ -30,7 +30,7 @@ def pixels_of(picture: Any) -> np.ndarray:
     """A path, a Pillow image or an array, (H, W, 3) or (H, W) uint8 -> (H, W, 3) uint8. Raises UserError on
     anything else, and on a file that cannot be read."""
     if isinstance(picture, (str, Path)):
-        return datasets.read_image(Path(picture))
+        return images.read_image(Path(picture))
     if isinstance(picture, Image.Image):
         return np.asarray(images.to_rgb(picture))
     array = np.asarray(picture)

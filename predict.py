@@ -61,11 +61,11 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
-import datasets
 import heat_map
 import utils
 from config import UserError
 from detector import PictureDetector
+from images import images_below
 from pictures import Unreadable, pixels_of
 
 COLUMNS = ("image", "class", "score", "p_value", "verdict")
@@ -82,7 +82,7 @@ def find_images(names: list[str]) -> list[Path]:
         if name == "-":
             images += [Path(line.rstrip("\n")) for line in sys.stdin if line.strip()]
         elif path.is_dir():
-            images += datasets.images_below(path)
+            images += images_below(path)
         elif path.exists():
             images.append(path)
         elif found := sorted(glob.glob(name, recursive=True)):
@@ -208,7 +208,7 @@ def calibrate(detectors: list[PictureDetector], folder: Path) -> list[str]:
     UserError when none can."""
     scores: list[list[float]] = [[] for _ in detectors]
     unreadable = []
-    files = datasets.images_below(folder) if folder.is_dir() else []
+    files = images_below(folder) if folder.is_dir() else []
     for rows in progress(detectors[0].eye.rows(files), len(files), "calibrating", True):
         if isinstance(rows, Unreadable):
             unreadable.append(rows.reason)

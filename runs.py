@@ -141,7 +141,7 @@ def drop(config: Config) -> None:
             utils.read_sealed(path)  # anything else is left alone
             for file in (path, path.with_name(f"{path.name.removesuffix('.json')}.safetensors")):
                 file.unlink(missing_ok=True)
-    for name in ("run.json", "results.json", "results.csv", "results.md"):
+    for name in ("run.json", "results.json", "results.csv", "results.md", "report.html"):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -72,7 +72,8 @@ def npy_header(rows: int, shape: tuple[int, ...]) -> bytes:
 
 # ---------------------------------------------------------------- writing
 class ArrayWriter:
-    """One array of one shard: rows are appended to a file beside its place; ``finish`` puts it there."""
+    """One array of one shard: rows are appended to a file beside its place; ``flush``, then ``put``
+    puts it there."""
 
     def __init__(self, path: Path, shape: tuple[int, ...]):
         self.path, self.shape, self.rows, self._crc = path, shape, 0, 0

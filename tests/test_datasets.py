@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 import datasets
 from config import Config, UserError
 from datasets import OTHER, SPLITS, Split, choose_classes, load_images
+from images import read_image
 
 
 # ---------------------------------------------------------------- digits
@@ -56,7 +57,7 @@ def test_folder_labels(texture_folder):
 def test_folder_images_match_their_names(texture_folder):
     images = load_images("folder", str(texture_folder))
     for i in (0, 30, 71):
-        wanted = datasets.read_image(texture_folder / images.labels.train.names[i])
+        wanted = read_image(texture_folder / images.labels.train.names[i])
         assert (images.read("train", i) == wanted).all()
 
 

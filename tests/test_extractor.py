@@ -760,6 +760,18 @@ def test_changed_images_cost_their_shards_only(mixed, capsys):
     assert contents(Path("kept")) == contents(Path("other"))
 
 
+def test_damaged_labels_cost_no_shard_and_are_told(mixed, capsys):
+    config = small(mixed, feature_path="kept")
+    extractor.main(config)
+    before = contents(Path("kept"))
+    flip_last(Path("kept") / "labels.json")
+    capsys.readouterr()
+    extractor.main(config)
+    told = capsys.readouterr().out
+    assert "all shards are kept, the labels are written again" in told and "made again" not in told
+    assert contents(Path("kept")) == before
+
+
 def test_a_pooled_cache_goes_on(mixed, monkeypatch):
     """From the full one, without the backbone, with the bytes of an uninterrupted one."""
     config = small(mixed, shard_rows=4, token_grid="1")

@@ -21,7 +21,7 @@ RAMP = np.linspace(0, 65535, 20).round().astype(np.uint16).reshape(4, 5)
 
 @pytest.fixture(autouse=True)
 def not_told():
-    images._frames_told[0] = 0
+    images._frames_told[0] = False
 
 
 def saved(path: Path, image, **options) -> np.ndarray:

@@ -127,6 +127,9 @@ def test_restart(run):
     (utils.Path("runs/run/classes") / "mine-seed0.json").write_text("{}")
     run(restart=True)
     assert len(run.fitted) == 3 and "mine-seed0.json" in files(), "what is no record of ours stays"
+    runs.drop(settings(modelname="run"))
+    left = {path.name for path in utils.Path("runs/run").iterdir()}
+    assert left <= {"classes", "figures"}, "no table or page of the old run"
     with pytest.raises(UserError, match="restart"):
         run(restart=True, rank=0, world_size=2)
 
