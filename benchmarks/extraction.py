@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections import deque
 from contextlib import contextmanager
-from functools import partial
 
 import numpy as np
 import torch
@@ -60,24 +59,10 @@ def plain_extraction(backbone, images, count, fields, device, batch=32):
     return torch.cat([backbone(part.to(device)).cpu() for part in loader])
 
 
-def read_chosen(images, chosen, split, i):
-    return images.read("train", chosen[i])
-
-
-def chosen_key(images, chosen, split, i):
-    return images.identify("train", chosen[i])
-
-
-def first_images(images, count):
-    """The data set cut to its first training images, spread over the classes."""
+def chosen_images(images, count):
+    """The data set cut to so many training images, spread over the classes."""
     chosen = np.linspace(0, len(images.labels.train.names) - 1, count).astype(int)
-    labels = images.labels
-    split = datasets.Split.of(
-        [labels.train.names[i] for i in chosen], labels.train.category[chosen], labels.train.defect[chosen]
-    )
-    cut = datasets.Labels(labels.classes, split, datasets.Split.of([], []))
-    identify = partial(chosen_key, images, chosen)
-    return datasets.ImageSet(cut, partial(read_chosen, images, chosen), identify, images.from_files)
+    return images.kept({"train": chosen, "test": chosen[:0]})
 
 
 def write(job):
@@ -185,7 +170,7 @@ def main():
     )
     identity = extractor.cache_identity(config)
     fields = identity.fields
-    images = first_images(datasets.load_images(args.dataset, args.dataset_path), args.images)
+    images = chosen_images(datasets.load_images(args.dataset, args.dataset_path), args.images)
 
     def job_with(**more):
         return extractor.Extraction(dataclasses.replace(config, **more), images, identity, device)

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,23 +42,12 @@ PHASES = ("extraction", "training", "scoring")
 def subset(images: datasets.ImageSet, total: int) -> datasets.ImageSet:
     """The data set cut to ``total`` images, spread over classes and splits as they are."""
     counts = {"train": round(total * TRAIN), "test": round(total * TEST)}
-    chosen = {
-        split: np.linspace(0, len(images.labels.split(split).names) - 1, count).astype(int)
-        for split, count in counts.items()
-    }
-    cut = {}
-    for split, rows in chosen.items():
-        whole = images.labels.split(split)
-        cut[split] = datasets.Split.of(
-            [whole.names[i] for i in rows], whole.category[rows], whole.defect[rows]
-        )
-    labels = datasets.Labels(images.labels.classes, **cut)
-    read, identify = (partial(_of_chosen, ask, chosen) for ask in (images.read, images.identify))
-    return datasets.ImageSet(labels, read, identify, images.from_files)
-
-
-def _of_chosen(ask, chosen: dict[str, np.ndarray], split: str, i: int):
-    return ask(split, chosen[split][i])
+    return images.kept(
+        {
+            split: np.linspace(0, len(images.labels.split(split).names) - 1, count).astype(int)
+            for split, count in counts.items()
+        }
+    )
 
 
 # ---------------------------------------------------------------- the two jobs
