@@ -318,10 +318,9 @@ def validation_set(source: ImageSet) -> ImageSet:
     """A test set for choosing settings, made from normal training images alone: nothing of the real test set
     is read.
 
-    Per class, a fixed tenth of the normal training images (at most 250) is held out; at most 2,000 of the
-    others are there to fit. The held-out ones are the normal test images; each also gives three synthetic
-    outliers: turned by 90, 180 or 270 degrees, with a rectangle pasted in from another one, and averaged with
-    another one."""
+    Per class, a fixed tenth of the normal training images (at most 250) is held out, two at least; at most
+    2,000 of the others are there to fit. The held-out ones are the normal test images; each also gives a
+    synthetic outlier of every kind (outliers.KINDS)."""
     labels = source.labels
     rows: dict[str, list[tuple[str, int, bool, str]]] = {split: [] for split in SPLITS}
     recipe: dict[str, list[tuple[int, str, int]]] = {split: [] for split in SPLITS}
@@ -338,7 +337,7 @@ def validation_set(source: ImageSet) -> ImageSet:
             name = labels.train.names[row] + (f" {kind}" if kind else "")
             rows[split].append((name, number, bool(kind), kind))
             recipe[split].append((int(row), kind, int(other)))
-    train, test = (Split.of(*zip(*rows[split])) for split in SPLITS)
+    train, test = (Split.of(*zip(*rows[split])) if rows[split] else Split.of([], []) for split in SPLITS)
     made = Labels(labels.classes, train, test, per_category=True)
     return ImageSet(
         made, partial(_make, source, recipe), partial(_made_key, source, recipe), source.from_files

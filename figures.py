@@ -182,7 +182,7 @@ def draw_histogram(name: str, record: dict, seed: int, bins: tuple[int, int], pa
         axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axes.set_xlabel("anomaly score (logarithmic far from the normal images)")
     legend(figure, handles, texts, loc="outside lower center")
-    figure.savefig(path, dpi=120)
+    heat_map.save(figure, path)
 
 
 def bulk(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
@@ -233,7 +233,7 @@ def draw_roc(records: dict[str, dict], seed: int, path: Path) -> bool:
     title(axes, f"ROC: normal class and AUROC, seed {seed}")
     if len(handles) <= MOST_IN_LEGEND:
         legend(axes, handles, texts)
-    figure.savefig(path, dpi=120)
+    heat_map.save(figure, path)
     return True
 
 
@@ -270,7 +270,7 @@ def draw_curves(records: dict[str, dict], seed: int, path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(histories) <= MOST_IN_LEGEND:
         legend(losses, handles, list(histories))
-    figure.savefig(path, dpi=120)
+    heat_map.save(figure, path)
 
 
 def column(history: list[dict], name: str) -> np.ndarray:
@@ -305,7 +305,7 @@ def draw_methods(summary: dict, path: Path) -> bool:
     axes.set_xlabel("AUROC")
     title(axes, f"flow and simple detectors, {seeds_of(summary)}")
     legend(figure, handles, texts, loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=120)
+    heat_map.save(figure, path)
     return True
 
 
@@ -338,7 +338,7 @@ def draw_defects(summary: dict, path: Path) -> bool:
     axes.axvline(0.5, color="grey", linewidth=0.8, linestyle="--")
     axes.set(xlim=(0, 1), xlabel="AUROC against the normal test images (dashed: chance)")
     title(axes, f"kinds of defect (images), {seeds_of(summary)}")
-    figure.savefig(path, dpi=120)
+    heat_map.save(figure, path)
     return True
 
 
@@ -375,7 +375,8 @@ def draw_sheet(images: datasets.ImageSet, test: dict, heading: str, path: Path) 
             for line, word in enumerate(words):
                 at = (left, top + LINE + GAP + TILE + line * LINE)
                 draw.text(at, shorten(word, 17), "black", font)
-    sheet.save(path, quality=90, subsampling=0)
+    with utils.whole_file(path) as partial:
+        sheet.save(partial, "JPEG", quality=90, subsampling=0)
 
 
 def tile(pixels: np.ndarray) -> Image.Image:

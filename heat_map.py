@@ -105,5 +105,10 @@ def draw(pixels: np.ndarray, values: np.ndarray, path: Path, title: str) -> None
     for axes in (left, right):
         axes.axis("off")
     figure.suptitle(title, parse_math=False, fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
+
+
+def save(figure, path: Path) -> None:
+    """A matplotlib figure as a PNG, whole or not at all."""
+    with utils.whole_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")

@@ -6,7 +6,6 @@ import io
 import math
 import mmap
 import os
-import socket
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import utils
 from config import UserError
 
 DTYPE = np.dtype("<f2")
@@ -77,7 +77,7 @@ class ArrayWriter:
 
     def __init__(self, path: Path, shape: tuple[int, ...]):
         self.path, self.shape, self.rows, self._crc = path, shape, 0, 0
-        self._partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+        self._partial = utils.partial_of(path)
         self._stream = open(self._partial, "wb")
         self._stream.write(npy_header(0, shape))
 

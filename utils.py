@@ -250,13 +250,22 @@ def _rank_auroc(scores: np.ndarray, n_normal: int) -> float:
 
 
 # ---------------------------------------------------------------- files
+LONGEST_HOST = 40  # characters of a host's name, from its end: a file's name has 255 bytes in all
+
+
+def partial_of(path: Path) -> Path:
+    """Where this process writes a file until it is whole: beside its place."""
+    host = socket.gethostname()[-LONGEST_HOST:]
+    return path.with_name(f".{path.name}.{host}-{os.getpid()}.partial")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to beside ``path``; it takes its place, on the disk, only when the block ends without
     an error. It has the mode of an ordinary new file, whoever writes it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    partial = partial_of(path)
     try:
         partial.touch()
         mode = partial.stat().st_mode  # by the umask

@@ -8,6 +8,7 @@ from test_report import RESULTS, SIMPLE
 
 import datasets
 import figures
+import heat_map
 import report
 from config import Config
 
@@ -16,7 +17,7 @@ from config import Config
 def drawn(monkeypatch) -> list[Figure]:
     """The figures that are saved from now on."""
     saved: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: saved.append(self))
+    monkeypatch.setattr(heat_map, "save", lambda figure, path: saved.append(figure))
     return saved
 
 
@@ -212,3 +213,17 @@ def test_tiles_name_class_or_kind():
     split = datasets.Split.of(["bottle/test/hole/a.png"], [0], [True], ["hole"])
     labels = datasets.Labels(("bottle",), datasets.Split.of([], []), split, per_category=True)
     assert figures.described(labels, 0) == ("hole", "a.png")
+
+
+def test_a_figure_is_whole_or_absent(tmp_path, monkeypatch):
+    """Drawn beside its place: what breaks off leaves the old one."""
+
+    class Broken:
+        def savefig(self, path, **options):
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    path = tmp_path / "new" / "roc.png"
+    with pytest.raises(KeyboardInterrupt):
+        heat_map.save(Broken(), path)
+    assert list(path.parent.iterdir()) == []

@@ -297,3 +297,12 @@ def test_ranks_begin_at_their_own_and_miss_nothing():
     assert utils.Ranks(4, 5).own_first([0, 1]) == [0, 1]
     for rank in range(5):
         assert sorted(utils.Ranks(rank, 5).own_first(list(range(13)))) == list(range(13))
+
+
+def test_the_longest_class_name_fits_on_a_host_of_the_longest_name(tmp_path, monkeypatch):
+    """A file's name has 255 bytes: the partial one's holds class, seed, ending, host and process."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "h" * 64)
+    monkeypatch.setattr(os, "getpid", lambda: 4194304)
+    path = tmp_path / f"{utils.file_name('x' * 300)}-seed{2**31}.safetensors"
+    utils.write_text(path, "whole")
+    assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]

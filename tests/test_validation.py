@@ -54,6 +54,14 @@ def test_validation_set_is_made_of_normal_training_images():
         )
 
 
+def test_too_few_images_leave_nothing_to_fit():
+    """The class is refused later, with a line; here nothing breaks."""
+    images = image_set()
+    made = datasets.validation_set(images.kept({"train": np.array([4, 5, 6]), "test": np.array([], int)}))
+    fitted, tested, anomalous = made.labels.one_class("even")
+    assert len(fitted) == 0 and len(tested) == 2 * (1 + len(outliers.KINDS)) and sum(anomalous == 0) == 2
+
+
 def test_outliers_differ_from_their_image_and_are_the_same_each_time():
     made = datasets.validation_set(image_set())
     names = made.labels.test.names

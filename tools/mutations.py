@@ -1090,7 +1090,7 @@ MUTATIONS = [
     Mutation(
         "a shard is put in its place before it is written",
         "shards.py",
-        'path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")',
+        "utils.partial_of(path)",
         "path",
         "feature_cache",
     ),
@@ -1261,6 +1261,27 @@ MUTATIONS = [
         "if not path.name.endswith(runs.FAILED)",
         "if True",
         "compare",
+    ),
+    Mutation(
+        "a long host's name makes a file's name too long",
+        "utils.py",
+        "socket.gethostname()[-LONGEST_HOST:]",
+        "socket.gethostname()",
+        "utils",
+    ),
+    Mutation(
+        "a validation set of too few images is a traceback",
+        "datasets.py",
+        " if rows[split] else Split.of([], [])",
+        "",
+        "validation",
+    ),
+    Mutation(
+        "a picture of a run may be half there",
+        "heat_map.py",
+        "    with utils.whole_file(path) as partial:\n        figure.savefig(partial",
+        "    path.parent.mkdir(parents=True, exist_ok=True)\n    if True:\n        figure.savefig(path",
+        "figures",
     ),
     Mutation(
         "the local flow draws its places by the run's first seed",
