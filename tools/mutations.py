@@ -299,8 +299,8 @@ MUTATIONS = [
     Mutation(
         "an image is its mean place",
         "detector.py",
-        "largest = scores.amax(1)",
-        "largest = scores.mean(1)",
+        "return scores.amax(1)",
+        "return scores.mean(1)",
         "places",
     ),
     Mutation(
@@ -376,8 +376,8 @@ MUTATIONS = [
     Mutation(
         "neighbours' weight ignored",
         "detector.py",
-        "standard + self.weight * near",
-        "standard + near",
+        "torch.tensor([weight * REFERENCES[name]",
+        "torch.tensor([REFERENCES[name]",
         "bands",
     ),
     Mutation(
