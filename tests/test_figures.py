@@ -133,6 +133,8 @@ def test_methods_stand_beside_each_other(drawn, tmp_path):
     assert texts_of(drawn[0].legends[0]) == ["flow, ± over 2 seeds", "kNN"]
     assert axes.get_title().endswith("detectors, seeds 0, 1")
     flow = axes.containers[0]
+    (low, high), rows = sorted(axes.get_ylim()), flow[0].get_ydata()
+    assert low <= min(rows) - 0.5 and high >= max(rows) + 0.5, "no marker lies on the frame"
     assert flow[0].get_xdata().tolist() == pytest.approx([0.85, 0.6, 0.725])
     (bars,) = flow[2]
     spans = [np.ptp(segment[:, 0]) / 2 for segment in bars.get_segments()]
