@@ -256,9 +256,8 @@ class Evidence(nn.Module):
         """Take mean and standard deviation of ``name``, likelihood (n) or neighbours (n, kinds), from
         held-out normals' values."""
         getattr(self, f"{name}_mean").copy_(held_out.mean(0))
-        getattr(self, f"{name}_std").copy_(
-            held_out.std(0).clamp_min(1e-6) if len(held_out) > 1 else torch.ones(())
-        )
+        several = len(held_out) > 1 and held_out.numel() > 0
+        getattr(self, f"{name}_std").copy_(held_out.std(0).clamp_min(1e-6) if several else torch.ones(()))
 
     def forward(self, likelihood: Tensor, distances: Tensor) -> Tensor:
         """The evidence (B) of likelihood scores (B) and distances (B, kinds)."""

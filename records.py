@@ -15,19 +15,24 @@ SHAPE = {
     "own_input_scores": dict,
     "weights": (dict, type(None)),
 }
-FEATURES = {"kind": str, "grid": list, "tokens": int, "n_feat": int}
+PARTS: dict[str, dict[str, type]] = {  # and what its parts must
+    "result": {"class": str, "seed": int},
+    "features": {"kind": str, "grid": list, "tokens": int, "n_feat": int},
+    "test": {"rows": list, "labels": list, "scores": list},
+}
 
 
 def read(path: Path) -> dict:
     """A record as it was written. Raises OSError when it is not there, and ValueError, with the reason in one
     line, when it is no JSON, was changed, or is not shaped like a record."""
     content = utils.read_sealed(path)
-    for part, shape in ((content, SHAPE), (content.get("features"), FEATURES)):
-        _check(path, part, shape)
+    _check(path, content, SHAPE)
+    for part, shape in PARTS.items():
+        _check(path, content[part], shape)
     grid = content["features"]["grid"]
     if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid):
         raise ValueError(f"{path}: expected a grid of rows and columns, got {grid}")
-    lengths = {len(content["test"].get(name) or ()) for name in ("rows", "labels", "scores")}
+    lengths = {len(content["test"][name]) for name in PARTS["test"]}
     if len(lengths) != 1:
         raise ValueError(f"{path}: test holds rows, labels and scores of different lengths")
     if not all(isinstance(entry, dict) for entry in content["history"]):
@@ -35,7 +40,7 @@ def read(path: Path) -> dict:
     return content
 
 
-def _check(path: Path, part, shape: dict) -> None:
+def _check(path: Path, part: dict, shape: dict) -> None:
     for name, kind in shape.items():
-        if not isinstance(part, dict) or not isinstance(part.get(name), kind):
+        if not isinstance(part.get(name), kind):
             raise ValueError(f"{path} is not shaped like a record: {name} is missing or of another kind")

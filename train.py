@@ -272,7 +272,8 @@ class LocalHead(Head):
         scores = [
             self.detector.place_scores(source.one("places", batch)) for batch in in_batches(rows, PLACE_BATCH)
         ]
-        largest, mean = (torch.cat(parts) for parts in zip(*((s.amax(1), s.mean(1)) for s in scores)))
+        largest = torch.cat([self.detector.local_finding(each)[0] for each in scores])
+        mean = torch.cat([each.mean(1) for each in scores])
         none = largest.new_zeros(0)
         return Measured(none, none, largest, mean.mean().item() - model.LOG_ROOT_2PI)
 

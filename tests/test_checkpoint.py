@@ -150,6 +150,9 @@ def test_weights_of_another_flow_are_refused(kept):
 MEANINGLESS = [
     ("features", {"grid": [0, 0]}),
     ("features", {"n_feat": 10**9}),
+    ("test", {"rows": 5}),
+    ("test", {"scores": None}),
+    ("result", {"class": None}),
     ("config", {"clamp": -1}),
     ("config", {"nonsense": True}),
 ]

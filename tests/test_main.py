@@ -10,6 +10,7 @@ import torch
 from conftest import make_folder, script
 from safetensors.torch import load_file
 
+import batched
 import config as knobs
 import main
 import train
@@ -168,6 +169,8 @@ def test_train_script_is_one_class_of_main(run_folder, texture_folder, tmp_path,
 
 
 def test_together_run(run_folder, texture_folder, tmp_path, monkeypatch):
+    groups, real = [], batched.groups
+    monkeypatch.setattr(batched, "groups", lambda trainers: groups.append(len(trainers)) or real(trainers))
     alone, joint = (
         in_process(
             whole(texture_folder, train_together=value, restart=True), run_folder, tmp_path, monkeypatch
@@ -176,6 +179,7 @@ def test_together_run(run_folder, texture_folder, tmp_path, monkeypatch):
     )
     for name, values in metrics(alone).items():
         assert metrics(joint)[name]["auroc"] == pytest.approx(values["auroc"], abs=0.02)
+    assert groups == [3], "all classes at once, in the second run alone"
     assert list(joint["classes"]) == list(alone["classes"])
 
 

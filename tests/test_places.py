@@ -1,6 +1,7 @@
 """Place tokens, the flow of single places, and the simple detectors on them."""
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -190,6 +191,16 @@ def test_a_seed_comes_out_the_same_whichever_seed_the_run_began_with(tmp_path):
         for first in (0, 1)
     ]
     assert all(torch.equal(values, local[1][name]) for name, values in local[0].items())
+
+
+def test_a_flow_without_neighbours_is_calibrated_without_a_warning():
+    """PyTorch warns of a deviation over nothing, on every user's screen."""
+    evidence = detector.Evidence((), 2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evidence.calibrate("neighbours", torch.zeros(5, 0))
+        evidence.calibrate("likelihood", torch.tensor([1.0, 3.0]))
+    assert evidence(torch.tensor([4.0]), torch.zeros(1, 0)).item() == pytest.approx(2**0.5)
 
 
 def test_the_local_flow_learns(tmp_path):

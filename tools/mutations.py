@@ -304,13 +304,6 @@ MUTATIONS = [
         "places",
     ),
     Mutation(
-        "held-out images are scored by their mean place",
-        "train.py",
-        "((s.amax(1), s.mean(1)) for s in scores)",
-        "((s.mean(1), s.mean(1)) for s in scores)",
-        "places",
-    ),
-    Mutation(
         "a place's covariance is its own alone",
         "normalization.py",
         "covariance += channels / (n + channels) * (pooled - covariance)",
@@ -1282,6 +1275,20 @@ MUTATIONS = [
         "    with utils.whole_file(path) as partial:\n        figure.savefig(partial",
         "    path.parent.mkdir(parents=True, exist_ok=True)\n    if True:\n        figure.savefig(path",
         "figures",
+    ),
+    Mutation(
+        "train_together trains one by one",
+        "main.py",
+        'together = config.train_together == "True"',
+        "together = False",
+        "main",
+    ),
+    Mutation(
+        "a record whose parts are none is taken for one",
+        "records.py",
+        "        _check(path, content[part], shape)",
+        "        pass",
+        "checkpoint",
     ),
     Mutation(
         "the local flow draws its places by the run's first seed",
