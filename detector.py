@@ -669,7 +669,8 @@ def load_detector(path: Path) -> tuple[Detector, dict]:
         Exception
     ) as error:  # a foreign safetensors file, or one of another flow: each fails in its own way
         reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-        raise UserError(f"{weights} holds no weights of this detector ({reason})") from None
+        fault = f"holds no weights of this version's detector ({reason})"
+        raise UserError(f"{weights} {fault}; train it again") from None
     broken = [name for name, t in detector.state_dict().items() if not torch.isfinite(t).all()]
     if broken:
         raise UserError(f"{weights} holds weights that are not finite ({broken[0]}): train it again")
