@@ -27,6 +27,9 @@ from cache_writer import CacheWriter
 from shards import Shard
 
 torch.set_num_threads(1)
+# The first backward pass: made after a test has exported something, it would start threads, and tests that
+# fork a process (tools/processes.py) could not train in it any more.
+torch.ones(1, requires_grad=True).sum().backward()
 
 
 def texture(kind: int, generator: np.random.RandomState, size: int = 32) -> np.ndarray:
