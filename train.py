@@ -337,12 +337,13 @@ class Trainer:
             semantic, patches = source.on_cpu(batch)[:2]
             own.append(semantic.clone())  # cloned: a view would keep the patches
             pooled.append(fit.normalizer.pool(semantic, patches).clone())
+        whole = torch.cat(own)
         if spectrum:
-            fit.weigh(torch.cat(own))
+            fit.weigh(whole)
         sample = source.on_cpu(evenly(rows, PATCH_SAMPLE)).patches.flatten(0, 1)
         fit.normalizer.fit(torch.cat(pooled), sample)
         if fit.own is not None:
-            fit.own.fit(torch.cat(own), sample)
+            fit.own.fit(whole, sample)
         if fit.uses_places:
             fit.place_normalizer.fit(source.one_on_cpu("places", evenly(rows, PLACE_SAMPLE)))
 

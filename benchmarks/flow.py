@@ -69,10 +69,10 @@ def same_flows(channels, hidden, device):
     return ours, theirs
 
 
-def count_flops(flow, optimizer, tokens):
+def count_flops(flow, optimizer, features):
     """FLOPs of our step."""
     with FlopCounterMode(display=False) as counter:
-        our_step(flow, optimizer, in_parts(tokens))
+        our_step(flow, optimizer, features)
     return counter.get_total_flops()
 
 
@@ -100,7 +100,7 @@ def compare_steps(args, device):
         config = Config()
         ours_adam, theirs_adam = train.SubnetOptimizers(ours, config), make_optimizer(theirs)
         losses = our_step(ours, ours_adam, features), step(theirs, theirs_adam, tokens)
-        flops = count_flops(ours, ours_adam, tokens)
+        flops = count_flops(ours, ours_adam, features)
         step(theirs, theirs_adam, tokens)
         seconds = medians(
             {

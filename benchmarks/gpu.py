@@ -152,14 +152,13 @@ def steps(job: Job) -> None:
         for device in (CPU, job.device):
             torch.manual_seed(0)
             flow, _ = same_flows(sizes.channels, sizes.channels, CPU)
-            tokens = torch.randn(32, 1 + sizes.grid**2, sizes.channels).to(device)
+            semantic, patches = in_parts(torch.randn(32, 1 + sizes.grid**2, sizes.channels).to(device))
             flow, losses = flow.to(device), []
             optimizer = train.SubnetOptimizers(flow, knobs.Config())
             kind = "highest" if device is CPU else matmul
             for _ in range(10):
-                losses.append(our_step(flow, optimizer, in_parts(tokens), kind))
+                losses.append(our_step(flow, optimizer, (semantic, patches), kind))
             with torch.no_grad():
-                semantic, patches = in_parts(tokens)
                 z, _ = flow(semantic, [patches])
             found.append((losses, z.square().mean(1).cpu()))
         (wanted, scores), (got, other) = found

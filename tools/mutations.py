@@ -824,7 +824,7 @@ MUTATIONS = [
     Mutation(
         "the own token's normaliser is never fitted",
         "train.py",
-        "            fit.own.fit(torch.cat(own), sample)\n",
+        "            fit.own.fit(whole, sample)\n",
         "            pass\n",
         "bands",
     ),
