@@ -8,7 +8,6 @@ python benchmarks/flow.py --classes 10 --epochs 10 --images 5000
 
 import argparse
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +142,8 @@ def write_random_cache(folder, classes, images, channels):
 
 
 def compare_trainings(args, device):
-    """Seconds of fitting all classes: as one batched model, one after the other, and by the transcription."""
+    """Median seconds of fitting all classes: as one batched model, one after the other, and by the
+    transcription."""
     config = Config(
         batch_size=args.batch_size,
         fusion="class_attention",
@@ -154,7 +154,7 @@ def compare_trainings(args, device):
     )
     print(
         f"\n{args.classes} classes x {args.epochs} epochs of {args.images} images, C = H = {args.channels}, "
-        f"N = 64, batch {args.batch_size}, {device}"
+        f"N = 64, batch {args.batch_size}, {device}, medians of {args.repeats}"
     )
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         cache = write_random_cache(Path(scratch) / "cache", args.classes, args.images, args.channels)
@@ -183,27 +183,11 @@ def compare_trainings(args, device):
                 )
                 fit(tokens, args.channels, args.epochs, args.batch_size, device)
 
-        report = {}
-        for name, job in (
-            ("together", all_at_once),
-            ("one by one", one_by_one),
-            ("transcription", transcription),
-        ):
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            start = time.perf_counter()
-            job()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            report[name] = time.perf_counter() - start
-            memory = (
-                f", peak {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on the device"
-                if device.type == "cuda"
-                else ""
-            )
-            print(f"{name:14s} {report[name]:8.1f} s{memory}", flush=True)
-        for name in ("together", "one by one"):
-            print(f"transcription / {name}: {report['transcription'] / report[name]:.2f}")
+        jobs = {"together": all_at_once, "one by one": one_by_one, "transcription": transcription}
+        seconds = medians(jobs, args.repeats, device)
+        for name, value in seconds.items():
+            ratio = seconds["transcription"] / value
+            print(f"{name:14s} {value:8.1f} s   transcription / {name}: {ratio:.2f}")
 
 
 def main():

@@ -5,12 +5,14 @@ python benchmarks/whole_job.py --dataset_path data/cifar10 --images 1000 3000 --
 The released job, class after class: extract the class's training images and all test images, one image at a
 time in float32, store both, train, score. Ours: every image once, batched, float16 on disk; then class by
 class. Both have the same backbone, flow (class attention, all tokens, H = C), batch size and one epoch. Each
-run is a process of its own, which tells its seconds and its peak memory; larger jobs are computed from those
-that were measured, phase by phase."""
+run is a process of its own, which tells its seconds and its peak memory; both jobs run in turns, and what is
+told is the median of ``--repeats`` turns. Larger jobs are computed from those that were measured, phase by
+phase."""
 
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -145,6 +147,16 @@ def measure(args: argparse.Namespace, job: str, images: int, classes: int) -> di
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def in_the_middle(runs: list[dict]) -> dict:
+    """Several runs of one job -> the medians of its seconds, memory and disk, the shortest and the longest
+    run, and the AUROC of the last."""
+    middle = {
+        what: statistics.median(run[what] for run in runs) for what in (*PHASES, "seconds", "memory", "disk")
+    }
+    seconds = [run["seconds"] for run in runs]
+    return middle | {"range": (min(seconds), max(seconds)), "auroc": runs[-1]["auroc"]}
+
+
 def amounts(job: str, images: int, classes: int) -> dict[str, tuple[float, int]]:
     """How many images each phase of a job works on, and how often it starts."""
     per_class = {"training": images * TRAIN / CLASSES, "scoring": images * TEST}
@@ -168,7 +180,8 @@ def line(cells: list) -> str:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """The measured runs, then the scaling table."""
+    """The measured jobs, medians of ``--repeats`` turns, then the scaling table."""
+    print(f"medians of {args.repeats}\n")
     print(
         line(
             [
@@ -176,7 +189,7 @@ def compare(args: argparse.Namespace) -> None:
                 "classes",
                 "job",
                 *(f"{phase} s" for phase in PHASES),
-                "in all s",
+                "in all s (lowest to highest)",
                 "peak GB",
                 "disk GB",
                 "AUROC",
@@ -187,9 +200,11 @@ def compare(args: argparse.Namespace) -> None:
     measured: dict[tuple[int, int], dict[str, dict]] = {}
     for images in sorted(args.images):
         for classes in sorted(args.classes):
-            measured[images, classes] = {job: measure(args, job, images, classes) for job in JOBS}
+            turns = [{job: measure(args, job, images, classes) for job in JOBS} for _ in range(args.repeats)]
+            measured[images, classes] = {job: in_the_middle([turn[job] for turn in turns]) for job in JOBS}
             for job, found in measured[images, classes].items():
                 seconds = [f"{found[phase]:.1f}" for phase in (*PHASES, "seconds")]
+                seconds[-1] += " ({:.1f} to {:.1f})".format(*found["range"])
                 size = [f"{found[what] / 1e9:.2f}" for what in ("memory", "disk")]
                 auroc = np.mean(list(found["auroc"].values()))
                 print(line([images, classes, job, *seconds, *size, f"{auroc:.4f}"]), flush=True)
@@ -216,6 +231,7 @@ def main() -> None:
     parser.add_argument("--weights", default=None, help="weights file, or random")
     parser.add_argument("--images", type=int, nargs="+", default=[1000, 3000])
     parser.add_argument("--classes", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--scratch", default=None, help="folder for the features")

@@ -35,11 +35,22 @@ def test_the_released_job_extracts_the_test_images_once_per_class():
     assert np.isclose(whole_job.amounts("released", 60000, 10)["extraction"][0], 150000)
 
 
+def test_the_median_of_several_runs():
+    runs = [
+        {what: value for what in (*whole_job.PHASES, "seconds", "memory", "disk")} | {"auroc": {"a": value}}
+        for value in (3.0, 9.0, 1.0)
+    ]
+    found = whole_job.in_the_middle(runs)
+    assert found["extraction"] == found["seconds"] == found["memory"] == 3.0
+    assert found["range"] == (1.0, 9.0) and found["auroc"] == {"a": 1.0}
+
+
 @pytest.mark.slow
 def test_both_jobs_at_a_tiny_size(tmp_path, texture_folder):
     done = script("benchmarks/whole_job.py", "--dataset", "folder", "--dataset_path", texture_folder,
                   "--extractor", "test_resnet", "--weights", "random", "--images", 60, "--classes", 1,
-                  "--device", "cpu", "--threads", 1, "--scratch", tmp_path, cwd=tmp_path)  # fmt: skip
+                  "--repeats", 1, "--device", "cpu", "--threads", 1, "--scratch", tmp_path,
+                  cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| 60 | 1")]
     assert [row[2] for row in rows[:2]] == ["ours", "released"] and rows[2][-1] == "measured |"
@@ -57,4 +68,4 @@ def test_extraction_and_flow_at_a_tiny_size(tmp_path, texture_folder):
     done = script("benchmarks/flow.py", "--device", "cpu", "--threads", 1, "--channels", 32, "--batches", 2,
                   "--repeats", 1, "--classes", 2, "--images", 8, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "transcription / together" in done.stdout
+    assert "transcription / one by one" in done.stdout
