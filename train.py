@@ -6,6 +6,7 @@ if __name__ == "__main__":  # parse before the slow imports: -h and mistakes ans
     CONFIG = knobs.from_command_line(__doc__, script="train.py")
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -295,6 +296,7 @@ class Trainer:
         self.config, self.data, self.seed, self.device = config, data, seed, device
         memory.check_training(config, features, len(data.fit_rows))
         self.bytes = memory.training_bytes(config, features, len(data.fit_rows))
+        utils.keep_freed_memory()
         utils.seed_everything(seed)
         self.detector = Detector(config, features)
         self._normalize_by(data.fit_rows)
@@ -615,7 +617,7 @@ def main(config: Config) -> None:
     if config.class_name == "all" and not is_one_class(config):
         raise UserError(advice)
     with runs.writing(config):
-        cache = extractor.ensure_features(config, device)
+        cache = extractor.ensure_features(config, device, functools.partial(Detector, config))
         class_name, *more = datasets.choose_classes(cache.labels, config.class_name)
         if more:
             raise UserError(advice)
@@ -626,6 +628,7 @@ def main(config: Config) -> None:
             train, test = (TokenSource(cache.arrays(split), device) for split in datasets.SPLITS)
             fitted = make_trainer(config, cache, *cell, train, test).run()
             fitted.result["wall_time_s"] = round(time.perf_counter() - start, 3)
+            fitted.result["ended"] = round(time.time(), 3)
             detector.save_fitted(config, cache, fitted)
             result, kept = fitted.result, "kept"
     kept += f" in {detector.checkpoint_path(config, *cell)}.json"

@@ -29,6 +29,18 @@ def test_computed_from_what_was_measured():
         assert abs(whole_job.computed(measured, job, (60000, 10)) - wanted) < 1e-6 * wanted
 
 
+def test_computed_memory():
+    """A start, so much per image, and a part of it that comes with the second class."""
+
+    def found(images, classes):
+        return {"ours": {"memory": 2e9 + 1e4 * images + 5e8 * (classes > 1)}}
+
+    measured = {size: found(*size) for size in ((120, 1), (600, 1), (600, 3))}
+    for to in ((60000, 10), (60000, 1)):
+        wanted = found(*to)["ours"]["memory"]
+        assert abs(whole_job.computed_memory(measured, "ours", to) - wanted) < 1e-6 * wanted
+
+
 def test_the_released_job_extracts_the_test_images_once_per_class():
     """CIFAR-10: 60,000 images here, 150,000 there."""
     assert whole_job.amounts("ours", 60000, 10)["extraction"] == (60000, 1)
@@ -66,6 +78,6 @@ def test_extraction_and_flow_at_a_tiny_size(tmp_path, texture_folder):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all threads on one batch") == 2 and "of it" in done.stdout
     done = script("benchmarks/flow.py", "--device", "cpu", "--threads", 1, "--channels", 32, "--batches", 2,
-                  "--repeats", 1, "--classes", 2, "--images", 8, cwd=tmp_path)  # fmt: skip
+                  "--repeats", 1, "--classes", 2, "--images", 8, "--bfloat16", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "transcription / one by one" in done.stdout
+    assert "x the transcription" in done.stdout and "ours with bfloat16 products" in done.stdout
