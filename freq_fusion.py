@@ -46,26 +46,26 @@ def put(x: Tensor, index: Tensor, size: int) -> Tensor:
 def fold_keys(query: Tensor, weight: Tensor) -> Tensor:
     """W_k^T q for every head: query (B, heads, w), weight (heads * w, d) -> (B, heads, d)."""
     heads, width = query.shape[1:]
-    return torch.matmul(query.transpose(0, 1), weight.view(heads, width, -1)).transpose(0, 1)
+    return torch.bmm(query.transpose(0, 1), weight.view(heads, width, -1)).transpose(0, 1)
 
 
 def project_values(mixed: Tensor, weight: Tensor) -> Tensor:
     """W_v applied to the mixed token of every head: mixed (B, heads, d), weight (heads * w, d) -> (B, heads *
     w)."""
     heads, d = mixed.shape[1:]
-    values = torch.matmul(mixed.transpose(0, 1), weight.view(heads, -1, d).transpose(1, 2))  # (heads, B, w)
+    values = torch.bmm(mixed.transpose(0, 1), weight.view(heads, -1, d).transpose(1, 2))  # (heads, B, w)
     return values.transpose(0, 1).flatten(1)
 
 
 def token_logits(query: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
     """Inner products of query (B, heads, d) with the channels ``index`` of tokens (B, N, C) -> (B, heads,
     N)."""
-    return torch.matmul(put(query, index, tokens.shape[-1]), tokens.transpose(1, 2))
+    return torch.bmm(put(query, index, tokens.shape[-1]), tokens.transpose(1, 2))
 
 
 def mix_tokens(weights: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
     """Weighted sums of the channels ``index``: weights (B, heads, N), tokens (B, N, C) -> (B, heads, d)."""
-    return take(torch.matmul(weights, tokens), index)
+    return take(torch.bmm(weights, tokens), index)
 
 
 class ClassAttention(nn.Module):
@@ -88,7 +88,7 @@ class ClassAttention(nn.Module):
         """x (B, d), tokens (B, N, C), index (d) into C -> (B, H)."""
         query = self.q(x).view(-1, self.heads, self.width) * self.width**-0.5
         query = fold_keys(query, self.k.weight)  # (B, heads, d)
-        own = torch.matmul(query, x.unsqueeze(2))  # (B, heads, 1): the semantic token's own logit
+        own = torch.bmm(query, x.unsqueeze(2))  # (B, heads, 1): the semantic token's own logit
         weights = torch.cat([own, token_logits(query, tokens, index)], 2).softmax(2)
         mixed = torch.addcmul(mix_tokens(weights[..., 1:], tokens, index), weights[..., :1], x.unsqueeze(1))
         return self.proj(project_values(mixed, self.v.weight))
@@ -186,7 +186,8 @@ class HiLo(nn.Module):
         ]
 
 
-# Tokens -> their version and their spectrum, for as long as the tokens are there.
+# Tokens -> what their spectrum was computed from and under, and the spectrum, for as long as the tokens are
+# there.
 KNOWN_SPECTRA: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -203,6 +204,7 @@ class SpectralGate(nn.Module):
         super().__init__()
         if min(grid) < 6:
             raise ValueError(f"spectral fusion needs a token grid of at least 6x6, got {grid[0]}x{grid[1]}")
+        self.grid = grid
         frequency = (
             torch.arange(channels) * len(TOP16) // channels
         )  # (C) which of the sixteen a channel takes
@@ -237,10 +239,11 @@ class SpectralGate(nn.Module):
         of a flow, which see the same tokens one after the other."""
         if is_traced() or tokens.requires_grad or tokens.is_inference():
             return torch.matmul(self.filters.to(tokens.dtype), tokens)
-        version, spectrum = KNOWN_SPECTRA.get(tokens, (None, None))
-        if version != tokens._version:  # none, or of what the tokens were before they were changed
+        state = (tokens._version, self.grid, torch.is_autocast_enabled(tokens.device.type))
+        known, spectrum = KNOWN_SPECTRA.get(tokens, (None, None))
+        if known != state:  # none, of what the tokens were before, as another grid, or in fewer digits
             spectrum = torch.matmul(self.filters.to(tokens.dtype), tokens)
-            KNOWN_SPECTRA[tokens] = (tokens._version, spectrum)
+            KNOWN_SPECTRA[tokens] = (state, spectrum)
         return spectrum
 
 

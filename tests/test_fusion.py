@@ -174,6 +174,16 @@ def test_filters_that_vanish(side, zero):
     assert (energy < 1e-12).sum() == zero
 
 
+def test_a_spectrum_is_of_one_grid_and_one_precision():
+    """The same tokens seen as 6 x 8 and as 8 x 6 places, under autocast and not."""
+    tokens, index = torch.randn(2, 48, 8), torch.arange(8)
+    gates = {grid: freq_fusion.SpectralGate(8, grid) for grid in ((6, 8), (8, 6))}
+    with torch.autocast("cpu", torch.bfloat16):
+        gates[6, 8].gate_tokens(tokens, index)
+    for gate in gates.values():
+        assert torch.equal(gate.gate_tokens(tokens, index), gate.gate_tokens(tokens.clone(), index))
+
+
 def test_a_spectrum_is_computed_once_for_tokens_that_stay(monkeypatch):
     """For as long as they are there and as they were; tokens with a gradient have none to share."""
     gate, index = freq_fusion.SpectralGate(8, (6, 6)), torch.arange(8)
