@@ -606,11 +606,14 @@ def pool_full_cache(
 
 
 # ---------------------------------------------------------------- the two ways in
-def ensure_features(config: Config, device: torch.device) -> FeatureCache:
+def ensure_features(
+    config: Config, device: torch.device, check: Callable[[dict], object] | None = None
+) -> FeatureCache:
     """The cache of a configuration; what is missing is extracted first unless ``pretrained`` says it is
     there.
 
-    Raises UserError."""
+    check: called with what the sidecar will say of the features before any is extracted, to refuse what will
+    not go with them. Raises UserError."""
     identity = cache_identity(config)
     folder = identity.folder
     if config.pretrained:
@@ -631,6 +634,9 @@ def ensure_features(config: Config, device: torch.device) -> FeatureCache:
         if not mend(images, folder, thorough=config.verify):
             print(f"features: reusing the cache {folder}", flush=True)
             return as_wanted(config, FeatureCache(identity))
+    if check is not None:
+        _, features = what_is_kept(config, backbones.outline(config))
+        check(features)
     return make_features(config, images, identity, device, known)
 
 

@@ -60,6 +60,16 @@ def run_folder(texture_folder, tmp_path_factory):
     return folder, done
 
 
+@pytest.mark.parametrize("fit", [main.main, train.main])
+def test_a_fusion_that_does_not_go_with_the_grid_is_refused_before_extraction(
+    fit, texture_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="grid of at least 6x6, got 2x2"):
+        fit(whole(texture_folder, fusion="spectral", class_name="leaf"))
+    assert not (tmp_path / "features").exists()
+
+
 def in_process(config: Config, run_folder, tmp_path, monkeypatch) -> dict:
     """main.main in a folder of its own, on the features of the first run -> results.json."""
     monkeypatch.chdir(tmp_path)
