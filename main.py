@@ -7,6 +7,7 @@ if __name__ == "__main__":  # parse before the slow imports: -h and mistakes ans
     CONFIG = knobs.from_command_line(__doc__)
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Iterator
@@ -58,6 +59,22 @@ class Stopwatch:
         self.since = now
         return round(now - since, 3)
 
+    def share(self) -> dict:
+        """The same as a result keeps it: its share of the wall time, and when that ended (s since 1970)."""
+        return {"wall_time_s": self.lap(), "ended": round(time.time(), 3)}
+
+
+def wall_time(results: list[dict]) -> float:
+    """The seconds in which at least one of the results was worked at: those of ranks that work at the same
+    time count once, where it is known when they ended."""
+    total, until = sum(result["wall_time_s"] for result in results if "ended" not in result), 0.0
+    timed = [result for result in results if "ended" in result]
+    for result in sorted(timed, key=lambda result: result["ended"] - result["wall_time_s"]):
+        start = max(result["ended"] - result["wall_time_s"], until)
+        total += max(0.0, result["ended"] - start)
+        until = max(until, result["ended"])
+    return total
+
 
 def run_cells(ledger: runs.Ledger, device: torch.device, watch: Stopwatch) -> None:
     """Fit every class with every seed that is not finished and that no other rank is at. Each is saved as
@@ -72,12 +89,12 @@ def run_cells(ledger: runs.Ledger, device: torch.device, watch: Stopwatch) -> No
     for cells in ledger.turns(together):
         for outcome in fit(config, cache, cells, sources):
             if isinstance(outcome, Failed):
-                cell, result = outcome.cell, outcome.result() | {"wall_time_s": watch.lap()}
+                cell, result = outcome.cell, outcome.result() | watch.share()
                 runs.keep_failure(config, cache, cell, result)
             else:
                 result = outcome.result
                 cell = runs.Cell(result["class"], result["seed"])
-                result["wall_time_s"] = watch.lap()
+                result |= watch.share()
                 detector.save_fitted(config, cache, outcome)
             ledger.keep(cell, result)
             announce(ledger, cell, len(ledger.results), "")
@@ -210,7 +227,7 @@ def run(config: Config) -> dict | None:
     watch = Stopwatch()
     device = utils.set_up(config.device, config.threads)
     with runs.writing(config):
-        cache = extractor.ensure_features(config, device)
+        cache = extractor.ensure_features(config, device, functools.partial(detector.Detector, config))
         classes = datasets.choose_classes(cache.labels, config.class_name)
         runs.settle(config, cache)
         cells = [runs.Cell(class_name, seed) for seed in seeds_of(config) for class_name in classes]
@@ -235,7 +252,7 @@ def write_report(ledger: runs.Ledger, classes: list[str], watch: Stopwatch) -> d
     whole = [class_name for class_name in classes if class_name not in failing]
     table = run_baselines(config, cache, whole) if config.baselines else {}
     defects = defect_aurocs(config, cache, whole)
-    seconds = sum(result["wall_time_s"] for result in results) + watch.lap()
+    seconds = wall_time(results) + watch.lap()
     thresholds = {name: calibration.of_record(r) for name, r in detector.trained_records(config, whole)}
     summary = report.summarize(config, results, table, seconds, cache.meta, defects, thresholds)
     summary["localisation"] = localisations(config, cache, whole)

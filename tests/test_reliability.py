@@ -41,7 +41,7 @@ def table(modelname: str = "run") -> dict:
     """The figures of a run's report, and the results of every class and seed, without times."""
     content = json.loads((Path("runs") / modelname / "results.json").read_text())
     runs = [
-        {k: v for k, v in run.items() if k not in ("seconds", "wall_time_s")}
+        {k: v for k, v in run.items() if k not in ("seconds", "wall_time_s", "ended")}
         for entry in content["classes"].values()
         for run in entry["runs"]
     ]

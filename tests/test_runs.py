@@ -78,10 +78,18 @@ def test_wall_time_adds_up(run):
     assert min(kept) > 0
     path = runs.detector.checkpoint_path(settings(modelname="run"), "b", 0).with_suffix(".json")
     record = json.loads(path.read_text())
-    record["result"]["wall_time_s"] = 1000.0
+    record["result"] |= {"wall_time_s": 1000.0, "ended": record["result"]["ended"] - 5000}
     utils.write_sealed(path, {name: value for name, value in record.items() if name != "checksum"})
     assert 1000 + kept[0] + kept[2] <= run()["wall_time_s"] + 0.1 < 1100
     assert whole["wall_time_s"] >= round(sum(kept), 1) - 0.1
+
+
+def test_what_ranks_do_at_the_same_time_counts_once():
+    """Three classes in 100 s by two ranks, then, after a pause, one in 20 s."""
+    ended = [(100.0, 60.0), (40.0, 40.0), (90.0, 90.0), (1020.0, 20.0), (1015.0, 5.0)]
+    results = [{"ended": 5000 + end, "wall_time_s": seconds} for end, seconds in ended]
+    assert main.wall_time(results) == 120.0 and main.wall_time([]) == 0.0
+    assert main.wall_time([*results, {"wall_time_s": 7.0}]) == 127.0  # of before that was kept
 
 
 DAMAGE = {
