@@ -17,11 +17,11 @@ does a fit with --precision float32."""
 import argparse
 from pathlib import Path
 
+import config as knobs
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = knobs.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a class: runs/<modelname>/classes/<class>-seed<n>")
     parser.add_argument("output", type=Path, help="the file to write: .onnx or .pt2 (torch.export)")
     parser.add_argument("--size", help="height x width of the pictures, as in 480x640 [the backbone's]")
@@ -30,7 +30,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--calibrate", type=Path, metavar="FOLDER", help="fresh good pictures: p-values and verdicts by them"
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores [0]")
-    return parser.parse_args(argv)
+    return parser.parse_or_stop(argv)
 
 
 if __name__ == "__main__":  # parse before the slow imports
@@ -46,7 +46,6 @@ import torch
 from torch import Tensor, nn
 
 import calibration
-import config as knobs
 import extractor
 import utils
 from config import UserError

@@ -172,11 +172,11 @@ class Normalizer(nn.Module):
 
     @torch.no_grad()
     def fit(self, semantic: Tensor, patches: Tensor) -> "Normalizer":
-        """Fit to the normal training images' pooled semantic tokens (n, C) and patch tokens (m, C),
-        float32."""
+        """Fit to the normal training images' pooled semantic tokens (n, C) and, where they are used, patch
+        tokens (m, C), float32."""
         if not self.steps:
             return self
-        for kind, tokens in (("semantic", semantic), ("patch", patches)):
+        for kind, tokens in [("semantic", semantic), ("patch", patches)][: 1 + self.patches_used]:
             tokens = power_l2(tokens) if "power_l2" in self.steps else tokens
             mean = tokens.mean(0)
             deviation = (tokens - mean).square().mean(0)

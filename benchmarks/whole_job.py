@@ -77,6 +77,7 @@ def ours(config: Config, images: datasets.ImageSet, classes: list[str], device: 
         watch.done("training")
         trainer.evaluate(1, loss)
         found[name] = trainer.history[-1]["auroc"]
+        del trainer  # before the next one takes its memory
         watch.done("scoring")
     return {"auroc": found, **watch.seconds}
 
@@ -175,12 +176,20 @@ def computed(measured: dict[tuple[int, int], dict], job: str, to: tuple[int, int
     return total
 
 
+def computed_memory(measured: dict[tuple[int, int], dict], job: str, to: tuple[int, int]) -> float:
+    """Peak bytes of a job of other images and classes: so much for any job, per image, and for having more
+    than one class, fitted likewise."""
+    known = [(1, images, classes > 1) for images, classes in measured]
+    parts, _ = nnls(np.array(known, float), np.array([found[job]["memory"] for found in measured.values()]))
+    return float(parts @ np.array([1, to[0], to[1] > 1], float))
+
+
 def line(cells: list) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
-def compare(args: argparse.Namespace) -> None:
-    """The measured jobs, medians of ``--repeats`` turns, then the scaling table."""
+def measure_all(args: argparse.Namespace) -> dict[tuple[int, int], dict[str, dict]]:
+    """{(images, classes): {job: its medians}}, told in a table as they come."""
     print(f"medians of {args.repeats}\n")
     print(
         line(
@@ -208,17 +217,27 @@ def compare(args: argparse.Namespace) -> None:
                 size = [f"{found[what] / 1e9:.2f}" for what in ("memory", "disk")]
                 auroc = np.mean(list(found["auroc"].values()))
                 print(line([images, classes, job, *seconds, *size, f"{auroc:.4f}"]), flush=True)
+    return measured
+
+
+def tell_scale(measured: dict[tuple[int, int], dict[str, dict]]) -> None:
+    """The scaling table: what was measured, and what is computed from it."""
     print("\nComputed from these, phase by phase, by images and starts:\n")
-    print(line(["images", "classes", "ours", "released", "ratio", ""]))
-    print(line(["---"] * 6))
+    print(line(["images", "classes", "ours", "released", "ratio", "ours, peak GB", "released, peak GB", ""]))
+    print(line(["---"] * 8))
     for to in sorted({*SCALE, *measured}):
         if to in measured:
-            seconds = {job: found["seconds"] for job, found in measured[to].items()}
+            seconds, memory = (
+                {job: found[what] for job, found in measured[to].items()} for what in ("seconds", "memory")
+            )
         else:
-            seconds = {job: computed(measured, job, to) for job in JOBS}
+            seconds, memory = (
+                {job: guess(measured, job, to) for job in JOBS} for guess in (computed, computed_memory)
+            )
         cells = [utils.readable_time(seconds[job]) for job in JOBS]
         ratio = f"{seconds['released'] / seconds['ours']:.1f} x"
-        print(line([*to, *cells, ratio, "measured" if to in measured else "computed"]), flush=True)
+        cells += [ratio, *(f"{memory[job] / 1e9:.1f}" for job in JOBS)]
+        print(line([*to, *cells, "measured" if to in measured else "computed"]), flush=True)
 
 
 def main() -> None:
@@ -241,7 +260,7 @@ def main() -> None:
         run_job(args)
     else:
         print_machine()
-        compare(args)
+        tell_scale(measure_all(args))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,13 @@ def test_estimate_is_near_what_is_built(cache, fusion, more):
     assert held / 2 < memory.detector_floats(config, cache.meta) < 3 * held + 2000
 
 
+def test_the_whitening_of_the_backbones_own_token_is_counted(cache):
+    one, two = (
+        memory.detector_floats(settings(**SPECTRUM, centre_pool=pool), cache.meta) for pool in (0.0, 0.5)
+    )
+    assert two - one == C * C
+
+
 def test_memory_is_found():
     assert utils.available_memory() > 1e6
 
