@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -89,14 +90,21 @@ class SubnetOptimizers:
                 self._step_when_complete(number, parameters)
 
     def _step_when_complete(self, number: int, parameters: list[Tensor]) -> None:
+        weak = weakref.ref(self)  # the parameters outlive training, and must not keep Adam's moments
+
         def arrived(_: Tensor) -> None:
-            self.missing[number] -= 1
-            if self.missing[number] == 0:
-                self._step_one(self.optimizers[number])
-                self.missing[number] = len(parameters)
+            if (optimizers := weak()) is not None:
+                optimizers.count(number, len(parameters))
 
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(arrived)
+
+    def count(self, number: int, of: int) -> None:
+        """One more gradient of the subnet ``number``, which has so many, is there."""
+        self.missing[number] -= 1
+        if self.missing[number] == 0:
+            self._step_one(self.optimizers[number])
+            self.missing[number] = of
 
     @staticmethod
     def _step_one(optimizer: torch.optim.Adam) -> None:
@@ -144,15 +152,19 @@ class Outcome:
 class Head:
     """One flow of the detector in training: its inputs, its optimiser, and the epoch to report so far."""
 
+    name: str
     noise = 1.0  # share of the knob feature_noise
 
-    def __init__(
-        self, name: str, flow: nn.Module, inputs: Callable[[Features], Inputs], config: Config, trained: bool
-    ):
-        self.name, self.flow, self.inputs, self.config = name, flow, inputs, config
-        self.optimizer = SubnetOptimizers(flow, config) if trained else None
-        self.trained = compiled(flow) if config.compile_flow else flow  # the same flow, as training runs it
+    def __init__(self, detector: Detector, config: Config, trained: bool):
+        self.detector, self.config, self.flow = detector, config, detector.flow_of(self.name)
+        self.optimizer = SubnetOptimizers(self.flow, config) if trained else None
+        # the same flow, as training runs it
+        self.trained = compiled(self.flow) if config.compile_flow else self.flow
         self.best: Outcome | None = None
+
+    def inputs(self, features: Features) -> Inputs:
+        """What the flow takes of a batch."""
+        raise NotImplementedError
 
     def step(self, features: Features, noise: torch.Generator, rate: float) -> Tensor:
         """One Adam step on the mean loss of a batch -> the loss, detached."""
@@ -223,9 +235,10 @@ def compiled(step: Callable) -> Callable:
 class SemanticHead(Head):
     """The flow of meaning. Its tokens can be had without the patches."""
 
-    def __init__(self, detector: Detector, config: Config, trained: bool):
-        super().__init__("semantic", detector.flow, lambda f: detector.inputs(*f), config, trained)
-        self.detector = detector
+    name = "semantic"
+
+    def inputs(self, features: Features) -> Inputs:
+        return self.detector.inputs(*features)
 
     @torch.no_grad()
     def known(self, source: TokenSource, rows: np.ndarray) -> list[Tensor]:
@@ -239,6 +252,11 @@ class SemanticHead(Head):
 class TextureHead(Head):
     """The flow of rings and peaks: it needs no tokens."""
 
+    name = "texture"
+
+    def inputs(self, features: Features) -> Inputs:
+        return self.detector.texture_inputs(features.semantic)
+
     def features(self, source: TokenSource, rows: Index) -> Features:
         bands = source.one("bands", rows)
         return Features(bands, bands, bands)
@@ -249,17 +267,17 @@ class LocalHead(Head):
     step, and finds an image as unlikely as its least likely place. Places are many: their flow takes several
     steps where the others take one, with less noise."""
 
-    noise = 0.3
+    name, noise = "local", 0.3
 
     def __init__(self, detector: Detector, config: Config, trained: bool, seed: int):
-        super().__init__("local", detector.local, self._some_places, config, trained)
-        self.detector, self.generator = detector, np.random.RandomState(seed)
+        super().__init__(detector, config, trained)
+        self.generator = np.random.RandomState(seed)  # of places
 
     def step(self, features: Features, noise: torch.Generator, rate: float) -> Tensor:
         losses = [super(LocalHead, self).step(features, noise, rate) for _ in range(PLACE_STEPS)]
         return torch.stack(losses).mean()
 
-    def _some_places(self, features: Features) -> Inputs:
+    def inputs(self, features: Features) -> Inputs:
         """Of place tokens (B, P, E), PLACES_AT_ONCE drawn at random from each image: (B places, E)."""
         places = features.semantic
         chosen = self.generator.randint(places.shape[1], size=(len(places), PLACES_AT_ONCE))
@@ -354,11 +372,9 @@ class Trainer:
         if config.score != "spectrum":
             return [SemanticHead(fit, config, trained=True)]
         trained = {name: fit.weight(name) >= NEGLIGIBLE for name in fit.heads}
-        heads = [
+        heads: list[Head] = [
             SemanticHead(fit, config, trained["semantic"]),
-            TextureHead(
-                "texture", fit.texture, lambda f: fit.texture_inputs(f.bands), config, trained["texture"]
-            ),
+            TextureHead(fit, config, trained["texture"]),
         ]
         return heads + ([LocalHead(fit, config, trained["local"], self.seed)] if fit.uses_places else [])
 

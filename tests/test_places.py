@@ -1,7 +1,9 @@
 """Place tokens, the flow of single places, and the simple detectors on them."""
 
 import dataclasses
+import gc
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -132,6 +134,18 @@ def fit(cache, cell_seed=0, **more):
 @pytest.fixture(scope="module")
 def surface(tmp_path_factory):
     return fit(fabricate(tmp_path_factory.mktemp("surface") / "c", spread=0.1), refit=True, baselines=True)
+
+
+def test_the_local_flows_moments_go_with_the_training(tmp_path):
+    """At once, not when cycles of references are looked for."""
+    gc.disable()
+    try:
+        trainer, fitted = fit(fabricate(tmp_path / "c", spread=0.1), meta_epochs=1)
+        moment = weakref.ref(trainer.heads[2].optimizer.optimizers[0])
+        del trainer
+        assert moment() is None and fitted.detector.uses_places
+    finally:
+        gc.enable()
 
 
 def test_a_defect_of_one_place_is_found_where_images_are_alike(surface, tmp_path):

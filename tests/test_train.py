@@ -1,8 +1,10 @@
 """Training and scoring, on fabricated features."""
 
 import dataclasses
+import gc
 import math
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -341,6 +343,23 @@ def test_patch_statistics_come_from_many_images(cache):
     trainer = make(cache, normalize="standardize")
     patches = trainer.data.train[trainer.data.fit_rows].patches.flatten(0, 1)
     assert torch.allclose(trainer.detector.normalizer.patch_mean, patches.mean(0), atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, SPECTRUM], ids=str)
+def test_adams_moments_go_with_the_training(cache, options):
+    """At once, not when cycles of references are looked for: the next class needs the memory."""
+    gc.disable()
+    try:
+        trainer = make(cache, **options)
+        moments = [weakref.ref(o) for h in trainer.heads if h.optimizer for o in h.optimizer.optimizers]
+        fitted = trainer.run()
+        del trainer
+        assert moments and not any(moment() for moment in moments)
+        flow, channels = fitted.detector.flow, fitted.detector.channels
+        z, _ = flow(torch.randn(2, channels), [torch.randn(2, 9, channels)])
+        z.sum().backward()  # and nothing steps any more
+    finally:
+        gc.enable()
 
 
 def test_a_small_class_gets_its_least_number_of_steps(cache):

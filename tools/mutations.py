@@ -837,7 +837,7 @@ MUTATIONS = [
         "arithmetic",
     ),
     Mutation(
-        "compile_flow does nothing", "train.py", "compiled(flow) if config.compile_flow else", "", "batched"
+        "compile_flow does nothing", "train.py", "compiled(self.flow) if config.compile_flow else", "", "batched"
     ),
     Mutation(
         "a gather of all classes is cut wrongly",
@@ -1293,8 +1293,8 @@ MUTATIONS = [
     Mutation(
         "the local flow draws its places by the run's first seed",
         "train.py",
-        "self.generator = detector, np.random.RandomState(seed)",
-        "self.generator = detector, np.random.RandomState(config.seed)",
+        "self.generator = np.random.RandomState(seed)  # of places",
+        "self.generator = np.random.RandomState(config.seed)",
         "places",
     ),
     Mutation(
@@ -1345,6 +1345,13 @@ MUTATIONS = [
         "device, functools.partial(Detector, config))",
         "device)",
         "main",
+    ),
+    Mutation(
+        "new: parameters keep Adam's moments",
+        "train.py",
+        "weak = weakref.ref(self)  #",
+        "weak = lambda: self  #",
+        "train",
     ),
     Mutation(
         "new: freed memory goes back",
