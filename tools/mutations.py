@@ -837,7 +837,11 @@ MUTATIONS = [
         "arithmetic",
     ),
     Mutation(
-        "compile_flow does nothing", "train.py", "compiled(self.flow) if config.compile_flow else", "", "batched"
+        "compile_flow does nothing",
+        "train.py",
+        "compiled(self.flow) if config.compile_flow else",
+        "",
+        "batched",
     ),
     Mutation(
         "a gather of all classes is cut wrongly",
