@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -343,6 +344,15 @@ def test_freed_memory_is_kept():
         done = subprocess.run([sys.executable, "-c", KEEPING, how], capture_output=True, text=True, cwd=ROOT)
         faults[how] = float(done.stdout)
     assert faults["keep"] < 100 < 5000 < faults["not"]
+
+
+def test_what_the_allocator_is_told(monkeypatch):
+    """Both thresholds: with the one set, glibc no longer adapts the other."""
+    told = {}
+    library = types.SimpleNamespace(mallopt=told.__setitem__)
+    monkeypatch.setattr(utils.ctypes, "CDLL", lambda _: library)
+    utils.keep_freed_memory()
+    assert told == {-3: 32 * 2**20, -1: 512 * 2**20}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 def test_an_allocator_that_cannot_be_told(monkeypatch):
