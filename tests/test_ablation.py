@@ -24,8 +24,8 @@ def fabricate(folder, start: float, end: float) -> None:
 
 def test_the_table_is_of_the_runs_that_are_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fabricate(tmp_path / "runs" / "ablation" / "digits-whole", 0.8, 0.85)
-    fabricate(tmp_path / "runs" / "ablation" / "digits-nolow", 0.7, 0.75)
+    fabricate(tmp_path / "runs" / "ablation-digits-whole", 0.8, 0.85)
+    fabricate(tmp_path / "runs" / "ablation-digits-nolow", 0.7, 0.75)
     lines = ablation.table(["digits", "textures"]).splitlines()
     assert len(lines) == 3 + len(ablation.ROWS)
     assert "before training" in lines[2] and lines[2].endswith("| 0.8000 | not run |")
@@ -41,6 +41,7 @@ def test_a_row_leaves_something_out(name):
 
 
 def configured(knobs):
+    knobs = (*knobs, "--modelname", ablation.name_of("digits", ablation.WHOLE))
     given = [part.removeprefix("--") for part in (*ablation.COMMON, *knobs)]
     return make_config(parse_values(dict(zip(given[::2], given[1::2], strict=True))))
 
@@ -59,10 +60,10 @@ def test_a_run_is_shared_and_a_failure_told(monkeypatch):
             return self.returncode if len(started) > 2 else 0
 
     monkeypatch.setattr(ablation.subprocess, "Popen", Process)
-    ablation.run(["--dataset", "digits"], "ablation/digits-nomirror", ablation.ROWS["nomirror"], 2)
+    ablation.run(["--dataset", "digits"], "ablation-digits-nomirror", ablation.ROWS["nomirror"], 2)
     assert [command[-3:] for command in started] == [[str(r), "--world_size", "2"] for r in (0, 1)]
     assert all(
-        "--mirror" in command and "features/ablation/digits-nomirror" in command for command in started
+        "--mirror" in command and "features/ablation-digits-nomirror" in command for command in started
     )
     with pytest.raises(ablation.subprocess.CalledProcessError):
-        ablation.run(["--dataset", "digits"], "ablation/digits-whole", ablation.ROWS["whole"], 1)
+        ablation.run(["--dataset", "digits"], "ablation-digits-whole", ablation.ROWS["whole"], 1)

@@ -3,8 +3,8 @@ of the flows alone (--neighbours_weight 0), so that neighbours hide nothing.
 
 python tools/ablation.py --textures data/textures --cifar10 data/cifar10 --ranks 2
 
-Every cell of the table is a run of main.py in runs/ablation/, whose results.md has its command; what is there
-already is kept. The first row's history tells what training adds."""
+Every cell of the table is a run of main.py in runs/ablation-DATASET-ROW, whose results.md has its command;
+what is there already is kept. The first row's history tells what training adds."""
 
 import argparse
 import json
@@ -43,7 +43,7 @@ COMMON = ("--preset", "accurate", "--extractor", "efficientnet_lite0", "--neighb
 
 
 def name_of(dataset: str, row: str) -> str:
-    return f"ablation/{dataset}-{row}"
+    return f"ablation-{dataset}-{row}"
 
 
 def run(dataset: list[str], name: str, row: Row, ranks: int) -> None:
