@@ -48,35 +48,7 @@ class Failed(NamedTuple):
         return {"class": self.cell.class_name, "seed": self.cell.seed, **nothing, "reason": self.reason}
 
 
-class Stopwatch:
-    """Hands out the time since it was last asked."""
-
-    def __init__(self) -> None:
-        self.since = time.perf_counter()
-
-    def lap(self) -> float:
-        now, since = time.perf_counter(), self.since
-        self.since = now
-        return round(now - since, 3)
-
-    def share(self) -> dict:
-        """The same as a result keeps it: its share of the wall time, and when that ended (s since 1970)."""
-        return {"wall_time_s": self.lap(), "ended": round(time.time(), 3)}
-
-
-def wall_time(results: list[dict]) -> float:
-    """The seconds in which at least one of the results was worked at: those of ranks that work at the same
-    time count once, where it is known when they ended."""
-    total, until = sum(result["wall_time_s"] for result in results if "ended" not in result), 0.0
-    timed = [result for result in results if "ended" in result]
-    for result in sorted(timed, key=lambda result: result["ended"] - result["wall_time_s"]):
-        start = max(result["ended"] - result["wall_time_s"], until)
-        total += max(0.0, result["ended"] - start)
-        until = max(until, result["ended"])
-    return total
-
-
-def run_cells(ledger: runs.Ledger, device: torch.device, watch: Stopwatch) -> None:
+def run_cells(ledger: runs.Ledger, device: torch.device, watch: runs.Stopwatch) -> None:
     """Fit every class with every seed that is not finished and that no other rank is at. Each is saved as
     soon as it is there, with its share of the wall time. A class that cannot be fitted stops no other."""
     config, cache = ledger.config, ledger.cache
@@ -224,7 +196,7 @@ def seeds_of(config: Config) -> range:
 def run(config: Config) -> dict | None:
     """The whole course of one configuration: features, classes, baselines, report -> its summary; None where
     another rank writes the report."""
-    watch = Stopwatch()
+    watch = runs.Stopwatch()
     device = utils.set_up(config.device, config.threads)
     with runs.writing(config):
         cache = extractor.ensure_features(config, device, functools.partial(detector.Detector, config))
@@ -244,7 +216,7 @@ def run(config: Config) -> dict | None:
         return write_report(ledger, classes, watch)
 
 
-def write_report(ledger: runs.Ledger, classes: list[str], watch: Stopwatch) -> dict:
+def write_report(ledger: runs.Ledger, classes: list[str], watch: runs.Stopwatch) -> dict:
     """Baselines, table and pictures of a run whose cells are all done -> its summary."""
     config, cache, folder = ledger.config, ledger.cache, detector.run_folder(ledger.config)
     results = [ledger.results[cell] for cell in ledger.cells]
@@ -252,7 +224,7 @@ def write_report(ledger: runs.Ledger, classes: list[str], watch: Stopwatch) -> d
     whole = [class_name for class_name in classes if class_name not in failing]
     table = run_baselines(config, cache, whole) if config.baselines else {}
     defects = defect_aurocs(config, cache, whole)
-    seconds = wall_time(results) + watch.lap()
+    seconds = runs.wall_time(results) + watch.lap()
     thresholds = {name: calibration.of_record(r) for name, r in detector.trained_records(config, whole)}
     summary = report.summarize(config, results, table, seconds, cache.meta, defects, thresholds)
     summary["localisation"] = localisations(config, cache, whole)

@@ -190,6 +190,35 @@ def keep_failure(config: Config, cache: feature_cache.FeatureCache, cell: Cell, 
     utils.write_sealed(failure_path(config, cell), identity(config, cache) | {"result": result})
 
 
+# ---------------------------------------------------------------- how long it took
+class Stopwatch:
+    """Hands out the time since it was last asked."""
+
+    def __init__(self) -> None:
+        self.since = time.perf_counter()
+
+    def lap(self) -> float:
+        now, since = time.perf_counter(), self.since
+        self.since = now
+        return round(now - since, 3)
+
+    def share(self) -> dict:
+        """The same as a result keeps it: its share of the wall time, and when that ended (s since 1970)."""
+        return {"wall_time_s": self.lap(), "ended": round(time.time(), 3)}
+
+
+def wall_time(results: list[dict]) -> float:
+    """The seconds in which at least one of the results was worked at: those of ranks that work at the same
+    time count once, where it is known when they ended."""
+    total, until = sum(result["wall_time_s"] for result in results if "ended" not in result), 0.0
+    timed = [result for result in results if "ended" in result]
+    for result in sorted(timed, key=lambda result: result["ended"] - result["wall_time_s"]):
+        start = max(result["ended"] - result["wall_time_s"], until)
+        total += max(0.0, result["ended"] - start)
+        until = max(until, result["ended"])
+    return total
+
+
 # ---------------------------------------------------------------- whose turn it is
 class Ledger:
     """The cells of a run: which are done, and claims on the others."""

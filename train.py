@@ -626,7 +626,7 @@ def make_trainer(
 
 
 def main(config: Config) -> None:
-    start = time.perf_counter()
+    watch = runs.Stopwatch()
     device = utils.set_up(config.device, config.threads)
     given = f"give it with --class_name (now {config.class_name!r})"
     advice = f"train.py fits one class: {given}; main.py fits several"
@@ -643,8 +643,7 @@ def main(config: Config) -> None:
         if result is None:
             train, test = (TokenSource(cache.arrays(split), device) for split in datasets.SPLITS)
             fitted = make_trainer(config, cache, *cell, train, test).run()
-            fitted.result["wall_time_s"] = round(time.perf_counter() - start, 3)
-            fitted.result["ended"] = round(time.time(), 3)
+            fitted.result |= watch.share()
             detector.save_fitted(config, cache, fitted)
             result, kept = fitted.result, "kept"
     kept += f" in {detector.checkpoint_path(config, *cell)}.json"

@@ -88,8 +88,8 @@ def test_what_ranks_do_at_the_same_time_counts_once():
     """Three classes in 100 s by two ranks, then, after a pause, one in 20 s."""
     ended = [(100.0, 60.0), (40.0, 40.0), (90.0, 90.0), (1020.0, 20.0), (1015.0, 5.0)]
     results = [{"ended": 5000 + end, "wall_time_s": seconds} for end, seconds in ended]
-    assert main.wall_time(results) == 120.0 and main.wall_time([]) == 0.0
-    assert main.wall_time([*results, {"wall_time_s": 7.0}]) == 127.0  # of before that was kept
+    assert runs.wall_time(results) == 120.0 and runs.wall_time([]) == 0.0
+    assert runs.wall_time([*results, {"wall_time_s": 7.0}]) == 127.0  # of before that was kept
 
 
 DAMAGE = {
