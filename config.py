@@ -534,6 +534,12 @@ class Config:
         scripts=FITTING,
     )
 
+    @property
+    def knows_own_token(self):
+        """Whether the detector looks for neighbours in the backbone's own semantic token, too, and whitens
+        it: where the flow's is re-pooled."""
+        return self.centre_pool > 0 and self.score == "spectrum"
+
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))

@@ -290,7 +290,7 @@ class Detector(nn.Module):
         )
         self.normalizer = normalizer(centre_pool=config.centre_pool, patches_used=self.fused)
         self.own: Normalizer | None = None  # of the backbone's semantic token, where the flow's is re-pooled
-        if config.centre_pool and config.score == "spectrum":
+        if config.knows_own_token:
             self.own = normalizer(centre_pool=0.0, patches_used=False)
         self.low: BandNormalizer | None = None
         self.rings: BandNormalizer | None = None

@@ -27,8 +27,7 @@ def detector_floats(config: Config, features: dict) -> int:
     places, width = features["place_shape"] if config.places else (0, 0)
     for joined in (bands, width):
         flows += (parameters(config, joined, False) if joined else 0) + joined**2
-    own = bool(config.centre_pool) and config.score == "spectrum"  # the backbone's own token is whitened, too
-    return flows + (1 + own) * channels**2 + places * width**2 + 17 * grid**2
+    return flows + (1 + config.knows_own_token) * channels**2 + places * width**2 + 17 * grid**2
 
 
 def check_detector(config: Config, features: dict) -> None:

@@ -176,7 +176,8 @@ class Normalizer(nn.Module):
         tokens (m, C), float32."""
         if not self.steps:
             return self
-        for kind, tokens in [("semantic", semantic), ("patch", patches)][: 1 + self.patches_used]:
+        kinds = {"semantic": semantic} | ({"patch": patches} if self.patches_used else {})
+        for kind, tokens in kinds.items():
             tokens = power_l2(tokens) if "power_l2" in self.steps else tokens
             mean = tokens.mean(0)
             deviation = (tokens - mean).square().mean(0)

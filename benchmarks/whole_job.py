@@ -165,23 +165,29 @@ def amounts(job: str, images: int, classes: int) -> dict[str, tuple[float, int]]
     return {"extraction": extracted} | {phase: (classes * n, classes) for phase, n in per_class.items()}
 
 
+def carried_on(known: list[tuple], values: list[float], to: tuple) -> float:
+    """The value at ``to`` of a sum of its entries, each times a cost that is not negative: the costs are
+    fitted to the values at ``known``."""
+    costs, _ = nnls(np.array(known, float), np.array(values))
+    return float(costs @ np.array(to, float))
+
+
 def computed(measured: dict[tuple[int, int], dict], job: str, to: tuple[int, int]) -> float:
     """Seconds of a job of other images and classes: each phase by its images and its starts, whose costs are
     fitted to the runs that were measured."""
     total = 0.0
     for phase in PHASES:
         known = [amounts(job, *size)[phase] for size in measured]
-        costs, _ = nnls(np.array(known, float), np.array([found[job][phase] for found in measured.values()]))
-        total += float(costs @ np.array(amounts(job, *to)[phase]))
+        values = [found[job][phase] for found in measured.values()]
+        total += carried_on(known, values, amounts(job, *to)[phase])
     return total
 
 
 def computed_memory(measured: dict[tuple[int, int], dict], job: str, to: tuple[int, int]) -> float:
     """Peak bytes of a job of other images and classes: so much for any job, per image, and for having more
     than one class, fitted likewise."""
-    known = [(1, images, classes > 1) for images, classes in measured]
-    parts, _ = nnls(np.array(known, float), np.array([found[job]["memory"] for found in measured.values()]))
-    return float(parts @ np.array([1, to[0], to[1] > 1], float))
+    *known, wanted = ((1, images, classes > 1) for images, classes in (*measured, to))
+    return carried_on(known, [found[job]["memory"] for found in measured.values()], wanted)
 
 
 def line(cells: list) -> str:

@@ -1,7 +1,6 @@
 """Place tokens, the flow of single places, and the simple detectors on them."""
 
 import dataclasses
-import gc
 import warnings
 import weakref
 
@@ -136,16 +135,12 @@ def surface(tmp_path_factory):
     return fit(fabricate(tmp_path_factory.mktemp("surface") / "c", spread=0.1), refit=True, baselines=True)
 
 
-def test_the_local_flows_moments_go_with_the_training(tmp_path):
+def test_the_local_flows_moments_go_with_the_training(tmp_path, no_collector):
     """At once, not when cycles of references are looked for."""
-    gc.disable()
-    try:
-        trainer, fitted = fit(fabricate(tmp_path / "c", spread=0.1), meta_epochs=1)
-        moment = weakref.ref(trainer.heads[2].optimizer.optimizers[0])
-        del trainer
-        assert moment() is None and fitted.detector.uses_places
-    finally:
-        gc.enable()
+    trainer, fitted = fit(fabricate(tmp_path / "c", spread=0.1), meta_epochs=1)
+    moment = weakref.ref(trainer.heads[2].optimizer.optimizers[0])
+    del trainer
+    assert moment() is None and fitted.detector.uses_places
 
 
 def test_a_defect_of_one_place_is_found_where_images_are_alike(surface, tmp_path):

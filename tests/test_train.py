@@ -1,7 +1,6 @@
 """Training and scoring, on fabricated features."""
 
 import dataclasses
-import gc
 import math
 import re
 import weakref
@@ -346,20 +345,16 @@ def test_patch_statistics_come_from_many_images(cache):
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, SPECTRUM], ids=str)
-def test_adams_moments_go_with_the_training(cache, options):
+def test_adams_moments_go_with_the_training(cache, options, no_collector):
     """At once, not when cycles of references are looked for: the next class needs the memory."""
-    gc.disable()
-    try:
-        trainer = make(cache, **options)
-        moments = [weakref.ref(o) for h in trainer.heads if h.optimizer for o in h.optimizer.optimizers]
-        fitted = trainer.run()
-        del trainer
-        assert moments and not any(moment() for moment in moments)
-        flow, channels = fitted.detector.flow, fitted.detector.channels
-        z, _ = flow(torch.randn(2, channels), [torch.randn(2, 9, channels)])
-        z.sum().backward()  # and nothing steps any more
-    finally:
-        gc.enable()
+    trainer = make(cache, **options)
+    moments = [weakref.ref(o) for h in trainer.heads if h.optimizer for o in h.optimizer.optimizers]
+    fitted = trainer.run()
+    del trainer
+    assert moments and not any(moment() for moment in moments)
+    flow, channels = fitted.detector.flow, fitted.detector.channels
+    z, _ = flow(torch.randn(2, channels), [torch.randn(2, 9, channels)])
+    z.sum().backward()  # and nothing steps any more
 
 
 def test_a_small_class_gets_its_least_number_of_steps(cache):

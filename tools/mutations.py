@@ -1324,14 +1324,14 @@ MUTATIONS = [
     ),
     Mutation(
         "what ranks do at the same time is added up",
-        "main.py",
+        "runs.py",
         'start = max(result["ended"] - result["wall_time_s"], until)',
         'start = result["ended"] - result["wall_time_s"]',
         "runs",
     ),
     Mutation(
         "a share has no end",
-        "main.py",
+        "runs.py",
         '{"wall_time_s": self.lap(), "ended": round(time.time(), 3)}',
         '{"wall_time_s": self.lap(), "ended": 0.0}',
         "runs",
@@ -1367,8 +1367,8 @@ MUTATIONS = [
     Mutation(
         "a computed job has the memory of a small one",
         "benchmarks/whole_job.py",
-        "np.array([1, to[0], to[1] > 1], float)",
-        "np.array([1, 1000, to[1] > 1], float)",
+        "(1, images, classes > 1)",
+        "(1, min(images, 1000), classes > 1)",
         "benchmarks",
     ),
     Mutation(
@@ -1388,15 +1388,15 @@ MUTATIONS = [
     Mutation(
         "the own token's whitening takes no memory",
         "memory.py",
-        "(1 + own) * channels**2",
+        "(1 + config.knows_own_token) * channels**2",
         "channels**2",
         "memory",
     ),
     Mutation(
         "patch statistics of a flow with fusion are not fitted",
         "normalization.py",
-        "[: 1 + self.patches_used]",
-        "[:1]",
+        '{"patch": patches} if self.patches_used else {}',
+        "{}",
         "train normalization",
     ),
     Mutation(
