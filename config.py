@@ -215,12 +215,6 @@ class Config:
         affects="run",
         scripts=FITTING,
     )
-    validate: bool = knob(
-        False,
-        "for choosing settings: test on held-out normal training images against synthetic outliers made from "
-        "them",
-        affects="features",
-    )
     feature_path: str | None = knob(
         None, "folder of the feature cache; none: features/<dataset>-<extractor>-<size>-<grid>", affects="run"
     )

@@ -15,7 +15,6 @@ import numpy as np
 
 import images
 import layouts
-import outliers
 import published
 from config import Config, UserError, class_names, unknown
 from layouts import OTHER, SPLITS, Listing
@@ -222,9 +221,8 @@ def load_images(dataset: str, dataset_path: str | None, fine_classes: bool = Fal
 
 
 def images_of(config: Config) -> ImageSet:
-    """The images a configuration asks for: a data set's own, or its validation set. Raises UserError."""
-    found = load_images(config.dataset, config.dataset_path, config.fine_classes)
-    return validation_set(found) if config.validate else found
+    """The images a configuration asks for. Raises UserError."""
+    return load_images(config.dataset, config.dataset_path, config.fine_classes)
 
 
 def slug(config: Config) -> str:
@@ -304,59 +302,3 @@ def unlabelled(files: list[Path]) -> ImageSet:
     labels = Labels((), Split.of([], []), Split.of([str(path) for path in files], [OTHER] * len(files)))
     listed: dict[str, list[Path]] = {"train": [], "test": files}
     return ImageSet(labels, partial(_from_file, listed), partial(_file_key, listed))
-
-
-# ---------------------------------------------------------------- validation without anomalies
-HELD_OUT, MOST_HELD_OUT = (
-    0.1,
-    250,
-)  # share of the normal training images that stand for normal test images, and at most so many
-MOST_FITTED = 2000  # normal training images per class that are kept to fit: choosing must be quick
-
-
-def validation_set(source: ImageSet) -> ImageSet:
-    """A test set for choosing settings, made from normal training images alone: nothing of the real test set
-    is read.
-
-    Per class, a fixed tenth of the normal training images (at most 250) is held out, two at least; at most
-    2,000 of the others are there to fit. The held-out ones are the normal test images; each also gives a
-    synthetic outlier of every kind (outliers.KINDS)."""
-    labels = source.labels
-    rows: dict[str, list[tuple[str, int, bool, str]]] = {split: [] for split in SPLITS}
-    recipe: dict[str, list[tuple[int, str, int]]] = {split: [] for split in SPLITS}
-    for number in range(len(labels.classes)):
-        normal = np.flatnonzero((labels.train.category == number) & ~labels.train.defect)
-        shuffled = np.random.RandomState(0).permutation(normal)
-        n_held = max(2, min(MOST_HELD_OUT, round(HELD_OUT * len(shuffled))))
-        held, fitted = shuffled[:n_held], shuffled[n_held : n_held + MOST_FITTED]
-        entries = [("train", row, "", row) for row in np.sort(fitted)]
-        entries += [
-            ("test", row, kind, held[i - 1]) for kind in ("", *outliers.KINDS) for i, row in enumerate(held)
-        ]
-        for split, row, kind, other in entries:
-            name = labels.train.names[row] + (f" {kind}" if kind else "")
-            rows[split].append((name, number, bool(kind), kind))
-            recipe[split].append((int(row), kind, int(other)))
-    train, test = (Split.of(*zip(*rows[split])) if rows[split] else Split.of([], []) for split in SPLITS)
-    made = Labels(labels.classes, train, test, per_category=True)
-    return ImageSet(
-        made, partial(_make, source, recipe), partial(_made_key, source, recipe), source.from_files
-    )
-
-
-def _make(source: ImageSet, recipe: dict[str, list[tuple]], split: str, i: int) -> np.ndarray:
-    """An image of the validation set: (row, kind of outlier or nothing, other row) of the training split."""
-    row, kind, other = recipe[split][i]
-    image = source.read("train", row)
-    return (
-        outliers.outlier(image, source.read("train", other), kind, np.random.RandomState(i))
-        if kind
-        else image
-    )
-
-
-def _made_key(source: ImageSet, recipe: dict[str, list[tuple]], split: str, i: int) -> str:
-    """The content hash of an image of the validation set: of those that it is made of."""
-    row, kind, other = recipe[split][i]
-    key = source.identify("train", row)
-    return _hash(key, kind, source.identify("train", other), i) if kind else key

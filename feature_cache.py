@@ -22,11 +22,10 @@ def cache_folder(config: Config, img_size: tuple[int, int], grid_key: str) -> Pa
     if config.feature_path:
         return Path(config.feature_path)
     extractor = config.extractor.replace("/", "_").replace(":", "_")
-    validation = "-validation" if config.validate else ""
     slug = datasets.slug(config)
     place = f"-{slug}" if slug else ""
     size = f"{img_size[0]}x{img_size[1]}"
-    return Path("features") / f"{config.dataset}{place}-{extractor}-{size}-{grid_key}{validation}"
+    return Path("features") / f"{config.dataset}{place}-{extractor}-{size}-{grid_key}"
 
 
 @dataclasses.dataclass(frozen=True)

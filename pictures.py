@@ -62,7 +62,7 @@ class Eye:
             config, device=str(device), compile=False, precision=precision or config.precision
         )
         self.features, self.device = features, device
-        self.unchecked = {"dataset", "validate"} | ({"precision"} if precision else set())
+        self.unchecked = {"dataset"} | ({"precision"} if precision else set())
 
     @functools.cached_property
     def job(self) -> extractor.Extraction:

@@ -337,7 +337,7 @@ def test_import_starts_nothing(tmp_path):
 
 # ---------------------------------------------------------------- one place for one decision
 FEATURES = """
-    dataset fine_classes validate extractor weights_path n_feat img_size norm_mean norm_std token_grid pooling
+    dataset fine_classes extractor weights_path n_feat img_size norm_mean norm_std token_grid pooling
     precision bands band_depths rings low_sigma window places place_channels mirror
 """.split()
 FIT = """
@@ -412,3 +412,9 @@ def test_names_are_those_of_the_registries():
     assert set(config.FUSIONS) == set(FUSIONS)
     assert set(config.SCORES) == set(SCORES)
     assert set(config.NORMALIZATIONS) == {"auto", *NORMALIZATIONS}
+
+
+def test_bad_sweeps_are_refused():
+    for text in ("fusion", "fusion=", "fusoin=none", "fusion=nne", "clamp=x"):
+        with pytest.raises(UserError):
+            Config(sweep=text)

@@ -1027,7 +1027,6 @@ def test_grid_from_the_number_of_tokens(size, grid):
         {"bands": True, "rings": 3},
         {"bands": True, "low_sigma": 0.3},
         {"bands": True, "band_depths": "1,2"},
-        {"validate": True},
     ],
     ids=str,
 )
@@ -1124,18 +1123,31 @@ def test_band_depths(name):
     assert torch.allclose(tokens, backbone(torch.zeros(1, 3, *backbone.img_size)), atol=1e-5)
 
 
+@pytest.mark.parametrize("token_grid", ["2", "compact"])
+def test_derived_cache_equals_an_extracted_one(mixed, monkeypatch, token_grid):
+    """Pooling the full-grid cache gives what pooling during extraction gives, up to float16, and the same
+    sidecar."""
+    full = settings("resnet18", (128, 128), dataset_path=str(mixed), window=2)
+    pooled = dataclasses.replace(full, token_grid=token_grid)
+    extracted = extractor.ensure_features(pooled, CPU)
+    rows, meta = extracted.tokens("train")[0:10], extracted.meta
+    shutil.rmtree(extracted.folder)
+    extractor.ensure_features(full, CPU)
+    monkeypatch.setattr(extractor, "extract", None)  # from here on nothing can be extracted
+    derived = extractor.ensure_features(pooled, CPU)
+    rounded = derived.meta
+    assert rounded.pop("content") != meta.pop("content") and rounded == meta
+    np.testing.assert_allclose(
+        derived.tokens("train")[0:10].astype(float), rows.astype(float), rtol=4e-3, atol=2e-3
+    )
+
+
 def test_pooling_a_full_cache_asks_for_the_disk_too(mixed, monkeypatch):
     extractor.ensure_features(small(mixed), CPU)
     monkeypatch.setattr(extractor.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     monkeypatch.setattr(extractor, "extract", lambda *_: pytest.fail("extracted"))
     with pytest.raises(UserError, match="free"):
         extractor.ensure_features(small(mixed, token_grid="1"), CPU)
-
-
-def test_validate_reads_no_test_image(mixed, monkeypatch):
-    images = datasets.images_of(small(mixed, validate=True))
-    assert images.labels.per_category and all("test" not in name for name in images.labels.test.names)
-    assert len(images.labels.test.names) > len(datasets.images_of(small(mixed)).labels.test.names)
 
 
 # ---------------------------------------------------------------- the resize by matrices

@@ -275,11 +275,10 @@ def test_cache_folder():
                 {"dataset": "folder", "dataset_path": "a/bolt"},
                 {"dataset": "folder", "dataset_path": "b/bolt"},
                 {"extractor": "other"},
-                {"validate": True},
             )
         ),
     }
-    assert len(others | {folder}) == 8
+    assert len(others | {folder}) == 7
     assert cache_folder(dataclasses.replace(base, feature_path="/x/y"), (32, 48), "full") == Path("/x/y")
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import batched
 import config as knobs
+import detector
 import main
 import train
 from config import Config, UserError, make_config
@@ -263,3 +264,30 @@ def test_test_images_of_one_label(tmp_path, monkeypatch):
         )
     auroc = json.loads((tmp_path / "runs/run/results.json").read_text())["mean"]["auroc"]
     assert auroc is None or math.isnan(auroc)
+
+
+def test_sweep_runs_every_combination(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = Config(
+        dataset="folder",
+        dataset_path=str(make_folder(tmp_path / "images", classes=("a", "b"), n_train=5, n_test=5)),
+        extractor="resnet18",
+        weights_path="random",
+        img_size=(64, 64),
+        workers=0,
+        hide_tqdm_bar=True,
+        verbose=False,
+        plots=False,
+        fc_internal=8,
+        threads=1,
+        n_seeds=2,
+        modelname="grid",
+        sweep="fusion=none,class_attention;clamp=1,3",
+    )
+    main.main(config)
+    content = (tmp_path / "runs/grid/sweep.md").read_text()
+    assert "| none |" in content and "| class_attention |" in content and content.count("±") >= 4
+    for name in ("none-1", "none-3", "class_attention-1", "class_attention-3"):
+        assert (tmp_path / "runs/grid" / name / "results.json").exists()
+    kept = detector.checkpoint_path(dataclasses.replace(config, modelname="grid/none-3"), "a", 1)
+    assert kept.with_suffix(".safetensors").exists()
