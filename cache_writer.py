@@ -16,6 +16,17 @@ from config import UserError
 from datasets import SPLITS, Labels
 from manifest import LEFT_OVER, RECORD, Manifest, has_features, without_images
 from shards import ArrayWriter, Damaged, Shard
+from shell.files import (
+    as_strict_json,
+    read_json,
+    read_sealed,
+    sha256_of_text,
+    sync,
+    write_json,
+    write_sealed,
+    write_text,
+)
+from shell.locks import Lock
 
 MOST_NAMED = 20  # unreadable images in one line
 Features = Callable[[Shard, list[int]], Iterator[dict[str, np.ndarray]]]
@@ -44,14 +55,14 @@ class CacheWriter:
         folder.mkdir(parents=True, exist_ok=True)
         text, rows = json.dumps(labels.as_json()), shard_rows or shards.rows_per_shard(shapes)
         images = {split: len(labels.split(split).names) for split in SPLITS}
-        new = Manifest(utils.as_strict_json(fields), utils.sha256_of_text(text), images, shapes, rows)
-        with utils.Lock(folder / ".lock"):
+        new = Manifest(as_strict_json(fields), sha256_of_text(text), images, shapes, rows)
+        with Lock(folder / ".lock"):
             for name in ("manifest.json", "labels.json"):
                 shards.remove_partials(folder, name)
             self.manifest = self._joined(new)
             if not self.manifest.finished:
                 self.manifest.write(folder)
-                utils.write_text(folder / "labels.json", text)
+                write_text(folder / "labels.json", text)
             for shard in self.manifest.shards:
                 self._note(shard).unlink(missing_ok=True)
 
@@ -114,7 +125,7 @@ class CacheWriter:
     def _recorded(self, shard: Shard, manifest: Manifest) -> dict | None:
         """The record of a shard, if it is of these features and of the images as they are now."""
         try:
-            record = utils.read_sealed(self.folder / f"{shard.name}.json")
+            record = read_sealed(self.folder / f"{shard.name}.json")
             return record if record["of"] == self._of(shard, manifest) else None
         except (OSError, ValueError, KeyError):
             return None
@@ -130,8 +141,8 @@ class CacheWriter:
     def _note(self, shard: Shard) -> Path:
         return self.folder / f"{shard.name}.unreadable.json"
 
-    def _lock(self, shard: Shard) -> utils.Lock:
-        return utils.Lock(self.folder / f".{shard.name}.lock")
+    def _lock(self, shard: Shard) -> Lock:
+        return Lock(self.folder / f".{shard.name}.lock")
 
     # ------------------------------------------------------------ making it
     def fill(
@@ -201,14 +212,14 @@ class CacheWriter:
             if rows != shard.stop - shard.start - len(skipped):
                 raise ValueError(f"expected the rows of {shard} but for {skipped}, got {rows}")
             if skipped and not self.skip:
-                utils.write_json(self._note(shard), skipped)
+                write_json(self._note(shard), skipped)
                 return
             files = {name: writer.flush() for name, writer in writers.items()}
             for writer in writers.values():
                 writer.put()
-            utils.sync(self.folder)
+            sync(self.folder)
             record = {"of": self._of(shard, self.manifest), "rows": rows, "skipped": skipped, "files": files}
-            utils.write_sealed(self.folder / f"{shard.name}.json", record)
+            write_sealed(self.folder / f"{shard.name}.json", record)
         finally:
             for writer in writers.values():
                 writer.abandon()
@@ -216,7 +227,7 @@ class CacheWriter:
     def _unreadable(self, missing: list[Shard]) -> str:
         names = []
         for shard in missing:
-            for i in utils.read_json(self._note(shard)):
+            for i in read_json(self._note(shard)):
                 names.append(self.labels.split(shard.split).names[i])
         shown = ", ".join(names[:MOST_NAMED]) + (" and others" if len(names) > MOST_NAMED else "")
         return (
@@ -226,7 +237,7 @@ class CacheWriter:
 
     def finish(self) -> None:
         """Write the manifest that makes the cache whole."""
-        with utils.Lock(self.folder / ".lock"):
+        with Lock(self.folder / ".lock"):
             if self.manifest.finished or Manifest.read(self.folder).finished:
                 return
             if not self.missing():
@@ -285,14 +296,14 @@ def tidy(folder: Path) -> None:
         if LEFT_OVER.fullmatch(path.name):
             if path.suffix != ".lock":
                 path.unlink(missing_ok=True)
-            elif (lock := utils.Lock(path)).take():
+            elif (lock := Lock(path)).take():
                 lock.release()
 
 
 def restore(folder: Path, manifest: Manifest) -> None:
     """Put what lies beside the rows of a finished cache in order: records that are gone or were changed,
     from the manifest, and leftovers."""
-    with utils.Lock(folder / ".lock"):
+    with Lock(folder / ".lock"):
         restore_records(folder, manifest)
         tidy(folder)
 
@@ -301,17 +312,17 @@ def restore_records(folder: Path, manifest: Manifest) -> None:
     for name, record in manifest.records.items():
         path = folder / f"{name}.json"
         try:
-            same = utils.read_sealed(path) == record
+            same = read_sealed(path) == record
         except (OSError, ValueError):
             same = False
         if not same:
-            utils.write_sealed(path, record)
+            write_sealed(path, record)
 
 
 def reopen(folder: Path, lost: Iterable[Shard]) -> None:
     """Make a finished cache an unfinished one that lacks some of its shards. Their files stay until new ones
     take their place."""
-    with utils.Lock(folder / ".lock"):
+    with Lock(folder / ".lock"):
         manifest = Manifest.read(folder)
         if not manifest.finished:  # another process was quicker
             return
@@ -324,9 +335,9 @@ def reopen(folder: Path, lost: Iterable[Shard]) -> None:
 def start_again(folder: Path) -> None:
     """Make a cache, finished or not, one that has everything still to do. Raises UserError while another
     process writes to it."""
-    with utils.Lock(folder / ".lock"):
+    with Lock(folder / ".lock"):
         for lock in folder.glob(".*-*.lock"):
-            if (busy := utils.Lock(lock)).take():
+            if (busy := Lock(lock)).take():
                 busy.release()
             else:
                 raise UserError(f"restart: {folder} is being written to by {busy.owner()}; end that first")

@@ -12,6 +12,7 @@ import runs
 import tables
 import utils
 from config import UserError
+from shell.files import file_name
 from tables import cell, margin_cell, number
 
 STATES = "unfinished: no table yet, so many classes and seeds are fitted; newer: fitted since the table."
@@ -168,7 +169,7 @@ def paired(a: Run, b: Run, name: str) -> dict:
         return {"missing": "no seed in common"}
     for run in (a, b):
         try:
-            kept.append(detector.read_record(run.folder / "classes" / f"{utils.file_name(name)}-seed{seed}"))
+            kept.append(detector.read_record(run.folder / "classes" / f"{file_name(name)}-seed{seed}"))
         except (OSError, ValueError):
             return {"missing": f"no scores in {run.name}"}
     theirs, ours = (record["test"] for record in kept)

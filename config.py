@@ -1,26 +1,13 @@
-"""The knobs of every script, one commented line each, and the command line made from them.
+"""The knobs of every script, one commented line each, their presets and their checks.
 
 Edit a default here or give ``--knob value`` on the command line: both are the same thing. A preset
 (``--preset``) changes several defaults at once; a knob named on the command line wins over the preset.
 Standard library only, so that ``-h`` is quick."""
 
-import argparse
-import contextlib
 import dataclasses
 import difflib
 import math
-import multiprocessing
-import os
-import shlex
-import signal
-import socket
-import sys
-import threading
-import time
 import typing
-
-LATEST = 1.5  # seconds from a signal to the end
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks a script to end
 
 
 class UserError(Exception):
@@ -752,7 +739,7 @@ def unknown(kind, got, known, all_of_them="-h lists them all"):
     return f"unknown {kind} {got!r}{hint}.{listed}"
 
 
-# ---------------------------------------------------------------- the command line
+# ---------------------------------------------------------------- values from text
 def parse_value(field, text):
     """The value of a knob from its command-line text. Raises UserError with what was expected."""
     kind = plain_type(field.type)
@@ -812,60 +799,6 @@ def checked_length(numbers, length):
     return tuple(numbers)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line, and the nearest knob is named."""
-
-    def error(self, message):
-        raise UserError(message)
-
-    def parse_or_stop(self, argv=None):
-        """``parse_args``; a mistake ends the script with one line."""
-        try:
-            return self.parse_args(argv)
-        except UserError as mistake:
-            stop(mistake)
-
-
-def build_parser(description, script="main.py"):
-    """A parser with every knob that ``script`` reads, its default and its meaning: the most used ones, then
-    the sections of this file."""
-    parser = OneLineParser(
-        description=description,
-        usage="%(prog)s [--knob VALUE ...]",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    most_used = parser.add_argument_group("most used")
-    by_name = {field.name: field for field in dataclasses.fields(Config)}
-    read = [name for name, field in by_name.items() if script in field.metadata["scripts"]]
-    for name in MOST_USED:
-        if name in read:
-            add_knob(most_used, by_name[name])
-    group = parser
-    for name, field in by_name.items():
-        if name in SECTIONS:
-            group = parser.add_argument_group(SECTIONS[name])
-        if name in read and name not in MOST_USED:
-            add_knob(group, field)
-    return parser
-
-
-def add_knob(group, field):
-    """Add a knob's argument to a section of the parser."""
-    text = field.metadata["help"].replace("%", "%%")
-    if field.metadata["choices"] and not all(str(choice) in text for choice in field.metadata["choices"]):
-        text += f" ({', '.join(field.metadata['choices'])})"
-    shown = "none" if field.default is None else field.default
-    optional_flag = {"nargs": "?", "const": "True"} if field.type is bool else {}
-    group.add_argument(
-        f"--{field.name}",
-        metavar="VALUE",
-        default=argparse.SUPPRESS,
-        help=f"{text} [{shown}]",
-        **optional_flag,
-    )
-
-
 def make_config(given):
     """The configuration of ``given`` {knob: value}: defaults, then those of the data set, then the preset's,
     then the given ones. Raises UserError."""
@@ -880,31 +813,6 @@ def make_config(given):
     return Config(**{**OF_DATASET.get(chosen.get("dataset"), {}), **chosen})
 
 
-def from_command_line(description, argv=None, script="main.py"):
-    """The configuration of a script's command line; ``-h`` prints the knobs it reads and exits. A mistake
-    ends the script with one line."""
-    if argv is None:
-        end_at_once_on_signals()
-    try:
-        given, rest = build_parser(description, script).parse_known_args(argv)
-        if rest:
-            raise UserError(unexpected(rest[0], script))
-        return make_config(parse_values(vars(given)))
-    except UserError as mistake:
-        stop(mistake)
-
-
-def unexpected(argument, script):
-    """The line for an argument that ``script`` does not take: no knob, or one that other scripts read."""
-    if not argument.startswith("--"):
-        return f"expected --knob value, got {argument!r}"
-    name = argument.split("=")[0]
-    known = {f"--{field.name}": field.metadata["scripts"] for field in dataclasses.fields(Config)}
-    if name not in known:
-        return unknown("knob", name, [knob for knob, scripts in known.items() if script in scripts])
-    return f"{script} does not read {name}, only {' and '.join(known[name])}; leave it out"
-
-
 def changed(config):
     """{knob: value} of the knobs that differ from this file's defaults."""
     return {
@@ -912,118 +820,3 @@ def changed(config):
         for f in dataclasses.fields(config)
         if getattr(config, f.name) != f.default
     }
-
-
-def run_script(main, config):
-    """Run ``main(config)``: print the configuration in effect first, and turn a user's mistake into one line
-    and exit status 2."""
-    settings = ", ".join(f"{name} {value}" for name, value in changed(config).items() if name != "preset")
-    print(f"preset {config.preset}" + (f"; {settings}" if settings else ""), flush=True)
-    guarded(main, config)
-
-
-KEPT = (
-    "finished classes and finished shards are kept, the same command (without --restart) goes on from there"
-)
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, or a signal that asks a script to end. told: what is kept, and how to go on."""
-
-    def __init__(self, number=signal.SIGINT, told=KEPT):
-        super().__init__(told)
-        self.number, self.told = number, told
-
-
-def catch_signals() -> None:
-    """From now on SIGINT, SIGTERM and SIGHUP raise Interrupted in the main thread, the first time."""
-
-    def interrupt(number, frame):
-        for kind in ENDING:
-            signal.signal(kind, signal.SIG_IGN if kind != signal.SIGINT else signal.SIG_DFL)
-        raise Interrupted(number)
-
-    _handle(interrupt)
-
-
-def end_at_once_on_signals() -> None:
-    """Until ``catch_signals``: SIGINT, SIGTERM and SIGHUP end the process with one line. For the time of the
-    slow imports, which an exception would leave half done, with a traceback."""
-
-    def end(number, frame):
-        print("interrupted: nothing was begun", file=sys.stderr)
-        end_now(128 + number)
-
-    _handle(end)
-
-
-def _handle(handler) -> None:
-    for kind in ENDING:
-        if signal.getsignal(kind) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(kind, handler)
-
-
-def guarded(main, *arguments) -> None:
-    """Run ``main(*arguments)``; a user's mistake, a full disk, Ctrl-C or a signal to end stops the script
-    with one line."""
-    try:
-        catch_signals()
-        with ended_in_time():
-            main(*arguments)
-    except UserError as mistake:
-        stop(mistake)
-    except OSError as error:  # a full disk, a folder that may not be written
-        stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-    except UnicodeEncodeError as error:  # the name of a file, on its way to the screen
-        stop(f"a name is not valid UTF-8: {error.object[:200]!r}; rename it")
-    except Interrupted as interrupted:
-        print(f"interrupted: {interrupted.told}", file=sys.stderr)
-        end_now(128 + interrupted.number)
-
-
-@contextlib.contextmanager
-def ended_in_time():
-    """In the block, a signal to end does so after LATEST seconds even where the main thread is in one long
-    call, a decomposition say, and cannot answer."""
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)  # told by the system's own handler
-
-    def wait():
-        number = next((n for n in iter(lambda: next(iter(reader.recv(1)), 0), 0) if n in ENDING), 0)
-        reader.close()
-        if number:
-            time.sleep(LATEST)
-            print(f"interrupted: {Interrupted(number).told}", file=sys.stderr)
-            end_now(128 + number)
-
-    threading.Thread(target=wait, daemon=True).start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(-1)
-        writer.close()
-
-
-os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are not the parent's
-
-
-def end_now(status) -> None:
-    """End the process without waiting for threads that compute, and its workers with it."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, RuntimeError):  # it may be in a write
-            stream.flush()
-    os._exit(status)
-
-
-def command_line() -> str:
-    """The command that runs this script as it was run, for a shell."""
-    return "python " + shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
-
-
-def stop(mistake):
-    line = " ".join(str(mistake).split())
-    print(f"error: {line if len(line) < 2000 else f'{line[:2000]}...'}", file=sys.stderr)
-    sys.exit(2)

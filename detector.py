@@ -29,6 +29,7 @@ import utils
 from arithmetic import products
 from config import ClassError, Config, UserError, make_config
 from normalization import BandNormalizer, Normalizer, PlaceNormalizer, spread
+from shell.files import file_name, sha256_of_file, whole_file, write_sealed
 from token_grid import Bands, TokenGrid
 
 EVAL_BATCH = {"cpu": 100, "cuda": 500}  # images per forward pass in evaluation: a CPU's caches hold these
@@ -544,7 +545,7 @@ def checkpoint_files(path: Path) -> tuple[Path, Path]:
 
 def checkpoint_path(config: Config, class_name: str, seed: int) -> Path:
     """Where a class and seed of a run is kept, without the ending."""
-    return run_folder(config) / "classes" / f"{utils.file_name(class_name)}-seed{seed}"
+    return run_folder(config) / "classes" / f"{file_name(class_name)}-seed{seed}"
 
 
 def save_fitted(config: Config, cache: feature_cache.FeatureCache, fitted: Fitted) -> Path:
@@ -570,7 +571,7 @@ def save_fitted(config: Config, cache: feature_cache.FeatureCache, fitted: Fitte
         "held_out_scores": fitted.held_scores.astype(float).tolist(),
         "own_input_scores": {k: v.astype(float).tolist() for k, v in fitted.own_input_scores.items()},
     }
-    utils.write_sealed(record, content)
+    write_sealed(record, content)
     return path
 
 
@@ -600,7 +601,7 @@ def kept_weights(fitted: Fitted, cache: feature_cache.FeatureCache) -> dict[str,
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
     """Write a state dict, whole or not at all. Raises UserError on a full disk or a folder that may not be
     written."""
-    with utils.whole_file(path) as partial:
+    with whole_file(path) as partial:
         try:
             save_file({name: t.contiguous().cpu() for name, t in state.items()}, partial)
         except SafetensorError as error:
@@ -611,7 +612,7 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
 
 def fingerprint(path: Path) -> dict:
     """The size and the hash of a file, as a record keeps them."""
-    return {"bytes": path.stat().st_size, "sha256": utils.sha256_of_file(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
 def weights_fault(record: dict, path: Path) -> str | None:

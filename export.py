@@ -18,10 +18,13 @@ import argparse
 from pathlib import Path
 
 import config as knobs
+from shell.command_line import OneLineParser
+from shell.files import whole_file
+from shell.signals import guarded
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = knobs.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a class: runs/<modelname>/classes/<class>-seed<n>")
     parser.add_argument("output", type=Path, help="the file to write: .onnx or .pt2 (torch.export)")
     parser.add_argument("--size", help="height x width of the pictures, as in 480x640 [the backbone's]")
@@ -164,7 +167,7 @@ def export(detector: PictureDetector, output: Path, size: tuple[int, int] | None
         wanted = detector_scores(detector, images)
         module(images)  # once as it is: the matrices that are kept for a size are constants of the file then
         program = torch.export.export(module, (images[:3],), dynamic_shapes=batch)
-        with utils.whole_file(output) as partial:
+        with whole_file(output) as partial:
             return compare(detector, wanted, WRITERS[output.suffix](program, partial), images)
 
 
@@ -211,4 +214,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    knobs.guarded(main, ARGUMENTS)
+    guarded(main, ARGUMENTS)

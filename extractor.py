@@ -1,10 +1,11 @@
 """Extract the features of a data set once: frozen backbone -> semantic and patch tokens of every
 image -> cache on disk."""
 
-import config as knobs
+from shell.command_line import command_line, from_command_line, run_script
+from shell.signals import Interrupted
 
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
-    CONFIG = knobs.from_command_line(__doc__, script="extractor.py")
+    CONFIG = from_command_line(__doc__, script="extractor.py")
 
 import contextlib
 import dataclasses
@@ -541,8 +542,8 @@ def fill(config: Config, writer: CacheWriter, features: Features, count: int, at
     try:
         with tqdm(total=count, unit="img", disable=hidden, smoothing=0.05) as bar:
             writer.fill(features, utils.ranks(config), bar.update, at_once)
-    except knobs.Interrupted as interrupted:
-        interrupted.told = f"{writer.kept()}; to go on: {knobs.command_line()}"
+    except Interrupted as interrupted:
+        interrupted.told = f"{writer.kept()}; to go on: {command_line()}"
         raise
     except OSError as error:
         reason = error.strerror or str(error)
@@ -753,4 +754,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    knobs.run_script(main, CONFIG)
+    run_script(main, CONFIG)

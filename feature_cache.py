@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 import datasets
-import utils
 from config import Config, UserError
 from datasets import SPLITS, ImageSet, Labels
 from manifest import CACHE_FORMAT, Manifest
 from shards import REPAIR, CachedArray, Damaged
+from shell.files import as_strict_json, checksum, sha256_of_text
 
 LABELS = "labels.json"
 
@@ -67,7 +67,7 @@ class FeatureCache:
     def meta(self) -> dict:
         """What the features are, flat: the fields, and count, shapes and skipped images; content changes with
         any row."""
-        return utils.as_strict_json(
+        return as_strict_json(
             self.manifest.fields
             | {
                 "count": {split: len(self.labels.split(split).names) for split in SPLITS},
@@ -75,7 +75,7 @@ class FeatureCache:
                 "dtype": "float16",
                 "format": CACHE_FORMAT,
                 "skipped": self.skipped,
-                "content": utils.checksum(self.manifest.records),
+                "content": checksum(self.manifest.records),
             }
         )
 
@@ -125,5 +125,5 @@ def labels_damage(folder: Path, manifest: Manifest) -> str | None:
         text = (folder / LABELS).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         return str(error)
-    same = utils.sha256_of_text(text) == manifest.labels_sha256
+    same = sha256_of_text(text) == manifest.labels_sha256
     return None if same else "its checksum differs: the file has been changed"

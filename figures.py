@@ -22,8 +22,8 @@ import detector
 import feature_cache
 import heat_map
 import report
-import utils
 from config import Config, UserError
+from shell.files import file_name, whole_file
 from tables import shorten
 
 SHEET = 10  # images per row of a contact sheet
@@ -65,7 +65,7 @@ def draw_all(
     pictures.append(Picture(figures / "epochs.png", f"Loss (and test AUROC) over the epochs, seed {seed}"))
     for name, record in records.items():
         if record["test"]["scores"] or record["held_out_scores"]:
-            path = figures / f"scores-{utils.file_name(name)}.png"
+            path = figures / f"scores-{file_name(name)}.png"
             draw_histogram(name, record, seed, (config.nbins1, config.nbins2), path)
             pictures.append(Picture(path, f"Scores of {name}, seed {seed}", name))
     return pictures + draw_sheets(config, cache, records, figures)
@@ -86,7 +86,7 @@ def draw_sheets(
         images = images.kept({split: cache.image_rows(split) for split in datasets.SPLITS})
         for name, record in records.items():
             if record["test"]["scores"]:
-                path = figures / f"extremes-{utils.file_name(name)}.jpg"
+                path = figures / f"extremes-{file_name(name)}.jpg"
                 draw_sheet(images, record["test"], f"normal class: {name}, seed {config.seed}", path)
                 caption = f"Test images of {name} at both ends of the scores, seed {config.seed}"
                 pictures.append(Picture(path, caption, name))
@@ -115,7 +115,7 @@ def draw_heat_maps(
     rows = np.array(test["rows"])[np.argsort(test["scores"])[::-1][:HEAT_MAPS]]
     pictures = []
     for number, (row, places) in enumerate(zip(rows, detector.place_maps(fitted, cache, rows)), 1):
-        path, pixels = figures / f"heat-{utils.file_name(name)}-{number}.png", images.read("test", int(row))
+        path, pixels = figures / f"heat-{file_name(name)}-{number}.png", images.read("test", int(row))
         values = heat_map.of_places(places, pixels.shape[:2])
         heat_map.draw(pixels, values, path, images.labels.test.names[int(row)])
         caption = f"Where test image {number} of {name}, by its score, is unusual, seed {config.seed}"
@@ -375,7 +375,7 @@ def draw_sheet(images: datasets.ImageSet, test: dict, heading: str, path: Path) 
             for line, word in enumerate(words):
                 at = (left, top + LINE + GAP + TILE + line * LINE)
                 draw.text(at, shorten(word, 17), "black", font)
-    with utils.whole_file(path) as partial:
+    with whole_file(path) as partial:
         sheet.save(partial, "JPEG", quality=90, subsampling=0)
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-import utils
 from datasets import SPLITS, ImageSet
 from feature_cache import FeatureCache
 from manifest import IMAGES
 from shards import Shard
+from shell.files import read_sealed, write_sealed
+from shell.locks import Lock
 
 Rows = dict[str, np.ndarray]
 MOST = 2e9  # bytes of features that are carried over in memory; a larger cache does its changed shards again
@@ -21,13 +22,13 @@ def remember(images: ImageSet, folder: Path) -> None:
     finishes the cache removes what others have half written."""
     keys = {split: images.keys(split) for split in SPLITS}
     if _remembered(folder) != keys:
-        with utils.Lock(folder / ".lock"):
-            utils.write_sealed(folder / IMAGES, keys)
+        with Lock(folder / ".lock"):
+            write_sealed(folder / IMAGES, keys)
 
 
 def _remembered(folder: Path) -> dict[str, list[str]] | None:
     try:
-        return utils.read_sealed(folder / IMAGES)
+        return read_sealed(folder / IMAGES)
     except (OSError, ValueError):
         return None
 

@@ -14,6 +14,7 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 import utils
+from shell.files import whole_file
 
 SIDE = 8  # parts of a picture's side that occlusion blurs one after the other
 LEAST_SCALE = 3.0  # standard deviations that the colours span at least
@@ -110,5 +111,5 @@ def draw(pixels: np.ndarray, values: np.ndarray, path: Path, title: str) -> None
 
 def save(figure, path: Path) -> None:
     """A matplotlib figure as a PNG, whole or not at all."""
-    with utils.whole_file(path) as partial:
+    with whole_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")

@@ -2,9 +2,12 @@
 runs/<modelname>/."""
 
 import config as knobs
+from shell.command_line import from_command_line, run_script
+from shell.files import file_name
+from shell.signals import Interrupted
 
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
-    CONFIG = knobs.from_command_line(__doc__)
+    CONFIG = from_command_line(__doc__)
 
 import dataclasses
 import functools
@@ -206,7 +209,7 @@ def run(config: Config) -> dict | None:
         ledger = runs.Ledger(config, cache, cells)
         try:
             run_cells(ledger, device, watch)
-        except knobs.Interrupted as interrupted:
+        except Interrupted as interrupted:
             interrupted.told = ledger.go_on()
             raise
         if not ledger.report_is_mine():
@@ -249,7 +252,7 @@ def run_sweep(config: Config) -> list[dict]:
         *sweep.values()
     ):  # all of them first: a mistake shows before the first run
         parsed = knobs.parse_values(dict(zip(sweep, values)))
-        name = utils.file_name("-".join(values), knobs.LONGEST_NAME - 10)
+        name = file_name("-".join(values), knobs.LONGEST_NAME - 10)
         configs[values] = dataclasses.replace(
             config, **parsed, modelname=f"{config.modelname}/{name}", sweep=None
         )
@@ -276,4 +279,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    knobs.run_script(main, CONFIG)
+    run_script(main, CONFIG)

@@ -22,9 +22,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import shards
-import utils
 from config import UserError
 from shards import REPAIR, Damaged, Shard, StoredArray
+from shell.files import as_strict_json, checksum, read_json, read_sealed, write_sealed
 
 CACHE_FORMAT = 3
 IMAGES = "images.json"
@@ -88,13 +88,13 @@ class Manifest:
         path = folder / "manifest.json"
         try:
             has_features(folder)
-            content = utils.read_json(path)
+            content = read_json(path)
             if isinstance(content, dict) and content.get("format", CACHE_FORMAT) != CACHE_FORMAT:
                 raise UserError(
                     f"the features in {folder} are in format {content['format']}, this version reads "
                     f"{CACHE_FORMAT}; delete that folder or give another --feature_path"
                 )
-            content = utils.read_sealed(path)
+            content = read_sealed(path)
             del content["format"], content["dtype"], content["checksum"]
             shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
             return cls(**content | {"shapes": shapes})
@@ -108,7 +108,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         content = {"format": CACHE_FORMAT, "dtype": "float16"} | dataclasses.asdict(self)
-        utils.write_sealed(folder / "manifest.json", content)
+        write_sealed(folder / "manifest.json", content)
 
     def stored(self, folder: Path, shard: Shard, record: dict) -> dict[str, StoredArray]:
         """The files of a shard by the name of their array."""
@@ -125,9 +125,7 @@ class Manifest:
     @property
     def features_sha256(self) -> str:
         """Which features these are, of whatever images."""
-        return utils.checksum(
-            utils.as_strict_json({"fields": without_images(self.fields), "shapes": self.shapes})
-        )
+        return checksum(as_strict_json({"fields": without_images(self.fields), "shapes": self.shapes}))
 
     def size(self, wanted: Iterable[Shard]) -> int:
         """Bytes of the rows of shards."""
@@ -143,7 +141,7 @@ class Manifest:
         advice = "delete that folder or give another --feature_path"
         for field, value in expected.items():
             recorded = self.fields.get(field)
-            if recorded == utils.as_strict_json(value):
+            if recorded == as_strict_json(value):
                 continue
             if field == "image_list":
                 raise UserError(

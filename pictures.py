@@ -19,9 +19,9 @@ from torch import Tensor
 import datasets
 import extractor
 import images
-import utils
 from config import Config, UserError
 from extractor import Rows, Unreadable
+from shell.files import as_strict_json
 
 READERS = 2  # threads that decode pictures ahead of the backbone
 
@@ -77,7 +77,7 @@ class Eye:
     def _check(self, fields: dict) -> None:
         for field, now in fields.items():
             fitted_to = self.features.get(field)
-            if fitted_to != utils.as_strict_json(now):
+            if fitted_to != as_strict_json(now):
                 raise UserError(
                     f"the detector was fitted to features with {field} {fitted_to}, now it is {now}"
                 )

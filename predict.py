@@ -17,10 +17,13 @@ import sys
 from pathlib import Path
 
 import config as knobs
+from shell.command_line import OneLineParser
+from shell.files import file_name, whole_file
+from shell.signals import guarded
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = knobs.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "checkpoint", type=Path, help="a run, runs/<modelname>, or a class of it, .../classes/<class>-seed<n>"
     )
@@ -111,9 +114,9 @@ def find_checkpoints(path: Path, class_name: str | None, seed: int | None) -> li
         return list(found.values())
     chosen = [name.strip() for name in knobs.class_names(class_name)]
     for name in chosen:
-        if utils.file_name(name) not in found:
+        if file_name(name) not in found:
             raise UserError(knobs.unknown("class", name, found))
-    return [found[utils.file_name(name)] for name in chosen]
+    return [found[file_name(name)] for name in chosen]
 
 
 def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
@@ -143,7 +146,7 @@ def table(output: Path | None) -> Iterator[Put]:
         return
     if output.suffix not in (".csv", ".json", ".jsonl"):
         raise UserError(f"output: expected a name ending in .csv, .json or .jsonl, got {output}")
-    with utils.whole_file(output) as partial, open(partial, "w", encoding="utf-8", newline="") as stream:
+    with whole_file(output) as partial, open(partial, "w", encoding="utf-8", newline="") as stream:
         if output.suffix == ".csv":
             yield _csv(stream)
         elif output.suffix == ".jsonl":
@@ -196,7 +199,7 @@ def draw_heat_maps(detectors: list[PictureDetector], rows: list[dict], folder: P
     for row in rows:
         fitted = next(known for known in detectors if known.class_name == row["class"])
         name = f"{Path(row['image']).stem}-{row['class']}" if len(detectors) > 1 else Path(row["image"]).stem
-        stem, number = utils.file_name(name), 1
+        stem, number = file_name(name), 1
         while (path := folder / f"{stem}{f'-{number}' * (number > 1)}.png").exists():
             number += 1
         told = f"{row['image']}  score {row['score']:.3g}  {row['verdict'] or ''}"
@@ -295,10 +298,10 @@ def main(arguments: argparse.Namespace) -> int:
     return 1 if unreadable else 0
 
 
-def guarded(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     sys.exit(main(arguments))
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    knobs.guarded(guarded, ARGUMENTS)
+    guarded(run, ARGUMENTS)

@@ -24,6 +24,7 @@ import layouts
 import utils
 from config import UserError
 from layouts import SPLITS
+from shell.files import whole_file
 
 # CIFAR-100's 20 superclasses (Krizhevsky 2009, table in section 3), and the superclass of each of the 100
 # classes in alphabetical order.
@@ -164,7 +165,7 @@ def _download(dataset: str, root: Path, source: Source) -> None:
         raise UserError(f"{told}; {host} is not reachable to download it: {advice}")
     absent = [folder for folder in (root / source.path).parents if not folder.exists()]
     try:
-        with utils.whole_file(root / source.path) as partial_file:
+        with whole_file(root / source.path) as partial_file:
             download_url(source.url, str(partial_file.parent), partial_file.name, source.md5)
     except Exception as error:  # of urllib, of the network, of the checksum
         for folder in absent:
@@ -182,7 +183,7 @@ def _unpack(archive: Path, folder: Path, files: tuple[str, ...]) -> None:
             for member in content:
                 name = Path(member.name).name
                 if member.isfile() and name in wanted:
-                    with utils.whole_file(folder / name) as partial_file, open(partial_file, "wb") as out:
+                    with whole_file(folder / name) as partial_file, open(partial_file, "wb") as out:
                         shutil.copyfileobj(content.extractfile(member) or io.BytesIO(), out)
                     wanted.discard(name)
                 if not wanted:

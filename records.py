@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import utils
+from shell.files import read_sealed
 
 # What a record must hold: name -> its type. What else is there is kept and covered by the checksum.
 SHAPE = {
@@ -25,7 +25,7 @@ PARTS: dict[str, dict[str, type]] = {  # and what its parts must
 def read(path: Path) -> dict:
     """A record as it was written. Raises OSError when it is not there, and ValueError, with the reason in one
     line, when it is no JSON, was changed, or is not shaped like a record."""
-    content = utils.read_sealed(path)
+    content = read_sealed(path)
     _check(path, content, SHAPE)
     for part, shape in PARTS.items():
         _check(path, content[part], shape)

@@ -8,7 +8,10 @@ python report.py RUN_A RUN_B   side by side: AUROC per class, paired difference,
 
 import argparse
 
-from config import Config, OneLineParser, command_line, guarded, stop
+from config import Config
+from shell.command_line import OneLineParser, command_line
+from shell.files import write_json, write_text
+from shell.signals import guarded, stop
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -317,9 +320,9 @@ def describe_run(summary: dict, seconds: float) -> str:
 
 def write_results(folder: Path, summary: dict) -> str:
     """Write results.json, results.csv and results.md -> the table as text."""
-    utils.write_text(folder / "results.md", as_markdown(summary))
-    utils.write_text(folder / "results.csv", as_csv(summary))
-    utils.write_json(folder / "results.json", summary)
+    write_text(folder / "results.md", as_markdown(summary))
+    write_text(folder / "results.csv", as_csv(summary))
+    write_json(folder / "results.json", summary)
     return terminal_table(summary)
 
 
@@ -386,7 +389,7 @@ def write_sweep(
     header, rows = sweep_table(sweep, summaries)
     first = next(iter(summaries.values()))
     runs = {" ".join(values): summary for values, summary in summaries.items()}
-    utils.write_json(folder / "sweep.json", {"sweep": sweep, "runs": runs})
+    write_json(folder / "sweep.json", {"sweep": sweep, "runs": runs})
     seeds = ", ".join(map(str, first["seeds"]))
     spread = f"± standard deviation over seeds {seeds}" if len(first["seeds"]) > 1 else f"seed {seeds}"
     note = f"Mean AUROC over the classes, {spread}; {describe_run(first, seconds)}"
@@ -394,7 +397,7 @@ def write_sweep(
     for metric, title in SCORE_AUROCS.items():
         table = tables.as_markdown(*sweep_table(sweep, summaries, metric))
         parts.append(f"The same flows scored by {title}:\n\n{table}")
-    utils.write_text(folder / "sweep.md", "\n\n".join([f"# {' x '.join(sweep)}", *parts, note]) + "\n")
+    write_text(folder / "sweep.md", "\n\n".join([f"# {' x '.join(sweep)}", *parts, note]) + "\n")
     return tables.as_text(header, rows, ruled_last=False)
 
 

@@ -15,7 +15,10 @@ from typing import NamedTuple
 import detector
 import feature_cache
 import utils
-from config import Config, UserError, command_line, knobs_affecting
+from config import Config, UserError, knobs_affecting
+from shell.command_line import command_line
+from shell.files import as_strict_json, read_sealed, write_sealed
+from shell.locks import Lock
 
 FAILED = ".failed.json"  # the ending of what a cell leaves that cannot be fitted
 
@@ -35,7 +38,7 @@ def writing(config: Config) -> Iterator[None]:
         raise UserError(
             "restart: one process at a time; drop the old run with one, or give another --modelname"
         )
-    lock = utils.Lock(folder / f".writer-{ranks.rank}-of-{ranks.world_size}")
+    lock = Lock(folder / f".writer-{ranks.rank}-of-{ranks.world_size}")
     try:
         try:
             _take(lock, folder)
@@ -54,7 +57,7 @@ def writing(config: Config) -> Iterator[None]:
                 made.rmdir()  # where nothing was written into it
 
 
-def _take(lock: utils.Lock, folder: Path) -> None:
+def _take(lock: Lock, folder: Path) -> None:
     for _ in range(10):  # another rank may be looking whether this lock is held
         if lock.take():
             break
@@ -63,13 +66,13 @@ def _take(lock: utils.Lock, folder: Path) -> None:
         raise UserError(_busy(folder, lock))
     world = lock.path.name.rpartition("-")[2]
     for path in folder.glob(".writer-*"):
-        other = utils.Lock(path)
+        other = Lock(path)
         if path.name.rpartition("-")[2] != world and not other.take():
             raise UserError(_busy(folder, other))
         other.release()
 
 
-def _busy(folder: Path, lock: utils.Lock) -> str:
+def _busy(folder: Path, lock: Lock) -> str:
     return f"{folder} is being written by {lock.owner()}; wait for its end, or give another --modelname"
 
 
@@ -84,7 +87,7 @@ def _sweep_up(folder: Path) -> None:
 def identity(config: Config, cache: feature_cache.FeatureCache) -> dict:
     """What the outcome of a cell depends on, besides class and seed, as JSON has it."""
     values = {name: getattr(config, name) for name in knobs_affecting("features", "fit")}
-    return utils.as_strict_json({"config": values, "features": cache.meta})
+    return as_strict_json({"config": values, "features": cache.meta})
 
 
 def settle(config: Config, cache: feature_cache.FeatureCache) -> None:
@@ -95,24 +98,24 @@ def settle(config: Config, cache: feature_cache.FeatureCache) -> None:
     advice = "give another --modelname, or drop what is there with --restart"
     if config.restart:
         drop(config)
-        utils.write_sealed(path, wanted)
+        write_sealed(path, wanted)
         return
     alone = utils.ranks(config).world_size == 1
     kept = [path for path in (folder / "classes").glob("*-seed*.json") if not path.name.endswith(FAILED)]
     try:
-        found = utils.read_sealed(path)
+        found = read_sealed(path)
     except FileNotFoundError:
         if kept:
             raise UserError(
                 f"{folder} holds classes of an earlier version of this program; {advice}"
             ) from None
-        utils.write_sealed(path, wanted)
+        write_sealed(path, wanted)
         return
     except ValueError as error:
         raise UserError(f"{error}; {advice}") from None
     differing = differences(found, wanted)
     if differing and not kept and alone:  # nothing to lose
-        utils.write_sealed(path, wanted)
+        write_sealed(path, wanted)
     elif differing:
         raise UserError(f"{folder} holds classes of another configuration: {differing}; {advice}")
 
@@ -138,7 +141,7 @@ def drop(config: Config) -> None:
     folder = detector.run_folder(config)
     for path in (folder / "classes").glob("*-seed*.json"):
         with contextlib.suppress(ValueError):
-            utils.read_sealed(path)  # anything else is left alone
+            read_sealed(path)  # anything else is left alone
             for file in (path, path.with_name(f"{path.name.removesuffix('.json')}.safetensors")):
                 file.unlink(missing_ok=True)
     for name in ("run.json", "results.json", "results.csv", "results.md", "report.html"):
@@ -156,7 +159,7 @@ def finished(config: Config, cache: feature_cache.FeatureCache, cell: Cell) -> d
     except (OSError, ValueError, UserError):
         return None
     made = {name: getattr(fitted_with, name) for name in knobs_affecting("features", "fit")}
-    if utils.as_strict_json({"config": made, "features": record["features"]}) != identity(config, cache):
+    if as_strict_json({"config": made, "features": record["features"]}) != identity(config, cache):
         return None
     if (record["result"].get("class"), record["result"].get("seed")) != cell:
         return None
@@ -176,7 +179,7 @@ def failure_path(config: Config, cell: Cell) -> Path:
 def failed(config: Config, cache: feature_cache.FeatureCache, cell: Cell) -> dict | None:
     """The result of a cell that failed under this configuration and these features: its reason."""
     try:
-        record = utils.read_sealed(failure_path(config, cell))
+        record = read_sealed(failure_path(config, cell))
     except (OSError, ValueError):
         return None
     same = {part: record.get(part) for part in ("config", "features")} == identity(config, cache)
@@ -187,7 +190,7 @@ def keep_failure(config: Config, cache: feature_cache.FeatureCache, cell: Cell, 
     """Keep why a cell failed, for the other ranks and the report; its checkpoint, if any, is gone."""
     for path in detector.checkpoint_files(detector.checkpoint_path(config, *cell)):
         path.unlink(missing_ok=True)
-    utils.write_sealed(failure_path(config, cell), identity(config, cache) | {"result": result})
+    write_sealed(failure_path(config, cell), identity(config, cache) | {"result": result})
 
 
 # ---------------------------------------------------------------- how long it took
@@ -227,7 +230,7 @@ class Ledger:
         self.config, self.cache, self.cells = config, cache, cells
         self.ranks = utils.ranks(config)
         self.results: dict[Cell, dict] = {}
-        self.claims: dict[Cell, utils.Lock] = {}
+        self.claims: dict[Cell, Lock] = {}
         for path in () if self.ranks.world_size > 1 else (failure_path(config, cell) for cell in cells):
             path.unlink(missing_ok=True)  # a new run tries again
         self.look()
@@ -252,7 +255,7 @@ class Ledger:
         mine = []
         for cell in cells:
             path = detector.checkpoint_path(self.config, *cell)
-            lock = utils.Lock(path.with_name(f".{path.name}.claim"))
+            lock = Lock(path.with_name(f".{path.name}.claim"))
             if cell not in self.results and lock.take():
                 self.claims[cell] = lock
                 mine.append(cell)
@@ -296,7 +299,7 @@ class Ledger:
         that sees all done while there is no rank 0."""
         if self.missing():
             return False
-        first = utils.Lock(detector.run_folder(self.config) / f".writer-0-of-{self.ranks.world_size}")
+        first = Lock(detector.run_folder(self.config) / f".writer-0-of-{self.ranks.world_size}")
         if self.ranks.rank == 0:
             return True
         alone = first.take()
@@ -307,7 +310,7 @@ class Ledger:
         """Once all is done: remove the locks and half-written files of ranks that were killed."""
         folder = detector.run_folder(self.config)
         for path in (*folder.glob(".writer-*"), *(folder / "classes").glob(".*.claim")):
-            lock = utils.Lock(path)  # one that is held stays
+            lock = Lock(path)  # one that is held stays
             lock.take()
             lock.release()
         _sweep_up(folder)

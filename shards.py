@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-import utils
 from config import UserError
+from shell.files import partial_of
 
 DTYPE = np.dtype("<f2")
 SHARD_BYTES = 256 << 20  # of the largest array of a shard, where the number of rows is left open
@@ -77,7 +77,7 @@ class ArrayWriter:
 
     def __init__(self, path: Path, shape: tuple[int, ...]):
         self.path, self.shape, self.rows, self._crc = path, shape, 0, 0
-        self._partial = utils.partial_of(path)
+        self._partial = partial_of(path)
         self._stream = open(self._partial, "wb")
         self._stream.write(npy_header(0, shape))
 

@@ -1,9 +1,9 @@
 """Fit the flow to one normal class and report its detection of all the others, epoch by epoch."""
 
-import config as knobs
+from shell.command_line import from_command_line, run_script
 
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
-    CONFIG = knobs.from_command_line(__doc__, script="train.py")
+    CONFIG = from_command_line(__doc__, script="train.py")
 
 import dataclasses
 import functools
@@ -675,4 +675,4 @@ def tell_threshold(record: dict) -> None:
 
 
 if __name__ == "__main__":
-    knobs.run_script(main, CONFIG)
+    run_script(main, CONFIG)

@@ -1,10 +1,7 @@
-"""Seeds, devices, metrics and files that are whole or absent: what every script shares."""
+"""Seeds, devices, memory, metrics and versions: what every script shares."""
 
 import ctypes
-import errno
-import fcntl
 import hashlib
-import json
 import math
 import os
 import platform
@@ -12,7 +9,6 @@ import random
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -26,7 +22,8 @@ import numpy as np
 import torch
 from joblib import cpu_count  # knows a container's share of the machine
 
-from config import Config, Interrupted, UserError
+from config import Config, UserError
+from shell.signals import Interrupted
 
 
 def seed_everything(seed: int) -> None:
@@ -265,209 +262,7 @@ def _rank_auroc(scores: np.ndarray, n_normal: int) -> float:
     return float((ranks - n_anomalous * (n_anomalous + 1) / 2) / (n_normal * n_anomalous))
 
 
-# ---------------------------------------------------------------- files
-LONGEST_HOST = 40  # characters of a host's name, from its end: a file's name has 255 bytes in all
-
-
-def partial_of(path: Path) -> Path:
-    """Where this process writes a file until it is whole: beside its place."""
-    host = socket.gethostname()[-LONGEST_HOST:]
-    return path.with_name(f".{path.name}.{host}-{os.getpid()}.partial")
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to beside ``path``; it takes its place, on the disk, only when the block ends without
-    an error. It has the mode of an ordinary new file, whoever writes it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(path)
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode  # by the umask
-        partial.unlink()  # so that a block that writes nothing leaves nothing
-        yield partial
-        if partial.is_file():
-            partial.chmod(mode)
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk now."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # file systems that do not sync folders
-            raise
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, content) -> None:
-    """Strict JSON: a number that is not finite is written as null."""
-    write_text(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-
-
-def as_strict_json(content):
-    """What a content is once ``write_json`` has written it and it was read again."""
-    return json.loads(json.dumps(_finite(content), allow_nan=False))
-
-
-def _finite(content):
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-# ---------------------------------------------------------------- locks
-class Lock:
-    """A file lock with an owner: the system gives it back when its process ends, however that ends, so that a
-    lock file left by a killed process is taken over at once; on NFS the server does so after its lease.
-
-    ``with Lock(path):`` waits for its turn, and says once for whom; ``take()`` does not wait. The file is
-    removed on release. On a file system without locks every process is let in: what the locks guard here is
-    written whole or not at all, so that only work is done twice."""
-
-    def __init__(self, path: Path):
-        self.path, self._file = Path(path), -1
-
-    def take(self) -> bool:
-        """Whether the lock is now this process's. False: another one holds it (see ``owner``)."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        while self._file < 0:
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    os.close(handle)
-                    return False
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                    os.close(handle)
-                    raise
-            if not _is_file(handle, self.path):  # its last owner removed it in between: a lock on nothing
-                os.close(handle)
-                continue
-            self._file = handle
-            _HELD.add(handle)
-            os.ftruncate(handle, 0)
-            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        return True
-
-    def release(self) -> None:
-        if self._file >= 0:
-            self.path.unlink(missing_ok=True)
-            _HELD.discard(self._file)
-            os.close(self._file)
-            self._file = -1
-
-    def owner(self) -> str:
-        """Who holds the lock and for how long, as told by its file: process 12 on host, for 3 min."""
-        try:
-            text, since = self.path.read_text(errors="replace").strip(), self.path.stat().st_mtime
-        except OSError:
-            return "a process that has just ended"
-        seconds = max(0, time.time() - since)
-        return f"{text or 'another process'}, for {seconds / 60:.0f} min {seconds % 60:.0f} s"
-
-    def __enter__(self) -> "Lock":
-        told = False
-        while not self.take():
-            if not told:
-                print(f"waiting for {self.path}, held by {self.owner()}", flush=True)
-                told = True
-            time.sleep(0.2)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.release()
-
-
-_HELD: set[int] = set()  # the open lock files of this process
-
-
-def _forget_locks() -> None:
-    """In a forked child: it would hold its parent's locks for as long as it lives."""
-    for handle in _HELD:
-        os.close(handle)
-    _HELD.clear()
-
-
-os.register_at_fork(after_in_child=_forget_locks)
-
-
-def _is_file(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-LONGEST_NAME = 150  # bytes of a class's name in a file's name: seed, ending and a partial's mark come on top
-
-
-def file_name(name: str, longest: int = LONGEST_NAME) -> str:
-    """A class's name as part of a file's name: as it is where it is plain, otherwise with what a file system
-    or a terminal may stumble over replaced, cut to a length, and told apart by a hash of the whole name."""
-    plain = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in name)
-    plain = f"_{plain[1:]}" if plain[:1] in ".-" else plain
-    short = plain.encode()[:longest].decode(errors="ignore")
-    return short if short == name else f"{short}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-def checksum(content: dict) -> str:
-    """sha256 of what JSON can hold, without its own field ``checksum``, over its sorted keys: the layout of a
-    file does not matter, every value does."""
-    rest = {name: value for name, value in content.items() if name != "checksum"}
-    return sha256_of_text(json.dumps(rest, sort_keys=True, allow_nan=False))
-
-
-def write_sealed(path: Path, content: dict) -> None:
-    """Write JSON with its checksum, whole or not at all; a number that is not finite becomes null."""
-    content = as_strict_json(content)
-    write_json(path, content | {"checksum": checksum(content)})
-
-
-def read_json(path: Path):
-    """Raises OSError when it is not there, and ValueError when it is no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
-
-
-def read_sealed(path: Path) -> dict:
-    """What ``write_sealed`` wrote. Raises OSError when it is not there, and ValueError, with the reason in
-    one line, when it is no JSON or was changed."""
-    content = read_json(path)
-    if not isinstance(content, dict) or "checksum" not in content:
-        raise ValueError(f"{path} has no checksum: it is no record, or one of an earlier version")
-    if content["checksum"] != checksum(content):
-        raise ValueError(f"{path} was changed after it was written: its checksum differs")
-    return content
-
-
-def sha256_of_text(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sha256_of_file(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
+# ---------------------------------------------------------------- what made a result
 def sha256_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
     """A hash of the names, shapes and values of a state dict."""
     digest = hashlib.sha256()

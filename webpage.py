@@ -11,6 +11,7 @@ import report
 import utils
 from config import Config
 from figures import Picture
+from shell.files import write_text
 from tables import cell, number
 from utils import METRICS
 
@@ -50,7 +51,7 @@ ALLOWED = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def write_page(folder: Path, summary: dict, pictures: list[Picture]) -> Path:
     """Write report.html into a run's folder -> its path."""
     path = folder / "report.html"
-    utils.write_text(path, page(summary, pictures))
+    write_text(path, page(summary, pictures))
     return path
 
 

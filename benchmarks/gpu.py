@@ -34,6 +34,7 @@ import detector
 import extractor
 import train
 import utils
+from shell.files import write_text
 
 CPU = torch.device("cpu")
 Row = tuple[str, str]  # what, value
@@ -389,7 +390,7 @@ def course(args: argparse.Namespace) -> int:
             failed += bool(wrong)
             command = " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
             text = f"# The GPU path, measured\n\n`{command}`\n\n{table(results)}\n"
-            utils.write_text(args.output, text)
+            write_text(args.output, text)
     print(f"\n{table(results)}\n\nkept in {args.output}")
     return failed
 

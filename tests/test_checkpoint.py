@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import detector
 import records
-import utils
 from config import Config, UserError
+from shell.files import checksum, write_sealed
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -122,7 +122,7 @@ def test_weights_that_were_cut_or_exchanged(kept, cache):
 def reseal(kept, **changes) -> None:
     """Change a record and its weights' fingerprint, and seal it again: what a forger would do."""
     record = json.loads(kept[0].read_text()) | changes
-    utils.write_sealed(kept[0], record | {"weights": detector.fingerprint(kept[1])})
+    write_sealed(kept[0], record | {"weights": detector.fingerprint(kept[1])})
 
 
 def test_weights_that_are_not_finite_are_refused(kept):
@@ -187,7 +187,7 @@ def test_records_of_any_shape_are_one_line(kept, name, value, sealed):
     original, content = kept[0].read_text(), json.loads(kept[0].read_text())
     content[name] = value
     if sealed and name != "checksum":
-        content["checksum"] = utils.checksum(content)
+        content["checksum"] = checksum(content)
     kept[0].write_text(json.dumps(content))
     try:
         detector.load_detector(kept[0])

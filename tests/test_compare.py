@@ -14,6 +14,7 @@ import compare
 import report
 import utils
 from config import Config, UserError
+from shell.files import file_name, write_json, write_sealed
 
 ROWS = list(range(40))
 IMAGES = {"image_list": "i", "skipped": []}
@@ -42,7 +43,7 @@ def write_run(
             "held_out_scores": [],
             "own_input_scores": {},
         }
-        utils.write_sealed(folder / "classes" / f"{utils.file_name(class_name)}-seed{seed}.json", record)
+        write_sealed(folder / "classes" / f"{file_name(class_name)}-seed{seed}.json", record)
     summary = report.summarize(Config(modelname=name, seed=seed, **knobs), results, {}, 1.0, {})
     report.write_results(folder, summary)
     return folder
@@ -57,7 +58,7 @@ def test_list_says_what_every_run_is(tmp_path):
     write_run(tmp_path, "done", {"a": scores_of(9.0)}, dataset="digits", extractor="efficientnet_lite0")
     os.utime(write_run(tmp_path, "sweep/one", {"a": scores_of(0.0)}) / "results.json", (2e9, 2e9))
     (write_run(tmp_path, "begun", {"a": scores_of(0.0)}) / "results.json").unlink()
-    utils.write_json(tmp_path / "begun/classes/b-seed0.failed.json", {})  # no class that is fitted
+    write_json(tmp_path / "begun/classes/b-seed0.failed.json", {})  # no class that is fitted
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/results.json").write_text("[]")
     text = compare.list_runs(tmp_path)

@@ -12,7 +12,8 @@ import pytest
 from conftest import ROOT, script
 
 import config
-from config import PRESETS, Config, UserError, from_command_line, make_config
+from config import PRESETS, Config, UserError, make_config
+from shell.command_line import build_parser, from_command_line
 
 SCRIPTS = ("extractor.py", "train.py", "main.py")
 FIELDS = dataclasses.fields(Config)
@@ -80,6 +81,7 @@ def test_edited_default_shows(tmp_path):
     configuration."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "shell", tmp_path / "shell")
     text = (tmp_path / "config.py").read_text()
     edited, count = re.subn(r"(?m)^(    lr_init: float = knob\()[^,]+,", r"\g<1>0.0123,", text)
     assert count == 1
@@ -356,7 +358,7 @@ def test_role_of_every_knob(name):
 
 
 def test_help_has_its_sections():
-    text = config.build_parser("").format_help()
+    text = build_parser("").format_help()
     titles = ["most used:", "run:", "data:", "backbone and extraction:", "flow:", "training:", "scoring:"]
     places = [text.index(f"\n{title}\n") for title in titles]
     assert places == sorted(places)
@@ -364,7 +366,7 @@ def test_help_has_its_sections():
 
 def test_help_starts_with_the_most_used_knobs():
     """Each of them once, before the sections."""
-    text = config.build_parser("").format_help()
+    text = build_parser("").format_help()
     head = text[text.index("most used:") : text.index("\nrun:\n")]
     assert re.findall(r"--(\w+)", head) == list(config.MOST_USED)
     for name in config.MOST_USED:

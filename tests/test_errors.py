@@ -16,6 +16,7 @@ import backbones
 import config as knobs
 import extractor
 import utils
+from shell.command_line import from_command_line, run_script
 
 pytestmark = pytest.mark.slow
 
@@ -63,9 +64,9 @@ def run_here(tmp_path, monkeypatch, capsys):
         module, status = importlib.import_module(name.removesuffix(".py")), 0
         capsys.readouterr()
         try:
-            knobs.run_script(
+            run_script(
                 module.main,
-                knobs.from_command_line(module.__doc__, [str(argument) for argument in arguments]),
+                from_command_line(module.__doc__, [str(argument) for argument in arguments]),
             )
         except SystemExit as stopped:
             status = stopped.code
@@ -204,9 +205,9 @@ def test_weights_not_reachable(monkeypatch, tmp_path, capsys):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(backbones.timm, "create_model", offline)
-    config = knobs.from_command_line("test", ["--dataset", "digits", "--extractor", "VIT", "--threads", "1"])
+    config = from_command_line("test", ["--dataset", "digits", "--extractor", "VIT", "--threads", "1"])
     with pytest.raises(SystemExit) as stopped:
-        knobs.run_script(extractor.main, config)
+        run_script(extractor.main, config)
     errors = capsys.readouterr().err
     assert stopped.value.code not in (0, None) and errors.count("\n") == 1 and errors.startswith("error:")
     assert "not reachable" in errors and "--weights_path" in errors and not list(tmp_path.iterdir())

@@ -20,6 +20,7 @@ from datasets import OTHER, SPLITS, Labels, Split
 from feature_cache import CacheIdentity, FeatureCache, cache_folder
 from manifest import Manifest
 from shards import CachedArray, Damaged, StoredArray
+from shell.locks import Lock
 
 N, C = 3, 5
 FIELDS = {
@@ -346,7 +347,7 @@ def test_ranks_make_the_same_bytes(tmp_path, folder):
 
 def test_a_shard_in_work_elsewhere_is_waited_for_and_taken_over(tmp_path, folder, capsys):
     place = tmp_path / "cache"
-    other = utils.Lock(place / ".train-00001.lock")
+    other = Lock(place / ".train-00001.lock")
     made = []
 
     def features(shard, skipped):
@@ -446,7 +447,7 @@ def test_start_again(folder):
 
 
 def test_start_again_beside_a_writer_is_refused(folder):
-    other = utils.Lock(folder / ".train-00001.lock")
+    other = Lock(folder / ".train-00001.lock")
     other.take()
     with pytest.raises(UserError, match=r"being written to by process \d+"):
         start_again(folder)

@@ -12,9 +12,10 @@ from conftest import make_folder, texture, write_image
 import extractor
 import growth
 import manifest
-import utils
 from config import Config, UserError
 from datasets import SPLITS
+from shell.files import write_sealed
+from shell.locks import Lock
 
 CPU = torch.device("cpu")
 
@@ -120,15 +121,15 @@ def test_an_unreadable_newcomer_is_named_and_left_out_on_request(folder, extract
 
 def test_the_list_is_written_under_the_lock_of_the_folder(folder, monkeypatch):
     """A process that finishes the cache at that moment removes half-written files, under the same lock."""
-    plain, free = utils.write_sealed, []
+    plain, free = write_sealed, []
 
     def write(path, content):
         if path.name == manifest.IMAGES:
-            lock = utils.Lock(path.with_name(".lock"))
+            lock = Lock(path.with_name(".lock"))
             free.append(lock.take())
             lock.release()
         plain(path, content)
 
-    monkeypatch.setattr(utils, "write_sealed", write)
+    monkeypatch.setattr(growth, "write_sealed", write)
     extractor.ensure_features(settings(), CPU)
     assert free == [False]

@@ -55,7 +55,7 @@ def test_what_the_tool_would_notice(tmp_path, monkeypatch):
     assert hostile.judge(place, 0, "").kind == "OUTSIDE"
     (tmp_path / "outer" / "x").unlink()
     monkeypatch.setattr(hostile, "TIMEOUT", 0.5)
-    monkeypatch.setattr(hostile.knobs, "from_command_line", lambda *_: hostile.time.sleep(60))
+    monkeypatch.setattr(hostile, "from_command_line", lambda *_: hostile.time.sleep(60))
     assert hostile.attempt(place, hostile.Value("seed", "0")).kind == "HANG"
 
 

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from fabricated import fit, settings
 
-import config as knobs
 import datasets
 import detector
-import utils
 from config import Config, UserError
 from datasets import Labels, Split
+from shell.command_line import from_command_line
+from shell.files import file_name
+from shell.signals import guarded
 
 STRANGE = [
     "v1.0",
@@ -43,7 +44,7 @@ def test_every_class_has_files_of_its_own():
     for file in files:
         assert file.parent == detector.run_folder(Config()) / "classes" and file.name.isprintable()
         assert len(file.name.encode()) < 200 and file.name[0] not in ".-"
-    assert utils.file_name("two words ü") == "two words ü", "a plain name stays readable"
+    assert file_name("two words ü") == "two words ü", "a plain name stays readable"
 
 
 @pytest.mark.parametrize("name", STRANGE)
@@ -64,7 +65,7 @@ def test_class_given_on_the_command_line(name):
     escaped = "\\all" if name == "all" else escaped
     assert datasets.choose_classes(labels, escaped) == [name]
     assert datasets.choose_classes(labels, f"b,{escaped}") == ["b", name]
-    assert knobs.from_command_line("test", [f"--class_name={escaped}"]).class_name == escaped
+    assert from_command_line("test", [f"--class_name={escaped}"]).class_name == escaped
 
 
 def test_a_class_with_a_comma_needs_no_escape_alone():
@@ -79,7 +80,7 @@ def test_a_folder_whose_name_is_no_text(capsys):
     with pytest.raises(UserError, match="UTF-8.*rename"):
         datasets.choose_classes(labels_of("a", "\udcffb"), "a")
     with pytest.raises(SystemExit):
-        knobs.guarded(lambda: "\udcff.png".encode())
+        guarded(lambda: "\udcff.png".encode())
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -90,7 +91,7 @@ def test_a_folder_whose_name_is_no_text(capsys):
 )  # fmt: skip
 def test_a_run_stays_in_its_folder(capsys, name):
     with pytest.raises(SystemExit):
-        knobs.from_command_line("test", [f"--modelname={name}"])
+        from_command_line("test", [f"--modelname={name}"])
     error = capsys.readouterr().err
     assert "modelname" in error and error.count("\n") == 1
     for nested in (name, f"grid/{name}") if name != "a/b" else ("grid/../b", "grid//b"):

@@ -17,9 +17,9 @@ import main
 import pictures
 import predict
 import train
-import utils
 from config import Config, UserError
 from detector import Detector
+from shell.files import file_name, write_text
 
 pytestmark = pytest.mark.slow
 
@@ -297,9 +297,9 @@ def test_classes_of_any_name_can_be_named(tmp_path):
     """A comma in a name is written as in the knob class_name; files carry the names as file_name has them."""
     names = ["a,b", "plain", "-odd\tname"]
     for name in names:
-        utils.write_text(tmp_path / "classes" / f"{utils.file_name(name)}-seed0.json", "{}")
+        write_text(tmp_path / "classes" / f"{file_name(name)}-seed0.json", "{}")
     found = predict.find_checkpoints(tmp_path, "a\\,b,-odd\tname", None)
-    assert [path.name for path in found] == ["a,b-seed0.json", f"{utils.file_name(names[2])}-seed0.json"]
+    assert [path.name for path in found] == ["a,b-seed0.json", f"{file_name(names[2])}-seed0.json"]
     assert len(predict.find_checkpoints(tmp_path, None, None)) == 3
 
 

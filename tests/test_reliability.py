@@ -18,6 +18,7 @@ import config as knobs
 import detector
 import main
 from config import Config
+from shell.signals import LATEST, guarded
 from tools.processes import kill_after, start, wait
 
 KILLS = int(os.environ.get("FOAD_KILLS", "10"))  # tools/faults.py asks for more
@@ -32,7 +33,7 @@ def begin(cache, tmp_path, monkeypatch):
 
     def go(**more) -> int:
         config = settings(**{"modelname": "run", "plots": False, **more})
-        return start(lambda: knobs.guarded(main.main, config), tmp_path / "log")
+        return start(lambda: guarded(main.main, config), tmp_path / "log")
 
     return go
 
@@ -107,7 +108,7 @@ def test_asked_to_end_in_one_long_call(tmp_path, kind):
         (tmp_path / "began").touch()
         hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)
 
-    pid = start(lambda: knobs.guarded(long), tmp_path / "log")
+    pid = start(lambda: guarded(long), tmp_path / "log")
     while not (tmp_path / "began").exists():
         time.sleep(0.01)
     time.sleep(0.2)
@@ -124,9 +125,9 @@ def test_signals_after_the_end_are_nobodys(tmp_path):
         time.sleep(0.2)
         os.kill(pid, signal.SIGINT)
         wait(pid)
-        time.sleep(knobs.LATEST + 0.5)
+        time.sleep(LATEST + 0.5)
 
-    assert wait(start(lambda: knobs.guarded(parent), tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    assert wait(start(lambda: guarded(parent), tmp_path / "log")) == 0, (tmp_path / "log").read_text()
 
 
 def test_a_disk_that_is_full(begin, tmp_path):

@@ -9,7 +9,6 @@ import pytest
 from conftest import make_cache
 from fabricated import CLASSES, N_TRAIN, SPECTRUM, fit, settings
 
-import config as knobs
 import detector
 import main
 import runs
@@ -18,6 +17,8 @@ import utils
 from config import Config, UserError
 from datasets import Labels, Split
 from feature_cache import CacheIdentity, FeatureCache
+from shell.files import sha256_of_file, write_json, write_sealed
+from shell.signals import Interrupted
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_wall_time_adds_up(run):
     path = runs.detector.checkpoint_path(settings(modelname="run"), "b", 0).with_suffix(".json")
     record = json.loads(path.read_text())
     record["result"] |= {"wall_time_s": 1000.0, "ended": record["result"]["ended"] - 5000}
-    utils.write_sealed(path, {name: value for name, value in record.items() if name != "checksum"})
+    write_sealed(path, {name: value for name, value in record.items() if name != "checksum"})
     assert 1000 + kept[0] + kept[2] <= run()["wall_time_s"] + 0.1 < 1100
     assert whole["wall_time_s"] >= round(sum(kept), 1) - 0.1
 
@@ -150,7 +151,7 @@ def test_restart(run):
 )
 def test_another_configuration_is_refused(run, change):
     run()
-    before, kept = files(), utils.sha256_of_file("runs/run/classes/a-seed0.json")
+    before, kept = files(), sha256_of_file("runs/run/classes/a-seed0.json")
     run.fitted.clear()
     with pytest.raises(UserError) as mistake:
         run(**change)
@@ -158,7 +159,7 @@ def test_another_configuration_is_refused(run, change):
     assert f"{name} {getattr(settings(), name)} there, {change[name]} now" in line
     assert "--modelname" in line and "--restart" in line and "\n" not in line
     assert run.fitted == [] and files() == before
-    assert utils.sha256_of_file("runs/run/classes/a-seed0.json") == kept
+    assert sha256_of_file("runs/run/classes/a-seed0.json") == kept
     run(modelname="other", **change)
     run(restart=True, **change)
     assert len(run.fitted) == 6
@@ -183,7 +184,7 @@ def test_a_folder_of_an_earlier_version_is_left_alone(run):
     with pytest.raises(UserError, match="earlier version.*--restart"):
         run()
     os.makedirs("runs/old/classes")
-    utils.write_json(utils.Path("runs/old/classes/a-seed0.json"), {"result": {}})
+    write_json(utils.Path("runs/old/classes/a-seed0.json"), {"result": {}})
     with pytest.raises(UserError, match="earlier version"):
         run(modelname="old")
     assert files("runs/old/classes") == ["a-seed0.json"]
@@ -346,11 +347,11 @@ def test_ctrl_c_says_what_is_kept(run, monkeypatch):
 
     def interrupted(*arguments):
         real(*arguments)
-        raise knobs.Interrupted
+        raise Interrupted
 
     monkeypatch.setattr(detector, "save_fitted", interrupted)
     monkeypatch.setattr("sys.argv", ["/x/main.py", "--modelname", "run"])
-    with pytest.raises(knobs.Interrupted) as stopped:
+    with pytest.raises(Interrupted) as stopped:
         main.main(settings(modelname="run", plots=False))
     line = stopped.value.told
     assert "\n" not in line and "1 of 3 classes are kept" in line and "python main.py --modelname run" in line

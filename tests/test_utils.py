@@ -6,11 +6,9 @@ import math
 import os
 import platform
 import random
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import types
 
 import numpy as np
@@ -21,6 +19,7 @@ from sklearn.metrics import roc_auc_score
 
 import utils
 from config import Config, UserError
+from shell.files import file_name, whole_file, write_json, write_text
 
 
 def counted_auroc(labels, scores) -> float:
@@ -101,7 +100,7 @@ def test_seeds():
 # ---------------------------------------------------------------- files
 def test_whole_file(tmp_path):
     path = tmp_path / "new" / "file.txt"
-    with utils.whole_file(path) as partial:
+    with whole_file(path) as partial:
         partial.write_text("content")
         assert not path.exists(), "not in place before the block ends"
     assert path.read_text() == "content" and list(path.parent.iterdir()) == [path]
@@ -112,7 +111,7 @@ def test_whole_file_has_the_mode_of_an_ordinary_file(tmp_path, mask, mode):
     """Also where its writer makes a private one, as safetensors does."""
     before = os.umask(mask)
     try:
-        with utils.whole_file(tmp_path / "file") as partial:
+        with whole_file(tmp_path / "file") as partial:
             partial.touch(mode=0o600)
     finally:
         os.umask(before)
@@ -120,7 +119,7 @@ def test_whole_file_has_the_mode_of_an_ordinary_file(tmp_path, mask, mode):
 
 
 def test_whole_file_that_nobody_writes_is_none(tmp_path):
-    with pytest.raises(FileNotFoundError), utils.whole_file(tmp_path / "file"):
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "file"):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -128,20 +127,20 @@ def test_whole_file_that_nobody_writes_is_none(tmp_path):
 def test_whole_file_keeps_the_old_one_on_error(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), utils.whole_file(path) as partial:
+    with pytest.raises(RuntimeError), whole_file(path) as partial:
         partial.write_text("half of the ne")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_write_json(tmp_path):
-    utils.write_json(tmp_path / "a.json", {"é": [1, 2.5, None]})
+    write_json(tmp_path / "a.json", {"é": [1, 2.5, None]})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": [1, 2.5, None]}
 
 
 def test_json_is_strict(tmp_path):
     """NaN is no JSON: other programs must be able to read what a class with one label leaves."""
-    utils.write_json(tmp_path / "a.json", {"auroc": float("nan"), "scores": [1.5, float("inf")]})
+    write_json(tmp_path / "a.json", {"auroc": float("nan"), "scores": [1.5, float("inf")]})
 
     def refuse(constant):
         raise ValueError(constant)
@@ -229,57 +228,7 @@ def test_bars_go_by_the_terminal(capsys):
     assert stream.getvalue() == ""
 
 
-# ---------------------------------------------------------------- locks and ranks
-HOLD = (
-    "import sys, time, utils; lock = utils.Lock(sys.argv[1]); print(lock.take(), flush=True); time.sleep(60)"
-)
-
-
-def held_elsewhere(path) -> subprocess.Popen:
-    """Another process that holds a lock."""
-    other = subprocess.Popen([sys.executable, "-c", HOLD, path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "True\n"
-    return other
-
-
-def test_lock_excludes_names_its_owner_and_is_taken_over_from_the_dead(tmp_path):
-    lock = utils.Lock(tmp_path / "new" / "lock")
-    other = held_elsewhere(lock.path)
-    try:
-        assert not lock.take()
-        assert f"process {other.pid} on {socket.gethostname()}, for 0 min" in lock.owner()
-    finally:
-        other.kill()
-        other.wait()
-    assert lock.path.exists() and lock.take() and not utils.Lock(lock.path).take()
-    lock.release()
-    assert list(lock.path.parent.iterdir()) == []
-
-
-def test_lock_waits_and_says_for_whom(tmp_path, capsys):
-    other = held_elsewhere(tmp_path / "lock")
-    threading.Timer(0.3, other.kill).start()
-    with utils.Lock(tmp_path / "lock"):
-        assert f"held by process {other.pid} " in capsys.readouterr().out
-    other.wait()
-
-
-def test_forked_children_hold_no_locks(tmp_path):
-    """A worker that outlives its killed parent would keep its locks."""
-    code = "import os, sys, time, utils\nutils.Lock(sys.argv[1]).take()\n"
-    code += "if os.fork() == 0: time.sleep(30)\nelse: print('held', flush=True); time.sleep(30)"
-    command = [sys.executable, "-c", code, str(tmp_path / "lock")]
-    other = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert other.stdout.readline() == "held\n"
-    try:
-        assert not utils.Lock(tmp_path / "lock").take()
-        other.kill()
-        other.wait()
-        assert utils.Lock(tmp_path / "lock").take()
-    finally:
-        os.killpg(other.pid, signal.SIGKILL)
-
-
+# ---------------------------------------------------------------- ranks
 def test_ranks(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -305,8 +254,8 @@ def test_the_longest_class_name_fits_on_a_host_of_the_longest_name(tmp_path, mon
     """A file's name has 255 bytes: the partial one's holds class, seed, ending, host and process."""
     monkeypatch.setattr(socket, "gethostname", lambda: "h" * 64)
     monkeypatch.setattr(os, "getpid", lambda: 4194304)
-    path = tmp_path / f"{utils.file_name('x' * 300)}-seed{2**31}.safetensors"
-    utils.write_text(path, "whole")
+    path = tmp_path / f"{file_name('x' * 300)}-seed{2**31}.safetensors"
+    write_text(path, "whole")
     assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]
 
 

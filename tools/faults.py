@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image
 
-import config as knobs
 import extractor
 from config import Config, UserError
 from feature_cache import CacheIdentity, FeatureCache
+from shell.command_line import run_script
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -58,7 +58,7 @@ class Child:
             output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            knobs.run_script(extractor.main, config)
+            run_script(extractor.main, config)
             status = 0
         except SystemExit as stopped:
             status = int(stopped.code or 0)

@@ -31,6 +31,7 @@ from PIL import Image
 
 import config as knobs
 import main
+from shell.command_line import from_command_line, run_script
 from tools.processes import start, wait
 
 TIMEOUT = 60.0  # seconds: more is a hang
@@ -219,7 +220,7 @@ def attempt(place: Place, value: Value) -> Outcome:
             resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         sys.argv = ["main.py", *arguments_of(value)]
-        knobs.run_script(main.main, knobs.from_command_line(main.__doc__))
+        run_script(main.main, from_command_line(main.__doc__))
 
     pid = start(run, place.log)
     try:

@@ -18,6 +18,7 @@ from scipy.ndimage import gaussian_filter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import config as knobs
+from shell.signals import guarded
 
 SIZE = 224  # pixels
 ROWS, COLUMNS = np.mgrid[:SIZE, :SIZE].astype(float)
@@ -212,7 +213,7 @@ def main() -> None:
         "--defect", type=int, default=20, help="test images per texture and kind of defect [20]"
     )
     parser.add_argument("--seed", type=int, default=0)
-    knobs.guarded(write_set, parser.parse_args())
+    guarded(write_set, parser.parse_args())
 
 
 def write_set(args: argparse.Namespace) -> None:

@@ -1,0 +1,102 @@
+"""The command line of a script, made from the knobs of config.py. Standard library only: -h is quick."""
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+
+from config import MOST_USED, SECTIONS, Config, UserError, changed, make_config, parse_values, unknown
+from shell.signals import end_at_once_on_signals, guarded, stop
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line, and the nearest knob is named."""
+
+    def error(self, message):
+        raise UserError(message)
+
+    def parse_or_stop(self, argv=None):
+        """``parse_args``; a mistake ends the script with one line."""
+        try:
+            return self.parse_args(argv)
+        except UserError as mistake:
+            stop(mistake)
+
+
+def build_parser(description, script="main.py"):
+    """A parser with every knob that ``script`` reads, its default and its meaning: the most used ones, then
+    the sections of this file."""
+    parser = OneLineParser(
+        description=description,
+        usage="%(prog)s [--knob VALUE ...]",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    most_used = parser.add_argument_group("most used")
+    by_name = {field.name: field for field in dataclasses.fields(Config)}
+    read = [name for name, field in by_name.items() if script in field.metadata["scripts"]]
+    for name in MOST_USED:
+        if name in read:
+            add_knob(most_used, by_name[name])
+    group = parser
+    for name, field in by_name.items():
+        if name in SECTIONS:
+            group = parser.add_argument_group(SECTIONS[name])
+        if name in read and name not in MOST_USED:
+            add_knob(group, field)
+    return parser
+
+
+def add_knob(group, field):
+    """Add a knob's argument to a section of the parser."""
+    text = field.metadata["help"].replace("%", "%%")
+    if field.metadata["choices"] and not all(str(choice) in text for choice in field.metadata["choices"]):
+        text += f" ({', '.join(field.metadata['choices'])})"
+    shown = "none" if field.default is None else field.default
+    optional_flag = {"nargs": "?", "const": "True"} if field.type is bool else {}
+    group.add_argument(
+        f"--{field.name}",
+        metavar="VALUE",
+        default=argparse.SUPPRESS,
+        help=f"{text} [{shown}]",
+        **optional_flag,
+    )
+
+
+def from_command_line(description, argv=None, script="main.py"):
+    """The configuration of a script's command line; ``-h`` prints the knobs it reads and exits. A mistake
+    ends the script with one line."""
+    if argv is None:
+        end_at_once_on_signals()
+    try:
+        given, rest = build_parser(description, script).parse_known_args(argv)
+        if rest:
+            raise UserError(unexpected(rest[0], script))
+        return make_config(parse_values(vars(given)))
+    except UserError as mistake:
+        stop(mistake)
+
+
+def unexpected(argument, script):
+    """The line for an argument that ``script`` does not take: no knob, or one that other scripts read."""
+    if not argument.startswith("--"):
+        return f"expected --knob value, got {argument!r}"
+    name = argument.split("=")[0]
+    known = {f"--{field.name}": field.metadata["scripts"] for field in dataclasses.fields(Config)}
+    if name not in known:
+        return unknown("knob", name, [knob for knob, scripts in known.items() if script in scripts])
+    return f"{script} does not read {name}, only {' and '.join(known[name])}; leave it out"
+
+
+def run_script(main, config):
+    """Run ``main(config)``: print the configuration in effect first, and turn a user's mistake into one line
+    and exit status 2."""
+    settings = ", ".join(f"{name} {value}" for name, value in changed(config).items() if name != "preset")
+    print(f"preset {config.preset}" + (f"; {settings}" if settings else ""), flush=True)
+    guarded(main, config)
+
+
+def command_line() -> str:
+    """The command that runs this script as it was run, for a shell."""
+    return "python " + shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])

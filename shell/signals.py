@@ -1,0 +1,115 @@
+"""How a script ends: by a user's mistake, Ctrl-C or a signal, in one line and in time."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+from config import UserError
+
+LATEST = 1.5  # seconds from a signal to the end
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks a script to end
+KEPT = (
+    "finished classes and finished shards are kept, the same command (without --restart) goes on from there"
+)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or a signal that asks a script to end. told: what is kept, and how to go on."""
+
+    def __init__(self, number=signal.SIGINT, told=KEPT):
+        super().__init__(told)
+        self.number, self.told = number, told
+
+
+def catch_signals() -> None:
+    """From now on SIGINT, SIGTERM and SIGHUP raise Interrupted in the main thread, the first time."""
+
+    def interrupt(number, frame):
+        for kind in ENDING:
+            signal.signal(kind, signal.SIG_IGN if kind != signal.SIGINT else signal.SIG_DFL)
+        raise Interrupted(number)
+
+    _handle(interrupt)
+
+
+def end_at_once_on_signals() -> None:
+    """Until ``catch_signals``: SIGINT, SIGTERM and SIGHUP end the process with one line. For the time of the
+    slow imports, which an exception would leave half done, with a traceback."""
+
+    def end(number, frame):
+        print("interrupted: nothing was begun", file=sys.stderr)
+        end_now(128 + number)
+
+    _handle(end)
+
+
+def _handle(handler) -> None:
+    for kind in ENDING:
+        if signal.getsignal(kind) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(kind, handler)
+
+
+def guarded(main, *arguments) -> None:
+    """Run ``main(*arguments)``; a user's mistake, a full disk, Ctrl-C or a signal to end stops the script
+    with one line."""
+    try:
+        catch_signals()
+        with ended_in_time():
+            main(*arguments)
+    except UserError as mistake:
+        stop(mistake)
+    except OSError as error:  # a full disk, a folder that may not be written
+        stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except UnicodeEncodeError as error:  # the name of a file, on its way to the screen
+        stop(f"a name is not valid UTF-8: {error.object[:200]!r}; rename it")
+    except Interrupted as interrupted:
+        print(f"interrupted: {interrupted.told}", file=sys.stderr)
+        end_now(128 + interrupted.number)
+
+
+@contextlib.contextmanager
+def ended_in_time():
+    """In the block, a signal to end does so after LATEST seconds even where the main thread is in one long
+    call, a decomposition say, and cannot answer."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)  # told by the system's own handler
+
+    def wait():
+        number = next((n for n in iter(lambda: next(iter(reader.recv(1)), 0), 0) if n in ENDING), 0)
+        reader.close()
+        if number:
+            time.sleep(LATEST)
+            print(f"interrupted: {Interrupted(number).told}", file=sys.stderr)
+            end_now(128 + number)
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        writer.close()
+
+
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are not the parent's
+
+
+def end_now(status) -> None:
+    """End the process without waiting for threads that compute, and its workers with it."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # it may be in a write
+            stream.flush()
+    os._exit(status)
+
+
+def stop(mistake):
+    line = " ".join(str(mistake).split())
+    print(f"error: {line if len(line) < 2000 else f'{line[:2000]}...'}", file=sys.stderr)
+    sys.exit(2)
