@@ -136,7 +136,7 @@ def test_weights_that_are_not_finite_are_refused(kept):
 
 
 def test_weights_of_another_flow_are_refused(kept):
-    state = load_file(kept[1])
+    state = {k: v.clone() for k, v in load_file(kept[1]).items()}  # older safetensors map the file
     for other in (
         {"x": torch.zeros(1)},
         {**state, "a.reference": torch.zeros(1)},

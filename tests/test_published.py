@@ -7,6 +7,7 @@ import io
 import pickle
 import re
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -467,9 +468,9 @@ def test_reachable(monkeypatch):
     assert not utils.reachable(f"http://127.0.0.1:{port}/x", 0.5)
 
     def slow(*_, **__):
-        utils.time.sleep(0.5)
+        time.sleep(0.5)
         raise OSError
 
     monkeypatch.setattr(utils.socket, "create_connection", slow)
-    start = utils.time.monotonic()
-    assert not utils.reachable("http://127.0.0.1/", 0.1) and utils.time.monotonic() - start < 0.4
+    start = time.monotonic()
+    assert not utils.reachable("http://127.0.0.1/", 0.1) and time.monotonic() - start < 0.4
