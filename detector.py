@@ -20,6 +20,7 @@ import calibration
 import datasets
 import feature_cache
 import heat_map
+import memory
 import model
 import packing
 import pictures
@@ -279,6 +280,7 @@ class Detector(nn.Module):
         with bands, band_channels, with places, place_shape are read. Raises UserError on settings that do not
         fit the features."""
         super().__init__()
+        memory.check_detector(config, features)
         channels, grid = features["n_feat"], tuple(features["grid"])
         self.score_name, self.fused = config.score, config.fusion != "none"
         self.spread_at_balance = config.spread_at_balance

@@ -1,5 +1,5 @@
-"""What the training of a detector takes of memory, estimated before it is asked for: a mistyped size is then
-one line, not a machine that hangs."""
+"""What a detector and its training take of memory, estimated before it is asked for: a mistyped size is a
+line then, and not a machine that hangs."""
 
 import math
 
@@ -28,6 +28,15 @@ def detector_floats(config: Config, features: dict) -> int:
     for joined in (bands, width):
         flows += (parameters(config, joined, False) if joined else 0) + joined**2
     return flows + (1 + config.knows_own_token) * channels**2 + places * width**2 + 17 * grid**2
+
+
+def check_detector(config: Config, features: dict) -> None:
+    """Raise UserError when a detector of these features is more than the memory holds."""
+    check_memory(
+        f"a detector of {features['n_feat']} channels and {config.n_coupling_blocks} coupling layers",
+        FLOAT * detector_floats(config, features),
+        "choose a smaller fc_internal or n_coupling_blocks",
+    )
 
 
 def training_bytes(config: Config, features: dict, n_images: int) -> int:
