@@ -131,7 +131,7 @@ class CacheWriter:
             return None
 
     def _of(self, shard: Shard, manifest: Manifest) -> dict:
-        """What a record must be of to be kept."""
+        """The features, images and rows that a shard's record must name for the shard to be kept."""
         return {
             "features": manifest.features_sha256,
             "images": self.part_key(shard),
