@@ -313,7 +313,7 @@ class Config:
     )
     precision: str = knob(
         "auto",
-        "backbone arithmetic: float32, bfloat16, float16; auto: the fastest half precision the device has",
+        "backbone arithmetic: float32, bfloat16, float16; auto: float32 on a CPU, half precision on a GPU",
         choices=("auto", "float32", "bfloat16", "float16"),
         affects="features",
     )

@@ -1,6 +1,7 @@
 """Backbones and what is made of their tokens: shapes, places, pooling, weights, resizing, and the cache they
 end in."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -400,7 +401,7 @@ def test_make_fast_agrees(lite):
     assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max()
 
 
-@pytest.mark.skipif(not backbones._convolves(), reason="this PyTorch lacks oneDNN's fused convolution")
+@pytest.mark.skipif(not backbones._convolves(torch.float32), reason="no fused convolution in this PyTorch")
 @pytest.mark.parametrize("act", backbones.FusedConvolution.ACTIVATIONS)
 @pytest.mark.parametrize("size", [(13, 16), (16, 13)], ids=str)
 def test_fused_convolution_agrees(act, size):
@@ -412,17 +413,35 @@ def test_fused_convolution_agrees(act, size):
         Conv2dSame(4, 4, 5, stride=1, groups=4),
         torch.nn.Conv2d(4, 6, 3, stride=2, padding=(1, 0)),
     ):
-        assert backbones.FusedConvolution.takes(conv, act())
+        assert backbones.FusedConvolution.takes(conv, act(), torch.float32)
         with torch.inference_mode():
             wanted, got = act()(conv(x)), backbones.FusedConvolution(conv, act())(x)
         assert torch.allclose(got, wanted, atol=1e-5), (conv, act)
 
 
 def test_fused_convolution_leaves_what_it_cannot_do():
-    takes = backbones.FusedConvolution.takes
+    def takes(conv, act):
+        return backbones.FusedConvolution.takes(conv, act, torch.float32)
+
     assert not takes(torch.nn.Conv2d(3, 3, 3), torch.nn.GELU())
     assert not takes(torch.nn.Conv2d(3, 3, 3, dilation=2), torch.nn.ReLU())
     assert not takes(torch.nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), torch.nn.ReLU())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_on_any_processor(dtype):
+    """The private operator refuses half precision where there is no AVX-512; PyTorch's own does not."""
+    plain = load_backbone(settings("mobilenetv3_small_050", (32, 32)))
+    fast = backbones.speed_up(copy.deepcopy(plain), CPU, dtype)
+    image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        wanted, got = plain(image), fast(image.to(dtype))
+    assert torch.nn.functional.cosine_similarity(got, wanted, 2).min() > 0.98
+
+
+def test_automatic_precision_is_float32_on_a_cpu():
+    assert backbones.choose_precision("auto", CPU) == torch.float32
+    assert backbones.choose_precision("bfloat16", CPU) == torch.bfloat16
 
 
 def test_folding_is_dropped_where_it_would_change_the_function(lite):
