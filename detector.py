@@ -20,6 +20,7 @@ import calibration
 import datasets
 import feature_cache
 import heat_map
+import images
 import memory
 import model
 import packing
@@ -739,7 +740,7 @@ class PictureDetector:
 
         Where the score reads places: standardised, so that 0 is as unusual as the most unusual place of a
         usual normal picture. Else by occlusion: how much the score falls when a part is blurred."""
-        pixels = pictures.pixels_of(picture)
+        pixels = images.pixels_of(picture)
         if not self.fitted.uses_places:
             return heat_map.by_occlusion(self.score, pixels)
         rows = next(iter(self.eye.rows([pixels])))

@@ -26,29 +26,13 @@ from extractor import Rows, Unreadable
 READERS = 2  # threads that decode pictures ahead of the backbone
 
 
-def pixels_of(picture: Any) -> np.ndarray:
-    """A path, a Pillow image or an array, (H, W, 3) or (H, W) uint8 -> (H, W, 3) uint8. Raises UserError on
-    anything else, and on a file that cannot be read."""
-    if isinstance(picture, (str, Path)):
-        return images.read_image(Path(picture))
-    if isinstance(picture, Image.Image):
-        return np.asarray(images.to_rgb(picture))
-    array = np.asarray(picture)
-    if array.ndim == 2:
-        array = np.repeat(array[..., None], 3, 2)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
-        raise UserError(
-            f"expected a path, a Pillow image or an array (H, W, 3) or (H, W) of uint8, got "
-            f"{type(picture).__name__} {array.dtype} {array.shape}"
-        )
-    return array
-
-
 def are_several(pictures: Any) -> bool:
-    """Whether this is a list or iterator of pictures, or an array of them, rather than one."""
+    """Whether this is a list, an iterator or an array of pictures rather than one, or than something that is
+    none."""
     if isinstance(pictures, np.ndarray):
         return pictures.ndim == 4
-    return not isinstance(pictures, (str, Path, Image.Image))
+    one = (str, bytes, Path, Image.Image, torch.Tensor)
+    return isinstance(pictures, Iterable) and not isinstance(pictures, one)
 
 
 class Eye:
@@ -117,6 +101,6 @@ class Eye:
 
     def _read_one(self, number: int, picture: Any) -> Tensor | Unreadable:
         try:
-            return extractor.to_device_size(pixels_of(picture), self.job.img_size)
+            return extractor.to_device_size(images.pixels_of(picture), self.job.img_size)
         except UserError as mistake:
             return Unreadable(number, str(mistake))

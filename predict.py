@@ -65,8 +65,8 @@ import heat_map
 import utils
 from config import UserError
 from detector import PictureDetector
-from images import images_below
-from pictures import Unreadable, pixels_of
+from images import images_below, pixels_of
+from pictures import Unreadable
 
 COLUMNS = ("image", "class", "score", "p_value", "verdict")
 Put = Callable[[dict], None]

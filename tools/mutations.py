@@ -617,8 +617,8 @@ MUTATIONS = [
     Mutation(
         "EXIF is ignored",
         "images.py",
-        "rgb.transpose(TURNS[turn]) if turn in TURNS else rgb",
-        "rgb",
+        "image = ImageOps.exif_transpose(image)",
+        "pass",
         "images",
     ),
     Mutation(
