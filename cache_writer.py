@@ -219,8 +219,9 @@ class CacheWriter:
             for i in utils.read_json(self._note(shard)):
                 names.append(self.labels.split(shard.split).names[i])
         shown = ", ".join(names[:MOST_NAMED]) + (" and others" if len(names) > MOST_NAMED else "")
+        count = utils.counted(len(names), "unreadable image")
         return (
-            f"{len(names)} unreadable images: {shown}; repair them or take them out, or leave them out with "
+            f"{count}: {shown}; repair them or take them out, or leave them out with "
             f"--unreadable skip; {self.kept()}"
         )
 

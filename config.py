@@ -545,8 +545,6 @@ class Config:
             check(field, getattr(self, field.name))
         for part in self.modelname.split("/"):  # a sweep's runs lie in a folder of their own
             check_folder_name("modelname", part)
-        if ".." in (self.feature_path or "").replace("\\", "/").split("/"):
-            raise UserError(f"feature_path: give the folder itself, without '..', got {self.feature_path!r}")
         if self.preset not in PRESETS:
             raise UserError(unknown("preset", self.preset, PRESETS))
         grid = self.token_grid
@@ -923,6 +921,7 @@ def changed(config):
 def run_script(main, config):
     """Run ``main(config)``: print the configuration in effect first, and turn a user's mistake into one line
     and exit status 2."""
+    show_any_name()
     settings = ", ".join(f"{name} {value}" for name, value in changed(config).items() if name != "preset")
     print(f"preset {config.preset}" + (f"; {settings}" if settings else ""), flush=True)
     guarded(main, config)
@@ -972,6 +971,7 @@ def _handle(handler) -> None:
 def guarded(main, *arguments) -> None:
     """Run ``main(*arguments)``; a user's mistake, a full disk, Ctrl-C or a signal to end stops the script
     with one line."""
+    show_any_name()
     try:
         catch_signals()
         with ended_in_time():
@@ -980,11 +980,18 @@ def guarded(main, *arguments) -> None:
         stop(mistake)
     except OSError as error:  # a full disk, a folder that may not be written
         stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-    except UnicodeEncodeError as error:  # the name of a file, on its way to the screen
+    except UnicodeEncodeError as error:  # the name of a file, on its way to another
         stop(f"a name is not valid UTF-8: {error.object[:200]!r}; rename it")
     except Interrupted as interrupted:
         print(f"interrupted: {interrupted.told}", file=sys.stderr)
         end_now(128 + interrupted.number)
+
+
+def show_any_name() -> None:
+    """Let standard output, where its encoding lacks a character of a name, have the character's number, as
+    standard error does by itself."""
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager

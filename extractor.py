@@ -716,8 +716,9 @@ def listed(lost: dict[Shard, str]) -> str:
 def as_wanted(config: Config, cache: FeatureCache) -> FeatureCache:
     """A finished cache, checked as the knobs want it. Raises UserError."""
     if cache.skipped and config.unreadable == "stop":
+        left_out = utils.counted(len(cache.skipped), "unreadable image")
         raise UserError(
-            f"the features in {cache.folder} leave out {len(cache.skipped)} unreadable images, "
+            f"the features in {cache.folder} leave out {left_out}, "
             f"{cache.skipped[0]} first; --unreadable skip takes them as they are"
         )
     if config.verify:

@@ -228,7 +228,7 @@ def notes(summary: dict) -> list[str]:
         lines.append(f"Features were computed in {precision}.")
     if skipped := summary["features"].get("skipped"):
         shown = ", ".join(skipped[:MOST_NAMED]) + (" and others" if len(skipped) > MOST_NAMED else "")
-        lines.append(f"{len(skipped)} unreadable images are left out: {shown}.")
+        lines.append(f"Left out: {utils.counted(len(skipped), 'unreadable image')}: {shown}.")
     return lines
 
 

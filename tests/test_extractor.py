@@ -689,7 +689,7 @@ def test_an_unreadable_image_costs_its_shard_only(mixed):
     whole = broken.read_bytes()
     broken.write_bytes(b"broken")
     for workers in (0, 1, 3):
-        with pytest.raises(UserError, match="1 unreadable images: test/b/02.png;.*5 of 6 shards are kept"):
+        with pytest.raises(UserError, match="1 unreadable image: test/b/02.png;.*5 of 6 shards are kept"):
             extractor.ensure_features(small(mixed, workers=workers, shard_rows=3), CPU)
     broken.write_bytes(whole)
     cache = extractor.ensure_features(small(mixed, shard_rows=3), CPU)
@@ -707,7 +707,7 @@ def test_unreadable_images_are_left_out_on_request(mixed):
     pooled = extractor.ensure_features(dataclasses.replace(config, token_grid="1"), CPU)
     assert pooled.skipped == cache.skipped
     assert (pooled.tokens("train").semantic() == cache.tokens("train").semantic()).all()
-    with pytest.raises(UserError, match="leave out 1 unreadable images, train/a/03.png first; --unreadable"):
+    with pytest.raises(UserError, match="leave out 1 unreadable image, train/a/03.png first; --unreadable"):
         extractor.ensure_features(small(mixed), CPU)
 
 
@@ -1127,6 +1127,21 @@ def test_mirrored_features_are_the_mean_of_both_views(name):
             error = (both[view][kind].float() - moved).abs().max() / wanted.abs().max()
             assert error < 5e-3, (kind, view)
         assert not torch.allclose(plain, wanted, atol=1e-2 * wanted.abs().max().item()), kind
+
+
+def test_depths_of_a_token_model_with_three_stages():
+    backbone = load_backbone(settings("levit_128s"))
+    assert backbone.band_depths("auto") == (0, 1, 2)
+
+
+def test_a_timm_that_is_too_old_is_told(monkeypatch):
+    """It cannot build what is asked for, in whatever words of its own."""
+    text = (Path(backbones.__file__).parent / "requirements.txt").read_text()
+    assert f"timm>={backbones.LEAST_TIMM}\n" in text and backbones.too_old() == ""
+    monkeypatch.setattr(timm, "__version__", "1.0.20.dev0")
+    monkeypatch.setattr(timm, "create_model", lambda *_, **options: torch.ones((), device="meta").item())
+    with pytest.raises(UserError, match=r"timm 1.0.20.dev0 cannot build it .*pip install 'timm>=1.0.22'"):
+        backbones.outline(settings("resnet18"))
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])

@@ -1,5 +1,6 @@
 """predict.py scores new pictures as the run scored them, and so do three lines in a notebook."""
 
+import codecs
 import csv
 import io
 import itertools
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import tree
 from PIL import Image
 
 import main
@@ -69,6 +71,11 @@ TESTED = [f"images/test/{c}/{i}.png" for c in "ab" for i in range(10)]
 def here(fitted, monkeypatch):
     monkeypatch.chdir(fitted)
     return fitted
+
+
+def listed(content: bytes) -> io.TextIOWrapper:
+    """A standard input of these bytes."""
+    return io.TextIOWrapper(io.BytesIO(content))
 
 
 def predicted(capsys, *arguments) -> tuple[list[dict], str, int]:
@@ -199,7 +206,7 @@ def test_the_end_says_how_many_are_anomalous(here, capsys, tmp_path):
 
 
 def test_a_name_without_a_file(here, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{TESTED[0]}\nnowhere.png\n"))
+    monkeypatch.setattr(sys, "stdin", listed(f"{TESTED[0]}\nnowhere.png\n".encode()))
     _, said, status = predicted(capsys, "runs/held", "-")
     assert status == 1 and said.splitlines()[-1] == "skipped: no image nowhere.png: there is no such file"
     loaded = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
@@ -208,8 +215,43 @@ def test_a_name_without_a_file(here, capsys, monkeypatch):
             ask("nowhere.png")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a.png\n\nä b.png".encode(),
+        "a.png\r\n \r\nä b.png\r\n".encode(),
+        "a.png\nä b.png\n".encode("utf-8-sig"),
+        "a.png\r\nä b.png\r\n".encode("utf-16"),
+        codecs.BOM_UTF16_BE + "a.png\nä b.png".encode("utf-16-be"),
+    ],
+)
+def test_lists_of_every_system(content):
+    assert predict.lines_of(content) == ["a.png", "ä b.png"]
+
+
+def test_names_that_are_no_text_pass_through_a_list():
+    assert os.fsencode(predict.lines_of(b"\xff.png\n")[0]) == b"\xff.png"
+    for content in (b"a.png\0b.png\0", "a.png\n".encode("utf-16-le")):
+        with pytest.raises(UserError, match="NUL"):
+            predict.lines_of(content)
+
+
+def test_globs_through_folders_with_brackets(tmp_path):
+    names = ("shots [1]/a.png", "shots [1]/deep/b.png", "shots 1/c.png", "x[2]/d.png", "x2/e.png")
+    tree(tmp_path, *names)
+
+    def found(pattern):
+        return [path.relative_to(tmp_path).as_posix() for path in predict.matching(f"{tmp_path}/{pattern}")]
+
+    assert found("shots [1]/*.png") == ["shots [1]/a.png"]
+    assert found("shots [1]/**/*.png") == ["shots [1]/a.png", "shots [1]/deep/b.png"]
+    assert found("shots [0-9]/*.png") == ["shots 1/c.png"]
+    assert found("*/?.png") == sorted(name for name in names if "deep" not in name)
+    assert found("nowhere/*.png") == []
+
+
 def test_globs_and_lists(here, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(TESTED[:3]) + "\n"))
+    monkeypatch.setattr(sys, "stdin", listed("\n".join(TESTED[:3]).encode()))
     rows, _, _ = predicted(capsys, "runs/held", "-", "images/test/b/*.png")
     assert [row["image"] for row in rows] == TESTED[:3] + TESTED[10:]
 
