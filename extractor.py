@@ -45,7 +45,7 @@ from config import Config, UserError, knobs_affecting
 from feature_cache import CacheIdentity, FeatureCache, cache_folder, labels_damage
 from manifest import Manifest, has_features
 from shards import REPAIR, Damaged, Shard
-from token_grid import Bands, Places, TokenGrid
+from token_grid import OF_MAPS, Bands, Places, TokenGrid
 
 CHUNK = 64  # images of a full cache that are pooled at a time
 BATCH = {"cpu": 8, "cuda": 64}  # images per backbone pass: a CPU's caches hold the maps of these
@@ -98,7 +98,9 @@ def cache_identity(config: Config) -> CacheIdentity:
         fields |= {"rings": None, "low_sigma": None}
     if not config.places:
         fields["place_channels"] = None
-    if not (config.bands or config.places):
+    if config.bands or config.places:
+        fields["of_maps"] = OF_MAPS
+    else:
         fields["band_depths"] = None
     parts = {"bands": config.bands, f"places{config.places}": config.places, "mirror": config.mirror}
     grid_key = "-".join([grid.key, *(name for name, kept in parts.items() if kept)])
