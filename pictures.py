@@ -22,6 +22,7 @@ import images
 import utils
 from config import Config, UserError
 from extractor import Rows, Unreadable
+from manifest import EXAMPLE, example_fault
 
 READERS = 2  # threads that decode pictures ahead of the backbone
 
@@ -55,7 +56,10 @@ class Eye:
         self._check({k: v for k, v in identity.fields.items() if k not in self.unchecked})
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be a table of scores
             job = extractor.Extraction(self.config, datasets.unlabelled([]), identity, self.device)
-        self._check({"weights_sha256": job.fields["weights_sha256"]})
+        unchecked = {*identity.fields, "precision", "image_list", EXAMPLE}
+        self._check({name: value for name, value in job.fields.items() if name not in unchecked})
+        if fault := example_fault(self.features.get(EXAMPLE), job.fields[EXAMPLE]):
+            raise UserError(f"the detector does not fit: {fault}")
         return job
 
     def _check(self, fields: dict) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 from conftest import tree
 from PIL import Image
 
@@ -359,4 +360,14 @@ def test_another_backbone_is_refused(here):
     loaded = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
     loaded.eye.features["weights_sha256"] = "of others"
     with pytest.raises(UserError, match="weights_sha256"):
+        loaded.score(TESTED[0])
+
+
+def test_a_backbone_that_gives_something_else_is_refused(here, monkeypatch):
+    """Of the same name, weights and shapes: as of another version of timm."""
+    wanted = timm.models.ResNet.forward_features
+    monkeypatch.setattr(timm, "__version__", "9.9")
+    monkeypatch.setattr(timm.models.ResNet, "forward_features", lambda *_: wanted(*_).tanh())
+    loaded = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
+    with pytest.raises(UserError, match=r"with timm [0-9.]+ the backbone gave other.*timm 9.9 now"):
         loaded.score(TESTED[0])

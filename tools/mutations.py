@@ -429,8 +429,8 @@ MUTATIONS = [
     Mutation(
         "other weights are taken",
         "pictures.py",
-        'self._check({"weights_sha256"',
-        '({"weights_sha256"',
+        '"image_list", EXAMPLE}',
+        '"image_list", "weights_sha256", EXAMPLE}',
         "predict",
     ),
     Mutation(
