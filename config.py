@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import typing
+from pathlib import Path
 
 LATEST = 1.5  # seconds from a signal to the end
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks a script to end
@@ -828,6 +829,16 @@ class OneLineParser(argparse.ArgumentParser):
             return self.parse_args(argv)
         except UserError as mistake:
             stop(mistake)
+
+
+def add_weights_path(parser):
+    """Add the argument that says where the weights file of a fit with ``weights_path`` is now."""
+    parser.add_argument(
+        "--weights_path",
+        type=Path,
+        metavar="FILE",
+        help="of a fit with --weights_path: where that file is now [where it was, or beside the checkpoint]",
+    )
 
 
 def build_parser(description, script="main.py"):

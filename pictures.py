@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import backbones
 import datasets
 import extractor
 import images
@@ -40,18 +41,28 @@ class Eye:
     """The backbone that a detector was fitted with: pictures -> rows of features. It is loaded at the first
     picture. Several classes of a run share one."""
 
-    def __init__(self, config: Config, features: dict, device: torch.device, precision: str | None = None):
+    def __init__(
+        self,
+        config: Config,
+        features: dict,
+        device: torch.device,
+        precision: str | None = None,
+        weights: Path | None = None,
+        checkpoint: Path | None = None,
+    ):
         """features: the sidecar of the features that the detector was fitted to. precision: of the backbone,
-        as the knob says it; None: as in the fit."""
+        as the knob says it; None: as in the fit. weights: the file of a fit with weights_path; None: looked
+        for where it was, and beside the ``checkpoint``."""
         self.config = dataclasses.replace(
             config, device=str(device), compile=False, precision=precision or config.precision
         )
-        self.features, self.device = features, device
+        self.features, self.device, self.weights, self.checkpoint = features, device, weights, checkpoint
         self.unchecked = {"dataset", "validate"} | ({"precision"} if precision else set())
 
     @functools.cached_property
     def job(self) -> extractor.Extraction:
         """The loaded backbone. Raises UserError when it no longer gives the features of the fit."""
+        self.config = dataclasses.replace(self.config, weights_path=self._weights_path())
         identity = extractor.cache_identity(self.config)
         self._check({k: v for k, v in identity.fields.items() if k not in self.unchecked})
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be a table of scores
@@ -61,6 +72,30 @@ class Eye:
         if fault := example_fault(self.features.get(EXAMPLE), job.fields[EXAMPLE]):
             raise UserError(f"the detector does not fit: {fault}")
         return job
+
+    def _weights_path(self) -> str | None:
+        """The knob weights_path for the weights of the fit, wherever their file is now. Raises UserError when
+        that is nowhere, or another one."""
+        fitted_with = self.config.weights_path
+        if fitted_with in (None, "random"):
+            if self.weights:
+                raise UserError(
+                    f"weights_path: the detector was fitted with {self.features['weights']}, no file; leave "
+                    "it out"
+                )
+            return fitted_with
+        there = Path(fitted_with)
+        beside = [folder / there.name for folder in self.checkpoint.parents[:2]] if self.checkpoint else []
+        places = [self.weights] if self.weights else [there, *beside]
+        for place in places:
+            if place.is_file():
+                moved = dataclasses.replace(self.config, weights_path=str(place))
+                if backbones.weights_source(moved) == self.features["weights"]:
+                    return str(place)
+        raise UserError(
+            f"weights_path: the detector was fitted with {there.name} ({self.features['weights']}); expected "
+            f"that very file, looked at {', '.join(map(str, places))}; give it: --weights_path FILE"
+        )
 
     def _check(self, fields: dict) -> None:
         for field, now in fields.items():

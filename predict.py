@@ -41,6 +41,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--heat_maps", type=Path, metavar="FOLDER", help="write there where each picture is unusual, as a PNG"
     )
+    knobs.add_weights_path(parser)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores [0]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     return parser.parse_or_stop(argv)
@@ -161,7 +162,7 @@ def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
     loaded: list[PictureDetector] = []
     for path in find_checkpoints(arguments.checkpoint, arguments.class_name, arguments.seed):
         eye = loaded[0].eye if loaded else None
-        loaded.append(PictureDetector.load(path, device, rate, eye))
+        loaded.append(PictureDetector.load(path, device, rate, eye, arguments.weights_path))
         if loaded[-1].record["features"] != loaded[0].record["features"]:
             raise UserError(
                 f"the classes in {arguments.checkpoint} were fitted to different features; name one class"

@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import torch
 from conftest import tree
 from PIL import Image
+from safetensors.torch import save_file
 
+import export
 import main
 import pictures
 import predict
@@ -354,6 +357,32 @@ def test_the_script_ends_with_a_line_and_a_status(fitted):
     outcome = run(fitted, ROOT / "predict.py", "runs/held", TESTED[0], no_picture, "--threads", "1")
     assert outcome.returncode == 1 and outcome.stdout.count("\n") == 2
     assert no_picture in outcome.stderr.splitlines()[-1]
+
+
+def test_a_weights_file_is_found_by_its_hash_wherever_it_lies(here, tmp_path, monkeypatch):
+    """Where it was, beside the checkpoint, or where --weights_path says; another file is refused."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink(here / "images", "images")
+    other, kept, name = Path("other.safetensors"), Path("kept.safetensors"), "mobilenetv3_small_050"
+    for seed, path in enumerate((other, kept)):
+        torch.manual_seed(seed)
+        save_file(timm.create_model(name).state_dict(), path)
+    options = {"extractor": name, "weights_path": str(kept), "img_size": (32, 32), "class_name": "a"}
+    train.main(Config(**RUN | options, modelname="file", holdout=0.3))
+    checkpoint = Path("runs/file/classes/a-seed0")
+    wanted = Detector.load(checkpoint, "cpu", 1).score(TESTED[0])
+    moved = kept.rename(tmp_path / "moved.safetensors")
+    for given, told in ((None, "fitted with kept.safetensors .*classes.*give it"), (other, "that very file")):
+        with pytest.raises(UserError, match=told):
+            Detector.load(checkpoint, "cpu", 1, weights_path=given).score(TESTED[0])
+    assert Detector.load(checkpoint, "cpu", 1, weights_path=moved).score(TESTED[0]) == wanted
+    arguments = [str(checkpoint), TESTED[0], "--weights_path", str(moved), "--device", "cpu"]
+    assert predict.main(predict.parse_arguments(arguments)) == 0
+    assert export.load(checkpoint, None, None, moved).score(TESTED[0]) == pytest.approx(wanted, rel=1e-3)
+    moved.rename(checkpoint.with_name("kept.safetensors"))
+    assert Detector.load(checkpoint, "cpu", 1).score(TESTED[0]) == wanted
+    with pytest.raises(UserError, match="no file; leave it out"):
+        Detector.load(here / "runs/held/classes/a-seed0", "cpu", 1, weights_path=other).score(TESTED[0])
 
 
 def test_another_backbone_is_refused(here):
