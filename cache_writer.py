@@ -14,7 +14,7 @@ import shards
 import utils
 from config import UserError
 from datasets import SPLITS, Labels
-from manifest import LEFT_OVER, RECORD, Manifest, has_features, without_images
+from manifest import LEFT_OVER, RECORD, Manifest, has_features
 from shards import ArrayWriter, Damaged, Shard
 from shell.files import (
     as_strict_json,
@@ -75,7 +75,9 @@ class CacheWriter:
         if found is None:
             self._refuse_others(new)
             return new
-        found.refuse_others(self.folder, new.fields if found.finished else without_images(new.fields))
+        images_may_change = () if found.finished else ("image_list",)
+        expected = {name: value for name, value in new.fields.items() if name not in images_may_change}
+        found.refuse_others(self.folder, expected)
         if found.finished:
             return found
         joined = dataclasses.replace(new, shard_rows=found.shard_rows)
@@ -230,8 +232,9 @@ class CacheWriter:
             for i in read_json(self._note(shard)):
                 names.append(self.labels.split(shard.split).names[i])
         shown = ", ".join(names[:MOST_NAMED]) + (" and others" if len(names) > MOST_NAMED else "")
+        count = utils.counted(len(names), "unreadable image")
         return (
-            f"{len(names)} unreadable images: {shown}; repair them or take them out, or leave them out with "
+            f"{count}: {shown}; repair them or take them out, or leave them out with "
             f"--unreadable skip; {self.kept()}"
         )
 

@@ -176,6 +176,9 @@ def paired(a: Run, b: Run, name: str) -> dict:
     images = [[record["features"].get(field) for field in ("image_list", "skipped")] for record in kept]
     if images[0] != images[1] or any(ours[key] != theirs[key] for key in ("rows", "labels")):
         return {"missing": "other test images"}
+    precisions = [record["features"].get("precision") for record in kept]
+    if precisions[0] != precisions[1]:  # which alone moves AUROC by more than most knobs do
+        return {"missing": f"features in {precisions[0]}, {precisions[1]}"}
     return utils.paired_bootstrap(
         np.array(ours["labels"]), np.array(ours["scores"]), np.array(theirs["scores"])
     )

@@ -192,10 +192,10 @@ def choose_classes(labels: Labels, class_name: str) -> list[str]:
         return list(labels.classes)
     if class_name in labels.classes:  # the whole text is one class, whatever it is made of
         return [class_name]
-    known = {name.strip(): name for name in labels.classes} | {name: name for name in labels.classes}
+    known = {layouts.folded(name): name for name in labels.classes} | {name: name for name in labels.classes}
     chosen = []
     for name in class_names(class_name):
-        found = known.get(name, known.get(name.strip()))
+        found = known.get(name, known.get(layouts.folded(name)))
         if found is None:
             raise UserError(unknown("class", name.strip(), ["all", *labels.classes]))
         chosen.append(found)

@@ -20,6 +20,7 @@ import calibration
 import datasets
 import feature_cache
 import heat_map
+import images
 import memory
 import model
 import packing
@@ -456,13 +457,18 @@ class Detector(nn.Module):
 
     @staticmethod
     def load(
-        path: str | Path, device: str = "auto", threads: int = 0, false_alarms: float | None = None
+        path: str | Path,
+        device: str = "auto",
+        threads: int = 0,
+        false_alarms: float | None = None,
+        weights_path: str | Path | None = None,
     ) -> "PictureDetector":
         """A fitted class that scores pictures, from its checkpoint: ``Detector.load(path).score(picture)``.
 
         false_alarms: the share of normal pictures that ``verdict`` may call anomalous; None: the run's knob.
-        Raises UserError when the checkpoint or the device is not there."""
-        return PictureDetector.load(path, utils.set_up(device, threads), false_alarms)
+        weights_path: the file that a fit with weights_path took; None: looked for where it was and beside the
+        checkpoint. Raises UserError when the checkpoint or the device is not there."""
+        return PictureDetector.load(path, utils.set_up(device, threads), false_alarms, weights=weights_path)
 
     def load_saved(self, state: dict[str, Tensor]) -> None:
         """Load a state dict whose references, and whitening of places, may have any number of rows."""
@@ -712,10 +718,15 @@ class PictureDetector:
         device: torch.device,
         false_alarms: float | None = None,
         eye: pictures.Eye | None = None,
+        weights: str | Path | None = None,
     ) -> "PictureDetector":
-        """From a checkpoint; ``eye``: of a detector that was fitted to the same features."""
+        """From a checkpoint; ``eye``: of a detector that was fitted to the same features; ``weights``: the
+        file of a fit with weights_path."""
         fitted, record = load_detector(Path(path))
-        eye = eye or pictures.Eye(config_of(record), record["features"], device)
+        file = None if weights is None else Path(weights)
+        eye = eye or pictures.Eye(
+            config_of(record), record["features"], device, weights=file, checkpoint=Path(path)
+        )
         return cls(fitted, record, eye, false_alarms)
 
     def score(self, picture: Any) -> Any:
@@ -740,7 +751,7 @@ class PictureDetector:
 
         Where the score reads places: standardised, so that 0 is as unusual as the most unusual place of a
         usual normal picture. Else by occlusion: how much the score falls when a part is blurred."""
-        pixels = pictures.pixels_of(picture)
+        pixels = images.pixels_of(picture)
         if not self.fitted.uses_places:
             return heat_map.by_occlusion(self.score, pixels)
         rows = next(iter(self.eye.rows([pixels])))

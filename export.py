@@ -18,7 +18,7 @@ import argparse
 from pathlib import Path
 
 import config as knobs
-from shell.command_line import OneLineParser
+from shell.command_line import OneLineParser, add_weights_path
 from shell.files import whole_file
 from shell.signals import guarded
 
@@ -32,6 +32,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--calibrate", type=Path, metavar="FOLDER", help="fresh good pictures: p-values and verdicts by them"
     )
+    add_weights_path(parser)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores [0]")
     return parser.parse_or_stop(argv)
 
@@ -85,12 +86,16 @@ class Exported(nn.Module):
         return score, p_value.float(), score > self.limit
 
 
-def load(path: Path, false_alarms: float | None, good: Path | None = None) -> PictureDetector:
+def load(
+    path: Path, false_alarms: float | None, good: Path | None = None, weights: Path | None = None
+) -> PictureDetector:
     """The detector of a checkpoint on the CPU, its backbone in float32; ``good``: a folder of fresh good
-    pictures that p-values shall rest on. Raises UserError."""
+    pictures that p-values shall rest on; ``weights``: the file of a fit with weights_path. Raises
+    UserError."""
     cpu = torch.device("cpu")
-    loaded = PictureDetector.load(path, cpu, false_alarms)
-    loaded.eye = Eye(loaded.eye.config, loaded.eye.features, cpu, precision="float32")
+    loaded = PictureDetector.load(path, cpu, false_alarms, weights=weights)
+    eye = loaded.eye
+    loaded.eye = Eye(eye.config, eye.features, cpu, "float32", eye.weights, eye.checkpoint)
     if good:
         pictures = images_below(good) if good.is_dir() else []
         if not pictures:
@@ -199,7 +204,7 @@ def compare(detector: PictureDetector, wanted: np.ndarray, run: Run, images: Ten
 
 def main(arguments: argparse.Namespace) -> None:
     utils.set_up("cpu", arguments.threads)
-    loaded = load(arguments.checkpoint, arguments.false_alarms, arguments.calibrate)
+    loaded = load(arguments.checkpoint, arguments.false_alarms, arguments.calibrate, arguments.weights_path)
     size = None
     if arguments.size:
         size = knobs.parse_values({"img_size": arguments.size})["img_size"]

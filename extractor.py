@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import timm
 import torch
 from joblib import cpu_count
 from PIL import Image
@@ -44,9 +45,9 @@ from cache_writer import (
 )
 from config import Config, UserError, knobs_affecting
 from feature_cache import CacheIdentity, FeatureCache, cache_folder, labels_damage
-from manifest import Manifest, has_features
+from manifest import EXAMPLE, Manifest, has_features
 from shards import REPAIR, Damaged, Shard
-from token_grid import Bands, Places, TokenGrid
+from token_grid import OF_MAPS, Bands, Places, TokenGrid
 
 CHUNK = 64  # images of a full cache that are pooled at a time
 BATCH = {"cpu": 8, "cuda": 64}  # images per backbone pass: a CPU's caches hold the maps of these
@@ -55,6 +56,7 @@ MOST_THREADS = 8  # that compute whole batches: more would wait for Python's loc
 MOST_READERS = 32  # threads: no device takes more images than they decode
 SHARDS_AT_ONCE = 4  # on a GPU
 PIXEL = 100  # bytes per pixel of a batch, at least: the picture and the first maps of a small backbone
+EXAMPLE_NUMBERS = 64  # of each array that are kept of the fixed picture
 NOT_FINITE = (
     "the backbone gave features that are not finite or exceed float16; try --precision float32, and check "
     "its weights"
@@ -99,7 +101,9 @@ def cache_identity(config: Config) -> CacheIdentity:
         fields |= {"rings": None, "low_sigma": None}
     if not config.places:
         fields["place_channels"] = None
-    if not (config.bands or config.places):
+    if config.bands or config.places:
+        fields["of_maps"] = OF_MAPS
+    else:
         fields["band_depths"] = None
     parts = {"bands": config.bands, f"places{config.places}": config.places, "mirror": config.mirror}
     grid_key = "-".join([grid.key, *(name for name, kept in parts.items() if kept)])
@@ -263,6 +267,11 @@ class Extraction:
             "image_list": images.fingerprint(),
         }
         self.backbone = backbones.speed_up(backbone, device, self.dtype, fuse=not config.compile)
+        self.mean, self.std = (
+            torch.tensor(identity.fields[key], device=device).view(3, 1, 1)
+            for key in ("norm_mean", "norm_std")
+        )
+        self.fields[EXAMPLE] = self._example()
         if config.compile:
             used = "forward_intermediates" if self.of_maps else "forward_features"
             setattr(self.backbone.model, used, torch.compile(getattr(self.backbone.model, used)))
@@ -274,10 +283,24 @@ class Extraction:
                 PIXEL * at_once * math.prod(self.img_size),
                 "choose a smaller extract_batch or img_size",
             )
-        self.mean, self.std = (
-            torch.tensor(identity.fields[key], device=device).view(3, 1, 1)
-            for key in ("norm_mean", "norm_std")
+
+    @torch.inference_mode()
+    def _example(self) -> dict:
+        """What the backbone gives of a fixed picture, in a few evenly spaced numbers of its tokens and of
+        each map: another version of timm may build another network of the same name and weights."""
+        noise = np.random.RandomState(0).randint(0, 256, (1, 3, *self.img_size), np.uint8)
+        images = torch.from_numpy(noise).to(self.device)
+        pixels = prepare(images, self.img_size, self.mean, self.std, self.dtype)
+        tokens, maps = (
+            self.backbone.with_maps(pixels, self.depths) if self.depths else (self.backbone(pixels), [])
         )
+        numbers = [values.float().flatten().cpu().numpy() for values in (tokens, *maps)]
+        chosen = [each[np.linspace(0, len(each) - 1, EXAMPLE_NUMBERS).astype(int)] for each in numbers]
+        return {
+            "timm": timm.__version__,
+            "precision": self.fields["precision"],
+            "values": [[float(f"{value:.6g}") for value in each] for each in chosen],
+        }
 
     def rows(self, images: Tensor) -> Rows:
         """(n, 3, h, w) uint8, any n -> tokens (n, 1 + N, C) and, where kept, bands (n, D) and places (n, P,
@@ -717,8 +740,9 @@ def listed(lost: dict[Shard, str]) -> str:
 def as_wanted(config: Config, cache: FeatureCache) -> FeatureCache:
     """A finished cache, checked as the knobs want it. Raises UserError."""
     if cache.skipped and config.unreadable == "stop":
+        left_out = utils.counted(len(cache.skipped), "unreadable image")
         raise UserError(
-            f"the features in {cache.folder} leave out {len(cache.skipped)} unreadable images, "
+            f"the features in {cache.folder} leave out {left_out}, "
             f"{cache.skipped[0]} first; --unreadable skip takes them as they are"
         )
     if config.verify:

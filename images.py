@@ -18,25 +18,16 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from config import UserError
 
 MOST_PIXELS = 64_000_000  # decoded and copied once these take some 0.5 GB
 # Known to Pillow, and no pictures that it decodes itself: EPS starts Ghostscript, the others have no decoder.
 NOT_DECODED = {"EPS", "WMF", "HDF5", "GRIB", "BUFR", "MPEG"}
-ORIENTATION = 0x0112  # EXIF: how to turn the stored image
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 NOT_SEARCHED = "__MACOSX"  # what a Mac's zip adds; names that start with a dot are not searched either
 
 # What Pillow warns of is not the user's to mend: many pixels (MOST_PIXELS is lower), damaged EXIF data.
@@ -172,29 +163,69 @@ def read_image(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"no image {path}: there is no such file") from None
     except Exception as error:  # every format fails in its own way on damaged bytes
-        reason = str(error).split("\n")[0].replace(repr(str(path)), "it").replace(str(path), "it")[:120]
+        reason = str(error).replace(repr(str(path)), "it").replace(str(path), "it")
         raise UserError(
-            f"unreadable image {path} ({type(error).__name__}: {reason}); repair it or take it out of the "
+            f"unreadable image {path} ({_kind_and_reason(error, reason)}); repair it or take it out of the "
             f"folder"
         ) from None
 
 
+def pixels_of(picture: Any) -> np.ndarray:
+    """A path, a Pillow image or an array, (H, W, 3) or (H, W) uint8 -> (H, W, 3) uint8, a Pillow image turned
+    as its file would be. Raises UserError on anything else, and on a picture that cannot be read."""
+    if isinstance(picture, (str, Path)):
+        return read_image(Path(picture))
+    if isinstance(picture, Image.Image):
+        try:
+            return of_pillow(picture)
+        except MemoryError:
+            raise
+        except Exception as error:  # as of a file, which may be read only now
+            told = _kind_and_reason(error, str(error))
+            raise UserError(f"unreadable Pillow image ({told}); open it again, or repair it") from None
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.size:
+        if picture.ndim == 2:
+            return np.repeat(picture[..., None], 3, 2)
+        if picture.ndim == 3 and picture.shape[2] == 3:
+            return picture
+    about = f" {picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else ""
+    raise UserError(
+        f"expected a path, a Pillow image or an array (H, W, 3) or (H, W) of uint8, got "
+        f"{type(picture).__name__}{about}"
+    )
+
+
+def _kind_and_reason(error: Exception, reason: str) -> str:
+    return f"{type(error).__name__}: {reason.splitlines()[0][:120] if reason else ''}"
+
+
 def _decoded(image: Image.Image, path: Path) -> np.ndarray:
-    """The pixels of an opened file, (H, W, 3) uint8. Raises ValueError on one that is too large or not
-    finite."""
+    """The pixels of an opened file, (H, W, 3) uint8. Raises as ``of_pillow`` does."""
     if getattr(image, "is_animated", False) and not _frames_told[0]:
         _frames_told[0] = True
         note(f"{path} has several frames; the first is taken, of other such files too")
+    return of_pillow(image)
+
+
+def of_pillow(image: Image.Image) -> np.ndarray:
+    """The pixels of a Pillow image, opened or loaded, (H, W, 3) uint8. Raises ValueError on one that is too
+    large or not finite, and what Pillow raises on damaged bytes."""
     bounded(image)
     image.load()
-    turn = _orientation(image)
-    rgb = to_rgb(image)
-    return np.asarray(rgb.transpose(TURNS[turn]) if turn in TURNS else rgb)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception:  # EXIF data are damaged in many ways; the pixels are not
+        pass
+    return np.asarray(to_rgb(image))
 
 
 def bounded(image: Image.Image) -> None:
-    """Make an opened file decode to at most MOST_PIXELS, or raise ValueError."""
+    """Make an opened file decode to at most MOST_PIXELS, or raise ValueError; so too on one of none."""
     width, height = image.size
+    if not width * height:
+        raise ValueError("no pixels")
     if width * height <= MOST_PIXELS:
         return
     scale = next((s for s in (2, 4, 8) if width * height <= MOST_PIXELS * s * s), None)
@@ -202,14 +233,6 @@ def bounded(image: Image.Image) -> None:
         image.draft(None, (width // scale, height // scale))
     if image.size[0] * image.size[1] > MOST_PIXELS:
         raise ValueError(f"{width} x {height} pixels, more than the {MOST_PIXELS // 10**6} million taken")
-
-
-def _orientation(image: Image.Image) -> int:
-    """How a loaded image is still to be turned; 1, not at all, where the EXIF data cannot be read."""
-    try:
-        return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # EXIF data are damaged in many ways; the pixels are not
-        return 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

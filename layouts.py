@@ -6,8 +6,9 @@ where it looked, what it found there and what it expected."""
 import csv
 import dataclasses
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,31 @@ def subfolders(folder: Path) -> list[str]:
     )
 
 
+def folded(name: str) -> str:
+    """What names are compared by: case, the Unicode form of a letter (NFC, NFD) and spaces around the name
+    make no difference."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).strip()
+
+
+def by_name(folder: Path) -> dict[str, str]:
+    """{folded name: name} of the folders in a folder, sorted. Raises UserError that names two whose names
+    differ in nothing that counts."""
+    found: dict[str, str] = {}
+    for name in subfolders(folder):
+        if (other := found.setdefault(folded(name), name)) != name:
+            raise UserError(
+                f"dataset_path: {folder} holds the folders {ascii(other)} and {ascii(name)}, which differ in "
+                "case, Unicode form or spaces only; rename one, or put their pictures together"
+            )
+    return found
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The folder of that name in a folder, however it is spelt (``folded``), the one spelt so first."""
+    same = [there for there in subfolders(folder) if folded(there) == folded(name)]
+    return folder / (name if name in same or not same else same[0])
+
+
 def what_is_there(folder: Path) -> str:
     """What a message says was found at a path: "... is not there", "... holds a, b and 3 more"."""
     if not folder.is_dir():
@@ -102,28 +128,28 @@ def where_instead(root: Path, holds: Callable[[Path], bool]) -> str:
 def folders(root: Path) -> Listing:
     """``{train,test}/<class>/**``; without test/, an empty test split. A test folder without a train folder
     of its name is anomalous for every class, and its name is the kind."""
-    search, classes = Search(root), subfolders(root / "train")
-    if not classes and not (root / "test").is_dir():
-        return normal_only(root / "train", root.resolve().name)
+    search, (train, test) = Search(root), (inside(root, split) for split in SPLITS)
+    classes, number = subfolders(train), {name: i for i, name in enumerate(by_name(train))}
+    if not classes and not test.is_dir():
+        return normal_only(train, root.resolve().name)
     if not classes:
         raise UserError(
-            f"dataset_path: expected a folder of images per class in {root / 'train'}, found none; "
-            f"{what_is_there(root / 'train')}"
+            f"dataset_path: expected a folder of images per class in {train}, found none; "
+            f"{what_is_there(train)}"
         )
-    tested = subfolders(root / "test")
-    if (root / "test").is_dir() and not tested:
+    tested = list(by_name(test).values())
+    if test.is_dir() and not tested:
         raise UserError(
-            f"dataset_path: expected a folder of images per class in {root / 'test'}, found none; put the "
+            f"dataset_path: expected a folder of images per class in {test}, found none; put the "
             f"normal test images into test/<class>, or take test/ away to train on normal pictures only"
         )
-    number = {name: i for i, name in enumerate(classes)}
     entries = {
         split: [
-            Entry(path, number.get(name, OTHER), kind="" if name in number else name)
+            Entry(path, number.get(folded(name), OTHER), kind="" if folded(name) in number else name)
             for name in names
-            for path in search.images(root / split / name)
+            for path in search.images(folder / name)
         ]
-        for split, names in zip(SPLITS, (classes, tested))
+        for split, folder, names in zip(SPLITS, (train, test), (classes, tested))
     }
     search.tell()
     return Listing(root, classes, entries)
@@ -158,9 +184,11 @@ def _advice(root: Path) -> str:
     elsewhere = where_instead(root, lambda folder: bool(subfolders(folder / "train")))
     if elsewhere or not below:
         return elsewhere
+    normal = [name for name in below if folded(name) in NORMAL_NAMES] or below
+    named = str(root / normal[0]) if len(normal) == 1 else f"{root}/<one of {', '.join(normal[:4])}>"
     return (
         f"; put normal pictures into {root}/train/<class> and test pictures into {root}/test/<class>, or "
-        f"give the folder of the normal ones: --dataset_path {root / below[0]}"
+        f"give the folder of the normal ones: --dataset_path {named}"
     )
 
 
@@ -182,19 +210,26 @@ def mvtec(root: Path) -> Listing:
     search = Search(root)
     entries: dict[str, list[Entry]] = {
         split: [
-            Entry(path, number)
-            if kind in NORMAL_NAMES
-            else Entry(
-                path, number, True, kind, _mask(path, folder / split / kind, folder / "ground_truth" / kind)
-            )
+            entry
             for number, folder in enumerate(categories.values())
-            for kind in subfolders(folder / split)
-            for path in search.images(folder / split / kind)
+            for entry in _category(search, folder, number, split)
         ]
         for split in SPLITS
     }
     search.tell()
     return Listing(root, list(categories), entries, per_category=True)
+
+
+def _category(search: Search, category: Path, number: int, split: str) -> Iterator[Entry]:
+    """The images of a split of one category."""
+    place, marked = inside(category, split), inside(category, "ground_truth")
+    for name, kind in by_name(place).items():
+        masks = inside(marked, kind)
+        for path in search.images(place / kind):
+            if name in NORMAL_NAMES:
+                yield Entry(path, number)
+            else:
+                yield Entry(path, number, True, kind, _mask(path, place / kind, masks))
 
 
 def _categories(root: Path) -> dict[str, Path]:
@@ -205,7 +240,7 @@ def _categories(root: Path) -> dict[str, Path]:
 
 
 def _normal_folder(category: Path) -> bool:
-    return any((category / "train" / name).is_dir() for name in NORMAL_NAMES)
+    return any(folded(name) in NORMAL_NAMES for name in subfolders(inside(category, "train")))
 
 
 def _mask(path: Path, folder: Path, masks: Path) -> Path | None:
@@ -244,7 +279,7 @@ def visa(root: Path) -> Listing:
     }
     entries: dict[str, list[Entry]] = {split: [] for split in SPLITS}
     for row in sorted(rows, key=lambda row: row["image"]):
-        defect, number = row["label"] != "normal", objects.index(row["object"])
+        defect, number = folded(row["label"]) != "normal", objects.index(row["object"])
         mask = base / row["mask"] if row["mask"] else None
         kind = kinds.get(row["image"], "anomaly") if defect else ""
         if row["split"] not in entries:
@@ -376,7 +411,7 @@ def own_pictures(root: Path) -> Listing:
             f"dataset_path: expected images as {root}/{{train,test}}/<class>/*, or normal pictures in {root} "
             f"itself, but {what_is_there(root)}"
         )
-    return folders(root) if (root / "train").is_dir() else normal_only(root)
+    return folders(root) if inside(root, "train").is_dir() else normal_only(root)
 
 
 READERS: dict[str, Callable[[Path], Listing]] = {

@@ -21,6 +21,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 import shards
 from config import UserError
 from shards import REPAIR, Damaged, Shard, StoredArray
@@ -141,6 +143,10 @@ class Manifest:
         advice = "delete that folder or give another --feature_path"
         for field, value in expected.items():
             recorded = self.fields.get(field)
+            if field == EXAMPLE:
+                if fault := example_fault(recorded, value):
+                    raise UserError(f"the features in {folder} do not fit: {fault}; {advice}")
+                continue
             if recorded == as_strict_json(value):
                 continue
             if field == "image_list":
@@ -155,8 +161,32 @@ class Manifest:
 
 
 def without_images(fields: dict) -> dict:
-    """The fields that say what the features are, of whatever images."""
-    return {name: value for name, value in fields.items() if name != "image_list"}
+    """The fields that say what the features are, of whatever images, made on whatever machine."""
+    return {name: value for name, value in fields.items() if name not in ("image_list", EXAMPLE)}
+
+
+EXAMPLE = "example"  # the field that holds what the backbone gave of a fixed picture
+FARTHEST = {True: 0.02, False: 0.1}  # of its size, that machines may move it, where both compute in float32
+
+
+def example_fault(recorded: dict | None, now: dict) -> str | None:
+    """How far what the backbone gives of the fixed picture is from what it gave, where that is more than
+    rounding; None where it is not, and where none was recorded."""
+    if recorded is None:
+        return None
+    before, after = (np.array(example["values"], float) for example in (recorded, now))  # (arrays, numbers)
+    exact = all(example["precision"] == "float32" for example in (recorded, now))
+    if after.shape == before.shape:
+        sizes = np.linalg.norm(before, axis=1).clip(1e-9)
+        far = (np.linalg.norm(after - before, axis=1) / sizes).max()
+    else:
+        far = np.inf
+    if far <= FARTHEST[exact]:
+        return None
+    return (
+        f"with timm {recorded['timm']} the backbone gave other features of a fixed picture than with timm "
+        f"{now['timm']} now ({far:.0%} off): install timm {recorded['timm']}, or make the features again"
+    )
 
 
 def _short(value) -> str:

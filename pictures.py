@@ -16,63 +16,86 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import backbones
 import datasets
 import extractor
 import images
 from config import Config, UserError
 from extractor import Rows, Unreadable
+from manifest import EXAMPLE, example_fault
 from shell.files import as_strict_json
 
 READERS = 2  # threads that decode pictures ahead of the backbone
 
 
-def pixels_of(picture: Any) -> np.ndarray:
-    """A path, a Pillow image or an array, (H, W, 3) or (H, W) uint8 -> (H, W, 3) uint8. Raises UserError on
-    anything else, and on a file that cannot be read."""
-    if isinstance(picture, (str, Path)):
-        return images.read_image(Path(picture))
-    if isinstance(picture, Image.Image):
-        return np.asarray(images.to_rgb(picture))
-    array = np.asarray(picture)
-    if array.ndim == 2:
-        array = np.repeat(array[..., None], 3, 2)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
-        raise UserError(
-            f"expected a path, a Pillow image or an array (H, W, 3) or (H, W) of uint8, got "
-            f"{type(picture).__name__} {array.dtype} {array.shape}"
-        )
-    return array
-
-
 def are_several(pictures: Any) -> bool:
-    """Whether this is a list or iterator of pictures, or an array of them, rather than one."""
+    """Whether this is a list, an iterator or an array of pictures rather than one, or than something that is
+    none."""
     if isinstance(pictures, np.ndarray):
         return pictures.ndim == 4
-    return not isinstance(pictures, (str, Path, Image.Image))
+    one = (str, bytes, Path, Image.Image, torch.Tensor)
+    return isinstance(pictures, Iterable) and not isinstance(pictures, one)
 
 
 class Eye:
     """The backbone that a detector was fitted with: pictures -> rows of features. It is loaded at the first
     picture. Several classes of a run share one."""
 
-    def __init__(self, config: Config, features: dict, device: torch.device, precision: str | None = None):
+    def __init__(
+        self,
+        config: Config,
+        features: dict,
+        device: torch.device,
+        precision: str | None = None,
+        weights: Path | None = None,
+        checkpoint: Path | None = None,
+    ):
         """features: the sidecar of the features that the detector was fitted to. precision: of the backbone,
-        as the knob says it; None: as in the fit."""
+        as the knob says it; None: as in the fit. weights: the file of a fit with weights_path; None: looked
+        for where it was, and beside the ``checkpoint``."""
         self.config = dataclasses.replace(
             config, device=str(device), compile=False, precision=precision or config.precision
         )
-        self.features, self.device = features, device
+        self.features, self.device, self.weights, self.checkpoint = features, device, weights, checkpoint
         self.unchecked = {"dataset"} | ({"precision"} if precision else set())
 
     @functools.cached_property
     def job(self) -> extractor.Extraction:
         """The loaded backbone. Raises UserError when it no longer gives the features of the fit."""
+        self.config = dataclasses.replace(self.config, weights_path=self._weights_path())
         identity = extractor.cache_identity(self.config)
         self._check({k: v for k, v in identity.fields.items() if k not in self.unchecked})
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be a table of scores
             job = extractor.Extraction(self.config, datasets.unlabelled([]), identity, self.device)
-        self._check({"weights_sha256": job.fields["weights_sha256"]})
+        unchecked = {*identity.fields, "precision", "image_list", EXAMPLE}
+        self._check({name: value for name, value in job.fields.items() if name not in unchecked})
+        if fault := example_fault(self.features.get(EXAMPLE), job.fields[EXAMPLE]):
+            raise UserError(f"the detector does not fit: {fault}")
         return job
+
+    def _weights_path(self) -> str | None:
+        """The knob weights_path for the weights of the fit, wherever their file is now. Raises UserError when
+        that is nowhere, or another one."""
+        fitted_with = self.config.weights_path
+        if fitted_with in (None, "random"):
+            if self.weights:
+                raise UserError(
+                    f"weights_path: the detector was fitted with {self.features['weights']}, no file; leave "
+                    "it out"
+                )
+            return fitted_with
+        there = Path(fitted_with)
+        beside = [folder / there.name for folder in self.checkpoint.parents[:2]] if self.checkpoint else []
+        places = [self.weights] if self.weights else [there, *beside]
+        for place in places:
+            if place.is_file():
+                moved = dataclasses.replace(self.config, weights_path=str(place))
+                if backbones.weights_source(moved) == self.features["weights"]:
+                    return str(place)
+        raise UserError(
+            f"weights_path: the detector was fitted with {there.name} ({self.features['weights']}); expected "
+            f"that very file, looked at {', '.join(map(str, places))}; give it: --weights_path FILE"
+        )
 
     def _check(self, fields: dict) -> None:
         for field, now in fields.items():
@@ -117,6 +140,6 @@ class Eye:
 
     def _read_one(self, number: int, picture: Any) -> Tensor | Unreadable:
         try:
-            return extractor.to_device_size(pixels_of(picture), self.job.img_size)
+            return extractor.to_device_size(images.pixels_of(picture), self.job.img_size)
         except UserError as mistake:
             return Unreadable(number, str(mistake))

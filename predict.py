@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import config as knobs
-from shell.command_line import OneLineParser
+from shell.command_line import OneLineParser, add_weights_path
 from shell.files import file_name, whole_file
 from shell.signals import guarded
 
@@ -44,6 +44,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--heat_maps", type=Path, metavar="FOLDER", help="write there where each picture is unusual, as a PNG"
     )
+    add_weights_path(parser)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores [0]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     return parser.parse_or_stop(argv)
@@ -55,10 +56,12 @@ if __name__ == "__main__":  # parse before the slow imports
     ARGUMENTS = parse_arguments()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while they are imported: no traceback
 
+import codecs
 import contextlib
 import csv
 import glob
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -68,8 +71,8 @@ import heat_map
 import utils
 from config import UserError
 from detector import PictureDetector
-from images import images_below
-from pictures import Unreadable, pixels_of
+from images import images_below, pixels_of
+from pictures import Unreadable
 
 COLUMNS = ("image", "class", "score", "p_value", "verdict")
 Put = Callable[[dict], None]
@@ -83,18 +86,52 @@ def find_images(names: list[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if name == "-":
-            images += [Path(line.rstrip("\n")) for line in sys.stdin if line.strip()]
+            images += [Path(line) for line in lines_of(sys.stdin.buffer.read())]
         elif path.is_dir():
             images += images_below(path)
         elif path.exists():
             images.append(path)
-        elif found := sorted(glob.glob(name, recursive=True)):
-            images += [Path(file) for file in found if Path(file).is_file()]
+        elif found := matching(name):
+            images += found
         else:
             raise UserError(f"no file or folder {name}, and no files that it matches as a pattern")
     if not images:
         raise UserError("no pictures given: files, folders, globs or, for -, a line each on standard input")
     return images
+
+
+def lines_of(content: bytes) -> list[str]:
+    """The lines of a list of names, in UTF-8 or, with its mark, UTF-16, ended as on any system; empty ones
+    left out. Raises UserError on what is no such list."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = content.decode("utf-16", errors="replace")
+    else:
+        text = os.fsdecode(content.removeprefix(codecs.BOM_UTF8))
+    if "\0" in text:
+        raise UserError(
+            "standard input: expected a name a line in UTF-8, or in UTF-16 with a byte-order mark, got NUL "
+            "bytes (find takes no -print0 here)"
+        )
+    return [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
+
+
+def matching(pattern: str) -> list[Path]:
+    """The files that match a pattern, sorted. A part of it that is there as it is written stands for itself:
+    a folder may have brackets in its name."""
+    found = [Path()]
+    for part in Path(pattern).parts:
+        found = [
+            place / name
+            for place in found
+            for name in (
+                [part] if (place / part).exists() else [*[""] * (part == "**"), *_globbed(part, place)]
+            )
+        ]
+    return sorted({path for path in found if path.is_file()}, key=str)
+
+
+def _globbed(part: str, place: Path) -> list[str]:
+    return glob.glob(part, root_dir=place, recursive=True)
 
 
 def find_checkpoints(path: Path, class_name: str | None, seed: int | None) -> list[Path]:
@@ -128,7 +165,7 @@ def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
     loaded: list[PictureDetector] = []
     for path in find_checkpoints(arguments.checkpoint, arguments.class_name, arguments.seed):
         eye = loaded[0].eye if loaded else None
-        loaded.append(PictureDetector.load(path, device, rate, eye))
+        loaded.append(PictureDetector.load(path, device, rate, eye, arguments.weights_path))
         if loaded[-1].record["features"] != loaded[0].record["features"]:
             raise UserError(
                 f"the classes in {arguments.checkpoint} were fitted to different features; name one class"
@@ -194,14 +231,18 @@ def row(name: str, fitted: PictureDetector, score: float) -> dict:
     }
 
 
-def draw_heat_maps(detectors: list[PictureDetector], rows: list[dict], folder: Path) -> None:
-    """A PNG for each row: the picture, and where it is unusual. Names that are alike get a number."""
+def draw_heat_maps(
+    detectors: list[PictureDetector], rows: list[dict], folder: Path, drawn: set[Path]
+) -> None:
+    """A PNG for each row: the picture, and where it is unusual. drawn: those of this run, to which these are
+    added; names that are alike get a number, what an earlier run left takes none."""
     for row in rows:
         fitted = next(known for known in detectors if known.class_name == row["class"])
         name = f"{Path(row['image']).stem}-{row['class']}" if len(detectors) > 1 else Path(row["image"]).stem
         stem, number = file_name(name), 1
-        while (path := folder / f"{stem}{f'-{number}' * (number > 1)}.png").exists():
+        while (path := folder / f"{stem}{f'-{number}' * (number > 1)}.png") in drawn:
             number += 1
+        drawn.add(path)
         told = f"{row['image']}  score {row['score']:.3g}  {row['verdict'] or ''}"
         heat_map.draw(pixels_of(row["image"]), fitted.heat_map(row["image"]), path, told)
 
@@ -271,6 +312,7 @@ def main(arguments: argparse.Namespace) -> int:
     detectors = load_all(arguments)
     unreadable = calibrate(detectors, arguments.calibrate) if arguments.calibrate else []
     counts: Counter[str] = Counter()  # of the verdicts of each class
+    drawn: set[Path] = set()
     done, bar = 0, arguments.output is not None or not sys.stdout.isatty()
     tell_thresholds(detectors)
     try:
@@ -283,7 +325,7 @@ def main(arguments: argparse.Namespace) -> int:
                     put(line)
                     counts[line["class"]] += line["verdict"] == "anomalous"
                 if arguments.heat_maps:
-                    draw_heat_maps(detectors, part, arguments.heat_maps)
+                    draw_heat_maps(detectors, part, arguments.heat_maps, drawn)
                 done += len(part) // len(detectors)
     except KeyboardInterrupt:
         kept = f"; {arguments.output} is not written" if arguments.output else ""
@@ -293,6 +335,11 @@ def main(arguments: argparse.Namespace) -> int:
         sys.stdout = None  # type: ignore[assignment]
         return 0
     tell_counts(detectors, counts, done, arguments.output)
+    if drawn and (stale := len(set(arguments.heat_maps.glob("*.png")) - drawn)):
+        print(
+            f"note: {arguments.heat_maps} also holds {utils.counted(stale, 'PNG')} of other runs",
+            file=sys.stderr,
+        )
     for reason in unreadable:
         print(f"skipped: {reason}", file=sys.stderr)
     return 1 if unreadable else 0

@@ -227,9 +227,11 @@ def notes(summary: dict) -> list[str]:
         if values.get("undefined"):
             reasons.setdefault(values["undefined"], []).append(name)
     lines += [f"no AUROC ({reason}): {', '.join(names)}." for reason, names in reasons.items()]
+    if precision := summary["features"].get("precision"):
+        lines.append(f"Features were computed in {precision}.")
     if skipped := summary["features"].get("skipped"):
         shown = ", ".join(skipped[:MOST_NAMED]) + (" and others" if len(skipped) > MOST_NAMED else "")
-        lines.append(f"{len(skipped)} unreadable images are left out: {shown}.")
+        lines.append(f"Left out: {utils.counted(len(skipped), 'unreadable image')}: {shown}.")
     return lines
 
 

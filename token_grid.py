@@ -136,6 +136,11 @@ class TokenGrid:
 
 
 # ---------------------------------------------------------------- the band token
+# What Bands and Places compute, in the sidecar of every cache that holds them: raised with each change of it,
+# since features of two numbers do not go together. 2: means at the border are of the cells there.
+OF_MAPS = 2
+
+
 @functools.lru_cache(maxsize=32)
 def dct_matrix(length: int) -> Tensor:
     """The orthonormal DCT-II: row k is the cosine of frequency k -> (length, length), float32."""
@@ -200,27 +205,29 @@ class Bands:
     def _measure_map(self, features: Tensor) -> Tensor:
         grid = (features.shape[2], features.shape[3])
         mean = features.mean((2, 3))
-        deviation = (features - mean[..., None, None]).square()
+        deviation = features - mean[..., None, None]
         low = mean
         if self.sigma:
             low = torch.matmul(features.flatten(2), centred_window(grid, self.sigma).to(features.device))
-        energy = self._ring_energies(features, deviation.sum((2, 3)))
-        peak = F.avg_pool2d(deviation, 3, 1, 1).amax((2, 3)).sqrt()
-        return torch.cat([low, (energy / math.prod(grid)).sqrt().flatten(1), peak], 1)
+        energy = self._ring_energies(deviation) / math.prod(grid)
+        peak = mean_of_neighbours(deviation.square()).amax((2, 3)).sqrt()
+        return torch.cat([low, energy.sqrt().flatten(1), peak], 1)
 
-    def _ring_energies(self, features: Tensor, total: Tensor) -> Tensor:
-        """Maps (B, C, rows, columns) and their energies without the constant (B, C) -> (B, rings, C).
+    def _ring_energies(self, deviation: Tensor) -> Tensor:
+        """Maps without their mean (B, C, rows, columns) -> the energy of each ring (B, rings, C).
 
-        The highest ring is what the others leave of the total (Parseval), so its coefficients, three quarters
-        of all, are never computed."""
-        grid = (features.shape[2], features.shape[3])
-        kept = [side // 2 + 1 for side in grid]  # up to half the highest frequency
-        rows, columns = (dct_matrix(side)[:k].to(features.device) for side, k in zip(grid, kept))
-        spectrum = torch.matmul(torch.matmul(rows, features), columns.t()).square()
-        member = ring_of(grid, self.rings)[:-1, : kept[0], : kept[1]].to(features.device)
-        lower = torch.matmul(spectrum.flatten(2), member.flatten(1).t()).transpose(1, 2)
-        highest = (total - lower.sum(1)).clamp_min(0)
-        return torch.cat([lower, highest.unsqueeze(1)], 1)
+        Every coefficient is computed: what the other rings leave of the total would be rounding where the
+        highest ring is weak."""
+        grid = (deviation.shape[2], deviation.shape[3])
+        rows, columns = (dct_matrix(side).to(deviation.device) for side in grid)
+        spectrum = torch.matmul(torch.matmul(rows, deviation), columns.t()).square()
+        member = ring_of(grid, self.rings).to(deviation.device)
+        return torch.matmul(spectrum.flatten(2), member.flatten(1).t()).transpose(1, 2)
+
+
+def mean_of_neighbours(features: Tensor) -> Tensor:
+    """The 3 x 3 mean around each cell of maps (B, C, rows, columns), at the border of the cells there are."""
+    return F.avg_pool2d(features, 3, 1, 1, count_include_pad=False)
 
 
 # ---------------------------------------------------------------- places
@@ -254,7 +261,7 @@ class Places:
         return tokens @ rotation(tokens.shape[2], self.channels).to(tokens.device)
 
     def _resize(self, features: Tensor) -> Tensor:
-        smooth, size = F.avg_pool2d(features, 3, 1, 1), (self.side, self.side)
+        smooth, size = mean_of_neighbours(features), (self.side, self.side)
         if min(features.shape[2:]) >= self.side:
             return F.adaptive_avg_pool2d(smooth, size)
         return F.interpolate(smooth, size, mode="bilinear", align_corners=False)

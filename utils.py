@@ -98,6 +98,11 @@ def readable_time(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min"
 
 
+def counted(number: int, what: str) -> str:
+    """As in "1 image" and "2 images"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 class Ranks(NamedTuple):
     """Which of how many processes this is: they share the work over a folder, without talking."""
 

@@ -5,9 +5,10 @@ import dataclasses
 import os
 import shlex
 import sys
+from pathlib import Path
 
 from config import MOST_USED, SECTIONS, Config, UserError, changed, make_config, parse_values, unknown
-from shell.signals import end_at_once_on_signals, guarded, stop
+from shell.signals import end_at_once_on_signals, guarded, show_any_name, stop
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -46,6 +47,16 @@ def build_parser(description, script="main.py"):
         if name in read and name not in MOST_USED:
             add_knob(group, field)
     return parser
+
+
+def add_weights_path(parser):
+    """Add the argument that says where the weights file of a fit with ``weights_path`` is now."""
+    parser.add_argument(
+        "--weights_path",
+        type=Path,
+        metavar="FILE",
+        help="of a fit with --weights_path: where that file is now [where it was, or beside the checkpoint]",
+    )
 
 
 def add_knob(group, field):
@@ -92,6 +103,7 @@ def unexpected(argument, script):
 def run_script(main, config):
     """Run ``main(config)``: print the configuration in effect first, and turn a user's mistake into one line
     and exit status 2."""
+    show_any_name()
     settings = ", ".join(f"{name} {value}" for name, value in changed(config).items() if name != "preset")
     print(f"preset {config.preset}" + (f"; {settings}" if settings else ""), flush=True)
     guarded(main, config)

@@ -54,9 +54,17 @@ def _handle(handler) -> None:
             signal.signal(kind, handler)
 
 
+def show_any_name() -> None:
+    """Let standard output, where its encoding lacks a character of a name, have the character's number, as
+    standard error does by itself."""
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def guarded(main, *arguments) -> None:
     """Run ``main(*arguments)``; a user's mistake, a full disk, Ctrl-C or a signal to end stops the script
     with one line."""
+    show_any_name()
     try:
         catch_signals()
         with ended_in_time():

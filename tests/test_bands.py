@@ -74,6 +74,31 @@ def test_peak_is_the_largest_local_energy():
     assert token[0, -1].item() == pytest.approx(wanted, rel=1e-5)
 
 
+def test_peak_in_a_corner_counts_the_cells_there():
+    """A border cell's mean is of the four or six cells around it that are in the map."""
+    corner = torch.zeros(1, 1, 9, 9)
+    corner[0, 0, 0, 0] = 9.0
+    mean = 9 / 81
+    wanted = math.sqrt(((9 - mean) ** 2 + 3 * mean**2) / 4)
+    assert Bands(1, 0.0).measure([corner])[0, -1].item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("half", [torch.float32, torch.bfloat16, torch.float16])
+def test_weak_rings_beside_strong_ones_are_no_rounding(half):
+    """Flat maps have no energy; a map of one low frequency and a ten-thousandth of it in the highest has just
+    that, as a map in half precision has what its own numbers have."""
+    x = torch.arange(16) + 0.5
+    low, high = (torch.cos(math.pi * k * x / 16) for k in (1, 15))
+    two = (300 + 50 * (low[:, None] + 1e-4 * high[:, None])).expand(1, 1, 16, 16).to(half).float()
+    flat = torch.full((1, 1, 16, 16), 1234.567).to(half).float()
+    rings = Bands(2, 0.0).measure([flat, two])[0].reshape(2, 4)[:, 1:3]
+    assert rings[0].max() < 1e-3
+    spectrum = scipy.fft.dctn(two[0, 0].double().numpy() - two.double().mean().item(), norm="ortho") ** 2
+    member = ring_of((16, 16), 2).numpy()
+    wanted = np.sqrt((spectrum * member).sum((1, 2)) / 256)
+    np.testing.assert_allclose(rings[1], wanted, rtol=1e-2)
+
+
 def test_columns_cover_the_token_once():
     bands = Bands(2, 0.1)
     places = bands.columns(CHANNELS, bands.statistics, range(2))

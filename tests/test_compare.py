@@ -17,7 +17,7 @@ from config import Config, UserError
 from shell.files import file_name, write_json, write_sealed
 
 ROWS = list(range(40))
-IMAGES = {"image_list": "i", "skipped": []}
+IMAGES = {"image_list": "i", "skipped": [], "precision": "float32"}
 LABELS = [i % 2 for i in ROWS]
 
 
@@ -101,6 +101,7 @@ def test_compare_pairs_each_class(tmp_path):
         ({"rows": ROWS[::-1]}, "other test images"),
         ({"images": IMAGES | {"image_list": "other"}}, "other test images"),
         ({"images": IMAGES | {"skipped": ["x.png"]}}, "other test images"),
+        ({"images": IMAGES | {"precision": "bfloat16"}}, "features in float32, bfloat16"),
         ({"seed": 1}, "no seed in common"),
         ({}, "no scores in b"),
     ],

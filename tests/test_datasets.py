@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -125,8 +126,43 @@ def test_normal_pictures_beside_folders(tmp_path, capsys):
 
 
 def test_folders_that_are_no_split(tmp_path):
-    with pytest.raises(UserError, match="holds bad/, good/.*--dataset_path .*bad"):
-        load_images("folder", str(tree(tmp_path, "good/1.png", "bad/2.png")))
+    """The advice is the folder whose name says that it is normal, else a choice."""
+    with pytest.raises(UserError, match="holds bad/, good/.*--dataset_path [^ ]*/good$"):
+        load_images("folder", str(tree(tmp_path / "x", "good/1.png", "bad/2.png")))
+    with pytest.raises(UserError, match="--dataset_path [^ ]*/Normal$"):
+        load_images("lbot", str(tree(tmp_path / "y", "Normal/1.png", "Abnormal/2.png")))
+    with pytest.raises(UserError, match="--dataset_path [^ ]*/<one of a, b>$"):
+        load_images("folder", str(tree(tmp_path / "z", "a/1.png", "b/2.png")))
+
+
+KAESE = [unicodedata.normalize(form, "käse") for form in ("NFC", "NFD")]
+
+
+@pytest.mark.parametrize(
+    "train, test", [("normal", "Normal"), ("Good", "good"), ("good ", "good"), ("good", " good"), KAESE]
+)
+def test_a_folder_spelt_otherwise_is_the_same_class(tmp_path, train, test):
+    root = tree(tmp_path, f"train/{train}/1.png", f"test/{test}/2.png", "test/bad/3.png")
+    labels = load_images("folder", str(root)).labels
+    assert labels.classes == (train,) and labels.test.kind == ["bad", ""] or labels.test.kind == ["", "bad"]
+    _, rows, anomalous = labels.one_class(train)
+    found = {labels.test.names[i]: a for i, a in zip(rows, anomalous)}
+    assert found == {f"test/{test}/2.png": 0, "test/bad/3.png": 1}
+    assert choose_classes(labels, test) == [train]
+
+
+@pytest.mark.parametrize("names", [("A", "a"), ("good", "good "), KAESE], ids=ascii)
+@pytest.mark.parametrize("split", SPLITS)
+def test_two_folders_of_one_name_are_refused_by_name(tmp_path, split, names):
+    root = tree(tmp_path, "train/x/1.png", "test/x/1.png", *(f"{split}/{name}/1.png" for name in names))
+    with pytest.raises(UserError) as told:
+        load_images("folder", str(root))
+    assert all(ascii(name) in str(told.value) for name in names) and "rename" in str(told.value)
+
+
+def test_splits_in_capitals_are_read(tmp_path):
+    labels = load_images("folder", str(tree(tmp_path, "Train/a/1.png", "Test/a/2.png"))).labels
+    assert labels.test.names == ["Test/a/2.png"]
 
 
 def test_what_is_passed_over_is_told_once(tmp_path, capsys):
@@ -186,6 +222,13 @@ def test_mvtec_layout(tmp_path):
         }
 
 
+def test_mvtec_in_other_letters(tmp_path):
+    names = ("Train/good/1.png", "test/Good/3.png", "test/Hole/5.png", "Ground_Truth/hole/5_mask.png")
+    images = load_images("mvtec", str(tree(tmp_path / "bottle", *names)))
+    assert images.labels.one_class("bottle")[2].tolist() == [0, 1] and images.labels.test.kind == ["", "Hole"]
+    assert images.mask(1) is not None
+
+
 def test_mvtec_single_category(tmp_path):
     labels = load_images("mvtec", str(tree(tmp_path / "bottle", *MVTEC))).labels
     assert labels.classes == ("bottle",)
@@ -229,7 +272,8 @@ def test_choose_classes(texture_folder):
     assert choose_classes(labels, "sky, apple,sky") == ["sky", "apple"]
     with pytest.raises(UserError, match="did you mean leaf"):
         choose_classes(labels, "apple,leef")
-    for text in ("", ",", "APPLE"):
+    assert choose_classes(labels, "APPLE") == ["apple"], "as the folders of two splits are paired"
+    for text in ("", ",", "apples and pears"):
         with pytest.raises(UserError):
             choose_classes(labels, text)
 

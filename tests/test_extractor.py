@@ -1,6 +1,7 @@
 """Backbones and what is made of their tokens: shapes, places, pooling, weights, resizing, and the cache they
 end in."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -400,7 +401,7 @@ def test_make_fast_agrees(lite):
     assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max()
 
 
-@pytest.mark.skipif(not backbones._convolves(), reason="this PyTorch lacks oneDNN's fused convolution")
+@pytest.mark.skipif(not backbones._convolves(torch.float32), reason="no fused convolution in this PyTorch")
 @pytest.mark.parametrize("act", backbones.FusedConvolution.ACTIVATIONS)
 @pytest.mark.parametrize("size", [(13, 16), (16, 13)], ids=str)
 def test_fused_convolution_agrees(act, size):
@@ -412,17 +413,35 @@ def test_fused_convolution_agrees(act, size):
         Conv2dSame(4, 4, 5, stride=1, groups=4),
         torch.nn.Conv2d(4, 6, 3, stride=2, padding=(1, 0)),
     ):
-        assert backbones.FusedConvolution.takes(conv, act())
+        assert backbones.FusedConvolution.takes(conv, act(), torch.float32)
         with torch.inference_mode():
             wanted, got = act()(conv(x)), backbones.FusedConvolution(conv, act())(x)
         assert torch.allclose(got, wanted, atol=1e-5), (conv, act)
 
 
 def test_fused_convolution_leaves_what_it_cannot_do():
-    takes = backbones.FusedConvolution.takes
+    def takes(conv, act):
+        return backbones.FusedConvolution.takes(conv, act, torch.float32)
+
     assert not takes(torch.nn.Conv2d(3, 3, 3), torch.nn.GELU())
     assert not takes(torch.nn.Conv2d(3, 3, 3, dilation=2), torch.nn.ReLU())
     assert not takes(torch.nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), torch.nn.ReLU())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_on_any_processor(dtype):
+    """The private operator refuses half precision where there is no AVX-512; PyTorch's own does not."""
+    plain = load_backbone(settings("mobilenetv3_small_050", (32, 32)))
+    fast = backbones.speed_up(copy.deepcopy(plain), CPU, dtype)
+    image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        wanted, got = plain(image), fast(image.to(dtype))
+    assert torch.nn.functional.cosine_similarity(got, wanted, 2).min() > 0.98
+
+
+def test_automatic_precision_is_float32_on_a_cpu():
+    assert backbones.choose_precision("auto", CPU) == torch.float32
+    assert backbones.choose_precision("bfloat16", CPU) == torch.bfloat16
 
 
 def test_folding_is_dropped_where_it_would_change_the_function(lite):
@@ -670,7 +689,7 @@ def test_an_unreadable_image_costs_its_shard_only(mixed):
     whole = broken.read_bytes()
     broken.write_bytes(b"broken")
     for workers in (0, 1, 3):
-        with pytest.raises(UserError, match="1 unreadable images: test/b/02.png;.*5 of 6 shards are kept"):
+        with pytest.raises(UserError, match="1 unreadable image: test/b/02.png;.*5 of 6 shards are kept"):
             extractor.ensure_features(small(mixed, workers=workers, shard_rows=3), CPU)
     broken.write_bytes(whole)
     cache = extractor.ensure_features(small(mixed, shard_rows=3), CPU)
@@ -688,7 +707,7 @@ def test_unreadable_images_are_left_out_on_request(mixed):
     pooled = extractor.ensure_features(dataclasses.replace(config, token_grid="1"), CPU)
     assert pooled.skipped == cache.skipped
     assert (pooled.tokens("train").semantic() == cache.tokens("train").semantic()).all()
-    with pytest.raises(UserError, match="leave out 1 unreadable images, train/a/03.png first; --unreadable"):
+    with pytest.raises(UserError, match="leave out 1 unreadable image, train/a/03.png first; --unreadable"):
         extractor.ensure_features(small(mixed), CPU)
 
 
@@ -1107,6 +1126,21 @@ def test_mirrored_features_are_the_mean_of_both_views(name):
             error = (both[view][kind].float() - moved).abs().max() / wanted.abs().max()
             assert error < 5e-3, (kind, view)
         assert not torch.allclose(plain, wanted, atol=1e-2 * wanted.abs().max().item()), kind
+
+
+def test_depths_of_a_token_model_with_three_stages():
+    backbone = load_backbone(settings("levit_128s"))
+    assert backbone.band_depths("auto") == (0, 1, 2)
+
+
+def test_a_timm_that_is_too_old_is_told(monkeypatch):
+    """It cannot build what is asked for, in whatever words of its own."""
+    text = (Path(backbones.__file__).parent / "requirements.txt").read_text()
+    assert f"timm>={backbones.LEAST_TIMM}\n" in text and backbones.too_old() == ""
+    monkeypatch.setattr(timm, "__version__", "1.0.20.dev0")
+    monkeypatch.setattr(timm, "create_model", lambda *_, **options: torch.ones((), device="meta").item())
+    with pytest.raises(UserError, match=r"timm 1.0.20.dev0 cannot build it .*pip install 'timm>=1.0.22'"):
+        backbones.outline(settings("resnet18"))
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])

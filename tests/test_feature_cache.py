@@ -502,7 +502,7 @@ def test_reports_name_the_images_that_are_left_out():
             "mean": {"auroc": 0.5},
         }
         told = " ".join(report.notes(summary | {"features": features}))
-        assert (f"{count} unreadable images are left out: train/cat/0.png, " in told) is (count > 0)
+        assert (f"Left out: {count} unreadable images: train/cat/0.png, " in told) is (count > 0)
         assert ("and others" in told) is (count == 30)
 
 

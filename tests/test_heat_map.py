@@ -122,7 +122,7 @@ def test_run_says_where_the_defects_are(run):
 
 
 @pytest.mark.slow
-def test_heat_map_of_a_picture(run, tmp_path):
+def test_heat_map_of_a_picture(run, tmp_path, capsys):
     loaded = Detector.load("runs/heat/classes/brushed-seed0", "cpu", 1)
     assert loaded.fitted.uses_places
     path = next(Path("textures/brushed/test/good").glob("*.png"))
@@ -134,15 +134,19 @@ def test_heat_map_of_a_picture(run, tmp_path):
     spoilt[:side, -side:] = np.random.RandomState(0).randint(0, 256, (side, side, 3))
     grown = loaded.heat_map(spoilt) - values
     assert grown[:side, -side:].mean() > 3 * abs(grown[2 * side :, : 2 * side].mean())
-    status = predict.main(
-        predict.parse_arguments(
-            ["runs/heat", str(path), str(path), "--heat_maps", str(tmp_path), "--device", "cpu"]
+    (tmp_path / "of-another-run.png").touch()
+    for _ in range(2):  # the second run's take the place of the first's
+        status = predict.main(
+            predict.parse_arguments(
+                ["runs/heat", str(path), str(path), "--heat_maps", str(tmp_path), "--device", "cpu"]
+            )
         )
-    )
-    assert status == 0 and sorted(p.name for p in tmp_path.iterdir()) == [
-        f"{path.stem}-2.png",
-        f"{path.stem}.png",
-    ]
+        assert status == 0 and {p.name for p in tmp_path.iterdir()} == {
+            f"{path.stem}-2.png",
+            f"{path.stem}.png",
+            "of-another-run.png",
+        }
+        assert "also holds 1 PNG of other runs" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, write_image
-from PIL import Image
+from PIL import ExifTags, Image
 
 import images
+import pictures
 from config import UserError
 
 GENERATOR = np.random.RandomState(0)
@@ -115,15 +117,18 @@ STORED = {  # EXIF orientation -> what a camera stores of TURNED
 @pytest.mark.parametrize("ending", ["png", "tif", "webp"])
 def test_exif_orientation(tmp_path, orientation, ending):
     exif = Image.Exif()
-    exif[images.ORIENTATION] = orientation
+    exif[ExifTags.Base.Orientation] = orientation
     options = {"lossless": True} if ending == "webp" else {}
     pixels = np.ascontiguousarray(STORED[orientation])
     assert (saved(tmp_path / f"a.{ending}", pixels, exif=exif, **options) == TURNED).all()
+    with Image.open(tmp_path / f"a.{ending}") as opened:
+        assert (images.pixels_of(opened) == TURNED).all()
+        assert (images.pixels_of(opened) == TURNED).all(), "the picture itself is left as it is"
 
 
 def test_exif_of_a_sixteen_bit_png(tmp_path):
     exif = Image.Exif()
-    exif[images.ORIENTATION] = 6
+    exif[ExifTags.Base.Orientation] = 6
     wanted = np.round(RAMP / 257).astype(np.uint8)
     assert (
         saved(tmp_path / "a.png", np.ascontiguousarray(np.rot90(RAMP)), exif=exif)[..., 0] == wanted
@@ -134,6 +139,46 @@ def test_exif_of_a_sixteen_bit_png(tmp_path):
 def test_damaged_exif_leaves_the_pixels(tmp_path):
     Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0\1")
     assert (images.read_image(tmp_path / "a.png") == PIXELS).all()
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        None,
+        7,
+        b"a.png",
+        torch.zeros(4, 5, 3, dtype=torch.uint8),
+        np.full((4, 5, 3), np.nan),
+        np.zeros((4, 5, 3), np.float32),
+        np.zeros((4, 5, 3), bool),
+        np.zeros((3, 4, 5), np.uint8),
+        np.zeros((0, 5, 3), np.uint8),
+        [[0, 1], [2, 3]],
+        Image.fromarray(np.full((4, 5), np.nan, np.float32)),
+        Image.new("RGB", (0, 0)),
+    ],
+    ids=lambda picture: f"{type(picture).__name__}-{getattr(picture, 'dtype', '')}",
+)
+def test_what_is_no_picture_is_refused_in_one_line(picture):
+    with pytest.raises(UserError, match="Pillow image") as told:
+        images.pixels_of(picture)
+    assert "\n" not in str(told.value)
+
+
+def test_one_picture_or_several():
+    array = np.zeros((4, 5, 3), np.uint8)
+    for one in ("a.png", Path("a.png"), b"a.png", None, 7, array, array[..., 0], torch.zeros(2, 4, 5, 3)):
+        assert not pictures.are_several(one)
+    for several in ([array], (), iter(["a.png"]), np.stack([array] * 2)):
+        assert pictures.are_several(several)
+
+
+def test_a_pillow_image_whose_file_is_cut(tmp_path):
+    noise = GENERATOR.randint(0, 256, (64, 64, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:4000])
+    with Image.open(tmp_path / "a.png") as opened, pytest.raises(UserError, match="unreadable Pillow image"):
+        images.pixels_of(opened)
 
 
 # ---------------------------------------------------------------- formats

@@ -31,11 +31,12 @@ def maps(grids=((16, 12), (8, 8), (4, 4)), seed=0) -> list[torch.Tensor]:
 def test_places_are_smoothed_means_of_all_depths_but_the_deepest():
     tokens = Places(4, 100).measure(maps())
     assert tokens.shape == (3, *Places(4, 100).shape(CHANNELS)) == (3, 16, 10)
-    padded = [F.pad(features, (1, 1, 1, 1)) for features in maps()[:2]]
+    padded = [F.pad(torch.stack([m, torch.ones_like(m)]), (1, 1, 1, 1)) for m in maps()[:2]]
     for depth, (height, width) in enumerate(((16, 12), (8, 8))):
-        smooth = (
-            sum(padded[depth][:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)) / 9
+        sums, there = sum(
+            padded[depth][..., i : i + height, j : j + width] for i in range(3) for j in range(3)
         )
+        smooth = sums / there  # 4, 6 or 9 cells
         cells = smooth.unflatten(3, (4, width // 4)).unflatten(2, (4, height // 4)).mean((3, 5))
         columns = slice(0, 4) if depth == 0 else slice(4, 10)
         assert torch.allclose(tokens[..., columns], cells.flatten(2).transpose(1, 2), atol=1e-5)
@@ -44,7 +45,7 @@ def test_places_are_smoothed_means_of_all_depths_but_the_deepest():
 def test_a_coarser_map_is_brought_to_the_grid_and_one_depth_serves_alone():
     flat = [torch.full((1, 2, 2, 2), 3.0)]
     tokens = Places(4, 9).measure(flat)
-    assert tokens.shape == (1, 16, 2) and tokens[0, 5, 0] > 0
+    assert tokens.shape == (1, 16, 2) and torch.allclose(tokens, torch.tensor(3.0)), "at the border, too"
 
 
 def test_more_channels_are_rotated_down_and_lengths_kept():

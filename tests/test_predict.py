@@ -1,5 +1,6 @@
 """predict.py scores new pictures as the run scored them, and so do three lines in a notebook."""
 
+import codecs
 import csv
 import io
 import itertools
@@ -11,8 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
+from conftest import tree
 from PIL import Image
+from safetensors.torch import save_file
 
+import export
 import main
 import pictures
 import predict
@@ -69,6 +75,11 @@ TESTED = [f"images/test/{c}/{i}.png" for c in "ab" for i in range(10)]
 def here(fitted, monkeypatch):
     monkeypatch.chdir(fitted)
     return fitted
+
+
+def listed(content: bytes) -> io.TextIOWrapper:
+    """A standard input of these bytes."""
+    return io.TextIOWrapper(io.BytesIO(content))
 
 
 def predicted(capsys, *arguments) -> tuple[list[dict], str, int]:
@@ -199,7 +210,7 @@ def test_the_end_says_how_many_are_anomalous(here, capsys, tmp_path):
 
 
 def test_a_name_without_a_file(here, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{TESTED[0]}\nnowhere.png\n"))
+    monkeypatch.setattr(sys, "stdin", listed(f"{TESTED[0]}\nnowhere.png\n".encode()))
     _, said, status = predicted(capsys, "runs/held", "-")
     assert status == 1 and said.splitlines()[-1] == "skipped: no image nowhere.png: there is no such file"
     loaded = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
@@ -208,8 +219,43 @@ def test_a_name_without_a_file(here, capsys, monkeypatch):
             ask("nowhere.png")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a.png\n\nä b.png".encode(),
+        "a.png\r\n \r\nä b.png\r\n".encode(),
+        "a.png\nä b.png\n".encode("utf-8-sig"),
+        "a.png\r\nä b.png\r\n".encode("utf-16"),
+        codecs.BOM_UTF16_BE + "a.png\nä b.png".encode("utf-16-be"),
+    ],
+)
+def test_lists_of_every_system(content):
+    assert predict.lines_of(content) == ["a.png", "ä b.png"]
+
+
+def test_names_that_are_no_text_pass_through_a_list():
+    assert os.fsencode(predict.lines_of(b"\xff.png\n")[0]) == b"\xff.png"
+    for content in (b"a.png\0b.png\0", "a.png\n".encode("utf-16-le")):
+        with pytest.raises(UserError, match="NUL"):
+            predict.lines_of(content)
+
+
+def test_globs_through_folders_with_brackets(tmp_path):
+    names = ("shots [1]/a.png", "shots [1]/deep/b.png", "shots 1/c.png", "x[2]/d.png", "x2/e.png")
+    tree(tmp_path, *names)
+
+    def found(pattern):
+        return [path.relative_to(tmp_path).as_posix() for path in predict.matching(f"{tmp_path}/{pattern}")]
+
+    assert found("shots [1]/*.png") == ["shots [1]/a.png"]
+    assert found("shots [1]/**/*.png") == ["shots [1]/a.png", "shots [1]/deep/b.png"]
+    assert found("shots [0-9]/*.png") == ["shots 1/c.png"]
+    assert found("*/?.png") == sorted(name for name in names if "deep" not in name)
+    assert found("nowhere/*.png") == []
+
+
 def test_globs_and_lists(here, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(TESTED[:3]) + "\n"))
+    monkeypatch.setattr(sys, "stdin", listed("\n".join(TESTED[:3]).encode()))
     rows, _, _ = predicted(capsys, "runs/held", "-", "images/test/b/*.png")
     assert [row["image"] for row in rows] == TESTED[:3] + TESTED[10:]
 
@@ -313,8 +359,44 @@ def test_the_script_ends_with_a_line_and_a_status(fitted):
     assert no_picture in outcome.stderr.splitlines()[-1]
 
 
+def test_a_weights_file_is_found_by_its_hash_wherever_it_lies(here, tmp_path, monkeypatch):
+    """Where it was, beside the checkpoint, or where --weights_path says; another file is refused."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink(here / "images", "images")
+    other, kept, name = Path("other.safetensors"), Path("kept.safetensors"), "mobilenetv3_small_050"
+    for seed, path in enumerate((other, kept)):
+        torch.manual_seed(seed)
+        save_file(timm.create_model(name).state_dict(), path)
+    options = {"extractor": name, "weights_path": str(kept), "img_size": (32, 32), "class_name": "a"}
+    train.main(Config(**RUN | options, modelname="file", holdout=0.3))
+    checkpoint = Path("runs/file/classes/a-seed0")
+    wanted = Detector.load(checkpoint, "cpu", 1).score(TESTED[0])
+    moved = kept.rename(tmp_path / "moved.safetensors")
+    for given, told in ((None, "fitted with kept.safetensors .*classes.*give it"), (other, "that very file")):
+        with pytest.raises(UserError, match=told):
+            Detector.load(checkpoint, "cpu", 1, weights_path=given).score(TESTED[0])
+    assert Detector.load(checkpoint, "cpu", 1, weights_path=moved).score(TESTED[0]) == wanted
+    arguments = [str(checkpoint), TESTED[0], "--weights_path", str(moved), "--device", "cpu"]
+    assert predict.main(predict.parse_arguments(arguments)) == 0
+    assert export.load(checkpoint, None, None, moved).score(TESTED[0]) == pytest.approx(wanted, rel=1e-3)
+    moved.rename(checkpoint.with_name("kept.safetensors"))
+    assert Detector.load(checkpoint, "cpu", 1).score(TESTED[0]) == wanted
+    with pytest.raises(UserError, match="no file; leave it out"):
+        Detector.load(here / "runs/held/classes/a-seed0", "cpu", 1, weights_path=other).score(TESTED[0])
+
+
 def test_another_backbone_is_refused(here):
     loaded = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
     loaded.eye.features["weights_sha256"] = "of others"
     with pytest.raises(UserError, match="weights_sha256"):
+        loaded.score(TESTED[0])
+
+
+def test_a_backbone_that_gives_something_else_is_refused(here, monkeypatch):
+    """Of the same name, weights and shapes: as of another version of timm."""
+    wanted = timm.models.ResNet.forward_features
+    monkeypatch.setattr(timm, "__version__", "9.9")
+    monkeypatch.setattr(timm.models.ResNet, "forward_features", lambda *_: wanted(*_).tanh())
+    loaded = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
+    with pytest.raises(UserError, match=r"with timm [0-9.]+ the backbone gave other.*timm 9.9 now"):
         loaded.score(TESTED[0])

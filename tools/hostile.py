@@ -128,11 +128,14 @@ MORE = {  # what only one knob's reader would stumble over
         "fusion=none,none",
     ),
     "modelname": ("a/../b", "runs", "classes", "x/", "~", "NUL", "a" * 255),
-    "feature_path": ("a/../../b", "../features", "images/x", "x/" * 200),
+    "feature_path": ("a/../b", "images/x", "x/" * 200),
     "centre_pool": ("1e-320", "1e-9", "0.01", "1e99"),
     "rank": ("0", "1"),
 }
-LONG = {"compile": ("True", "1", "yes", "true")}  # not hostile: they only take their time
+NOT_HOSTILE = {
+    "compile": ("True", "1", "yes", "true"),  # they only take their time
+    "feature_path": ("../../x",),  # outside, as its user says
+}
 
 
 class Value(NamedTuple):
@@ -165,7 +168,7 @@ def hostile_values() -> list[Value]:
                 ",".join(map(str, meta["choices"])),
             ]
         texts += MORE.get(field.name, ())
-        texts = [text for text in texts if text not in LONG.get(field.name, ())]
+        texts = [text for text in texts if text not in NOT_HOSTILE.get(field.name, ())]
         values += [Value(field.name, text) for text in dict.fromkeys(texts)]
     return values
 
