@@ -16,16 +16,15 @@ from shards import REPAIR, CachedArray, Damaged
 LABELS = "labels.json"
 
 
-def cache_folder(config: Config, img_size: tuple[int, int], grid_key: str) -> Path:
+def cache_folder(config: Config, size: str, grid_key: str) -> Path:
     """Where the features of a configuration lie: feature_path, or a folder named after data set, the place of
-    its images where that tells two sets apart, backbone, size and grid."""
+    its images where that tells two sets apart, backbone, size (as in 224x224) and grid."""
     if config.feature_path:
         return Path(config.feature_path)
     extractor = config.extractor.replace("/", "_").replace(":", "_")
     validation = "-validation" if config.validate else ""
     slug = datasets.slug(config)
     place = f"-{slug}" if slug else ""
-    size = f"{img_size[0]}x{img_size[1]}"
     return Path("features") / f"{config.dataset}{place}-{extractor}-{size}-{grid_key}{validation}"
 
 

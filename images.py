@@ -37,6 +37,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)  # the turns that change height for width
 NOT_SEARCHED = "__MACOSX"  # what a Mac's zip adds; names that start with a dot are not searched either
 
 # What Pillow warns of is not the user's to mend: many pixels (MOST_PIXELS is lower), damaged EXIF data.
@@ -177,6 +178,19 @@ def read_image(path: Path) -> np.ndarray:
             f"unreadable image {path} ({type(error).__name__}: {reason}); repair it or take it out of the "
             f"folder"
         ) from None
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Height and width of an image file as ``read_image`` turns it, from its head alone. Raises UserError
+    when that cannot be read."""
+    try:
+        with Image.open(path, formats=formats()) as image:
+            # PNG's own getexif decodes the whole image; a TIFF's size is turned already
+            exif = {} if image.format == "TIFF" else Image.Image.getexif(image)
+            width, height = image.size
+            return (width, height) if exif.get(ORIENTATION, 1) in SIDEWAYS else (height, width)
+    except Exception as error:  # every format fails in its own way on damaged bytes
+        raise UserError(f"unreadable image {path} ({type(error).__name__})") from None
 
 
 def _decoded(image: Image.Image, path: Path) -> np.ndarray:

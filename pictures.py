@@ -59,7 +59,11 @@ class Eye:
         """features: the sidecar of the features that the detector was fitted to. precision: of the backbone,
         as the knob says it; None: as in the fit."""
         self.config = dataclasses.replace(
-            config, device=str(device), compile=False, precision=precision or config.precision
+            config,
+            device=str(device),
+            compile=False,
+            precision=precision or config.precision,
+            img_size=tuple(features["img_size"]),  # of the fit, where the pictures decided it
         )
         self.features, self.device = features, device
         self.unchecked = {"dataset", "validate"} | ({"precision"} if precision else set())
