@@ -45,7 +45,7 @@ from config import LARGEST_IMAGE, Config, UserError, knobs_affecting
 from feature_cache import CacheIdentity, FeatureCache, cache_folder, labels_damage
 from layouts import OF_ANY_SHAPE
 from manifest import Manifest, has_features
-from shards import REPAIR, Damaged, Shard
+from shards import REPAIR, Damaged, Shard, shards_of
 from token_grid import Bands, Places, TokenGrid, place_grid
 
 CHUNK = 64  # images of a full cache that are pooled at a time
@@ -754,7 +754,10 @@ def grown(images: datasets.ImageSet, identity: CacheIdentity) -> growth.Known | 
         return None
     if known is not None:
         manifest = Manifest.read(identity.folder)
-        reopen(identity.folder, lost_shards(identity.folder, manifest, part_key(images), thorough=False))
+        counts = {split: len(images.labels.split(split).names) for split in datasets.SPLITS}
+        wanted = shards_of(counts, manifest.shard_rows)
+        lost = lost_shards(identity.folder, manifest, part_key(images), thorough=False)
+        reopen(identity.folder, {*lost, *set(manifest.shards) - set(wanted)})
     return known
 
 
