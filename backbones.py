@@ -3,6 +3,7 @@ for the device."""
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib
 import logging
@@ -50,6 +51,17 @@ def timm_name(extractor: str) -> str:
 def timm_defaults(extractor: str) -> timm.models.PretrainedCfg:
     """timm's own image size and normalisation for a backbone."""
     return timm.get_pretrained_cfg(timm_name(extractor)) or timm.models.PretrainedCfg()
+
+
+def own_size(extractor: str) -> tuple[int, int]:
+    """Height and width of the images that a backbone was made for."""
+    _, height, width = timm_defaults(extractor).input_size
+    return height, width
+
+
+def image_size(config: Config) -> tuple[int, int]:
+    """Height and width of the images that are fed to the backbone: the knob's, or the backbone's own."""
+    return config.img_size if isinstance(config.img_size, tuple) else own_size(config.extractor)
 
 
 @functools.lru_cache(maxsize=4)
@@ -144,6 +156,13 @@ class Backbone(nn.Module):
         features, maps = self.model.forward_intermediates(images, indices=list(depths), output_fmt="NCHW")
         return self._tokens(features), maps
 
+    @property
+    def stride(self) -> int:
+        """Pixels of a side for each cell of the coarsest map: images of multiples of it fit."""
+        stages = getattr(self.model, "feature_info", ())
+        found = [stage["reduction"] for stage in stages if "reduction" in stage]
+        return max(found, default=round(self.img_size[0] / self.grid[0]))
+
     def channels_of(self, depths: tuple[int, ...]) -> tuple[int, ...]:
         """Channels of the maps of the stages or blocks ``depths``."""
         return tuple(self.model.feature_info[depth]["num_chs"] for depth in depths)
@@ -170,8 +189,7 @@ def load_backbone(config: Config, source: str) -> Backbone:
     cannot be had.
 
     source: where the weights come from, as ``weights_source`` names it."""
-    name, defaults = timm_name(config.extractor), timm_defaults(config.extractor)
-    img_size = config.img_size or tuple(defaults.input_size[1:])
+    name, img_size = timm_name(config.extractor), image_size(config)
     torch.manual_seed(config.seed)  # for weights_path random
     model = _create(name, img_size, config.extractor, from_hub=source == "timm hub")
     if config.weights_path not in (None, "random"):
@@ -185,10 +203,21 @@ def load_backbone(config: Config, source: str) -> Backbone:
 def outline(config: Config) -> Backbone:
     """The backbone without weights and without memory for them: what it gives can be asked before it is
     loaded. Raises UserError as ``load_backbone`` does, but for the weights."""
-    img_size = config.img_size or tuple(timm_defaults(config.extractor).input_size[1:])
+    img_size = image_size(config)
     with torch.device("meta"):
         model = _create(timm_name(config.extractor), img_size, config.extractor, from_hub=False)
         return _as_backbone(model, img_size, config)
+
+
+def takes(config: Config, img_size: tuple[int, int]) -> bool:
+    """Whether a backbone and its weights serve images of another size than its own: no weights but those of
+    positions, which timm resamples, may depend on it."""
+    own = dict(outline(dataclasses.replace(config, img_size=None)).named_parameters())
+    try:
+        other = outline(dataclasses.replace(config, img_size=img_size)).named_parameters()
+    except UserError:
+        return False
+    return all("pos" in name or weights.shape == own[name].shape for name, weights in other)
 
 
 def _as_backbone(model: nn.Module, img_size: tuple[int, int], config: Config) -> Backbone:

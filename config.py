@@ -95,7 +95,10 @@ SECTIONS = {
 }
 
 Size = tuple[int, int]
+AUTO = "auto"
+ImageSize = Size | typing.Literal["auto"] | None
 Triple = tuple[float, float, float]
+LARGEST_IMAGE = 4096  # pixels a side: no backbone was made for more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,9 +227,19 @@ class Config:
     n_feat: int | None = knob(
         None, "feature channels C; none: the backbone's", low=2, high=10**6, affects="features"
     )
-    img_size: Size | None = knob(
+    img_size: ImageSize = knob(
         None,
-        "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's",
+        "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's; auto: of "
+        "one's own pictures and of MVTec, VisA, BTAD and MTD in the shape of the training pictures, of the "
+        "other sets the backbone's",
+        affects="features",
+    )
+    img_pixels: int = knob(
+        2 * 224 * 224,
+        "img_size auto: pixels of an image, fewer where the pictures have fewer, and never fewer than of the "
+        "backbone's own size",
+        low=1,
+        high=LARGEST_IMAGE**2,
         affects="features",
     )
     norm_mean: Triple | None = knob(
@@ -275,7 +288,8 @@ class Config:
     places: int = knob(
         0,
         "also keep and use place tokens, for defects of a small place: the maps of middle depths on a grid "
-        "of so many rows and columns; 0: none",
+        "of so many rows and columns, in the image's shape, and of as many more as it has more pixels than "
+        "the backbone's own size; 0: none",
         low=0,
         high=64,
         affects="features",
@@ -535,7 +549,7 @@ class Config:
             raise UserError(
                 f"token_grid: expected full, compact, centre or a number of patches per side, got {grid!r}"
             )
-        if self.img_size and not all(0 < side <= LARGEST_IMAGE for side in self.img_size):
+        if isinstance(self.img_size, tuple) and not all(0 < side <= LARGEST_IMAGE for side in self.img_size):
             raise UserError(
                 f"img_size: expected 1 to {LARGEST_IMAGE} pixels a side, got "
                 f"{self.img_size[0]}x{self.img_size[1]}"
@@ -593,6 +607,7 @@ PRESETS = {
     },
     # How these were chosen, and on what: results/choosing.md.
     "accurate": {
+        "img_size": "auto",
         "bands": True,
         "places": 14,
         "mirror": True,
@@ -639,14 +654,13 @@ OF_DATASET = {"folder": {"holdout": 0.1}}
 
 # ---------------------------------------------------------------- checks
 LONGEST_TEXT, LONGEST_NAME = 4096, 100  # characters of a knob's text; bytes of a folder's name
-LARGEST_IMAGE = 4096  # pixels a side: no backbone was made for more
 NARROWEST = 0.01  # of a side: a narrower Gaussian weighs one patch, or divides by nothing
 
 
 def check(field, value):
     """Raise UserError unless ``value`` fits the knob: its type, its choices, its range."""
     meta, optional = field.metadata, type(None) in typing.get_args(field.type)
-    if value is None and optional:
+    if value is None and optional or value == AUTO and field.type == ImageSize:
         return
     kind = plain_type(field.type)
     accepted = (int, float) if kind is float else kind
@@ -750,7 +764,9 @@ def parse_value(field, text):
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
                 text.lower()
             ]
-        if field.type == Size | None:
+        if field.type == ImageSize and text.lower() == AUTO:
+            return AUTO
+        if field.type == ImageSize:
             sides = [int(side) for side in text.lower().split("x")]
             return checked_length(sides * 2 if len(sides) == 1 else sides, 2)
         if field.type == Triple | None:

@@ -3,6 +3,7 @@
 Files of images are found by layouts.py and read by images.py, the binary files of published data sets by
 published.py, scikit-learn's digits here (README, "Your own data")."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -135,13 +136,15 @@ class ImageSet:
 
     read(split, i) -> (H, W, 3) uint8; raises UserError that names an unreadable image. identify(split, i):
     a hash of the image's content, of a file's bytes or of pixels; it does not depend on names and places.
-    masks: where the defect of each test image is marked, or None; () without any."""
+    masks: where the defect of each test image is marked, or None; () without any. size(split, i): height and
+    width of an image in a file, quickly; raises UserError."""
 
     labels: Labels
     read: Callable[[str, int], np.ndarray]
     identify: Callable[[str, int], str] = _nothing
     from_files: bool = True
     masks: tuple[Path | None, ...] = ()
+    size: Callable[[str, int], tuple[int, int]] | None = None
 
     def keys(self, split: str) -> list[str]:
         """The content hash of every image of a split, in order; READERS files are read at a time."""
@@ -156,7 +159,18 @@ class ImageSet:
         labels = dataclasses.replace(self.labels, train=train, test=test)
         masks = tuple(self.masks[i] for i in rows["test"]) if self.masks else ()
         read, identify = (partial(_at_row, take, rows) for take in (self.read, self.identify))
-        return ImageSet(labels, read, identify, self.from_files, masks)
+        size = self.size and partial(_at_row, self.size, rows)
+        return ImageSet(labels, read, identify, self.from_files, masks, size)
+
+    def sizes(self, most: int) -> list[tuple[int, int]]:
+        """Height and width of training images, at most so many, evenly spaced, without those that cannot be
+        read; none of arrays."""
+        count, found = len(self.labels.train.names), []
+        if self.size is not None:
+            for i in np.linspace(0, count - 1, min(most, count)).astype(int):
+                with contextlib.suppress(UserError):
+                    found.append(self.size("train", int(i)))
+        return found
 
     def part_key(self, split: str, start: int, stop: int) -> str:
         """A hash of names, labels and content of the images start..stop of a split, where there are any."""
@@ -286,7 +300,8 @@ def _file_set(listing: Listing) -> ImageSet:
         )
     labels = Labels(tuple(listing.classes), **splits, per_category=listing.per_category)
     masks = tuple(entry.mask for entry in listing.entries["test"])
-    return ImageSet(labels, partial(_from_file, files), partial(_file_key, files), masks=masks)
+    read, identify, size = partial(_from_file, files), partial(_file_key, files), partial(_file_size, files)
+    return ImageSet(labels, read, identify, masks=masks, size=size)
 
 
 def _from_file(files: dict[str, list[Path]], split: str, i: int) -> np.ndarray:
@@ -295,6 +310,10 @@ def _from_file(files: dict[str, list[Path]], split: str, i: int) -> np.ndarray:
 
 def _file_key(files: dict[str, list[Path]], split: str, i: int) -> str:
     return images.content_key(files[split][i])
+
+
+def _file_size(files: dict[str, list[Path]], split: str, i: int) -> tuple[int, int]:
+    return images.size_of(files[split][i])
 
 
 def unlabelled(files: list[Path]) -> ImageSet:

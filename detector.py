@@ -31,7 +31,7 @@ from arithmetic import products
 from config import ClassError, Config, UserError, make_config
 from normalization import BandNormalizer, Normalizer, PlaceNormalizer, spread
 from shell.files import file_name, sha256_of_file, whole_file, write_sealed
-from token_grid import Bands, TokenGrid
+from token_grid import Bands, TokenGrid, place_grid_of
 
 EVAL_BATCH = {"cpu": 100, "cuda": 500}  # images per forward pass in evaluation: a CPU's caches hold these
 LEFT_FREE = 0.2  # share of a GPU's memory that tokens leave to training
@@ -439,7 +439,7 @@ class Detector(nn.Module):
     def local_finding(scores: Tensor) -> tuple[Tensor, Tensor]:
         """An image's likelihood score is its least likely place's: (B, P) -> (B), and no neighbours, (B,
         0)."""
-        return scores.amax(1), scores.new_zeros(len(scores), 0)
+        return scores.amax(1), scores.new_zeros(scores.shape[0], 0)  # len: a number in an exported graph
 
     def flow_of(self, head: str) -> nn.Module:
         return {"semantic": self.flow, "texture": self.texture, "local": getattr(self, "local", None)}[head]
@@ -756,7 +756,8 @@ class PictureDetector:
             return heat_map.by_occlusion(self.score, pixels)
         rows = next(iter(self.eye.rows([pixels])))
         assert not isinstance(rows, pictures.Unreadable), "pixels can be read"
-        return heat_map.of_places(self.fitted.place_map(Features.of(rows).places)[0], pixels.shape[:2])
+        values, grid = self.fitted.place_map(Features.of(rows).places)[0], place_grid_of(self.eye.features)
+        return heat_map.of_places(values, grid, pixels.shape[:2])
 
     def p_value(self, score: Any) -> Any:
         """How many normal pictures score as high or higher, as a share, of a score or an array of them; NaN

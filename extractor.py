@@ -43,11 +43,12 @@ from cache_writer import (
     restore,
     start_again,
 )
-from config import Config, UserError, knobs_affecting
+from config import LARGEST_IMAGE, Config, UserError, knobs_affecting
 from feature_cache import CacheIdentity, FeatureCache, cache_folder, labels_damage
+from layouts import OF_ANY_SHAPE
 from manifest import EXAMPLE, Manifest, has_features
-from shards import REPAIR, Damaged, Shard
-from token_grid import OF_MAPS, Bands, Places, TokenGrid
+from shards import REPAIR, Damaged, Shard, shards_of
+from token_grid import OF_MAPS, Bands, Places, TokenGrid, place_grid
 
 CHUNK = 64  # images of a full cache that are pooled at a time
 BATCH = {"cpu": 8, "cuda": 64}  # images per backbone pass: a CPU's caches hold the maps of these
@@ -68,13 +69,14 @@ def token_grid(config: Config) -> TokenGrid:
     return TokenGrid(config.token_grid, config.pooling, config.window, config.centre_pool)
 
 
-def maps_kept(config: Config) -> dict[str, Bands | Places]:
-    """What is kept of the maps of several depths, by the name of its array."""
+def maps_kept(config: Config, img_size: tuple[int, int]) -> dict[str, Bands | Places]:
+    """What is kept of the maps of several depths of images of that size, by the name of its array."""
     kept: dict[str, Bands | Places] = {}
     if config.bands:
         kept["bands"] = Bands(config.rings, config.low_sigma)
     if config.places:
-        kept["places"] = Places(config.places, config.place_channels)
+        grid = place_grid(config.places, img_size, backbones.own_size(config.extractor))
+        kept["places"] = Places(grid, config.place_channels)
     return kept
 
 
@@ -82,18 +84,24 @@ def cache_identity(config: Config) -> CacheIdentity:
     """Which features a configuration asks for, found without loading the backbone. Raises UserError.
 
     The fields are the knobs that affect the features, with what the backbone decides put in for those left
-    open."""
+    open. A size that the pictures decide is left open (``sized``)."""
     defaults, grid = backbones.timm_defaults(config.extractor), token_grid(config)
     fields = {name: getattr(config, name) for name in knobs_affecting("features")}
     del fields["weights_path"]  # recorded by content, as "weights"
     fields |= {
         "timm_model": backbones.timm_name(config.extractor),
         "weights": backbones.weights_source(config),
-        "img_size": config.img_size or tuple(defaults.input_size[1:]),
         "norm_mean": config.norm_mean or tuple(defaults.mean),
         "norm_std": config.norm_std or tuple(defaults.std),
         **grid.fields(),
     }
+    if by_pictures(config):
+        del fields["img_size"]
+        size = f"auto{config.img_pixels}"
+    else:
+        del fields["img_pixels"]
+        fields |= shape_fields(config, backbones.image_size(config))
+        size = "{}x{}".format(*fields["img_size"])
     for name, unspecified in (("precision", "auto"), ("n_feat", None)):
         if fields[name] == unspecified:  # whatever the machine or the backbone chose is accepted
             del fields[name]
@@ -107,7 +115,67 @@ def cache_identity(config: Config) -> CacheIdentity:
         fields["band_depths"] = None
     parts = {"bands": config.bands, f"places{config.places}": config.places, "mirror": config.mirror}
     grid_key = "-".join([grid.key, *(name for name, kept in parts.items() if kept)])
-    return CacheIdentity(cache_folder(config, fields["img_size"], grid_key), fields)
+    return CacheIdentity(cache_folder(config, size, grid_key), fields)
+
+
+# ---------------------------------------------------------------- the size of the images
+SIZES_READ = 200  # training pictures whose sizes decide
+
+
+def by_pictures(config: Config) -> bool:
+    """Whether the pictures decide the size that is fed to the backbone."""
+    return config.img_size == "auto" and config.dataset in OF_ANY_SHAPE
+
+
+def shape_fields(config: Config, img_size: tuple[int, int]) -> dict:
+    """What a cache records of the shape of its images; a square grid of places needs no telling."""
+    grid = (config.places, config.places)
+    if config.places:
+        grid = place_grid(config.places, img_size, backbones.own_size(config.extractor))
+    return {"img_size": img_size, "place_grid": None if grid == (config.places, config.places) else grid}
+
+
+def sized(config: Config, images: datasets.ImageSet, identity: CacheIdentity) -> CacheIdentity:
+    """The same with the size of the images where the pictures decide it: that of the features that are there,
+    so that a folder may grow, or the one that the training pictures ask for."""
+    if "img_size" in identity.fields:
+        return identity
+    size = None
+    with contextlib.suppress(UserError):
+        size = Manifest.read(identity.folder).fields.get("img_size")
+    fields = shape_fields(config, tuple(size) if size else size_for(config, images))
+    return CacheIdentity(identity.folder, identity.fields | fields)
+
+
+def at_size(config: Config, identity: CacheIdentity) -> Config:
+    """The configuration with the size of the images as a knob."""
+    return dataclasses.replace(config, img_size=identity.fields["img_size"])
+
+
+def size_for(config: Config, images: datasets.ImageSet) -> tuple[int, int]:
+    """The size that the training pictures ask for (``size_in_shape``); the backbone's own where none can be
+    read, or where it takes no other."""
+    own, found = backbones.own_size(config.extractor), images.sizes(SIZES_READ)
+    if not found:
+        return own
+    backbone = backbones.outline(dataclasses.replace(config, img_size=None))
+    size = size_in_shape(np.array(found), config.img_pixels, own, backbone.stride)
+    if not backbones.takes(config, size):
+        print(f"img_size auto: {config.extractor} takes {own[0]}x{own[1]} only", flush=True)
+        return own
+    return size
+
+
+def size_in_shape(sizes: np.ndarray, pixels: int, own_size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Height and width in multiples of ``stride``, in the median shape of pictures of the ``sizes`` (n, 2).
+
+    About so many pixels, but no more than the median picture has (enlarging adds nothing), and in any case
+    as many as the backbone's own size."""
+    ratio, area = np.median(sizes[:, 0] / sizes[:, 1]), np.median(np.prod(sizes.astype(float), 1))
+    area = max(min(pixels, area), math.prod(own_size))
+    sides = (math.sqrt(area * ratio), math.sqrt(area / ratio))
+    height, width = (min(max(1, round(side / stride)), LARGEST_IMAGE // stride) * stride for side in sides)
+    return height, width
 
 
 # ---------------------------------------------------------------- images -> device
@@ -226,7 +294,7 @@ Rows = dict[str, Tensor]  # of some images: tokens (n, 1 + N, C), bands (n, D), 
 
 def what_is_kept(config: Config, backbone: backbones.Backbone) -> tuple[dict[str, tuple[int, ...]], dict]:
     """The shape of each array that an image leaves, and the cache's fields that tell what they are."""
-    grid, of_maps = token_grid(config), maps_kept(config)
+    grid, of_maps = token_grid(config), maps_kept(config, backbone.img_size)
     shape = grid.cached_shape(backbone.grid)
     n_tokens = 1 + grid.n_tokens(shape)
     fields = {
@@ -253,8 +321,8 @@ class Extraction:
         self, config: Config, images: datasets.ImageSet, identity: CacheIdentity, device: torch.device
     ):
         self.config, self.images, self.device = config, images, device
-        self.grid, self.of_maps = token_grid(config), maps_kept(config)
         self.img_size = identity.fields["img_size"]
+        self.grid, self.of_maps = token_grid(config), maps_kept(config, self.img_size)
         backbone = backbones.load_backbone(config, identity.fields["weights"])
         self.dtype = backbones.choose_precision(config.precision, device)
         self.full_grid = backbone.grid
@@ -335,10 +403,11 @@ class Extraction:
         return rows | {name: kept.measure(maps) for name, kept in self.of_maps.items()}
 
     @torch.inference_mode()
-    def seconds_per_image(self) -> float:
-        """Time of the backbone per image on this machine, by the second of two passes over a blank batch;
-        reading and decoding come on top."""
-        blank = torch.zeros(self.batch, 3, *self.img_size, dtype=torch.uint8)
+    def seconds_per_image(self, count: int) -> float:
+        """Time of the backbone per image on this machine, for a job of so many, by the second of two passes
+        over blank images; reading and decoding come on top."""
+        few = self.threads and count < LONG_JOB  # on a CPU two images tell nearly as much as a batch
+        blank = torch.zeros(min(2, self.batch) if few else self.batch, 3, *self.img_size, dtype=torch.uint8)
         at_once, threads = max(1, self.threads), torch.get_num_threads()
         torch.set_num_threads(max(1, threads // at_once))  # as one of the threads that extract
         for _ in range(2):
@@ -346,7 +415,7 @@ class Extraction:
             for values in self.rows(blank).values():
                 values.sum().item()  # waits for a GPU
         torch.set_num_threads(threads)
-        return (time.perf_counter() - start) / (self.batch * at_once)
+        return (time.perf_counter() - start) / (len(blank) * at_once)
 
     def features(
         self, split: str, start: int = 0, stop: int | None = None, unreadable: list[int] | None = None
@@ -497,7 +566,7 @@ def _arrived(copies: Rows, event: torch.cuda.Event) -> Rows:
 
 
 # ---------------------------------------------------------------- tokens -> cache
-LONG_JOB = 1000  # images from which the time is estimated before the start
+LONG_JOB = 1000  # images from which the time is estimated before the start in any case
 
 
 def extract(
@@ -509,21 +578,24 @@ def extract(
 ) -> FeatureCache:
     """Extract what is missing of the images of a data set into their cache, but for those whose features are
     known. Raises UserError; finished shards are kept."""
+    config = at_size(config, identity)
     shapes, _ = what_is_kept(config, backbones.outline(config))
     check_disk(identity.folder, images.labels, shapes)
     job = Extraction(config, images, identity, device)
     writer = new_writer(config, images, identity.folder, job.fields, shapes)
     missing = writer.missing()
     count = sum(shard.stop - shard.start for shard in missing)
+    size = "{}x{}".format(*job.img_size) + (" (img_size auto)" if "img_pixels" in identity.fields else "")
     print(
-        f"extracting {count} images with {config.extractor} on {device} in {job.fields['precision']}: "
-        f"{job.fields['tokens']} tokens of {job.fields['n_feat']} channels each, "
-        f"{writer.manifest.size(missing) / 1e9:.2f} GB in {identity.folder}",
+        f"extracting {count} images with {config.extractor} at {size} on {device} in "
+        f"{job.fields['precision']}: {job.fields['tokens']} tokens of {job.fields['n_feat']} channels each, "
+        f"{writer.manifest.size(missing) / 1e9:.2g} GB in {identity.folder}",
+        end="",
         flush=True,
     )
-    if count >= LONG_JOB:
-        expected = count * job.seconds_per_image()
-        print(f"this takes about {utils.readable_time(expected)} on this machine, once", flush=True)
+    told = count >= LONG_JOB or count and "img_pixels" in identity.fields
+    expected = utils.readable_time(count * job.seconds_per_image(count)) if told else ""
+    print(f", about {expected} on this machine, once" if told else "", flush=True)
 
     def features(shard: Shard, skipped: list[int]) -> Iterator[dict[str, np.ndarray]]:
         def compute(part: Shard) -> Iterator[dict[str, np.ndarray]]:
@@ -596,8 +668,9 @@ def pool_full_cache(
     )
     if config.token_grid == "full":
         return None
+    of_this_size = {name: identity.fields[name] for name in ("img_size", "place_grid")}
     try:
-        source = FeatureCache(full.with_images(images))
+        source = FeatureCache(CacheIdentity(full.folder, full.fields | of_this_size).with_images(images))
     except UserError:
         return None
     grid = token_grid(config)
@@ -658,8 +731,9 @@ def ensure_features(
         if not mend(images, folder, thorough=config.verify):
             print(f"features: reusing the cache {folder}", flush=True)
             return as_wanted(config, FeatureCache(identity))
+    identity = sized(config, images, identity)
     if check is not None:
-        _, features = what_is_kept(config, backbones.outline(config))
+        _, features = what_is_kept(config, backbones.outline(at_size(config, identity)))
         check(features)
     return make_features(config, images, identity, device, known)
 
@@ -704,7 +778,10 @@ def grown(images: datasets.ImageSet, identity: CacheIdentity) -> growth.Known | 
         return None
     if known is not None:
         manifest = Manifest.read(identity.folder)
-        reopen(identity.folder, lost_shards(identity.folder, manifest, part_key(images), thorough=False))
+        counts = {split: len(images.labels.split(split).names) for split in datasets.SPLITS}
+        wanted = shards_of(counts, manifest.shard_rows)
+        lost = lost_shards(identity.folder, manifest, part_key(images), thorough=False)
+        reopen(identity.folder, {*lost, *set(manifest.shards) - set(wanted)})
     return known
 
 
@@ -774,6 +851,7 @@ def main(config: Config) -> None:
         growth.remember(images, folder)
         print(f"features: all {len(cache.manifest.shards)} shards of {folder} are sound", flush=True)
         return
+    identity = sized(config, images, identity)
     print(f"features written to {make_features(config, images, identity, device, known).folder}", flush=True)
 
 

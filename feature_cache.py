@@ -16,15 +16,14 @@ from shell.files import as_strict_json, checksum, sha256_of_text
 LABELS = "labels.json"
 
 
-def cache_folder(config: Config, img_size: tuple[int, int], grid_key: str) -> Path:
+def cache_folder(config: Config, size: str, grid_key: str) -> Path:
     """Where the features of a configuration lie: feature_path, or a folder named after data set, the place of
-    its images where that tells two sets apart, backbone, size and grid."""
+    its images where that tells two sets apart, backbone, size (as in 224x224) and grid."""
     if config.feature_path:
         return Path(config.feature_path)
     extractor = config.extractor.replace("/", "_").replace(":", "_")
     slug = datasets.slug(config)
     place = f"-{slug}" if slug else ""
-    size = f"{img_size[0]}x{img_size[1]}"
     return Path("features") / f"{config.dataset}{place}-{extractor}-{size}-{grid_key}"
 
 

@@ -25,6 +25,7 @@ import report
 from config import Config, UserError
 from shell.files import file_name, whole_file
 from tables import shorten
+from token_grid import place_grid_of
 
 SHEET = 10  # images per row of a contact sheet
 TILE = 104  # pixels of a side of the square that an image is fitted into
@@ -116,7 +117,7 @@ def draw_heat_maps(
     pictures = []
     for number, (row, places) in enumerate(zip(rows, detector.place_maps(fitted, cache, rows)), 1):
         path, pixels = figures / f"heat-{file_name(name)}-{number}.png", images.read("test", int(row))
-        values = heat_map.of_places(places, pixels.shape[:2])
+        values = heat_map.of_places(places, place_grid_of(cache.manifest.fields), pixels.shape[:2])
         heat_map.draw(pixels, values, path, images.labels.test.names[int(row)])
         caption = f"Where test image {number} of {name}, by its score, is unusual, seed {config.seed}"
         pictures.append(Picture(path, caption, name))

@@ -28,10 +28,9 @@ def resized(coarse: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return F.interpolate(values, size, mode="bilinear", align_corners=False)[0, 0].numpy()
 
 
-def of_places(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """From the scores (P) of the places of a square grid -> (H, W)."""
-    side = round(len(scores) ** 0.5)
-    return resized(scores.reshape(side, side), size)
+def of_places(scores: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """From the scores (P) of the places of a grid (rows, columns) -> (H, W)."""
+    return resized(scores.reshape(grid), size)
 
 
 def by_occlusion(score: Callable[[list[np.ndarray]], np.ndarray], pixels: np.ndarray) -> np.ndarray:

@@ -28,6 +28,8 @@ from config import UserError
 MOST_PIXELS = 64_000_000  # decoded and copied once these take some 0.5 GB
 # Known to Pillow, and no pictures that it decodes itself: EPS starts Ghostscript, the others have no decoder.
 NOT_DECODED = {"EPS", "WMF", "HDF5", "GRIB", "BUFR", "MPEG"}
+ORIENTATION = 0x0112  # EXIF: how to turn the stored image
+SIDEWAYS = (5, 6, 7, 8)  # the turns that change height for width
 NOT_SEARCHED = "__MACOSX"  # what a Mac's zip adds; names that start with a dot are not searched either
 
 # What Pillow warns of is not the user's to mend: many pixels (MOST_PIXELS is lower), damaged EXIF data.
@@ -197,6 +199,19 @@ def pixels_of(picture: Any) -> np.ndarray:
 
 def _kind_and_reason(error: Exception, reason: str) -> str:
     return f"{type(error).__name__}: {reason.splitlines()[0][:120] if reason else ''}"
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Height and width of an image file as ``read_image`` turns it, from its head alone. Raises UserError
+    when that cannot be read."""
+    try:
+        with Image.open(path, formats=formats()) as image:
+            # PNG's own getexif decodes the whole image; a TIFF's size is turned already
+            exif = {} if image.format == "TIFF" else Image.Image.getexif(image)
+            width, height = image.size
+            return (width, height) if exif.get(ORIENTATION, 1) in SIDEWAYS else (height, width)
+    except Exception as error:  # every format fails in its own way on damaged bytes
+        raise UserError(f"unreadable image {path} ({type(error).__name__})") from None
 
 
 def _decoded(image: Image.Image, path: Path) -> np.ndarray:

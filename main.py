@@ -36,6 +36,7 @@ import train
 import utils
 import webpage
 from config import ClassError, Config, UserError
+from token_grid import place_grid_of
 
 
 # ---------------------------------------------------------------- running
@@ -188,7 +189,8 @@ def _localisation(
     kept = [row for row, label in zip(rows, labels) if row in marked or not label]
     masks = [marked.get(row, np.zeros(size, bool)) for row in kept]
     maps = detector.place_maps(fitted, cache, np.array(kept))
-    sized = [heat_map.of_places(values, mask.shape) for values, mask in zip(maps, masks)]
+    grid = place_grid_of(cache.manifest.fields)
+    sized = [heat_map.of_places(values, grid, mask.shape) for values, mask in zip(maps, masks)]
     return heat_map.localisation(sized, masks)
 
 

@@ -54,7 +54,11 @@ class Eye:
         as the knob says it; None: as in the fit. weights: the file of a fit with weights_path; None: looked
         for where it was, and beside the ``checkpoint``."""
         self.config = dataclasses.replace(
-            config, device=str(device), compile=False, precision=precision or config.precision
+            config,
+            device=str(device),
+            compile=False,
+            precision=precision or config.precision,
+            img_size=tuple(features["img_size"]),  # of the fit, where the pictures decided it
         )
         self.features, self.device, self.weights, self.checkpoint = features, device, weights, checkpoint
         self.unchecked = {"dataset"} | ({"precision"} if precision else set())

@@ -231,20 +231,34 @@ def mean_of_neighbours(features: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- places
+def place_grid(side: int, img_size: tuple[int, int], own_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of places of an image of any shape: side x side of a square one, in proportion of
+    others; of as many pixels a place as at the backbone's own size where the image is larger than that."""
+    pixels = math.sqrt(min(math.prod(img_size), math.prod(own_size))) / side  # of a place's side
+    return max(1, round(img_size[0] / pixels)), max(1, round(img_size[1] / pixels))
+
+
+def place_grid_of(features: dict) -> tuple[int, int]:
+    """Rows and columns of the places that a cache's fields tell of: a square unless they say otherwise."""
+    side = math.isqrt(features["place_shape"][0])
+    rows, columns = features.get("place_grid") or (side, side)
+    return rows, columns
+
+
 @dataclasses.dataclass(frozen=True)
 class Places:
     """Place tokens (docs/method.md, section 5.3): what the maps of middle depths hold at each place of one
-    grid, side x side, the deepest depth left out. A local defect shows in the tokens of its place alone.
+    grid (rows, columns), the deepest depth left out. A local defect shows in the tokens of its place alone.
 
     channels: at most so many per place; more are brought down by a fixed random rotation, which keeps
     distances on average."""
 
-    side: int
+    grid: tuple[int, int]
     channels: int
 
     def shape(self, channels: tuple[int, ...]) -> tuple[int, int]:
         """Places and channels of an image, from the channels of each depth."""
-        return self.side**2, min(self.channels, sum(self._middle(channels)))
+        return math.prod(self.grid), min(self.channels, sum(self._middle(channels)))
 
     @staticmethod
     def _middle(depths):
@@ -252,8 +266,8 @@ class Places:
         return depths[:-1] or depths
 
     def measure(self, maps: list[Tensor]) -> Tensor:
-        """Maps (B, C_i, rows_i, columns_i) of several depths -> place tokens (B, side^2, D), float32: 3 x 3
-        means, brought to the grid and joined (as PatchCore does, arXiv 2106.08265, section 3.1)."""
+        """Maps (B, C_i, rows_i, columns_i) of several depths -> place tokens (B, rows x columns, D), float32:
+        3 x 3 means, brought to the grid and joined (as PatchCore does, arXiv 2106.08265, section 3.1)."""
         resized = [self._resize(features.float()) for features in self._middle(maps)]
         tokens = torch.cat(resized, 1).flatten(2).transpose(1, 2)
         if tokens.shape[2] <= self.channels:
@@ -261,10 +275,10 @@ class Places:
         return tokens @ rotation(tokens.shape[2], self.channels).to(tokens.device)
 
     def _resize(self, features: Tensor) -> Tensor:
-        smooth, size = mean_of_neighbours(features), (self.side, self.side)
-        if min(features.shape[2:]) >= self.side:
-            return F.adaptive_avg_pool2d(smooth, size)
-        return F.interpolate(smooth, size, mode="bilinear", align_corners=False)
+        smooth = mean_of_neighbours(features)
+        if features.shape[2] >= self.grid[0] and features.shape[3] >= self.grid[1]:
+            return F.adaptive_avg_pool2d(smooth, self.grid)
+        return F.interpolate(smooth, self.grid, mode="bilinear", align_corners=False)
 
 
 @functools.lru_cache(maxsize=4)

@@ -222,6 +222,7 @@ def test_knobs_that_a_script_does_not_read_are_refused(script, name, capsys):
         ("img_size", "384x256", (384, 256)),
         ("img_size", "384X256", (384, 256)),
         ("img_size", "none", None),
+        ("img_size", "Auto", "auto"),
         ("norm_mean", "0.1,0.2,0.3", (0.1, 0.2, 0.3)),
         ("norm_std", "none", None),
         ("n_feat", "none", None),
@@ -339,8 +340,8 @@ def test_import_starts_nothing(tmp_path):
 
 # ---------------------------------------------------------------- one place for one decision
 FEATURES = """
-    dataset fine_classes extractor weights_path n_feat img_size norm_mean norm_std token_grid pooling
-    precision bands band_depths rings low_sigma window places place_channels mirror
+    dataset fine_classes extractor weights_path n_feat img_size img_pixels norm_mean norm_std
+    token_grid pooling precision bands band_depths rings low_sigma window places place_channels mirror
 """.split()
 FIT = """
     device n_coupling_blocks fc_internal clamp fusion n_heads alpha use_gamma identity_start normalize

@@ -1087,7 +1087,7 @@ def test_bands_in_the_cache_are_those_of_the_maps(mixed):
             pixels = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
             with torch.inference_mode():
                 _, maps = backbone.with_maps(pixels[None], (1, 2, 3, 4))
-                wanted = extractor.maps_kept(config)["bands"].measure(maps)[0]
+                wanted = extractor.maps_kept(config, backbone.img_size)["bands"].measure(maps)[0]
             error = (torch.from_numpy(np.array(bands[i])).float() - wanted).abs().max() / wanted.abs().max()
             assert error < 0.02, (split, i)
 

@@ -53,6 +53,16 @@ def add(folder: Path, *names: str) -> None:
         write_image(folder / name, texture(2, np.random.RandomState(90 + seed)))
 
 
+def test_a_folder_of_good_pictures_grows_at_its_end(folder, extracted):
+    """All shards that there were stay as they are, and none is among those that are wanted."""
+    config = settings(dataset_path="images/train/a")
+    before = extractor.ensure_features(config, CPU).tokens("train")[:]
+    extracted.clear()
+    add(folder, "train/a/later.png")
+    grown = extractor.ensure_features(config, CPU)
+    assert extracted == [("train", 5)] and np.array_equal(grown.tokens("train")[:5], before)
+
+
 @pytest.mark.parametrize("way", ["train", "extractor"])
 @pytest.mark.parametrize("shard_rows", [0, 4])
 def test_only_new_pictures_are_extracted(folder, extracted, way, shard_rows):

@@ -68,9 +68,9 @@ def test_aupro_by_hand():
 
 
 def test_map_of_places_keeps_its_places():
-    scores = np.zeros((4, 4))
-    scores[1, 3] = 1
-    values = heat_map.of_places(scores.ravel(), (40, 80))
+    scores = np.zeros((4, 2))
+    scores[1, 1] = 1
+    values = heat_map.of_places(scores.ravel(), (4, 2), (40, 80))
     assert values.shape == (40, 80) and values.dtype == np.float32
     assert np.unravel_index(values.argmax(), values.shape)[0] in range(10, 20)
     assert values[10:20, 60:].mean() > 0.5 and values[25:, :40].max() == 0

@@ -17,7 +17,7 @@ import utils
 from config import Config
 from datasets import SPLITS, Labels, Split
 from normalization import PlaceNormalizer
-from token_grid import Bands, Places, rotation
+from token_grid import Bands, Places, place_grid, rotation
 
 CHANNELS = (4, 6, 5)
 
@@ -29,8 +29,8 @@ def maps(grids=((16, 12), (8, 8), (4, 4)), seed=0) -> list[torch.Tensor]:
 
 # ---------------------------------------------------------------- the tokens
 def test_places_are_smoothed_means_of_all_depths_but_the_deepest():
-    tokens = Places(4, 100).measure(maps())
-    assert tokens.shape == (3, *Places(4, 100).shape(CHANNELS)) == (3, 16, 10)
+    tokens = Places((4, 4), 100).measure(maps())
+    assert tokens.shape == (3, *Places((4, 4), 100).shape(CHANNELS)) == (3, 16, 10)
     padded = [F.pad(torch.stack([m, torch.ones_like(m)]), (1, 1, 1, 1)) for m in maps()[:2]]
     for depth, (height, width) in enumerate(((16, 12), (8, 8))):
         sums, there = sum(
@@ -44,7 +44,7 @@ def test_places_are_smoothed_means_of_all_depths_but_the_deepest():
 
 def test_a_coarser_map_is_brought_to_the_grid_and_one_depth_serves_alone():
     flat = [torch.full((1, 2, 2, 2), 3.0)]
-    tokens = Places(4, 9).measure(flat)
+    tokens = Places((4, 4), 9).measure(flat)
     assert tokens.shape == (1, 16, 2) and torch.allclose(tokens, torch.tensor(3.0)), "at the border, too"
 
 
@@ -54,9 +54,36 @@ def test_more_channels_are_rotated_down_and_lengths_kept():
     assert few.square().sum().item() == pytest.approx(many.square().sum().item(), rel=0.1)
     assert torch.allclose(rotation(10, 6).T @ rotation(10, 6), torch.eye(6) * 10 / 6, atol=1e-5)
     assert torch.allclose(
-        Places(4, 6).measure(maps()), Places(4, 10).measure(maps()) @ rotation(10, 6), atol=1e-5
+        Places((4, 4), 6).measure(maps()), Places((4, 4), 10).measure(maps()) @ rotation(10, 6), atol=1e-5
     )
-    assert Places(4, 6).shape(CHANNELS) == (16, 6)
+    assert Places((4, 4), 6).shape(CHANNELS) == (16, 6)
+
+
+def test_places_lie_row_by_row_in_a_grid_of_any_shape():
+    """Of maps that have as many rows and columns, and of coarser ones."""
+    for height, width in ((16, 8), (8, 4), (3, 8)):
+        features = torch.zeros(1, 1, height, width)
+        features[:, :, : height // 2, width // 2 :] = 1
+        tokens = Places((4, 2), 9).measure([features])
+        assert tokens.shape == (1, 8, 1) and tokens[0, 1] == tokens.max() > tokens[0, 0]
+        assert tokens[0, 6] == tokens.min() < tokens[0, 3] <= tokens[0, 1]
+
+
+@pytest.mark.parametrize(
+    "side, size, grid",
+    [
+        (14, (224, 224), (14, 14)),
+        (6, (64, 64), (6, 6)),
+        (14, (448, 224), (28, 14)),
+        (14, (512, 192), (32, 12)),
+        (14, (448, 448), (28, 28)),
+        (4, (40, 160), (2, 8)),
+        (2, (32, 3200), (1, 29)),
+    ],
+)
+def test_places_are_as_dense_as_at_the_backbones_own_size(side, size, grid):
+    assert place_grid(side, size, (224, 224)) == grid
+    assert place_grid(side, size[::-1], (224, 224)) == grid[::-1]
 
 
 # ---------------------------------------------------------------- the normaliser

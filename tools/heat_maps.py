@@ -20,6 +20,7 @@ import heat_map
 import pictures
 import utils
 from detector import Features, PictureDetector
+from token_grid import place_grid_of
 
 KINDS = ("places", "gaussian", "occlusion")  # gaussian: the places' distances to the normal ones, no flow
 
@@ -34,7 +35,7 @@ def heat(detector: PictureDetector, kind: str, pixels: np.ndarray) -> np.ndarray
         values = detector.fitted.place_map(places)[0]
     else:
         values = detector.fitted.place_normalizer(places).square().mean(2)[0].numpy()
-    return heat_map.of_places(values, pixels.shape[:2])
+    return heat_map.of_places(values, place_grid_of(detector.eye.features), pixels.shape[:2])
 
 
 def chosen(images: datasets.ImageSet, number: int, per_kind: int) -> list[int]:

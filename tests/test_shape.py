@@ -1,0 +1,250 @@
+"""img_size auto: pictures keep their shape, from extraction to heat map and exported file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_image
+from PIL import Image
+
+import backbones
+import datasets
+import export
+import extractor
+import images
+import predict
+import train
+from config import Config, UserError, make_config
+from detector import Detector
+from manifest import Manifest
+
+CPU = torch.device("cpu")
+HEIGHT, WIDTH = 100, 250  # of the pictures: resnet10t, made for 176 x 176, takes 96 x 288 of them
+SIZE = (96, 288)
+
+
+def surface(generator: np.random.RandomState, size=(HEIGHT, WIDTH)) -> np.ndarray:
+    stripes = 100 + 60 * np.sin(np.arange(size[1]) / 4 + generator.uniform(0, 6))
+    return (stripes[None, :, None] + generator.normal(0, 8, (*size, 3))).clip(0, 255).astype(np.uint8)
+
+
+def spoilt(pixels: np.ndarray) -> np.ndarray:
+    """With a defect at the upper right."""
+    pixels = pixels.copy()
+    pixels[8:28, 200:225] = np.random.RandomState(1).randint(0, 256, (20, 25, 3))
+    return pixels
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """In MVTec layout, with masks."""
+    root, generator = tmp_path_factory.mktemp("shape"), np.random.RandomState(0)
+    for i in range(20):
+        write_image(root / f"set/belt/train/good/{i:02d}.png", surface(generator))
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[8:28, 200:225] = 255
+    for i in range(4):
+        write_image(root / f"set/belt/test/good/{i}.png", surface(generator))
+        write_image(root / f"set/belt/test/spot/{i}.png", spoilt(surface(generator)))
+        write_image(root / f"set/belt/ground_truth/spot/{i}_mask.png", mask)
+    patch = pytest.MonkeyPatch()
+    patch.chdir(root)
+    yield root
+    patch.undo()
+
+
+def settings(**more) -> Config:
+    options = {
+        "dataset": "mvtec", "dataset_path": "set", "extractor": "resnet10t", "weights_path": "random",
+        "img_size": "auto", "precision": "float32", "threads": 1, "hide_tqdm_bar": True, "workers": 0,
+        "device": "cpu", "verbose": False, "fc_internal": 16, "n_coupling_blocks": 1, "fusion": "none",
+    }  # fmt: skip
+    return Config(**(options | more))
+
+
+PLACES = {
+    "bands": True, "band_depths": "1,2", "places": 6, "score": "spectrum", "holdout": 0.2,
+    "spread_at_balance": 10.0, "spread_of_surfaces": 10.0, "modelname": "belt", "class_name": "belt",
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- the size
+@pytest.mark.parametrize(
+    "sizes, pixels, size",
+    [
+        ([(630, 250)], 2 * 224**2, (512, 192)),
+        ([(250, 630)], 2 * 224**2, (192, 512)),
+        ([(1024, 1024)], 2 * 224**2, (320, 320)),
+        ([(1024, 1024)], 224**2, (224, 224)),
+        ([(300, 300)], 448**2, (288, 288)),  # enlarging adds nothing
+        ([(32, 32)], 2 * 224**2, (224, 224)),  # but for what the backbone was made for
+        ([(20, 80)], 2 * 224**2, (128, 448)),
+        ([(1024, 1024)], 1, (224, 224)),
+        ([(3000, 1), (3000, 1)], 224**2, (4096, 32)),
+        ([(400, 200), (400, 200), (90, 900)], 224**2, (320, 160)),  # the median, not the mean
+    ],
+)
+def test_size_in_the_pictures_shape(sizes, pixels, size):
+    assert extractor.size_in_shape(np.array(sizes), pixels, (224, 224), 32) == size
+
+
+@pytest.mark.parametrize(
+    "name, stride",
+    [("resnet10t", 32), ("efficientnet_lite1", 32), ("vit_tiny_patch16_224", 16), ("convnext_atto", 32),
+     ("vit_small_patch14_dinov2", 14), ("swin_tiny_patch4_window7_224", 32)],
+)  # fmt: skip
+def test_stride_of_a_backbone(name, stride):
+    assert backbones.outline(settings(extractor=name, img_size=None)).stride == stride
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("turn", [1, 3, 6, 8])
+def test_size_of_a_file_is_that_of_its_pixels(tmp_path, ending, turn):
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = turn
+    Image.new("RGB", (30, 20)).save(tmp_path / f"x.{ending}", exif=exif)
+    size = images.size_of(tmp_path / f"x.{ending}")
+    assert size == images.read_image(tmp_path / f"x.{ending}").shape[:2]
+    assert size == ((30, 20) if turn > 3 else (20, 30))
+
+
+def test_only_the_head_of_a_file_is_read(tmp_path):
+    for ending in ("png", "jpg"):
+        path = tmp_path / f"x.{ending}"
+        Image.effect_noise((300, 200), 90).save(path)
+        path.write_bytes(path.read_bytes()[:2000])
+        assert images.size_of(path) == (200, 300)
+    (tmp_path / "y.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"unreadable image .*y\.png"):
+        images.size_of(tmp_path / "y.png")
+
+
+def test_a_few_pictures_of_all_parts_are_measured_and_unreadable_ones_passed_over(tmp_path):
+    for name in "abc":
+        for i in range(5):
+            write_image(tmp_path / f"train/{name}/{i}.png", np.zeros((10 + ord(name), 20, 3), np.uint8))
+    (tmp_path / "train/b/2.png").write_bytes(b"")
+    found = datasets.load_images("folder", str(tmp_path))
+    assert len(found.sizes(100)) == 14
+    assert found.sizes(3) == [(10 + ord("a"), 20), (10 + ord("c"), 20)]
+    assert datasets.load_images("digits", None).sizes(100) == []
+
+
+def test_published_small_images_stay_square(monkeypatch):
+    """By name and place they are those of img_size none."""
+    for dataset in ("digits", "cifar10", "CIFAR100", "fashion", "STL10", "CatsvsDogs"):
+        auto, none = (
+            extractor.cache_identity(settings(dataset=dataset, dataset_path=None, img_size=size))
+            for size in ("auto", None)
+        )
+        assert auto == none and auto.fields["img_size"] == (176, 176)
+
+
+def test_the_presets_of_the_paper_stay_square():
+    for preset in ("paper", "paper_L", "released"):
+        assert make_config({"preset": preset}).img_size is None
+    assert make_config({"preset": "accurate"}).img_size == "auto"
+
+
+# ---------------------------------------------------------------- extraction
+def test_the_size_is_kept_with_the_features(folder, tmp_path, capsys):
+    """The training pictures decide; said in one line with what it costs; others that come later are fed at
+    the same size, and so is everything else of these features."""
+    generator = np.random.RandomState(5)
+    for i in range(6):
+        write_image(tmp_path / f"own/train/belt/{i}.png", surface(generator))
+    config = settings(dataset="folder", dataset_path=str(tmp_path / "own"), feature_path=str(tmp_path / "f"))
+    cache = extractor.ensure_features(config, CPU)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("extracting"))
+    assert "at 96x288 (img_size auto)" in line and " GB in " in line and line.endswith("machine, once")
+    assert tuple(cache.meta["img_size"]) == SIZE and cache.grid == (3, 9)
+    before = cache.tokens("train")[:]
+    for i in range(20):
+        write_image(tmp_path / f"own/train/belt/tall{i}.png", surface(generator, (WIDTH, HEIGHT)))
+    grown = extractor.ensure_features(config, CPU)
+    assert grown.grid == (3, 9) and len(grown.tokens("train")) == 26
+    assert np.array_equal(grown.tokens("train")[:6], before)
+    assert extractor.ensure_features(settings(feature_path=str(tmp_path / "f"), dataset="folder",
+                                              pretrained=True), CPU).grid == (3, 9)  # fmt: skip
+    extractor.main(settings(**vars_of(config), restart=True))
+    assert tuple(Manifest.read(tmp_path / "f").fields["img_size"]) == SIZE
+
+
+def vars_of(config: Config) -> dict:
+    return {name: getattr(config, name) for name in ("dataset", "dataset_path", "feature_path")}
+
+
+def test_features_are_those_of_the_size_named(folder, tmp_path):
+    auto = extractor.ensure_features(settings(**PLACES), CPU)
+    assert "auto100352" in auto.folder.name
+    named = extractor.ensure_features(
+        settings(**PLACES | {"feature_path": str(tmp_path)}, img_size=SIZE), CPU
+    )
+    for name, array in auto.arrays("train").items():
+        assert np.array_equal(array[:], named.arrays("train")[name][:])
+    assert tuple(auto.meta["place_grid"]) == (3, 10) and auto.shapes["places"][0] == 30
+    extractor.ensure_features(settings(**PLACES, img_size=SIZE, feature_path=str(auto.folder)), CPU)
+    with pytest.raises(UserError, match="img_pixels is 100352 there, 9 is wanted"):
+        extractor.ensure_features(settings(**PLACES, img_pixels=9, feature_path=str(auto.folder)), CPU)
+    with pytest.raises(UserError, match="img_pixels is absent there, 100352 is wanted"):
+        extractor.ensure_features(settings(**PLACES | {"feature_path": str(tmp_path)}), CPU)
+
+
+def test_a_smaller_grid_is_pooled_of_features_of_the_same_size_only(folder, tmp_path, capsys):
+    full = extractor.ensure_features(settings(), CPU)
+    pooled = extractor.ensure_features(settings(token_grid="2"), CPU)
+    assert f"pooling {full.folder}" in capsys.readouterr().out and tuple(pooled.meta["img_size"]) == SIZE
+
+
+def test_a_transformer_takes_any_shape(folder):
+    config = settings(extractor="vit_tiny_patch16_224", bands=True, places=4)
+    cache = extractor.ensure_features(config, CPU)
+    assert tuple(cache.meta["img_size"]) == (144, 352) and cache.grid == (9, 22)
+    assert tuple(cache.meta["place_grid"]) == (3, 6) and cache.shapes["tokens"] == (199, 192)
+    assert np.isfinite(cache.tokens("train")[:]).all()
+
+
+def test_a_backbone_of_one_size_keeps_it(folder, capsys):
+    config = settings(extractor="levit_128s")  # its attention learns a number for each distance
+    found = datasets.images_of(config)
+    assert extractor.size_for(config, found) == (224, 224)
+    assert "levit_128s takes 224x224 only" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- a run
+@pytest.fixture(scope="module")
+def run(folder):
+    train.main(settings(**PLACES))
+    return folder
+
+
+@pytest.mark.slow
+def test_heat_map_has_the_pictures_shape(run, tmp_path):
+    loaded = Detector.load("runs/belt/classes/belt-seed0", "cpu", 1)
+    assert loaded.fitted.uses_places and loaded.eye.job.img_size == SIZE
+    good = surface(np.random.RandomState(9))
+    values = loaded.heat_map(spoilt(good)) - loaded.heat_map(good)
+    assert values.shape == (HEIGHT, WIDTH)
+    row, column = np.unravel_index(values.argmax(), values.shape)
+    assert abs(row - 18) < 20 and abs(column - 212) < 25
+    status = predict.main(
+        predict.parse_arguments(
+            ["runs/belt", "set/belt/test", "--device", "cpu", "--output", str(tmp_path / "rows.json")]
+        )
+    )
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    record = json.loads(Path("runs/belt/classes/belt-seed0.json").read_text())
+    assert status == 0 and record["config"]["img_size"] == "auto"
+    assert [r["score"] for r in rows] == pytest.approx(record["test"]["scores"], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["pt2", "onnx"])
+def test_exported_file_takes_the_shape(run, tmp_path, ending):
+    if ending == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    loaded = export.load(Path("runs/belt/classes/belt-seed0"), 0.2)
+    assert export.export(loaded, tmp_path / f"x.{ending}", (HEIGHT, WIDTH)) <= 1e-4
