@@ -1,53 +1,58 @@
-"""Simple detectors: nearest neighbours and a Gaussian on semantic tokens, a patch memory and place-wise
-Gaussians on place tokens. Distances are computed in chunks: memory stays bounded."""
+"""Simple detectors, beside which the flow is reported: nearest neighbours and a Gaussian on the semantic
+token and on the flow's own input, a patch memory and place-wise Gaussians on place tokens."""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from sklearn.covariance import ledoit_wolf
+from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import CHUNK, nearest_neighbours
-from normalization import power_l2
+from model import nearest_neighbours, squared_distances
+from normalization import power_l2, principal_directions
+
+CHUNK = 1024  # rows whose distances to all others are held at once
+
+
+def neighbours(reference: Tensor, query: Tensor) -> np.ndarray:
+    """Mean Euclidean distance to the two nearest rows of reference (PANDA and DN2 use two): (n, C), (m, C) ->
+    (m)."""
+    parts = [nearest_neighbours(squared_distances(rows, reference)) for rows in query.split(CHUNK)]
+    return torch.cat(parts).cpu().numpy()
 
 
 def cosine_neighbours(reference: Tensor, query: Tensor) -> np.ndarray:
-    """k-nearest-neighbour score with cosine distance (DN2, PANDA: k = 2): (n, C), (m, C) -> (m)."""
-    return nearest_neighbours(F.normalize(reference, dim=1), F.normalize(query, dim=1)).cpu().numpy()
-
-
-OWN_INPUT = "flow's input"  # see Detector.own_input
+    """The same with cosine distance, as DN2 and PANDA take it: (n, C), (m, C) -> (m)."""
+    return neighbours(F.normalize(reference, dim=1), F.normalize(query, dim=1))
 
 
 def gaussian(reference: Tensor, query: Tensor) -> np.ndarray:
     """Squared Mahalanobis distance to a Gaussian with Ledoit-Wolf shrinkage, fitted to reference: (n, C), (m,
-    C) -> (m). The covariance is factorised, not inverted: one of thousands of channels takes seconds."""
-    mean = reference.mean(0)
-    covariance, _ = ledoit_wolf(reference.double().cpu().numpy())
-    factor = torch.linalg.cholesky(torch.from_numpy(covariance)).float()
-    solved = [
-        torch.linalg.solve_triangular(factor, (rows - mean).T.cpu(), upper=False)
-        for rows in query.split(CHUNK)
-    ]
-    return torch.cat([part.square().sum(0) for part in solved]).numpy()
-
-
-def own_input_scores(train: Tensor, test: Tensor) -> dict[str, np.ndarray]:
-    """Nearest neighbours and Gaussian on the detector's own input: train (n, C), test (m, C) -> scores
-    (m)."""
-    return {
-        f"kNN, {OWN_INPUT}": nearest_neighbours(train, test).cpu().numpy(),
-        f"Gaussian, {OWN_INPUT}": gaussian(train, test),
-    }
+    C) -> (m). In the principal directions of reference, and one variance for all others."""
+    mean, channels = reference.mean(0), reference.shape[1]
+    centred = reference - mean
+    values, directions = principal_directions(centred)
+    shrinkage = float(ledoit_wolf_shrinkage(centred.double().cpu().numpy(), assume_centered=True))
+    common = values.sum() / channels
+    scale = ((1 - shrinkage) * values + shrinkage * common).clamp_min(1e-12).rsqrt().float()
+    scores = []
+    for rows in query.split(CHUNK):
+        away = rows - mean
+        inside = away @ directions.float()
+        score = (inside * scale).square().sum(1)
+        if len(values) < channels:
+            outside = (away.square().sum(1) - inside.square().sum(1)).clamp_min(0)
+            score = score + outside / max(float(shrinkage * common), 1e-12)
+        scores.append(score)
+    return torch.cat(scores).cpu().numpy()
 
 
 def _raw(tokens: Tensor) -> Tensor:
     return tokens
 
 
-BASELINES = {  # name in the table -> (detector, what is done to the semantic tokens first)
+SEMANTIC = {  # name in the table -> (detector, what is done to the semantic tokens first)
     "kNN, raw": (cosine_neighbours, _raw),
     "kNN, power + L2": (cosine_neighbours, power_l2),
     "Gaussian, raw": (gaussian, _raw),
@@ -55,9 +60,9 @@ BASELINES = {  # name in the table -> (detector, what is done to the semantic to
 }
 
 
-def baseline_scores(train: Tensor, test: Tensor) -> dict[str, np.ndarray]:
-    """Anomaly scores (m) of every baseline: normal training tokens (n, C), test tokens (m, C)."""
-    return {name: detector(prepare(train), prepare(test)) for name, (detector, prepare) in BASELINES.items()}
+def semantic_scores(train: Tensor, test: Tensor) -> dict[str, np.ndarray]:
+    """Scores (m) of the detectors on semantic tokens: normal training tokens (n, C), test tokens (m, C)."""
+    return {name: detector(prepare(train), prepare(test)) for name, (detector, prepare) in SEMANTIC.items()}
 
 
 # ---------------------------------------------------------------- on place tokens
@@ -117,4 +122,4 @@ def place_gaussians(reference: Tensor) -> Callable[[Tensor], Tensor]:
     return score
 
 
-PLACE_BASELINES = {"PatchCore-like, places": patch_memory, "PaDiM-like, places": place_gaussians}
+PLACES = {"PatchCore-like, places": patch_memory, "PaDiM-like, places": place_gaussians}

@@ -34,8 +34,10 @@ BACKBONES = {  # name here -> timm model (the released code's names; any other t
     "efficientnet_lite2": "tf_efficientnet_lite2",
 }
 FUSIONS = ("class_attention", "hilo", "spectral", "none")
-NORMALIZATIONS = ("auto", "none", "standardize", "power_l2", "whiten", "power_l2+whiten")
-SCORES = ("latent", "likelihood", "latent_knn", "spectrum")
+NORMALIZATIONS = ("auto", "none", "power_l2", "power_l2+whiten")
+SCORES = ("latent", "likelihood", "latent_knn", "joined")
+BASES = ("normal", "kernel")
+FUSION_TOKENS = ("last", "middle")
 
 
 ROLES = (
@@ -301,11 +303,6 @@ class Config:
         high=10**4,
         affects="features",
     )
-    mirror: bool = knob(
-        False,
-        "features are the mean of the image's and its mirror image's: twice the time",
-        affects="features",
-    )
     precision: str = knob(
         "auto",
         "backbone arithmetic: float32, bfloat16, float16; auto: float32 on a CPU, half precision on a GPU",
@@ -352,6 +349,27 @@ class Config:
     )
     clamp: float = knob(3.0, "soft clamp alpha of the log-scales", low=1e-6, high=1000.0, affects="fit")
     fusion: str = knob("hilo", "multi-frequency fusion module", choices=FUSIONS, affects="fit")
+    fusion_tokens: str = knob(
+        "last",
+        "patch tokens that the fusion sees: of the last map, as in the paper, or of middle depths (needs "
+        "places)",
+        choices=FUSION_TOKENS,
+        affects="fit",
+    )
+    flow_channels: int = knob(
+        0,
+        "normalize whiten: leading directions of the token that the flow moves; 0: all",
+        low=0,
+        high=10**6,
+        affects="fit",
+    )
+    base: str = knob(
+        "normal",
+        "base density of the likelihood: normal, as in the paper, or kernel (a density on the training "
+        "images' latents, its bandwidth chosen by held-out likelihood)",
+        choices=BASES,
+        affects="fit",
+    )
     n_heads: int = knob(
         0, "attention heads; 0: 4 for class_attention, 8 for hilo", low=0, high=4096, affects="fit"
     )
@@ -394,13 +412,6 @@ class Config:
         "normalize whiten: added to the covariance's eigenvalues, in units of their mean; 0 whitens fully",
         low=0.0,
         high=1e9,
-        affects="fit",
-    )
-    low_depths: int = knob(
-        2,
-        "bands: how many of the deepest depths give their low band to the semantic token",
-        low=0,
-        high=1000,
         affects="fit",
     )
     batch_size: int = knob(32, "images per training step", low=1, high=10**7, affects="fit")
@@ -469,42 +480,13 @@ class Config:
         high=10**6,
         affects="fit",
     )
-    refit: bool = knob(
-        False,
-        "once the epoch is chosen, fit the normalisation to all normal training images, the held-out ones "
-        "too, and look "
-        "for neighbours among all of them",
-        affects="fit",
-    )
-    train_together: str = knob(
-        "auto",
-        "main.py: True: all classes as one batched model, meant for a GPU; False, auto: one by one; auto may "
-        "change once a GPU has been measured",
-        choices=("auto", "True", "False"),
-        affects="fit",
-        scripts=("main.py",),
-    )
 
     # --- scoring
     score: str = knob(
         "latent",
         "anomaly score: latent (mean z^2), likelihood (negative log-likelihood), latent_knn (neighbours in "
-        "latent space), spectrum (meaning, texture and places, each as the class needs it; needs bands)",
+        "latent space), joined (likelihood, with the least likely places where the class shows one scene)",
         choices=SCORES,
-        affects="fit",
-    )
-    neighbours_weight: float = knob(
-        2.0,
-        "score spectrum: weight of the distance to the nearest normal images beside the likelihood",
-        low=0.0,
-        high=1e6,
-        affects="fit",
-    )
-    spread_at_balance: float = knob(
-        0.2,
-        "score spectrum: spread of a class's semantic tokens at which meaning and texture count alike",
-        low=1e-6,
-        high=1e6,
         affects="fit",
     )
     false_alarms: float = knob(
@@ -515,25 +497,12 @@ class Config:
         affects="run",
         scripts=FITTING,
     )
-    spread_of_surfaces: float = knob(
-        0.055,
-        "score spectrum, places: spread of a class's semantic tokens at which places count as much as the "
-        "texture of the whole image; more alike, up to twice as much",
-        low=1e-6,
-        affects="fit",
-    )
     baselines: bool = knob(
         False,
         "main.py: nearest neighbours and Gaussian on the same features, in the same table",
         affects="run",
         scripts=FITTING,
     )
-
-    @property
-    def knows_own_token(self):
-        """Whether the detector looks for neighbours in the backbone's own semantic token, too, and whitens
-        it: where the flow's is re-pooled."""
-        return self.centre_pool > 0 and self.score == "spectrum"
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -579,11 +548,11 @@ class Config:
             depth.strip().isdecimal() and len(depth) < 5 for depth in depths
         ):
             raise UserError(f"band_depths: expected auto or numbers as in 1,2,3, got {self.band_depths!r}")
-        if self.score == "spectrum" and not (self.bands and self.holdout):
-            raise UserError(
-                "score spectrum needs band tokens and held-out normal images: set bands True and holdout, "
-                "say 0.1"
-            )
+        for knob_name, value in (("score", "joined"), ("base", "kernel")):
+            if getattr(self, knob_name) == value and not self.holdout:
+                raise UserError(f"{knob_name} {value} needs held-out normal images: set holdout, say 0.1")
+        if self.fusion_tokens == "middle" and not self.places:
+            raise UserError("fusion_tokens middle needs place tokens: set places, say 14 (it is 0)")
         if self.select_epoch == "likelihood" and self.holdout == 0:
             raise UserError(
                 "select_epoch likelihood needs held-out normal images: set holdout, say 0.1 (it is 0)"
@@ -610,25 +579,26 @@ PRESETS = {
         "img_size": "auto",
         "bands": True,
         "places": 14,
-        "mirror": True,
         "normalize": "power_l2+whiten",
-        "whiten_ridge": 10.0,
+        "whiten_ridge": 1.0,
         "centre_pool": 0.1,
-        "fusion": "spectral",
+        "flow_channels": 256,
+        "fusion": "class_attention",
+        "fusion_tokens": "middle",
         "fc_internal": 256,
         "identity_start": True,
+        "base": "kernel",
         "batch_size": 64,
-        "meta_epochs": 1,
-        "sub_epochs": 12,
-        "least_steps": 40,
-        "lr_init": 3e-3,
+        "meta_epochs": 2,
+        "sub_epochs": 1,
+        "least_steps": 60,
+        "lr_init": 1e-3,
         "lr_schedule": "cosine",
-        "feature_noise": 1.0,
+        "feature_noise": 0.5,
         "max_grad_norm": 1.0,
         "holdout": 0.1,
         "select_epoch": "likelihood",
-        "refit": True,
-        "score": "spectrum",
+        "score": "joined",
         "baselines": True,
     },
 }
@@ -641,7 +611,7 @@ PRESETS["ablation"] = PRESETS["accurate"] | {
     "modelname": "ablation",
     "extractor": "efficientnet_lite0",
     "n_seeds": 3,
-    "sweep": "fusion=none,class_attention,hilo,spectral;dataset=digits,cifar10",
+    "sweep": "fusion=none,class_attention,hilo,spectral;fusion_tokens=last,middle",
     "baselines": False,
     "plots": False,
     "save_model": False,
@@ -650,6 +620,19 @@ PRESETS["ablation"] = PRESETS["accurate"] | {
 # Defaults that a data set changes, unless the preset or the command line says otherwise: one's own pictures
 # get verdicts, which rest on held-out normal ones.
 OF_DATASET = {"folder": {"holdout": 0.1}}
+
+
+# Knobs of earlier versions -> what to do instead.
+FORMER = {
+    "mirror": "it is gone: mirrored copies did not pay for twice the time",
+    "low_depths": "the two deepest depths always join",
+    "neighbours_weight": "neighbours are no part of the score; --base kernel is a density on the latents",
+    "spread_at_balance": "there is one joint token: leave it out",
+    "spread_of_surfaces": "places are weighed by their own variance: leave it out",
+    "refit": "it is gone: the held-out images stay held out",
+    "train_together": "it is gone: classes are fitted one by one, or by several processes (--world_size)",
+    "validate": "it is gone: settings are judged by benchmarks/suite.py",
+}
 
 
 # ---------------------------------------------------------------- checks
@@ -752,6 +735,12 @@ def unknown(kind, got, known, all_of_them="-h lists them all"):
 
 
 # ---------------------------------------------------------------- values from text
+def unknown_knob(name, known):
+    """The line for a knob that is not in ``known``: what took its place, if it once was one."""
+    former = str(name).removeprefix("--")
+    return f"unknown knob {name!r}: {FORMER[former]}" if former in FORMER else unknown("knob", name, known)
+
+
 def parse_value(field, text):
     """The value of a knob from its command-line text. Raises UserError with what was expected."""
     kind = plain_type(field.type)
@@ -784,7 +773,7 @@ def parse_values(texts):
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for name in texts:
         if name not in fields:
-            raise UserError(unknown("knob", name, fields))
+            raise UserError(unknown_knob(name, fields))
     return {name: parse_value(fields[name], text) for name, text in texts.items()}
 
 
@@ -798,7 +787,7 @@ def parse_sweep(text):
             raise UserError(f"sweep: expected knob=value,value;knob=value,value, got {text!r}")
         fields = {field.name: field for field in dataclasses.fields(Config)}
         if name not in fields:
-            raise UserError(unknown("knob", name, fields))
+            raise UserError(unknown_knob(name, fields))
         if name in ("preset", "modelname", "sweep"):
             raise UserError(f"sweep: {name} cannot be swept; run the script once per {name}")
         sweep[name] = [value.strip() for value in values.split(",")]
@@ -819,7 +808,7 @@ def make_config(given):
     names = [field.name for field in dataclasses.fields(Config)]
     for name in given:
         if name not in names:
-            raise UserError(unknown("knob", name, names))
+            raise UserError(unknown_knob(name, names))
     preset = given.get("preset", Config.preset)
     if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(unknown("preset", preset, PRESETS))

@@ -1,9 +1,7 @@
 """The detector of one normal class: where its tokens come from, how it scores them, what a fit leaves behind,
 save and load."""
 
-import copy
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,15 +21,14 @@ import heat_map
 import images
 import memory
 import model
-import packing
 import pictures
 import records
 import utils
 from arithmetic import products
 from config import ClassError, Config, UserError, make_config
-from normalization import BandNormalizer, Normalizer, PlaceNormalizer, spread
+from normalization import ENERGY_FLOOR, JointNormalizer, PatchNormalizer, PlaceGaussians
 from shell.files import file_name, sha256_of_file, whole_file, write_sealed
-from token_grid import Bands, TokenGrid, place_grid_of
+from token_grid import Bands, TokenGrid, centred_window, place_grid_of
 
 EVAL_BATCH = {"cpu": 100, "cuda": 500}  # images per forward pass in evaluation: a CPU's caches hold these
 LEFT_FREE = 0.2  # share of a GPU's memory that tokens leave to training
@@ -100,6 +97,16 @@ class TokenSource:
     def __getitem__(self, index: Index) -> Features:
         """The features of the images ``index``, on the device, but for the places: few classes need them."""
         return Features.of({name: self._rows(name, index) for name in self.arrays if name != "places"})
+
+    def semantic(self, index: Index) -> Tensor:
+        """The semantic tokens (n, C) of the images ``index``, float32, on the CPU."""
+        return torch.cat(
+            [self.on_cpu(rows).semantic.clone() for rows in in_batches(index, EVAL_BATCH["cpu"])]
+        )
+
+    def patches(self, index: Index) -> Tensor:
+        """The patch tokens (n, N, C) of the images ``index``, float32, on the device, without gaps."""
+        return self._rows("tokens", index)[:, 1:].float()
 
     def one(self, name: str, index: Index) -> Tensor:
         """One array of the images ``index``, float32, on the device, without reading the rest."""
@@ -209,240 +216,182 @@ def normalization_in_effect(config: Config, features: dict) -> str:
     return "power_l2+whiten" if features["kind"] == "map" else "none"
 
 
-LOW_RIDGE, TEXTURE_RIDGE = (
-    1.0,
-    0.0,
-)  # of the whitening of low bands and of rings and peaks: see results/choosing.md
-NEGLIGIBLE = 0.1  # a head whose weight is less stays at its start: training it would not show
-HEADS = ("semantic", "texture", "local")  # the flows of the detector, each with its evidence
+LOW_DEPTHS = 2  # how many of the deepest depths give their low band to the joint token
+ALIKE = 0.35  # spread of a class's semantic tokens below which its images show one scene, and places are read
+MOST_UNUSUAL = 0.03  # share of an image's places that the joined score takes the mean of
 
 
 class Inputs(NamedTuple):
-    """What one flow takes: tokens (B, C), normalised, and the patch tokens (B, N, C) that its fusion sees."""
+    """What the flow takes: tokens (B, k), of which it moves the leading ones; the squared length (B) of what
+    lies in none of their directions; the patch tokens (B, N, C) that the fusion sees."""
 
     tokens: Tensor
+    outside: Tensor
     patches: Tensor
 
 
-REFERENCES = {"reference": 1.0, "own_reference": 0.5}  # kinds of tokens with neighbours -> what each counts
-
-
-class Evidence(nn.Module):
-    """How unusual one flow finds an image, against held-out normal images (docs/method.md, section 4): the
-    standardised negative log-likelihood plus ``weight`` times the standardised distances to the nearest
-    normal images, in tokens of one kind (the flow's input) or two (the backbone's own semantic token, which
-    counts half), of ``channels`` channels each; there may be none."""
-
-    def __init__(self, channels: tuple[int, ...], weight: float):
-        super().__init__()
-        self.kinds = list(REFERENCES)[: len(channels)]
-        for name, width in zip(self.kinds, channels):  # normal images' tokens
-            self.register_buffer(name, torch.zeros(0, width, dtype=torch.float16))
-        shares = torch.tensor([weight * REFERENCES[name] for name in self.kinds])
-        self.register_buffer("shares", shares, persistent=False)
-        for name, shape in (("likelihood", ()), ("neighbours", (len(channels),))):
-            self.register_buffer(f"{name}_mean", torch.zeros(shape))
-            self.register_buffer(f"{name}_std", torch.ones(shape))
-
-    def remember(self, tokens: list[Tensor]) -> None:
-        """Take normal images' tokens (n, C) of each kind to look for neighbours in."""
-        for name, values in zip(self.kinds, tokens, strict=True):
-            setattr(self, name, values.half())
-
-    def distances(self, tokens: list[Tensor]) -> Tensor:
-        """Mean distances (B, kinds) from tokens (B, C) of each kind to the nearest reference tokens."""
-        pairs = zip(self.kinds, tokens, strict=True)
-        return torch.stack([model.nearest_neighbours(getattr(self, name).float(), t) for name, t in pairs], 1)
-
-    def calibrate(self, name: str, held_out: Tensor) -> None:
-        """Take mean and standard deviation of ``name``, likelihood (n) or neighbours (n, kinds), from
-        held-out normals' values."""
-        getattr(self, f"{name}_mean").copy_(held_out.mean(0))
-        several = len(held_out) > 1 and held_out.numel() > 0
-        getattr(self, f"{name}_std").copy_(held_out.std(0).clamp_min(1e-6) if several else torch.ones(()))
-
-    def forward(self, likelihood: Tensor, distances: Tensor) -> Tensor:
-        """The evidence (B) of likelihood scores (B) and distances (B, kinds)."""
-        standard = (likelihood - self.likelihood_mean) / self.likelihood_std
-        near = torch.matmul((distances - self.neighbours_mean) / self.neighbours_std, self.shares)
-        return (standard + near) / (1 + self.shares.sum())
-
-
 class Detector(nn.Module):
-    """Normaliser and flow: cached tokens -> latent z and log-determinant -> anomaly score.
+    """Normaliser and fused flow: cached tokens -> latent z and log-determinant -> anomaly score.
 
-    With band tokens there are two flows, called heads, and with place tokens three. ``flow`` sees meaning:
-    the semantic token joined with the low bands of the deepest depths, patch tokens fused in. ``texture``
-    sees rings and peaks of the whole image, ``local`` one place at a time. The score "spectrum" weighs their
-    evidence by how alike the class's normal images are in meaning (docs/method.md, section 4)."""
+    The flow moves the leading directions of one token: the semantic one, with ``bands`` joined by the
+    sub-band energies of several depths. Under the score "joined" the image's log-energy and its most unusual
+    places, each standardised, are added (docs/method.md, eq. 14), where the class's normal images show one
+    scene."""
 
-    def __init__(self, config: Config, features: dict):
+    def __init__(self, config: Config, features: dict, n_images: int | None = None):
         """features: the sidecar of the cache; n_feat, grid (rows, columns), tokens, kind (map or tokens) and,
-        with bands, band_channels, with places, place_shape are read. Raises UserError on settings that do not
-        fit the features."""
+        with bands, band_channels, with places, place_shape are read. n_images: how many it is fitted to,
+        which bounds the directions of a whitened token. Raises UserError on settings that do not fit the
+        features."""
         super().__init__()
         memory.check_detector(config, features)
-        channels, grid = features["n_feat"], tuple(features["grid"])
-        self.score_name, self.fused = config.score, config.fusion != "none"
-        self.spread_at_balance = config.spread_at_balance
-        self.spread_of_surfaces = config.spread_of_surfaces
-        normalization = normalization_in_effect(config, features)
-        normalizer = functools.partial(
-            Normalizer, normalization, channels, ridge=config.whiten_ridge, grid=grid
-        )
-        self.normalizer = normalizer(centre_pool=config.centre_pool, patches_used=self.fused)
-        self.own: Normalizer | None = None  # of the backbone's semantic token, where the flow's is re-pooled
-        if config.knows_own_token:
-            self.own = normalizer(centre_pool=0.0, patches_used=False)
-        self.low: BandNormalizer | None = None
-        self.rings: BandNormalizer | None = None
-        self.texture: Any = None
-        n_low = self._build_bands(config, tuple(features["band_channels"])) if config.bands else 0
-        self.channels = channels + n_low
-        n_tokens = features["tokens"] - 1 if self.fused else 0
-        self.flow = _flow(config, self.channels, grid, config.fusion, n_tokens)
-        self.register_buffer("reference", torch.zeros(0, self.channels))  # latents of the training images
-        self.register_buffer("weights", torch.tensor([1.0, 0.0, 0.0]))  # of HEADS in the score "spectrum"
-        self.heads = HEADS[:3] if config.places else HEADS[:2]
-        if config.places:
-            places, width = features["place_shape"]
-            self.place_normalizer = PlaceNormalizer(places, width)
-            self.local = _flow(config, width, (1, 1), "none", 0)
-        if config.score == "spectrum":
-            kinds: dict[str, tuple[int, ...]] = {
-                "semantic": (self.channels, channels) if self.own else (self.channels,),
-                "texture": (self.texture_channels,),
-                "local": (),  # a place's neighbours would be as many as the places of all images
-            }
-            self.evidence = nn.ModuleDict(
-                {name: Evidence(kinds[name], config.neighbours_weight) for name in self.heads}
-            )
+        self.score_name, self.base, self.fused = config.score, config.base, config.fusion != "none"
+        name, grid = normalization_in_effect(config, features), tuple(features["grid"])
+        widths = [features["n_feat"]]
+        self.band_columns: list[range] = []
+        if config.bands:
+            self.band_columns = joined_bands(config, tuple(features["band_channels"]))
+            widths += map(len, self.band_columns)
+        self.channels = sum(widths)  # of the joint token
+        ends = np.cumsum(widths)
+        groups = [range(end - width, end) for end, width in zip(ends, widths)]
+        whitened = name.endswith("whiten")
+        self.directions = self.channels
+        if whitened and n_images:
+            self.directions = max(1, min(self.channels, n_images - 1))
+        wanted = config.flow_channels if whitened and config.flow_channels else self.directions
+        self.leading = min(wanted, self.directions)
+        window = centred_window(grid, config.centre_pool) if config.centre_pool else None
+        self.register_buffer("window", window, persistent=False)
+        self.normalizer = JointNormalizer(name, groups, self.directions, self.leading, config.whiten_ridge)
+        self.middle = self.fused and config.fusion_tokens == "middle"
+        self.place_grid = place_grid_of(features) if config.places else (0, 0)
+        n_tokens, width = features["tokens"] - 1, features["n_feat"]
+        if self.middle:
+            grid = tuple(max(1, math.ceil(side / 2)) for side in self.place_grid)
+            n_tokens, width = math.prod(grid), features["place_shape"][1]
+        self.fusion_grid = grid
+        self.patch_normalizer = PatchNormalizer(name, width, self.leading) if self.fused else None
+        self.flow = build_flow(config, self.leading, grid, n_tokens if self.fused else 0, self.middle)
+        self.register_buffer("reference", torch.zeros(0, self.directions, dtype=torch.float16))  # latents
+        self.register_buffer("bandwidth", torch.ones(()))  # of the base density: 1 of the normal one
+        self.places: PlaceGaussians | None = None
+        if config.places and config.score == "joined":
+            self.places = PlaceGaussians(*features["place_shape"])
+            count = math.prod(self.place_grid)
+            self.n_unusual = max(1, round(MOST_UNUSUAL * count))
+        # of the image's log-energy and of its places, over held-out normal images
+        self.register_buffer("held_mean", torch.zeros(2))
+        self.register_buffer("held_deviation", torch.ones(2))
+        self.register_buffer("alike", torch.zeros((), dtype=torch.bool))
+        self.uses_places = False
 
-    def _build_bands(self, config: Config, channels: tuple[int, ...]) -> int:
-        """The normalisers of the band token and the texture flow -> channels of the low bands."""
-        bands, depths = Bands(config.rings, config.low_sigma), range(len(channels))
-        deepest = depths[max(0, len(channels) - config.low_depths) :]
-        low = bands.columns(channels, ("low",), deepest)
-        rest = bands.columns(channels, bands.statistics[1:], depths)
-        self.low = BandNormalizer(low, LOW_RIDGE) if low else None
-        self.rings = BandNormalizer(rest, TEXTURE_RIDGE)
-        self.texture_channels = sum(map(len, rest))
-        self.texture = _flow(config, self.texture_channels, (1, 1), "none", 0)
-        return sum(map(len, low))
+    # ------------------------------------------------------------ tokens
+    def joint(self, features: Features) -> Tensor:
+        """The joint token (B, D), as it is cached: the semantic token (re-pooled under ``centre_pool``) and,
+        with bands, the chosen sub-band energies."""
+        semantic = features.semantic
+        if self.window is not None:
+            semantic = torch.matmul(self.window, features.patches[:, : len(self.window)])
+        if not self.band_columns:
+            return semantic
+        assert features.bands is not None, "bands are cached"
+        chosen = [features.bands[:, group.start : group.stop] for group in self.band_columns]
+        return torch.cat([semantic, *chosen], 1)
 
-    def inputs(
-        self, semantic: Tensor, patches: Tensor, bands: Tensor | None = None, places: Tensor | None = None
-    ) -> Inputs:
-        """What ``flow`` takes of raw tokens (B, C), (B, N, C) and, with bands, (B, D), without the places."""
-        tokens, patches = self.normalizer(semantic, patches)
-        tokens = self._with_low_bands(tokens, bands)
-        if not self.fused:
-            return Inputs(tokens, tokens.new_zeros(tokens.shape[0], 0, self.channels))
-        return Inputs(tokens, F.pad(patches, (0, self.channels - patches.shape[2])))  # low bands have none
+    def raw_patches(self, features: Features) -> Tensor:
+        """The patch tokens (B, N, E) that the fusion takes, as they are cached: of the last map, or of middle
+        depths, two by two places together."""
+        if not self.middle:
+            return features.patches
+        assert features.places is not None, "places are cached"
+        return self.middle_patches(features.places)
 
-    def tokens(
-        self, semantic: Tensor, patches: Tensor, bands: Tensor | None = None, places: Tensor | None = None
-    ) -> Tensor:
-        """The tokens (B, C) of ``inputs`` alone: a small part of the work."""
-        return self._with_low_bands(self.normalizer.semantic(semantic, patches), bands)
+    def middle_patches(self, places: Tensor) -> Tensor:
+        """Place tokens (B, P, E) two by two together -> (B, N, E)."""
+        maps = places.transpose(1, 2).unflatten(2, self.place_grid)
+        return F.adaptive_avg_pool2d(maps, self.fusion_grid).flatten(2).transpose(1, 2)
 
-    def _with_low_bands(self, tokens: Tensor, bands: Tensor | None) -> Tensor:
-        return tokens if self.low is None or bands is None else torch.cat([tokens, self.low(bands)], 1)
+    def patches(self, features: Features) -> Tensor:
+        """The patch tokens (B, N, C) that the fusion sees."""
+        if self.patch_normalizer is None:
+            return features.semantic.new_zeros(features.semantic.shape[0], 0, self.leading)
+        return self.patch_normalizer(self.raw_patches(features))
 
-    def known_by(self, head: str, tokens: Tensor, features: Features) -> list[Tensor]:
-        """What a head looks for neighbours in (REFERENCES): its flow's input ``tokens`` (B, C), and the
-        backbone's own semantic token where the semantic flow's is re-pooled."""
-        if head != "semantic" or self.own is None:
-            return [tokens]
-        return [tokens, self.own.semantic(features.semantic, features.patches)]
+    def inputs(self, features: Features) -> Inputs:
+        """What the flow takes of cached features."""
+        tokens, outside = self.normalizer(self.joint(features))
+        return Inputs(tokens, outside, self.patches(features))
 
-    def texture_inputs(self, bands: Tensor) -> Inputs:
-        """What ``texture`` takes of raw band tokens (B, D)."""
-        assert self.rings is not None, "there are no band tokens"
-        tokens = self.rings(bands)
-        return Inputs(tokens, tokens.new_zeros(tokens.shape[0], 0, tokens.shape[1]))
-
-    def local_inputs(self, places: Tensor) -> Inputs:
-        """What ``local`` takes of raw place tokens (B, P, E): every place by itself, (B P, E)."""
-        tokens = self.place_normalizer(places).flatten(0, 1)
-        return Inputs(tokens, tokens.new_zeros(tokens.shape[0], 0, tokens.shape[1]))
-
-    def place_scores(self, places: Tensor) -> Tensor:
-        """The negative log-likelihood of every place (B, P) from raw place tokens (B, P, E)."""
-        tokens, none = self.local_inputs(places)
-        return model.likelihood_score(*self.local(tokens, [none])).view(places.shape[:2])
-
-    @torch.no_grad()
-    def place_map(self, places: Tensor) -> np.ndarray:
-        """How unusual every place is (B, P), standardised as the score's evidence is, from raw place tokens
-        (B, P, E)."""
-        known = self.evidence["local"]
-        with products("highest", places.device):
-            return ((self.place_scores(places) - known.likelihood_mean) / known.likelihood_std).cpu().numpy()
+    # ------------------------------------------------------------ latents and scores
+    def latent(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The flow on the leading directions, the others as they are: z (B, k) and log-determinant (B)."""
+        z, log_det = self.flow(inputs.tokens[:, : self.leading], [inputs.patches])
+        if self.leading < self.directions:
+            z = torch.cat([z, inputs.tokens[:, self.leading :]], 1)
+        return z, log_det
 
     def forward(
-        self, semantic: Tensor, patches: Tensor, bands: Tensor | None = None, places: Tensor | None = None
+        self, semantic: Tensor, patches: Tensor, bands: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Raw tokens -> z (B, C) and log-determinant (B) of the semantic flow."""
-        tokens, fused = self.inputs(semantic, patches, bands)
-        return self.flow(tokens, [fused])
+        """Raw tokens -> z (B, k) and log-determinant (B), where the fusion takes the last map."""
+        return self.latent(self.inputs(Features(semantic, patches, bands)))
 
-    def score(self, z: Tensor, log_det: Tensor, name: str | None = None) -> np.ndarray:
-        """The anomaly score ``name`` (model.SCORES; None: the knob's), higher = more anomalous: (n, C), (n)
-        -> (n)."""
-        return model.SCORES[name or self.score_name].function(z, log_det, self.reference).cpu().numpy()
+    def energy(self, z: Tensor, log_det: Tensor, outside: Tensor) -> Tensor:
+        """The image's energy (B) under the base density, per channel of the joint token: model.py."""
+        if self.base == "normal":
+            return model.normal_energy(z, log_det, outside, self.channels)
+        distances = model.squared_distances(z, self.reference.float()) + outside.unsqueeze(1)
+        return model.kernel_energy(distances, log_det, self.bandwidth, self.channels)
 
-    def weight(self, head: str) -> float:
-        """How much a head (HEADS) counts in the score "spectrum"; the weights of all sum to 1."""
-        return self.weights[HEADS.index(head)].item()
+    def score(self, z: Tensor, log_det: Tensor, outside: Tensor, name: str | None = None) -> Tensor:
+        """The anomaly score ``name`` (model.SCORES; None: the knob's) of latents (n, k), without places:
+        higher = more anomalous -> (n)."""
+        name = name or self.score_name
+        if name == "latent":
+            return z.square().mean(1)
+        if name == "latent_knn":
+            return model.nearest_neighbours(
+                model.squared_distances(z, self.reference.float()) + outside.unsqueeze(1)
+            )
+        energy = self.energy(z, log_det, outside)
+        if name == "likelihood":
+            return model.negative_log_likelihood(energy, self.bandwidth)
+        return self.standardised(energy.clamp_min(ENERGY_FLOOR).log(), 0)
 
-    def combine(self, findings: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """The score "spectrum" (n) from each head's likelihood scores and neighbour distances (n)."""
-        evidence = [self.weight(name) * self.evidence[name](*found) for name, found in findings.items()]
-        return torch.stack(evidence).sum(0)
+    def standardised(self, values: Tensor, number: int) -> Tensor:
+        """Values (B) in standard deviations of held-out normal images' (docs/method.md, eq. 14). number: 0
+        log-energies of images, 1 what ``unusual_places`` gives."""
+        return (values - self.held_mean[number]) / self.held_deviation[number]
+
+    def unusual_places(self, places: Tensor) -> Tensor:
+        """How unusual an image's most unusual places are, on average, from raw place tokens (B, P, E) ->
+        (B)."""
+        assert self.places is not None
+        return self.places(places).topk(self.n_unusual, dim=1).values.mean(1)
+
+    def scores(self, features: Features) -> Tensor:
+        """Anomaly scores (n) of images from their cached features, on the device: what an exported file
+        computes."""
+        inputs = self.inputs(features)
+        score = self.score(*self.latent(inputs), inputs.outside)
+        if self.uses_places:
+            score = score + self.standardised(self.unusual_places(features.places), 1)
+        return score
 
     @torch.no_grad()
     def score_features(self, features: Features) -> np.ndarray:
-        """The anomaly scores (n) of images from their cached features, each image by itself. Raises UserError
-        when one is not finite."""
+        """The same, each image by itself. Raises UserError when a score is not finite."""
         with products("highest", features.semantic.device):
             return self._finite(self.scores(features).cpu().numpy())
 
-    def scores(self, features: Features) -> Tensor:
-        """The same (n), unchecked, on the device: what an exported file computes."""
-        if self.score_name != "spectrum":
-            z, log_det = self(*features)
-            return model.SCORES[self.score_name].function(z, log_det, self.reference)
-        inputs = {"semantic": self.inputs(*features), "texture": self.texture_inputs(features.bands)}
-        findings = {}
-        for name, (tokens, patches) in inputs.items():
-            likelihood = model.likelihood_score(*self.flow_of(name)(tokens, [patches]))
-            findings[name] = (
-                likelihood,
-                self.evidence[name].distances(self.known_by(name, tokens, features)),
-            )
-        if self.uses_places:
-            findings["local"] = self.local_finding(self.place_scores(features.places))
-        return self.combine(findings)
-
-    def read(self, source: TokenSource, rows: np.ndarray) -> Features:
-        """All that scoring the images ``rows`` takes: the places, too, where they count."""
-        features = source[rows]
-        return features._replace(places=source.one("places", rows)) if self.uses_places else features
-
-    @property
-    def uses_places(self) -> bool:
-        """Whether the score reads place tokens: a class that its meaning tells apart does not."""
-        return "local" in self.heads and self.weight("local") > 0
-
-    @staticmethod
-    def local_finding(scores: Tensor) -> tuple[Tensor, Tensor]:
-        """An image's likelihood score is its least likely place's: (B, P) -> (B), and no neighbours, (B,
-        0)."""
-        return scores.amax(1), scores.new_zeros(scores.shape[0], 0)  # len: a number in an exported graph
-
-    def flow_of(self, head: str) -> nn.Module:
-        return {"semantic": self.flow, "texture": self.texture, "local": getattr(self, "local", None)}[head]
+    @torch.no_grad()
+    def place_map(self, places: Tensor) -> np.ndarray:
+        """How unusual every place is (B, P), in standard deviations of what an image's most unusual places
+        are on average, from raw place tokens (B, P, E)."""
+        assert self.places is not None
+        with products("highest", places.device):
+            return self.standardised(self.places(places), 1).cpu().numpy()
 
     @staticmethod
     def _finite(scores: np.ndarray) -> np.ndarray:
@@ -454,6 +403,19 @@ class Detector(nn.Module):
                 "features or the detector's weights are damaged"
             )
         return scores
+
+    # ------------------------------------------------------------ fitting and loading
+    def read_places_if(self, alike: bool) -> None:
+        """Whether the score reads places: where the class's normal images show one scene."""
+        self.alike.fill_(alike)
+        self.uses_places = bool(alike) and self.places is not None
+
+    def read(self, source: TokenSource, rows: np.ndarray) -> Features:
+        """All that scoring the images ``rows`` takes: the places, too, where they are read."""
+        features = source[rows]
+        if self.uses_places or self.middle:
+            features = features._replace(places=source.one("places", rows))
+        return features
 
     @staticmethod
     def load(
@@ -471,37 +433,27 @@ class Detector(nn.Module):
         return PictureDetector.load(path, utils.set_up(device, threads), false_alarms, weights=weights_path)
 
     def load_saved(self, state: dict[str, Tensor]) -> None:
-        """Load a state dict whose references, and whitening of places, may have any number of rows."""
+        """Load a state dict, whose reference and whitening of places may have any number of rows."""
         for name, values in state.items():
-            owner, _, buffer = name.rpartition(".")
-            if buffer in REFERENCES or name == "place_normalizer.whitening":
+            if name in ("reference", "places.whitening"):
+                owner, _, buffer = name.rpartition(".")
                 setattr(self.get_submodule(owner), buffer, torch.empty_like(values))
         self.load_state_dict(state)
-
-    def own_input(self, features: Features) -> Tensor:
-        """What the detector takes of images, in one token (n, C): each kind of token (``known_by``) scaled by
-        the root of what it counts."""
-        tokens = self.tokens(*features)
-        if self.score_name != "spectrum":
-            return tokens
-        rings, meaning = self.texture_inputs(features.bands).tokens, self.weights[0]
-        kinds = zip(REFERENCES.values(), self.known_by("semantic", tokens, features))
-        joined = [(meaning * share).sqrt() * kind for share, kind in kinds]
-        return torch.cat([*joined, (1 - meaning).sqrt() * rings], 1)
-
-    def weigh(self, semantic: Tensor) -> None:
-        """Set the weights of the heads from the normal images' semantic tokens (n, C), as the backbone gives
-        them (docs/method.md, eq. 12)."""
-        alike = spread(semantic)
-        surface = 1 / (1 + (alike / self.spread_at_balance) ** 4)
-        ratio = 2 / (1 + (alike / self.spread_of_surfaces) ** 4) if "local" in self.heads else 0.0
-        local = surface * ratio / (1 + ratio)
-        local = local if local >= NEGLIGIBLE else 0.0
-        self.weights.copy_(torch.tensor([1 - surface, surface - local, local]))
+        self.read_places_if(bool(self.alike))
 
 
-def _flow(config: Config, channels: int, grid: tuple[int, int], fusion: str, n_tokens: int) -> nn.Module:
-    """A flow of the configuration's size. Raises UserError on sizes that do not fit."""
+def joined_bands(config: Config, channels: tuple[int, ...]) -> list[range]:
+    """The columns of the band token that the joint token takes: the low bands of the deepest depths, rings
+    and peaks of all."""
+    bands, depths = Bands(config.rings, config.low_sigma), range(len(channels))
+    low = bands.columns(channels, ("low",), depths[-LOW_DEPTHS:])
+    return low + bands.columns(channels, bands.statistics[1:], depths)
+
+
+def build_flow(
+    config: Config, channels: int, grid: tuple[int, int], n_tokens: int, middle: bool
+) -> nn.Module:
+    """The flow of the configuration's size. Raises UserError on sizes that do not fit."""
     try:
         return model.build_flow(
             channels,
@@ -510,13 +462,13 @@ def _flow(config: Config, channels: int, grid: tuple[int, int], fusion: str, n_t
             n_blocks=config.n_coupling_blocks,
             hidden=config.fc_internal or channels,
             clamp=config.clamp,
-            fusion=fusion,
+            fusion=config.fusion,
             use_gamma=config.use_gamma,
             identity_start=config.identity_start,
             heads=config.n_heads,
             alpha=config.alpha,
             window=config.window,
-            bands=TokenGrid(config.token_grid, config.pooling, config.window).bands,
+            bands=not middle and TokenGrid(config.token_grid, config.pooling, config.window).bands,
         )
     except ValueError as error:
         raise UserError(f"{error}; choose another fusion, n_heads or token_grid") from None
@@ -534,9 +486,9 @@ class Fitted:
     held_scores: np.ndarray  # of the held-out normal training images; empty where none were held out
     history: list[dict]
     result: dict
-    own_input_scores: dict[str, np.ndarray] = dataclasses.field(
-        default_factory=dict
-    )  # of simple detectors there
+    # of the flow alone, on the test images: "likelihood" at the chosen epoch, and "before training"
+    flow_scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    simple_scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # of simple detectors
 
 
 def run_folder(config: Config) -> Path:
@@ -562,7 +514,7 @@ def save_fitted(config: Config, cache: feature_cache.FeatureCache, fitted: Fitte
     record.unlink(missing_ok=True)  # an older run's: it would not fit what is written now
     weights.unlink(missing_ok=True)
     if config.save_model:
-        save_weights(kept_weights(fitted, cache), weights)
+        save_weights(fitted.detector.state_dict(), weights)
     content = {
         "result": fitted.result,
         "history": fitted.history,
@@ -575,33 +527,13 @@ def save_fitted(config: Config, cache: feature_cache.FeatureCache, fitted: Fitte
             "scores": fitted.scores.astype(float).tolist(),
         },
         "held_out_scores": fitted.held_scores.astype(float).tolist(),
-        "own_input_scores": {k: v.astype(float).tolist() for k, v in fitted.own_input_scores.items()},
+        **{
+            kind: {name: values.astype(float).tolist() for name, values in found.items()}
+            for kind, found in (("flow_scores", fitted.flow_scores), ("simple_scores", fitted.simple_scores))
+        },
     }
     write_sealed(record, content)
     return path
-
-
-SAME = 1e-4  # how far packed weights may move a score, in shares of it or of the scores' deviation
-COMPARED = 100  # images on which that is seen to
-
-
-def kept_weights(fitted: Fitted, cache: feature_cache.FeatureCache) -> dict[str, Tensor]:
-    """The weights as they are written: packed (packing.py) where the scores of some test images, or of
-    training images where there are none, stay the same by ``SAME``; in full precision otherwise."""
-    state = fitted.detector.state_dict()
-    packed = packing.pack(state)
-    split, rows = ("test", fitted.test_rows) if len(fitted.test_rows) else ("train", np.arange(COMPARED))
-    arrays = cache.arrays(split)
-    rows = rows[rows < len(arrays["tokens"])]
-    chosen = evenly(rows, COMPARED)
-    device = fitted.detector.weights.device
-    features = fitted.detector.read(TokenSource(arrays, torch.device("cpu")), chosen)
-    features = Features(*(None if values is None else values.to(device) for values in features))
-    rounded = copy.deepcopy(fitted.detector)
-    rounded.load_saved(packing.unpack(packed))
-    before, after = (each.score_features(features) for each in (fitted.detector, rounded))
-    same = (np.abs(after - before) <= SAME * np.maximum(np.abs(before), before.std())).all()
-    return packed if same else state
 
 
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
@@ -668,8 +600,8 @@ def load_detector(path: Path) -> tuple[Detector, dict]:
     if fault:
         raise UserError(f"{expected}: {fault}; train it again")
     try:
-        detector = Detector(config_of(record), record["features"])
-        detector.load_saved(packing.unpack(load_file(weights)))
+        detector = Detector(config_of(record), record["features"], record["result"]["n_train"])
+        detector.load_saved(load_file(weights))
     except UserError:
         raise
     except (

@@ -53,7 +53,7 @@ import calibration
 import extractor
 import utils
 from config import UserError
-from detector import HEADS, Features, PictureDetector
+from detector import Features, PictureDetector
 from images import images_below
 from pictures import Eye
 
@@ -68,8 +68,6 @@ class Exported(nn.Module):
         super().__init__()
         self.job = detector.eye.job
         self.backbone, self.fitted = self.job.backbone, detector.fitted.requires_grad_(False)
-        weights = {name: self.fitted.weight(name) for name in HEADS}
-        setattr(self.fitted, "weight", weights.__getitem__)  # numbers: an exported graph cannot look  # noqa: B010
         held_out = torch.from_numpy(detector.held_out).float()
         known = len(held_out) > 0
         self.register_buffer("held_out", held_out)

@@ -113,7 +113,7 @@ def cache_identity(config: Config) -> CacheIdentity:
         fields["of_maps"] = OF_MAPS
     else:
         fields["band_depths"] = None
-    parts = {"bands": config.bands, f"places{config.places}": config.places, "mirror": config.mirror}
+    parts = {"bands": config.bands, f"places{config.places}": config.places}
     grid_key = "-".join([grid.key, *(name for name, kept in parts.items() if kept)])
     return CacheIdentity(cache_folder(config, size, grid_key), fields)
 
@@ -382,25 +382,14 @@ class Extraction:
 
     def _batch(self, images: Tensor) -> Rows:
         pixels = prepare(images, self.img_size, self.mean, self.std, self.dtype)
-        rows = self._view(pixels, mirrored=False)
-        if self.config.mirror:
-            mirrored = self._view(pixels.flip(3), mirrored=True)
-            rows = {name: (values + mirrored[name]) / 2 for name, values in rows.items()}
-        return {name: values.half() for name, values in rows.items()}
-
-    def _view(self, pixels: Tensor, mirrored: bool) -> Rows:
-        """What is kept of images (n, 3, H, W), float32, all places where they are in the image that was not
-        mirrored."""
         maps: list[Tensor] = []
         if self.of_maps:
             tokens, maps = self.backbone.with_maps(pixels, self.depths)
         else:
             tokens = self.backbone(pixels)
-        if mirrored:
-            patches = tokens[:, 1:].unflatten(1, self.full_grid).flip(2).flatten(1, 2)
-            tokens, maps = torch.cat([tokens[:, :1], patches], 1), [features.flip(3) for features in maps]
         rows = {"tokens": self.grid.pool(tokens, self.full_grid)}
-        return rows | {name: kept.measure(maps) for name, kept in self.of_maps.items()}
+        rows |= {name: kept.measure(maps) for name, kept in self.of_maps.items()}
+        return {name: values.half() for name, values in rows.items()}
 
     @torch.inference_mode()
     def seconds_per_image(self, count: int) -> float:

@@ -13,15 +13,11 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-import baselines
-import batched
 import calibration
 import datasets
 import detector
@@ -57,23 +53,22 @@ def run_cells(ledger: runs.Ledger, device: torch.device, watch: runs.Stopwatch) 
     soon as it is there, with its share of the wall time. A class that cannot be fitted stops no other."""
     config, cache = ledger.config, ledger.cache
     sources = {split: detector.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
-    together = config.train_together == "True" and config.score != "spectrum"  # its flows train one by one
     for number, cell in enumerate(ledger.results, 1):
         announce(ledger, cell, number, "kept")
     missing = len(ledger.cells) - len(ledger.results)
     print(f"fitting {missing} flows of {len(ledger.cells)} (classes x seeds) on {device}", flush=True)
-    for cells in ledger.turns(together):
-        for outcome in fit(config, cache, cells, sources):
-            if isinstance(outcome, Failed):
-                cell, result = outcome.cell, outcome.result() | watch.share()
-                runs.keep_failure(config, cache, cell, result)
-            else:
-                result = outcome.result
-                cell = runs.Cell(result["class"], result["seed"])
-                result |= watch.share()
-                detector.save_fitted(config, cache, outcome)
-            ledger.keep(cell, result)
-            announce(ledger, cell, len(ledger.results), "")
+    for cell in ledger.turns():
+        outcome = fit(config, cache, cell, sources)
+        if isinstance(outcome, Failed):
+            cell, result = outcome.cell, outcome.result() | watch.share()
+            runs.keep_failure(config, cache, cell, result)
+        else:
+            result = outcome.result
+            cell = runs.Cell(result["class"], result["seed"])
+            result |= watch.share()
+            detector.save_fitted(config, cache, outcome)
+        ledger.keep(cell, result)
+        announce(ledger, cell, len(ledger.results), "")
         watch.lap()  # waiting for other ranks is nobody's share
 
 
@@ -96,48 +91,25 @@ def took(result: dict, left: int) -> str:
 def fit(
     config: Config,
     cache: feature_cache.FeatureCache,
-    cells: list[runs.Cell],
+    cell: runs.Cell,
     sources: dict[str, detector.TokenSource],
-) -> Iterator[detector.Fitted | Failed]:
-    """Fit cells one after the other, or several at once as one batched model; yield each when done."""
-
-    def make(cell: runs.Cell) -> train.Trainer:
-        return train.make_trainer(config, cache, *cell, sources["train"], sources["test"])
-
-    if len(cells) > 1:
-        try:
-            groups = batched.groups([make(cell) for cell in cells])
-            fitted = [fitted for group in groups for fitted in batched.BatchedTrainer(group).run()]
-            yield from fitted
-            return
-        except ClassError:
-            pass  # one of them cannot be fitted: each by itself shows which, and spares the others
-    for cell in cells:
-        try:
-            yield make(cell).run()
-        except ClassError as mistake:
-            yield Failed(cell, str(mistake).removeprefix(f"class {cell.class_name}: "))
+) -> detector.Fitted | Failed:
+    """Fit one class with one seed."""
+    try:
+        return train.make_trainer(config, cache, *cell, sources["train"], sources["test"]).run()
+    except ClassError as mistake:
+        return Failed(cell, str(mistake).removeprefix(f"class {cell.class_name}: "))
 
 
-def run_baselines(config: Config, cache: feature_cache.FeatureCache, classes: list[str]) -> dict[str, dict]:
-    """{class: its simple detectors} on the same cache: metrics of each, and the flow's margin over the best
-    of them."""
-    semantic = {split: torch.from_numpy(cache.tokens(split).semantic()).float() for split in datasets.SPLITS}
+def compare_with_simple_detectors(config: Config, classes: list[str]) -> dict[str, dict]:
+    """{class: its simple detectors}: metrics of each, and the flow's margin over the best of them, from the
+    records of the first seed."""
     table = {}
-    print(f"simple detectors on the same features: {len(classes)} classes", flush=True)
-    bar = tqdm(
-        detector.trained_records(config, classes),
-        total=len(classes),
-        unit="class",
-        leave=False,
-        disable=utils.no_bar(config.hide_tqdm_bar),
-    )
-    for class_name, record in bar:
-        train_rows, test_rows, labels = cache.labels.one_class(class_name)
-        if not len(test_rows):
+    for class_name, record in detector.trained_records(config, classes):
+        scores = {name: np.array(values) for name, values in record["simple_scores"].items()}
+        if not scores:
             continue
-        scores = baselines.baseline_scores(semantic["train"][train_rows], semantic["test"][test_rows])
-        scores |= {name: np.array(values) for name, values in record.get("own_input_scores", {}).items()}
+        labels = np.array(record["test"]["labels"])
         metrics = {name: utils.detection_metrics(labels, values) for name, values in scores.items()}
         best = max(metrics, key=lambda name: metrics[name]["auroc"])
         margin = utils.paired_bootstrap(labels, np.array(record["test"]["scores"]), scores[best])
@@ -227,7 +199,7 @@ def write_report(ledger: runs.Ledger, classes: list[str], watch: runs.Stopwatch)
     results = [ledger.results[cell] for cell in ledger.cells]
     failing = {result["class"] for result in results if "reason" in result}
     whole = [class_name for class_name in classes if class_name not in failing]
-    table = run_baselines(config, cache, whole) if config.baselines else {}
+    table = compare_with_simple_detectors(config, whole) if config.baselines else {}
     defects = defect_aurocs(config, cache, whole)
     seconds = runs.wall_time(results) + watch.lap()
     thresholds = {name: calibration.of_record(r) for name, r in detector.trained_records(config, whole)}

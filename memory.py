@@ -19,15 +19,13 @@ def parameters(config: Config, channels: int, fused: bool) -> int:
 
 
 def detector_floats(config: Config, features: dict) -> int:
-    """Roughly the numbers that a detector holds: its flows, and the matrices that whiten their inputs."""
+    """Roughly the numbers that a detector holds: its flow, and the matrices that whiten its inputs."""
     channels = features["n_feat"]
     bands = sum(features["band_channels"]) * (2 + config.rings) if config.bands else 0
-    grid = math.prod(features["grid"])
-    flows = parameters(config, channels + bands, config.fusion != "none")
+    joined, grid = channels + bands, math.prod(features["grid"])
+    flow = parameters(config, config.flow_channels or joined, config.fusion != "none")
     places, width = features["place_shape"] if config.places else (0, 0)
-    for joined in (bands, width):
-        flows += (parameters(config, joined, False) if joined else 0) + joined**2
-    return flows + (1 + config.knows_own_token) * channels**2 + places * width**2 + 17 * grid**2
+    return flow + joined**2 + places * width**2 + 17 * grid**2
 
 
 def check_detector(config: Config, features: dict) -> None:

@@ -6,8 +6,6 @@ z (B, C) the latent; the log-determinant is log|det dz/dy_sem| in the forward di
 reverse, as FrEIA asks."""
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import FrEIA.framework as Ff
 import FrEIA.modules as Fm
@@ -15,12 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from arithmetic import is_traced
 from freq_fusion import build_fusion
-
-LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)  # the constant of a Gaussian, nats per channel
-NEIGHBOURS = 2  # PANDA and DN2 use two
-CHUNK = 1024  # rows whose distances to all others are held at once
 
 
 class Subnet(nn.Module):
@@ -189,53 +182,62 @@ def build_flow(
     return flow
 
 
-# ---------------------------------------------------------------- likelihood and scores
+# ---------------------------------------------------------------- base densities
 def loss_per_image(z: Tensor, log_det: Tensor) -> Tensor:
-    """(0.5 |z|^2 - log|det J|) / C of every image (docs/method.md, eq. 11): the negative log-likelihood in
-    nats per channel, without its constant. z (B, C), log_det (B) -> (B)."""
+    """(0.5 |z|^2 - log|det J|) / C of every image (docs/method.md, eq. 11): the negative log-likelihood under
+    a normal base density in nats per channel, without its constant. z (B, C), log_det (B) -> (B)."""
     return (0.5 * z.square().sum(1) - log_det) / z.shape[1]
 
 
-def nearest_neighbours(reference: Tensor, query: Tensor, k: int = NEIGHBOURS) -> Tensor:
-    """Mean Euclidean distance to the k nearest rows of reference (n, C), for every row of query (m, C) ->
-    (m)."""
-    k = min(k, len(reference))
-    if is_traced():  # ONNX has no cdist, and a batch of any size has no number of chunks
-        squares = query.square().sum(1, keepdim=True) + reference.square().sum(1)
-        products = 2 * torch.matmul(query, reference.t())
-        return (squares - products).clamp_min(0).sqrt().topk(k, largest=False).values.mean(1)
-    return torch.cat(
-        [torch.cdist(rows, reference).topk(k, largest=False).values.mean(1) for rows in query.split(CHUNK)]
-    )
+def squared_distances(query: Tensor, reference: Tensor) -> Tensor:
+    """Squared Euclidean distances of the rows of query (m, C) to those of reference (n, C) -> (m, n)."""
+    squares = query.square().sum(1, keepdim=True) + reference.square().sum(1)
+    return (squares - 2 * torch.matmul(query, reference.t())).clamp_min(0)
 
 
-def latent_score(z: Tensor, log_det: Tensor, reference: Tensor | None = None) -> Tensor:
-    """The released anomaly score: mean of z^2 over the channels."""
-    return z.square().mean(1)
+def normal_energy(z: Tensor, log_det: Tensor, outside: Tensor, channels: int) -> Tensor:
+    """Twice the negative log-likelihood under a standard normal base density, per channel and without its
+    constant: z (B, k), log_det (B), outside (B), the squared length in the other directions -> (B)."""
+    return (z.square().sum(1) + outside - 2 * log_det) / channels
 
 
-def likelihood_score(z: Tensor, log_det: Tensor, reference: Tensor | None = None) -> Tensor:
-    """Full negative log-likelihood in nats per channel."""
-    return loss_per_image(z, log_det) + LOG_ROOT_2PI
+def kernel_energy(distances: Tensor, log_det: Tensor, bandwidth: Tensor, channels: int) -> Tensor:
+    """The same under a kernel density on the training images' latents (docs/method.md, eq. 12), in units of
+    its bandwidth h, the variance of a kernel: (-2 h log mean_i exp(-d_i / 2h) - 2 h log|det J|) / channels.
+
+    distances (B, n): squared, to the latents of the training images; log_det (B) -> (B)."""
+    density = torch.logsumexp(distances / (-2 * bandwidth), 1) - math.log(distances.shape[1])
+    return -2 * bandwidth * (density + log_det) / channels
 
 
-def latent_knn_score(z: Tensor, log_det: Tensor, reference: Tensor) -> Tensor:
-    """Mean distance to the nearest latents of the training images."""
-    return nearest_neighbours(reference, z)
+def negative_log_likelihood(energy: Tensor, bandwidth: Tensor) -> Tensor:
+    """Nats per channel (B) from an energy (B) and its bandwidth (1 of the normal base density)."""
+    return 0.5 * energy / bandwidth + 0.5 * torch.log(2 * math.pi * bandwidth)
 
 
-class Score(NamedTuple):
-    title: str
-    function: Callable[[Tensor, Tensor, Tensor], Tensor]
-    needs_reference: bool = False
+def nearest_neighbours(distances: Tensor, k: int = 2) -> Tensor:
+    """Mean distance to the k nearest, from squared distances (m, n) -> (m)."""
+    return distances.topk(min(k, distances.shape[1]), dim=1, largest=False).values.sqrt().mean(1)
 
 
-# The scores by name: z (B, C), log_det (B), reference (n, C), the training images' latents -> (B), higher =
-# more anomalous.
+BANDWIDTHS = 40  # tried, a factor of 1.12 apart
+
+
+def best_bandwidth(distances: Tensor, log_det: Tensor, channels: int) -> Tensor:
+    """The bandwidth of the kernel density under which held-out images are most likely: distances (m, n),
+    log_det (m) -> ()."""
+    start = distances.mean() / channels
+    tried = [start * 1.12**-i for i in range(BANDWIDTHS)]
+    losses = [
+        negative_log_likelihood(kernel_energy(distances, log_det, h, channels), h).mean() for h in tried
+    ]
+    return tried[int(torch.stack(losses).argmin())]
+
+
+# The scores by name: what they are called in a table.
 SCORES = {
-    "latent": Score("mean z²", latent_score),
-    "likelihood": Score("negative log-likelihood", likelihood_score),
-    "latent_knn": Score("nearest neighbours in latent space", latent_knn_score, needs_reference=True),
-    # of all flows, those of whole images with their neighbours: Detector.combine; by z alone the likelihood
-    "spectrum": Score("likelihood and neighbours of all flows", likelihood_score, needs_reference=True),
+    "latent": "mean z²",
+    "likelihood": "negative log-likelihood",
+    "latent_knn": "nearest neighbours in latent space",
+    "joined": "likelihood of the image, joined with its places",
 }

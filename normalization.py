@@ -6,15 +6,19 @@ names the choices."""
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from arithmetic import is_traced
-from token_grid import centred_window
 
 EPS = 1e-12
-FLOOR = (
-    0.01  # of the mean variance: a channel that hardly varies in the normal images is not blown up by more
-)
-RIDGE = 1e-6  # in units of the mean eigenvalue, for whitening a covariance that is singular
+RIDGE = 1e-6  # in units of the mean eigenvalue, where the knob asks for none
+
+# The normalisations by name, as the steps they take in this order.
+NORMALIZATIONS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "power_l2": ("power_l2",),
+    "power_l2+whiten": ("power_l2", "whiten"),
+}
 
 
 def spread(tokens: Tensor) -> float:
@@ -32,85 +36,153 @@ def power_l2(tokens: Tensor) -> Tensor:
     return rooted.div_(torch.linalg.vector_norm(rooted, dim=-1, keepdim=True).clamp_min_(EPS))
 
 
-# The normalisations by name, as the steps they take in this order (``Normalizer``).
-NORMALIZATIONS: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "standardize": ("standardize",),
-    "power_l2": ("power_l2",),
-    "whiten": ("whiten",),
-    "power_l2+whiten": ("power_l2", "whiten"),
-}
+def principal_directions(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances (k), largest first, and directions (D, k) of centred tokens (n, D), k = min(n - 1, D),
+    float64. Of fewer tokens than channels by the tokens' own products, which are fewer."""
+    a = centred.double()
+    n, channels = a.shape
+    if n - 1 >= channels:
+        values, vectors = torch.linalg.eigh(a.T @ a / n)
+        return values.flip(0).clamp_min(0), vectors.flip(1)
+    values, vectors = torch.linalg.eigh(a @ a.T / n)
+    values, vectors = values.flip(0)[: n - 1].clamp_min(0), vectors.flip(1)[:, : n - 1]
+    directions = a.T @ vectors
+    return values, directions / torch.linalg.vector_norm(directions, dim=0).clamp_min(EPS)
 
 
-def fit_whitening(tokens: Tensor, ridge: float) -> Tensor:
-    """The symmetric matrix (C, C) that takes tokens (n, C) to the identity covariance; their mean square is 1
-    then.
+class JointNormalizer(nn.Module):
+    """Joint tokens (B, D) -> what the flow takes: tokens (B, k) and the squared length (B) of what lies in no
+    direction of the training images (0 where k = D). Its buffers are fitted by ``fit``.
 
-    The covariance is Ledoit and Wolf's; ``ridge`` is added to its eigenvalues, in units of their mean."""
-    tokens = tokens.double()
-    from sklearn.covariance import ledoit_wolf  # slow to import: who only predicts does not wait
+    name (NORMALIZATIONS): "none"; "power_l2": each group of columns by itself, then one shift and scale for
+    all; "power_l2+whiten": then in the principal directions, largest variance first, each scaled to (λ + r
+    λ̄)^(-1/2), with λ̄ the mean variance and r the ``ridge``; what lies outside of them by (r λ̄)^(-1/2)
+    (docs/method.md, eq. 13). One factor for all makes the mean square of the ``leading`` tokens 1."""
 
-    covariance, _ = ledoit_wolf(tokens.cpu().numpy())
-    values, vectors = torch.linalg.eigh(torch.from_numpy(covariance).to(tokens.device))
-    values = values + (ridge + RIDGE) * values.mean()
-    whitening = (vectors * values.rsqrt()) @ vectors.T
-    whitened = (tokens - tokens.mean(0)) @ whitening
-    return (whitening / whitened.square().mean().sqrt()).float()
-
-
-class BandNormalizer(nn.Module):
-    """Band tokens (B, D) -> chosen columns (B, C), each group of columns (one statistic of one depth)
-    power-normalised to unit length, all of them whitened together. Its buffers are fitted by ``fit``."""
-
-    def __init__(self, columns: list[range], ridge: float):
+    def __init__(self, name: str, groups: list[range], directions: int, leading: int, ridge: float):
         super().__init__()
-        self.columns, self.ridge = columns, ridge
-        channels = sum(map(len, columns))
+        self.steps, self.groups = NORMALIZATIONS[name], groups
+        self.leading, self.ridge = leading, max(ridge, RIDGE)
+        channels = sum(map(len, groups))
+        self.whitens = "whiten" in self.steps
+        self.partial = directions < channels  # some directions are no training image's
         self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("whitening", torch.eye(channels))
+        shape = (channels, directions) if self.whitens else (0, 0)
+        self.register_buffer("directions", torch.eye(*shape))
+        self.register_buffer("scale", torch.ones(directions if self.whitens else 1))
+        self.register_buffer("rest_scale", torch.ones(()))
 
-    def _power(self, bands: Tensor) -> Tensor:
-        return torch.cat([power_l2(bands[:, group.start : group.stop]) for group in self.columns], 1)
+    def power(self, joint: Tensor) -> Tensor:
+        """Each group of columns by ``power_l2``, where the normalisation says so: (B, D) -> (B, D)."""
+        if not self.steps:
+            return joint
+        return torch.cat([power_l2(joint[:, group.start : group.stop]) for group in self.groups], 1)
 
     @torch.no_grad()
-    def fit(self, bands: Tensor) -> "BandNormalizer":
-        """Fit to the normal training images' band tokens (n, D), float32."""
-        tokens = self._power(bands)
+    def fit(self, joint: Tensor) -> "JointNormalizer":
+        """Fit to the normal training images' joint tokens (n, D), float32."""
+        if not self.steps:
+            return self
+        tokens = self.power(joint)
         self.mean.copy_(tokens.mean(0))
-        self.whitening.copy_(fit_whitening(tokens, self.ridge))
+        centred = tokens - self.mean
+        if not self.whitens:
+            self.scale.fill_((centred.square().mean() + EPS).rsqrt())
+            return self
+        values, directions = principal_directions(centred)
+        count = self.directions.shape[1]
+        floor = self.ridge * values.sum() / centred.shape[1] + EPS
+        scale = (values[:count] + floor).rsqrt()
+        leading = (values[: self.leading] * scale[: self.leading].square()).mean().clamp_min(EPS)
+        self.directions.copy_(directions[:, :count])
+        self.scale.copy_(scale / leading.sqrt())
+        self.rest_scale.copy_(1 / (floor * leading))
         return self
 
     @torch.no_grad()
-    def forward(self, bands: Tensor) -> Tensor:
-        return (self._power(bands) - self.mean) @ self.whitening
+    def forward(self, joint: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.steps:
+            return joint, joint.new_zeros(len(joint))
+        centred = self.power(joint) - self.mean
+        if not self.whitens:
+            return centred * self.scale, joint.new_zeros(joint.shape[0])
+        inside = torch.matmul(centred, self.directions)
+        outside = (centred.square().sum(1) - inside.square().sum(1)).clamp_min(0) * self.rest_scale
+        return inside * self.scale, outside if self.partial else torch.zeros_like(outside)
+
+
+class PatchNormalizer(nn.Module):
+    """Patch tokens (B, N, E) -> what the fusion takes (B, N, C), C the flow's channels: normalised by one
+    shift and scale after ``power_l2``; more channels than C brought down to their principal directions, fewer
+    filled up with zeros. "none": as they are, but for the channels. Its buffers are fitted by ``fit``."""
+
+    def __init__(self, name: str, channels: int, flow_channels: int):
+        super().__init__()
+        self.steps, self.missing = NORMALIZATIONS[name], max(0, flow_channels - channels)
+        self.reduces = channels > flow_channels
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("scale", torch.ones(()))
+        shape = (channels, flow_channels) if self.reduces else (0, 0)
+        self.register_buffer("directions", torch.eye(*shape))
+
+    @torch.no_grad()
+    def fit(self, patches: Tensor) -> "PatchNormalizer":
+        """Fit to patch tokens (m, E) of normal training images, float32."""
+        tokens = power_l2(patches) if self.steps else patches
+        if self.steps or self.reduces:
+            self.mean.copy_(tokens.mean(0))
+        centred = tokens - self.mean
+        if self.reduces:
+            values, vectors = torch.linalg.eigh((centred.T @ centred / len(centred)).double())
+            self.directions.copy_(vectors.flip(1)[:, : self.directions.shape[1]])
+            centred = centred @ self.directions
+        if self.steps:
+            self.scale.copy_((centred.square().mean() + EPS).rsqrt())
+        return self
+
+    @torch.no_grad()
+    def forward(self, patches: Tensor) -> Tensor:
+        if self.steps or self.reduces:
+            patches = (power_l2(patches) if self.steps else patches.clone()).sub_(self.mean)
+        if self.reduces:
+            patches = torch.matmul(patches, self.directions)
+        if self.steps:
+            patches = patches * self.scale
+        return F.pad(patches, (0, self.missing)) if self.missing else patches
 
 
 PLACE_RIDGE = 0.03  # added to the covariance of a place, in units of the mean variance
+ENERGY_FLOOR = 1e-6  # of an energy before its logarithm
+AS_IF_SEEN = 10  # images that the places' common variance of log-energies counts like
 
 
-class PlaceNormalizer(nn.Module):
-    """Place tokens (B, P, D) -> the same shape, whitened: each place by its own mean and covariance, as far
-    as the data bear them out. Its buffers are fitted by ``fit``; before, there is no whitening."""
+class PlaceGaussians(nn.Module):
+    """A Gaussian for each place of the image: place tokens (B, P, E) -> how unusual each place is (B, P): the
+    logarithm of its energy (the mean square of the token whitened by the place's own mean and covariance, as
+    far as the data bear them out), standardised over the normal images (docs/method.md, eq. 17 and 18). Its
+    buffers are fitted by ``fit``; before, there is no whitening."""
 
     def __init__(self, places: int, channels: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(places, channels))
-        self.register_buffer("whitening", torch.zeros(0, channels, channels))  # (P, D, D) once fitted
+        self.register_buffer("whitening", torch.zeros(0, channels, channels))  # (P, E, E) once fitted
+        self.register_buffer("log_mean", torch.zeros(places))
+        self.register_buffer("log_deviation", torch.ones(places))
 
     @torch.no_grad()
-    def fit(self, places: Tensor) -> "PlaceNormalizer":
-        """Fit to the place tokens (n, P, D) of normal training images, float32 (docs/method.md, eq. 17).
+    def fit(self, places: Tensor) -> "PlaceGaussians":
+        """Fit to the place tokens (n, P, E) of normal training images, float32.
 
         A place's own mean is drawn to the mean of all places as far as the places' means differ by chance
-        alone (the positive part of James and Stein's estimator); its covariance to the common one by D / (n +
-        D), as if that had been seen on D images (an inverse Wishart prior; Friedman's regularised
-        discriminant analysis, 1989)."""
+        alone (the positive part of James and Stein's estimator); its covariance to the common one by E / (n +
+        E), as if that had been seen on E images (an inverse Wishart prior; Friedman's regularised
+        discriminant analysis, 1989); the variance of its log-energy to the common one by 10 / (n + 10)."""
         n, _, channels = places.shape
         common, own = places.mean((0, 1)), places.mean(0)
         within = (places - own).square().mean() / max(n - 1, 1)
         between = (own - common).square().mean().clamp_min(EPS)
         self.mean.copy_(common + (1 - within / between).clamp_min(0) * (own - common))
-        away = (places - self.mean).transpose(0, 1)  # (P, n, D)
+        away = (places - self.mean).transpose(0, 1)  # (P, n, E)
         covariance = away.transpose(1, 2) @ away / n
         pooled = covariance.mean(0)
         covariance += channels / (n + channels) * (pooled - covariance)
@@ -118,96 +190,17 @@ class PlaceNormalizer(nn.Module):
         values, vectors = torch.linalg.eigh(covariance.double())
         roots = (values + PLACE_RIDGE * variance + EPS).rsqrt()
         self.whitening = ((vectors * roots.unsqueeze(1)) @ vectors.transpose(1, 2)).float()
-        self.whitening /= self(places).square().mean().sqrt()
+        logs = self._log_energies(places)
+        variances = logs.var(0, correction=0)
+        variances = (n * variances + AS_IF_SEEN * variances.mean()) / (n + AS_IF_SEEN)
+        self.log_mean.copy_(logs.mean(0))
+        self.log_deviation.copy_(variances.clamp_min(ENERGY_FLOOR).sqrt())
         return self
+
+    def _log_energies(self, places: Tensor) -> Tensor:
+        whitened = torch.matmul((places - self.mean).transpose(0, 1), self.whitening)
+        return whitened.square().mean(2).transpose(0, 1).clamp_min(ENERGY_FLOOR).log()
 
     @torch.no_grad()
     def forward(self, places: Tensor) -> Tensor:
-        return torch.matmul((places - self.mean).transpose(0, 1), self.whitening).transpose(0, 1)
-
-
-class Normalizer(nn.Module):
-    """(B, C) semantic and (B, N, C) patch tokens -> the same shapes, normalised. Its buffers are fitted by
-    ``fit``.
-
-    name (NORMALIZATIONS): "none", "standardize" (every channel to mean 0, variance 1), "power_l2" (per token,
-    then one common shift and scale, so that a channel's mean square is 1 on average), "whiten" (semantic
-    tokens to the identity covariance, by Ledoit-Wolf shrinkage; an identity flow is then the Gaussian
-    detector), "power_l2+whiten" (one after the other). Patch tokens have statistics of their own; where
-    semantic tokens are whitened, patch tokens are shifted and scaled as for "power_l2".
-
-    centre_pool, grid: with centre_pool above 0, the semantic token is first re-pooled from the patch tokens
-    of the grid (rows, columns): their mean under a Gaussian window on the image's centre, sigma = centre_pool
-    times the grid's sides.
-
-    patches_used: False where the flow has no fusion: patch tokens are then handed on as they are. ridge:
-    added to the covariance's eigenvalues before whitening, in units of their mean: 0 whitens fully, more
-    keeps more of the features' own scale."""
-
-    def __init__(
-        self,
-        name: str,
-        channels: int,
-        *,
-        ridge: float,
-        centre_pool: float,
-        grid: tuple[int, int],
-        patches_used: bool,
-    ):
-        super().__init__()
-        self.patches_used = patches_used
-        self.register_buffer(
-            "window", centred_window(grid, centre_pool) if centre_pool else None, persistent=False
-        )
-        self.steps, self.ridge = NORMALIZATIONS[name], ridge
-        for kind in ("semantic", "patch"):
-            self.register_buffer(f"{kind}_mean", torch.zeros(channels))
-            self.register_buffer(f"{kind}_scale", torch.ones(channels))
-        self.register_buffer("whitening", torch.eye(channels) if "whiten" in self.steps else None)
-
-    def pool(self, semantic: Tensor, patches: Tensor) -> Tensor:
-        """The semantic token that is normalised: the backbone's own (B, C), or re-pooled from the patches (B,
-        N, C)."""
-        return semantic if self.window is None else torch.matmul(self.window, patches[:, : len(self.window)])
-
-    @torch.no_grad()
-    def fit(self, semantic: Tensor, patches: Tensor) -> "Normalizer":
-        """Fit to the normal training images' pooled semantic tokens (n, C) and, where they are used, patch
-        tokens (m, C), float32."""
-        if not self.steps:
-            return self
-        kinds = {"semantic": semantic} | ({"patch": patches} if self.patches_used else {})
-        for kind, tokens in kinds.items():
-            tokens = power_l2(tokens) if "power_l2" in self.steps else tokens
-            mean = tokens.mean(0)
-            deviation = (tokens - mean).square().mean(0)
-            if self.steps == ("power_l2",) or (self.whitening is not None and kind == "patch"):
-                deviation = deviation.mean().expand_as(mean)
-            deviation = deviation.clamp(min=FLOOR * deviation.mean()) + EPS
-            getattr(self, f"{kind}_mean").copy_(mean)
-            getattr(self, f"{kind}_scale").copy_(deviation.rsqrt())
-            if kind == "semantic" and self.whitening is not None:
-                self.whitening.copy_(fit_whitening(tokens, self.ridge))
-        return self
-
-    @torch.no_grad()
-    def forward(self, semantic: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        normal = self.semantic(semantic, patches)
-        return normal, self._normalize_patches(patches) if self.steps and self.patches_used else patches
-
-    @torch.no_grad()
-    def semantic(self, semantic: Tensor, patches: Tensor) -> Tensor:
-        """The normalised semantic token alone, which is little work beside the patches: (B, C), (B, N, C) ->
-        (B, C)."""
-        semantic = self.pool(semantic, patches)
-        if not self.steps:
-            return semantic
-        if "power_l2" in self.steps:
-            semantic = power_l2(semantic)
-        semantic = semantic - self.semantic_mean
-        return semantic * self.semantic_scale if self.whitening is None else semantic @ self.whitening
-
-    def _normalize_patches(self, patches: Tensor) -> Tensor:
-        """Most of the work is here: (B, N, C), written once and then changed in place."""
-        patches = power_l2(patches) if "power_l2" in self.steps else patches.clone()
-        return patches.sub_(self.patch_mean).mul_(self.patch_scale)
+        return (self._log_energies(places) - self.log_mean) / self.log_deviation

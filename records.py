@@ -12,7 +12,7 @@ SHAPE = {
     "features": dict,
     "test": dict,
     "held_out_scores": list,
-    "own_input_scores": dict,
+    "simple_scores": dict,
     "weights": (dict, type(None)),
 }
 PARTS: dict[str, dict[str, type]] = {  # and what its parts must

@@ -45,7 +45,7 @@ from utils import METRICS
 
 ORACLE = "best_on_test_auroc"
 # The AUROC that the flow's other scores would have had -> their titles.
-SCORE_AUROCS = {f"{name}_auroc": score.title for name, score in SCORES.items() if not score.needs_reference}
+SCORE_AUROCS = {f"{name}_auroc": SCORES[name] for name in ("latent", "likelihood")}  # of every epoch
 SHOWN = (*METRICS, ORACLE)  # the table's columns
 COLUMNS = (*SHOWN, *SCORE_AUROCS)  # the files'
 MOST_NAMED = 20  # images that are left out, in one line
@@ -215,8 +215,7 @@ def notes(summary: dict) -> list[str]:
     several = "mean ± standard deviation over the seeds" if len(summary["seeds"]) > 1 else "seed"
     if not nothing_tested(summary):
         how = f"{reported_epoch(summary)}, {several} {seeds}"
-        before = ", before the refit on all normal images" if summary["config"]["refit"] else ""
-        lines.append(f"AUROC: {how}; oracle: the epoch that is best on the test images{before}.")
+        lines.append(f"AUROC: {how}; oracle: the epoch that is best on the test images.")
     if summary["baselines"]:
         means = {name: table["mean"]["auroc"] for name, table in summary["baselines"].items()}
         ranked = sorted(means, key=lambda name: -np.nan_to_num(means[name]))

@@ -166,7 +166,7 @@ def finished(config: Config, cache: feature_cache.FeatureCache, cell: Cell) -> d
     if config.save_model and detector.weights_fault(record, detector.checkpoint_files(path)[1]):
         return None
     compared = config.baselines and cell[1] == config.seed
-    if compared and not record["own_input_scores"] and len(record["test"]["labels"]):
+    if compared and not record["simple_scores"] and len(record["test"]["labels"]):
         return None
     return record["result"]
 
@@ -250,19 +250,17 @@ class Ledger:
     def missing(self) -> list[Cell]:
         return [cell for cell in self.cells if cell not in self.results]
 
-    def claim(self, cells: list[Cell]) -> list[Cell]:
-        """Those of ``cells`` that are not done and that no other process is at: they are this one's now."""
-        mine = []
-        for cell in cells:
-            path = detector.checkpoint_path(self.config, *cell)
-            lock = Lock(path.with_name(f".{path.name}.claim"))
-            if cell not in self.results and lock.take():
-                self.claims[cell] = lock
-                mine.append(cell)
-        self.look()  # another may have finished one just before it was claimed
-        for cell in [cell for cell in mine if cell in self.results]:
+    def claim(self, cell: Cell) -> bool:
+        """Whether the cell is this process's to fit now: neither done nor another process's."""
+        path = detector.checkpoint_path(self.config, *cell)
+        lock = Lock(path.with_name(f".{path.name}.claim"))
+        if cell in self.results or not lock.take():
+            return False
+        self.claims[cell] = lock
+        self.look()  # another may have finished it just before it was claimed
+        if cell in self.results:
             self.release(cell)
-        return [cell for cell in mine if cell not in self.results]
+        return cell not in self.results
 
     def release(self, cell: Cell) -> None:
         if cell in self.claims:
@@ -272,19 +270,14 @@ class Ledger:
         self.results[cell] = result
         self.release(cell)
 
-    def turns(self, at_once: bool) -> Iterator[list[Cell]]:
-        """The cells that this process is to fit, claimed, until none is left to claim: one by one, or
-        (``at_once``) its share of a seed together. Rank 0 waits for those that others are at."""
-        own = self.cells[self.ranks.rank :: self.ranks.world_size]
-        groups = [[cell] for cell in self.ranks.own_first(self.cells)]
-        if at_once:
-            seeds = dict.fromkeys(cell.seed for cell in own)
-            groups = [[cell for cell in own if cell.seed == seed] for seed in seeds] + groups
+    def turns(self) -> Iterator[Cell]:
+        """The cells that this process is to fit, claimed, until none is left to claim. Rank 0 waits for those
+        that others are at."""
         try:
             while self.missing():
-                for group in groups:
-                    if claimed := self.claim(group):
-                        yield claimed
+                for cell in self.ranks.own_first(self.cells):
+                    if self.claim(cell):
+                        yield cell
                 if self.missing() and self.ranks.rank:
                     return
                 if self.missing():

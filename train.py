@@ -10,7 +10,7 @@ import functools
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import baselines
 import calibration
 import datasets
 import detector
@@ -28,30 +29,27 @@ import model
 import runs
 import utils
 from arithmetic import forward_precision, products
-from baselines import PLACE_BASELINES, own_input_scores
 from config import ClassError, Config, UserError
 from detector import (
+    ALIKE,
     EVAL_BATCH,
-    NEGLIGIBLE,
+    FEWEST,
     ClassData,
     Detector,
-    Evidence,
-    Features,
     Fitted,
-    Index,
     Inputs,
     TokenSource,
     evenly,
     in_batches,
 )
+from normalization import ENERGY_FLOOR, spread
 
-PLACE_SAMPLE = 500  # images whose place tokens the normaliser is fitted to
-PLACES_AT_ONCE = 8  # places of each image that a training step of the local flow sees
-PLACE_STEPS = 4  # steps of the local flow for each of the others'
+PLACE_SAMPLE = 500  # images whose place tokens the Gaussians are fitted to
 PLACE_BATCH = 25  # images whose places are scored at once
 PATCH_SAMPLE = 256  # images whose patch tokens the normaliser's statistics come from
 POOL_BATCH = 250  # images whose patch tokens are held at once when semantic tokens are re-pooled
 LOSS_CHECK = 64  # steps between two looks at the loss on a GPU, where reading it waits for the device
+LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)  # the constant of a Gaussian, nats per channel
 ADAM = {"betas": (0.8, 0.8), "eps": 1e-4}  # the paper's (docs/method.md, section 4)
 
 
@@ -123,188 +121,35 @@ class SubnetOptimizers:
                 self._step_one(optimizer)
 
 
-# ---------------------------------------------------------------- one class
-class Measured(NamedTuple):
-    """What one flow makes of n images."""
-
-    z: Tensor  # (n, C), and of the local flow nothing: its latents are those of places
-    log_det: Tensor  # (n), likewise
-    likelihood: Tensor  # (n), the likelihood score
-    loss: float  # mean over the images, nats per channel, without the constant
-
-
-@dataclasses.dataclass
-class Outcome:
-    """What one flow makes of the held-out and the test images after an epoch."""
-
-    evaluation: int  # evaluations up to and including this one
-    entry: dict
-    held: Measured | None
-    test: Measured
-    state: dict[str, Tensor] | None = None  # the weights, where a later epoch may be worse
-
-    @property
-    def held_out_loss(self) -> float:
-        """NaN where nothing is held out."""
-        return self.held.loss if self.held else float("nan")
-
-
-class Head:
-    """One flow of the detector in training: its inputs, its optimiser, and the epoch to report so far."""
-
-    name: str
-    noise = 1.0  # share of the knob feature_noise
-
-    def __init__(self, detector: Detector, config: Config, trained: bool):
-        self.detector, self.config, self.flow = detector, config, detector.flow_of(self.name)
-        self.optimizer = SubnetOptimizers(self.flow, config) if trained else None
-        # the same flow, as training runs it
-        self.trained = compiled(self.flow) if config.compile_flow else self.flow
-        self.best: Outcome | None = None
-
-    def inputs(self, features: Features) -> Inputs:
-        """What the flow takes of a batch."""
-        raise NotImplementedError
-
-    def step(self, features: Features, noise: torch.Generator, rate: float) -> Tensor:
-        """One Adam step on the mean loss of a batch -> the loss, detached."""
-        assert self.optimizer is not None
-        self.optimizer.set_learning_rate(rate)
-        tokens, patches = self.noisy_inputs(features, noise)
-        with forward_precision(self.config.matmul, tokens.device):
-            loss = model.loss_per_image(*self.trained(tokens, [patches])).mean()
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
-
-    @torch.no_grad()
-    def noisy_inputs(self, features: Features, noise: torch.Generator) -> Inputs:
-        """What the flow sees of a batch in training: its inputs, with the training noise on the tokens."""
-        tokens, patches = self.inputs(features)
-        if self.config.feature_noise:
-            shape, device = tokens.shape, tokens.device
-            sigma = self.noise * self.config.feature_noise
-            tokens = tokens + sigma * torch.randn(shape, generator=noise, device=device)
-        return Inputs(tokens, patches)
-
-    @torch.no_grad()
-    def measure(self, source: TokenSource, rows: np.ndarray) -> Measured:
-        """What the flow makes of many images."""
-        batches = []
-        for batch in in_batches(rows, EVAL_BATCH[source.device.type]):
-            tokens, patches = self.inputs(self.features(source, batch))
-            none = tokens, tokens.new_zeros(0)
-            batches.append(self.flow(tokens, [patches]) if len(batch) else none)
-        z, log_det = (torch.cat(parts) for parts in zip(*batches))
-        loss = model.loss_per_image(z, log_det).mean().item()
-        return Measured(z, log_det, model.likelihood_score(z, log_det), loss)
-
-    @torch.no_grad()
-    def known(self, source: TokenSource, rows: np.ndarray) -> list[Tensor]:
-        """The tokens (n, C) of many images that neighbours are looked for in (detector.REFERENCES)."""
-        batches = in_batches(rows, EVAL_BATCH[source.device.type])
-        return [torch.cat([self.inputs(self.features(source, batch)).tokens for batch in batches])]
-
-    def distances(self, evidence: Evidence, source: TokenSource, rows: np.ndarray) -> Tensor:
-        """Mean distances (n, kinds of tokens) of many images to the nearest normal ones."""
-        return evidence.distances(self.known(source, rows))
-
-    def features(self, source: TokenSource, rows: Index) -> Features:
-        return source[rows]
-
-    def remember_if_best(self, outcome: Outcome) -> None:
-        by_likelihood = self.config.select_epoch == "likelihood"
-        if not by_likelihood or self.best is None or outcome.held_out_loss < self.best.held_out_loss:
-            if by_likelihood and self.optimizer is not None:
-                outcome.state = {name: value.clone() for name, value in self.flow.state_dict().items()}
-            self.best = outcome
-
-    def is_stale(self, evaluations: int) -> bool:
-        """Whether the held-out likelihood has not improved for ``patience`` evaluations."""
-        if self.best is None:
-            return False
-        return self.optimizer is None or evaluations - self.best.evaluation >= self.config.patience
-
-
 def compiled(step: Callable) -> Callable:
     """A function or module as torch.compile makes it for many calls: with CUDA graphs where there is a
     GPU."""
     return torch.compile(step, mode="reduce-overhead" if torch.cuda.is_available() else "default")
 
 
-class SemanticHead(Head):
-    """The flow of meaning. Its tokens can be had without the patches."""
+# ---------------------------------------------------------------- one class
+class Measured(NamedTuple):
+    """What the flow makes of n images: z (n, k), log_det (n), and what the flow leaves alone: outside (n)."""
 
-    name = "semantic"
-
-    def inputs(self, features: Features) -> Inputs:
-        return self.detector.inputs(*features)
-
-    @torch.no_grad()
-    def known(self, source: TokenSource, rows: np.ndarray) -> list[Tensor]:
-        fit, kinds = self.detector, []
-        for batch in in_batches(rows, EVAL_BATCH[source.device.type]):
-            features = source[batch]
-            kinds.append(fit.known_by("semantic", fit.tokens(*features), features))
-        return [torch.cat(parts) for parts in zip(*kinds)]
+    z: Tensor
+    log_det: Tensor
+    outside: Tensor
 
 
-class TextureHead(Head):
-    """The flow of rings and peaks: it needs no tokens."""
+@dataclasses.dataclass
+class Evaluation:
+    """The state of a class after an epoch: enough to go back to it."""
 
-    name = "texture"
+    number: int  # evaluations up to and including this one
+    entry: dict
+    flow: dict[str, Tensor]
+    reference: Tensor  # leading latents of the training images; empty where the score has no use for them
+    bandwidth: Tensor
 
-    def inputs(self, features: Features) -> Inputs:
-        return self.detector.texture_inputs(features.semantic)
-
-    def features(self, source: TokenSource, rows: Index) -> Features:
-        bands = source.one("bands", rows)
-        return Features(bands, bands, bands)
-
-
-class LocalHead(Head):
-    """The flow of single places: it needs place tokens alone, learns from a few places of each image at a
-    step, and finds an image as unlikely as its least likely place. Places are many: their flow takes several
-    steps where the others take one, with less noise."""
-
-    name, noise = "local", 0.3
-
-    def __init__(self, detector: Detector, config: Config, trained: bool, seed: int):
-        super().__init__(detector, config, trained)
-        self.generator = np.random.RandomState(seed)  # of places
-
-    def step(self, features: Features, noise: torch.Generator, rate: float) -> Tensor:
-        losses = [super(LocalHead, self).step(features, noise, rate) for _ in range(PLACE_STEPS)]
-        return torch.stack(losses).mean()
-
-    def inputs(self, features: Features) -> Inputs:
-        """Of place tokens (B, P, E), PLACES_AT_ONCE drawn at random from each image: (B places, E)."""
-        places = features.semantic
-        chosen = self.generator.randint(places.shape[1], size=(len(places), PLACES_AT_ONCE))
-        tokens = self.detector.place_normalizer(places)
-        rows = torch.arange(len(places), device=places.device)[:, None]
-        tokens = tokens[rows, torch.from_numpy(chosen).to(places.device)].flatten(0, 1)
-        return Inputs(tokens, tokens.new_zeros(len(tokens), 0, tokens.shape[1]))
-
-    @torch.no_grad()
-    def measure(self, source: TokenSource, rows: np.ndarray) -> Measured:
-        scores = [
-            self.detector.place_scores(source.one("places", batch)) for batch in in_batches(rows, PLACE_BATCH)
-        ]
-        largest = torch.cat([self.detector.local_finding(each)[0] for each in scores])
-        mean = torch.cat([each.mean(1) for each in scores])
-        none = largest.new_zeros(0)
-        return Measured(none, none, largest, mean.mean().item() - model.LOG_ROOT_2PI)
-
-    def known(self, source: TokenSource, rows: np.ndarray) -> list[Tensor]:
-        return []
-
-    def distances(self, evidence: Evidence, source: TokenSource, rows: np.ndarray) -> Tensor:
-        return torch.zeros(len(rows), 0, device=source.device)
-
-    def features(self, source: TokenSource, rows: np.ndarray) -> Features:
-        places = source.one("places", rows)
-        return Features(places, places)
+    @property
+    def held_out_loss(self) -> float:
+        """NaN where nothing is held out."""
+        return self.entry.get("held_out_loss", float("nan"))
 
 
 class Trainer:
@@ -313,14 +158,20 @@ class Trainer:
     def __init__(self, config: Config, data: ClassData, features: dict, seed: int, device: torch.device):
         self.config, self.data, self.seed, self.device = config, data, seed, device
         memory.check_training(config, features, len(data.fit_rows))
-        self.bytes = memory.training_bytes(config, features, len(data.fit_rows))
         utils.keep_freed_memory()
         utils.seed_everything(seed)
-        self.detector = Detector(config, features)
-        self._normalize_by(data.fit_rows)
+        self.sources = {"fit": data.train, "held": data.train, "test": data.test}
+        self.rows = {"fit": data.fit_rows, "held": data.held_rows, "test": data.test_rows}
+        self.detector = Detector(config, features, len(data.fit_rows))
+        self.needs_reference = config.base == "kernel" or config.score == "latent_knn"
+        self.joint: dict[str, Tensor] = {}  # power-normalised joint tokens, kept for the simple detectors
+        self.tokens: dict[str, tuple[Tensor, Tensor]] = {}  # whitened once, for all epochs
+        self._fit_normalizers()
         self.detector.to(device)
-        self.parameters = list(self.detector.parameters())
-        self.heads = self._make_heads()
+        self.unusual_places = self._unusual_places()
+        self.unmoved: dict[str, Tensor] = {}  # distances to the training images that the flow does not change
+        self.optimizer = SubnetOptimizers(self.detector.flow, config)
+        self.trained = compiled(self.detector.flow) if config.compile_flow else self.detector.flow
         self.rate = config.lr_init
         self.generator = np.random.RandomState(seed)
         self.noise = torch.Generator(device).manual_seed(seed)
@@ -330,57 +181,92 @@ class Trainer:
         self.epochs = config.meta_epochs * self.sub_epochs
         self.step, self.steps = 0, self.epochs * per_epoch
         self.history: list[dict] = []
-        self.distances: dict[str, Tensor] = {}  # to the nearest normal images, of test and held-out ones
+        self.best: Evaluation | None = None
+        self.before_training: np.ndarray | None = (
+            None  # the likelihood scores of the test images at the start
+        )
 
-    def _normalize_by(self, rows: np.ndarray) -> None:
-        """Fit the normalisation, and the weights of the heads, to normal training images. Raises ClassError
-        where their features allow none."""
+    # ------------------------------------------------------------ normalisation
+    def _fit_normalizers(self) -> None:
+        """Fit the normalisations and the places' Gaussians to normal training images. Raises ClassError where
+        their features allow none."""
         try:
-            self._fit_normalizers(rows)
+            self._fit_tokens()
+            self._fit_patches()
+            self._fit_places()
         except (ValueError, torch.linalg.LinAlgError) as error:
             name, reason = self.data.class_name, str(error).splitlines()[0]
             fault = detector.features_fault(self.data)
             raise ClassError(fault or f"class {name}: its features cannot be normalised ({reason})") from None
 
-    def _fit_normalizers(self, rows: np.ndarray) -> None:
-        fit, source = self.detector, self.data.train
-        if fit.rings is not None:
-            bands = source.one_on_cpu("bands", rows)
-            fit.rings.fit(bands)
-            if fit.low is not None:
-                fit.low.fit(bands)
-        spectrum = self.config.score == "spectrum"
-        if not fit.normalizer.steps and not spectrum:
+    def _fit_tokens(self) -> None:
+        normalizer = self.detector.normalizer
+        if not normalizer.steps:
             return
-        own, pooled = [], []
-        for batch in in_batches(rows, POOL_BATCH):
-            semantic, patches = source.on_cpu(batch)[:2]
-            own.append(semantic.clone())  # cloned: a view would keep the patches
-            pooled.append(fit.normalizer.pool(semantic, patches).clone())
-        whole = torch.cat(own)
-        if spectrum:
-            fit.weigh(whole)
-        sample = source.on_cpu(evenly(rows, PATCH_SAMPLE)).patches.flatten(0, 1)
-        fit.normalizer.fit(torch.cat(pooled), sample)
-        if fit.own is not None:
-            fit.own.fit(whole, sample)
-        if fit.uses_places:
-            fit.place_normalizer.fit(source.one_on_cpu("places", evenly(rows, PLACE_SAMPLE)))
+        joint = self._joint("fit")
+        normalizer.fit(joint)
+        if normalizer.whitens:  # a matrix product of its own for every image: done once
+            for part in self.rows:
+                found = joint if part == "fit" else self._joint(part)
+                tokens, outside = normalizer(found)
+                self.tokens[part] = tokens.to(self.device), outside.to(self.device)
+                if self.compares:
+                    self.joint[part] = normalizer.power(found)
 
-    def _make_heads(self) -> list[Head]:
-        fit, config = self.detector, self.config
-        if config.score != "spectrum":
-            return [SemanticHead(fit, config, trained=True)]
-        trained = {name: fit.weight(name) >= NEGLIGIBLE for name in fit.heads}
-        heads: list[Head] = [
-            SemanticHead(fit, config, trained["semantic"]),
-            TextureHead(fit, config, trained["texture"]),
-        ]
-        return heads + ([LocalHead(fit, config, trained["local"], self.seed)] if fit.uses_places else [])
+    def _joint(self, part: str) -> Tensor:
+        """The joint tokens (n, D) of the images of a part, on the CPU."""
+        source, fit = self.sources[part], self.detector
+        batches = in_batches(self.rows[part], POOL_BATCH)
+        return torch.cat([fit.joint(source.on_cpu(batch)).clone() for batch in batches])
 
+    def _fit_patches(self) -> None:
+        fit, rows = self.detector, evenly(self.data.fit_rows, PATCH_SAMPLE)
+        if fit.patch_normalizer is not None and (fit.patch_normalizer.steps or fit.patch_normalizer.reduces):
+            features = self.data.train.on_cpu(rows)
+            if fit.middle:
+                features = features._replace(places=self.data.train.one_on_cpu("places", rows))
+            fit.patch_normalizer.fit(fit.raw_patches(features).flatten(0, 1))
+
+    def _fit_places(self) -> None:
+        fit, source = self.detector, self.data.train
+        if fit.places is None:
+            return
+        rows = in_batches(self.data.fit_rows, POOL_BATCH)
+        alike = spread(torch.cat([source.on_cpu(batch).semantic.clone() for batch in rows])) < ALIKE
+        fit.read_places_if(alike)
+        if alike:
+            fit.places.fit(source.one_on_cpu("places", evenly(self.data.fit_rows, PLACE_SAMPLE)))
+
+    @torch.no_grad()
+    def _unusual_places(self) -> dict[str, Tensor]:
+        """How unusual the places (n) of held-out and test images are, where they are read."""
+        if not self.detector.uses_places:
+            return {}
+        found = {}
+        for part in ("held", "test"):
+            batches = in_batches(self.rows[part], PLACE_BATCH)
+            places = (self.sources[part].one("places", batch) for batch in batches)
+            found[part] = torch.cat([self.detector.unusual_places(each) for each in places])
+        self._standardise(1, found["held"])
+        return found
+
+    def _standardise(self, number: int, held: Tensor) -> None:
+        """Take mean and deviation from held-out images' values (n); a deviation needs FEWEST of them."""
+        fit = self.detector
+        fit.held_mean[number] = held.mean() if len(held) else 0.0
+        fit.held_deviation[number] = held.std().clamp_min(1e-3) if len(held) >= FEWEST else 1.0
+
+    @property
+    def compares(self) -> bool:
+        """Whether simple detectors are fitted beside the flow: with the first seed, whose figures the table
+        has."""
+        return self.config.baselines and self.seed == self.config.seed and len(self.data.test_rows) > 0
+
+    # ------------------------------------------------------------ training
     def run(self) -> Fitted:
         start = time.perf_counter()
-        self.evaluate_start()
+        if self.config.select_epoch == "likelihood":  # training may not improve on the start
+            self.evaluate(0, None)
         for meta_epoch in range(1, self.config.meta_epochs + 1):
             losses = [self.train_epoch() for _ in range(self.sub_epochs)]
             self.evaluate(meta_epoch * self.sub_epochs, losses[-1])
@@ -388,61 +274,57 @@ class Trainer:
                 break
         return self.fitted(time.perf_counter() - start)
 
-    def evaluate_start(self) -> None:
-        """Where epochs are chosen by likelihood, the start is one of them: training may not improve on it."""
-        self._look_for_neighbours()
-        if self.config.select_epoch == "likelihood":
-            self.evaluate(0, None)
-
-    def _look_for_neighbours(self) -> None:
-        """Score spectrum: the distances to the nearest normal images, in the tokens that the flows start
-        from."""
-        for head in self.heads if self.config.score == "spectrum" else ():
-            evidence = self.detector.evidence[head.name]
-            evidence.remember(head.known(self.data.train, self.data.fit_rows))
-            held = head.distances(evidence, self.data.train, self.data.held_rows)
-            evidence.calibrate("neighbours", held)
-            self.distances[f"{head.name} held"] = held
-            self.distances[head.name] = head.distances(evidence, self.data.test, self.data.test_rows)
-
     def train_epoch(self) -> float:
         """One pass over the normal training images in a new order -> their mean loss (nats per channel, no
         constant)."""
         self.detector.train()
-        with products(self.config.matmul, self.device):
-            losses = [self.train_step(batch) for batch in self.progress(self.shuffled_batches())]
-        return torch.stack(losses).mean().item()
-
-    def shuffled_batches(self) -> list[Index]:
-        """The batches of an epoch: rows of the training split, shuffled, taken to the device at once."""
-        rows = self.generator.permutation(self.data.fit_rows)
-        return in_batches(self.data.train.index(rows), self.config.batch_size)
-
-    def progress(self, batches: list) -> Iterable:
-        return tqdm(
-            batches,
+        order = self.generator.permutation(len(self.data.fit_rows))
+        batches = tqdm(
+            in_batches(order, self.config.batch_size),
             desc=self.data.class_name,
             unit="batch",
             leave=False,
             disable=utils.no_bar(self.config.hide_tqdm_bar),
         )
+        with products(self.config.matmul, self.device):
+            losses = [self.train_step(batch) for batch in batches]
+        return torch.stack(losses).mean().item()
 
-    def inputs(self, features: Features) -> Inputs:
-        """What the semantic flow sees of a batch in training."""
-        return self.heads[0].noisy_inputs(features, self.noise)
-
-    def train_step(self, batch: Index) -> Tensor:
-        """One Adam step of every flow on the mean loss of a batch of rows -> the first flow's loss,
-        detached."""
-        rate = self.scheduled_rate()
-        trained = [head for head in self.heads if head.optimizer is not None]
-        losses = [head.step(head.features(self.data.train, batch), self.noise, rate) for head in trained]
-        self.count_step(losses[0])
-        return losses[0]
-
-    def scheduled_rate(self) -> float:
+    def train_step(self, batch: np.ndarray) -> Tensor:
+        """One Adam step on the mean loss of a batch, numbers of images to fit to -> the loss, detached."""
         self.rate = learning_rate(self.config, self.step / self.steps)
-        return self.rate
+        self.optimizer.set_learning_rate(self.rate)
+        inputs = self.inputs("fit", batch)
+        tokens = self.with_noise(inputs.tokens[:, : self.detector.leading])
+        with forward_precision(self.config.matmul, self.device):
+            z, log_det = self.trained(tokens, [inputs.patches])
+            loss = model.loss_per_image(z, log_det).mean()
+        loss.backward()
+        self.optimizer.step()
+        self.count_step(loss.detach())
+        return loss.detach()
+
+    def inputs(self, part: str, batch: np.ndarray) -> Inputs:
+        """What the flow takes of images of a part: fit, held or test, by their numbers in it."""
+        source, rows, fit = self.sources[part], self.rows[part][batch], self.detector
+        with torch.no_grad():
+            if part not in self.tokens:
+                features = source[rows]
+                if fit.middle:
+                    features = features._replace(places=source.one("places", rows))
+                return fit.inputs(features)
+            tokens, outside = (values[torch.from_numpy(batch)] for values in self.tokens[part])
+            if fit.patch_normalizer is None:
+                return Inputs(tokens, outside, tokens.new_zeros(len(tokens), 0, fit.leading))
+            raw = fit.middle_patches(source.one("places", rows)) if fit.middle else source.patches(rows)
+            return Inputs(tokens, outside, fit.patch_normalizer(raw))
+
+    def with_noise(self, tokens: Tensor) -> Tensor:
+        """The tokens with the training noise on them."""
+        if not self.config.feature_noise:
+            return tokens
+        noise = torch.randn(tokens.shape, generator=self.noise, device=tokens.device)
+        return tokens + self.config.feature_noise * noise
 
     def count_step(self, loss: Tensor) -> None:
         """Count a step, and look whether its loss is finite: at every step on a CPU, now and then on a
@@ -452,15 +334,9 @@ class Trainer:
             or self.step % LOSS_CHECK == LOSS_CHECK - 1
             or self.step + 1 == self.steps
         )
-        if look and not self.has_ended() and not torch.isfinite(loss):
+        if look and self.config.select_epoch == "last" and not torch.isfinite(loss):
             raise self.not_finite(f"the loss is {loss.item()}", self.step)
         self.step += 1
-
-    def has_ended(self) -> bool:
-        """Whether no flow's held-out likelihood has improved for ``patience`` evaluations."""
-        if self.config.select_epoch == "last":
-            return False
-        return all(head.is_stale(len(self.history)) for head in self.heads)
 
     def not_finite(self, what: str, step: int) -> ClassError:
         """The error of a loss or score that is not finite: features that are not, or the epoch, the learning
@@ -473,141 +349,180 @@ class Trainer:
             "try a lower lr_init, max_grad_norm 1, or normalize power_l2"
         )
 
+    def has_ended(self) -> bool:
+        """Whether the held-out likelihood has not improved for ``patience`` evaluations."""
+        if self.config.select_epoch == "last" or self.best is None:
+            return False
+        return len(self.history) - self.best.number >= self.config.patience
+
+    # ------------------------------------------------------------ evaluation
+    @torch.no_grad()
+    def measure(self, part: str) -> Measured:
+        """What the flow makes of all images of a part."""
+        measured = []
+        for batch in in_batches(np.arange(len(self.rows[part])), EVAL_BATCH[self.device.type]):
+            inputs = self.inputs(part, batch)
+            none = inputs.tokens, inputs.outside
+            measured.append((*(self.detector.latent(inputs) if len(batch) else none), inputs.outside))
+        return Measured(*(torch.cat(parts) for parts in zip(*measured)))
+
+    def distances(self, part: str, measured: Measured, reference: Tensor) -> Tensor:
+        """Squared distances (m, n) of the latents of a part to those of the images fitted to, whose leading
+        latents are given; what the flow does not move is computed once."""
+        fit, leading = self.detector, self.detector.leading
+        if part not in self.unmoved:
+            rest = (
+                model.squared_distances(measured.z[:, leading:], self.tokens["fit"][0][:, leading:])
+                if leading < fit.directions
+                else 0.0
+            )
+            self.unmoved[part] = rest + measured.outside.unsqueeze(1)
+        return model.squared_distances(measured.z[:, :leading], reference) + self.unmoved[part]
+
     def evaluate(self, epoch: int, loss: float | None) -> None:
-        """Score the test images and the held-out normals after an epoch; each flow remembers its best
-        epoch."""
+        """Score the test images and the held-out normals after an epoch; remember it if it is the best."""
         self.detector.eval()
-        entry: dict = {"epoch": epoch, "loss": loss}
-        with products("highest", self.device):
-            outcomes = {head.name: self._outcome(head, entry) for head in self.heads}
-        for name, outcome in outcomes.items():
-            if len(self.data.held_rows):
-                entry["held_out_loss" if name == "semantic" else f"{name}_held_out_loss"] = (
-                    outcome.held_out_loss
-                )
-        scores, _ = self._scores(outcomes)
-        if not np.isfinite(scores).all():
-            raise self.not_finite("scores are not finite", self.step - 1)
-        entry["auroc"] = utils.auroc(self.data.labels, scores)
-        for name, score in model.SCORES.items():  # what the flow's other scores would have had
-            if not score.needs_reference:
-                by_name = self.detector.score(*outcomes["semantic"].test[:2], name)
-                entry[f"{name}_auroc"] = utils.auroc(self.data.labels, by_name)
+        with products("highest", self.device), torch.no_grad():
+            entry, reference = self._evaluated({"epoch": epoch, "loss": loss})
         self.history.append(entry)
-        for head in self.heads:
-            head.remember_if_best(outcomes[head.name])
         if self.config.verbose:
             held = f"  held-out loss {entry['held_out_loss']:.4f}" if "held_out_loss" in entry else ""
             trained = "before training" if loss is None else f"loss {loss:.4f}"
             tested = f"  AUROC {entry['auroc']:.4f}" if len(self.data.test_rows) else ""
             tqdm.write(f"{self.data.class_name}  epoch {epoch}  {trained}{held}{tested}")
+        self._remember_if_best(entry, reference)
 
-    def _outcome(self, head: Head, entry: dict) -> Outcome:
-        """What a flow makes of the images now. A flow that is not trained stays as it was."""
-        if head.optimizer is None and head.best is not None:
-            return head.best
-        fit, data = self.detector, self.data
-        if self.config.score == "latent_knn":
-            fit.reference = head.measure(data.train, data.fit_rows).z
-        held = head.measure(data.train, data.held_rows) if len(data.held_rows) else None
-        if held and not math.isfinite(held.loss):
-            raise self.not_finite("scores are not finite", self.step - 1)
-        return Outcome(len(self.history) + 1, entry, held, head.measure(data.test, data.test_rows))
+    def _evaluated(self, entry: dict) -> tuple[dict, Tensor]:
+        """An epoch's entry of the history, completed, and the leading latents of the images fitted to."""
+        fit, config = self.detector, self.config
+        measured = {part: self.measure(part) for part in ("held", "test")}
+        held, test = measured["held"], measured["test"]
+        reference = held.z.new_zeros(0, fit.leading)
+        near: dict[str, Tensor] = {}
+        if self.needs_reference:
+            reference = self.measure("fit").z[:, : fit.leading]
+            near = {
+                part: self.distances(part, each, reference) for part, each in (("held", held), ("test", test))
+            }
+        if config.base == "kernel":
+            fit.bandwidth.copy_(model.best_bandwidth(near["held"], held.log_det, fit.channels))
+        energies = {part: self._energy(part, each, near) for part, each in measured.items()}
+        nll = {part: model.negative_log_likelihood(each, fit.bandwidth) for part, each in energies.items()}
+        if len(held.z):
+            entry["held_out_loss"] = nll["held"].mean().item() - LOG_ROOT_2PI
+        if not all(each.isfinite().all() for each in nll.values()):
+            if config.select_epoch == "last" or not self.history:
+                raise self.not_finite("scores are not finite", self.step - 1)
+            entry["held_out_loss"] = float("inf")  # training has diverged: an earlier epoch is reported
+        self._standardise(0, energies["held"].clamp_min(ENERGY_FLOOR).log())
+        by_name = {"latent": test.z.square().mean(1), "likelihood": nll["test"]}
+        if "test" in near:
+            by_name["latent_knn"] = model.nearest_neighbours(near["test"])
+        logs = energies["test"].clamp_min(ENERGY_FLOOR).log()
+        by_name["joined"] = fit.standardised(logs, 0) + self._share_of_places("test")
+        entry["auroc"] = self._auroc(by_name[config.score])
+        entry |= {f"{name}_auroc": self._auroc(by_name[name]) for name in ("latent", "likelihood")}
+        if self.before_training is None and entry["loss"] is None:
+            self.before_training = nll["test"].cpu().numpy()
+        return entry, reference
 
-    def _scores(self, outcomes: dict[str, Outcome]) -> tuple[np.ndarray, np.ndarray]:
-        """Scores of the test images and of the held-out normals, from what each flow made of them."""
+    def _auroc(self, scores: Tensor) -> float:
+        return utils.auroc(self.data.labels, np.nan_to_num(scores.cpu().numpy()))
+
+    def _energy(self, part: str, measured: Measured, near: dict[str, Tensor]) -> Tensor:
         fit = self.detector
-        if self.config.score != "spectrum":
-            held, test = outcomes["semantic"].held, outcomes["semantic"].test
-            return fit.score(test.z, test.log_det), (fit.score(held.z, held.log_det) if held else np.empty(0))
-        findings: dict[str, dict] = {"": {}, " held": {}}
-        for name, outcome in outcomes.items():
-            assert outcome.held is not None
-            fit.evidence[name].calibrate("likelihood", outcome.held.likelihood)
-            for rows, measured in (("", outcome.test), (" held", outcome.held)):
-                findings[rows][name] = (measured.likelihood, self.distances[name + rows])
-        test, held = (fit.combine(found).cpu().numpy() for found in findings.values())
-        return test, held
+        if self.config.base == "normal":
+            return model.normal_energy(*measured, fit.channels)
+        return model.kernel_energy(near[part], measured.log_det, fit.bandwidth, fit.channels)
 
+    def _share_of_places(self, part: str) -> Tensor | float:
+        if part not in self.unusual_places:
+            return 0.0
+        return self.detector.standardised(self.unusual_places[part], 1)
+
+    def _remember_if_best(self, entry: dict, reference: Tensor) -> None:
+        chosen = self.config.select_epoch == "last" or self.best is None
+        if chosen or entry["held_out_loss"] < self.best.held_out_loss:  # type: ignore[union-attr]
+            flow, keep = self.detector.flow, self.config.select_epoch == "likelihood"
+            state = {name: values.clone() for name, values in flow.state_dict().items()} if keep else {}
+            self.best = Evaluation(
+                len(self.history), entry, state, reference, self.detector.bandwidth.clone()
+            )
+
+    # ------------------------------------------------------------ what is left
     def fitted(self, seconds: float) -> Fitted:
-        """The detector of the chosen epochs and the result of the class."""
-        data, chosen = self.data, {}
-        for head in self.heads:
-            assert head.best is not None, "evaluate comes first"
-            chosen[head.name] = head.best
-            if head.best.state is not None:
-                head.flow.load_state_dict(head.best.state)
-        if self.config.score == "latent_knn":
-            self.detector.reference = self.heads[0].measure(data.train, data.fit_rows).z
-        scores, held_scores = self._scores(chosen)
-        if self.config.refit:
-            self._refit()
-            scores = self._refitted_scores() if len(data.test_rows) else scores
-        entry = chosen["semantic"].entry
-        if "texture" in chosen:
-            entry = entry | {f"{name}_epoch": best.entry["epoch"] for name, best in chosen.items()}
-            entry |= {f"{name}_weight": self.detector.weight(name) for name in chosen}
+        """The detector of the chosen epoch and the result of the class."""
+        data, best, fit = self.data, self.best, self.detector
+        assert best is not None, "evaluate comes first"
+        if best.flow:
+            fit.flow.load_state_dict(best.flow)
+        fit.bandwidth.copy_(best.bandwidth)
+        if self.needs_reference:
+            rest = self.tokens["fit"][0][:, fit.leading :] if "fit" in self.tokens else best.reference[:, :0]
+            fit.reference = torch.cat([best.reference, rest], 1).half()
+        with products("highest", self.device), torch.no_grad():
+            held, test = self.measure("held"), self.measure("test")
+            if self.config.score == "joined":
+                energy = self._in_parts(fit.energy, held)
+                self._standardise(0, energy.clamp_min(ENERGY_FLOOR).log())
+            whole = {
+                part: self._in_parts(fit.score, each) + self._share_of_places(part)
+                for part, each in (("held", held), ("test", test))
+            }
+            flow_scores = {
+                name: self._in_parts(functools.partial(fit.score, name=name), test)
+                for name in ("likelihood", "latent")
+            }
+        scores, held_scores = whole["test"].cpu().numpy(), whole["held"].cpu().numpy()
+        if not np.isfinite(scores).all():
+            raise self.not_finite("scores are not finite", self.step - 1)
         result = {
             "class": data.class_name,
             "seed": self.seed,
             **utils.detection_metrics(data.labels, scores),
             "best_on_test_auroc": max(entry["auroc"] for entry in self.history),
-            **{key: value for key, value in entry.items() if key != "auroc"},
+            **{key: value for key, value in best.entry.items() if key != "auroc"},
+            "reads_places": fit.uses_places,
             "n_train": len(data.fit_rows),
             "n_held_out": len(data.held_rows),
             "n_test": len(data.test_rows),
             "n_anomalous": int(data.labels.sum()),
             "seconds": round(seconds, 1),
         }
-        compared = self.config.baselines and self.seed == self.config.seed  # the table's is the first seed
-        simple = self._own_input_scores() if compared and len(data.test_rows) else {}
+        by_flow = {name: values.cpu().numpy() for name, values in flow_scores.items()}
+        if self.before_training is not None:
+            by_flow["before training"] = self.before_training
+        simple = self.simple_scores() if self.compares else {}
         return Fitted(
-            self.detector, scores, data.labels, data.test_rows, held_scores, self.history, result, simple
+            fit, scores, data.labels, data.test_rows, held_scores, self.history, result, by_flow, simple
         )
 
-    def _refit(self) -> None:
-        """Let the normalisation and the neighbours take in all normal training images.
-
-        The standardisation stays that of the held-out images, from when they were still held out."""
-        fit, data = self.detector, self.data
-        normal = np.sort(np.concatenate([data.fit_rows, data.held_rows]))
-        self._normalize_by(normal)
-        if self.config.score == "latent_knn":
-            fit.reference = self.heads[0].measure(data.train, normal).z
-        for head in self.heads if self.config.score == "spectrum" else ():
-            fit.evidence[head.name].remember(head.known(data.train, normal))
-
-    def _refitted_scores(self) -> np.ndarray:
-        """Scores of the test images after the refit."""
-        with products("highest", self.device), torch.no_grad():
-            batches = in_batches(self.data.test_rows, EVAL_BATCH[self.device.type])
-            parts = [self.detector.scores(self.detector.read(self.data.test, batch)) for batch in batches]
-        scores = torch.cat(parts).cpu().numpy()
-        if not np.isfinite(scores).all():
-            raise self.not_finite("scores are not finite after the refit", self.step - 1)
-        return scores
+    def _in_parts(self, score: Callable[..., Tensor], measured: Measured) -> Tensor:
+        """A score of many images, a thousand at a time."""
+        return torch.cat([score(*part) for part in zip(*(values.split(1000) for values in measured))])
 
     @torch.no_grad()
-    def _own_input_scores(self) -> dict[str, np.ndarray]:
-        """Scores of simple detectors on what the flows take, fitted to all normal training images."""
+    def simple_scores(self) -> dict[str, np.ndarray]:
+        """Scores of simple detectors (baselines.py) on the test images, fitted to all normal training images:
+        on the semantic token, on the joint token that the flow starts from, and on places where they are
+        read."""
         data = self.data
-
-        def tokens(source: TokenSource, rows: np.ndarray) -> Tensor:
-            return torch.cat(
-                [
-                    self.detector.own_input(source[batch])
-                    for batch in in_batches(rows, EVAL_BATCH[source.device.type])
-                ]
-            )
-
         normal = np.sort(np.concatenate([data.fit_rows, data.held_rows]))
-        scores = own_input_scores(tokens(data.train, normal), tokens(data.test, data.test_rows))
-        if not (self.config.places and data.per_category):
-            return scores
-        reference = data.train.one_on_cpu("places", evenly(normal, PLACE_SAMPLE))
-        for name, fit in PLACE_BASELINES.items():
-            score, batches = fit(reference), in_batches(data.test_rows, PLACE_BATCH)
-            scores[name] = torch.cat([score(data.test.one_on_cpu("places", b)) for b in batches]).numpy()
+        scores = baselines.semantic_scores(data.train.semantic(normal), data.test.semantic(data.test_rows))
+        if self.joint:
+            train = torch.cat([self.joint["fit"], self.joint["held"]])
+            scores["Gaussian, flow's input"] = baselines.gaussian(train, self.joint["test"])
+            train, test = (  # an image that is fitted to lies in its own directions: nothing is outside
+                torch.cat([tokens, outside.sqrt().unsqueeze(1)], 1)
+                for tokens, outside in (self.tokens["fit"], self.tokens["test"])
+            )
+            train[:, -1] = 0
+            scores["kNN, flow's input"] = baselines.neighbours(train, test)
+        if self.detector.uses_places:
+            reference = data.train.one_on_cpu("places", evenly(normal, PLACE_SAMPLE))
+            for name, fit in baselines.PLACES.items():
+                score, batches = fit(reference), in_batches(data.test_rows, PLACE_BATCH)
+                scores[name] = torch.cat([score(data.test.one_on_cpu("places", b)) for b in batches]).numpy()
         return scores
 
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from config import MOST_USED, SECTIONS, Config, UserError, changed, make_config, parse_values, unknown
+from config import MOST_USED, SECTIONS, Config, UserError, changed, make_config, parse_values, unknown_knob
 from shell.signals import end_at_once_on_signals, guarded, show_any_name, stop
 
 
@@ -96,7 +96,7 @@ def unexpected(argument, script):
     name = argument.split("=")[0]
     known = {f"--{field.name}": field.metadata["scripts"] for field in dataclasses.fields(Config)}
     if name not in known:
-        return unknown("knob", name, [knob for knob, scripts in known.items() if script in scripts])
+        return unknown_knob(name, [knob for knob, scripts in known.items() if script in scripts])
     return f"{script} does not read {name}, only {' and '.join(known[name])}; leave it out"
 
 
