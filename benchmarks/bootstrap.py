@@ -41,21 +41,21 @@ def resampled(problems: list[Problem], detectors: list[str], draws: int, seed) -
         labels = np.array([problems[i].labels[order] for i, order in zip(members, orders)])
         strata = np.unique(labels, axis=1, return_inverse=True)[1].ravel()  # images of the same labels
         sizes, n = np.bincount(strata), len(strata)
-        terms, aurocs = np.full((2, n, len(members), len(detectors)), np.nan)
+        aurocs = np.full((len(members), len(detectors)), np.nan)
+        terms = np.full((n, *aurocs.shape), np.nan)  # what each time that an image is drawn adds
         for j, (i, order) in enumerate(zip(members, orders)):
             for k, title in enumerate(detectors):
                 if title in problems[i].scores:
                     placed = placements(labels[j], problems[i].scores[title][order])
-                    aurocs[:, j, k] = placed[labels[j] == 1].mean()
-                    terms[:, j, k] = (placed - aurocs[0, j, k]) / np.bincount(labels[j])[labels[j]]
+                    aurocs[j, k] = placed[labels[j] == 1].mean()
+                    terms[:, j, k] = (placed - aurocs[j, k]) / np.bincount(labels[j])[labels[j]]
         terms = terms[np.argsort(strata, kind="stable")].reshape(n, -1)  # stratum by stratum
         starts, widths = (np.repeat(part, sizes) for part in (np.cumsum(sizes) - sizes, sizes))
         for first in range(0, draws, CHUNK):
             count = min(CHUNK, draws - first)
             drawn = starts + generator.integers(widths, size=(count, n)) + n * np.arange(count)[:, None]
             weights = np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n).astype(float)
-            here = (weights @ terms).reshape(count, len(members), -1)
-            found[first : first + count, members] = aurocs[0] + here
+            found[first : first + count, members] = aurocs + (weights @ terms).reshape(count, *aurocs.shape)
     return found
 
 

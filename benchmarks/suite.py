@@ -75,15 +75,21 @@ def read_suite(path: Path, only: str | None = None) -> tuple[dict, list[Set]]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise knobs.UserError(f"{path} is no TOML: {error}") from None
     entries = content.pop("set", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise knobs.UserError(f"{path}: expected tables [[set]], got set = {entries!r}")
     for keys, known in ((content, ("preset", "extractor")), *((entry, Set._fields) for entry in entries)):
         for key in keys:
             if key not in known:
                 raise knobs.UserError(f"{path}: {knobs.unknown('key', key, known)}")
+    kinds = {"knobs": dict, "trial": dict, "development": bool}
+    for key, value in (item for entry in entries for item in entry.items()):
+        if not isinstance(value, kind := kinds.get(key, str)):
+            raise knobs.UserError(f"{path}: {key}: expected a {kind.__name__}, got {value!r}")
     for needed in ("name", "dataset"):
         if not all(needed in entry for entry in entries):
             raise knobs.UserError(f"{path}: every [[set]] needs a {needed}")
     sets = {entry["name"]: Set(**entry) for entry in entries}
-    chosen = only.split(",") if only else list(sets)
+    chosen = [name.strip() for name in only.split(",")] if only else list(sets)
     for name in chosen:
         if name not in sets:
             raise knobs.UserError(knobs.unknown("set", name, sets))

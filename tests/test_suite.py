@@ -237,11 +237,8 @@ def test_sets_that_fail_or_are_missing_stop_no_other(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     (tmp_path / "suite.toml").write_text(SUITE)
     write_run("s-one", {"x": 6.0}, {"kNN": 0.5})
-    monkeypatch.setattr(
-        suite,
-        "command_of",
-        lambda entry, *_: [sys.executable, "-c", f"exit(2 * ({entry.name!r} == 'broken'))"],
-    )
+    finished = {"one": "exit(0)", "broken": "exit(2)"}
+    monkeypatch.setattr(suite, "command_of", lambda entry, *_: [sys.executable, "-c", finished[entry.name]])
     with pytest.raises(UserError, match="failed: broken, main.py ended with status 2"):
         suite.main(arguments(tmp_path / "suite.toml"))
     assert "left out: away, no/such is not there" in capsys.readouterr().out
@@ -288,6 +285,8 @@ def test_the_command_of_a_set():
             "unknown key 'knob', did you mean knobs",
         ),
         ("[[set]]\nname = 'a'", None, "needs a dataset"),
+        ("[[set]]\nname = 'a'\ndataset = 'digits'\npath = 3", None, "path: expected a str, got 3"),
+        ("set = ['digits']", None, "expected tables"),
         ("[[set]]\nname = 'digits'\ndataset = 'digits'", "digit", "unknown set 'digit', did you mean digits"),
     ],
 )
