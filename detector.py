@@ -2,6 +2,7 @@
 save and load."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,11 +99,14 @@ class TokenSource:
         """The features of the images ``index``, on the device, but for the places: few classes need them."""
         return Features.of({name: self._rows(name, index) for name in self.arrays if name != "places"})
 
-    def semantic(self, index: Index) -> Tensor:
-        """The semantic tokens (n, C) of the images ``index``, float32, on the CPU."""
-        return torch.cat(
-            [self.on_cpu(rows).semantic.clone() for rows in in_batches(index, EVAL_BATCH["cpu"])]
-        )
+    @functools.cached_property
+    def _semantic(self) -> Tensor:
+        return torch.from_numpy(self.arrays["tokens"].semantic())
+
+    def semantic(self, index: np.ndarray) -> Tensor:
+        """The semantic tokens (n, C) of the images ``index``, float32, on the CPU; those of all images are
+        read once."""
+        return self._semantic[torch.from_numpy(index)].float()
 
     def patches(self, index: Index) -> Tensor:
         """The patch tokens (n, N, C) of the images ``index``, float32, on the device, without gaps."""

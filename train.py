@@ -145,6 +145,7 @@ class Evaluation:
     flow: dict[str, Tensor]
     reference: Tensor  # leading latents of the training images; empty where the score has no use for them
     bandwidth: Tensor
+    measured: dict[str, Measured]  # held-out and test images
 
     @property
     def held_out_loss(self) -> float:
@@ -383,19 +384,19 @@ class Trainer:
         """Score the test images and the held-out normals after an epoch; remember it if it is the best."""
         self.detector.eval()
         with products("highest", self.device), torch.no_grad():
-            entry, reference = self._evaluated({"epoch": epoch, "loss": loss})
+            measured = {part: self.measure(part) for part in ("held", "test")}
+            entry, reference = self._evaluated({"epoch": epoch, "loss": loss}, measured)
         self.history.append(entry)
         if self.config.verbose:
             held = f"  held-out loss {entry['held_out_loss']:.4f}" if "held_out_loss" in entry else ""
             trained = "before training" if loss is None else f"loss {loss:.4f}"
             tested = f"  AUROC {entry['auroc']:.4f}" if len(self.data.test_rows) else ""
             tqdm.write(f"{self.data.class_name}  epoch {epoch}  {trained}{held}{tested}")
-        self._remember_if_best(entry, reference)
+        self._remember_if_best(entry, reference, measured)
 
-    def _evaluated(self, entry: dict) -> tuple[dict, Tensor]:
+    def _evaluated(self, entry: dict, measured: dict[str, Measured]) -> tuple[dict, Tensor]:
         """An epoch's entry of the history, completed, and the leading latents of the images fitted to."""
         fit, config = self.detector, self.config
-        measured = {part: self.measure(part) for part in ("held", "test")}
         held, test = measured["held"], measured["test"]
         reference = held.z.new_zeros(0, fit.leading)
         near: dict[str, Tensor] = {}
@@ -440,14 +441,13 @@ class Trainer:
             return 0.0
         return self.detector.standardised(self.unusual_places[part], 1)
 
-    def _remember_if_best(self, entry: dict, reference: Tensor) -> None:
+    def _remember_if_best(self, entry: dict, reference: Tensor, measured: dict[str, Measured]) -> None:
         chosen = self.config.select_epoch == "last" or self.best is None
         if chosen or entry["held_out_loss"] < self.best.held_out_loss:  # type: ignore[union-attr]
             flow, keep = self.detector.flow, self.config.select_epoch == "likelihood"
             state = {name: values.clone() for name, values in flow.state_dict().items()} if keep else {}
-            self.best = Evaluation(
-                len(self.history), entry, state, reference, self.detector.bandwidth.clone()
-            )
+            bandwidth = self.detector.bandwidth.clone()
+            self.best = Evaluation(len(self.history), entry, state, reference, bandwidth, measured)
 
     # ------------------------------------------------------------ what is left
     def fitted(self, seconds: float) -> Fitted:
@@ -461,7 +461,7 @@ class Trainer:
             rest = self.tokens["fit"][0][:, fit.leading :] if "fit" in self.tokens else best.reference[:, :0]
             fit.reference = torch.cat([best.reference, rest], 1).half()
         with products("highest", self.device), torch.no_grad():
-            held, test = self.measure("held"), self.measure("test")
+            held, test = best.measured["held"], best.measured["test"]
             if self.config.score == "joined":
                 energy = self._in_parts(fit.energy, held)
                 self._standardise(0, energy.clamp_min(ENERGY_FLOOR).log())
