@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 from conftest import make_cache
-from fabricated import CLASSES, N_TRAIN, SPECTRUM, fit, settings
+from fabricated import CLASSES, JOINED, N_TRAIN, fit, settings
 
 import detector
 import main
@@ -59,7 +59,7 @@ def files(folder="runs/run/classes"):
 
 
 # ---------------------------------------------------------------- going on
-@pytest.mark.parametrize("options", [{}, {"baselines": True, **SPECTRUM}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"baselines": True, **JOINED}], ids=str)
 def test_a_run_goes_on_bit_for_bit(run, options):
     whole = run(n_seeds=2, **options)
     first, last = run.fitted[0], run.fitted[-1]
@@ -283,7 +283,7 @@ def test_a_constant_class_does_not_lose_the_others(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("options", [{}, {"normalize": "power_l2+whiten"}, SPECTRUM], ids=str)
+@pytest.mark.parametrize("options", [{}, {"normalize": "power_l2+whiten"}, JOINED], ids=str)
 def test_features_that_are_not_finite_are_named(cache, tmp_path, value, split, options):
     """Instead of advice about the learning rate."""
 
@@ -322,16 +322,6 @@ def test_two_training_images_are_no_class(run):
         run()
     found = results(settings(modelname="run"))
     assert found["classes"]["a"]["auroc"] is None and found["classes"]["b"]["auroc"] > 0.5
-
-
-def test_classes_trained_together_lose_only_the_bad_one(run, tmp_path):
-    def change(tokens):
-        tokens["train"][:N_TRAIN] = 0.5
-
-    run.cache = damaged(run.cache, tmp_path, change)
-    with pytest.raises(UserError, match="1 of 3 classes.*class a"):
-        run(train_together="True")
-    assert results(settings(modelname="run"))["classes"]["b"]["auroc"] > 0.5
 
 
 def test_a_mistake_in_a_setting_is_no_classs_failure(run):
