@@ -1,0 +1,279 @@
+"""One preset on a list of data sets, judged in one table: the whole score, the flow's likelihood alone, the
+flow before training, and every simple detector, with differences by a joint bootstrap.
+
+python benchmarks/suite.py benchmarks/suite.toml
+python benchmarks/suite.py benchmarks/suite.toml --trial --only digits,cells --name try --knobs fusion=none
+
+Run it in the repository's folder. A set is a run of main.py in runs/NAME-SET, whose finished classes are
+kept; a set that is not there is left out with a line. The table goes to results/NAME.md, its figures per
+class to NAME.csv beside it."""
+
+import argparse
+import csv
+import datetime
+import io
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from bootstrap import Problem, difference, judge  # noqa: E402
+
+import compare  # noqa: E402
+import config as knobs  # noqa: E402
+import detector  # noqa: E402
+import tables  # noqa: E402
+import utils  # noqa: E402
+from shell.files import write_text  # noqa: E402
+from shell.signals import guarded  # noqa: E402
+
+WHOLE, LIKELIHOOD, START = "whole score", "flow's likelihood", "flow before training"
+OURS = {WHOLE: (), LIKELIHOOD: (WHOLE,), START: (WHOLE, LIKELIHOOD)}  # ours -> what it is compared with
+JUDGED = (WHOLE, LIKELIHOOD)  # what everything else is compared with
+BEST = "best simple of each class"
+DRAWS = 10_000  # of the bootstrap
+HOW = (
+    "AUROC, mean over a set's classes, then over the sets (± standard deviation over the seeds); in "
+    f"brackets: over the sets that a detector has. {BEST}: chosen by AUROC on the test images. Differences: "
+    f"with the 95 % interval of {DRAWS:,} bootstrap draws of the first seed's test images, normal and "
+    "anomalous ones separately, the same draw for all detectors, and for all classes that share their test "
+    "images; AUROC of a draw by DeLong's placement values, linear in how often an image is drawn. Win / "
+    "level / loss: classes whose own interval is above, about, or below zero; in brackets with Holm's "
+    "correction over the classes."
+)
+
+
+# ---------------------------------------------------------------- the list of sets
+class Set(NamedTuple):
+    """A table [[set]] of the suite's file. prepare: the command that makes ``path``. trial: further knobs of
+    a trial. development: whether settings were chosen on its test images."""
+
+    name: str
+    dataset: str
+    path: str | None = None
+    prepare: str | None = None
+    knobs: dict = {}
+    trial: dict = {}
+    development: bool = False
+
+
+def read_suite(path: Path, only: str | None = None) -> tuple[dict, list[Set]]:
+    """The preset and the extractor of a suite's file, and its sets, all or those named in ``only``. Raises
+    UserError."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise knobs.UserError(
+            f"expected a suite's file, as benchmarks/suite.toml; {path} is not there"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise knobs.UserError(f"{path} is no TOML: {error}") from None
+    entries = content.pop("set", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise knobs.UserError(f"{path}: expected tables [[set]], got set = {entries!r}")
+    for keys, known in ((content, ("preset", "extractor")), *((entry, Set._fields) for entry in entries)):
+        for key in keys:
+            if key not in known:
+                raise knobs.UserError(f"{path}: {knobs.unknown('key', key, known)}")
+    kinds = {"knobs": dict, "trial": dict, "development": bool}
+    for key, value in (item for entry in entries for item in entry.items()):
+        if not isinstance(value, kind := kinds.get(key, str)):
+            raise knobs.UserError(f"{path}: {key}: expected a {kind.__name__}, got {value!r}")
+    for needed in ("name", "dataset"):
+        if not all(needed in entry for entry in entries):
+            raise knobs.UserError(f"{path}: every [[set]] needs a {needed}")
+    sets = {entry["name"]: Set(**entry) for entry in entries}
+    chosen = [name.strip() for name in only.split(",")] if only else list(sets)
+    for name in chosen:
+        if name not in sets:
+            raise knobs.UserError(knobs.unknown("set", name, sets))
+    return {"preset": "paper", "extractor": "efficientnet_lite0"} | content, [sets[name] for name in chosen]
+
+
+def why_left_out(entry: Set) -> str:
+    """Prepare a set that is not there -> in one line, why it still is not; empty where it is."""
+    if entry.path is None or Path(entry.path).exists():
+        return ""
+    if entry.prepare:
+        command = shlex.split(entry.prepare)
+        command[0] = sys.executable if command[0] == "python" else command[0]
+        if subprocess.run(command).returncode == 0 and Path(entry.path).exists():
+            return ""
+        return f"left out: {entry.name}, `{entry.prepare}` did not make {entry.path}"
+    return f"left out: {entry.name}, {entry.path} is not there"
+
+
+def command_of(entry: Set, settings: dict, name: str, seeds: int, more: dict) -> list[str]:
+    """The command that runs a set. more: knobs that win over the set's."""
+    given = {**settings, "dataset": entry.dataset, "dataset_path": entry.path, **entry.knobs, **more}
+    given |= {"modelname": f"{name}-{entry.name}", "n_seeds": seeds, "baselines": True}
+    given |= {"plots": False, "save_model": False}
+    pairs = ((f"--{knob}", str(value)) for knob, value in given.items() if value is not None)
+    return [sys.executable, str(ROOT / "main.py"), *(part for pair in pairs for part in pair)]
+
+
+# ---------------------------------------------------------------- what a run has found
+def scores_of(record: dict) -> dict[str, np.ndarray]:
+    flow = record.get("flow_scores") or {}
+    named = {WHOLE: record["test"]["scores"], LIKELIHOOD: flow.get("likelihood"),
+             START: flow.get("before training"), **(record.get("simple_scores") or {})}  # fmt: skip
+    return {name: np.array(values, float) for name, values in named.items() if values}
+
+
+def read_problems(folder: Path) -> tuple[list[Problem], dict]:
+    """The classes of a finished run that have test images of both labels, and the run's summary. Raises
+    ValueError and OSError."""
+    run = compare.open_run(folder, folder.name)
+    if not run.summary:
+        raise ValueError(run.fault or f"{folder} has no results.json")
+    by_class: dict[str, list[dict]] = {}
+    for record in map(detector.read_record, run.records):
+        result = record["result"]
+        asked = result["class"] in run.summary["classes"] and result["seed"] in run.summary["seeds"]
+        if asked and len(set(record["test"]["labels"])) == 2:
+            by_class.setdefault(result["class"], []).append(record)
+    problems = []
+    for name, records in by_class.items():
+        records.sort(key=lambda record: record["result"]["seed"])
+        aurocs: dict[str, list[float]] = {}
+        for record in records:
+            for title, scores in scores_of(record).items():
+                aurocs.setdefault(title, []).append(utils.auroc(np.array(record["test"]["labels"]), scores))
+        rows, labels = (np.array(records[0]["test"][part], int) for part in ("rows", "labels"))
+        problems.append(Problem(name, rows, labels, scores_of(records[0]), aurocs))
+    if not problems:
+        raise ValueError("no class has normal and anomalous test images")
+    return problems, run.summary
+
+
+# ---------------------------------------------------------------- the table
+def set_aurocs(problems: list[Problem], title: str) -> np.ndarray:
+    """A detector's mean AUROC over the classes with every seed; NaN where a class lacks it."""
+    if not all(title in problem.aurocs for problem in problems):
+        return np.array([np.nan])
+    return np.mean([problem.aurocs[title] for problem in problems], 0)
+
+
+def auroc_cell(values: np.ndarray) -> str:
+    """A mean AUROC of every seed; empty where it is undefined."""
+    if np.isnan(values).any():
+        return ""
+    spread = f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
+    return f"{values.mean():.4f}{spread}"
+
+
+def bracketed(text: str, partly: bool) -> str:
+    return f"({text})" if partly and text else text
+
+
+def make_table(found: dict[str, list[Problem] | None], draws: int = DRAWS) -> tuple[list, list[list[str]]]:
+    """Header and rows. found: of every set its classes, None where it failed."""
+    done = {name: problems for name, problems in found.items() if problems}
+    titles = list(dict.fromkeys(title for problems in done.values() for p in problems for title in p.aurocs))
+    simple = [title for title in titles if title not in OURS]
+    detectors = [*(title for title in OURS if title in titles), *simple]
+    judged = [judge(problems, detectors, simple, draws, [0, i]) for i, problems in enumerate(done.values())]
+    header = ["detector", *found, "mean"]
+    header += [text for ours in JUDGED for text in (f"{ours} - it [95 %]", "win / level / loss (Holm)")]
+    rows = []
+    for k, title in enumerate([*detectors, BEST] if simple else detectors):
+        means = {name: set_aurocs(problems, title) for name, problems in done.items()}
+        if title == BEST:
+            means = {name: s.points[:, k].mean(keepdims=True) for name, s in zip(done, judged)}
+        row = [title, *("failed" if name not in done else auroc_cell(means[name]) for name in found)]
+        have = [values for values in means.values() if not np.isnan(values).any()]
+        row.append(bracketed(auroc_cell(np.mean(have, 0)), len(have) < len(done)))
+        for ours in JUDGED:
+            if ours not in OURS.get(title, JUDGED) or ours not in detectors:
+                row += ["", ""]
+                continue
+            it = difference(judged, detectors.index(ours), k)
+            told = tables.margin_cell({"": it}, "") if it else ""
+            row += [bracketed(told, bool(it) and it["sets"] < len(done)), it["wins"] if it else ""]
+        rows.append(row)
+    return header, rows
+
+
+def as_csv(found: dict[str, list[Problem] | None], seeds: list[int]) -> str:
+    """One line per detector, set, class and seed, numbers unrounded."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["detector", "set", "class", "seed", "auroc"])
+    for name, problems in found.items():
+        for problem in problems or ():
+            for title, values in problem.aurocs.items():
+                writer.writerows([title, name, problem.name, *each] for each in zip(seeds, values))
+    return text.getvalue()
+
+
+def about(settings: dict, sets: list[Set], summaries: list[dict]) -> str:
+    """How the table came about."""
+    versions = utils.versions()
+    precisions = dict.fromkeys(str(summary["features"].get("precision")) for summary in summaries)
+    development = ", ".join(entry.name for entry in sets if entry.development) or "none"
+    told = [f"`{shlex.join(['python', 'benchmarks/suite.py', *sys.argv[1:]])}`"]
+    told += [f"preset {settings['preset']}", settings["extractor"]]
+    told += [f"seeds {', '.join(map(str, summaries[0]['seeds']))}"]
+    told += [f"{name} {versions[name]}" for name in ("commit", "torch", "timm")]
+    told += [versions["machine"], f"features in {' and '.join(precisions)}", f"{datetime.date.today()}"]
+    return f"{', '.join(told)}. Development sets (settings were chosen on their test images): {development}."
+
+
+def main(args: argparse.Namespace) -> None:
+    """Raises UserError where no set is there, or, once the table is written, where a set failed."""
+    settings, sets = read_suite(args.suite, args.only)
+    if args.preset:
+        settings["preset"] = args.preset
+    more = dict(pair.partition("=")[::2] for pair in args.knobs)
+    found, notes, failures, summaries = {}, [], [], []
+    for entry in sets:
+        if left_out := why_left_out(entry):
+            notes.append(left_out)
+            print(left_out, flush=True)
+            continue
+        name = f"{args.name}-{entry.name}"
+        of_set = (entry.trial if args.trial else {}) | more
+        print(f"== {entry.name}", flush=True)
+        status = subprocess.run(command_of(entry, settings, args.name, args.seeds, of_set)).returncode
+        try:
+            if status:
+                raise ValueError(f"main.py ended with status {status}")
+            found[entry.name], summary = read_problems(Path("runs") / name)
+            summaries.append(summary)
+        except (OSError, ValueError) as error:
+            found[entry.name] = None
+            failures.append(f"failed: {entry.name}, {error}")
+    if not summaries:
+        raise knobs.UserError("; ".join(failures + notes) or f"{args.suite} names no set")
+    table = tables.as_markdown(*make_table(found))
+    there = [entry for entry in sets if entry.name in found]
+    lines = [*map(tables.escaped, failures + notes), HOW, about(settings, there, summaries)]
+    out = args.out or Path("results") / f"{args.name}{'-trial' if args.trial else ''}.md"
+    write_text(out, f"# {args.name}\n\n{table}\n\n" + "\n\n".join(lines) + "\n")
+    write_text(out.with_suffix(".csv"), as_csv(found, summaries[0]["seeds"]))
+    print(f"\n{table}\n\nin {out} and {out.with_suffix('.csv')}", flush=True)
+    if failures:
+        raise knobs.UserError("; ".join(failures))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suite", type=Path, help="the list of sets, as benchmarks/suite.toml")
+    parser.add_argument("--preset", help="[the suite's]")
+    parser.add_argument("--only", help="sets to run, separated by commas [all]")
+    parser.add_argument("--seeds", type=int, default=1, help="[1]")
+    parser.add_argument("--trial", action="store_true", help="with the knobs for trials: fewer classes")
+    parser.add_argument(
+        "--knobs", nargs="*", default=[], metavar="KNOB=VALUE", help="further knobs for all sets"
+    )
+    parser.add_argument("--name", default="suite", help="the runs are runs/NAME-SET [suite]")
+    parser.add_argument("--out", type=Path, help="where the table goes [results/NAME.md]")
+    guarded(main, parser.parse_args())
