@@ -9,6 +9,7 @@ import pytest
 from conftest import make_cache
 from fabricated import CLASSES, JOINED, N_TRAIN, fit, settings
 
+import config as knobs
 import detector
 import main
 import runs
@@ -188,6 +189,36 @@ def test_a_folder_of_an_earlier_version_is_left_alone(run):
     with pytest.raises(UserError, match="earlier version"):
         run(modelname="old")
     assert files("runs/old/classes") == ["a-seed0.json"]
+
+
+def rewrite(path: str, change) -> None:
+    """Change what a sealed file says, and seal it again."""
+    content = json.loads(utils.Path(path).read_text())
+    change(content)
+    write_sealed(utils.Path(path), {k: v for k, v in content.items() if k != "checksum"})
+
+
+def test_a_folder_with_knobs_that_are_gone_is_refused(run):
+    run()
+    rewrite("runs/run/run.json", lambda content: content["config"].update(mirror=True, refit=False))
+    with pytest.raises(UserError) as mistake:
+        run()
+    line = str(mistake.value)
+    assert "mirror True there, None now, refit False there, None now; give another --modelname" in line
+    assert "\n" not in line
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(run):
+    """One with a knob that is gone, and one whose record had other parts."""
+    run(class_name="a,b")
+    rewrite("runs/run/classes/a-seed0.json", lambda content: content["config"].update(mirror=True))
+    with pytest.raises(UserError) as mistake:
+        detector.load_detector("runs/run/classes/a-seed0")
+    line = str(mistake.value)
+    assert "a-seed0.json: made with" in line and knobs.FORMER["mirror"] in line and "train it again" in line
+    rewrite("runs/run/classes/b-seed0.json", lambda content: content.pop("simple_scores"))
+    with pytest.raises(UserError, match="record of this version: simple_scores is missing"):
+        detector.load_detector("runs/run/classes/b-seed0")
 
 
 def test_train_keeps_and_refuses_as_main_does(run, capsys):
