@@ -587,9 +587,7 @@ def config_of(record: dict) -> Config:
     try:
         return make_config(values)
     except UserError as error:
-        raise UserError(
-            f"made with settings that are none of this version ({error}); train it again"
-        ) from None
+        raise UserError(f"made with settings of another version ({error}); train it again") from None
 
 
 def load_detector(path: Path) -> tuple[Detector, dict]:

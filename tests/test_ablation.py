@@ -44,9 +44,11 @@ def test_the_table_is_of_the_runs_that_are_there(swept):
         entries = [record["history"][0] if before else record["result"] for record in records]
         return sum(entry[f"{score}_auroc"] for entry in entries) / 4
 
+    assert rows["before training"][0] != rows["no fusion"][0], "the chosen epoch is another"
     for words, run, before in ablation.ROWS[:3]:
         for cell, score in zip(rows[words], ("likelihood", "latent")):
-            assert cell.startswith(f"{mean(run, score, before):.4f} ± "), words
+            shown, spread = map(float, cell.split(" ± "))
+            assert shown == pytest.approx(mean(run, score, before), abs=1e-4) and 0 < spread < 0.5, words
 
 
 def test_rows_are_runs_of_the_preset():
