@@ -409,7 +409,8 @@ class Config:
     )
     whiten_ridge: float = knob(
         0.0,
-        "normalize power_l2+whiten: added to the covariance's eigenvalues, in units of their mean; 0 whitens fully",
+        "normalize power_l2+whiten: added to the covariance's eigenvalues, in units of their mean; 0 whitens "
+        "fully",
         low=0.0,
         high=1e9,
         affects="fit",
