@@ -159,7 +159,7 @@ AS_IF_SEEN = 10  # images that the places' common variance of log-energies count
 class PlaceGaussians(nn.Module):
     """A Gaussian for each place of the image: place tokens (B, P, E) -> how unusual each place is (B, P): the
     logarithm of its energy (the mean square of the token whitened by the place's own mean and covariance, as
-    far as the data bear them out), standardised over the normal images (docs/method.md, eq. 17 and 18). Its
+    far as the data bear them out), standardised over the normal images (docs/method.md, eq. 19 and 20). Its
     buffers are fitted by ``fit``; before, there is no whitening."""
 
     def __init__(self, places: int, channels: int):
