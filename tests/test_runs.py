@@ -314,8 +314,13 @@ def test_a_constant_class_does_not_lose_the_others(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("options", [{}, {"normalize": "power_l2+whiten"}, JOINED], ids=str)
-def test_features_that_are_not_finite_are_named(cache, tmp_path, value, split, options):
+@pytest.mark.parametrize(
+    "options, part",
+    [({}, "tokens"), ({"normalize": "power_l2+whiten"}, "tokens"),
+     *((JOINED, part) for part in ("tokens", "bands", "places"))],
+    ids=str,
+)  # fmt: skip
+def test_features_that_are_not_finite_are_named(cache, tmp_path, value, split, options, part):
     """Instead of advice about the learning rate."""
 
     class Damaged:
@@ -329,13 +334,13 @@ def test_features_that_are_not_finite_are_named(cache, tmp_path, value, split, o
 
         def __getitem__(self, index):
             rows = np.array(self.array[index], np.float32)
-            rows[np.asarray(index) == 5, 3 if rows.ndim == 3 else 2] = value
+            rows[np.asarray(index) == 5, ..., 2] = value
             return rows
 
     real = cache.arrays
     cache = again(cache)
     cache.arrays = lambda s: {
-        name: Damaged(array) if s == split and name == "tokens" else array for name, array in real(s).items()
+        name: Damaged(array) if s == split and name == part else array for name, array in real(s).items()
     }
     with pytest.raises(UserError) as mistake:
         fit(cache, "a", **options)
