@@ -191,7 +191,7 @@ def extraction(job: Job) -> None:
     """Images per second without and with the way to the disk, and the share of the peak."""
     count = job.sizes.images
     found = extraction_of(job, job.device, count)
-    found.seconds_per_image()  # warms it up
+    found.seconds_per_image(count)  # warms it up
     seconds = job.seconds(lambda: [None for _ in found.features("train")])
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         plain = extraction_of(job, CPU, 1, precision="float32")
