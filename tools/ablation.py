@@ -47,7 +47,7 @@ def aurocs(folder: Path, before: bool) -> dict[int, np.ndarray]:
     """{seed: means over classes of the AUROC of each score (2)} of a run; empty where there is none.
     ``before``: of the first evaluation, before training, instead of the chosen one. Raises ValueError on a
     record that is damaged or of another version."""
-    found = defaultdict(list)
+    found: dict[int, list] = defaultdict(list)
     for path in sorted((folder / "classes").glob("*-seed*.json")):
         if not path.name.endswith(".failed.json"):
             record = detector.read_record(path)
