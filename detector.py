@@ -194,7 +194,7 @@ def features_fault(data: ClassData) -> str | None:
     ):
         broken = []
         for batch in in_batches(rows, EVAL_BATCH["cpu"]):
-            kinds = [kind for kind in source.on_cpu(batch) if kind is not None]
+            kinds = [source.one_on_cpu(name, batch) for name in source.arrays]
             broken += batch[
                 ~torch.stack([k.flatten(1).isfinite().all(1) for k in kinds]).all(0).numpy()
             ].tolist()

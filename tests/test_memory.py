@@ -40,7 +40,7 @@ def test_batch_beyond_the_machine(cache, monkeypatch):
 
 
 @pytest.mark.parametrize("fusion", ["class_attention", "hilo", "none"])
-@pytest.mark.parametrize("more", [{}, {"fc_internal": 8}, JOINED], ids=str)
+@pytest.mark.parametrize("more", [{}, {"fc_internal": 8}, JOINED, JOINED | {"flow_channels": 10**6}], ids=str)
 def test_estimate_is_near_what_is_built(cache, fusion, more):
     """Between half and three times the numbers of a detector in fact, whatever it is made of."""
     detector = make(cache, **{"fusion": fusion, "fc_internal": 64, **more}).detector
