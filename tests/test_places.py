@@ -200,10 +200,8 @@ def test_places_are_read_where_images_show_one_scene(tmp_path, width, monkeypatc
 
 
 def test_places_that_are_not_finite_are_a_damaged_cache(tmp_path):
-    with pytest.raises(
-        ClassError, match="1 of its training images are not finite, row 7 "
-    ):
-        make(fabricate(tmp_path / "c", spread=0.1, broken=7))
+    with pytest.raises(ClassError, match="1 of its training images are not finite, row 7 "):
+        fit(fabricate(tmp_path / "c", spread=0.1, broken=7))
 
 
 def test_the_joined_score_adds_two_standardised_values(surface):
