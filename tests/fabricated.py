@@ -80,7 +80,7 @@ JOINED = {  # as the preset accurate puts the method together
     "holdout": 0.2,
 }
 by_score = pytest.mark.parametrize(
-    "options", [*({"score": name} for name in knobs.SCORES[:3]), JOINED], ids=str
+    "options", [*({"score": name} for name in knobs.SCORES[:3]), JOINED], ids=lambda options: options["score"]
 )
 
 
