@@ -33,7 +33,7 @@ def package_data() -> Path:
 def places(lines: list[str]) -> dict[str, str]:
     """Lines "path probability kind" of labels.csv -> {path: the folder it belongs in}."""
     cells = [line.split() for line in lines if line.strip()]
-    found = {}
+    found: dict[str, str] = {}
     for kind in KINDS:
         good = [path for path, probability, own in cells if own == kind and float(probability) == 0]
         order = np.random.RandomState(0).permutation(len(good))
