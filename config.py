@@ -358,7 +358,7 @@ class Config:
     )
     flow_channels: int = knob(
         0,
-        "normalize whiten: leading directions of the token that the flow moves; 0: all",
+        "normalize power_l2+whiten: leading directions of the token that the flow moves; 0: all",
         low=0,
         high=10**6,
         affects="fit",
@@ -409,7 +409,8 @@ class Config:
     )
     whiten_ridge: float = knob(
         0.0,
-        "normalize whiten: added to the covariance's eigenvalues, in units of their mean; 0 whitens fully",
+        "normalize power_l2+whiten: added to the covariance's eigenvalues, in units of their mean; 0 whitens "
+        "fully",
         low=0.0,
         high=1e9,
         affects="fit",

@@ -198,7 +198,7 @@ def features_fault(data: ClassData) -> str | None:
     ):
         broken = []
         for batch in in_batches(rows, EVAL_BATCH["cpu"]):
-            kinds = [kind for kind in source.on_cpu(batch) if kind is not None]
+            kinds = [source.one_on_cpu(name, batch) for name in source.arrays]
             broken += batch[
                 ~torch.stack([k.flatten(1).isfinite().all(1) for k in kinds]).all(0).numpy()
             ].tolist()
@@ -588,7 +588,10 @@ def read_record(path: Path) -> dict:
 def config_of(record: dict) -> Config:
     """The configuration that a checkpoint was made with. Raises UserError when it is none of this version."""
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items()}
-    return make_config(values)
+    try:
+        return make_config(values)
+    except UserError as error:
+        raise UserError(f"made with settings of another version ({error}); train it again") from None
 
 
 def load_detector(path: Path) -> tuple[Detector, dict]:
@@ -606,8 +609,8 @@ def load_detector(path: Path) -> tuple[Detector, dict]:
     try:
         detector = Detector(config_of(record), record["features"], record["result"]["n_train"])
         detector.load_saved(load_file(weights))
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{record_file}: {error}") from None
     except (
         Exception
     ) as error:  # a foreign safetensors file, or one of another flow: each fails in its own way

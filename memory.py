@@ -23,7 +23,7 @@ def detector_floats(config: Config, features: dict) -> int:
     channels = features["n_feat"]
     bands = sum(features["band_channels"]) * (2 + config.rings) if config.bands else 0
     joined, grid = channels + bands, math.prod(features["grid"])
-    flow = parameters(config, config.flow_channels or joined, config.fusion != "none")
+    flow = parameters(config, min(config.flow_channels or joined, joined), config.fusion != "none")
     places, width = features["place_shape"] if config.places else (0, 0)
     return flow + joined**2 + places * width**2 + 17 * grid**2
 

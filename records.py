@@ -43,4 +43,4 @@ def read(path: Path) -> dict:
 def _check(path: Path, part: dict, shape: dict) -> None:
     for name, kind in shape.items():
         if not isinstance(part.get(name), kind):
-            raise ValueError(f"{path} is not shaped like a record: {name} is missing or of another kind")
+            raise ValueError(f"{path} is not shaped like a record of this version: {name} is missing")

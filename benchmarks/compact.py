@@ -1,7 +1,7 @@
 """What the compact token grid costs and keeps, on the features of a full-grid cache (--feature_path FOLDER).
 
-Detection with either grid: python main.py --preset accurate --fusion hilo --sweep "token_grid=full,compact"
-..."""
+Detection with either grid: python main.py --preset accurate --fusion hilo --fusion_tokens last --sweep
+"token_grid=full,compact" ..."""
 
 import argparse
 from pathlib import Path

@@ -3,7 +3,7 @@
 python benchmarks/flow.py
     one training step at several batch sizes (C = H = 768, N = 64, K = 4)
 python benchmarks/flow.py --classes 10 --epochs 10 --images 5000
-    whole trainings as well: together, one by one, transcription
+    whole trainings as well: ours, class after class, and the transcription
 """
 
 import argparse
@@ -16,7 +16,6 @@ from common import matmul_peak, medians, print_machine
 from torch.utils.flop_counter import FlopCounterMode
 from transcription import Flow, fit, make_optimizer, step
 
-import batched
 import datasets
 import detector
 import feature_cache
@@ -29,7 +28,7 @@ from config import Config
 
 
 def our_step(flow, optimizer, features, matmul="highest"):
-    """A step as train.Head takes it, on the semantic and the patch tokens as Features.of gives them."""
+    """A step as train.Trainer takes it, on the semantic and the patch tokens as Features.of gives them."""
     semantic, patches = features
     with products(matmul, semantic.device):
         with forward_precision(matmul, semantic.device):
@@ -147,8 +146,7 @@ def write_random_cache(folder, classes, images, channels):
 
 
 def compare_trainings(args, device):
-    """Median seconds of fitting all classes: as one batched model, one after the other, and by the
-    transcription."""
+    """Median seconds of fitting all classes, one after the other, by ours and by the transcription."""
     config = Config(
         batch_size=args.batch_size,
         fusion="class_attention",
@@ -165,19 +163,9 @@ def compare_trainings(args, device):
         cache = write_random_cache(Path(scratch) / "cache", args.classes, args.images, args.channels)
         sources = {split: detector.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
 
-        def trainers():
-            return [
-                train.make_trainer(config, cache, name, 0, sources["train"], sources["test"])
-                for name in cache.labels.classes
-            ]
-
-        def all_at_once():
-            stacked = batched.BatchedTrainer(trainers())
-            for _ in range(args.epochs):
-                stacked.train_epoch()
-
-        def one_by_one():
-            for trainer in trainers():
+        def ours():
+            for name in cache.labels.classes:
+                trainer = train.make_trainer(config, cache, name, 0, sources["train"], sources["test"])
                 for _ in range(args.epochs):
                     trainer.train_epoch()
 
@@ -188,7 +176,7 @@ def compare_trainings(args, device):
                 )
                 fit(tokens, args.channels, args.epochs, args.batch_size, device)
 
-        jobs = {"together": all_at_once, "one by one": one_by_one, "transcription": transcription}
+        jobs = {"ours": ours, "transcription": transcription}
         seconds = medians(jobs, args.repeats, device)
         for name, value in seconds.items():
             print(f"{name:14s} {value:8.1f} s   {seconds['transcription'] / value:5.2f} x the transcription")

@@ -27,7 +27,6 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transcription import fit
 
-import batched
 import config as knobs
 import datasets
 import detector
@@ -192,7 +191,7 @@ def extraction(job: Job) -> None:
     """Images per second without and with the way to the disk, and the share of the peak."""
     count = job.sizes.images
     found = extraction_of(job, job.device, count)
-    found.seconds_per_image()  # warms it up
+    found.seconds_per_image(count)  # warms it up
     seconds = job.seconds(lambda: [None for _ in found.features("train")])
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         plain = extraction_of(job, CPU, 1, precision="float32")
@@ -255,7 +254,7 @@ def trainings(job: Job, **more) -> list[train.Trainer]:
 
 
 def training(job: Job) -> None:
-    """All classes together, one by one, and the transcription: what is measured on one epoch is told for
+    """All classes, one by one, by ours and by the transcription: what is measured on one epoch is told for
     all."""
     sizes = job.sizes
     share = sizes.classes * sizes.epochs
@@ -278,19 +277,12 @@ def training(job: Job) -> None:
     )
     tell("transcription", plain, f"from {len(tokens)} images")
     for matmul in ("highest", "tf32", "bfloat16"):
-        ours = tell(f"one by one, matmul {matmul}", one_by_one(matmul=matmul), "from an epoch of a class")
-        job.tell(f"transcription / one by one, matmul {matmul}", f"{plain / ours:.1f}")
-    for matmul in ("highest", "tf32"):
-        stacked = batched.BatchedTrainer(trainings(job, matmul=matmul))
-        stacked.train_epoch()
-        ours = tell(
-            f"together, matmul {matmul}", job.seconds(stacked.train_epoch) * sizes.epochs, "from an epoch"
-        )
-        job.tell(f"transcription / together, matmul {matmul}", f"{plain / ours:.1f}")
+        ours = tell(f"ours, matmul {matmul}", one_by_one(matmul=matmul), "from an epoch of a class")
+        job.tell(f"transcription / ours, matmul {matmul}", f"{plain / ours:.1f}")
     job.tell("peak memory", peak_memory(job.device))
     if job.device.type == "cuda":
-        ours = tell("one by one, compiled", one_by_one(compile_flow=True), "from an epoch of a class")
-        job.tell("transcription / one by one, compiled", f"{plain / ours:.1f}")
+        ours = tell("ours, compiled", one_by_one(compile_flow=True), "from an epoch of a class")
+        job.tell("transcription / ours, compiled", f"{plain / ours:.1f}")
 
 
 def default_job(job: Job) -> None:

@@ -17,12 +17,13 @@ from feature_cache import FeatureCache
 from token_grid import Bands
 
 BAND_CHANNELS = (4, 6)  # of the two depths of the fabricated band tokens
+PLACES = (9, 5)  # places and channels of the fabricated place tokens
 CLASSES, N_TRAIN, N_TEST, C, GRID = ("a", "b", "c"), 40, 20, 32, (3, 3)
 
 
 def fabricate(folder, signal: float = 2.0, scale: float = 1.0) -> FeatureCache:
     """A cache of Gaussian tokens: semantic tokens lie ``signal`` apart per channel and class; patch tokens
-    follow them."""
+    follow them, and so do bands and places."""
     generator = np.random.RandomState(0)
     n, centres = math.prod(GRID), generator.randn(len(CLASSES), C)
     counts = dict(zip(SPLITS, (N_TRAIN, N_TEST)))
@@ -36,12 +37,15 @@ def fabricate(folder, signal: float = 2.0, scale: float = 1.0) -> FeatureCache:
         for s in SPLITS
     }
     size = Bands(2, 0.15).shape(BAND_CHANNELS)[0]
-    places = generator.randn(len(CLASSES), size)
+    textures = generator.randn(len(CLASSES), size)
     bands = {
-        s: 3 + 0.3 * (generator.randn(len(category[s]), size) + signal * places[category[s]]) for s in SPLITS
+        s: 3 + 0.3 * (generator.randn(len(category[s]), size) + signal * textures[category[s]])
+        for s in SPLITS
     }
-    labels = Labels(CLASSES, **splits)
-    return make_cache(folder, labels, tokens, bands, grid=GRID, band_channels=BAND_CHANNELS)
+    scenes = generator.randn(len(CLASSES), *PLACES)
+    places = {s: generator.randn(len(category[s]), *PLACES) + signal * scenes[category[s]] for s in SPLITS}
+    fields = {"grid": GRID, "band_channels": BAND_CHANNELS, "place_shape": PLACES}
+    return make_cache(folder, Labels(CLASSES, **splits), tokens, bands, places, **fields)
 
 
 def settings(**more) -> Config:
@@ -63,9 +67,20 @@ def settings(**more) -> Config:
     )
 
 
-SPECTRUM = {"score": "spectrum", "bands": True, "holdout": 0.2}
+JOINED = {  # as the preset accurate puts the method together
+    "score": "joined",
+    "base": "kernel",
+    "bands": True,
+    "places": 3,
+    "fusion_tokens": "middle",
+    "normalize": "power_l2+whiten",
+    "whiten_ridge": 1.0,
+    "flow_channels": 16,
+    "identity_start": True,
+    "holdout": 0.2,
+}
 by_score = pytest.mark.parametrize(
-    "options", [*({"score": name} for name in knobs.SCORES[:3]), SPECTRUM], ids=str
+    "options", [*({"score": name} for name in knobs.SCORES[:3]), JOINED], ids=lambda options: options["score"]
 )
 
 

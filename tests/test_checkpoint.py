@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from fabricated import CHOOSING, SPECTRUM, fit, make, settings
+from fabricated import CHOOSING, JOINED, fit, make, settings
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -23,9 +23,12 @@ from shell.files import checksum, write_sealed
     [
         {},
         {"score": "latent_knn", "normalize": "power_l2+whiten"},
+        {"score": "latent_knn", "normalize": "power_l2+whiten", "flow_channels": 8, "bands": True},
+        {"score": "likelihood", "base": "kernel", "holdout": 0.2},
         {"fusion": "hilo", "score": "likelihood", "use_gamma": False},
         {**CHOOSING, "meta_epochs": 3},
-        SPECTRUM,
+        JOINED,
+        {**JOINED, **CHOOSING, "meta_epochs": 3},
     ],
     ids=str,
 )
@@ -37,8 +40,11 @@ def test_checkpoint_gives_the_same_scores(cache, tmp_path, monkeypatch, options)
     for suffix in (".json", ".safetensors"):
         loaded, content = detector.load_detector(path.with_name(path.name + suffix))
         with torch.no_grad():
-            again = loaded.score_features(trainer.data.test[fitted.test_rows])
+            again = loaded.score_features(loaded.read(trainer.data.test, fitted.test_rows))
+            held = loaded.score_features(loaded.read(trainer.data.train, trainer.data.held_rows))
         assert np.allclose(again, fitted.scores, rtol=1e-4, atol=1e-4)
+        assert np.allclose(held, fitted.held_scores, rtol=1e-4, atol=1e-4)
+        assert loaded.uses_places == ("places" in options) == content["result"]["reads_places"]
     assert content["result"] == fitted.result and content["history"] == fitted.history
     assert (
         content["test"]["scores"] == pytest.approx(fitted.scores.tolist())

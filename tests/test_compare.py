@@ -41,7 +41,7 @@ def write_run(
             "weights": None,
             "test": {"rows": rows, "labels": LABELS, "scores": scores},
             "held_out_scores": [],
-            "own_input_scores": {},
+            "simple_scores": {},
         }
         write_sealed(folder / "classes" / f"{file_name(class_name)}-seed{seed}.json", record)
     summary = report.summarize(Config(modelname=name, seed=seed, **knobs), results, {}, 1.0, {})

@@ -341,13 +341,12 @@ def test_import_starts_nothing(tmp_path):
 # ---------------------------------------------------------------- one place for one decision
 FEATURES = """
     dataset fine_classes extractor weights_path n_feat img_size img_pixels norm_mean norm_std
-    token_grid pooling precision bands band_depths rings low_sigma window places place_channels mirror
+    token_grid pooling precision bands band_depths rings low_sigma window places place_channels
 """.split()
 FIT = """
-    device n_coupling_blocks fc_internal clamp fusion n_heads alpha use_gamma identity_start normalize
-    centre_pool whiten_ridge low_depths batch_size meta_epochs sub_epochs least_steps matmul lr_init
-    lr_schedule weight_decay max_grad_norm feature_noise holdout select_epoch patience refit
-    train_together score neighbours_weight spread_at_balance spread_of_surfaces
+    device n_coupling_blocks fc_internal clamp fusion fusion_tokens flow_channels base n_heads alpha
+    use_gamma identity_start normalize centre_pool whiten_ridge batch_size meta_epochs sub_epochs least_steps
+    matmul lr_init lr_schedule weight_decay max_grad_norm feature_noise holdout select_epoch patience score
 """.split()
 
 
@@ -415,6 +414,27 @@ def test_names_are_those_of_the_registries():
     assert set(config.FUSIONS) == set(FUSIONS)
     assert set(config.SCORES) == set(SCORES)
     assert set(config.NORMALIZATIONS) == {"auto", *NORMALIZATIONS}
+
+
+@pytest.mark.parametrize("name", config.FORMER)
+def test_a_former_knob_says_what_took_its_place(capsys, name):
+    """In one line, wherever it comes from: the command line, a script, an old record, a sweep."""
+    assert name not in NAMES
+    told = f"unknown knob '{name}': {config.FORMER[name]}"
+    for take in (make_config, config.parse_values):
+        with pytest.raises(UserError, match=re.escape(told)):
+            take({name: "1"})
+    with pytest.raises(UserError, match=re.escape(told)):
+        Config(sweep=f"fusion=none;{name}=1,2")
+    assert config.FORMER[name] in mistake(capsys, f"--{name}", "1")
+    assert config.FORMER[name] in mistake(capsys, f"--{name}=1")
+
+
+def test_what_took_its_place_is_there():
+    """The knobs and files that the lines name."""
+    for line in config.FORMER.values():
+        assert all(name in NAMES for name in re.findall(r"--(\w+)", line)), line
+        assert all((ROOT / path).exists() for path in re.findall(r"[\w/]+\.py", line)), line
 
 
 def test_bad_sweeps_are_refused():

@@ -24,12 +24,20 @@ RUN = {
     "fc_internal": 16, "n_coupling_blocks": 2, "verbose": False, "device": "cpu", "holdout": 0.3,
 }  # fmt: skip
 OPTIONS = {
-    "spectrum": {
+    "joined": {  # as the preset accurate puts the method together
         "bands": True,
         "band_depths": "1,2",
-        "score": "spectrum",
-        "refit": True,
+        "places": 6,
+        "score": "joined",
+        "base": "kernel",
+        "normalize": "power_l2+whiten",
+        "centre_pool": 0.1,
+        "whiten_ridge": 1.0,
+        "flow_channels": 8,
         "fusion": "class_attention",
+        "fusion_tokens": "middle",
+        "identity_start": True,
+        "feature_path": "features/joined",
     },
     "latent_knn": {"score": "latent_knn"},
     "unfused": {"fusion": "none", "score": "likelihood"},
@@ -55,8 +63,8 @@ def loaded(name: str):
 @pytest.mark.parametrize(
     "name, ending, size",
     [
-        ("spectrum", "onnx", (48, 48)),
-        ("spectrum", "pt2", None),
+        ("joined", "onnx", (48, 48)),
+        ("joined", "pt2", None),
         ("latent_knn", "onnx", None),
         ("unfused", "pt2", None),
     ],
@@ -73,6 +81,7 @@ def test_exported_file_is_the_detector(fitted, tmp_path, monkeypatch, name, endi
 
         monkeypatch.setattr(runtime, "InferenceSession", session)
     detector, path = loaded(name), tmp_path / f"x.{ending}"
+    assert detector.fitted.uses_places == (name == "joined")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "No complete tensor")
         assert export.export(detector, path, size) <= 1e-4 and list(tmp_path.iterdir()) == [path]

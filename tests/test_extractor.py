@@ -1092,42 +1092,6 @@ def test_bands_in_the_cache_are_those_of_the_maps(mixed):
             assert error < 0.02, (split, i)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t"])
-def test_mirrored_features_are_the_mean_of_both_views(name):
-    """Of a symmetric pair of images the features are the same; places stay where they are in the first."""
-    config = settings(name, (64, 64), bands=True, places=4, mirror=True)
-    images = datasets._array_set(
-        ["a"],
-        {split: np.zeros((2, 64, 64, 3), np.uint8) for split in SPLITS},
-        {split: np.zeros(2, int) for split in SPLITS},
-    )
-    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-
-    def rows(**change):
-        changed = dataclasses.replace(config, **change)
-        job = extractor.Extraction(changed, images, extractor.cache_identity(changed), CPU)
-        with torch.inference_mode():
-            return job, {k: job.rows(p) for k, p in (("plain", pixels), ("flipped", pixels.flip(3)))}
-
-    job, both = rows()
-    _, one = rows(mirror=False)
-    (side, columns), grid = (4, 4), job.full_grid
-    for kind, back in (
-        ("bands", lambda t: t),
-        ("places", lambda t: t.unflatten(1, (side, columns)).flip(2).flatten(1, 2)),
-        (
-            "tokens",
-            lambda t: torch.cat([t[:, :1], t[:, 1:].unflatten(1, grid).flip(2).flatten(1, 2)], 1),
-        ),
-    ):
-        plain, flipped = (one[view][kind].float() for view in ("plain", "flipped"))
-        wanted = (plain + back(flipped)) / 2
-        for view, moved in (("plain", wanted), ("flipped", back(wanted))):
-            error = (both[view][kind].float() - moved).abs().max() / wanted.abs().max()
-            assert error < 5e-3, (kind, view)
-        assert not torch.allclose(plain, wanted, atol=1e-2 * wanted.abs().max().item()), kind
-
-
 def test_depths_of_a_token_model_with_three_stages():
     backbone = load_backbone(settings("levit_128s"))
     assert backbone.band_depths("auto") == (0, 1, 2)

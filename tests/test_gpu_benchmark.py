@@ -21,7 +21,7 @@ def told(phase: str, scratch) -> dict[str, str]:
 EXPECTED = {
     "correctness": {"resize 32 to 224", "tokens in float32 against the CPU's float32"},
     "extraction": {"images/s, tokens left on the device", "images/s, to the disk, start included"},
-    "training": {"transcription / together, matmul tf32", "transcription / one by one, matmul bfloat16"},
+    "training": {"transcription / ours, matmul tf32", "transcription / ours, matmul bfloat16"},
     "default_job": {"extraction", "reading the tokens", "fitting", "evaluation", "peak memory"},
 }
 

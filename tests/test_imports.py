@@ -19,7 +19,7 @@ def imports_of(path) -> set[str]:
 
 CHAIN = """
     config shell.signals shell.command_line utils layouts published datasets feature_cache extractor detector
-    train batched main
+    train main
 """.split()
 
 

@@ -10,7 +10,6 @@ import torch
 from conftest import make_folder, script
 from safetensors.torch import load_file
 
-import batched
 import config as knobs
 import detector
 import main
@@ -113,11 +112,10 @@ def test_main_detects(run_folder):
 
 
 def test_main_says_how_far_it_is(run_folder):
-    """Classes done and to come, the time that is left, the simple detectors; no bar where nobody looks."""
+    """Classes done and to come, the time that is left; no bar where nobody looks."""
     _, done = run_folder
     assert "fitting 6 flows of 6" in done.stdout
     assert "for 5 more" in done.stdout and "[6/6]" in done.stdout and "for 0 more" not in done.stdout
-    assert "simple detectors on the same features: 3 classes" in done.stdout
     assert "report.html" in done.stdout and "it/s" not in done.stderr and "%|" not in done.stderr
     table = done.stdout[done.stdout.index("class  ") :]
     assert max(map(len, table.splitlines())) <= 100
@@ -177,21 +175,6 @@ def test_train_script_is_one_class_of_main(run_folder, texture_folder, tmp_path,
     )
     with pytest.raises(UserError, match="class_name"):
         train.main(whole(texture_folder))
-
-
-def test_together_run(run_folder, texture_folder, tmp_path, monkeypatch):
-    groups, real = [], batched.groups
-    monkeypatch.setattr(batched, "groups", lambda trainers: groups.append(len(trainers)) or real(trainers))
-    alone, joint = (
-        in_process(
-            whole(texture_folder, train_together=value, restart=True), run_folder, tmp_path, monkeypatch
-        )
-        for value in ("False", "True")
-    )
-    for name, values in metrics(alone).items():
-        assert metrics(joint)[name]["auroc"] == pytest.approx(values["auroc"], abs=0.02)
-    assert groups == [3], "all classes at once, in the second run alone"
-    assert list(joint["classes"]) == list(alone["classes"])
 
 
 def fitted_classes(monkeypatch) -> list:
@@ -258,7 +241,7 @@ def test_test_images_of_one_label(tmp_path, monkeypatch):
                 folder,
                 extractor="resnet18",
                 weights_path="random",
-                normalize="standardize",
+                normalize="power_l2",
                 plots=True,
             )
         )

@@ -90,7 +90,7 @@ def test_a_folder_whose_name_is_no_text(capsys):
 
 
 def test_a_terminal_that_lacks_a_character_gets_its_number():
-    code = "import config; config.guarded(lambda: print('\\N{SNOWMAN}.png'))"
+    code = "import shell.signals; shell.signals.guarded(lambda: print('\\N{SNOWMAN}.png'))"
     environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"\\u2603.png\n", b"")

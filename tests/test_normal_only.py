@@ -19,9 +19,9 @@ RUN = {
     "img_size": (64, 64), "precision": "float32", "workers": 0, "threads": 1, "hide_tqdm_bar": True,
     "fc_internal": 16, "n_coupling_blocks": 2, "fusion": "class_attention", "device": "cpu", "holdout": 0.1,
 }  # fmt: skip
-SPECTRUM = {
-    "bands": True, "score": "spectrum", "refit": True, "baselines": True, "select_epoch": "likelihood",
-    "normalize": "power_l2+whiten", "centre_pool": 0.1,
+JOINED = {
+    "bands": True, "score": "joined", "base": "kernel", "baselines": True, "select_epoch": "likelihood",
+    "normalize": "power_l2+whiten", "centre_pool": 0.1, "places": 4, "fusion_tokens": "middle",
 }  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def good(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("options", [SPECTRUM, {"score": "latent_knn"}, {"score": "likelihood"}], ids=str)
+@pytest.mark.parametrize("options", [JOINED, {"score": "latent_knn"}, {"score": "likelihood"}], ids=str)
 def test_train_on_good_pictures_alone(good, capsys, options):
     train.main(Config(**RUN, **options))
     said = capsys.readouterr().out
@@ -52,7 +52,7 @@ def test_train_on_good_pictures_alone(good, capsys, options):
 
 
 def test_main_on_good_pictures_alone(good, capsys):
-    main.main(Config(**RUN, **SPECTRUM, modelname="whole"))
+    main.main(Config(**RUN, **JOINED, modelname="whole"))
     said = capsys.readouterr().out
     assert "no test images" in said and "nan" not in said
     results = json.loads(Path("runs/whole/results.json").read_text())

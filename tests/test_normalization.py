@@ -1,29 +1,39 @@
-"""The normaliser: what each name promises, measured on the tokens it was fitted to."""
+"""The normalisers: what each name promises, measured on the tokens they were fitted to."""
 
+import numpy as np
 import pytest
 import torch
 
-from normalization import NORMALIZATIONS, Normalizer, power_l2
+from normalization import (
+    NORMALIZATIONS,
+    JointNormalizer,
+    PatchNormalizer,
+    power_l2,
+    principal_directions,
+    spread,
+)
 
-C = 6
+GROUPS = [range(0, 4), range(4, 7)]
+C = 7
 
 
-def make(name: str, channels: int, ridge: float = 0.0) -> Normalizer:
-    return Normalizer(name, channels, ridge=ridge, centre_pool=0.0, grid=(1, 1), patches_used=True)
+def make(name: str, n: int, leading: int = 0, ridge: float = 0.0) -> JointNormalizer:
+    """For n images, with the directions that these have."""
+    directions = min(n - 1, C) if name.endswith("whiten") else C
+    return JointNormalizer(name, GROUPS, directions, leading or directions, ridge)
 
 
-def correlated(n: int = 4000, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Semantic (n, C) and patch tokens (n, C) with means, scales and correlations of their own."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(C, C, generator=generator)
-    semantic = torch.randn(n, C, generator=generator) @ mix + 5 * torch.arange(C)
-    return semantic, 7 * torch.randn(n, C, generator=generator) - 3
+def correlated(n: int = 4000, seed: int = 0) -> torch.Tensor:
+    """Tokens (n, C) with means, scales and correlations of their own, the same whatever n is."""
+    mix = torch.randn(C, C, generator=torch.Generator().manual_seed(9))
+    tokens = torch.randn(n, C, generator=torch.Generator().manual_seed(seed))
+    return tokens @ mix + 2 * torch.arange(C)
 
 
 def test_none_is_the_identity():
-    semantic, patches = correlated(20)
-    got = make("none", C).fit(semantic, patches)(semantic, patches.view(4, 5, C))
-    assert torch.equal(got[0], semantic) and torch.equal(got[1], patches.view(4, 5, C))
+    tokens = correlated(20)
+    got, outside = make("none", 20).fit(tokens)(tokens)
+    assert torch.equal(got, tokens) and torch.equal(outside, torch.zeros(20))
 
 
 def test_power_l2():
@@ -36,84 +46,145 @@ def test_power_l2():
     assert torch.equal(power_l2(torch.zeros(2, C)), torch.zeros(2, C)), "an empty token stays finite"
 
 
-def test_standardize():
-    semantic, patches = correlated()
-    for got in make("standardize", C).fit(semantic, patches)(semantic, patches):
-        assert got.mean(0).abs().max() < 1e-3 and (got.std(0) - 1).abs().max() < 1e-3
+def test_spread():
+    assert spread(torch.ones(5, 8)) == pytest.approx(0, abs=1e-6)
+    assert spread(torch.eye(8).repeat(3, 1)) == pytest.approx(1 - 1 / 8, rel=1e-5)
 
 
-def test_constant_channel_stays_finite():
-    semantic, patches = correlated()
-    semantic[:, 2] = 4.0
-    for name in NORMALIZATIONS:
-        assert all(
-            torch.isfinite(got).all() for got in make(name, C).fit(semantic, patches)(semantic, patches)
-        ), name
+@pytest.mark.parametrize("n", [5, 7, 8, 40])
+def test_principal_directions_are_those_of_the_covariance(n):
+    centred = correlated(n) - correlated(n).mean(0)
+    values, directions = principal_directions(centred)
+    wanted = np.linalg.eigvalsh(np.cov(centred.double().numpy().T, bias=True))[::-1][: min(n - 1, C)]
+    assert len(values) == min(n - 1, C) and values.numpy() == pytest.approx(wanted, rel=1e-4, abs=1e-8)
+    assert torch.allclose(directions.T @ directions, torch.eye(len(values)).double(), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NORMALIZATIONS)
+def test_constant_channel_stays_finite(name):
+    tokens = correlated(50)
+    tokens[:, 2] = 4.0
+    assert all(got.isfinite().all() for got in make(name, 50).fit(tokens)(tokens))
 
 
 def test_power_l2_normalizer():
-    """One common scale: relative sizes of channels are kept, the mean square is 1."""
-    semantic, patches = correlated()
-    got, _ = make("power_l2", C).fit(semantic, patches)(semantic, patches)
-    plain = power_l2(semantic)
+    """One common scale: relative sizes of channels are kept, the mean square is 1, nothing is outside."""
+    tokens = correlated()
+    got, outside = make("power_l2", 4000).fit(tokens)(tokens)
+    plain = torch.cat([power_l2(tokens[:, :4]), power_l2(tokens[:, 4:])], 1)
     ratio = got.std(0) / plain.std(0)
-    assert got.mean(0).abs().max() < 1e-3 and got.square().mean() == pytest.approx(1, abs=1e-3)
-    assert (ratio / ratio[0] - 1).abs().max() < 1e-3
+    assert got.mean(0).abs().max() < 1e-3 and got.square().mean().item() == pytest.approx(1, abs=1e-3)
+    assert (ratio / ratio[0] - 1).abs().max() < 1e-3 and outside.abs().max() == 0
 
 
-def test_whitening():
-    """Semantic tokens get the identity covariance; patch tokens are standardised."""
-    semantic, patches = correlated(20000)
-    got, got_patches = make("whiten", C).fit(semantic, patches)(semantic, patches)
-    assert got.mean(0).abs().max() < 1e-2
-    assert (torch.cov(got.double().T) - torch.eye(C)).abs().max() < 0.03
-    assert (got_patches.std(0) - 1).abs().max() < 1e-2
+def test_groups_are_of_unit_length_each():
+    """The scale of one group of columns does not matter to the others."""
+    tokens, louder = correlated(60), correlated(60)
+    louder[:, 4:] *= 9
+    for name in ("power_l2", "power_l2+whiten"):
+        fitted = make(name, 60).fit(tokens)
+        assert torch.allclose(fitted(louder)[0], fitted(tokens)[0], atol=1e-3), name
 
 
-def test_power_then_whiten():
-    """The two names joined are the two steps one after the other."""
-    semantic, patches = correlated()
-    got = make("power_l2+whiten", C).fit(semantic, patches)(semantic, patches)
-    roots = power_l2(semantic), power_l2(patches)
-    for one, wanted in zip(got, make("whiten", C).fit(*roots)(*roots)):
-        assert torch.allclose(one, wanted, atol=1e-5)
+@pytest.mark.parametrize("leading", [1, 3, 7])
+def test_whitening_has_unit_mean_square_where_the_flow_moves(leading):
+    tokens = correlated()
+    got, outside = make("power_l2+whiten", 4000, leading, ridge=1.0).fit(tokens)(tokens)
+    assert got[:, :leading].square().mean().item() == pytest.approx(1, rel=1e-3)
+    assert got.shape == (4000, C) and torch.equal(outside, torch.zeros(4000))
+    square = got.square().mean(0)
+    assert (square[:-1] >= square[1:] - 1e-4).all(), "the largest variance comes first"
+    covariance = torch.cov(got.double().T)
+    assert (covariance - torch.diag(covariance.diagonal())).abs().max() < 1e-2
 
 
-def test_whitening_does_not_rotate():
-    """The whitening matrix is symmetric: of all that whiten, the one that moves the tokens least."""
-    semantic, patches = correlated()
-    whitening = make("whiten", C).fit(semantic, patches).whitening
-    assert torch.allclose(whitening, whitening.T, atol=1e-5)
+def test_whitening_without_a_ridge_has_the_identity_covariance():
+    tokens = correlated()
+    got, _ = make("power_l2+whiten", 4000).fit(tokens)(tokens)
+    held = torch.cov(got.double().T)[:5, :5]  # each group's unit length leaves a direction without variance
+    assert (held - held[0, 0] * torch.eye(5)).abs().max() < 0.05 * held[0, 0]
 
 
-def test_ridge_keeps_the_scale():
-    """A large ridge leaves the ratio of the channels' variances as it was; none levels them."""
-    generator = torch.Generator().manual_seed(0)
-    semantic = torch.randn(4000, 2, generator=generator) * torch.tensor([1.0, 3.0])
-    ratio = []
-    for ridge in (0.0, 1.0, 1e6):
-        got, _ = make("whiten", 2, ridge).fit(semantic, semantic)(semantic, semantic)
-        ratio.append((got[:, 1].std() / got[:, 0].std()).item())
-        assert got.square().mean() == pytest.approx(1, abs=1e-2)
-    assert ratio[0] == pytest.approx(1, abs=0.02) and ratio[2] == pytest.approx(3, rel=0.05)
-    assert ratio[1] == pytest.approx(3 * ((1 + 5) / (9 + 5)) ** 0.5, rel=0.05)  # mean eigenvalue 5
+@pytest.mark.parametrize("n", [5, 40], ids=["fewer images than channels", "more"])
+@pytest.mark.parametrize("ridge", [0.1, 10.0])
+def test_whitening_is_the_plain_one(n, ridge):
+    """In float64 over all channels: unseen tokens' squared lengths, inside and outside of the directions."""
+    tokens, unseen, leading = correlated(n), correlated(30, seed=1), min(3, n - 1)
+
+    def power(x):
+        parts = [np.sign(p) * np.sqrt(np.abs(p)) for p in (x[:, :4], x[:, 4:])]
+        return np.concatenate([p / np.linalg.norm(p, axis=1, keepdims=True) for p in parts], 1)
+
+    train, test = (power(t.double().numpy()) for t in (tokens, unseen))
+    away, count = test - train.mean(0), min(n - 1, C)
+    values, vectors = np.linalg.eigh(np.cov(train.T, bias=True))
+    values, vectors = values[::-1].clip(0), vectors[:, ::-1]
+    floor = ridge * values.mean()
+    scale = 1 / np.sqrt(values + floor)
+    common = (values[:leading] * scale[:leading] ** 2).mean()
+    each = (away @ vectors * scale) ** 2 / common
+    got, outside = make("power_l2+whiten", n, leading, ridge).fit(tokens)(unseen)
+    assert got.square().numpy() == pytest.approx(each[:, :count], rel=1e-3, abs=1e-3)
+    wanted = each[:, count:].sum(1)
+    assert outside.numpy() == pytest.approx(wanted, rel=1e-3, abs=1e-3) and (wanted.max() > 1) == (n < C)
 
 
 @pytest.mark.parametrize("name", NORMALIZATIONS)
 def test_state_travels(name):
     """A fitted normaliser's buffers are all it needs."""
-    semantic, patches = correlated(200)
-    fitted = make(name, C).fit(semantic, patches)
-    other = make(name, C)
+    tokens = correlated(5)
+    fitted, other = make(name, 5).fit(tokens), make(name, 5)
     other.load_state_dict(fitted.state_dict())
-    for got, wanted in zip(other(semantic, patches), fitted(semantic, patches)):
+    for got, wanted in zip(other(tokens + 1), fitted(tokens + 1)):
         assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("name", NORMALIZATIONS)
 def test_unseen_tokens_do_not_change_the_statistics(name):
-    semantic, patches = correlated(200)
-    normalizer = make(name, C).fit(semantic, patches)
-    alone, _ = normalizer(semantic[:1], patches[:1])
-    among, _ = normalizer(semantic * torch.linspace(1, 9, 200)[:, None], patches)
-    assert torch.allclose(alone[0], among[0], atol=1e-5)
+    tokens = correlated(200)
+    normalizer = make(name, 200).fit(tokens)
+    alone, _ = normalizer(tokens[:1])
+    among, _ = normalizer(tokens * torch.linspace(1, 9, 200)[:, None])
+    assert torch.allclose(alone[0], among[0], atol=1e-4)
+
+
+# ---------------------------------------------------------------- patch tokens
+def patches(n: int = 400) -> torch.Tensor:
+    return correlated(n * 6).view(n, 6, C)
+
+
+def test_patches_are_standardised_by_one_shift_and_scale():
+    found = patches()
+    got = PatchNormalizer("power_l2+whiten", C, C).fit(found.flatten(0, 1))(found)
+    plain = power_l2(found)
+    wanted = plain - plain.mean((0, 1))
+    assert torch.allclose(got, wanted / wanted.square().mean().sqrt(), atol=1e-3)
+
+
+def test_missing_channels_of_patches_are_zeros():
+    found = patches(3)
+    plain = PatchNormalizer("power_l2", C, C).fit(found.flatten(0, 1))(found)
+    wider = PatchNormalizer("power_l2", C, C + 4).fit(found.flatten(0, 1))(found)
+    assert wider.shape == (3, 6, C + 4) and torch.equal(wider[..., :C], plain)
+    assert wider[..., C:].abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["none", "power_l2"])
+def test_more_channels_of_patches_are_brought_to_their_principal_directions(name):
+    found = patches()
+    kept = found.clone()
+    got = PatchNormalizer(name, C, 3).fit(found.flatten(0, 1))(found)
+    assert torch.equal(found, kept), "the cached tokens are as they were"
+    plain = (power_l2(found) if name == "power_l2" else found).flatten(0, 1).double()
+    centred = plain - plain.mean(0)
+    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    wanted = (centred @ vectors.flip(1)[:, :3]).abs()
+    if name == "power_l2":
+        wanted = wanted / wanted.square().mean().sqrt()
+    assert got.shape == (400, 6, 3)
+    assert torch.allclose(got.flatten(0, 1).abs().double(), wanted, rtol=1e-3, atol=1e-2)
+
+
+def test_patches_are_as_they_are_without_a_normalisation():
+    found = patches(3)
+    assert torch.equal(PatchNormalizer("none", C, C).fit(found.flatten(0, 1))(found), found)

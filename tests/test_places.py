@@ -1,8 +1,4 @@
-"""Place tokens, the flow of single places, and the simple detectors on them."""
-
-import dataclasses
-import warnings
-import weakref
+"""Place tokens, a Gaussian for each place, and the simple detectors on them."""
 
 import numpy as np
 import pytest
@@ -14,9 +10,9 @@ import baselines
 import detector
 import train
 import utils
-from config import Config
+from config import ClassError, Config
 from datasets import SPLITS, Labels, Split
-from normalization import PlaceNormalizer
+from normalization import PlaceGaussians, spread
 from token_grid import Bands, Places, place_grid, rotation
 
 CHANNELS = (4, 6, 5)
@@ -86,43 +82,58 @@ def test_places_are_as_dense_as_at_the_backbones_own_size(side, size, grid):
     assert place_grid(side, size[::-1], (224, 224)) == grid[::-1]
 
 
-# ---------------------------------------------------------------- the normaliser
+# ---------------------------------------------------------------- the Gaussians
 def test_places_keep_their_own_means_as_far_as_these_are_no_chance():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(50, 9, 4, generator=generator)
-    alike = PlaceNormalizer(9, 4).fit(noise)
+    alike = PlaceGaussians(9, 4).fit(noise)
     assert (alike.mean - noise.mean((0, 1))).abs().max() < 0.1 * noise.mean(0).std()
     own = 5 * torch.randn(9, 4, generator=generator)
-    apart = PlaceNormalizer(9, 4).fit(noise + own)
+    apart = PlaceGaussians(9, 4).fit(noise + own)
     assert torch.allclose(apart.mean, (noise + own).mean(0), atol=1e-2)
 
 
-def test_places_have_their_own_covariance_as_far_as_there_are_images():
-    """By the formula, place by place; two images tell little about a place, many all."""
+@pytest.mark.parametrize("n", [3, 40, 3000])
+def test_log_energies_of_places_are_the_plain_ones(n):
+    """In float64 and by inverses: covariances drawn to the common one by E / (n + E), energies standardised
+    by variances drawn to the common one by 10 / (n + 10)."""
     generator = torch.Generator().manual_seed(0)
     scale = 1 + 3 * torch.rand(9, 4, generator=generator)
-    for n in (3, 5000):
-        tokens = scale * torch.randn(n, 9, 4, generator=generator)
-        fitted = PlaceNormalizer(9, 4).fit(tokens)
-        away = (tokens - fitted.mean).double()
-        own = torch.einsum("npc,npd->pcd", away, away) / n
-        pooled = own.mean(0)
-        mixed = (4 * pooled + n * own) / (4 + n) + 0.03 * pooled.trace() / 4 * torch.eye(4)
-        wanted = torch.einsum("npc,pcd,npd->np", away, torch.linalg.inv(mixed), away)
-        got = fitted(tokens).double().square().sum(2)
-        assert torch.allclose(got / got.mean(), wanted / wanted.mean(), rtol=1e-3), n
-        assert fitted(tokens).square().mean().item() == pytest.approx(1, rel=1e-4)
-    white = fitted(tokens)
-    assert (white.var(0) - 1).abs().max() < 0.15, "each place is white by itself"
+    tokens, unseen = (scale * torch.randn(m, 9, 4, generator=generator) for m in (n, 20))
+    fitted = PlaceGaussians(9, 4).fit(tokens)
+
+    def logs(found):
+        away = (found - fitted.mean).double()
+        return torch.einsum("npc,pcd,npd->np", away, torch.linalg.inv(mixed), away).div(4).log()
+
+    away = (tokens - fitted.mean).double()
+    own = torch.einsum("npc,npd->pcd", away, away) / n
+    pooled = own.mean(0)
+    mixed = (4 * pooled + n * own) / (4 + n) + 0.03 * pooled.trace() / 4 * torch.eye(4)
+    variance = logs(tokens).var(0, correction=0)
+    deviation = ((n * variance + 10 * variance.mean()) / (n + 10)).sqrt()
+    wanted = (logs(unseen) - logs(tokens).mean(0)) / deviation
+    assert torch.allclose(fitted(unseen).double(), wanted, rtol=1e-3, atol=1e-3)
 
 
-# ---------------------------------------------------------------- the local flow
+def test_log_energies_of_normal_places_are_standardised():
+    generator = torch.Generator().manual_seed(0)
+    scale = 1 + 3 * torch.rand(9, 4, generator=generator)
+    tokens, unseen = (scale * torch.randn(4000, 9, 4, generator=generator) for _ in range(2))
+    fitted = PlaceGaussians(9, 4).fit(tokens)
+    for found in (tokens, unseen):
+        assert fitted(found).mean(0).abs().max() < 0.1 and (fitted(found).std(0) - 1).abs().max() < 0.1
+    unseen[:, 4] *= 3
+    assert fitted(unseen)[:, 4].mean() > 1 and fitted(unseen)[:, :4].mean().abs() < 0.1
+
+
+# ---------------------------------------------------------------- the detector
 N, C, PLACES, E, N_TRAIN, N_TEST = 9, 16, 25, 6, 48, 24
 
 
-def fabricate(folder, spread: float, per_category: bool = True, curved: bool = False):
-    """One surface; a defective image is unusual at one place alone. spread: of the semantic tokens; curved:
-    one channel of a place is the square of another."""
+def fabricate(folder, spread: float, broken: int | None = None):
+    """One surface; a defective image is unusual at one place alone. spread: of the semantic tokens; broken:
+    the training image that has a place which is not a number."""
     generator = np.random.RandomState(0)
     odd = {"train": np.zeros(N_TRAIN, bool), "test": np.arange(N_TEST) % 2 == 1}
     splits = {
@@ -134,125 +145,133 @@ def fabricate(folder, spread: float, per_category: bool = True, curved: bool = F
     places = {s: generator.randn(len(o), PLACES, E) for s, o in odd.items()}
     for image in np.flatnonzero(odd["test"]):
         places["test"][image, generator.randint(PLACES)] += 6
-    for values in places.values() if curved else ():
-        values[..., 1] = values[..., 0] ** 2
+    if broken is not None:
+        places["train"][broken, 3, 2] = np.nan
     return make_cache(
-        folder, Labels(("a",), **splits, per_category=per_category), tokens, bands, places, grid=(3, 3),
+        folder, Labels(("a",), **splits, per_category=True), tokens, bands, places, grid=(3, 3),
         band_channels=(2, 3), place_shape=(PLACES, E),
     )  # fmt: skip
 
 
 def settings(**more) -> Config:
     options = {
-        "bands": True, "places": 5, "score": "spectrum", "holdout": 0.25, "select_epoch": "likelihood",
+        "bands": True, "places": 5, "score": "joined", "holdout": 0.25, "select_epoch": "likelihood",
         "normalize": "power_l2+whiten", "fusion": "class_attention", "n_coupling_blocks": 2,
         "fc_internal": 16, "batch_size": 16, "lr_init": 1e-3, "identity_start": True, "hide_tqdm_bar": True,
-        "verbose": False,
+        "verbose": False, "whiten_ridge": 1.0,
     }  # fmt: skip
     return Config(**(options | more))
 
 
-def fit(cache, cell_seed=0, **more):
+def make(cache, cell_seed=0, **more):
     sources = [detector.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]
-    trainer = train.make_trainer(settings(**more), cache, "a", cell_seed, *sources)
+    return train.make_trainer(settings(**more), cache, "a", cell_seed, *sources)
+
+
+def fit(cache, **more):
+    trainer = make(cache, **more)
     return trainer, trainer.run()
 
 
 @pytest.fixture(scope="module")
 def surface(tmp_path_factory):
-    return fit(fabricate(tmp_path_factory.mktemp("surface") / "c", spread=0.1), refit=True, baselines=True)
-
-
-def test_the_local_flows_moments_go_with_the_training(tmp_path, no_collector):
-    """At once, not when cycles of references are looked for."""
-    trainer, fitted = fit(fabricate(tmp_path / "c", spread=0.1), meta_epochs=1)
-    moment = weakref.ref(trainer.heads[2].optimizer.optimizers[0])
-    del trainer
-    assert moment() is None and fitted.detector.uses_places
+    return fit(fabricate(tmp_path_factory.mktemp("surface") / "c", spread=0.1), baselines=True)
 
 
 def test_a_defect_of_one_place_is_found_where_images_are_alike(surface, tmp_path):
-    trainer, fitted = surface
-    assert [head.name for head in trainer.heads] == ["semantic", "texture", "local"]
-    assert fitted.result["local_weight"] > 0.4 and fitted.result["auroc"] > 0.95
+    _, fitted = surface
+    assert fitted.result["reads_places"] and fitted.result["auroc"] > 0.9
     cache = fabricate(tmp_path / "b", spread=0.1)
     _, without = fit(cache, places=0)
     assert without.result["auroc"] < 0.7, "the rest of the image does not show it"
 
 
-@pytest.mark.parametrize("spread, surfaces", [(4.0, 0.08), (0.1, 1e-5)], ids=["varied", "by knob"])
-def test_places_are_not_read_where_they_do_not_count(tmp_path, spread, surfaces, monkeypatch):
-    cache = fabricate(tmp_path / "c", spread=spread, per_category=False)
+@pytest.mark.parametrize("width", [0.1, 4.0], ids=["alike", "varied"])
+def test_places_are_read_where_images_show_one_scene(tmp_path, width, monkeypatch):
     read = []
     plain = detector.TokenSource._rows
     monkeypatch.setattr(
         detector.TokenSource, "_rows", lambda self, name, rows: read.append(name) or plain(self, name, rows)
     )
-    trainer, fitted = fit(cache, spread_of_surfaces=surfaces, refit=True)
-    assert len(trainer.heads) == 2 and "places" not in read and "local_weight" not in fitted.result
+    trainer, fitted = fit(fabricate(tmp_path / "c", spread=width))
+    alike = spread(trainer.data.train.semantic(trainer.data.fit_rows)) < detector.ALIKE
+    assert alike == (width == 0.1) == fitted.result["reads_places"] == ("places" in read)
+    assert fitted.detector.uses_places == bool(fitted.detector.alike) == alike
 
 
-def test_weights_of_the_heads(surface):
-    fit_, weights = surface[1].detector, surface[1].detector.weights
-    assert weights.sum().item() == pytest.approx(1)
-    tokens = torch.cat([torch.eye(4) + 0.7, torch.ones(4, 4)])
-    v = detector.spread(tokens)
-    fit_ = dataclasses.replace(settings(), spread_at_balance=v, spread_of_surfaces=v)
-    fresh = detector.Detector(
-        fit_, {"n_feat": 4, "grid": (1, 1), "tokens": 2, "kind": "map", "band_channels": (2, 3),
-               "place_shape": (PLACES, E)},
-    )  # fmt: skip
-    fresh.weigh(tokens)
-    # meaning and surface count alike; of the surface, places count as much as the whole image
-    assert fresh.weights.tolist() == pytest.approx([1 / 2, 1 / 4, 1 / 4])
+def test_places_that_are_not_finite_are_a_damaged_cache(tmp_path):
+    with pytest.raises(ClassError, match="1 of its training images are not finite, row 7 "):
+        fit(fabricate(tmp_path / "c", spread=0.1, broken=7))
 
 
-def test_an_image_is_as_unlikely_as_its_least_likely_place(surface):
+def test_the_joined_score_adds_two_standardised_values(surface):
+    """The image's log-energy and its most unusual places, each by the held-out normal images."""
     trainer, fitted = surface
-    rows = trainer.data.test_rows
-    found = trainer.heads[2].measure(trainer.data.test, rows)
-    places = trainer.data.test.one("places", rows)
+    parts = fitted.detector
+    assert parts.n_unusual == 1, "of 25 places"
+    values = {}
+    for part in ("held", "test"):
+        with torch.no_grad():
+            energy = parts.energy(*trainer.measure(part)).log()
+        worst = parts.places(trainer.sources[part].one("places", trainer.rows[part])).amax(1)
+        values[part] = torch.stack([energy, worst])
+    mean, deviation = values["held"].mean(1, keepdim=True), values["held"].std(1, keepdim=True)
+    wanted = ((values["test"] - mean) / deviation).sum(0)
+    assert fitted.scores == pytest.approx(wanted.numpy(), rel=1e-3, abs=1e-3)
+    features = parts.read(trainer.data.test, fitted.test_rows)
+    assert parts.score_features(features) == pytest.approx(fitted.scores, rel=1e-3, abs=1e-3)
+
+
+def test_the_map_of_an_image_is_unusual_where_the_defect_is(surface):
+    trainer, fitted = surface
+    places = trainer.data.test.one("places", fitted.test_rows)
+    values = fitted.detector.place_map(places)
+    defective = np.flatnonzero(fitted.labels)
+    found = values[defective].argmax(1) == places[defective].abs().mean(2).argmax(1).numpy()
+    assert values.shape == (N_TEST, PLACES) and found.mean() > 0.8
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": "none"}], ids=["whitened", "as they are"])
+def test_the_fusion_reads_middle_tokens(tmp_path, options):
+    """Two by two places together, and nothing of the last map; from an identity start once it has learnt."""
+    cache = fabricate(tmp_path / "c", spread=4.0)
+    trainer = make(cache, fusion_tokens="middle", identity_start=False, **options)
+    parts = trainer.detector.eval()
+    assert parts.fusion_grid == (3, 3)
+    rows = trainer.rows["test"][:4]
+    features = parts.read(trainer.data.test, rows)
+    pooled = parts.raw_patches(features)
+    maps = features.places.transpose(1, 2).unflatten(2, (5, 5))
+    assert torch.allclose(pooled, F.adaptive_avg_pool2d(maps, 3).flatten(2).transpose(1, 2))
     with torch.no_grad():
-        each = torch.stack([fitted.detector.place_scores(image[None])[0] for image in places])
-    assert torch.allclose(found.likelihood, each.amax(1), atol=1e-4)
-    assert found.loss == pytest.approx(each.mean().item() - 0.9189385, abs=1e-4)
-    features = trainer.data.test[rows]._replace(places=places)
-    assert np.allclose(fitted.detector.score_features(features), fitted.scores, atol=1e-4)
+        z, log_det = parts.latent(parts.inputs(features))
+        again = trainer.inputs("test", np.arange(4))
+        assert torch.allclose(parts.latent(again)[0], z, atol=1e-4)
+        other = parts.latent(parts.inputs(features._replace(patches=features.patches + 1)))
+        assert torch.equal(other[0], z), "the last map is no part of it"
+        moved = parts.latent(parts.inputs(features._replace(places=features.places.flip(0))))
+        assert not torch.allclose(moved[0], z, atol=1e-3) and not torch.allclose(moved[1], log_det, atol=1e-3)
 
 
-def test_a_seed_comes_out_the_same_whichever_seed_the_run_began_with(tmp_path):
-    """The places that the local flow learns from are drawn by the seed of the class, too."""
-    cache, options = fabricate(tmp_path / "c", spread=0.1), {"select_epoch": "last", "lr_init": 5e-3}
-    local = [
-        dict(fit(cache, cell_seed=1, seed=first, **options)[1].detector.local.named_parameters())
-        for first in (0, 1)
-    ]
-    assert all(torch.equal(values, local[1][name]) for name, values in local[0].items())
-
-
-def test_a_flow_without_neighbours_is_calibrated_without_a_warning():
-    """PyTorch warns of a deviation over nothing, on every user's screen."""
-    evidence = detector.Evidence((), 2.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        evidence.calibrate("neighbours", torch.zeros(5, 0))
-        evidence.calibrate("likelihood", torch.tensor([1.0, 3.0]))
-    assert evidence(torch.tensor([4.0]), torch.zeros(1, 0)).item() == pytest.approx(2**0.5)
-
-
-def test_the_local_flow_learns(tmp_path):
-    """Places on a curve: no Gaussian fits, a flow does."""
-    cache = fabricate(tmp_path / "c", spread=0.1, curved=True)
-    _, fitted = fit(cache, meta_epochs=20, lr_init=5e-3, patience=20, feature_noise=0.1)
-    losses = [entry["local_held_out_loss"] for entry in fitted.history]
-    assert min(losses) < losses[0] - 0.05 and fitted.result["local_epoch"] > 0
+def test_training_moves_the_fusion_of_middle_tokens(tmp_path):
+    options = {"meta_epochs": 3, "select_epoch": "last", "weight_decay": 0.0}
+    trainer = make(fabricate(tmp_path / "c", spread=4.0), fusion_tokens="middle", **options)
+    fusion = {n: p for n, p in trainer.detector.flow.named_parameters() if ".fusion." in n}
+    start = {name: parameter.detach().clone() for name, parameter in fusion.items()}
+    fitted = trainer.run()
+    assert fusion and not any(torch.equal(start[name], parameter) for name, parameter in fusion.items())
+    features = fitted.detector.read(trainer.data.test, fitted.test_rows)
+    got = fitted.detector.score_features(features)
+    assert got == pytest.approx(fitted.scores, rel=1e-3, abs=1e-3)
+    moved = fitted.detector.score_features(features._replace(places=features.places.flip(0)))
+    assert not np.allclose(moved, got, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- simple detectors
 def test_simple_detectors_of_places_find_the_defect(surface):
     _, fitted = surface
-    for name in baselines.PLACE_BASELINES:
-        assert utils.auroc(fitted.labels, fitted.own_input_scores[name]) > 0.9, name
+    for name in baselines.PLACES:
+        assert utils.auroc(fitted.labels, fitted.simple_scores[name]) > 0.9, name
 
 
 def test_simple_detectors_belong_to_the_first_seed(tmp_path):
@@ -261,7 +280,7 @@ def test_simple_detectors_belong_to_the_first_seed(tmp_path):
     sources = [detector.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]
     config = settings(baselines=True, n_seeds=2)
     fitted = [train.make_trainer(config, cache, "a", seed, *sources).run() for seed in (0, 1)]
-    assert [bool(each.own_input_scores) for each in fitted] == [True, False]
+    assert [bool(each.simple_scores) for each in fitted] == [True, False]
 
 
 def test_coreset_takes_the_farthest():

@@ -59,7 +59,7 @@ def fitted(tmp_path_factory):
         for name, options in (
             ("held", {"holdout": 0.3, "score": "latent_knn"}),
             ("plain", {"score": "likelihood"}),
-            ("spectrum", {"holdout": 0.3, "bands": True, "score": "spectrum", "refit": True}),
+            ("joined", {"holdout": 0.3, "bands": True, "score": "joined", "base": "kernel"}),
         ):
             train.main(Config(**RUN, class_name="a", modelname=name, **options))
         main.main(Config(**RUN, class_name="a,b", modelname="two", holdout=0.3, plots=False))
@@ -95,7 +95,7 @@ def record_of(name: str, class_name: str = "a") -> dict:
     return json.loads(Path(f"runs/{name}/classes/{class_name}-seed0.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["held", "plain", "spectrum"])
+@pytest.mark.parametrize("name", ["held", "plain", "joined"])
 def test_scores_are_those_of_the_run(here, capsys, name):
     rows, said, status = predicted(capsys, f"runs/{name}/classes/a-seed0", "images/test")
     assert status == 0 and [row["image"] for row in rows] == TESTED, "a row for each, in order"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_folder, script
-from fabricated import CLASSES, SPECTRUM, settings
+from fabricated import CLASSES, JOINED, settings
 
 import config as knobs
 import detector
@@ -64,7 +64,7 @@ def check_whole(modelname: str = "run", seeds: int = 2) -> None:
 
 # ---------------------------------------------------------------- killed
 @pytest.mark.parametrize(
-    "options", [LASTING, LASTING | SPECTRUM | {"baselines": True}], ids=["latent", "spectrum"]
+    "options", [LASTING, LASTING | JOINED | {"baselines": True}], ids=["latent", "joined"]
 )
 def test_killed_at_any_moment(begin, tmp_path, options):
     """SIGKILL, again and again, until a run gets through: the table is that of a run left alone."""

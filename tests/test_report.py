@@ -130,14 +130,6 @@ def test_undefined_is_empty_with_its_reason(tmp_path, counts, reason):
     assert "nan" not in (tmp_path / "results.md").read_text()
 
 
-@pytest.mark.parametrize("refit", [False, True])
-def test_oracle_says_when_it_is_of_another_fit(refit):
-    """A refitted class may be above the best epoch on the test images, which was before the refit."""
-    summary = report.summarize(Config(refit=refit), [result("a", 0, 0.5)], {}, 1.0, {})
-    told = "the epoch that is best on the test images" + ", before the refit" * refit
-    assert (told + (" on all" if refit else ".")) in report.notes(summary)[0]
-
-
 LINE = Threshold(1.25, 0.1, 0.01, 0.3, 9, 0.05)
 
 

@@ -7,8 +7,9 @@ import os
 import numpy as np
 import pytest
 from conftest import make_cache
-from fabricated import CLASSES, N_TRAIN, SPECTRUM, fit, settings
+from fabricated import CLASSES, JOINED, N_TRAIN, fit, settings
 
+import config as knobs
 import detector
 import main
 import runs
@@ -59,7 +60,7 @@ def files(folder="runs/run/classes"):
 
 
 # ---------------------------------------------------------------- going on
-@pytest.mark.parametrize("options", [{}, {"baselines": True, **SPECTRUM}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"baselines": True, **JOINED}], ids=str)
 def test_a_run_goes_on_bit_for_bit(run, options):
     whole = run(n_seeds=2, **options)
     first, last = run.fitted[0], run.fitted[-1]
@@ -190,6 +191,36 @@ def test_a_folder_of_an_earlier_version_is_left_alone(run):
     assert files("runs/old/classes") == ["a-seed0.json"]
 
 
+def rewrite(path: str, change) -> None:
+    """Change what a sealed file says, and seal it again."""
+    content = json.loads(utils.Path(path).read_text())
+    change(content)
+    write_sealed(utils.Path(path), {k: v for k, v in content.items() if k != "checksum"})
+
+
+def test_a_folder_with_knobs_that_are_gone_is_refused(run):
+    run()
+    rewrite("runs/run/run.json", lambda content: content["config"].update(mirror=True, refit=False))
+    with pytest.raises(UserError) as mistake:
+        run()
+    line = str(mistake.value)
+    assert "mirror True there, None now, refit False there, None now; give another --modelname" in line
+    assert "\n" not in line
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(run):
+    """One with a knob that is gone, and one whose record had other parts."""
+    run(class_name="a,b")
+    rewrite("runs/run/classes/a-seed0.json", lambda content: content["config"].update(mirror=True))
+    with pytest.raises(UserError) as mistake:
+        detector.load_detector("runs/run/classes/a-seed0")
+    line = str(mistake.value)
+    assert "a-seed0.json: made with" in line and knobs.FORMER["mirror"] in line and "train it again" in line
+    rewrite("runs/run/classes/b-seed0.json", lambda content: content.pop("simple_scores"))
+    with pytest.raises(UserError, match="record of this version: simple_scores is missing"):
+        detector.load_detector("runs/run/classes/b-seed0")
+
+
 def test_train_keeps_and_refuses_as_main_does(run, capsys):
     one = settings(modelname="run", class_name="b")
     train.main(one)
@@ -283,8 +314,13 @@ def test_a_constant_class_does_not_lose_the_others(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("options", [{}, {"normalize": "power_l2+whiten"}, SPECTRUM], ids=str)
-def test_features_that_are_not_finite_are_named(cache, tmp_path, value, split, options):
+@pytest.mark.parametrize(
+    "options, part",
+    [({}, "tokens"), ({"normalize": "power_l2+whiten"}, "tokens"),
+     *((JOINED, part) for part in ("tokens", "bands", "places"))],
+    ids=str,
+)  # fmt: skip
+def test_features_that_are_not_finite_are_named(cache, tmp_path, value, split, options, part):
     """Instead of advice about the learning rate."""
 
     class Damaged:
@@ -298,13 +334,13 @@ def test_features_that_are_not_finite_are_named(cache, tmp_path, value, split, o
 
         def __getitem__(self, index):
             rows = np.array(self.array[index], np.float32)
-            rows[np.asarray(index) == 5, 3 if rows.ndim == 3 else 2] = value
+            rows[np.asarray(index) == 5, ..., 2] = value
             return rows
 
     real = cache.arrays
     cache = again(cache)
     cache.arrays = lambda s: {
-        name: Damaged(array) if s == split and name == "tokens" else array for name, array in real(s).items()
+        name: Damaged(array) if s == split and name == part else array for name, array in real(s).items()
     }
     with pytest.raises(UserError) as mistake:
         fit(cache, "a", **options)
@@ -322,16 +358,6 @@ def test_two_training_images_are_no_class(run):
         run()
     found = results(settings(modelname="run"))
     assert found["classes"]["a"]["auroc"] is None and found["classes"]["b"]["auroc"] > 0.5
-
-
-def test_classes_trained_together_lose_only_the_bad_one(run, tmp_path):
-    def change(tokens):
-        tokens["train"][:N_TRAIN] = 0.5
-
-    run.cache = damaged(run.cache, tmp_path, change)
-    with pytest.raises(UserError, match="1 of 3 classes.*class a"):
-        run(train_together="True")
-    assert results(settings(modelname="run"))["classes"]["b"]["auroc"] > 0.5
 
 
 def test_a_mistake_in_a_setting_is_no_classs_failure(run):

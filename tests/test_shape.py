@@ -65,8 +65,8 @@ def settings(**more) -> Config:
 
 
 PLACES = {
-    "bands": True, "band_depths": "1,2", "places": 6, "score": "spectrum", "holdout": 0.2,
-    "spread_at_balance": 10.0, "spread_of_surfaces": 10.0, "modelname": "belt", "class_name": "belt",
+    "bands": True, "band_depths": "1,2", "places": 6, "score": "joined", "holdout": 0.2,
+    "modelname": "belt", "class_name": "belt",
 }  # fmt: skip
 
 

@@ -11,9 +11,9 @@ import torch
 from fabricated import (
     CHOOSING,
     CLASSES,
+    JOINED,
     N_TEST,
     N_TRAIN,
-    SPECTRUM,
     C,
     by_score,
     fabricate,
@@ -25,34 +25,28 @@ from fabricated import (
 import config as knobs
 import detector
 import model
-import normalization
 import utils
 from config import ClassError, UserError
 from datasets import Split
 from feature_cache import CacheIdentity, FeatureCache
-
+from normalization import power_l2
 
 # ---------------------------------------------------------------- detection
+CLEAR = {"normalize": "power_l2", "meta_epochs": 5}
+
+
 @by_score
 @pytest.mark.parametrize("fusion", ["hilo", "none"])
 def test_clear_classes_are_detected(cache, fusion, options):
     for class_name in CLASSES:
-        assert (
-            fit(cache, class_name, fusion=fusion, normalize="standardize", meta_epochs=5, **options).result[
-                "auroc"
-            ]
-            > 0.95
-        )
+        found = fit(cache, class_name, fusion=fusion, **CLEAR | options)
+        assert found.result["auroc"] > 0.95
 
 
 @by_score
 def test_no_signal_no_detection(blank, options):
     for class_name in CLASSES:
-        assert (
-            0.3
-            < fit(blank, class_name, normalize="standardize", meta_epochs=5, **options).result["auroc"]
-            < 0.7
-        )
+        assert 0.3 < fit(blank, class_name, **CLEAR | options).result["auroc"] < 0.7
 
 
 def test_training_raises_the_likelihood(cache):
@@ -88,30 +82,6 @@ def test_same_seed_same_scores(cache):
     assert not np.array_equal(first.scores, other.scores)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"max_grad_norm": 0.05},
-        {"feature_noise": 0.2, "holdout": 0.2, "select_epoch": "likelihood", "patience": 1, "lr_init": 0.02},
-    ],
-    ids=str,
-)
-def test_together_is_as_alone(cache, options):
-    """All classes as one batched model come to what each comes to alone."""
-    import batched
-
-    options = {"fusion": "hilo", "meta_epochs": 4, **options}
-    joint = batched.BatchedTrainer([make(cache, name, **options) for name in CLASSES]).run()
-    for fitted, name in zip(joint, CLASSES):
-        alone = fit(cache, name, **options)
-        assert fitted.result["class"] == name and len(fitted.history) == len(alone.history)
-        assert fitted.result["epoch"] == alone.result["epoch"] and fitted.result["auroc"] == pytest.approx(
-            alone.result["auroc"], abs=0.01
-        )
-        assert np.abs(fitted.scores - alone.scores).max() < 1e-3 * np.abs(alone.scores).max()
-
-
 # ---------------------------------------------------------------- what each knob does
 def changes(cache, **more) -> bool:
     return not np.allclose(fit(cache).scores, fit(cache, **more).scores, rtol=1e-4)
@@ -127,9 +97,11 @@ def changes(cache, **more) -> bool:
         {"n_coupling_blocks": 3},
         {"fc_internal": 20},
         {"fusion": "hilo"},
-        {"normalize": "standardize"},
         {"normalize": "power_l2"},
-        {"normalize": "whiten"},
+        {"normalize": "power_l2+whiten"},
+        {"normalize": "power_l2+whiten", "flow_channels": 8},
+        {"fusion_tokens": "middle", "places": 3},
+        {"bands": True},
         {"batch_size": 7},
         {"lr_init": 1e-4},
         {"lr_schedule": "cosine"},
@@ -138,6 +110,8 @@ def changes(cache, **more) -> bool:
         {"feature_noise": 0.5},
         {"holdout": 0.25},
         {"score": "likelihood"},
+        {"score": "joined", "holdout": 0.25},
+        {"score": "likelihood", "base": "kernel", "holdout": 0.25},
         {"score": "latent_knn"},
         {"sub_epochs": 2},
     ],
@@ -156,11 +130,9 @@ def test_hilo_knob_changes_the_outcome(cache, change):
 
 def test_gradient_clipping(cache):
     trainer = make(cache, max_grad_norm=1e-3, weight_decay=0.0)
-    trainer.train_step(trainer.data.fit_rows[:8])
+    trainer.train_step(np.arange(8))
     averages = [
-        state["exp_avg"]
-        for optimizer in trainer.heads[0].optimizer.optimizers
-        for state in optimizer.state.values()
+        state["exp_avg"] for optimizer in trainer.optimizer.optimizers for state in optimizer.state.values()
     ]
     norm = torch.stack([average.norm() for average in averages]).norm() / (
         1 - 0.8
@@ -189,7 +161,7 @@ def test_learning_rates(cache, schedule):
     trainer = make(cache, lr_schedule=schedule, meta_epochs=2, batch_size=16)
     steps, seen = 2 * math.ceil(N_TRAIN / 16), []
     for _ in range(steps):
-        trainer.train_step(trainer.data.fit_rows[:16])
+        trainer.train_step(np.arange(16))
         seen.append(trainer.rate)
     wanted = [
         1e-3 * (0.5 * (1 + math.cos(math.pi * i / steps)) if schedule == "cosine" else 1)
@@ -208,9 +180,10 @@ def test_every_training_image_once_per_epoch(cache, monkeypatch):
     half = len(seen) // 2
     assert half == math.ceil(36 / 8) and [len(batch) for batch in seen[:half]] == [8, 8, 8, 8, 4]
     first, second = np.concatenate(seen[:half]), np.concatenate(seen[half:])
-    assert sorted(first) == sorted(second) == trainer.data.fit_rows.tolist() and not np.array_equal(
-        first, second
-    )
+    assert sorted(first) == sorted(second) == list(range(36)) and not np.array_equal(first, second)
+    rows = trainer.data.fit_rows[first[:8]]
+    taken = trainer.inputs("fit", first[:8]).tokens
+    assert torch.equal(taken, trainer.data.train[rows].semantic), "they are numbers of the images fitted to"
 
 
 def test_holdout(cache):
@@ -224,7 +197,7 @@ def test_holdout(cache):
     assert set(make(cache, "b", seed=1, holdout=0.23).data.held_rows.tolist()) != held
     fitted = trainer.run()
     with torch.no_grad():
-        z, log_det = fitted.detector(*trainer.data.train[trainer.data.held_rows])
+        z, log_det = fitted.detector(*trainer.data.train[trainer.data.held_rows][:3])
     assert fitted.result["held_out_loss"] == pytest.approx(
         model.loss_per_image(z, log_det).mean().item(), rel=1e-5
     )
@@ -243,8 +216,8 @@ def test_scores_are_what_they_are_called(cache):
         trainer = make(cache, score=score)
         fitted = trainer.run()
         with torch.no_grad():
-            z, log_det = fitted.detector(*trainer.data.test[fitted.test_rows])
-            known, _ = fitted.detector(*trainer.data.train[trainer.data.fit_rows])
+            z, log_det = fitted.detector(*trainer.data.test[fitted.test_rows][:3])
+            known, _ = fitted.detector(*trainer.data.train[trainer.data.fit_rows][:3])
         if score == "latent":
             wanted = (z**2).mean(1)
         elif score == "likelihood":
@@ -256,15 +229,45 @@ def test_scores_are_what_they_are_called(cache):
 
 def test_normalizer_sees_normal_training_images_only(cache):
     """The statistics are those of the class's own training images, without the held-out ones."""
-    trainer = make(cache, "c", normalize="standardize", holdout=0.2)
-    semantic = trainer.data.train[trainer.data.fit_rows].semantic
-    assert torch.allclose(trainer.detector.normalizer.semantic_mean, semantic.mean(0), atol=1e-5)
+    trainer = make(cache, "c", normalize="power_l2", holdout=0.2)
+    semantic = power_l2(trainer.data.train[trainer.data.fit_rows].semantic)
+    assert torch.allclose(trainer.detector.normalizer.mean, semantic.mean(0), atol=1e-5)
 
 
-def test_standardizing_takes_the_scale_away(cache, tmp_path):
+def test_normalizing_takes_the_scale_away(cache, tmp_path):
     larger = fabricate(tmp_path / "larger", scale=64.0)
-    one, other = (fit(found, normalize="standardize").scores for found in (cache, larger))
+    one, other = (fit(found, normalize="power_l2").scores for found in (cache, larger))
     assert np.allclose(one, other, rtol=1e-2)
+
+
+@pytest.mark.parametrize("channels", [8, 0], ids=["leading directions", "all"])
+def test_an_identity_start_is_a_kernel_density_of_the_tokens(cache, channels):
+    """Before training: the density of the whitened tokens, by loops in float64 over the saved directions."""
+    options = JOINED | {"flow_channels": channels, "score": "likelihood", "select_epoch": "likelihood"}
+    trainer = make(cache, **options)
+    assert trainer.detector.leading == (channels or trainer.detector.directions)
+    trainer.evaluate(0, None)
+    h, width = trainer.detector.bandwidth.item(), trainer.detector.channels
+    (known, _), (held, outside), (test, beside) = (trainer.tokens[part] for part in ("fit", "held", "test"))
+
+    def plain(tokens, rest):
+        squares = (tokens[:, None].double() - known[None].double()).square().sum(2) + rest[:, None].double()
+        density = torch.exp(-squares / (2 * h)).mean(1) * (2 * math.pi * h) ** (-width / 2)
+        return -density.log() / width
+
+    assert torch.isfinite(plain(held, outside)).all() and beside.max() > 0
+    wanted = plain(held, outside).mean().item() - 0.5 * math.log(2 * math.pi)
+    assert trainer.history[0]["held_out_loss"] == pytest.approx(wanted, abs=1e-4)
+    assert trainer.before_training == pytest.approx(plain(test, beside).numpy(), abs=1e-4)
+
+
+def test_only_leading_directions_are_moved(cache):
+    trainer = make(cache, **JOINED | {"identity_start": False})
+    measured = trainer.measure("test")
+    leading, tokens = trainer.detector.leading, trainer.tokens["test"][0]
+    assert leading == 16 < trainer.detector.directions == measured.z.shape[1]
+    assert torch.equal(measured.z[:, leading:], tokens[:, leading:])
+    assert not torch.allclose(measured.z[:, :leading], tokens[:, :leading], atol=1e-2)
 
 
 # ---------------------------------------------------------------- choosing the epoch
@@ -291,8 +294,14 @@ def test_chosen_epoch_is_the_detectors(cache, options):
     trainer = make(cache, **(CHOOSING | options), patience=2, meta_epochs=14)
     fitted = trainer.run()
     assert fitted.result["epoch"] < len(fitted.history)
-    again = fitted.detector.score_features(trainer.data.test[fitted.test_rows])
+    again = fitted.detector.score_features(fitted.detector.read(trainer.data.test, fitted.test_rows))
     assert np.allclose(again, fitted.scores, rtol=1e-4, atol=1e-4)
+    loss = model.negative_log_likelihood(
+        fitted.detector.energy(*trainer.measure("held")), fitted.detector.bandwidth
+    )
+    wanted = fitted.result["held_out_loss"] + 0.5 * math.log(2 * math.pi)
+    assert loss.mean().item() == pytest.approx(wanted, abs=1e-3)
+    assert fitted.result["held_out_loss"] == min(entry["held_out_loss"] for entry in fitted.history)
 
 
 def test_best_on_test_never_chooses(cache):
@@ -334,26 +343,27 @@ def test_flow_that_does_not_fit(cache, change):
 def test_auto_normalises_maps_and_leaves_transformers(cache):
     for kind, name in (("map", "power_l2+whiten"), ("tokens", "none")):
         assert detector.normalization_in_effect(settings(), {"kind": kind}) == name
-    assert detector.normalization_in_effect(settings(normalize="whiten"), {"kind": "map"}) == "whiten"
+    assert detector.normalization_in_effect(settings(normalize="power_l2"), {"kind": "map"}) == "power_l2"
 
 
 def test_patch_statistics_come_from_many_images(cache):
     """All images of a small class, not a handful: their mean is the normaliser's."""
-    trainer = make(cache, normalize="standardize")
-    patches = trainer.data.train[trainer.data.fit_rows].patches.flatten(0, 1)
-    assert torch.allclose(trainer.detector.normalizer.patch_mean, patches.mean(0), atol=1e-4)
+    trainer = make(cache, normalize="power_l2")
+    patches = power_l2(trainer.data.train[trainer.data.fit_rows].patches.flatten(0, 1))
+    assert torch.allclose(trainer.detector.patch_normalizer.mean, patches.mean(0), atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, SPECTRUM], ids=str)
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, JOINED], ids=str)
 def test_adams_moments_go_with_the_training(cache, options, no_collector):
     """At once, not when cycles of references are looked for: the next class needs the memory."""
     trainer = make(cache, **options)
-    moments = [weakref.ref(o) for h in trainer.heads if h.optimizer for o in h.optimizer.optimizers]
+    moments = [weakref.ref(optimizer) for optimizer in trainer.optimizer.optimizers]
     fitted = trainer.run()
     del trainer
     assert moments and not any(moment() for moment in moments)
-    flow, channels = fitted.detector.flow, fitted.detector.channels
-    z, _ = flow(torch.randn(2, channels), [torch.randn(2, 9, channels)])
+    flow, channels = fitted.detector.flow, fitted.detector.leading
+    n_tokens = math.prod(fitted.detector.fusion_grid)
+    z, _ = flow(torch.randn(2, channels), [torch.randn(2, n_tokens, channels)])
     z.sum().backward()  # and nothing steps any more
 
 
@@ -364,48 +374,15 @@ def test_a_small_class_gets_its_least_number_of_steps(cache):
     assert [entry["epoch"] for entry in trainer.history] == [4, 8]
 
 
-@pytest.mark.parametrize("options", [{"normalize": "standardize", "holdout": 0.25}, SPECTRUM], ids=str)
-def test_refit_takes_in_the_images_that_were_held_out(cache, options):
-    trainer = make(cache, refit=True, **options)
-    fitted = trainer.run()
-    rows = np.sort(np.concatenate([trainer.data.fit_rows, trainer.data.held_rows]))
-    features = trainer.data.train[rows]
-    if "bands" in options:
-        reference = fitted.detector.evidence["texture"].reference
-        assert len(reference) == N_TRAIN
-        assert torch.allclose(
-            reference.float(), fitted.detector.texture_inputs(features.bands).tokens, atol=0.02
-        )
-    else:
-        assert torch.allclose(fitted.detector.normalizer.semantic_mean, features.semantic.mean(0), atol=1e-4)
-    again = fitted.detector.score_features(trainer.data.test[fitted.test_rows])
-    assert np.allclose(again, fitted.scores, rtol=1e-4, atol=1e-4)
-    assert not np.allclose(fit(cache, **options).scores, fitted.scores, rtol=1e-3)
-
-
-def test_a_refit_that_cannot_be_normalised_is_the_classes_fault(cache, monkeypatch):
+def test_features_that_cannot_be_normalised_are_the_classes_fault(cache, monkeypatch):
     """The line of the class, which stops no other, instead of a traceback."""
-    trainer = make(cache, refit=True, **SPECTRUM)
 
     def diverges(*_):
         raise torch.linalg.LinAlgError("eigh did not converge")
 
-    monkeypatch.setattr(normalization, "fit_whitening", diverges)
+    monkeypatch.setattr(torch.linalg, "eigh", diverges)
     with pytest.raises(ClassError, match="class a: .*cannot be normalised .eigh did not converge"):
-        trainer.run()
-
-
-def test_scores_that_are_not_finite_after_the_refit_are_the_classes_fault(cache, monkeypatch):
-    trainer = make(cache, refit=True, **SPECTRUM)
-    plain = trainer._refit
-
-    def broken():
-        plain()
-        trainer.detector.rings.whitening.fill_(torch.nan)
-
-    monkeypatch.setattr(trainer, "_refit", broken)
-    with pytest.raises(ClassError, match="class a: scores are not finite after the refit"):
-        trainer.run()
+        make(cache, **JOINED)
 
 
 def test_tokens_on_the_device_are_those_in_the_files(cache):

@@ -22,7 +22,7 @@ import utils
 from detector import Features, PictureDetector
 from token_grid import place_grid_of
 
-KINDS = ("places", "gaussian", "occlusion")  # gaussian: the places' distances to the normal ones, no flow
+KINDS = ("places", "occlusion")
 
 
 def heat(detector: PictureDetector, kind: str, pixels: np.ndarray) -> np.ndarray:
@@ -30,11 +30,7 @@ def heat(detector: PictureDetector, kind: str, pixels: np.ndarray) -> np.ndarray
         return heat_map.by_occlusion(detector.score, pixels)
     rows = next(iter(detector.eye.rows([pixels])))
     assert not isinstance(rows, pictures.Unreadable)
-    places = Features.of(rows).places
-    if kind == "places":
-        values = detector.fitted.place_map(places)[0]
-    else:
-        values = detector.fitted.place_normalizer(places).square().mean(2)[0].numpy()
+    values = detector.fitted.place_map(Features.of(rows).places)[0]
     return heat_map.of_places(values, place_grid_of(detector.eye.features), pixels.shape[:2])
 
 
