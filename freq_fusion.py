@@ -277,11 +277,11 @@ def _spectral(d: int, hidden: int, grid: tuple[int, int], *, bands: bool, **_) -
 def _hilo(
     d: int, hidden: int, grid: tuple[int, int], *, heads: int, alpha: float, window: int, bands: bool
 ) -> HiLo:
-    return HiLo(d, hidden, grid, heads or 8, alpha, window, bands)
+    return HiLo(d, hidden, grid, heads or min(8, d), alpha, window, bands)
 
 
 def _class_attention(d: int, hidden: int, grid: tuple[int, int], *, heads: int, **_) -> ClassAttention:
-    return ClassAttention(d, hidden, heads or 4)
+    return ClassAttention(d, hidden, heads or min(4, d))
 
 
 def _none(*_, **__) -> None:
@@ -312,7 +312,8 @@ def build_fusion(
     Args:
         grid: rows and columns of the patch tokens. bands: the tokens are two bands per window, not places on
             the grid.
-        heads: attention heads; 0 takes the module's own number (4 or 8). alpha, window: hilo's.
+        heads: attention heads; 0 takes the module's own number (4 or 8), or d where that is less. alpha, window:
+            hilo's.
     Raises:
         ValueError: an unknown name, or sizes that do not fit.
     """

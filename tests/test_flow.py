@@ -203,8 +203,8 @@ def test_coupling_refuses_wrong_sizes(dims_in, dims_c):
 @pytest.mark.parametrize(
     "channels, grid, options",
     [
-        (14, (3, 3), {"fusion": "hilo"}),  # 7 channels for 8 heads
-        (6, (3, 3), {"fusion": "class_attention"}),  # 3 channels for 4 heads
+        (14, (3, 3), {"fusion": "hilo", "heads": 8}),  # 7 channels for 8 heads
+        (6, (3, 3), {"fusion": "class_attention", "heads": 4}),  # 3 channels for 4 heads
         (64, (5, 8), {"fusion": "spectral"}),  # fewer than 6 rows
         (64, (6, 6), {"fusion": "spectral", "bands": True}),
         (64, (6, 6), {"fusion": "fourier"}),

@@ -206,3 +206,10 @@ def test_a_spectrum_is_computed_once_for_tokens_that_stay(monkeypatch):
     with torch.inference_mode():
         gate.gate_tokens(torch.randn(2, 36, 8), index)
     assert len(freq_fusion.KNOWN_SPECTRA) == 0
+
+
+@pytest.mark.parametrize("fusion", ["class_attention", "hilo"])
+def test_narrow_tokens_have_fewer_heads(fusion):
+    """The whitened token of a few images has few channels: a default that does not fit would refuse them."""
+    module = make_fusion(fusion, 3, 16, (3, 3))
+    assert module(torch.randn(2, 3), torch.randn(2, 9, 7), torch.arange(3)).shape == (2, 16)

@@ -131,9 +131,8 @@ def test_log_energies_of_normal_places_are_standardised():
 N, C, PLACES, E, N_TRAIN, N_TEST = 9, 16, 25, 6, 48, 24
 
 
-def fabricate(folder, spread: float, broken: int | None = None):
-    """One surface; a defective image is unusual at one place alone. spread: of the semantic tokens; broken:
-    the training image that has a place which is not a number."""
+def fabricate(folder, spread: float):
+    """One surface; a defective image is unusual at one place alone. spread: of the semantic tokens."""
     generator = np.random.RandomState(0)
     odd = {"train": np.zeros(N_TRAIN, bool), "test": np.arange(N_TEST) % 2 == 1}
     splits = {
@@ -145,8 +144,6 @@ def fabricate(folder, spread: float, broken: int | None = None):
     places = {s: generator.randn(len(o), PLACES, E) for s, o in odd.items()}
     for image in np.flatnonzero(odd["test"]):
         places["test"][image, generator.randint(PLACES)] += 6
-    if broken is not None:
-        places["train"][broken, 3, 2] = np.nan
     return make_cache(
         folder, Labels(("a",), **splits, per_category=True), tokens, bands, places, grid=(3, 3),
         band_channels=(2, 3), place_shape=(PLACES, E),
@@ -200,8 +197,14 @@ def test_places_are_read_where_images_show_one_scene(tmp_path, width, monkeypatc
 
 
 def test_places_that_are_not_finite_are_a_damaged_cache(tmp_path):
+    cache = fabricate(tmp_path / "c", spread=0.1)
+    sources = []
+    for split in SPLITS:
+        arrays = {name: np.array(array[np.arange(len(array))]) for name, array in cache.arrays(split).items()}
+        sources.append(detector.TokenSource(arrays, torch.device("cpu")))
+    sources[0].arrays["places"][7, 3, 2] = np.nan
     with pytest.raises(ClassError, match="1 of its training images are not finite, row 7 "):
-        fit(fabricate(tmp_path / "c", spread=0.1, broken=7))
+        train.make_trainer(settings(), cache, "a", 0, *sources).run()
 
 
 def test_the_joined_score_adds_two_standardised_values(surface):
