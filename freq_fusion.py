@@ -312,8 +312,8 @@ def build_fusion(
     Args:
         grid: rows and columns of the patch tokens. bands: the tokens are two bands per window, not places on
             the grid.
-        heads: attention heads; 0 takes the module's own number (4 or 8), or d where that is less. alpha, window:
-            hilo's.
+        heads: attention heads; 0 takes the module's own number (4 or 8), or d where that is less. alpha,
+            window: of hilo.
     Raises:
         ValueError: an unknown name, or sizes that do not fit.
     """
