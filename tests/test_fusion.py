@@ -92,8 +92,8 @@ def test_none_is_no_module():
     "name, d, grid, options, told",
     [
         ("fourier", 16, (6, 6), {}, "fourier"),
-        ("hilo", 7, (6, 6), {}, "8"),
-        ("class_attention", 3, (6, 6), {}, "4"),
+        ("hilo", 7, (6, 6), {"heads": 8}, "8"),
+        ("class_attention", 3, (6, 6), {"heads": 4}, "4"),
         ("spectral", 16, (5, 9), {}, "5x9"),
         ("spectral", 16, (6, 6), {"bands": True}, "two bands"),
     ],

@@ -150,9 +150,9 @@ def test_heat_map_of_a_picture(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_detector_without_places_blurs(run, monkeypatch):
+def test_detector_without_places_blurs(run):
     loaded = Detector.load("runs/heat/classes/brushed-seed0", "cpu", 1)
-    monkeypatch.setattr(type(loaded.fitted), "uses_places", False)
+    loaded.fitted.read_places_if(False)
     path = next(Path("textures/brushed/test/good").glob("*.png"))
     picture = np.asarray(Image.open(path).convert("RGB"))
     wanted = heat_map.by_occlusion(loaded.score, picture)
