@@ -183,9 +183,7 @@ class Trainer:
         self.step, self.steps = 0, self.epochs * per_epoch
         self.history: list[dict] = []
         self.best: Evaluation | None = None
-        self.before_training: np.ndarray | None = (
-            None  # the likelihood scores of the test images at the start
-        )
+        self.before_training: np.ndarray | None = None  # likelihood scores of the test images then
 
     # ------------------------------------------------------------ normalisation
     def _fit_normalizers(self) -> None:
