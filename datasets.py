@@ -14,11 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-import images
-import layouts
-import published
 from config import Config, UserError, class_names, unknown
-from layouts import OTHER, SPLITS, Listing
+from images import images, layouts, published
+from images.layouts import OTHER, SPLITS, Listing
 
 READERS = 8  # threads that hash files: a shared folder answers many at a time
 

@@ -49,13 +49,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import calibration
-import extractor
 import utils
+from backbone.resizing import resize_like_pillow
 from config import UserError
-from detector import Features, PictureDetector
-from images import images_below
-from pictures import Eye
+from detector import calibration
+from detector.detector import Features, PictureDetector
+from detector.pictures import Eye
+from images.images import images_below
 
 TOLERANCE = 1e-4  # of the largest score, between the file's scores and the detector's
 OUTPUTS = ("score", "p_value", "anomalous")
@@ -75,7 +75,7 @@ class Exported(nn.Module):
         self.register_buffer("limit", torch.tensor(limit))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pixels = extractor.resize_like_pillow(images.permute(0, 3, 1, 2), self.job.img_size)
+        pixels = resize_like_pillow(images.permute(0, 3, 1, 2), self.job.img_size)
         score = self.fitted.scores(Features.of(self.job.rows(pixels)))
         above = (self.held_out >= score.unsqueeze(1)).sum(1)
         p_value = (1 + above) / (1 + len(self.held_out))
@@ -176,7 +176,7 @@ def export(detector: PictureDetector, output: Path, size: tuple[int, int] | None
 
 def detector_scores(detector: PictureDetector, images: Tensor) -> np.ndarray:
     """The detector's own scores (n) of pictures (n, H, W, 3)."""
-    pixels = extractor.resize_like_pillow(images.permute(0, 3, 1, 2), detector.eye.job.img_size)
+    pixels = resize_like_pillow(images.permute(0, 3, 1, 2), detector.eye.job.img_size)
     return detector.score_rows(detector.eye.job.rows(pixels.to(torch.uint8)))
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from arithmetic import is_traced
-from token_grid import window_of
+from backbone.arithmetic import is_traced
+from backbone.token_grid import window_of
 
 # The frequencies that FcaNet (arXiv 2012.11879) ranks first on a 7 x 7 grid: (row, column) indices, best
 # first.

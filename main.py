@@ -18,21 +18,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import calibration
 import datasets
-import detector
 import extractor
-import feature_cache
-import figures
-import heat_map
-import report
-import runs
-import tables
 import train
 import utils
-import webpage
+from backbone.token_grid import place_grid_of
+from cache import feature_cache
 from config import ClassError, Config, UserError
-from token_grid import place_grid_of
+from detector import calibration, detector, heat_map, runs
+from reporting import figures, report, tables, webpage
 
 
 # ---------------------------------------------------------------- running

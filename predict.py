@@ -67,12 +67,12 @@ from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
-import heat_map
 import utils
+from backbone.resizing import Unreadable
 from config import UserError
-from detector import PictureDetector
-from images import images_below, pixels_of
-from pictures import Unreadable
+from detector.detector import PictureDetector
+from images.images import images_below, pixels_of
+from reporting import overlays
 
 COLUMNS = ("image", "class", "score", "p_value", "verdict")
 Put = Callable[[dict], None]
@@ -244,7 +244,7 @@ def draw_heat_maps(
             number += 1
         drawn.add(path)
         told = f"{row['image']}  score {row['score']:.3g}  {row['verdict'] or ''}"
-        heat_map.draw(pixels_of(row["image"]), fitted.heat_map(row["image"]), path, told)
+        overlays.draw(pixels_of(row["image"]), fitted.heat_map(row["image"]), path, told)
 
 
 def calibrate(detectors: list[PictureDetector], folder: Path) -> list[str]:

@@ -18,19 +18,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import baselines
-import calibration
 import datasets
-import detector
 import extractor
-import feature_cache
-import memory
 import model
-import runs
 import utils
-from arithmetic import forward_precision, products
+from backbone.arithmetic import forward_precision, products
+from cache import feature_cache
 from config import ClassError, Config, UserError
-from detector import (
+from detector import baselines, calibration, detector, memory, runs
+from detector.detector import (
     ALIKE,
     EVAL_BATCH,
     FEWEST,
@@ -42,7 +38,7 @@ from detector import (
     evenly,
     in_batches,
 )
-from normalization import ENERGY_FLOOR, spread
+from detector.normalization import ENERGY_FLOOR, spread
 
 PLACE_SAMPLE = 500  # images whose place tokens the Gaussians are fitted to
 PLACE_BATCH = 25  # images whose places are scored at once

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from common import print_machine
 
-import shards
-from cache_writer import CacheWriter
+from cache import shards
+from cache.cache_writer import CacheWriter
+from cache.feature_cache import CacheIdentity, FeatureCache
 from datasets import Labels, Split
-from feature_cache import CacheIdentity, FeatureCache
 
 TOKENS, CHANNELS, CHUNK = 65, 768, 64  # an image's row; rows that are written together
 FIRST = "first reading, with checksums"

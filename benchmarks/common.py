@@ -10,8 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import arithmetic  # noqa: E402
 import utils  # noqa: E402
+from backbone import arithmetic  # noqa: E402
 
 
 def wait(device: torch.device) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from common import print_machine
 
-import feature_cache
-from token_grid import split_bands, window_of
+from backbone.token_grid import split_bands, window_of
+from cache import feature_cache
 
 
 def main():

@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-import backbones
-import baselines
 import datasets
-import extractor
 import utils
+from backbone import backbones, extraction
+from backbone.identity import cache_identity
 from config import Config
+from detector import baselines
 
 
 class PlainImages(Dataset):
@@ -67,7 +67,7 @@ def chosen_images(images, count):
 
 def write(job):
     """What extraction does with a split, but for the disk."""
-    deque(extractor.arriving(job.features("train"), job.device), maxlen=0)
+    deque(extraction.arriving(job.features("train"), job.device), maxlen=0)
 
 
 def collect(job):
@@ -168,12 +168,12 @@ def main():
         weights_path=args.weights,
         compile=args.compile,
     )
-    identity = extractor.cache_identity(config)
+    identity = cache_identity(config)
     fields = identity.fields
     images = chosen_images(datasets.load_images(args.dataset, args.dataset_path), args.images)
 
     def job_with(**more):
-        return extractor.Extraction(dataclasses.replace(config, **more), images, identity, device)
+        return extraction.Extraction(dataclasses.replace(config, **more), images, identity, device)
 
     job, exact_job = job_with(), job_with(precision="float32", compile=False)
     plain = backbones.load_backbone(config, fields["weights"]).to(device)

@@ -17,14 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transcription import Flow, fit, make_optimizer, step
 
 import datasets
-import detector
-import feature_cache
 import model
 import train
 import utils
-from arithmetic import forward_precision, products
-from cache_writer import CacheWriter
+from backbone.arithmetic import forward_precision, products
+from cache import feature_cache
+from cache.cache_writer import CacheWriter
 from config import Config
+from detector import detector
 
 
 def our_step(flow, optimizer, features, matmul="highest"):

@@ -29,10 +29,12 @@ from transcription import fit
 
 import config as knobs
 import datasets
-import detector
 import extractor
 import train
 import utils
+from backbone import extraction, resizing
+from backbone.identity import cache_identity
+from detector import detector
 from shell.files import write_text
 
 CPU = torch.device("cpu")
@@ -110,9 +112,9 @@ def random_images(count: int, size: int = 32) -> datasets.ImageSet:
     return datasets.ImageSet(labels, lambda _, i: pixels[i % len(pixels)])
 
 
-def extraction_of(job: Job, device: torch.device, count: int, **more) -> extractor.Extraction:
+def extraction_of(job: Job, device: torch.device, count: int, **more) -> extraction.Extraction:
     config = knobs.Config(weights_path="random", **(job.sizes.backbone | more))
-    return extractor.Extraction(config, random_images(count), extractor.cache_identity(config), device)
+    return extraction.Extraction(config, random_images(count), cache_identity(config), device)
 
 
 def correctness(job: Job) -> None:
@@ -122,7 +124,7 @@ def correctness(job: Job) -> None:
     )
     one = torch.ones(3, 1, 1)
     resized = [
-        extractor.prepare(images.to(d), (224, 224), 0 * one.to(d), one.to(d), torch.float32).cpu() * 255
+        resizing.prepare(images.to(d), (224, 224), 0 * one.to(d), one.to(d), torch.float32).cpu() * 255
         for d in (CPU, job.device)
     ]
     job.tell("resize 32 to 224", f"{(resized[0] - resized[1]).abs().max():.2g} grey levels apart at most")
@@ -200,7 +202,7 @@ def extraction(job: Job) -> None:
     job.tell("images/s, tokens left on the device", f"{count / seconds:.0f}")
     peak = matmul_peak(job.device, found.dtype, n=None if job.sizes is WHOLE else 256)
     job.tell("of the measured peak", f"{rate / 1e12:.3g} TFLOP/s, {rate / peak:.0%}")
-    identity = extractor.cache_identity(
+    identity = cache_identity(
         knobs.Config(weights_path="random", feature_path=str(job.scratch / "cache"), **job.sizes.backbone)
     )
     config = dataclasses.replace(found.config, hide_tqdm_bar=True)

@@ -25,11 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from bootstrap import Problem, difference, judge  # noqa: E402
 
-import compare  # noqa: E402
 import config as knobs  # noqa: E402
-import detector  # noqa: E402
-import tables  # noqa: E402
 import utils  # noqa: E402
+from detector import detector  # noqa: E402
+from reporting import compare, tables  # noqa: E402
 from shell.files import write_text  # noqa: E402
 from shell.signals import guarded  # noqa: E402
 

@@ -27,13 +27,14 @@ from scipy.optimize import nnls
 from torch.utils.data import DataLoader, Subset
 from transcription import fit
 
-import backbones
 import datasets
-import detector
 import extractor
 import train
 import utils
+from backbone import backbones
+from backbone.identity import cache_identity
 from config import Config
+from detector import detector
 
 TRAIN, TEST, CLASSES = 5 / 6, 1 / 6, 10  # shares of CIFAR-10's images, and its classes
 SCALE = [(images, classes) for images in (1000, 6000, 20000, 60000) for classes in (1, 3, 10)]
@@ -68,7 +69,7 @@ class Watch:
 def ours(config: Config, images: datasets.ImageSet, classes: list[str], device: torch.device) -> dict:
     """{class: AUROC} by this repository, and the seconds of each phase."""
     watch, found = Watch(), {}
-    cache = extractor.extract(config, images, extractor.cache_identity(config), device)
+    cache = extractor.extract(config, images, cache_identity(config), device)
     watch.done("extraction")
     sources = [detector.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS]
     for name in classes:
@@ -84,7 +85,7 @@ def ours(config: Config, images: datasets.ImageSet, classes: list[str], device: 
 
 def released(config: Config, images: datasets.ImageSet, classes: list[str], device: torch.device) -> dict:
     """The same by the transcription of the released scripts."""
-    watch, found, fields = Watch(), {}, extractor.cache_identity(config).fields
+    watch, found, fields = Watch(), {}, cache_identity(config).fields
     backbone = backbones.load_backbone(config, fields["weights"]).to(device)
     folder = Path(config.feature_path or "")
     folder.mkdir(parents=True)

@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 
 import datasets
-import feature_cache
 import freq_fusion
 import model
-from cache_writer import CacheWriter
-from shards import Shard
+from cache import feature_cache
+from cache.cache_writer import CacheWriter
+from cache.shards import Shard
 
 torch.set_num_threads(1)
 # The first backward pass: made after a test has exported something, it would start threads, and tests that

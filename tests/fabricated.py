@@ -9,12 +9,12 @@ import torch
 from conftest import make_cache
 
 import config as knobs
-import detector
 import train
+from backbone.token_grid import Bands
+from cache.feature_cache import FeatureCache
 from config import Config
 from datasets import SPLITS, Labels, Split
-from feature_cache import FeatureCache
-from token_grid import Bands
+from detector import detector
 
 BAND_CHANNELS = (4, 6)  # of the two depths of the fabricated band tokens
 PLACES = (9, 5)  # places and channels of the fabricated place tokens

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-import arithmetic
-import normalization
+from backbone import arithmetic
+from detector import normalization
 
 
 def exported(**how):

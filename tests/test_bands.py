@@ -8,12 +8,12 @@ import scipy.fft
 import torch
 from conftest import make_cache
 
-import detector
 import train
+from backbone.token_grid import Bands, TokenGrid, ring_of
 from config import Config
 from datasets import SPLITS, Labels, Split
-from normalization import power_l2
-from token_grid import Bands, TokenGrid, ring_of
+from detector import detector
+from detector.normalization import power_l2
 
 CHANNELS, BATCH = (4, 6), 3
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from sklearn.covariance import LedoitWolf
 
-import baselines
 import utils
+from detector import baselines
 
 
 def blobs(seed: int = 0, n: int = 80, channels: int = 6):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-import calibration
 from config import UserError
+from detector import calibration
 
 
 def test_p_values_by_hand():

@@ -11,9 +11,8 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import detector
-import records
 from config import Config, UserError
+from detector import detector, records
 from shell.files import checksum, write_sealed
 
 

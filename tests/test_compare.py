@@ -10,10 +10,9 @@ import pytest
 from conftest import script
 from test_report import result
 
-import compare
-import report
 import utils
 from config import Config, UserError
+from reporting import compare, report
 from shell.files import file_name, write_json, write_sealed
 
 ROWS = list(range(40))

@@ -1,6 +1,5 @@
 """The knobs: on the command line, in presets, checked, read by some script, and edited in the file itself."""
 
-import ast
 import dataclasses
 import os
 import re
@@ -10,6 +9,7 @@ import sys
 
 import pytest
 from conftest import ROOT, script
+from test_imports import FILES, reached_from
 
 import config
 from config import PRESETS, Config, UserError, make_config
@@ -154,7 +154,7 @@ def test_changed():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_knob_is_read(name):
     """A knob that no script reads would be a promise not kept."""
-    sources = {path.name: path.read_text() for path in ROOT.glob("*.py") if path.name != "config.py"}
+    sources = {module: path.read_text() for module, path in FILES.items() if module != "config"}
     sources["config.py"] = (
         (ROOT / "config.py")
         .read_text()
@@ -173,22 +173,6 @@ def test_every_knob_has_help(field):
     assert len(field.metadata["help"]) > 10 and "\n" not in field.metadata["help"]
 
 
-def modules_of(script: str) -> set[str]:
-    """The repository's modules that a script imports, itself included."""
-    found, waiting = set(), [script.removesuffix(".py")]
-    while waiting:
-        name = waiting.pop()
-        if name in found or not (ROOT / f"{name}.py").exists():
-            continue
-        found.add(name)
-        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
-            if isinstance(node, ast.Import):
-                waiting += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                waiting.append(node.module or "")
-    return found - {"config"}
-
-
 # read in what train.py and main.py call of a module that extractor.py also imports
 NOT_BY_EXTRACTOR = {"class_name", "pretrained"}
 
@@ -196,7 +180,8 @@ NOT_BY_EXTRACTOR = {"class_name", "pretrained"}
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_of_every_knob(script):
     """A script takes the knobs that it reads, in its own file or in one that it imports, and no others."""
-    text = "\n".join((ROOT / f"{name}.py").read_text() for name in modules_of(script))
+    modules = reached_from(script.removesuffix(".py")) - {"config"}
+    text = "\n".join(FILES[name].read_text() for name in modules)
     read = set(re.findall(r"\b[cC](?:onfig|ONFIG)\.([a-z]\w*)", text)) & set(NAMES) | {"preset"}
     if script == "extractor.py":
         read -= NOT_BY_EXTRACTOR
@@ -404,11 +389,10 @@ def test_fine_classes_are_cifar100s(capsys):
 
 
 def test_names_are_those_of_the_registries():
-    import layouts
-    import published
+    from detector.normalization import NORMALIZATIONS
     from freq_fusion import FUSIONS
+    from images import layouts, published
     from model import SCORES
-    from normalization import NORMALIZATIONS
 
     assert sorted(config.DATASETS) == sorted(["digits", *published.FORMS, *layouts.READERS])
     assert set(config.FUSIONS) == set(FUSIONS)

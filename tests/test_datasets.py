@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 import datasets
 from config import Config, UserError
 from datasets import OTHER, SPLITS, Split, choose_classes, load_images
-from images import read_image
+from images.images import read_image
 
 
 # ---------------------------------------------------------------- digits

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import make_folder, write_image
 
-import backbones
 import config as knobs
 import extractor
 import utils
+from backbone import backbones
 from shell.command_line import from_command_line, run_script
 
 pytestmark = pytest.mark.slow

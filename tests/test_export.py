@@ -10,12 +10,12 @@ import torch
 from conftest import make_folder
 from PIL import Image
 
-import calibration
 import export
 import train
+from backbone.resizing import resize_like_pillow
 from config import Config, UserError
-from detector import Detector
-from extractor import resize_like_pillow
+from detector import calibration
+from detector.detector import Detector
 
 pytestmark = pytest.mark.slow
 RUN = {

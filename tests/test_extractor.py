@@ -24,13 +24,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.layers import BatchNormAct2d, Conv2dSame
 
-import backbones
 import datasets
 import extractor
+from backbone import backbones, extraction, resizing, storing
+from backbone.identity import cache_identity, maps_kept, token_grid, what_is_kept
+from backbone.token_grid import TokenGrid
+from cache.cache_writer import reopen
+from cache.manifest import Manifest
 from config import BACKBONES, Config, UserError
 from datasets import SPLITS, Labels, Split
-from manifest import Manifest
-from token_grid import TokenGrid
 
 CPU = torch.device("cpu")
 
@@ -182,17 +184,17 @@ def test_named_backbones(name):
 def test_all_names_are_timms():
     assert set(NAMED) | set(backbones.WEIGHT_PACKAGES) == set(BACKBONES)
     for name, model in BACKBONES.items():
-        fields = extractor.cache_identity(settings(name)).fields
+        fields = cache_identity(settings(name)).fields
         assert fields["timm_model"] == model and timm.is_model(model.split(".")[0])
         assert tuple(fields["img_size"]) == tuple(timm.get_pretrained_cfg(model).input_size[1:])
 
 
 def test_normalisation_is_the_backbones_own():
-    fields = extractor.cache_identity(settings("VIT")).fields
+    fields = cache_identity(settings("VIT")).fields
     assert fields["norm_mean"] == fields["norm_std"] == (0.5, 0.5, 0.5), (
         "this ViT was trained with 0.5, not with ImageNet's"
     )
-    assert extractor.cache_identity(settings("VIT", norm_mean=(0.1, 0.2, 0.3))).fields["norm_mean"] == (
+    assert cache_identity(settings("VIT", norm_mean=(0.1, 0.2, 0.3))).fields["norm_mean"] == (
         0.1,
         0.2,
         0.3,
@@ -530,7 +532,7 @@ SIZES = [((32, 32), (64, 64)), ((20, 28), (48, 80)), ((8, 8), (56, 56)), ((32, 3
 
 def grey(images: torch.Tensor, size) -> torch.Tensor:
     """What prepare makes of images, in grey levels."""
-    return extractor.prepare(images, size, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), torch.float32) * 255
+    return resizing.prepare(images, size, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), torch.float32) * 255
 
 
 @pytest.mark.parametrize("old, new", SIZES)
@@ -548,7 +550,7 @@ def test_resizing_is_pillows(old, new):
 def test_normalising():
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.25, 2.0])
-    got = extractor.prepare(images, (4, 4), mean.view(3, 1, 1), std.view(3, 1, 1), torch.float32)
+    got = resizing.prepare(images, (4, 4), mean.view(3, 1, 1), std.view(3, 1, 1), torch.float32)
     for channel in range(3):
         assert torch.allclose(
             got[:, channel], (images[:, channel] / 255 - mean[channel]) / std[channel], atol=1e-6
@@ -561,7 +563,7 @@ def test_larger_images_are_resized_by_pillow(size):
     image."""
     image = texture(1, np.random.RandomState(0), 96)[: size[0], : size[1]]
     images = datasets.ImageSet(Labels((), Split.of(["a"], [0]), Split.of([], [])), lambda split, i: image)
-    row = extractor.ImageRows(images, "train", (32, 48))[0]
+    row = resizing.ImageRows(images, "train", (32, 48))[0]
     got = grey(row[None], (32, 48))[0].permute(1, 2, 0).numpy()
     wanted = np.asarray(Image.fromarray(image).resize((48, 32), Image.Resampling.BICUBIC))
     assert np.abs(got - wanted).max() <= 1 + 1e-3
@@ -569,11 +571,11 @@ def test_larger_images_are_resized_by_pillow(size):
 
 def test_stack_rows():
     small, large = torch.zeros(3, 2, 2), torch.ones(3, 4, 2)
-    stacks = extractor.stack_rows([small, small + 1, large, small])
+    stacks = resizing.stack_rows([small, small + 1, large, small])
     assert [tuple(stack.shape) for stack in stacks] == [(2, 3, 2, 2), (1, 3, 4, 2), (1, 3, 2, 2)]
-    mistake = extractor.Unreadable(1, "broken")
-    assert extractor.stack_rows([small, mistake, small])[1] is mistake
-    assert len(extractor.stack_rows([mistake, mistake])) == 2
+    mistake = resizing.Unreadable(1, "broken")
+    assert resizing.stack_rows([small, mistake, small])[1] is mistake
+    assert len(resizing.stack_rows([mistake, mistake])) == 2
 
 
 # ---------------------------------------------------------------- extraction
@@ -619,7 +621,7 @@ def test_cache_holds_the_backbones_tokens(mixed, options):
             image = Image.fromarray(images.read(split, i)).resize((48, 32), Image.Resampling.BICUBIC)
             pixels = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
             with torch.inference_mode():
-                wanted = extractor.token_grid(config).pool(backbone(pixels[None]), (1, 2))[0]
+                wanted = token_grid(config).pool(backbone(pixels[None]), (1, 2))[0]
             error = (torch.from_numpy(tokens[i]).float() - wanted).abs().max() / wanted.abs().max()
             assert error < (0.05 if "precision" in options else 0.01), (split, i)
 
@@ -798,7 +800,7 @@ def test_a_pooled_cache_goes_on(mixed, monkeypatch):
     monkeypatch.setattr(extractor, "extract", None)
     folder = extractor.ensure_features(config, CPU).folder
     before = contents(folder)
-    extractor.reopen(folder, Manifest.read(folder).shards[1:3])
+    reopen(folder, Manifest.read(folder).shards[1:3])
     extractor.ensure_features(config, CPU)
     assert contents(folder) == before
 
@@ -822,7 +824,7 @@ def test_other_images_altogether_are_refused(mixed, finished):
     config = small(mixed, feature_path="kept")
     extractor.main(config)
     if not finished:
-        extractor.reopen(Path("kept"), Manifest.read(Path("kept")).shards[:1])
+        reopen(Path("kept"), Manifest.read(Path("kept")).shards[:1])
     before = contents(Path("kept"))
     other = make_folder(Path("other images"), classes=("a", "b"), n_train=5, n_test=3, seed=7)
     config = dataclasses.replace(config, dataset_path=str(other))
@@ -853,7 +855,7 @@ def test_features_of_other_settings_are_refused_before_any_work(mixed, monkeypat
     monkeypatch.setattr(datasets, "images_of", lambda config: pytest.fail("images were looked at"))
     for reopened in (False, True):
         if reopened:
-            extractor.reopen(Path("kept"), Manifest.read(Path("kept")).shards)
+            reopen(Path("kept"), Manifest.read(Path("kept")).shards)
         for way_in in (extractor.main, lambda config: extractor.ensure_features(config, CPU)):
             with pytest.raises(UserError, match="kept.*token_grid is full there"):
                 way_in(dataclasses.replace(config, token_grid="1"))
@@ -864,7 +866,7 @@ def test_features_of_other_settings_are_refused_before_any_work(mixed, monkeypat
 
 
 def test_the_disk_is_checked_before_the_backbone_is_built(mixed, monkeypatch):
-    monkeypatch.setattr(extractor.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr(storing.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     monkeypatch.setattr(backbones, "load_backbone", lambda *_: pytest.fail("built"))
     with pytest.raises(UserError, match="the features need 0.00 GB"):
         extractor.ensure_features(small(mixed), CPU)
@@ -877,7 +879,7 @@ def test_the_disk_is_checked_before_the_backbone_is_built(mixed, monkeypatch):
 def test_outline_tells_what_the_backbone_gives(name, options):
     config = settings(name, (64, 96), **options)
     outline, loaded = backbones.outline(config), load_backbone(config)
-    assert extractor.what_is_kept(config, outline) == extractor.what_is_kept(config, loaded)
+    assert what_is_kept(config, outline) == what_is_kept(config, loaded)
     assert all(parameter.is_meta for parameter in outline.parameters())
 
 
@@ -888,20 +890,20 @@ def test_features_that_are_not_finite(mixed, tmp_path, workers):
     assert not list(tmp_path.glob("features/*/*.npy"))
 
 
-def job_of(config: Config) -> extractor.Extraction:
-    return extractor.Extraction(config, datasets.images_of(config), extractor.cache_identity(config), CPU)
+def job_of(config: Config) -> extraction.Extraction:
+    return extraction.Extraction(config, datasets.images_of(config), cache_identity(config), CPU)
 
 
 def test_threads_give_what_one_gives_in_order(mixed, monkeypatch):
     """Whatever the order in which threads end, rows come in that of the images; batches begin at start."""
     alone, threads = (job_of(small(mixed, extract_batch=1, workers=n)) for n in (0, 2))
-    stack_at_once, calls = extractor.stack_rows, itertools.count()
+    stack_at_once, calls = resizing.stack_rows, itertools.count()
 
     def slow_first(rows):
         time.sleep(0.1 * (next(calls) == 0))
         return stack_at_once(rows)
 
-    monkeypatch.setattr(extractor, "stack_rows", slow_first)
+    monkeypatch.setattr(resizing, "stack_rows", slow_first)
     for span in ((0, None), (3, 9), (4, 4)):
         one, other = ([rows["tokens"] for rows in job.features("train", *span)] for job in (threads, alone))
         assert sum(map(len, one)) == sum(map(len, other)) == len(range(10)[slice(*span)])
@@ -940,7 +942,7 @@ def test_threads_share_what_torch_has(mixed, monkeypatch):
 def test_how_many_threads_and_readers(mixed, monkeypatch):
     job = job_of(small(mixed, workers=-1))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    monkeypatch.setattr(extractor, "cpu_count", lambda: 12)
+    monkeypatch.setattr(extraction, "cpu_count", lambda: 12)
     assert (job.threads, job.readers) == (8, 0)
     job.device = torch.device("cuda")
     assert (job.threads, job.readers, job.shards_at_once) == (0, 2, 4)
@@ -955,16 +957,16 @@ def test_as_with_a_gpu_shards_at_once_and_readers(mixed, monkeypatch):
     bytes are those of one after the other."""
     plain, busy = (small(mixed, shard_rows=2, feature_path=name) for name in ("plain", "busy"))
     extractor.ensure_features(plain, CPU)
-    monkeypatch.setattr(extractor.Extraction, "readers", 2)
-    monkeypatch.setattr(extractor.Extraction, "shards_at_once", 3)
-    reading, read = set(), extractor.ImageRows.stacks
+    monkeypatch.setattr(extraction.Extraction, "readers", 2)
+    monkeypatch.setattr(extraction.Extraction, "shards_at_once", 3)
+    reading, read = set(), resizing.ImageRows.stacks
 
     def slow(rows, batch):
         reading.add(threading.current_thread().name)
         time.sleep(0.05 * (batch[0] % 4 == 0))
         return read(rows, batch)
 
-    monkeypatch.setattr(extractor.ImageRows, "stacks", slow)
+    monkeypatch.setattr(resizing.ImageRows, "stacks", slow)
     extractor.ensure_features(busy, CPU)
     assert len(reading) > 2
     files = sorted(path.name for path in Path("plain").iterdir())
@@ -997,8 +999,8 @@ def test_rows_arrive_in_order_and_copied(monkeypatch):
         stream=lambda _: nullcontext(),
         current_stream=lambda device: "computing",
     )
-    monkeypatch.setattr(extractor, "torch", SimpleNamespace(cuda=cuda, empty=buffer))
-    arriving = extractor.arriving(map(batch, "abcd"), torch.device("cuda"))
+    monkeypatch.setattr(extraction, "torch", SimpleNamespace(cuda=cuda, empty=buffer))
+    arriving = extraction.arriving(map(batch, "abcd"), torch.device("cuda"))
     assert next(arriving)["tokens"].name == "a"
     assert log == [step for name in "abc" for step in ("after computing", f"copy {name}", f"keep {name}")] + [
         "wait a"
@@ -1008,14 +1010,14 @@ def test_rows_arrive_in_order_and_copied(monkeypatch):
 
 def test_a_device_resizes_as_pillow_does(monkeypatch):
     """Anywhere but on the CPU the images are resized by two rounded passes, not by torch's float bicubic."""
-    monkeypatch.setattr(extractor.F, "interpolate", lambda *_, **__: pytest.fail("torch's own resize"))
+    monkeypatch.setattr(resizing.F, "interpolate", lambda *_, **__: pytest.fail("torch's own resize"))
     one = torch.ones(3, 1, 1, device="meta")
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8, device="meta")
-    assert extractor.prepare(images, (24, 16), one, one, torch.float32).shape == (2, 3, 24, 16)
+    assert resizing.prepare(images, (24, 16), one, one, torch.float32).shape == (2, 3, 24, 16)
 
 
 def test_full_disk(mixed, tmp_path, monkeypatch):
-    monkeypatch.setattr(extractor.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr(storing.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(UserError, match="free"):
         extractor.ensure_features(small(mixed), CPU)
     assert not list(tmp_path.glob("features/*"))
@@ -1054,16 +1056,14 @@ def test_identity_follows_what_changes_the_features(tmp_path, change):
     base |= {"centre_pool": 0.1}
     if len(change) == 1:
         base.pop("bands", None)
-    first, second = (
-        extractor.cache_identity(settings("resnet18", (32, 32), **o)) for o in (base, base | change)
-    )
+    first, second = (cache_identity(settings("resnet18", (32, 32), **o)) for o in (base, base | change))
     assert first.fields != second.fields
 
 
 def test_identity_ignores_what_changes_nothing():
-    plain = extractor.cache_identity(settings("resnet18", (32, 32)))
+    plain = cache_identity(settings("resnet18", (32, 32)))
     for change in ({"window": 5}, {"rings": 5}, {"low_sigma": 0.5}, {"fusion": "none"}, {"centre_pool": 0.2}):
-        assert extractor.cache_identity(settings("resnet18", (32, 32), **change)) == plain, change
+        assert cache_identity(settings("resnet18", (32, 32), **change)) == plain, change
 
 
 def test_sidecar_knows_the_weights(mixed):
@@ -1087,7 +1087,7 @@ def test_bands_in_the_cache_are_those_of_the_maps(mixed):
             pixels = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
             with torch.inference_mode():
                 _, maps = backbone.with_maps(pixels[None], (1, 2, 3, 4))
-                wanted = extractor.maps_kept(config, backbone.img_size)["bands"].measure(maps)[0]
+                wanted = maps_kept(config, backbone.img_size)["bands"].measure(maps)[0]
             error = (torch.from_numpy(np.array(bands[i])).float() - wanted).abs().max() / wanted.abs().max()
             assert error < 0.02, (split, i)
 
@@ -1142,7 +1142,7 @@ def test_derived_cache_equals_an_extracted_one(mixed, monkeypatch, token_grid):
 
 def test_pooling_a_full_cache_asks_for_the_disk_too(mixed, monkeypatch):
     extractor.ensure_features(small(mixed), CPU)
-    monkeypatch.setattr(extractor.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    monkeypatch.setattr(storing.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     monkeypatch.setattr(extractor, "extract", lambda *_: pytest.fail("extracted"))
     with pytest.raises(UserError, match="free"):
         extractor.ensure_features(small(mixed, token_grid="1"), CPU)
@@ -1163,7 +1163,7 @@ def test_resize_by_matrices_is_pillows(before, after):
     """Noise, the hardest picture: whole grey levels, at most one off, and that in few places."""
     noise = np.random.RandomState(0).randint(0, 256, (2, *before, 3)).astype(np.uint8)
     wanted = [Image.fromarray(image).resize(after[::-1], Image.Resampling.BICUBIC) for image in noise]
-    got = extractor.resize_like_pillow(torch.from_numpy(noise).permute(0, 3, 1, 2), after)
+    got = resizing.resize_like_pillow(torch.from_numpy(noise).permute(0, 3, 1, 2), after)
     assert torch.equal(got, got.round())
     off = np.abs(
         got.permute(0, 2, 3, 1).numpy() - np.stack([np.asarray(image) for image in wanted]).astype(float)
@@ -1173,7 +1173,7 @@ def test_resize_by_matrices_is_pillows(before, after):
 
 def test_weights_of_the_resize_sum_to_one():
     for before, after in ((8, 224), (224, 8), (7, 7)):
-        weights = extractor.bicubic_weights(before, after)
+        weights = resizing.bicubic_weights(before, after)
         assert weights.shape == (after, before)
         assert torch.allclose(weights.sum(1), torch.ones(after), atol=1e-5)
     assert torch.allclose(weights, torch.eye(7), atol=1e-6), "the same size: every pixel is itself"

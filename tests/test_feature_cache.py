@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import cache_writer
-import manifest
-import report
-import shards
 import utils
-from cache_writer import CacheWriter, lost_shards, reopen, start_again
+from cache import cache_writer, manifest, shards
+from cache.cache_writer import CacheWriter, lost_shards, reopen, start_again
+from cache.feature_cache import CacheIdentity, FeatureCache, cache_folder
+from cache.manifest import Manifest
+from cache.shards import CachedArray, Damaged, StoredArray
 from config import Config, UserError
 from datasets import OTHER, SPLITS, Labels, Split
-from feature_cache import CacheIdentity, FeatureCache, cache_folder
-from manifest import Manifest
-from shards import CachedArray, Damaged, StoredArray
+from reporting import report
 from shell.locks import Lock
 
 N, C = 3, 5
@@ -209,11 +207,9 @@ def test_the_field_that_differs_is_named(folder, field):
 
 def test_every_field_of_a_configuration_is_checked(tmp_path):
     """None of what extractor.py asks for may differ unseen."""
-    import extractor
+    from backbone.identity import cache_identity
 
-    asked = extractor.cache_identity(
-        Config(extractor="efficientnet_lite0", precision="float32", n_feat=1280)
-    ).fields
+    asked = cache_identity(Config(extractor="efficientnet_lite0", precision="float32", n_feat=1280)).fields
     assert len(asked) >= len(FIELDS)
     write_cache(tmp_path / "cache", fields=FOUND | asked)
     cached(tmp_path / "cache", asked)

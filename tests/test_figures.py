@@ -7,10 +7,9 @@ from PIL import Image
 from test_report import RESULTS, SIMPLE
 
 import datasets
-import figures
-import heat_map
-import report
 from config import Config
+from detector import heat_map
+from reporting import figures, report
 
 
 @pytest.fixture

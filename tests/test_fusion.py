@@ -11,8 +11,8 @@ import torch
 from conftest import make_fusion
 
 import freq_fusion
+from backbone.token_grid import split_bands, window_of
 from freq_fusion import HiLo, dct_filter, window_members
-from token_grid import split_bands, window_of
 
 
 def random_tokens(d: int, channels: int, n: int, batch: int = 3):

@@ -16,11 +16,11 @@ from conftest import make_flow
 from safetensors.torch import load_file
 
 import config
-import detector
 import model
 import train
+from backbone.token_grid import TokenGrid
+from detector import detector
 from freq_fusion import HiLo, SpectralGate
-from token_grid import TokenGrid
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
 KINDS = ("flow_", "hilo_", "dct_", "released_pooling")

@@ -10,8 +10,8 @@ import torch
 from conftest import make_folder, texture, write_image
 
 import extractor
-import growth
-import manifest
+from backbone import extraction
+from cache import growth, manifest
 from config import Config, UserError
 from datasets import SPLITS
 from shell.files import write_sealed
@@ -38,13 +38,13 @@ def settings(**more) -> Config:
 def extracted(monkeypatch):
     """The images (split, row) that the backbone sees."""
     seen = []
-    plain = extractor.Extraction.features
+    plain = extraction.Extraction.features
 
     def features(self, split, start=0, stop=None, unreadable=None):
         seen.extend((split, i) for i in range(start, stop))
         return plain(self, split, start, stop, unreadable)
 
-    monkeypatch.setattr(extractor.Extraction, "features", features)
+    monkeypatch.setattr(extraction.Extraction, "features", features)
     return seen
 
 

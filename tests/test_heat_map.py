@@ -10,11 +10,11 @@ from conftest import ROOT
 from PIL import Image
 from scipy import ndimage
 
-import heat_map
 import main
 import predict
 from config import Config
-from detector import Detector
+from detector import heat_map
+from detector.detector import Detector
 
 sys.path.insert(0, str(ROOT / "tools"))
 

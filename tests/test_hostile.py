@@ -13,10 +13,10 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from PIL import Image
 
-import backbones
 import config as knobs
-import images
+from backbone import backbones
 from config import Config, UserError
+from images import images
 from tools import hostile
 
 FIELDS = dataclasses.fields(Config)

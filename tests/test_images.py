@@ -12,9 +12,9 @@ import torch
 from conftest import ROOT, write_image
 from PIL import ExifTags, Image
 
-import images
-import pictures
 from config import UserError
+from detector import pictures
+from images import images
 
 GENERATOR = np.random.RandomState(0)
 PIXELS = np.full((5, 4, 3), 90, np.uint8)

@@ -1,34 +1,68 @@
-"""Imports run one way (CONTRIBUTING.md)."""
+"""Imports run one way, in the order that CONTRIBUTING.md gives, in every file."""
 
 import ast
 import graphlib
+import re
 
+import pytest
 from conftest import ROOT
 
+ORDER = re.search(r"^`(.+ -> config)`$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)[1]
+LAYERS = [group.split(", ") for group in reversed(ORDER.split(" -> "))]
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for pattern in ("*.py", *(f"{name}/*.py" for name in LAYER))
+    for path in ROOT.glob(pattern)
+}
 
-def imports_of(path) -> set[str]:
-    """Every module that a file imports, within functions too."""
+
+def imports_of(name: str) -> set[str]:
+    """Every module that a module of the repository imports, within functions too; other projects' as well."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module)
+            assert not node.level, "imports are absolute"
+            modules = {f"{node.module}.{alias.name}" for alias in node.names} & FILES.keys()
+            found |= modules or {node.module}
     return found
 
 
-CHAIN = """
-    config shell.signals shell.command_line utils layouts published datasets feature_cache extractor detector
-    train main
-""".split()
+GRAPH = {name: imports_of(name) & FILES.keys() for name in FILES}
 
 
-def test_no_module_imports_one_that_comes_after_it():
-    files = (path.relative_to(ROOT) for pattern in ("*.py", "shell/*.py") for path in ROOT.glob(pattern))
-    modules = {".".join(path.with_suffix("").parts): ROOT / path for path in files}
-    graph = {name: imports_of(path) & modules.keys() for name, path in modules.items()}
-    reached: dict[str, set[str]] = {}
-    for name in graphlib.TopologicalSorter(graph).static_order():  # raises CycleError
-        reached[name] = graph[name].union(*(reached[other] for other in graph[name]))
-    for place, name in enumerate(CHAIN):
-        assert not reached[name] & {*CHAIN[place:]}, name
+def reached_from(name: str) -> set[str]:
+    """The modules of the repository that a module imports, directly or not, itself included."""
+    found, waiting = set(), {name}
+    while waiting:
+        found |= waiting
+        waiting = {other for module in waiting for other in GRAPH[module]} - found
+    return found
+
+
+def place(module: str) -> str:
+    """The top-level file or package of a module."""
+    return module.split(".")[0]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_only_what_stands_below_it(name):
+    own = place(name)
+    assert own in LAYER, f"{name} has no place in the order of CONTRIBUTING.md"
+    for other in map(place, GRAPH[name]):
+        assert other == own or LAYER[other] < LAYER[own], f"{name} imports {other}"
+    assert not {"tools", "benchmarks", "tests"} & set(map(place, imports_of(name)))
+
+
+def test_no_circles():
+    graphlib.TopologicalSorter(GRAPH).prepare()  # raises CycleError
+
+
+def test_every_package_is_in_the_order_and_says_what_it_owns():
+    packages = {path.parent.name: path for path in ROOT.glob("*/__init__.py")}
+    assert packages and packages.keys() <= LAYER.keys()
+    for name, path in packages.items():
+        told = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert "may import" in told.lower() and len(path.read_text().splitlines()) <= 5, name

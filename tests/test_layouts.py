@@ -10,9 +10,9 @@ from conftest import PIXELS, counts, tree, write_image
 from PIL import Image
 from test_datasets import MVTEC
 
-import layouts
 from config import UserError
 from datasets import SPLITS, Labels, load_images
+from images import layouts
 
 
 def refused(dataset: str, root: Path) -> str:

@@ -11,10 +11,10 @@ from conftest import make_folder, script
 from safetensors.torch import load_file
 
 import config as knobs
-import detector
 import main
 import train
 from config import Config, UserError, make_config
+from detector import detector
 
 pytestmark = pytest.mark.slow
 

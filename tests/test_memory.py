@@ -8,10 +8,11 @@ from conftest import make_folder
 from fabricated import JOINED, C, make, settings
 
 import datasets
-import extractor
-import memory
 import utils
+from backbone import extraction
+from backbone.identity import cache_identity
 from config import Config, UserError
+from detector import memory
 
 
 @pytest.mark.parametrize(
@@ -95,9 +96,9 @@ def test_batches_of_images_beyond_the_machine(tmp_path, monkeypatch):
     """Asked before the first image is read."""
     folder = make_folder(tmp_path / "images", classes=("a",), n_train=8, n_test=4)
     config = settings(dataset="folder", dataset_path=str(folder), img_size=(32, 32), extractor="resnet10t")
-    images, identity = datasets.images_of(config), extractor.cache_identity(config)
-    monkeypatch.setattr(utils, "available_memory", lambda: 8 * 32 * 32 * extractor.PIXEL)
-    extractor.Extraction(config, images, identity, torch.device("cpu"))
+    images, identity = datasets.images_of(config), cache_identity(config)
+    monkeypatch.setattr(utils, "available_memory", lambda: 8 * 32 * 32 * extraction.PIXEL)
+    extraction.Extraction(config, images, identity, torch.device("cpu"))
     large = dataclasses.replace(config, extract_batch=10)
     with pytest.raises(UserError, match="10 images of 32x32.*extract_batch"):
-        extractor.Extraction(large, images, identity, torch.device("cpu"))
+        extraction.Extraction(large, images, identity, torch.device("cpu"))

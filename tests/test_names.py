@@ -10,9 +10,9 @@ from conftest import ROOT
 from fabricated import fit, settings
 
 import datasets
-import detector
 from config import Config, UserError
 from datasets import Labels, Split
+from detector import detector
 from shell.command_line import from_command_line
 from shell.files import file_name
 from shell.signals import guarded

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from conftest import make_folder, texture, write_image
 
-import calibration
 import config as knobs
 import main
 import train
 from config import Config, UserError
-from detector import Detector
+from detector import calibration
+from detector.detector import Detector
 
 RUN = {
     "dataset": "folder", "dataset_path": "good", "extractor": "resnet10t", "weights_path": "random",

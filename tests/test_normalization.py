@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from normalization import (
+from detector.normalization import (
     NORMALIZATIONS,
     JointNormalizer,
     PatchNormalizer,

@@ -6,14 +6,13 @@ import torch
 from conftest import make_cache
 from torch.nn import functional as F
 
-import baselines
-import detector
 import train
 import utils
+from backbone.token_grid import Bands, Places, place_grid, rotation
 from config import ClassError, Config
 from datasets import SPLITS, Labels, Split
-from normalization import PlaceGaussians, spread
-from token_grid import Bands, Places, place_grid, rotation
+from detector import baselines, detector
+from detector.normalization import PlaceGaussians, spread
 
 CHANNELS = (4, 6, 5)
 

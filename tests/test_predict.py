@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 
 import export
 import main
-import pictures
 import predict
 import train
 from config import Config, UserError
-from detector import Detector
+from detector import pictures
+from detector.detector import Detector
 from shell.files import file_name, write_text
 
 pytestmark = pytest.mark.slow
@@ -137,7 +137,7 @@ def test_three_lines_in_a_notebook(here):
 
 
 def test_backbone_is_loaded_once_and_late(here, monkeypatch):
-    loaded, real = [], pictures.extractor.Extraction
+    loaded, real = [], pictures.extraction.Extraction
     monkeypatch.setattr(pictures.extractor, "Extraction", lambda *a: loaded.append(1) or real(*a))
     found = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
     assert not loaded

@@ -15,10 +15,10 @@ import pytest
 from torchvision import datasets as tv
 
 import datasets
-import published
 import utils
 from config import Config, UserError
 from datasets import SPLITS, load_images
+from images import published
 
 N_TRAIN, N_TEST = 10, 4
 GENERATOR = np.random.RandomState(0)

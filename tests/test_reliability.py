@@ -15,9 +15,9 @@ from conftest import make_folder, script
 from fabricated import CLASSES, JOINED, settings
 
 import config as knobs
-import detector
 import main
 from config import Config
+from detector import detector
 from shell.signals import LATEST, guarded
 from tools.processes import kill_after, start, wait
 

@@ -6,10 +6,9 @@ import math
 
 import pytest
 
-import report
-import tables
-from calibration import Threshold
 from config import Config
+from detector.calibration import Threshold
+from reporting import report, tables
 from utils import METRICS
 
 

@@ -10,14 +10,13 @@ from conftest import make_cache
 from fabricated import CLASSES, JOINED, N_TRAIN, fit, settings
 
 import config as knobs
-import detector
 import main
-import runs
 import train
 import utils
+from cache.feature_cache import CacheIdentity, FeatureCache
 from config import Config, UserError
 from datasets import Labels, Split
-from feature_cache import CacheIdentity, FeatureCache
+from detector import detector, runs
 from shell.files import sha256_of_file, write_json, write_sealed
 from shell.signals import Interrupted
 

@@ -9,16 +9,17 @@ import torch
 from conftest import write_image
 from PIL import Image
 
-import backbones
 import datasets
 import export
 import extractor
-import images
 import predict
 import train
+from backbone import backbones
+from backbone.identity import cache_identity, size_for, size_in_shape
+from cache.manifest import Manifest
 from config import Config, UserError, make_config
-from detector import Detector
-from manifest import Manifest
+from detector.detector import Detector
+from images import images
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 100, 250  # of the pictures: resnet10t, made for 176 x 176, takes 96 x 288 of them
@@ -87,7 +88,7 @@ PLACES = {
     ],
 )
 def test_size_in_the_pictures_shape(sizes, pixels, size):
-    assert extractor.size_in_shape(np.array(sizes), pixels, (224, 224), 32) == size
+    assert size_in_shape(np.array(sizes), pixels, (224, 224), 32) == size
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_published_small_images_stay_square(monkeypatch):
     """By name and place they are those of img_size none."""
     for dataset in ("digits", "cifar10", "CIFAR100", "fashion", "STL10", "CatsvsDogs"):
         auto, none = (
-            extractor.cache_identity(settings(dataset=dataset, dataset_path=None, img_size=size))
+            cache_identity(settings(dataset=dataset, dataset_path=None, img_size=size))
             for size in ("auto", None)
         )
         assert auto == none and auto.fields["img_size"] == (176, 176)
@@ -209,7 +210,7 @@ def test_a_transformer_takes_any_shape(folder):
 def test_a_backbone_of_one_size_keeps_it(folder, capsys):
     config = settings(extractor="levit_128s")  # its attention learns a number for each distance
     found = datasets.images_of(config)
-    assert extractor.size_for(config, found) == (224, 224)
+    assert size_for(config, found) == (224, 224)
     assert "levit_128s takes 224x224 only" in capsys.readouterr().out
 
 

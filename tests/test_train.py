@@ -23,13 +23,13 @@ from fabricated import (
 )
 
 import config as knobs
-import detector
 import model
 import utils
+from cache.feature_cache import CacheIdentity, FeatureCache
 from config import ClassError, UserError
 from datasets import Split
-from feature_cache import CacheIdentity, FeatureCache
-from normalization import power_l2
+from detector import detector
+from detector.normalization import power_l2
 
 # ---------------------------------------------------------------- detection
 CLEAR = {"normalize": "power_l2", "meta_epochs": 5}

@@ -6,10 +6,9 @@ import pytest
 from PIL import Image
 from test_report import LINE, RESULTS, SIMPLE, result, undefined
 
-import report
-import webpage
 from config import Config
-from figures import Picture
+from reporting import report, webpage
+from reporting.figures import Picture
 
 NASTY = "<script>alert('x')</script> & \"b\" 'c'"
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-import detector
+from detector import detector
 
 SCORES = {"likelihood": "likelihood", "latent": "mean z²"}  # of a record -> as the table calls them
 

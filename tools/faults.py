@@ -28,8 +28,8 @@ import numpy as np
 from PIL import Image
 
 import extractor
+from cache.feature_cache import CacheIdentity, FeatureCache
 from config import Config, UserError
-from feature_cache import CacheIdentity, FeatureCache
 from shell.command_line import run_script
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

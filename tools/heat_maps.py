@@ -16,11 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 import datasets
-import heat_map
-import pictures
 import utils
-from detector import Features, PictureDetector
-from token_grid import place_grid_of
+from backbone.token_grid import place_grid_of
+from detector import heat_map, pictures
+from detector.detector import Features, PictureDetector
 
 KINDS = ("places", "occlusion")
 

@@ -20,10 +20,10 @@ import numpy as np
 from torchvision import datasets as tv
 from torchvision.datasets.utils import calculate_md5, download_url
 
-import layouts
 import utils
 from config import UserError
-from layouts import SPLITS
+from images import layouts
+from images.layouts import SPLITS
 from shell.files import whole_file
 
 # CIFAR-100's 20 superclasses (Krizhevsky 2009, table in section 3), and the superclass of each of the 100

@@ -15,21 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import calibration
 import datasets
-import feature_cache
-import heat_map
-import images
-import memory
 import model
-import pictures
-import records
 import utils
-from arithmetic import products
+from backbone.arithmetic import products
+from backbone.token_grid import Bands, TokenGrid, centred_window, place_grid_of
+from cache import feature_cache
 from config import ClassError, Config, UserError, make_config
-from normalization import ENERGY_FLOOR, JointNormalizer, PatchNormalizer, PlaceGaussians
+from detector import calibration, heat_map, memory, pictures, records
+from detector.normalization import ENERGY_FLOOR, JointNormalizer, PatchNormalizer, PlaceGaussians
+from images import images
 from shell.files import file_name, sha256_of_file, whole_file, write_sealed
-from token_grid import Bands, TokenGrid, centred_window, place_grid_of
 
 EVAL_BATCH = {"cpu": 100, "cuda": 500}  # images per forward pass in evaluation: a CPU's caches hold these
 LEFT_FREE = 0.2  # share of a GPU's memory that tokens leave to training

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arithmetic import is_traced
+from backbone.arithmetic import is_traced
 
 EPS = 1e-12
 RIDGE = 1e-6  # in units of the mean eigenvalue, where the knob asks for none

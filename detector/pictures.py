@@ -16,13 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import backbones
 import datasets
-import extractor
-import images
+from backbone import backbones, extraction
+from backbone.extraction import Rows
+from backbone.identity import cache_identity
+from backbone.resizing import Unreadable, stack_rows, to_device_size
+from cache.manifest import EXAMPLE, example_fault
 from config import Config, UserError
-from extractor import Rows, Unreadable
-from manifest import EXAMPLE, example_fault
+from images import images
 from shell.files import as_strict_json
 
 READERS = 2  # threads that decode pictures ahead of the backbone
@@ -64,13 +65,13 @@ class Eye:
         self.unchecked = {"dataset"} | ({"precision"} if precision else set())
 
     @functools.cached_property
-    def job(self) -> extractor.Extraction:
+    def job(self) -> extraction.Extraction:
         """The loaded backbone. Raises UserError when it no longer gives the features of the fit."""
         self.config = dataclasses.replace(self.config, weights_path=self._weights_path())
-        identity = extractor.cache_identity(self.config)
+        identity = cache_identity(self.config)
         self._check({k: v for k, v in identity.fields.items() if k not in self.unchecked})
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be a table of scores
-            job = extractor.Extraction(self.config, datasets.unlabelled([]), identity, self.device)
+            job = extraction.Extraction(self.config, datasets.unlabelled([]), identity, self.device)
         unchecked = {*identity.fields, "precision", "image_list", EXAMPLE}
         self._check({name: value for name, value in job.fields.items() if name not in unchecked})
         if fault := example_fault(self.features.get(EXAMPLE), job.fields[EXAMPLE]):
@@ -121,7 +122,7 @@ class Eye:
         yield from self._rows(batch)
 
     def _rows(self, batch: list) -> Iterator[Rows | Unreadable]:
-        for stack in extractor.stack_rows(batch):
+        for stack in stack_rows(batch):
             if isinstance(stack, Unreadable):
                 yield stack
             else:
@@ -144,6 +145,6 @@ class Eye:
 
     def _read_one(self, number: int, picture: Any) -> Tensor | Unreadable:
         try:
-            return extractor.to_device_size(images.pixels_of(picture), self.job.img_size)
+            return to_device_size(images.pixels_of(picture), self.job.img_size)
         except UserError as mistake:
             return Unreadable(number, str(mistake))

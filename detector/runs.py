@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import detector
-import feature_cache
 import utils
+from cache import feature_cache
 from config import Config, UserError, knobs_affecting
+from detector import detector
 from shell.command_line import command_line
 from shell.files import as_strict_json, read_sealed, write_sealed
 from shell.locks import Lock

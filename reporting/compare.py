@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-import detector
-import runs
-import tables
 import utils
 from config import UserError
+from detector import detector, runs
+from reporting import tables
+from reporting.tables import cell, margin_cell, number
 from shell.files import file_name
-from tables import cell, margin_cell, number
 
 STATES = "unfinished: no table yet, so many classes and seeds are fitted; newer: fitted since the table."
 NAMES_ONLY = ("modelname",)  # knobs in which two runs always differ

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from cache.feature_cache import FeatureCache
+from cache.manifest import IMAGES
+from cache.shards import Shard
 from datasets import SPLITS, ImageSet
-from feature_cache import FeatureCache
-from manifest import IMAGES
-from shards import Shard
 from shell.files import read_sealed, write_sealed
 from shell.locks import Lock
 

@@ -5,7 +5,6 @@ Gaussian, where the score reads places; else by occlusion, how much the score fa
 picture is blurred, which any detector allows."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,10 +13,8 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 import utils
-from shell.files import whole_file
 
 SIDE = 8  # parts of a picture's side that occlusion blurs one after the other
-LEAST_SCALE = 3.0  # standard deviations that the colours span at least
 MOST_FALSE = 0.3  # false positive rate up to which AUPRO counts (Bergmann et al. 2019, MVTec AD)
 
 
@@ -86,29 +83,3 @@ def localisation(maps: list[np.ndarray], masks: list[np.ndarray]) -> dict[str, f
     labels = np.concatenate([mask.ravel() for mask in masks]).astype(int)
     values = np.concatenate([values.ravel() for values in maps])
     return {"pixel_auroc": utils.auroc(labels, values), "aupro": aupro(maps, masks)}
-
-
-# ---------------------------------------------------------------- to look at
-def draw(pixels: np.ndarray, values: np.ndarray, path: Path, title: str) -> None:
-    """The picture, and beside it the map (H, W) laid over it with its scale: a PNG. The scale begins at 0 and
-    ends at 3 or at the greatest value, so that a normal picture stays dark."""
-    from matplotlib.figure import Figure  # slow to import, and needed by few
-
-    figure = Figure((8.4, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.imshow(pixels)
-    right.imshow(pixels)
-    shown = right.imshow(
-        values, cmap="inferno", alpha=0.55, vmin=0, vmax=max(LEAST_SCALE, float(values.max()))
-    )
-    figure.colorbar(shown, ax=right, label="how unusual this place is")
-    for axes in (left, right):
-        axes.axis("off")
-    figure.suptitle(title, parse_math=False, fontsize="small")
-    save(figure, path)
-
-
-def save(figure, path: Path) -> None:
-    """A matplotlib figure as a PNG, whole or not at all."""
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import images
 from config import UserError
+from images import images
 
 SPLITS = ("train", "test")
 OTHER = -1  # the category of test images that belong to no class one can train on: always anomalous

@@ -9,8 +9,8 @@ from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 from torch.nn import functional as F
 
+from detector.normalization import power_l2, principal_directions
 from model import nearest_neighbours, squared_distances
-from normalization import power_l2, principal_directions
 
 CHUNK = 1024  # rows whose distances to all others are held at once
 

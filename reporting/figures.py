@@ -16,16 +16,14 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from sklearn.metrics import roc_curve
 
-import calibration
 import datasets
-import detector
-import feature_cache
-import heat_map
-import report
+from backbone.token_grid import place_grid_of
+from cache import feature_cache
 from config import Config, UserError
+from detector import calibration, detector, heat_map
+from reporting import overlays, report
+from reporting.tables import shorten
 from shell.files import file_name, whole_file
-from tables import shorten
-from token_grid import place_grid_of
 
 SHEET = 10  # images per row of a contact sheet
 TILE = 104  # pixels of a side of the square that an image is fitted into
@@ -118,7 +116,7 @@ def draw_heat_maps(
     for number, (row, places) in enumerate(zip(rows, detector.place_maps(fitted, cache, rows)), 1):
         path, pixels = figures / f"heat-{file_name(name)}-{number}.png", images.read("test", int(row))
         values = heat_map.of_places(places, place_grid_of(cache.manifest.fields), pixels.shape[:2])
-        heat_map.draw(pixels, values, path, images.labels.test.names[int(row)])
+        overlays.draw(pixels, values, path, images.labels.test.names[int(row)])
         caption = f"Where test image {number} of {name}, by its score, is unusual, seed {config.seed}"
         pictures.append(Picture(path, caption, name))
     return pictures
@@ -183,7 +181,7 @@ def draw_histogram(name: str, record: dict, seed: int, bins: tuple[int, int], pa
         axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axes.set_xlabel("anomaly score (logarithmic far from the normal images)")
     legend(figure, handles, texts, loc="outside lower center")
-    heat_map.save(figure, path)
+    overlays.save(figure, path)
 
 
 def bulk(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
@@ -234,7 +232,7 @@ def draw_roc(records: dict[str, dict], seed: int, path: Path) -> bool:
     title(axes, f"ROC: normal class and AUROC, seed {seed}")
     if len(handles) <= MOST_IN_LEGEND:
         legend(axes, handles, texts)
-    heat_map.save(figure, path)
+    overlays.save(figure, path)
     return True
 
 
@@ -271,7 +269,7 @@ def draw_curves(records: dict[str, dict], seed: int, path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(histories) <= MOST_IN_LEGEND:
         legend(losses, handles, list(histories))
-    heat_map.save(figure, path)
+    overlays.save(figure, path)
 
 
 def column(history: list[dict], name: str) -> np.ndarray:
@@ -306,7 +304,7 @@ def draw_methods(summary: dict, path: Path) -> bool:
     axes.set_xlabel("AUROC")
     title(axes, f"flow and simple detectors, {seeds_of(summary)}")
     legend(figure, handles, texts, loc="outside lower center", ncols=3)
-    heat_map.save(figure, path)
+    overlays.save(figure, path)
     return True
 
 
@@ -339,7 +337,7 @@ def draw_defects(summary: dict, path: Path) -> bool:
     axes.axvline(0.5, color="grey", linewidth=0.8, linestyle="--")
     axes.set(xlim=(0, 1), xlabel="AUROC against the normal test images (dashed: chance)")
     title(axes, f"kinds of defect (images), {seeds_of(summary)}")
-    heat_map.save(figure, path)
+    overlays.save(figure, path)
     return True
 
 

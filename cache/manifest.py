@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-import shards
+from cache import shards
+from cache.shards import REPAIR, Damaged, Shard, StoredArray
 from config import UserError
-from shards import REPAIR, Damaged, Shard, StoredArray
 from shell.files import as_strict_json, checksum, read_json, read_sealed, write_sealed
 
 CACHE_FORMAT = 3

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import jinja2
 
-import report
 import utils
 from config import Config
-from figures import Picture
+from reporting import report
+from reporting.figures import Picture
+from reporting.tables import cell, number
 from shell.files import write_text
-from tables import cell, number
 from utils import METRICS
 
 KINDS = {".png": "image/png", ".jpg": "image/jpeg"}

@@ -25,7 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import config as knobs
 import utils
-from arithmetic import is_traced
+from backbone.arithmetic import is_traced
 from config import BACKBONES, Config, UserError
 from shell.files import sha256_of_file
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 import datasets
+from cache.manifest import CACHE_FORMAT, Manifest
+from cache.shards import REPAIR, CachedArray, Damaged
 from config import Config, UserError
 from datasets import SPLITS, ImageSet, Labels
-from manifest import CACHE_FORMAT, Manifest
-from shards import REPAIR, CachedArray, Damaged
 from shell.files import as_strict_json, checksum, sha256_of_text
 
 LABELS = "labels.json"

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-import shards
 import utils
+from cache import shards
+from cache.manifest import LEFT_OVER, RECORD, Manifest, has_features
+from cache.shards import ArrayWriter, Damaged, Shard
 from config import UserError
 from datasets import SPLITS, Labels
-from manifest import LEFT_OVER, RECORD, Manifest, has_features
-from shards import ArrayWriter, Damaged, Shard
 from shell.files import (
     as_strict_json,
     read_json,

@@ -1,0 +1,278 @@
+"""Images -> tokens: one backbone over one data set, on the threads and the device of this machine."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import timm
+import torch
+from joblib import cpu_count
+from torch import Tensor
+
+import datasets
+import utils
+from backbone import backbones
+from backbone.arithmetic import is_traced
+from backbone.identity import maps_kept, token_grid, what_is_kept
+from backbone.resizing import ImageRows, Unreadable, prepare
+from cache.feature_cache import CacheIdentity
+from cache.manifest import EXAMPLE
+from config import Config, UserError
+
+BATCH = {"cpu": 8, "cuda": 64}  # images per backbone pass: a CPU's caches hold the maps of these
+IN_FLIGHT = 2  # batches on their way from a GPU while the next is computed
+MOST_THREADS = 8  # that compute whole batches: more would wait for Python's lock, and share out the rest
+MOST_READERS = 32  # threads: no device takes more images than they decode
+SHARDS_AT_ONCE = 4  # on a GPU
+PIXEL = 100  # bytes per pixel of a batch, at least: the picture and the first maps of a small backbone
+EXAMPLE_NUMBERS = 64  # of each array that are kept of the fixed picture
+NOT_FINITE = (
+    "the backbone gave features that are not finite or exceed float16; try --precision float32, and check "
+    "its weights"
+)
+LONG_JOB = 1000  # images from which the time is estimated before the start in any case
+
+Rows = dict[str, Tensor]  # of some images: tokens (n, 1 + N, C), bands (n, D), places (n, P, E)
+
+
+class Extraction:
+    """One backbone over one data set, with everything that was chosen for this machine."""
+
+    def __init__(
+        self, config: Config, images: datasets.ImageSet, identity: CacheIdentity, device: torch.device
+    ):
+        self.config, self.images, self.device = config, images, device
+        self.img_size = identity.fields["img_size"]
+        self.grid, self.of_maps = token_grid(config), maps_kept(config, self.img_size)
+        backbone = backbones.load_backbone(config, identity.fields["weights"])
+        self.dtype = backbones.choose_precision(config.precision, device)
+        self.full_grid = backbone.grid
+        self.shapes, kept = what_is_kept(config, backbone)
+        self.depths = kept.get("depths", ())
+        self.fields = identity.fields | kept
+        self.fields |= {
+            "precision": str(self.dtype).removeprefix("torch."),
+            "weights_sha256": utils.sha256_of_tensors(backbone.state_dict()),
+            "image_list": images.fingerprint(),
+        }
+        self.backbone = backbones.speed_up(backbone, device, self.dtype, fuse=not config.compile)
+        self.mean, self.std = (
+            torch.tensor(identity.fields[key], device=device).view(3, 1, 1)
+            for key in ("norm_mean", "norm_std")
+        )
+        self.fields[EXAMPLE] = self._example()
+        if config.compile:
+            used = "forward_intermediates" if self.of_maps else "forward_features"
+            setattr(self.backbone.model, used, torch.compile(getattr(self.backbone.model, used)))
+        self.batch = config.extract_batch or BATCH[device.type]
+        at_once = min(self.batch, max(1, images.labels.count()))
+        if device.type == "cpu":
+            utils.check_memory(
+                f"a batch of {at_once} images of {self.img_size[0]}x{self.img_size[1]}",
+                PIXEL * at_once * math.prod(self.img_size),
+                "choose a smaller extract_batch or img_size",
+            )
+
+    @torch.inference_mode()
+    def _example(self) -> dict:
+        """What the backbone gives of a fixed picture, in a few evenly spaced numbers of its tokens and of
+        each map: another version of timm may build another network of the same name and weights."""
+        noise = np.random.RandomState(0).randint(0, 256, (1, 3, *self.img_size), np.uint8)
+        images = torch.from_numpy(noise).to(self.device)
+        pixels = prepare(images, self.img_size, self.mean, self.std, self.dtype)
+        tokens, maps = (
+            self.backbone.with_maps(pixels, self.depths) if self.depths else (self.backbone(pixels), [])
+        )
+        numbers = [values.float().flatten().cpu().numpy() for values in (tokens, *maps)]
+        chosen = [each[np.linspace(0, len(each) - 1, EXAMPLE_NUMBERS).astype(int)] for each in numbers]
+        return {
+            "timm": timm.__version__,
+            "precision": self.fields["precision"],
+            "values": [[float(f"{value:.6g}") for value in each] for each in chosen],
+        }
+
+    def rows(self, images: Tensor) -> Rows:
+        """(n, 3, h, w) uint8, any n -> tokens (n, 1 + N, C) and, where kept, bands (n, D) and places (n, P,
+        E), float16 on the device."""
+        images = images.to(self.device, non_blocking=True)
+        parts = [images] if is_traced() else images.split(self.batch)
+        batches = [self._batch(batch) for batch in parts]
+        if len(batches) == 1:
+            return batches[0]
+        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+    def _batch(self, images: Tensor) -> Rows:
+        pixels = prepare(images, self.img_size, self.mean, self.std, self.dtype)
+        maps: list[Tensor] = []
+        if self.of_maps:
+            tokens, maps = self.backbone.with_maps(pixels, self.depths)
+        else:
+            tokens = self.backbone(pixels)
+        rows = {"tokens": self.grid.pool(tokens, self.full_grid)}
+        rows |= {name: kept.measure(maps) for name, kept in self.of_maps.items()}
+        return {name: values.half() for name, values in rows.items()}
+
+    @torch.inference_mode()
+    def seconds_per_image(self, count: int) -> float:
+        """Time of the backbone per image on this machine, for a job of so many, by the second of two passes
+        over blank images; reading and decoding come on top."""
+        few = self.threads and count < LONG_JOB  # on a CPU two images tell nearly as much as a batch
+        blank = torch.zeros(min(2, self.batch) if few else self.batch, 3, *self.img_size, dtype=torch.uint8)
+        at_once, threads = max(1, self.threads), torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // at_once))  # as one of the threads that extract
+        for _ in range(2):
+            start = time.perf_counter()
+            for values in self.rows(blank).values():
+                values.sum().item()  # waits for a GPU
+        torch.set_num_threads(threads)
+        return (time.perf_counter() - start) / (len(blank) * at_once)
+
+    def features(
+        self, split: str, start: int = 0, stop: int | None = None, unreadable: list[int] | None = None
+    ) -> Iterator[Rows]:
+        """What is kept of the images start..stop of a split (all), in order, on the device (see ``rows``).
+        Batches begin at ``start``: the outcome does not depend on what was extracted before.
+
+        An unreadable image is left out and its index added to the list ``unreadable``; without a list, it
+        raises UserError. So do features that are not finite, at the latest after the last rows."""
+        everything = ImageRows(self.images, split, self.img_size)
+        chosen = range(len(everything))[start:stop]
+        found = (self._by_threads if self.threads else self._by_one_thread)(everything, chosen)
+        for rows in found:
+            if not isinstance(rows, Unreadable):
+                yield rows
+            elif unreadable is None:
+                raise UserError(rows.reason)
+            else:
+                unreadable.append(rows.row)
+
+    @property
+    def threads(self) -> int:
+        """Threads that each take whole batches on a CPU; 0: one thread drives the device."""
+        if self.device.type != "cpu" or self.config.compile:  # compiled code has threads of its own
+            return 0
+        workers = self.config.workers
+        return workers if workers >= 0 else min(MOST_THREADS, torch.get_num_threads())
+
+    @property
+    def readers(self) -> int:
+        """Threads that read images beside the one that drives a GPU, for each of the shards at once."""
+        if self.device.type == "cpu":
+            return 0
+        if self.config.workers >= 0:
+            return self.config.workers
+        readers = (
+            min(MOST_READERS, cpu_count() - 1) if self.images.from_files else 1
+        )  # arrays are there already
+        return max(1, readers // self.shards_at_once)
+
+    @property
+    def shards_at_once(self) -> int:
+        """Shards in work at a time: on a GPU one is computed while others are read, checked and written."""
+        return 1 if self.device.type == "cpu" or self.config.compile else SHARDS_AT_ONCE
+
+    def _by_threads(self, everything: ImageRows, chosen: range) -> Iterator[Rows | Unreadable]:
+        """Features by threads, each of which reads and computes whole batches with its share of torch's own
+        threads: none waits for another, and a second program on the machine slows down one batch, not every
+        layer of all. PyTorch holds Python's lock between its operators only."""
+        threads, workers = torch.get_num_threads(), self.threads
+        share = max(1, threads // workers)
+
+        @torch.inference_mode()
+        def compute(batch: range) -> list[Rows | Unreadable]:
+            stacks = everything.stacks(batch)
+            return [images if isinstance(images, Unreadable) else checked(images) for images in stacks]
+
+        def checked(images: Tensor) -> Rows:
+            rows = self.rows(images)
+            if not all(torch.isfinite(values).all() for values in rows.values()):
+                raise UserError(NOT_FINITE)
+            return rows
+
+        try:
+            with utils.thread_pool(workers, lambda: torch.set_num_threads(share)) as pool:
+                for found in in_order(pool, compute, self._batches(chosen), 2 * workers):
+                    yield from found
+        finally:
+            torch.set_num_threads(threads)  # what threads made from now on start with
+
+    @torch.inference_mode()
+    def _by_one_thread(self, everything: ImageRows, chosen: range) -> Iterator[Rows | Unreadable]:
+        """Features by this thread, which keeps the device busy, while others read the images. The device says
+        at the end whether all was finite: asking earlier would wait for it."""
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for images in self._read_ahead(everything, chosen):
+            if isinstance(images, Unreadable):
+                yield images
+                continue
+            rows = self.rows(images)
+            for values in rows.values():
+                finite &= torch.isfinite(values).all()
+            yield rows
+        if not finite:
+            raise UserError(NOT_FINITE)
+
+    def _read_ahead(self, everything: ImageRows, chosen: range) -> Iterator[Tensor | Unreadable]:
+        """The images, stacked batch by batch: read by ``readers`` threads into pinned memory, where there are
+        any."""
+        if not self.readers:
+            for batch in self._batches(chosen):
+                yield from everything.stacks(batch)
+            return
+
+        def read(batch: range) -> list[Tensor | Unreadable]:
+            stacks = everything.stacks(batch)
+            return [
+                s.pin_memory() if isinstance(s, Tensor) and torch.cuda.is_available() else s for s in stacks
+            ]
+
+        with utils.thread_pool(self.readers) as pool:
+            for stacks in in_order(pool, read, self._batches(chosen), self.readers + 1):
+                yield from stacks
+
+    def _batches(self, chosen: range) -> list[range]:
+        return [chosen[first : first + self.batch] for first in range(0, len(chosen), self.batch)]
+
+
+def in_order(pool: ThreadPoolExecutor, task: Callable, batches: list[range], ahead: int) -> Iterator:
+    """task(batch) of every batch by the pool's threads, in order, ``ahead`` of them before they are asked
+    for."""
+    pending: deque[Future] = deque()
+    for batch in batches:
+        pending.append(pool.submit(task, batch))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def arriving(features: Iterator[Rows], device: torch.device) -> Iterator[Rows]:
+    """The same rows in the CPU's memory. From a GPU they are copied to pinned memory on a stream of their
+    own, beside the computing, and handed on ``IN_FLIGHT`` batches late; PyTorch's pool gives a pinned buffer
+    out again once nobody holds it."""
+    if device.type != "cuda":
+        yield from features
+        return
+    stream = torch.cuda.Stream(device)
+    pending: deque[tuple[Rows, torch.cuda.Event]] = deque()
+    for rows in features:
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            copies = {}
+            for name, values in rows.items():
+                buffer = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+                copies[name] = buffer.copy_(values, non_blocking=True)
+                values.record_stream(stream)
+            pending.append((copies, stream.record_event()))
+        if len(pending) > IN_FLIGHT:
+            yield _arrived(*pending.popleft())
+    while pending:
+        yield _arrived(*pending.popleft())
+
+
+def _arrived(copies: Rows, event: torch.cuda.Event) -> Rows:
+    event.synchronize()
+    return copies

@@ -1,0 +1,153 @@
+"""Which features a configuration asks for, found without loading the backbone: the fields and the folder of
+their cache, the size of the images, the shape of each array."""
+
+import contextlib
+import dataclasses
+import math
+
+import numpy as np
+
+import datasets
+from backbone import backbones
+from backbone.token_grid import OF_MAPS, Bands, Places, TokenGrid, place_grid
+from cache.feature_cache import CacheIdentity, cache_folder
+from cache.manifest import Manifest
+from config import LARGEST_IMAGE, Config, UserError, knobs_affecting
+from images.layouts import OF_ANY_SHAPE
+
+
+# ---------------------------------------------------------------- what is extracted
+def token_grid(config: Config) -> TokenGrid:
+    return TokenGrid(config.token_grid, config.pooling, config.window, config.centre_pool)
+
+
+def maps_kept(config: Config, img_size: tuple[int, int]) -> dict[str, Bands | Places]:
+    """What is kept of the maps of several depths of images of that size, by the name of its array."""
+    kept: dict[str, Bands | Places] = {}
+    if config.bands:
+        kept["bands"] = Bands(config.rings, config.low_sigma)
+    if config.places:
+        grid = place_grid(config.places, img_size, backbones.own_size(config.extractor))
+        kept["places"] = Places(grid, config.place_channels)
+    return kept
+
+
+def cache_identity(config: Config) -> CacheIdentity:
+    """Which features a configuration asks for, found without loading the backbone. Raises UserError.
+
+    The fields are the knobs that affect the features, with what the backbone decides put in for those left
+    open. A size that the pictures decide is left open (``sized``)."""
+    defaults, grid = backbones.timm_defaults(config.extractor), token_grid(config)
+    fields = {name: getattr(config, name) for name in knobs_affecting("features")}
+    del fields["weights_path"]  # recorded by content, as "weights"
+    fields |= {
+        "timm_model": backbones.timm_name(config.extractor),
+        "weights": backbones.weights_source(config),
+        "norm_mean": config.norm_mean or tuple(defaults.mean),
+        "norm_std": config.norm_std or tuple(defaults.std),
+        **grid.fields(),
+    }
+    if by_pictures(config):
+        del fields["img_size"]
+        size = f"auto{config.img_pixels}"
+    else:
+        del fields["img_pixels"]
+        fields |= shape_fields(config, backbones.image_size(config))
+        size = "{}x{}".format(*fields["img_size"])
+    for name, unspecified in (("precision", "auto"), ("n_feat", None)):
+        if fields[name] == unspecified:  # whatever the machine or the backbone chose is accepted
+            del fields[name]
+    if not config.bands:
+        fields |= {"rings": None, "low_sigma": None}
+    if not config.places:
+        fields["place_channels"] = None
+    if config.bands or config.places:
+        fields["of_maps"] = OF_MAPS
+    else:
+        fields["band_depths"] = None
+    parts = {"bands": config.bands, f"places{config.places}": config.places}
+    grid_key = "-".join([grid.key, *(name for name, kept in parts.items() if kept)])
+    return CacheIdentity(cache_folder(config, size, grid_key), fields)
+
+
+# ---------------------------------------------------------------- the size of the images
+SIZES_READ = 200  # training pictures whose sizes decide
+
+
+def by_pictures(config: Config) -> bool:
+    """Whether the pictures decide the size that is fed to the backbone."""
+    return config.img_size == "auto" and config.dataset in OF_ANY_SHAPE
+
+
+def shape_fields(config: Config, img_size: tuple[int, int]) -> dict:
+    """What a cache records of the shape of its images; a square grid of places needs no telling."""
+    grid = (config.places, config.places)
+    if config.places:
+        grid = place_grid(config.places, img_size, backbones.own_size(config.extractor))
+    return {"img_size": img_size, "place_grid": None if grid == (config.places, config.places) else grid}
+
+
+def sized(config: Config, images: datasets.ImageSet, identity: CacheIdentity) -> CacheIdentity:
+    """The same with the size of the images where the pictures decide it: that of the features that are there,
+    so that a folder may grow, or the one that the training pictures ask for."""
+    if "img_size" in identity.fields:
+        return identity
+    size = None
+    with contextlib.suppress(UserError):
+        size = Manifest.read(identity.folder).fields.get("img_size")
+    fields = shape_fields(config, tuple(size) if size else size_for(config, images))
+    return CacheIdentity(identity.folder, identity.fields | fields)
+
+
+def at_size(config: Config, identity: CacheIdentity) -> Config:
+    """The configuration with the size of the images as a knob."""
+    return dataclasses.replace(config, img_size=identity.fields["img_size"])
+
+
+def size_for(config: Config, images: datasets.ImageSet) -> tuple[int, int]:
+    """The size that the training pictures ask for (``size_in_shape``); the backbone's own where none can be
+    read, or where it takes no other."""
+    own, found = backbones.own_size(config.extractor), images.sizes(SIZES_READ)
+    if not found:
+        return own
+    backbone = backbones.outline(dataclasses.replace(config, img_size=None))
+    size = size_in_shape(np.array(found), config.img_pixels, own, backbone.stride)
+    if not backbones.takes(config, size):
+        print(f"img_size auto: {config.extractor} takes {own[0]}x{own[1]} only", flush=True)
+        return own
+    return size
+
+
+def size_in_shape(sizes: np.ndarray, pixels: int, own_size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Height and width in multiples of ``stride``, in the median shape of pictures of the ``sizes`` (n, 2).
+
+    About so many pixels, but no more than the median picture has (enlarging adds nothing), and in any case
+    as many as the backbone's own size."""
+    ratio, area = np.median(sizes[:, 0] / sizes[:, 1]), np.median(np.prod(sizes.astype(float), 1))
+    area = max(min(pixels, area), math.prod(own_size))
+    sides = (math.sqrt(area * ratio), math.sqrt(area / ratio))
+    height, width = (min(max(1, round(side / stride)), LARGEST_IMAGE // stride) * stride for side in sides)
+    return height, width
+
+
+# ---------------------------------------------------------------- what an image leaves
+def what_is_kept(config: Config, backbone: backbones.Backbone) -> tuple[dict[str, tuple[int, ...]], dict]:
+    """The shape of each array that an image leaves, and the cache's fields that tell what they are."""
+    grid, of_maps = token_grid(config), maps_kept(config, backbone.img_size)
+    shape = grid.cached_shape(backbone.grid)
+    n_tokens = 1 + grid.n_tokens(shape)
+    fields = {
+        "n_feat": backbone.n_feat,
+        "kind": "map" if backbone.is_map else "tokens",
+        "grid": shape,
+        "tokens": n_tokens,
+    }
+    shapes: dict[str, tuple[int, ...]] = {"tokens": (n_tokens, backbone.n_feat)}
+    if of_maps:
+        depths = backbone.band_depths(config.band_depths)
+        channels = backbone.channels_of(depths)
+        fields |= {"depths": depths, "band_channels": channels}
+        shapes |= {name: kept.shape(channels) for name, kept in of_maps.items()}
+    if config.places:
+        fields["place_shape"] = shapes["places"]
+    return shapes, fields

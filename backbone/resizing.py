@@ -1,0 +1,122 @@
+"""Images on their way to the backbone: read, stacked, resized as Pillow does, normalised."""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+import datasets
+from config import UserError
+
+
+class Unreadable(NamedTuple):
+    """Stands for an image that could not be read, on its way from a reader."""
+
+    row: int  # in its split
+    reason: str
+
+
+class ImageRows:
+    """The images of one split: (3, h, w) uint8, or the error of an unreadable one.
+
+    An image larger than the backbone's is resized here (Pillow, bicubic), a smaller one on the device, many
+    at a time."""
+
+    def __init__(self, images: datasets.ImageSet, split: str, img_size: tuple[int, int]):
+        self.images, self.split, self.img_size = images, split, img_size
+
+    def __len__(self) -> int:
+        return len(self.images.labels.split(self.split).names)
+
+    def stacks(self, rows: range) -> list[Tensor | Unreadable]:
+        """The images ``rows``, consecutive ones of one size stacked: (n, 3, h, w), in order."""
+        return stack_rows([self[i] for i in rows])
+
+    def __getitem__(self, i: int) -> Tensor | Unreadable:
+        try:
+            pixels = self.images.read(self.split, i)
+        except UserError as mistake:  # raised again, or noted, where it is known what is wanted
+            return Unreadable(i, str(mistake))
+        return to_device_size(pixels, self.img_size)
+
+
+def to_device_size(pixels: np.ndarray, img_size: tuple[int, int]) -> Tensor:
+    """(h, w, 3) uint8 -> (3, h, w), resized to ``img_size`` here when a side is longer than that."""
+    if pixels.shape[0] > img_size[0] or pixels.shape[1] > img_size[1]:
+        pixels = np.asarray(Image.fromarray(pixels).resize(img_size[::-1], Image.Resampling.BICUBIC))
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+
+def stack_rows(rows: list) -> list:
+    """Consecutive images of one size stacked -> [(n, 3, h, w) or an error, ...] in order."""
+    stacks: list = []
+    for row in rows:
+        if (
+            isinstance(row, Tensor)
+            and stacks
+            and isinstance(stacks[-1], list)
+            and stacks[-1][0].shape == row.shape
+        ):
+            stacks[-1].append(row)
+        else:
+            stacks.append([row] if isinstance(row, Tensor) else row)
+    return [torch.stack(stack) if isinstance(stack, list) else stack for stack in stacks]
+
+
+HALF = 0.5001  # what is halfway between two levels goes up, in whatever order a device adds
+
+
+@functools.lru_cache(maxsize=64)
+def bicubic_weights(before: int, after: int) -> Tensor:
+    """Pillow's antialiased bicubic filter (a = -1/2) from ``before`` to ``after`` pixels in a row -> (after,
+    before), float32, each row summing to 1.
+
+    Made smaller, the filter is as wide as the ratio asks, so that every pixel counts. Weights are rounded to
+    2^-22, as Pillow's are for pixels of 8 bits (src/libImaging/Resample.c)."""
+    scale = before / after
+    stretch = max(scale, 1.0)
+    centre = (np.arange(after) + 0.5) * scale
+    first = np.maximum((centre - 2 * stretch + 0.5).astype(int), 0)[:, None]
+    last = np.minimum((centre + 2 * stretch + 0.5).astype(int), before)[:, None]
+    place = np.arange(before)
+    x = np.abs((place + 0.5 - centre[:, None]) / stretch)
+    near, far = (1.5 * x - 2.5) * x * x + 1, -0.5 * (((x - 5) * x + 8) * x - 4)
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0)) * ((place >= first) & (place < last))
+    weights /= weights.sum(1, keepdims=True)
+    return torch.from_numpy(np.round(weights * 2**22) / 2**22).float()
+
+
+def resize_like_pillow(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """(n, 3, h, w) uint8 -> (n, 3, H, W) float32 of whole grey levels 0 to 255, as Pillow's bicubic resize
+    gives them but for a level here and there.
+
+    Two matrix products, along the width and then the height (the other way where only the height shrinks),
+    each rounded and cut to 8 bits: any device does them alike, and so does an exported file. They need all of
+    float32 (no TF32). Pillow 13 takes the height first for some tall pictures that shrink both ways; theirs
+    differ by what one rounding is worth."""
+    pixels, (height, width) = images.float(), images.shape[2:]
+    for dim in (2, 3) if size[0] < height and size[1] > width else (3, 2):
+        before, after = pixels.shape[dim], size[dim - 2]
+        if before != after:
+            weights = bicubic_weights(before, after).to(images.device)
+            pixels = torch.matmul(pixels, weights.t()) if dim == 3 else torch.matmul(weights, pixels)
+            pixels = (pixels + HALF).floor().clamp(0, 255)
+    return pixels
+
+
+def prepare(
+    images: Tensor, img_size: tuple[int, int], mean: Tensor, std: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(n, 3, h, w) uint8 on the device -> (n, 3, H, W), resized (bicubic, antialiased, as Pillow does) and
+    normalised."""
+    images = images.contiguous(memory_format=torch.channels_last)
+    if images.shape[2:] != img_size:
+        if images.device.type == "cpu":  # which resizes uint8 itself, rounding as Pillow does
+            images = F.interpolate(images, img_size, mode="bicubic", antialias=True)
+        else:
+            images = resize_like_pillow(images, img_size).contiguous(memory_format=torch.channels_last)
+    return ((images.float() / 255 - mean) / std).to(dtype)

@@ -1,0 +1,34 @@
+"""Heat maps to look at: the picture, and the map laid over it."""
+
+from pathlib import Path
+
+import numpy as np
+
+from shell.files import whole_file
+
+LEAST_SCALE = 3.0  # standard deviations that the colours span at least
+
+
+def draw(pixels: np.ndarray, values: np.ndarray, path: Path, title: str) -> None:
+    """The picture, and beside it the map (H, W) laid over it with its scale: a PNG. The scale begins at 0 and
+    ends at 3 or at the greatest value, so that a normal picture stays dark."""
+    from matplotlib.figure import Figure  # slow to import, and needed by few
+
+    figure = Figure((8.4, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.imshow(pixels)
+    right.imshow(pixels)
+    shown = right.imshow(
+        values, cmap="inferno", alpha=0.55, vmin=0, vmax=max(LEAST_SCALE, float(values.max()))
+    )
+    figure.colorbar(shown, ax=right, label="how unusual this place is")
+    for axes in (left, right):
+        axes.axis("off")
+    figure.suptitle(title, parse_math=False, fontsize="small")
+    save(figure, path)
+
+
+def save(figure, path: Path) -> None:
+    """A matplotlib figure as a PNG, whole or not at all."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
