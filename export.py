@@ -19,7 +19,6 @@ from pathlib import Path
 
 import config as knobs
 from shell.command_line import OneLineParser, add_weights_path
-from shell.files import whole_file
 from shell.signals import guarded
 
 
@@ -40,164 +39,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":  # parse before the slow imports
     ARGUMENTS = parse_arguments()
 
-import io
 import sys
-import warnings
-from collections.abc import Callable
-
-import numpy as np
-import torch
-from torch import Tensor, nn
 
 import utils
-from backbone.resizing import resize_like_pillow
-from config import UserError
-from detector import calibration
-from detector.detector import Features, PictureDetector
-from detector.pictures import Eye
-from images.images import images_below
-
-TOLERANCE = 1e-4  # of the largest score, between the file's scores and the detector's
-OUTPUTS = ("score", "p_value", "anomalous")
-
-
-class Exported(nn.Module):
-    """From pixels to score, p-value and verdict in one module (the top of this file says what they are)."""
-
-    def __init__(self, detector: PictureDetector):
-        super().__init__()
-        self.job = detector.eye.job
-        self.backbone, self.fitted = self.job.backbone, detector.fitted.requires_grad_(False)
-        held_out = torch.from_numpy(detector.held_out).float()
-        known = len(held_out) > 0
-        self.register_buffer("held_out", held_out)
-        limit = detector.threshold.score if known else float("inf")
-        self.register_buffer("limit", torch.tensor(limit))
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pixels = resize_like_pillow(images.permute(0, 3, 1, 2), self.job.img_size)
-        score = self.fitted.scores(Features.of(self.job.rows(pixels)))
-        above = (self.held_out >= score.unsqueeze(1)).sum(1)
-        p_value = (1 + above) / (1 + len(self.held_out))
-        if not len(self.held_out):
-            p_value = p_value * float("nan")
-        return score, p_value.float(), score > self.limit
-
-
-def load(
-    path: Path, false_alarms: float | None, good: Path | None = None, weights: Path | None = None
-) -> PictureDetector:
-    """The detector of a checkpoint on the CPU, its backbone in float32; ``good``: a folder of fresh good
-    pictures that p-values shall rest on; ``weights``: the file of a fit with weights_path. Raises
-    UserError."""
-    cpu = torch.device("cpu")
-    loaded = PictureDetector.load(path, cpu, false_alarms, weights=weights)
-    eye = loaded.eye
-    loaded.eye = Eye(eye.config, eye.features, cpu, "float32", eye.weights, eye.checkpoint)
-    if good:
-        pictures = images_below(good) if good.is_dir() else []
-        if not pictures:
-            raise UserError(f"calibrate: expected a folder of good pictures, found none in {good}")
-        loaded.calibrate(pictures)
-    return loaded
-
-
-def warning(loaded: PictureDetector, calibrated: bool) -> str:
-    """What the p-values of the file rest on, where that is not its own arithmetic; else empty."""
-    precision = loaded.eye.features["precision"]
-    if calibrated or precision == "float32" or not len(loaded.held_out):
-        return ""
-    return (
-        f"warning: p-values and verdicts rest on {len(loaded.held_out)} held-out scores in {precision}, the "
-        "file computes in float32: --calibrate FOLDER of good pictures, or a fit with --precision float32"
-    )
-
-
-def examples(count: int, size: tuple[int, int]) -> Tensor:
-    """Pictures to compare on (count, H, W, 3) uint8: noise that is smoother from one to the next."""
-    noise = torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(0))
-    smooth = [nn.functional.avg_pool2d(noise[i], 2 * i + 1, 1, i) for i in range(count)]
-    return (torch.stack(smooth) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-# ---------------------------------------------------------------- the two formats
-Run = Callable[[np.ndarray], list[np.ndarray]]  # images -> score, p-value, verdict
-
-
-def write_pt2(program: torch.export.ExportedProgram, path: Path) -> Run:
-    """Write a file of torch.export -> what runs it."""
-    content = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "No complete tensor found")  # of views: torch's, on its own doing
-        torch.export.save(program, content)
-    path.write_bytes(content.getvalue())
-    module = torch.export.load(io.BytesIO(path.read_bytes())).module()
-    return lambda images: [out.numpy() for out in module(torch.from_numpy(images))]
-
-
-def write_onnx(program: torch.export.ExportedProgram, path: Path) -> Run:
-    """Write an ONNX file, its weights inside -> what runs it (onnxruntime). Raises UserError without the
-    packages."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"ONNX needs packages ({error.name} is missing): pip install onnx onnxscript onnxruntime"
-        ) from None
-    names = {"input_names": ["images"], "output_names": list(OUTPUTS)}
-    made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    path.write_bytes(made.model_proto.SerializeToString())
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # --threads; of its own it takes every core
-    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(list(OUTPUTS), {"images": images})
-
-
-WRITERS = {".onnx": write_onnx, ".pt2": write_pt2}
-
-
-def export(detector: PictureDetector, output: Path, size: tuple[int, int] | None = None) -> float:
-    """Write the file -> how far its scores are from the detector's, as a share of the largest. Raises
-    UserError when that is too far, and leaves no file then."""
-    if output.suffix not in WRITERS:
-        raise UserError(f"output: expected a name ending in .onnx or .pt2, got {output}")
-    size = size or detector.eye.job.img_size
-    module, images = Exported(detector).eval(), examples(5, size)
-    batch = {"images": {0: torch.export.Dim("batch", min=1, max=2**20)}}
-    with torch.no_grad():
-        wanted = detector_scores(detector, images)
-        module(images)  # once as it is: the matrices that are kept for a size are constants of the file then
-        program = torch.export.export(module, (images[:3],), dynamic_shapes=batch)
-        with whole_file(output) as partial:
-            return compare(detector, wanted, WRITERS[output.suffix](program, partial), images)
-
-
-def detector_scores(detector: PictureDetector, images: Tensor) -> np.ndarray:
-    """The detector's own scores (n) of pictures (n, H, W, 3)."""
-    pixels = resize_like_pillow(images.permute(0, 3, 1, 2), detector.eye.job.img_size)
-    return detector.score_rows(detector.eye.job.rows(pixels.to(torch.uint8)))
-
-
-def compare(detector: PictureDetector, wanted: np.ndarray, run: Run, images: Tensor) -> float:
-    """How far the scores of the file are from the detector's, one by one and together. Raises UserError."""
-    together = run(images.numpy())
-    alone = [run(images[i : i + 1].numpy()) for i in range(len(images))]
-    scores = [together[0], np.concatenate([outputs[0] for outputs in alone])]
-    far = np.abs(np.array(scores) - wanted).max(0)
-    off = float(far.max()) / float(np.abs(wanted).max())
-    if not off <= TOLERANCE:
-        raise UserError(
-            f"the exported scores differ from the detector's by {off:.1e} of the largest, more than "
-            f"{TOLERANCE:g}, most at a score of {wanted[far.argmax()]:.3g} (far from the normal pictures the "
-            "flow magnifies the rounding of float32); nothing was written"
-        )
-    if len(detector.held_out):
-        expected = calibration.p_values(detector.held_out.astype(np.float32), together[0])
-        if not np.allclose(together[1], expected, atol=1e-6):
-            raise UserError("the exported p-values differ from the detector's; nothing was written")
-    return off
+from detector.exporting import OUTPUTS, export, load, warning
 
 
 def main(arguments: argparse.Namespace) -> None:

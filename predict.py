@@ -16,9 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import config as knobs
 from shell.command_line import OneLineParser, add_weights_path
-from shell.files import file_name, whole_file
 from shell.signals import guarded
 
 
@@ -56,14 +54,8 @@ if __name__ == "__main__":  # parse before the slow imports
     ARGUMENTS = parse_arguments()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while they are imported: no traceback
 
-import codecs
-import contextlib
-import csv
-import glob
-import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
@@ -71,91 +63,14 @@ import utils
 from backbone.resizing import Unreadable
 from config import UserError
 from detector.detector import PictureDetector
-from images.images import images_below, pixels_of
-from reporting import overlays
-
-COLUMNS = ("image", "class", "score", "p_value", "verdict")
-Put = Callable[[dict], None]
+from detector.records import find_checkpoints
+from images.given import find_images
+from images.images import images_below
+from reporting.overlays import draw_heat_maps
+from reporting.scores import rows_of, table, tell_counts, tell_thresholds
 
 
 # ---------------------------------------------------------------- what is asked for
-def find_images(names: list[str]) -> list[Path]:
-    """The files that names stand for, in order: files, images below folders, globs, - for lines of standard
-    input. Raises UserError on a name that stands for nothing."""
-    images: list[Path] = []
-    for name in names:
-        path = Path(name)
-        if name == "-":
-            images += [Path(line) for line in lines_of(sys.stdin.buffer.read())]
-        elif path.is_dir():
-            images += images_below(path)
-        elif path.exists():
-            images.append(path)
-        elif found := matching(name):
-            images += found
-        else:
-            raise UserError(f"no file or folder {name}, and no files that it matches as a pattern")
-    if not images:
-        raise UserError("no pictures given: files, folders, globs or, for -, a line each on standard input")
-    return images
-
-
-def lines_of(content: bytes) -> list[str]:
-    """The lines of a list of names, in UTF-8 or, with its mark, UTF-16, ended as on any system; empty ones
-    left out. Raises UserError on what is no such list."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        text = content.decode("utf-16", errors="replace")
-    else:
-        text = os.fsdecode(content.removeprefix(codecs.BOM_UTF8))
-    if "\0" in text:
-        raise UserError(
-            "standard input: expected a name a line in UTF-8, or in UTF-16 with a byte-order mark, got NUL "
-            "bytes (find takes no -print0 here)"
-        )
-    return [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
-
-
-def matching(pattern: str) -> list[Path]:
-    """The files that match a pattern, sorted. A part of it that is there as it is written stands for itself:
-    a folder may have brackets in its name."""
-    found = [Path()]
-    for part in Path(pattern).parts:
-        found = [
-            place / name
-            for place in found
-            for name in (
-                [part] if (place / part).exists() else [*[""] * (part == "**"), *_globbed(part, place)]
-            )
-        ]
-    return sorted({path for path in found if path.is_file()}, key=str)
-
-
-def _globbed(part: str, place: Path) -> list[str]:
-    return glob.glob(part, root_dir=place, recursive=True)
-
-
-def find_checkpoints(path: Path, class_name: str | None, seed: int | None) -> list[Path]:
-    """The checkpoints of a run's folder, or the one that is named. Raises UserError when there are none."""
-    if not path.is_dir():
-        return [path]
-    records = sorted(path.glob("classes/*.json"))
-    parts = [(file, *file.stem.rpartition("-seed")[::2]) for file in records]
-    numbered = [(file, name, int(number)) for file, name, number in parts if number.isdigit()]
-    if not numbered:
-        raise UserError(f"expected a run with classes/<class>-seed<n>.json in {path}, found none")
-    first = min(number for _, _, number in numbered) if seed is None else seed
-    found = {name: file for file, name, number in numbered if number == first}
-    if not found:
-        raise UserError(f"{path} holds no class of seed {seed}")
-    if class_name is None:
-        return list(found.values())
-    chosen = [name.strip() for name in knobs.class_names(class_name)]
-    for name in chosen:
-        if file_name(name) not in found:
-            raise UserError(knobs.unknown("class", name, found))
-    return [found[file_name(name)] for name in chosen]
-
-
 def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
     """The detectors asked for; classes of one run share the backbone. Raises UserError."""
     rate = arguments.false_alarms
@@ -171,80 +86,6 @@ def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
                 f"the classes in {arguments.checkpoint} were fitted to different features; name one class"
             )
     return loaded
-
-
-# ---------------------------------------------------------------- what comes out
-@contextlib.contextmanager
-def table(output: Path | None) -> Iterator[Put]:
-    """What takes the rows, {column: value}, one by one: CSV on the screen, or a file that is there, whole,
-    when the block ends well. Raises UserError on an ending that is none of the three."""
-    if output is None:
-        yield _csv(sys.stdout)
-        return
-    if output.suffix not in (".csv", ".json", ".jsonl"):
-        raise UserError(f"output: expected a name ending in .csv, .json or .jsonl, got {output}")
-    with whole_file(output) as partial, open(partial, "w", encoding="utf-8", newline="") as stream:
-        if output.suffix == ".csv":
-            yield _csv(stream)
-        elif output.suffix == ".jsonl":
-            yield lambda row: print(json.dumps(row, ensure_ascii=False), file=stream, flush=True)
-        else:
-            comma = iter(["[\n"])
-            yield lambda row: print(
-                next(comma, ",\n") + json.dumps(row, ensure_ascii=False), end="", file=stream, flush=True
-            )
-            print(next(comma, "") + "\n]", file=stream)
-
-
-def _csv(stream) -> Put:
-    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-
-    def put(row: dict) -> None:
-        writer.writerow(row | {"score": f"{row['score']:.6g}"})
-        stream.flush()
-
-    return put
-
-
-def rows_of(detectors: list[PictureDetector], files: list[Path]) -> Iterator[list[dict] | Unreadable]:
-    """The table's rows, in the order of the files: of some pictures together, or why one cannot be read."""
-    waiting = iter(files)
-    for rows in detectors[0].eye.rows(files):
-        if isinstance(rows, Unreadable):
-            next(waiting)
-            yield rows
-            continue
-        columns = [(fitted, fitted.score_rows(rows)) for fitted in detectors]
-        named = [str(next(waiting)) for _ in columns[0][1]]
-        yield [row(name, fitted, scores[i]) for i, name in enumerate(named) for fitted, scores in columns]
-
-
-def row(name: str, fitted: PictureDetector, score: float) -> dict:
-    known = len(fitted.held_out) > 0
-    return {
-        "image": name,
-        "class": fitted.class_name,
-        "score": float(score),
-        "p_value": round(fitted.p_value(score), 6) if known else None,
-        "verdict": fitted.verdict(score) if known else None,
-    }
-
-
-def draw_heat_maps(
-    detectors: list[PictureDetector], rows: list[dict], folder: Path, drawn: set[Path]
-) -> None:
-    """A PNG for each row: the picture, and where it is unusual. drawn: those of this run, to which these are
-    added; names that are alike get a number, what an earlier run left takes none."""
-    for row in rows:
-        fitted = next(known for known in detectors if known.class_name == row["class"])
-        name = f"{Path(row['image']).stem}-{row['class']}" if len(detectors) > 1 else Path(row["image"]).stem
-        stem, number = file_name(name), 1
-        while (path := folder / f"{stem}{f'-{number}' * (number > 1)}.png") in drawn:
-            number += 1
-        drawn.add(path)
-        told = f"{row['image']}  score {row['score']:.3g}  {row['verdict'] or ''}"
-        overlays.draw(pixels_of(row["image"]), fitted.heat_map(row["image"]), path, told)
 
 
 def calibrate(detectors: list[PictureDetector], folder: Path) -> list[str]:
@@ -278,32 +119,6 @@ def progress(parts: Iterator, total: int, text: str, shown: bool) -> Iterator:
 
 def _count(part) -> int:
     return len({row["image"] for row in part}) if isinstance(part, list) else len(next(iter(part.values())))
-
-
-def tell_thresholds(detectors: list[PictureDetector]) -> None:
-    """Say on standard error where the verdicts draw the line, and where that rests on too little."""
-    for fitted in detectors:
-        name = f"{fitted.class_name}: " if len(detectors) > 1 else ""
-        if not len(fitted.held_out):
-            print(f"{name}no verdicts: no normal pictures were held out; --calibrate FOLDER", file=sys.stderr)
-            continue
-        print(f"{name}{fitted.threshold}", file=sys.stderr)
-        if fitted.threshold.warning:
-            print(f"warning: {name}{fitted.threshold.warning}", file=sys.stderr)
-
-
-def tell_counts(
-    detectors: list[PictureDetector], counts: Counter[str], done: int, output: Path | None
-) -> None:
-    """Say on standard error how many pictures were scored, how many each class calls anomalous, and where the
-    rows are."""
-    anomalous = [
-        f"{counts[fitted.class_name]} anomalous" + f" by {fitted.class_name}" * (len(detectors) > 1)
-        for fitted in detectors
-        if len(fitted.held_out)
-    ]
-    told = ", ".join([f"{done} pictures scored", *anomalous])
-    print(told + (f"; rows in {output}" if output else ""), file=sys.stderr)
 
 
 def main(arguments: argparse.Namespace) -> int:

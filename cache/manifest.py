@@ -5,7 +5,7 @@ A folder, made by one process or by several that share it, and whole when ``mani
     manifest.json               what the features are (the fields), the records of all shards, finished: true
                                 when all are there, and its own checksum
     labels.json                 names, categories and defects of the images
-    images.json                 the content hash of each image, and the file's own checksum (growth.py)
+    images.json                 the content hash of each image, and the file's own checksum (cache/growth.py)
     train-tokens-00000.npy ...  float16 (images, 1 + N, C): the semantic token, then the patch tokens
     train-bands-00000.npy ...   float16 (images, D): the band token, where one is kept
     train-00000.json ...        the record of a finished shard: rows, images left out, sizes and checksums;

@@ -1,8 +1,11 @@
-"""The JSON record of a checkpoint: sealed with a checksum when it is written, checked when it is read."""
+"""The JSON record of a checkpoint: sealed with a checksum when it is written, checked when it is read, and
+found in a run's folder."""
 
 from pathlib import Path
 
-from shell.files import read_sealed
+import config as knobs
+from config import UserError
+from shell.files import file_name, read_sealed
 
 # What a record must hold: name -> its type. What else is there is kept and covered by the checksum.
 SHAPE = {
@@ -44,3 +47,25 @@ def _check(path: Path, part: dict, shape: dict) -> None:
     for name, kind in shape.items():
         if not isinstance(part.get(name), kind):
             raise ValueError(f"{path} is not shaped like a record of this version: {name} is missing")
+
+
+def find_checkpoints(path: Path, class_name: str | None, seed: int | None) -> list[Path]:
+    """The checkpoints of a run's folder, or the one that is named. Raises UserError when there are none."""
+    if not path.is_dir():
+        return [path]
+    records = sorted(path.glob("classes/*.json"))
+    parts = [(file, *file.stem.rpartition("-seed")[::2]) for file in records]
+    numbered = [(file, name, int(number)) for file, name, number in parts if number.isdigit()]
+    if not numbered:
+        raise UserError(f"expected a run with classes/<class>-seed<n>.json in {path}, found none")
+    first = min(number for _, _, number in numbered) if seed is None else seed
+    found = {name: file for file, name, number in numbered if number == first}
+    if not found:
+        raise UserError(f"{path} holds no class of seed {seed}")
+    if class_name is None:
+        return list(found.values())
+    chosen = [name.strip() for name in knobs.class_names(class_name)]
+    for name in chosen:
+        if file_name(name) not in found:
+            raise UserError(knobs.unknown("class", name, found))
+    return [found[file_name(name)] for name in chosen]

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from shell.files import whole_file
+from detector.detector import PictureDetector
+from images.images import pixels_of
+from shell.files import file_name, whole_file
 
 LEAST_SCALE = 3.0  # standard deviations that the colours span at least
 
@@ -32,3 +34,19 @@ def save(figure, path: Path) -> None:
     """A matplotlib figure as a PNG, whole or not at all."""
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
+
+
+def draw_heat_maps(
+    detectors: list[PictureDetector], rows: list[dict], folder: Path, drawn: set[Path]
+) -> None:
+    """A PNG for each row: the picture, and where it is unusual. drawn: those of this run, to which these are
+    added; names that are alike get a number, what an earlier run left takes none."""
+    for row in rows:
+        fitted = next(known for known in detectors if known.class_name == row["class"])
+        name = f"{Path(row['image']).stem}-{row['class']}" if len(detectors) > 1 else Path(row["image"]).stem
+        stem, number = file_name(name), 1
+        while (path := folder / f"{stem}{f'-{number}' * (number > 1)}.png") in drawn:
+            number += 1
+        drawn.add(path)
+        told = f"{row['image']}  score {row['score']:.3g}  {row['verdict'] or ''}"
+        draw(pixels_of(row["image"]), fitted.heat_map(row["image"]), path, told)

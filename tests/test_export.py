@@ -14,7 +14,7 @@ import export
 import train
 from backbone.resizing import resize_like_pillow
 from config import Config, UserError
-from detector import calibration
+from detector import calibration, exporting
 from detector.detector import Detector
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,7 @@ def fitted(tmp_path_factory):
 
 
 def loaded(name: str):
-    return export.load(f"runs/{name}/classes/leaf-seed0", false_alarms=0.2)
+    return exporting.load(f"runs/{name}/classes/leaf-seed0", false_alarms=0.2)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_exported_file_is_the_detector(fitted, tmp_path, monkeypatch, name, endi
     assert detector.fitted.uses_places == (name == "joined")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "No complete tensor")
-        assert export.export(detector, path, size) <= 1e-4 and list(tmp_path.iterdir()) == [path]
+        assert exporting.export(detector, path, size) <= 1e-4 and list(tmp_path.iterdir()) == [path]
     if ending == "onnx":
         assert threads == [torch.get_num_threads()], "as many as --threads says"
     files = [fitted / f"images/test/{c}/0{i}.png" for c in ("leaf", "sky") for i in range(3)]
@@ -118,7 +118,7 @@ def test_p_values_rest_on_the_files_own_arithmetic(fitted, tmp_path, capsys):
     scores = [
         detector.score(sorted(good.iterdir()))
         for detector in (
-            export.load("runs/bf/classes/leaf-seed0", 0.2),
+            exporting.load("runs/bf/classes/leaf-seed0", 0.2),
             Detector.load("runs/bf/classes/leaf-seed0", "cpu", 1),
         )
     ]
@@ -132,19 +132,19 @@ def test_file_that_says_something_else_is_not_kept(fitted, tmp_path, monkeypatch
         path.write_bytes(b"x")
         return lambda images: [out.numpy() * 1.001 for out in program.module()(torch.from_numpy(images))]
 
-    monkeypatch.setitem(export.WRITERS, ".pt2", wrong)
-    largest = max(export.detector_scores(loaded("latent_knn"), export.examples(5, (64, 64))))
+    monkeypatch.setitem(exporting.WRITERS, ".pt2", wrong)
+    largest = max(exporting.detector_scores(loaded("latent_knn"), exporting.examples(5, (64, 64))))
     told = rf"differ from the detector's by 1.0e-03 .* at a score of {re.escape(f'{largest:.3g}')} "
     with pytest.raises(UserError, match=told):
-        export.export(loaded("latent_knn"), tmp_path / "x.pt2")
+        exporting.export(loaded("latent_knn"), tmp_path / "x.pt2")
     assert not list(tmp_path.iterdir())
 
 
 def test_mistakes(fitted, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"\.onnx or \.pt2"):
-        export.export(loaded("latent_knn"), tmp_path / "x.tflite")
+        exporting.export(loaded("latent_knn"), tmp_path / "x.tflite")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime"):
-        export.write_onnx(None, tmp_path / "x.onnx")
+        exporting.write_onnx(None, tmp_path / "x.onnx")
     with pytest.raises(UserError, match="img_size"):
         export.main(export.parse_arguments(["runs/latent_knn/classes/leaf-seed0", "x.pt2", "--size", "big"]))

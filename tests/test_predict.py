@@ -18,13 +18,13 @@ from conftest import tree
 from PIL import Image
 from safetensors.torch import save_file
 
-import export
 import main
 import predict
 import train
 from config import Config, UserError
-from detector import pictures
+from detector import exporting, pictures, records
 from detector.detector import Detector
+from images import given
 from shell.files import file_name, write_text
 
 pytestmark = pytest.mark.slow
@@ -138,7 +138,7 @@ def test_three_lines_in_a_notebook(here):
 
 def test_backbone_is_loaded_once_and_late(here, monkeypatch):
     loaded, real = [], pictures.extraction.Extraction
-    monkeypatch.setattr(pictures.extractor, "Extraction", lambda *a: loaded.append(1) or real(*a))
+    monkeypatch.setattr(pictures.extraction, "Extraction", lambda *a: loaded.append(1) or real(*a))
     found = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
     assert not loaded
     found.score(TESTED[:2])
@@ -230,14 +230,14 @@ def test_a_name_without_a_file(here, capsys, monkeypatch):
     ],
 )
 def test_lists_of_every_system(content):
-    assert predict.lines_of(content) == ["a.png", "ä b.png"]
+    assert given.lines_of(content) == ["a.png", "ä b.png"]
 
 
 def test_names_that_are_no_text_pass_through_a_list():
-    assert os.fsencode(predict.lines_of(b"\xff.png\n")[0]) == b"\xff.png"
+    assert os.fsencode(given.lines_of(b"\xff.png\n")[0]) == b"\xff.png"
     for content in (b"a.png\0b.png\0", "a.png\n".encode("utf-16-le")):
         with pytest.raises(UserError, match="NUL"):
-            predict.lines_of(content)
+            given.lines_of(content)
 
 
 def test_globs_through_folders_with_brackets(tmp_path):
@@ -245,7 +245,7 @@ def test_globs_through_folders_with_brackets(tmp_path):
     tree(tmp_path, *names)
 
     def found(pattern):
-        return [path.relative_to(tmp_path).as_posix() for path in predict.matching(f"{tmp_path}/{pattern}")]
+        return [path.relative_to(tmp_path).as_posix() for path in given.matching(f"{tmp_path}/{pattern}")]
 
     assert found("shots [1]/*.png") == ["shots [1]/a.png"]
     assert found("shots [1]/**/*.png") == ["shots [1]/a.png", "shots [1]/deep/b.png"]
@@ -344,9 +344,9 @@ def test_classes_of_any_name_can_be_named(tmp_path):
     names = ["a,b", "plain", "-odd\tname"]
     for name in names:
         write_text(tmp_path / "classes" / f"{file_name(name)}-seed0.json", "{}")
-    found = predict.find_checkpoints(tmp_path, "a\\,b,-odd\tname", None)
+    found = records.find_checkpoints(tmp_path, "a\\,b,-odd\tname", None)
     assert [path.name for path in found] == ["a,b-seed0.json", f"{file_name(names[2])}-seed0.json"]
-    assert len(predict.find_checkpoints(tmp_path, None, None)) == 3
+    assert len(records.find_checkpoints(tmp_path, None, None)) == 3
 
 
 def test_the_script_ends_with_a_line_and_a_status(fitted):
@@ -372,13 +372,13 @@ def test_a_weights_file_is_found_by_its_hash_wherever_it_lies(here, tmp_path, mo
     checkpoint = Path("runs/file/classes/a-seed0")
     wanted = Detector.load(checkpoint, "cpu", 1).score(TESTED[0])
     moved = kept.rename(tmp_path / "moved.safetensors")
-    for given, told in ((None, "fitted with kept.safetensors .*classes.*give it"), (other, "that very file")):
+    for place, told in ((None, "fitted with kept.safetensors .*classes.*give it"), (other, "that very file")):
         with pytest.raises(UserError, match=told):
-            Detector.load(checkpoint, "cpu", 1, weights_path=given).score(TESTED[0])
+            Detector.load(checkpoint, "cpu", 1, weights_path=place).score(TESTED[0])
     assert Detector.load(checkpoint, "cpu", 1, weights_path=moved).score(TESTED[0]) == wanted
     arguments = [str(checkpoint), TESTED[0], "--weights_path", str(moved), "--device", "cpu"]
     assert predict.main(predict.parse_arguments(arguments)) == 0
-    assert export.load(checkpoint, None, None, moved).score(TESTED[0]) == pytest.approx(wanted, rel=1e-3)
+    assert exporting.load(checkpoint, None, None, moved).score(TESTED[0]) == pytest.approx(wanted, rel=1e-3)
     moved.rename(checkpoint.with_name("kept.safetensors"))
     assert Detector.load(checkpoint, "cpu", 1).score(TESTED[0]) == wanted
     with pytest.raises(UserError, match="no file; leave it out"):

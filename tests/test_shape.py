@@ -10,7 +10,6 @@ from conftest import write_image
 from PIL import Image
 
 import datasets
-import export
 import extractor
 import predict
 import train
@@ -18,6 +17,7 @@ from backbone import backbones
 from backbone.identity import cache_identity, size_for, size_in_shape
 from cache.manifest import Manifest
 from config import Config, UserError, make_config
+from detector import exporting
 from detector.detector import Detector
 from images import images
 
@@ -247,5 +247,5 @@ def test_exported_file_takes_the_shape(run, tmp_path, ending):
     if ending == "onnx":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
-    loaded = export.load(Path("runs/belt/classes/belt-seed0"), 0.2)
-    assert export.export(loaded, tmp_path / f"x.{ending}", (HEIGHT, WIDTH)) <= 1e-4
+    loaded = exporting.load(Path("runs/belt/classes/belt-seed0"), 0.2)
+    assert exporting.export(loaded, tmp_path / f"x.{ending}", (HEIGHT, WIDTH)) <= 1e-4

@@ -1,0 +1,101 @@
+"""Scores of pictures as they come: the rows of their table, the formats it is written in, and what is said
+beside it."""
+
+import contextlib
+import csv
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from backbone.resizing import Unreadable
+from config import UserError
+from detector.detector import PictureDetector
+from shell.files import whole_file
+
+COLUMNS = ("image", "class", "score", "p_value", "verdict")
+Put = Callable[[dict], None]
+
+
+@contextlib.contextmanager
+def table(output: Path | None) -> Iterator[Put]:
+    """What takes the rows, {column: value}, one by one: CSV on the screen, or a file that is there, whole,
+    when the block ends well. Raises UserError on an ending that is none of the three."""
+    if output is None:
+        yield _csv(sys.stdout)
+        return
+    if output.suffix not in (".csv", ".json", ".jsonl"):
+        raise UserError(f"output: expected a name ending in .csv, .json or .jsonl, got {output}")
+    with whole_file(output) as partial, open(partial, "w", encoding="utf-8", newline="") as stream:
+        if output.suffix == ".csv":
+            yield _csv(stream)
+        elif output.suffix == ".jsonl":
+            yield lambda row: print(json.dumps(row, ensure_ascii=False), file=stream, flush=True)
+        else:
+            comma = iter(["[\n"])
+            yield lambda row: print(
+                next(comma, ",\n") + json.dumps(row, ensure_ascii=False), end="", file=stream, flush=True
+            )
+            print(next(comma, "") + "\n]", file=stream)
+
+
+def _csv(stream) -> Put:
+    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+
+    def put(row: dict) -> None:
+        writer.writerow(row | {"score": f"{row['score']:.6g}"})
+        stream.flush()
+
+    return put
+
+
+def rows_of(detectors: list[PictureDetector], files: list[Path]) -> Iterator[list[dict] | Unreadable]:
+    """The table's rows, in the order of the files: of some pictures together, or why one cannot be read."""
+    waiting = iter(files)
+    for rows in detectors[0].eye.rows(files):
+        if isinstance(rows, Unreadable):
+            next(waiting)
+            yield rows
+            continue
+        columns = [(fitted, fitted.score_rows(rows)) for fitted in detectors]
+        named = [str(next(waiting)) for _ in columns[0][1]]
+        yield [row(name, fitted, scores[i]) for i, name in enumerate(named) for fitted, scores in columns]
+
+
+def row(name: str, fitted: PictureDetector, score: float) -> dict:
+    known = len(fitted.held_out) > 0
+    return {
+        "image": name,
+        "class": fitted.class_name,
+        "score": float(score),
+        "p_value": round(fitted.p_value(score), 6) if known else None,
+        "verdict": fitted.verdict(score) if known else None,
+    }
+
+
+def tell_thresholds(detectors: list[PictureDetector]) -> None:
+    """Say on standard error where the verdicts draw the line, and where that rests on too little."""
+    for fitted in detectors:
+        name = f"{fitted.class_name}: " if len(detectors) > 1 else ""
+        if not len(fitted.held_out):
+            print(f"{name}no verdicts: no normal pictures were held out; --calibrate FOLDER", file=sys.stderr)
+            continue
+        print(f"{name}{fitted.threshold}", file=sys.stderr)
+        if fitted.threshold.warning:
+            print(f"warning: {name}{fitted.threshold.warning}", file=sys.stderr)
+
+
+def tell_counts(
+    detectors: list[PictureDetector], counts: Counter[str], done: int, output: Path | None
+) -> None:
+    """Say on standard error how many pictures were scored, how many each class calls anomalous, and where the
+    rows are."""
+    anomalous = [
+        f"{counts[fitted.class_name]} anomalous" + f" by {fitted.class_name}" * (len(detectors) > 1)
+        for fitted in detectors
+        if len(fitted.held_out)
+    ]
+    told = ", ".join([f"{done} pictures scored", *anomalous])
+    print(told + (f"; rows in {output}" if output else ""), file=sys.stderr)
