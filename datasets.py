@@ -1,7 +1,7 @@
 """Raw images with one-class labels and splits.
 
-Files of images are found by layouts.py and read by images.py, the binary files of published data sets by
-published.py, scikit-learn's digits here (README, "Your own data")."""
+Files of images are found by images/layouts.py and read by images/images.py, the binary files of published
+data sets by images/published.py, scikit-learn's digits here (README, "Your own data")."""
 
 import contextlib
 import dataclasses

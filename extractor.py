@@ -33,7 +33,7 @@ def extract(
     images: datasets.ImageSet,
     identity: CacheIdentity,
     device: torch.device,
-    known: growth.Known | None = None,
+    known: growth.KnownFeatures | None = None,
 ) -> FeatureCache:
     """Extract what is missing of the images of a data set into their cache, but for those whose features are
     known. Raises UserError; finished shards are kept."""
@@ -111,7 +111,7 @@ def make_features(
     images: datasets.ImageSet,
     identity: CacheIdentity,
     device: torch.device,
-    known: growth.Known | None,
+    known: growth.KnownFeatures | None,
 ) -> FeatureCache:
     """What is missing of a cache, from a larger one or from the images."""
     return pool_full_cache(config, images, identity) or extract(config, images, identity, device, known)

@@ -9,8 +9,9 @@ import random
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +35,7 @@ def seed_everything(seed: int) -> None:
 
 
 THREADS_PER_CORE = 8
+MOST_NAMED = 20  # images or shards in one line
 
 
 def set_up(device_name: str, threads: int) -> torch.device:
@@ -96,6 +98,11 @@ def readable_time(seconds: float) -> str:
         return f"{minutes} min"
     minutes = 10 * round(minutes / 10)
     return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def first_named(names: Sequence[str], separator: str = ", ") -> str:
+    """Names in one line, the first MOST_NAMED of them."""
+    return separator.join(names[:MOST_NAMED]) + (" and others" if len(names) > MOST_NAMED else "")
 
 
 def counted(number: int, what: str) -> str:
@@ -194,6 +201,18 @@ def thread_pool(threads: int, start: Callable[[], object] | None = None) -> Iter
         raise
     finally:
         pool.shutdown(wait, cancel_futures=True)
+
+
+def in_order(pool: ThreadPoolExecutor, task: Callable, items: Iterable, ahead: int) -> Iterator:
+    """task(item) of every item by the pool's threads, in order, ``ahead`` of them before they are asked
+    for."""
+    pending: deque[Future] = deque()
+    for item in items:
+        pending.append(pool.submit(task, item))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 # -------------------------------------- metrics: labels 0 normal, 1 anomalous; scores higher = more anomalous

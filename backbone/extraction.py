@@ -3,8 +3,7 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 
 import numpy as np
 import timm
@@ -194,7 +193,7 @@ class Extraction:
 
         try:
             with utils.thread_pool(workers, lambda: torch.set_num_threads(share)) as pool:
-                for found in in_order(pool, compute, self._batches(chosen), 2 * workers):
+                for found in utils.in_order(pool, compute, self._batches(chosen), 2 * workers):
                     yield from found
         finally:
             torch.set_num_threads(threads)  # what threads made from now on start with
@@ -230,23 +229,11 @@ class Extraction:
             ]
 
         with utils.thread_pool(self.readers) as pool:
-            for stacks in in_order(pool, read, self._batches(chosen), self.readers + 1):
+            for stacks in utils.in_order(pool, read, self._batches(chosen), self.readers + 1):
                 yield from stacks
 
     def _batches(self, chosen: range) -> list[range]:
         return [chosen[first : first + self.batch] for first in range(0, len(chosen), self.batch)]
-
-
-def in_order(pool: ThreadPoolExecutor, task: Callable, batches: list[range], ahead: int) -> Iterator:
-    """task(batch) of every batch by the pool's threads, in order, ``ahead`` of them before they are asked
-    for."""
-    pending: deque[Future] = deque()
-    for batch in batches:
-        pending.append(pool.submit(task, batch))
-        if len(pending) > ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
 
 
 def arriving(features: Iterator[Rows], device: torch.device) -> Iterator[Rows]:

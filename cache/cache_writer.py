@@ -28,7 +28,6 @@ from shell.files import (
 )
 from shell.locks import Lock
 
-MOST_NAMED = 20  # unreadable images in one line
 Features = Callable[[Shard, list[int]], Iterator[dict[str, np.ndarray]]]
 
 
@@ -231,7 +230,7 @@ class CacheWriter:
         for shard in missing:
             for i in read_json(self._note(shard)):
                 names.append(self.labels.split(shard.split).names[i])
-        shown = ", ".join(names[:MOST_NAMED]) + (" and others" if len(names) > MOST_NAMED else "")
+        shown = utils.first_named(names)
         count = utils.counted(len(names), "unreadable image")
         return (
             f"{count}: {shown}; repair them or take them out, or leave them out with "

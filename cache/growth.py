@@ -33,7 +33,7 @@ def _remembered(folder: Path) -> dict[str, list[str]] | None:
         return None
 
 
-class Known:
+class KnownFeatures:
     """The features of a cache by the content of their images, held in memory."""
 
     def __init__(self, cache: FeatureCache, keys: dict[str, list[str]]):
@@ -58,7 +58,7 @@ class Known:
                 yield from compute(shard._replace(start=places[0], stop=places[-1] + 1))
 
 
-def known_before(images: ImageSet, cache: FeatureCache) -> Known | None:
+def known_before(images: ImageSet, cache: FeatureCache) -> KnownFeatures | None:
     """The features of a finished cache whose images are all still there, with others beside them; None where
     any of them has changed or gone, or none has come."""
     keys = _remembered(cache.folder)
@@ -69,4 +69,4 @@ def known_before(images: ImageSet, cache: FeatureCache) -> Known | None:
     if not before < now or cache.manifest.size(cache.manifest.shards) > MOST:
         return None
     print(f"features: {len(now - before)} new images, {len(before)} keep theirs", flush=True)
-    return Known(cache, keys)
+    return KnownFeatures(cache, keys)

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import utils
 from cache import growth
-from cache.cache_writer import CHANGED, MOST_NAMED, lost_shards, reopen, restore
+from cache.cache_writer import CHANGED, lost_shards, reopen, restore
 from cache.feature_cache import CacheIdentity, FeatureCache, labels_damage
 from cache.manifest import Manifest, has_features
 from cache.shards import Damaged, Shard, shards_of
@@ -37,7 +38,7 @@ def is_finished(folder: Path) -> bool:
         return False
 
 
-def grown(images: datasets.ImageSet, identity: CacheIdentity) -> growth.Known | None:
+def grown(images: datasets.ImageSet, identity: CacheIdentity) -> growth.KnownFeatures | None:
     """What a finished cache holds of images that are all still there, where others have come; its shards that
     change are no longer finished then. None otherwise."""
     if not is_finished(identity.folder):
@@ -81,4 +82,4 @@ def mend(images: datasets.ImageSet, folder: Path, thorough: bool) -> bool:
 def listed(lost: dict[Shard, str]) -> str:
     """Lost shards with the reason, the first few of them."""
     shown = [f"{shard.name}: {damage}" for shard, damage in lost.items()]
-    return f"({'; '.join(shown[:MOST_NAMED])}{'; ...' if len(shown) > MOST_NAMED else ''})"
+    return f"({utils.first_named(shown, '; ')})"

@@ -5,9 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import datasets
+import utils
 from backbone import backbones, extraction
 from backbone.extraction import Rows
 from backbone.identity import cache_identity
@@ -131,19 +130,11 @@ class Eye:
 
     def _read(self, pictures: Iterable) -> Iterator[Tensor | Unreadable]:
         """The pictures as the device takes them, in order, read a little ahead."""
-        ahead, pending = READERS * self.job.batch, deque()  # type: ignore[var-annotated]
-        pool = ThreadPoolExecutor(READERS)
-        try:
-            for number, picture in enumerate(pictures):
-                pending.append(pool.submit(self._read_one, number, picture))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:  # Ctrl-C does not wait for what is not begun
-            pool.shutdown(cancel_futures=True)
+        with utils.thread_pool(READERS) as pool:
+            yield from utils.in_order(pool, self._read_one, enumerate(pictures), READERS * self.job.batch)
 
-    def _read_one(self, number: int, picture: Any) -> Tensor | Unreadable:
+    def _read_one(self, numbered: tuple[int, Any]) -> Tensor | Unreadable:
+        number, picture = numbered
         try:
             return to_device_size(images.pixels_of(picture), self.job.img_size)
         except UserError as mistake:

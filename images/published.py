@@ -71,7 +71,7 @@ class Source(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class PublishedForm:
     """One form in which a data set is published.
 
     folders: where its files may lie below the data set's folder, the usual place first. read: from the
@@ -122,7 +122,7 @@ def _read(dataset: str, root: Path) -> Arrays | None:
 
 
 # ---------------------------------------------------------------- fetching
-def _archives(dataset: str, root: Path) -> list[tuple[Form, Source]]:
+def _archives(dataset: str, root: Path) -> list[tuple[PublishedForm, Source]]:
     """The archives of a data set that lie in a folder, not yet unpacked."""
     pairs = [(form, source) for form in FORMS[dataset] for source in form.sources]
     return [(f, s) for f, s in pairs if s.path.endswith(".tar.gz") and (root / s.path).is_file()]
@@ -311,11 +311,11 @@ def _stl10(folder: Path) -> Arrays:
 
 
 # ---------------------------------------------------------------- the forms
-def _cifar(kind, binary: Form) -> tuple[Form, Form]:
+def _cifar(kind, binary: PublishedForm) -> tuple[PublishedForm, PublishedForm]:
     names = [name for name, _ in (*kind.train_list, *kind.test_list)]
     archive = Source(kind.url, kind.tgz_md5, kind.filename)
     files = (*names, kind.meta["filename"])
-    return Form((kind.base_folder, ""), files, partial(_cifar_python, kind), (archive,)), binary
+    return PublishedForm((kind.base_folder, ""), files, partial(_cifar_python, kind), (archive,)), binary
 
 
 def _cifar_archive(name: str, md5: str) -> Source:
@@ -324,10 +324,10 @@ def _cifar_archive(name: str, md5: str) -> Source:
 
 TRAIN_BATCHES = [f"data_batch_{i}.bin" for i in range(1, 6)]
 FASHION_FOLDERS = ("FashionMNIST/raw", "raw", "")
-FORMS: dict[str, tuple[Form, ...]] = {
+FORMS: dict[str, tuple[PublishedForm, ...]] = {
     "cifar10": _cifar(
         tv.CIFAR10,
-        Form(
+        PublishedForm(
             ("cifar-10-batches-bin", ""),
             (*TRAIN_BATCHES, "test_batch.bin"),
             partial(_cifar_binary, TRAIN_BATCHES, 1, None),
@@ -336,7 +336,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
     ),
     "CIFAR100": _cifar(
         tv.CIFAR100,
-        Form(
+        PublishedForm(
             ("cifar-100-binary", ""),
             ("train.bin", "test.bin", "fine_label_names.txt"),
             partial(_cifar_binary, ["train.bin"], 2, "fine_label_names.txt"),
@@ -344,7 +344,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
         ),
     ),
     "fashion": tuple(
-        Form(
+        PublishedForm(
             FASHION_FOLDERS,
             _idx_files(ending),
             partial(_fashion, ending),
@@ -356,7 +356,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
         for ending in ("-idx{}-ubyte.gz", "-idx{}-ubyte", ".idx{}-ubyte", ".idx{}-ubyte.gz")
     ),
     "STL10": (
-        Form(
+        PublishedForm(
             (tv.STL10.base_folder, ""),
             ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin"),
             _stl10,

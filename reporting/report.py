@@ -25,7 +25,6 @@ ORACLE = "best_on_test_auroc"
 SCORE_AUROCS = {f"{name}_auroc": SCORES[name] for name in ("latent", "likelihood")}  # of every epoch
 SHOWN = (*METRICS, ORACLE)  # the table's columns
 COLUMNS = (*SHOWN, *SCORE_AUROCS)  # the files'
-MOST_NAMED = 20  # images that are left out, in one line
 COUNTS = ("epoch", "n_train", "n_test", "seconds")  # what results.csv says of a class beside its metrics
 
 
@@ -206,7 +205,7 @@ def notes(summary: dict) -> list[str]:
     if precision := summary["features"].get("precision"):
         lines.append(f"Features were computed in {precision}.")
     if skipped := summary["features"].get("skipped"):
-        shown = ", ".join(skipped[:MOST_NAMED]) + (" and others" if len(skipped) > MOST_NAMED else "")
+        shown = utils.first_named(skipped)
         lines.append(f"Left out: {utils.counted(len(skipped), 'unreadable image')}: {shown}.")
     return lines
 

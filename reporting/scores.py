@@ -15,11 +15,11 @@ from detector.detector import PictureDetector
 from shell.files import whole_file
 
 COLUMNS = ("image", "class", "score", "p_value", "verdict")
-Put = Callable[[dict], None]
+WriteRow = Callable[[dict], None]
 
 
 @contextlib.contextmanager
-def table(output: Path | None) -> Iterator[Put]:
+def table(output: Path | None) -> Iterator[WriteRow]:
     """What takes the rows, {column: value}, one by one: CSV on the screen, or a file that is there, whole,
     when the block ends well. Raises UserError on an ending that is none of the three."""
     if output is None:
@@ -40,7 +40,7 @@ def table(output: Path | None) -> Iterator[Put]:
             print(next(comma, "") + "\n]", file=stream)
 
 
-def _csv(stream) -> Put:
+def _csv(stream) -> WriteRow:
     writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
     writer.writeheader()
 

@@ -47,3 +47,15 @@ def test_what_cannot_be_run_is_found():
         "train.py does not read --n_seeds",
         "export.py has no --sizes",
     ]
+
+
+def test_what_the_reading_guide_names_is_there():
+    """The files of each row, and in them the functions."""
+    rows = re.findall(
+        r"^\| (?!what happens)[^|]+ \| (.+\.py) \| (.+) \|$", (ROOT / "docs/reading.md").read_text(), re.M
+    )
+    assert len(rows) > 15
+    for files, names in rows:
+        code = "\n".join((ROOT / file).read_text() for file in re.split("[;,] ", files))
+        for part in re.findall(r"[\w.]+", names.replace("`", "")):
+            assert re.search(rf"\b(?:def|class) {part.split('.')[-1]}\b", code), f"{part} is not in {files}"
