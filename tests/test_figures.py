@@ -8,15 +8,14 @@ from test_report import RESULTS, SIMPLE
 
 import datasets
 from config import Config
-from detector import heat_map
-from reporting import figures, report
+from reporting import figures, overlays, report
 
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[Figure]:
     """The figures that are saved from now on."""
     saved: list[Figure] = []
-    monkeypatch.setattr(heat_map, "save", lambda figure, path: saved.append(figure))
+    monkeypatch.setattr(overlays, "save", lambda figure, path: saved.append(figure))
     return saved
 
 
@@ -226,5 +225,5 @@ def test_a_figure_is_whole_or_absent(tmp_path, monkeypatch):
 
     path = tmp_path / "new" / "roc.png"
     with pytest.raises(KeyboardInterrupt):
-        heat_map.save(Broken(), path)
+        overlays.save(Broken(), path)
     assert list(path.parent.iterdir()) == []

@@ -15,6 +15,7 @@ import predict
 from config import Config
 from detector import heat_map
 from detector.detector import Detector
+from reporting import overlays
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -88,7 +89,7 @@ def test_occlusion_finds_the_part_that_the_score_comes_from():
 
 
 def test_overlay_is_written(tmp_path):
-    heat_map.draw(np.zeros((30, 50, 3), np.uint8), np.random.rand(30, 50), tmp_path / "a" / "x.png", "a_$b$")
+    overlays.draw(np.zeros((30, 50, 3), np.uint8), np.random.rand(30, 50), tmp_path / "a" / "x.png", "a_$b$")
     assert Image.open(tmp_path / "a" / "x.png").size[0] > 500
 
 
