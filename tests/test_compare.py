@@ -12,6 +12,7 @@ from test_report import result
 
 import utils
 from config import Config, UserError
+from report import main as show_runs
 from reporting import compare, report
 from shell.files import file_name, write_json, write_sealed
 
@@ -142,7 +143,7 @@ def test_script_prints_list_table_and_comparison(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "runs", "one", {"x": scores_of(1.0)})
     printed = []
     for names in ([], ["one"], ["one", "one"]):
-        report.main(SimpleNamespace(runs=names))
+        show_runs(SimpleNamespace(runs=names))
         printed.append(capsys.readouterr().out)
     assert "finished" in printed[0] and "FPR95" in printed[1] and "+0.0000" in printed[2]
 
