@@ -1099,7 +1099,7 @@ def test_depths_of_a_token_model_with_three_stages():
 
 def test_a_timm_that_is_too_old_is_told(monkeypatch):
     """It cannot build what is asked for, in whatever words of its own."""
-    text = (Path(backbones.__file__).parent / "requirements.txt").read_text()
+    text = (Path(extractor.__file__).parent / "requirements.txt").read_text()
     assert f"timm>={backbones.LEAST_TIMM}\n" in text and backbones.too_old() == ""
     monkeypatch.setattr(timm, "__version__", "1.0.20.dev0")
     monkeypatch.setattr(timm, "create_model", lambda *_, **options: torch.ones((), device="meta").item())
