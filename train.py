@@ -29,7 +29,6 @@ from detector import baselines, calibration, detector, memory, runs
 from detector.detector import (
     ALIKE,
     EVAL_BATCH,
-    FEWEST,
     ClassData,
     Detector,
     Fitted,
@@ -242,14 +241,7 @@ class Trainer:
             batches = in_batches(self.rows[part], PLACE_BATCH)
             places = (self.sources[part].one("places", batch) for batch in batches)
             found[part] = torch.cat([self.detector.unusual_places(each) for each in places])
-        self._standardise(1, found["held"])
         return found
-
-    def _standardise(self, number: int, held: Tensor) -> None:
-        """Take mean and deviation from held-out images' values (n); a deviation needs FEWEST of them."""
-        fit = self.detector
-        fit.held_mean[number] = held.mean() if len(held) else 0.0
-        fit.held_deviation[number] = held.std().clamp_min(1e-3) if len(held) >= FEWEST else 1.0
 
     @property
     def compares(self) -> bool:
@@ -409,12 +401,11 @@ class Trainer:
             if config.select_epoch == "last" or not self.history:
                 raise self.not_finite("scores are not finite", self.step - 1)
             entry["held_out_loss"] = float("inf")  # training has diverged: an earlier epoch is reported
-        self._standardise(0, energies["held"].clamp_min(ENERGY_FLOOR).log())
         by_name = {"latent": test.z.square().mean(1), "likelihood": nll["test"]}
         if "test" in near:
             by_name["latent_knn"] = model.nearest_neighbours(near["test"])
         logs = energies["test"].clamp_min(ENERGY_FLOOR).log()
-        by_name["joined"] = fit.standardised(logs, 0) + self._share_of_places("test")
+        by_name["joined"] = logs + self.unusual_places.get("test", 0.0)
         entry["auroc"] = self._auroc(by_name[config.score])
         entry |= {f"{name}_auroc": self._auroc(by_name[name]) for name in ("latent", "likelihood")}
         if self.before_training is None and entry["loss"] is None:
@@ -429,11 +420,6 @@ class Trainer:
         if self.config.base == "normal":
             return model.normal_energy(*measured, fit.channels)
         return model.kernel_energy(near[part], measured.log_det, fit.bandwidth, fit.channels)
-
-    def _share_of_places(self, part: str) -> Tensor | float:
-        if part not in self.unusual_places:
-            return 0.0
-        return self.detector.standardised(self.unusual_places[part], 1)
 
     def _remember_if_best(self, entry: dict, reference: Tensor, measured: dict[str, Measured]) -> None:
         chosen = self.config.select_epoch == "last" or self.best is None
@@ -456,11 +442,8 @@ class Trainer:
             fit.reference = torch.cat([best.reference, rest], 1).half()
         with products("highest", self.device), torch.no_grad():
             held, test = best.measured["held"], best.measured["test"]
-            if self.config.score == "joined":
-                energy = self._in_parts(fit.energy, held)
-                self._standardise(0, energy.clamp_min(ENERGY_FLOOR).log())
             whole = {
-                part: self._in_parts(fit.score, each) + self._share_of_places(part)
+                part: self._in_parts(fit.score, each) + self.unusual_places.get(part, 0.0)
                 for part, each in (("held", held), ("test", test))
             }
             flow_scores = {
@@ -468,7 +451,7 @@ class Trainer:
                 for name in ("likelihood", "latent")
             }
         scores, held_scores = whole["test"].cpu().numpy(), whole["held"].cpu().numpy()
-        if not np.isfinite(scores).all():
+        if not (np.isfinite(scores).all() and np.isfinite(held_scores).all()):
             raise self.not_finite("scores are not finite", self.step - 1)
         result = {
             "class": data.class_name,

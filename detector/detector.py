@@ -219,6 +219,7 @@ def normalization_in_effect(config: Config, features: dict) -> str:
 LOW_DEPTHS = 2  # how many of the deepest depths give their low band to the joint token
 ALIKE = 0.35  # spread of a class's semantic tokens below which its images show one scene, and places are read
 MOST_UNUSUAL = 0.03  # share of an image's places that the joined score takes the mean of
+USUAL = 3.0  # standard deviations at which a heat map begins
 
 
 class Inputs(NamedTuple):
@@ -235,8 +236,7 @@ class Detector(nn.Module):
 
     The flow moves the leading directions of one token: the semantic one, with ``bands`` joined by the
     sub-band energies of several depths. Under the score "joined" the image's log-energy and its most unusual
-    places, each standardised, are added (docs/method.md, eq. 14), where the class's normal images show one
-    scene."""
+    places are added (docs/method.md, eq. 14), where the class's normal images show one scene."""
 
     def __init__(self, config: Config, features: dict, n_images: int | None = None):
         """features: the sidecar of the cache; n_feat, grid (rows, columns), tokens, kind (map or tokens) and,
@@ -280,9 +280,6 @@ class Detector(nn.Module):
             self.places = PlaceGaussians(*features["place_shape"])
             count = math.prod(self.place_grid)
             self.n_unusual = max(1, round(MOST_UNUSUAL * count))
-        # of the image's log-energy and of its places, over held-out normal images
-        self.register_buffer("held_mean", torch.zeros(2))
-        self.register_buffer("held_deviation", torch.ones(2))
         self.register_buffer("alike", torch.zeros((), dtype=torch.bool))
         self.uses_places = False
 
@@ -357,12 +354,7 @@ class Detector(nn.Module):
         energy = self.energy(z, log_det, outside)
         if name == "likelihood":
             return model.negative_log_likelihood(energy, self.bandwidth)
-        return self.standardised(energy.clamp_min(ENERGY_FLOOR).log(), 0)
-
-    def standardised(self, values: Tensor, number: int) -> Tensor:
-        """Values (B) in standard deviations of held-out normal images' (docs/method.md, eq. 14). number: 0
-        log-energies of images, 1 what ``unusual_places`` gives."""
-        return (values - self.held_mean[number]) / self.held_deviation[number]
+        return energy.clamp_min(ENERGY_FLOOR).log()
 
     def unusual_places(self, places: Tensor) -> Tensor:
         """How unusual an image's most unusual places are, on average, from raw place tokens (B, P, E) ->
@@ -376,7 +368,7 @@ class Detector(nn.Module):
         inputs = self.inputs(features)
         score = self.score(*self.latent(inputs), inputs.outside)
         if self.uses_places:
-            score = score + self.standardised(self.unusual_places(features.places), 1)
+            score = score + self.unusual_places(features.places)
         return score
 
     @torch.no_grad()
@@ -387,11 +379,11 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def place_map(self, places: Tensor) -> np.ndarray:
-        """How unusual every place is (B, P), in standard deviations of what an image's most unusual places
-        are on average, from raw place tokens (B, P, E)."""
+        """How unusual every place is (B, P), in standard deviations of the place's own log-energy beyond
+        the three that few places of a normal picture reach, from raw place tokens (B, P, E)."""
         assert self.places is not None
         with products("highest", places.device):
-            return self.standardised(self.places(places), 1).cpu().numpy()
+            return (self.places(places) - USUAL).cpu().numpy()
 
     @staticmethod
     def _finite(scores: np.ndarray) -> np.ndarray:
@@ -684,8 +676,8 @@ class PictureDetector:
         """How unusual each place of a picture is, (H, W) float32 at its size. Raises UserError on a picture
         that cannot be read.
 
-        Where the score reads places: standardised, so that 0 is as unusual as the most unusual place of a
-        usual normal picture. Else by occlusion: how much the score falls when a part is blurred."""
+        Where the score reads places: in standard deviations beyond ``USUAL``, which few places of a normal
+        picture reach. Else by occlusion: how much the score falls when a part is blurred."""
         pixels = images.pixels_of(picture)
         if not self.fitted.uses_places:
             return heat_map.by_occlusion(self.score, pixels)
