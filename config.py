@@ -552,6 +552,8 @@ class Config:
         for knob_name, value in (("score", "joined"), ("base", "kernel")):
             if getattr(self, knob_name) == value and not self.holdout:
                 raise UserError(f"{knob_name} {value} needs held-out normal images: set holdout, say 0.1")
+        if self.score == "latent_knn" and self.base == "kernel":
+            raise UserError("score latent_knn asks for no density: take base normal, or score likelihood")
         if self.fusion_tokens == "middle" and not self.places:
             raise UserError("fusion_tokens middle needs place tokens: set places, say 14 (it is 0)")
         if self.select_epoch == "likelihood" and self.holdout == 0:

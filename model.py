@@ -201,11 +201,16 @@ def normal_energy(z: Tensor, log_det: Tensor, outside: Tensor, channels: int) ->
     return (z.square().sum(1) + outside - 2 * log_det) / channels
 
 
-def kernel_energy(distances: Tensor, log_det: Tensor, bandwidth: Tensor, channels: int) -> Tensor:
-    """The same under a kernel density on the training images' latents (docs/method.md, eq. 12), in units of
-    its bandwidth h, the variance of a kernel: (-2 h log mean_i exp(-d_i / 2h) - 2 h log|det J|) / channels.
+DRAWN = 0.5  # where kernels are centred between the mean of all latents (0) and a training image's (1)
 
-    distances (B, n): squared, to the latents of the training images; log_det (B) -> (B)."""
+
+def kernel_energy(distances: Tensor, log_det: Tensor, bandwidth: Tensor, channels: int) -> Tensor:
+    """The same under a kernel density (docs/method.md, eq. 12), in units of its bandwidth h, the variance of
+    a kernel: (-2 h log mean_i exp(-d_i / 2h) - 2 h log|det J|) / channels.
+
+    distances (B, n): squared, to the kernels' centres, the training images' latents times ``DRAWN``: kernels
+    widen a density, and drawn to the mean they do not (the smoothed bootstrap with shrinkage: Silverman and
+    Young 1987); log_det (B) -> (B)."""
     density = torch.logsumexp(distances / (-2 * bandwidth), 1) - math.log(distances.shape[1])
     return -2 * bandwidth * (density + log_det) / channels
 

@@ -138,7 +138,7 @@ class Evaluation:
     number: int  # evaluations up to and including this one
     entry: dict
     flow: dict[str, Tensor]
-    reference: Tensor  # leading latents of the training images; empty where the score has no use for them
+    reference: Tensor  # as the detector's, its leading directions; empty where no score has a use for it
     bandwidth: Tensor
     measured: dict[str, Measured]  # held-out and test images
 
@@ -160,6 +160,7 @@ class Trainer:
         self.rows = {"fit": data.fit_rows, "held": data.held_rows, "test": data.test_rows}
         self.detector = Detector(config, features, len(data.fit_rows))
         self.needs_reference = config.base == "kernel" or config.score == "latent_knn"
+        self.drawn = model.DRAWN if config.base == "kernel" else 1.0
         self.joint: dict[str, Tensor] = {}  # power-normalised joint tokens, kept for the simple detectors
         self.tokens: dict[str, tuple[Tensor, Tensor]] = {}  # whitened once, for all epochs
         self._fit_normalizers()
@@ -354,12 +355,14 @@ class Trainer:
         return Measured(*(torch.cat(parts) for parts in zip(*measured)))
 
     def distances(self, part: str, measured: Measured, reference: Tensor) -> Tensor:
-        """Squared distances (m, n) of the latents of a part to those of the images fitted to, whose leading
-        latents are given; what the flow does not move is computed once."""
+        """Squared distances (m, n) of the latents of a part to the reference, whose leading directions are
+        given; what the flow does not move is computed once."""
         fit, leading = self.detector, self.detector.leading
         if part not in self.unmoved:
             rest = (
-                model.squared_distances(measured.z[:, leading:], self.tokens["fit"][0][:, leading:])
+                model.squared_distances(
+                    measured.z[:, leading:], self.drawn * self.tokens["fit"][0][:, leading:]
+                )
                 if leading < fit.directions
                 else 0.0
             )
@@ -381,13 +384,13 @@ class Trainer:
         self._remember_if_best(entry, reference, measured)
 
     def _evaluated(self, entry: dict, measured: dict[str, Measured]) -> tuple[dict, Tensor]:
-        """An epoch's entry of the history, completed, and the leading latents of the images fitted to."""
+        """An epoch's entry of the history, completed, and the leading directions of the reference."""
         fit, config = self.detector, self.config
         held, test = measured["held"], measured["test"]
         reference = held.z.new_zeros(0, fit.leading)
         near: dict[str, Tensor] = {}
         if self.needs_reference:
-            reference = self.measure("fit").z[:, : fit.leading]
+            reference = self.drawn * self.measure("fit").z[:, : fit.leading]
             near = {
                 part: self.distances(part, each, reference) for part, each in (("held", held), ("test", test))
             }
@@ -439,7 +442,7 @@ class Trainer:
         fit.bandwidth.copy_(best.bandwidth)
         if self.needs_reference:
             rest = self.tokens["fit"][0][:, fit.leading :] if "fit" in self.tokens else best.reference[:, :0]
-            fit.reference = torch.cat([best.reference, rest], 1).half()
+            fit.reference = torch.cat([best.reference, self.drawn * rest], 1).half()
         with products("highest", self.device), torch.no_grad():
             held, test = best.measured["held"], best.measured["test"]
             whole = {

@@ -273,7 +273,8 @@ class Detector(nn.Module):
         self.fusion_grid = grid
         self.patch_normalizer = PatchNormalizer(name, width, self.leading) if self.fused else None
         self.flow = build_flow(config, self.leading, grid, n_tokens if self.fused else 0, self.middle)
-        self.register_buffer("reference", torch.zeros(0, self.directions, dtype=torch.float16))  # latents
+        # latents of the training images, or the kernels' centres
+        self.register_buffer("reference", torch.zeros(0, self.directions, dtype=torch.float16))
         self.register_buffer("bandwidth", torch.ones(()))  # of the base density: 1 of the normal one
         self.places: PlaceGaussians | None = None
         if config.places and config.score == "joined":

@@ -251,7 +251,9 @@ def test_an_identity_start_is_a_kernel_density_of_the_tokens(cache, channels):
     (known, _), (held, outside), (test, beside) = (trainer.tokens[part] for part in ("fit", "held", "test"))
 
     def plain(tokens, rest):
-        squares = (tokens[:, None].double() - known[None].double()).square().sum(2) + rest[:, None].double()
+        squares = (tokens[:, None].double() - known[None].double() / 2).square().sum(2) + rest[
+            :, None
+        ].double()
         density = torch.exp(-squares / (2 * h)).mean(1) * (2 * math.pi * h) ** (-width / 2)
         return -density.log() / width
 
