@@ -37,9 +37,9 @@ THREADS_PER_CORE = 8
 
 
 def set_up(device_name: str, threads: int) -> torch.device:
-    """The device of a name (auto, cpu, cuda, cuda:N), and torch's threads set. Of several processes on one
-    machine (torchrun's LOCAL_RANK) each takes a GPU of its own. Raises UserError on an absent device, or on
-    more threads than the machine has use for."""
+    """The device of a name (auto, cpu, cuda, cuda:N), and torch's threads set; float32 convolutions on a GPU
+    are float32, not TF32. Of several processes on one machine (torchrun's LOCAL_RANK) each takes a GPU of its
+    own. Raises UserError on an absent device, or on more threads than the machine has use for."""
     cores = cpu_count()
     if threads > THREADS_PER_CORE * cores:
         raise UserError(
@@ -63,6 +63,7 @@ def set_up(device_name: str, threads: int) -> torch.device:
         raise UserError(
             f"device {device_name}: this machine has {available} CUDA devices; set device to cpu or auto"
         )
+    torch.backends.cudnn.allow_tf32 = False  # torch's default is True
     return device
 
 
