@@ -169,6 +169,13 @@ class Config:
         high=10**6,
         affects="run",
     )
+    check: bool = knob(
+        False,
+        "main.py: compare the AUROCs with the preset's committed table, results/<preset>.csv, and end with "
+        "exit status 1 where one differs by more than .0005",
+        affects="run",
+        scripts=("main.py",),
+    )
     plots: bool = knob(
         True,
         "main.py: draw score histograms, ROC, curves over epochs and contact sheets into the run's folder",
