@@ -131,7 +131,14 @@ class Config:
         affects="run",
         scripts=("main.py",),
     )
-    threads: int = knob(0, "CPU threads for torch; 0: all cores", low=0, high=1024, affects="run")
+    threads: int = knob(
+        0,
+        "CPU threads in all; 0: all cores; main.py shares them out among classes, each in a process of its "
+        "own; 1: one class after the other",
+        low=0,
+        high=1024,
+        affects="run",
+    )
     verbose: bool = knob(True, "print the loss and AUROC of every epoch", affects="run", scripts=FITTING)
     hide_tqdm_bar: bool = knob(
         False, "no progress bars (there are none where the output is no terminal)", affects="run"
@@ -615,6 +622,7 @@ PRESETS["quickstart"] = PRESETS["accurate"] | {
     "modelname": "quickstart",
     "dataset": "digits",
     "extractor": "efficientnet_lite0",
+    "verbose": False,
 }
 PRESETS["ablation"] = PRESETS["accurate"] | {
     "modelname": "ablation",

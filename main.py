@@ -108,7 +108,8 @@ def in_parallel(ledger: runs.Ledger, at_once: int, watch: runs.Stopwatch) -> Ite
     threads, on two cores one: what a cell comes to does not depend on how many are missing."""
     cache, threads = ledger.cache, max(1, torch.get_num_threads() // at_once)
     identity = feature_cache.CacheIdentity(cache.folder, cache.manifest.fields)
-    tasks = (Task(cell, ledger.config, identity, threads, watch.since) for cell in ledger.missing())
+    config = dataclasses.replace(ledger.config, hide_tqdm_bar=True)  # bars of several would run together
+    tasks = (Task(cell, config, identity, threads, watch.since) for cell in ledger.missing())
     for cell, result in in_processes(at_once, fit_task, tasks, threads):
         ledger.keep(cell, result)
         yield cell
@@ -263,6 +264,7 @@ def run(config: Config) -> dict | None:
 def write_report(ledger: runs.Ledger, classes: list[str], watch: runs.Stopwatch) -> dict:
     """Baselines, table and pictures of a run whose cells are all done -> its summary."""
     config, cache, folder = ledger.config, ledger.cache, detector.run_folder(ledger.config)
+    print("all classes are done: writing the report", flush=True)
     results = [ledger.results[cell] for cell in ledger.cells]
     failing = {result["class"] for result in results if "reason" in result}
     whole = [class_name for class_name in classes if class_name not in failing]
