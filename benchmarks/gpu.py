@@ -195,8 +195,8 @@ def extraction(job: Job) -> None:
     found = extraction_of(job, job.device, count)
     found.seconds_per_image(count)  # warms it up
     seconds = job.seconds(lambda: [None for _ in found.features("train")])
+    plain = extraction_of(job, CPU, 1, precision="float32")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        plain = extraction_of(job, CPU, 1, precision="float32")
         plain.backbone(torch.zeros(1, 3, *plain.img_size))
     rate = counter.get_total_flops() * count / seconds
     job.tell("images/s, tokens left on the device", f"{count / seconds:.0f}")
