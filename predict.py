@@ -4,13 +4,17 @@ come.
 python predict.py runs/foad_mfff/classes/cat-seed0 FOLDER photo.jpg > scores.csv
 python predict.py runs/foad_mfff 'shots/*.png' --output scores.json --false_alarms 0.01
 find . -name '*.jpg' | python predict.py runs/foad_mfff -
+python predict.py runs/foad_mfff --watch FOLDER > scores.csv
 
 A run's folder scores every picture by every class of its first seed, a row for each;
 --class_name names some.
 
 p_value: the share of normal pictures that score as high or higher, from the held-out ones;
 verdict: anomalous where that is at most --false_alarms. Both are empty where none were held out.
-Pictures that cannot be read are left out, listed at the end, and make the exit status 1."""
+Pictures that cannot be read are left out, listed at the end, and make the exit status 1.
+
+--watch scores the pictures in a folder, then each that arrives there or is written anew, until Ctrl-C
+or SIGTERM. One that cannot be read is tried again for half a minute: it may still be in the writing."""
 
 import argparse
 import sys
@@ -27,7 +31,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "checkpoint", type=Path, help="a run, runs/<modelname>, or a class of it, .../classes/<class>-seed<n>"
     )
-    parser.add_argument("images", nargs="+", help="files, folders, globs; - reads a list from standard input")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument(
+        "images", nargs="*", default=[], help="files, folders, globs; - reads a list from standard input"
+    )
+    asked.add_argument(
+        "--watch", type=Path, metavar="FOLDER", help="score pictures as they arrive there, until Ctrl-C"
+    )
     parser.add_argument(
         "--class_name", help="of a run: these classes only, separated by commas (in a name: \\,) [all]"
     )
@@ -60,8 +70,10 @@ import codecs
 import contextlib
 import csv
 import glob
+import itertools
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -69,6 +81,7 @@ from tqdm import tqdm
 
 import heat_map
 import utils
+import watch
 from config import UserError
 from detector import PictureDetector
 from images import images_below, pixels_of
@@ -175,15 +188,17 @@ def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
 
 # ---------------------------------------------------------------- what comes out
 @contextlib.contextmanager
-def table(output: Path | None) -> Iterator[Put]:
+def table(output: Path | None, at_once: bool = False) -> Iterator[Put]:
     """What takes the rows, {column: value}, one by one: CSV on the screen, or a file that is there, whole,
-    when the block ends well. Raises UserError on an ending that is none of the three."""
+    when the block ends well, or ``at_once``, row by row. Raises UserError on an ending that is none of the
+    three."""
     if output is None:
         yield _csv(sys.stdout)
         return
     if output.suffix not in (".csv", ".json", ".jsonl"):
         raise UserError(f"output: expected a name ending in .csv, .json or .jsonl, got {output}")
-    with whole_file(output) as partial, open(partial, "w", encoding="utf-8", newline="") as stream:
+    place = contextlib.nullcontext(output) if at_once else whole_file(output)
+    with place as path, open(path, "w", encoding="utf-8", newline="") as stream:
         if output.suffix == ".csv":
             yield _csv(stream)
         elif output.suffix == ".jsonl":
@@ -220,6 +235,25 @@ def rows_of(detectors: list[PictureDetector], files: list[Path]) -> Iterator[lis
         yield [row(name, fitted, scores[i]) for i, name in enumerate(named) for fitted, scores in columns]
 
 
+def rows_arriving(
+    detectors: list[PictureDetector], arrivals: watch.Arrivals
+) -> Iterator[list[dict] | Unreadable]:
+    """``rows_of`` the pictures that arrive, without an end; one that cannot be read is tried again, and told
+    of once there is little hope."""
+    print(f"watching {arrivals.folder}; Ctrl-C ends", file=sys.stderr, flush=True)
+    while True:
+        files = arrivals.ready()
+        waiting = iter(files)
+        for part in rows_of(detectors, files):
+            if not isinstance(part, Unreadable):
+                for path in itertools.islice(waiting, len(part) // len(detectors)):
+                    arrivals.done(path)
+                yield part
+            elif arrivals.given_up(next(waiting)):
+                yield part
+        time.sleep(watch.INTERVAL)
+
+
 def row(name: str, fitted: PictureDetector, score: float) -> dict:
     known = len(fitted.held_out) > 0
     return {
@@ -244,7 +278,11 @@ def draw_heat_maps(
             number += 1
         drawn.add(path)
         told = f"{row['image']}  score {row['score']:.3g}  {row['verdict'] or ''}"
-        heat_map.draw(pixels_of(row["image"]), fitted.heat_map(row["image"]), path, told)
+        try:
+            heat_map.draw(pixels_of(row["image"]), fitted.heat_map(row["image"]), path, told)
+        except UserError as gone:  # or changed since it was scored
+            drawn.remove(path)
+            print(f"no heat map: {gone}", file=sys.stderr)
 
 
 def calibrate(detectors: list[PictureDetector], folder: Path) -> list[str]:
@@ -293,48 +331,57 @@ def tell_thresholds(detectors: list[PictureDetector]) -> None:
 
 
 def tell_counts(
-    detectors: list[PictureDetector], counts: Counter[str], done: int, output: Path | None
+    detectors: list[PictureDetector], counts: Counter[str], done: int, failed: int, output: Path | None
 ) -> None:
-    """Say on standard error how many pictures were scored, how many each class calls anomalous, and where the
-    rows are."""
+    """Say on standard error how many pictures were scored, how many each class calls anomalous, how many
+    could not be read, where they are not listed, and where the rows are."""
     anomalous = [
         f"{counts[fitted.class_name]} anomalous" + f" by {fitted.class_name}" * (len(detectors) > 1)
         for fitted in detectors
         if len(fitted.held_out)
     ]
-    told = ", ".join([f"{done} pictures scored", *anomalous])
+    told = ", ".join([f"{done} pictures scored", *anomalous, *[f"{failed} unreadable"] * (failed > 0)])
     print(told + (f"; rows in {output}" if output else ""), file=sys.stderr)
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Score the pictures -> the exit status: 1 where some could not be read."""
-    files = find_images(arguments.images)
+    arrivals = watch.Arrivals(arguments.watch) if arguments.watch else None
+    files = [] if arrivals else find_images(arguments.images)
     detectors = load_all(arguments)
     unreadable = calibrate(detectors, arguments.calibrate) if arguments.calibrate else []
+    failed = len(unreadable)
     counts: Counter[str] = Counter()  # of the verdicts of each class
     drawn: set[Path] = set()
-    done, bar = 0, arguments.output is not None or not sys.stdout.isatty()
+    written, bar = 0, arguments.output is not None or not sys.stdout.isatty()
     tell_thresholds(detectors)
+    parts = rows_arriving(detectors, arrivals) if arrivals else rows_of(detectors, files)
+    ends = [KeyboardInterrupt] if arrivals else []  # as watching does
     try:
-        with table(arguments.output) as put:
-            for part in progress(rows_of(detectors, files), len(files), "scoring", bar):
+        with table(arguments.output, at_once=arrivals is not None) as put, contextlib.suppress(*ends):
+            for part in progress(parts, len(files), "scoring", bar and not arrivals):
                 if isinstance(part, Unreadable):
-                    unreadable.append(part.reason)
+                    failed += 1
+                    if arrivals:
+                        print(f"skipped: {part.reason}", file=sys.stderr, flush=True)
+                    else:
+                        unreadable.append(part.reason)
                     continue
                 for line in part:
-                    put(line)
                     counts[line["class"]] += line["verdict"] == "anomalous"
+                    written += 1
+                    put(line)
                 if arguments.heat_maps:
                     draw_heat_maps(detectors, part, arguments.heat_maps, drawn)
-                done += len(part) // len(detectors)
     except KeyboardInterrupt:
         kept = f"; {arguments.output} is not written" if arguments.output else ""
+        done = written // len(detectors)
         print(f"interrupted: {done} of {len(files)} pictures were scored{kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the rows has seen enough
         sys.stdout = None  # type: ignore[assignment]
         return 0
-    tell_counts(detectors, counts, done, arguments.output)
+    tell_counts(detectors, counts, written // len(detectors), failed if arrivals else 0, arguments.output)
     if drawn and (stale := len(set(arguments.heat_maps.glob("*.png")) - drawn)):
         print(
             f"note: {arguments.heat_maps} also holds {utils.counted(stale, 'PNG')} of other runs",
@@ -342,7 +389,7 @@ def main(arguments: argparse.Namespace) -> int:
         )
     for reason in unreadable:
         print(f"skipped: {reason}", file=sys.stderr)
-    return 1 if unreadable else 0
+    return 1 if failed else 0
 
 
 def run(arguments: argparse.Namespace) -> None:
