@@ -13,8 +13,9 @@ p_value: the share of normal pictures that score as high or higher, from the hel
 verdict: anomalous where that is at most --false_alarms. Both are empty where none were held out.
 Pictures that cannot be read are left out, listed at the end, and make the exit status 1.
 
---watch scores the pictures in a folder, then each that arrives there or is written anew, until Ctrl-C
-or SIGTERM. One that cannot be read is tried again for half a minute: it may still be in the writing."""
+--watch scores the pictures in a folder, then each that arrives there or is written anew, until
+Ctrl-C or SIGTERM. One that cannot be read is tried again for half a minute: it may still be in the
+writing."""
 
 import argparse
 import sys
