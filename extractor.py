@@ -31,6 +31,7 @@ from tqdm import tqdm
 import backbones
 import datasets
 import growth
+import memory
 import utils
 from arithmetic import is_traced
 from cache_writer import (
@@ -841,6 +842,7 @@ def main(config: Config) -> None:
         print(f"features: all {len(cache.manifest.shards)} shards of {folder} are sound", flush=True)
         return
     identity = sized(config, images, identity)
+    memory.check_features(config, what_is_kept(config, backbones.outline(at_size(config, identity)))[1])
     print(f"features written to {make_features(config, images, identity, device, known).folder}", flush=True)
 
 
