@@ -157,6 +157,8 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", help=f"of {', '.join(BACKBONES)} [all]")
     arguments = parser.parse_args()
+    if unknown := {*arguments.names} - {*BACKBONES}:
+        parser.error(f"expected names of {', '.join(BACKBONES)}, got {', '.join(sorted(unknown))}")
     lines = [HEAD, "|---" * HEAD.count(" | ") + "|---|"]
     for label in arguments.names or BACKBONES:
         lines.append(row(label))
