@@ -32,7 +32,13 @@ BACKBONES = {  # name here -> timm model (the released code's names; any other t
     "efficientnet_lite0": "tf_efficientnet_lite0",
     "efficientnet_lite1": "tf_efficientnet_lite1",
     "efficientnet_lite2": "tf_efficientnet_lite2",
+    "dinov2_s": "vit_small_patch14_dinov2.lvd142m",
+    "dinov2_b": "vit_base_patch14_dinov2.lvd142m",
+    "dinov2_l": "vit_large_patch14_dinov2.lvd142m",
+    "dinov3_b": "vit_base_patch16_dinov3.lvd1689m",
 }
+# Image sizes where those are not timm's: DINOv2 is evaluated at 224, timm has its last training's 518.
+SIZES = {f"dinov2_{letter}": (224, 224) for letter in "sbl"}
 FUSIONS = ("class_attention", "hilo", "spectral", "none")
 NORMALIZATIONS = ("auto", "none", "power_l2", "power_l2+whiten")
 SCORES = ("latent", "likelihood", "latent_knn", "joined")

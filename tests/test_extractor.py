@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.layers import BatchNormAct2d, Conv2dSame
 
+import config as knobs
 import datasets
 import extractor
 from backbone import backbones, extraction, resizing, storing
@@ -182,11 +183,33 @@ def test_named_backbones(name):
 
 
 def test_all_names_are_timms():
-    assert set(NAMED) | set(backbones.WEIGHT_PACKAGES) == set(BACKBONES)
+    assert {*NAMED, *SHORT, *backbones.WEIGHT_PACKAGES} == {*BACKBONES} and knobs.SIZES.keys() <= {*SHORT}
     for name, model in BACKBONES.items():
         fields = cache_identity(settings(name)).fields
         assert fields["timm_model"] == model and timm.is_model(model.split(".")[0])
-        assert tuple(fields["img_size"]) == tuple(timm.get_pretrained_cfg(model).input_size[1:])
+        own = knobs.SIZES.get(name, timm.get_pretrained_cfg(model).input_size[1:])
+        assert tuple(fields["img_size"]) == tuple(own)
+
+
+SHORT = {
+    "dinov2_s": (16, 384, 1),
+    "dinov2_b": (16, 768, 1),
+    "dinov2_l": (16, 1024, 1),
+    "dinov3_b": (16, 768, 5),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_short_names_have_the_sizes_that_they_are_used_at(name):
+    """Each with its grid, channels and prefix tokens; DINOv2 also at 448 and at the 518 of its last
+    training."""
+    side, channels, prefix = SHORT[name]
+    backbone = backbones.outline(settings(name))
+    assert backbone.grid == (side, side) and backbone.n_feat == channels
+    assert backbone.prefix == prefix and backbone.has_class_token
+    if name.startswith("dinov2"):
+        for size, side in ((448, 32), (518, 37)):
+            assert backbones.outline(settings(name, (size, size))).grid == (side, side)
 
 
 def test_normalisation_is_the_backbones_own():
