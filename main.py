@@ -9,6 +9,7 @@ from shell.signals import Interrupted
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
     CONFIG = from_command_line(__doc__)
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -35,6 +36,7 @@ from shell.workers import in_processes
 PROCESS_BYTES = 1e9  # of a process of its own, beside the training
 TABLES = Path(__file__).resolve().parent / "results"  # committed ones, a preset each
 TOLERANCE = 5e-4  # of an AUROC, between two machines
+Drawn = dict[str, list[figures.Picture]]  # class -> its pictures
 
 
 # ---------------------------------------------------------------- running
@@ -50,20 +52,22 @@ class Failed(NamedTuple):
         return {"class": self.cell.class_name, "seed": self.cell.seed, **nothing, "reason": self.reason}
 
 
-def run_cells(ledger: runs.Ledger, device: torch.device, watch: runs.Stopwatch) -> None:
+def run_cells(ledger: runs.Ledger, device: torch.device, watch: runs.Stopwatch) -> Drawn:
     """Fit every class with every seed that is not finished and that no other rank is at. Each is saved as
-    soon as it is there, with its share of the wall time. A class that cannot be fitted stops no other."""
+    soon as it is there, with its share of the wall time. A class that cannot be fitted stops no other ->
+    pictures that are drawn already."""
     for number, cell in enumerate(ledger.results, 1):
         announce(ledger, cell, number, "kept")
     missing, at_once = len(ledger.missing()), processes(ledger, device)
     told = f", {at_once} at a time" if at_once > 1 else ""
     print(f"fitting {missing} flows of {len(ledger.cells)} (classes x seeds) on {device}{told}", flush=True)
-    start = time.perf_counter()
-    fitted = in_parallel(ledger, at_once, watch) if at_once > 1 else one_by_one(ledger, device, watch)
+    start, drawn = time.perf_counter(), Drawn()
+    fitted = in_parallel(ledger, at_once, watch, drawn) if at_once > 1 else one_by_one(ledger, device, watch)
     for number, cell in enumerate(fitted, 1):
         each, left = (time.perf_counter() - start) / number, len(ledger.missing())
         announce(ledger, cell, len(ledger.results), took(ledger.results[cell], left, each))
         watch.lap()  # waiting for other ranks is nobody's share
+    return drawn
 
 
 def processes(ledger: runs.Ledger, device: torch.device) -> int:
@@ -96,24 +100,35 @@ class Task(NamedTuple):
     since: float  # when its share of the wall time began
 
 
-def in_parallel(ledger: runs.Ledger, at_once: int, watch: runs.Stopwatch) -> Iterator[runs.Cell]:
-    """Fit what is missing, so many cells at a time -> each, once it is kept. All have the same number of
-    threads, on two cores one: what a cell comes to does not depend on how many are missing."""
+def in_parallel(
+    ledger: runs.Ledger, at_once: int, watch: runs.Stopwatch, drawn: Drawn
+) -> Iterator[runs.Cell]:
+    """Fit what is missing, so many cells at a time -> each, once it is kept, its pictures in ``drawn``. All
+    have the same number of threads, on two cores one: what a cell comes to does not depend on how many are
+    missing."""
     cache, threads = ledger.cache, max(1, torch.get_num_threads() // at_once)
     identity = feature_cache.CacheIdentity(cache.folder, cache.manifest.fields)
     config = dataclasses.replace(ledger.config, hide_tqdm_bar=True)  # bars of several would run together
     tasks = (Task(cell, config, identity, threads, watch.since) for cell in ledger.missing())
-    for cell, result in in_processes(at_once, fit_task, tasks, threads):
+    for cell, result, pictures in in_processes(at_once, fit_task, tasks, threads):
         ledger.keep(cell, result)
+        drawn |= {cell.class_name: pictures} if pictures else {}
         yield cell
 
 
-def fit_task(task: Task) -> tuple[runs.Cell, dict]:
-    """Fit and keep a cell in a process of its own -> the cell and its result."""
+def fit_task(task: Task) -> tuple[runs.Cell, dict, list[figures.Picture]]:
+    """Fit and keep a cell in a process of its own -> the cell, its result and its pictures; those that are
+    not drawn here are left to the report."""
     device = utils.set_up("cpu", task.threads)
     cache = feature_cache.FeatureCache(task.identity)
     sources = {split: detector.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
-    return task.cell, fit_and_keep(task.config, cache, task.cell, sources, runs.Stopwatch(task.since))
+    config, cell, pictures = task.config, task.cell, []
+    result = fit_and_keep(config, cache, cell, sources, runs.Stopwatch(task.since))
+    if config.plots and cell.seed == config.seed and "reason" not in result:
+        with contextlib.suppress(UserError):  # of which the report tells, once for all classes
+            images, folder = figures.raw_images(config, cache), detector.run_folder(config)
+            pictures = figures.draw_class(config, cache, images, cell.class_name, folder)
+    return cell, result, pictures
 
 
 def fit_and_keep(
@@ -243,7 +258,7 @@ def run(config: Config) -> dict | None:
         cells = [runs.Cell(class_name, seed) for seed in seeds_of(config) for class_name in classes]
         ledger = runs.Ledger(config, cache, cells)
         try:
-            run_cells(ledger, device, watch)
+            drawn = run_cells(ledger, device, watch)
         except Interrupted as interrupted:
             interrupted.told = ledger.go_on()
             raise
@@ -251,10 +266,10 @@ def run(config: Config) -> dict | None:
             print(f"rank {ledger.ranks.rank} is done; another one reports", flush=True)
             return None
         ledger.tidy()
-        return write_report(ledger, classes, watch)
+        return write_report(ledger, classes, watch, drawn)
 
 
-def write_report(ledger: runs.Ledger, classes: list[str], watch: runs.Stopwatch) -> dict:
+def write_report(ledger: runs.Ledger, classes: list[str], watch: runs.Stopwatch, drawn: Drawn) -> dict:
     """Baselines, table and pictures of a run whose cells are all done -> its summary."""
     config, cache, folder = ledger.config, ledger.cache, detector.run_folder(ledger.config)
     print("all classes are done: writing the report", flush=True)
@@ -272,7 +287,8 @@ def write_report(ledger: runs.Ledger, classes: list[str], watch: runs.Stopwatch)
         print(
             f"{name}: where the defect is: pixel AUROC {found['pixel_auroc']:.4f}  AUPRO {found['aupro']:.4f}"
         )
-    pictures = figures.draw_all(config, cache, whole, folder, summary) if config.plots and whole else []
+    plots = config.plots and whole
+    pictures = figures.draw_all(config, cache, whole, folder, summary, drawn) if plots else []
     page = webpage.write_page(folder, summary, pictures)
     print(f"\nresults in {page} (for a browser), results.json, .csv and .md beside it")
     print(f"wall time {utils.readable_time(summary['wall_time_s'])}")

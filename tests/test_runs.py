@@ -75,20 +75,27 @@ def test_a_run_goes_on_bit_for_bit(run, options):
 
 
 @pytest.mark.slow
-def test_processes_come_to_the_table_of_one(run, capsys):
-    """Two classes at a time, each by a process with one thread: the same to the last digit, a failure too."""
-    options = {"n_seeds": 2, "baselines": True, **JOINED}
+def test_processes_come_to_the_table_of_one(run, capsys, monkeypatch):
+    """Two classes at a time, each by a process with one thread, which draws it, too: the same to the last
+    digit."""
+    drawn, draw = [], main.figures.draw_class
+    monkeypatch.setattr(main.figures, "draw_class", lambda *of: (drawn.append(of[3]), draw(*of))[1])
+    options = {"n_seeds": 2, "baselines": True, "plots": True, "pretrained": True, **JOINED}
     alone, _ = run(threads=1, **options), capsys.readouterr()
+    assert drawn == list(CLASSES)
     run.fitted.clear()
+    drawn.clear()
     together = run(threads=2, modelname="together", **options)
     told = capsys.readouterr().out
-    assert table(together) == table(alone) and not run.fitted, "by processes of their own"
+    assert table(together) == table(alone) and not run.fitted + drawn, "by processes of their own"
     assert "2 at a time" in told and "for 5 more" in told and "[6/6]" in told
     states = [
         [detector.read_record(path.with_suffix(""))["weights"] for path in sorted(folder.glob("*.json"))]
         for folder in (Path("runs/run/classes"), Path("runs/together/classes"))
     ]
     assert states[0] == states[1]
+    page, same = (Path(f"runs/{name}/report.html").read_text() for name in ("together", "run"))
+    assert page.count("<img") == same.count("<img") >= len(CLASSES)
     ends = [result["wall_time_s"] for entry in together["classes"].values() for result in entry["runs"]]
     assert max(ends) <= together["wall_time_s"] <= sum(ends) + 60
 
