@@ -22,7 +22,7 @@ def test_a_refusal_is_told_with_its_step(tmp_path):
 def test_what_the_table_says():
     """At the backbone's own size."""
     assert described("deit") == (
-        "384 x 384", "24 x 24", "class token (1 other prefix tokens dropped)", "2, 5, 8, 11 of 12"
+        "384 x 384", "24 x 24", "class token (1 other prefix token dropped)", "2, 5, 8, 11 of 12"
     )  # fmt: skip
     assert described("resnet18") == ("224 x 224", "7 x 7", "mean of the map", "1, 2, 3, 4 of 5")
     assert described("vit_base_patch16_siglip_224")[2] == "mean of the patches"

@@ -30,6 +30,7 @@ import train
 from backbone.backbones import Backbone, outline, timm_name
 from config import UserError, make_config
 from shell.files import write_text
+from utils import counted
 
 # label -> extractor, and the side of the small images
 BACKBONES = {
@@ -121,7 +122,7 @@ def semantic_token(backbone: Backbone) -> str:
     if not backbone.has_class_token:
         return "mean of the patches"
     dropped = backbone.prefix - 1
-    return "class token" + (f" ({dropped} other prefix tokens dropped)" if dropped else "")
+    return "class token" + (f" ({counted(dropped, 'other prefix token')} dropped)" if dropped else "")
 
 
 HEAD = "| backbone | timm model | size | grid | semantic token | band depths | paper | accurate |"
