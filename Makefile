@@ -2,10 +2,13 @@ PYTHON ?= python3
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 
-.PHONY: run test lint
+.PHONY: run check test lint
 
 run: $(INSTALLED)  ## the main job on the embedded digits: ten classes, from raw images to the table
 	.venv/bin/python main.py --preset quickstart
+
+check: $(INSTALLED)  ## the same, and whether its table is the committed one, results/quickstart.csv
+	.venv/bin/python main.py --preset quickstart --check --restart
 
 test: $(INSTALLED_DEV) lint
 	.venv/bin/python -m pytest -q

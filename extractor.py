@@ -26,6 +26,7 @@ from cache.manifest import Manifest
 from cache.reuse import fits, grown, is_finished, listed, mend
 from cache.shards import REPAIR, Damaged, Shard
 from config import Config, UserError
+from detector import memory
 
 
 def extract(
@@ -155,6 +156,7 @@ def main(config: Config) -> None:
         print(f"features: all {len(cache.manifest.shards)} shards of {folder} are sound", flush=True)
         return
     identity = sized(config, images, identity)
+    memory.check_features(config, what_is_kept(config, backbones.outline(at_size(config, identity)))[1])
     print(f"features written to {make_features(config, images, identity, device, known).folder}", flush=True)
 
 

@@ -9,10 +9,14 @@ from shell.signals import Interrupted
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
     CONFIG = from_command_line(__doc__)
 
+import contextlib
+import csv
 import dataclasses
 import functools
 import itertools
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +29,14 @@ import utils
 from backbone.token_grid import place_grid_of
 from cache import feature_cache
 from config import ClassError, Config, UserError
-from detector import calibration, detector, heat_map, runs
+from detector import calibration, detector, heat_map, memory, runs
 from reporting import figures, report, tables, webpage
+from shell.workers import in_processes
+
+PROCESS_BYTES = 1e9  # of a process of its own, beside the training
+TABLES = Path(__file__).resolve().parent / "results"  # committed ones, a preset each
+TOLERANCE = 5e-4  # of an AUROC, between two machines
+Drawn = dict[str, list[figures.Picture]]  # class -> its pictures
 
 
 # ---------------------------------------------------------------- running
@@ -42,44 +52,116 @@ class Failed(NamedTuple):
         return {"class": self.cell.class_name, "seed": self.cell.seed, **nothing, "reason": self.reason}
 
 
-def run_cells(ledger: runs.Ledger, device: torch.device, watch: runs.Stopwatch) -> None:
+def run_cells(ledger: runs.Ledger, device: torch.device, watch: runs.Stopwatch) -> Drawn:
     """Fit every class with every seed that is not finished and that no other rank is at. Each is saved as
-    soon as it is there, with its share of the wall time. A class that cannot be fitted stops no other."""
-    config, cache = ledger.config, ledger.cache
-    sources = {split: detector.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
+    soon as it is there, with its share of the wall time. A class that cannot be fitted stops no other ->
+    pictures that are drawn already."""
     for number, cell in enumerate(ledger.results, 1):
         announce(ledger, cell, number, "kept")
-    missing = len(ledger.cells) - len(ledger.results)
-    print(f"fitting {missing} flows of {len(ledger.cells)} (classes x seeds) on {device}", flush=True)
-    for cell in ledger.turns():
-        outcome = fit(config, cache, cell, sources)
-        if isinstance(outcome, Failed):
-            cell, result = outcome.cell, outcome.result() | watch.share()
-            runs.keep_failure(config, cache, cell, result)
-        else:
-            result = outcome.result
-            cell = runs.Cell(result["class"], result["seed"])
-            result |= watch.share()
-            detector.save_fitted(config, cache, outcome)
-        ledger.keep(cell, result)
-        announce(ledger, cell, len(ledger.results), "")
+    missing, at_once = len(ledger.missing()), processes(ledger, device)
+    told = f", {at_once} at a time" if at_once > 1 else ""
+    print(f"fitting {missing} flows of {len(ledger.cells)} (classes x seeds) on {device}{told}", flush=True)
+    start, drawn = time.perf_counter(), Drawn()
+    fitted = in_parallel(ledger, at_once, watch, drawn) if at_once > 1 else one_by_one(ledger, device, watch)
+    for number, cell in enumerate(fitted, 1):
+        each, left = (time.perf_counter() - start) / number, len(ledger.missing())
+        announce(ledger, cell, len(ledger.results), took(ledger.results[cell], left, each))
         watch.lap()  # waiting for other ranks is nobody's share
+    return drawn
+
+
+def processes(ledger: runs.Ledger, device: torch.device) -> int:
+    """How many classes are fitted at a time, each by a process of its own: on a CPU as many as there are
+    threads, or as the memory holds; 1 where ranks share the work already."""
+    if device.type != "cpu" or ledger.ranks.world_size > 1:
+        return 1
+    config, features = ledger.config, ledger.cache.meta
+    each = PROCESS_BYTES + memory.training_bytes(config, features, config.batch_size)
+    held = int(min(utils.available_memory() / each, len(ledger.cells)))
+    return max(1, min(torch.get_num_threads(), held))
+
+
+def one_by_one(ledger: runs.Ledger, device: torch.device, watch: runs.Stopwatch) -> Iterator[runs.Cell]:
+    """Fit the cells that are this process's turn -> each, once it is kept."""
+    cache = ledger.cache
+    sources = {split: detector.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
+    for cell in ledger.turns():
+        ledger.keep(cell, fit_and_keep(ledger.config, cache, cell, sources, watch))
+        yield cell
+
+
+class Task(NamedTuple):
+    """A cell for a process of its own."""
+
+    cell: runs.Cell
+    config: Config
+    identity: feature_cache.CacheIdentity
+    threads: int
+    since: float  # when its share of the wall time began
+
+
+def in_parallel(
+    ledger: runs.Ledger, at_once: int, watch: runs.Stopwatch, drawn: Drawn
+) -> Iterator[runs.Cell]:
+    """Fit what is missing, so many cells at a time -> each, once it is kept, its pictures in ``drawn``. All
+    have the same number of threads, on two cores one: what a cell comes to does not depend on how many are
+    missing."""
+    cache, threads = ledger.cache, max(1, torch.get_num_threads() // at_once)
+    identity = feature_cache.CacheIdentity(cache.folder, cache.manifest.fields)
+    config = dataclasses.replace(ledger.config, hide_tqdm_bar=True)  # bars of several would run together
+    tasks = (Task(cell, config, identity, threads, watch.since) for cell in ledger.missing())
+    for cell, result, pictures in in_processes(at_once, fit_task, tasks, threads):
+        ledger.keep(cell, result)
+        drawn |= {cell.class_name: pictures} if pictures else {}
+        yield cell
+
+
+def fit_task(task: Task) -> tuple[runs.Cell, dict, list[figures.Picture]]:
+    """Fit and keep a cell in a process of its own -> the cell, its result and its pictures; those that are
+    not drawn here are left to the report."""
+    device = utils.set_up("cpu", task.threads)
+    cache = feature_cache.FeatureCache(task.identity)
+    sources = {split: detector.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
+    config, cell, pictures = task.config, task.cell, []
+    result = fit_and_keep(config, cache, cell, sources, runs.Stopwatch(task.since))
+    if config.plots and cell.seed == config.seed and "reason" not in result:
+        with contextlib.suppress(UserError):  # of which the report tells, once for all classes
+            images, folder = figures.raw_images(config, cache), detector.run_folder(config)
+            pictures = figures.draw_class(config, cache, images, cell.class_name, folder)
+    return cell, result, pictures
+
+
+def fit_and_keep(
+    config: Config,
+    cache: feature_cache.FeatureCache,
+    cell: runs.Cell,
+    sources: dict[str, detector.TokenSource],
+    watch: runs.Stopwatch,
+) -> dict:
+    """Fit a cell and save what came of it -> its result."""
+    outcome = fit(config, cache, cell, sources)
+    if isinstance(outcome, Failed):
+        result = outcome.result() | watch.share()
+        runs.keep_failure(config, cache, cell, result)
+        return result
+    outcome.result |= watch.share()
+    detector.save_fitted(config, cache, outcome)
+    return outcome.result
 
 
 def announce(ledger: runs.Ledger, cell: runs.Cell, number: int, how: str) -> None:
     """Say what a class has come to."""
     result = ledger.results[cell]
-    left = len(ledger.cells) - number
     tested = f"AUROC {tables.number(result['auroc'])}" if result.get("n_test") else "no test images"
-    told = result.get("reason") or f"{tested}  {how or took(result, left)}"
+    told = result.get("reason") or f"{tested}  {how}"
     name = " ".join(cell.class_name.split())  # one line, whatever a folder is called
     print(f"[{number}/{len(ledger.cells)}] {name} seed {cell.seed}: {told}", flush=True)
 
 
-def took(result: dict, left: int) -> str:
-    """The time that a class took, and what as many more as are left would take."""
-    told = f"{result['seconds']:.0f} s"
-    return f"{told}, about {utils.readable_time(left * result['seconds'])} for {left} more" if left else told
+def took(result: dict, left: int, each: float) -> str:
+    """The time that a class took, and what those that are left will take at ``each`` seconds a class."""
+    told = f"{result.get('seconds', 0):.0f} s"
+    return f"{told}, about {utils.readable_time(left * each)} for {left} more" if left else told
 
 
 def fit(
@@ -176,7 +258,7 @@ def run(config: Config) -> dict | None:
         cells = [runs.Cell(class_name, seed) for seed in seeds_of(config) for class_name in classes]
         ledger = runs.Ledger(config, cache, cells)
         try:
-            run_cells(ledger, device, watch)
+            drawn = run_cells(ledger, device, watch)
         except Interrupted as interrupted:
             interrupted.told = ledger.go_on()
             raise
@@ -184,12 +266,13 @@ def run(config: Config) -> dict | None:
             print(f"rank {ledger.ranks.rank} is done; another one reports", flush=True)
             return None
         ledger.tidy()
-        return write_report(ledger, classes, watch)
+        return write_report(ledger, classes, watch, drawn)
 
 
-def write_report(ledger: runs.Ledger, classes: list[str], watch: runs.Stopwatch) -> dict:
+def write_report(ledger: runs.Ledger, classes: list[str], watch: runs.Stopwatch, drawn: Drawn) -> dict:
     """Baselines, table and pictures of a run whose cells are all done -> its summary."""
     config, cache, folder = ledger.config, ledger.cache, detector.run_folder(ledger.config)
+    print("all classes are done: writing the report", flush=True)
     results = [ledger.results[cell] for cell in ledger.cells]
     failing = {result["class"] for result in results if "reason" in result}
     whole = [class_name for class_name in classes if class_name not in failing]
@@ -204,7 +287,8 @@ def write_report(ledger: runs.Ledger, classes: list[str], watch: runs.Stopwatch)
         print(
             f"{name}: where the defect is: pixel AUROC {found['pixel_auroc']:.4f}  AUPRO {found['aupro']:.4f}"
         )
-    pictures = figures.draw_all(config, cache, whole, folder, summary) if config.plots and whole else []
+    plots = config.plots and whole
+    pictures = figures.draw_all(config, cache, whole, folder, summary, drawn) if plots else []
     page = webpage.write_page(folder, summary, pictures)
     print(f"\nresults in {page} (for a browser), results.json, .csv and .md beside it")
     print(f"wall time {utils.readable_time(summary['wall_time_s'])}")
@@ -236,14 +320,44 @@ def run_sweep(config: Config) -> list[dict]:
     return list(summaries.values())
 
 
+def committed_table(config: Config) -> dict[str, float]:
+    """{class, and mean: AUROC} of the preset's committed table. Raises UserError where there is none."""
+    path = TABLES / f"{config.preset}.csv"
+    if config.sweep or not path.exists():
+        raise UserError(f"check: there is no committed table of {'a sweep' if config.sweep else path.name}")
+    with path.open(encoding="utf-8", newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["method"] == "flow"]
+    return {row["class"]: float(row["auroc"]) for row in rows}
+
+
+def differences(summary: dict, wanted: dict[str, float]) -> list[str]:
+    """What differs by more than TOLERANCE between a run's AUROCs and those of a table, a line each."""
+    found = {name: entry["auroc"] for name, entry in summary["classes"].items()}
+    found["mean"] = summary["mean"]["auroc"]
+    lines = [f"{name}: not in the table" for name in found if name not in wanted]
+    for name, auroc in wanted.items():
+        if name not in found:
+            lines.append(f"{name}: not in this run")
+        elif not abs(found[name] - auroc) <= TOLERANCE:  # an undefined one differs, too
+            lines.append(f"{name}: AUROC {found[name]:.4f}, {auroc:.4f} in the table")
+    return lines
+
+
 def main(config: Config) -> None:
-    """Raises UserError, once everything is reported, when a class could not be fitted."""
+    """Raises UserError, once everything is reported, when a class could not be fitted; SystemExit with status
+    1 when ``check`` finds a difference."""
+    wanted = committed_table(config) if config.check else None
     summaries = run_sweep(config) if config.sweep else [run(config)]
     classes = [entry for summary in summaries if summary for entry in summary["classes"].values()]
     failures = [bad[0] for e in classes if (bad := [run for run in e["runs"] if "reason" in run])]
     if failures:
         first = f"class {failures[0]['class']}: {failures[0]['reason']}"
         raise UserError(f"{len(failures)} of {len(classes)} classes could not be fitted: {first}")
+    if wanted and summaries[0]:
+        different = differences(summaries[0], wanted)
+        print("\n".join(different) or f"equal within ± {TOLERANCE:.4f}".replace("0.", "."))
+        if different:
+            raise SystemExit(1)
 
 
 if __name__ == "__main__":

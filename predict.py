@@ -4,13 +4,18 @@ come.
 python predict.py runs/foad_mfff/classes/cat-seed0 FOLDER photo.jpg > scores.csv
 python predict.py runs/foad_mfff 'shots/*.png' --output scores.json --false_alarms 0.01
 find . -name '*.jpg' | python predict.py runs/foad_mfff -
+python predict.py runs/foad_mfff --watch FOLDER > scores.csv
 
 A run's folder scores every picture by every class of its first seed, a row for each;
 --class_name names some.
 
 p_value: the share of normal pictures that score as high or higher, from the held-out ones;
 verdict: anomalous where that is at most --false_alarms. Both are empty where none were held out.
-Pictures that cannot be read are left out, listed at the end, and make the exit status 1."""
+Pictures that cannot be read are left out, listed at the end, and make the exit status 1.
+
+--watch scores the pictures in a folder, then each that arrives there or is written anew, until
+Ctrl-C or SIGTERM. One that cannot be read is tried again for half a minute: it may still be in the
+writing."""
 
 import argparse
 import sys
@@ -25,7 +30,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "checkpoint", type=Path, help="a run, runs/<modelname>, or a class of it, .../classes/<class>-seed<n>"
     )
-    parser.add_argument("images", nargs="+", help="files, folders, globs; - reads a list from standard input")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument(
+        "images", nargs="*", default=[], help="files, folders, globs; - reads a list from standard input"
+    )
+    asked.add_argument(
+        "--watch", type=Path, metavar="FOLDER", help="score pictures as they arrive there, until Ctrl-C"
+    )
     parser.add_argument(
         "--class_name", help="of a run: these classes only, separated by commas (in a name: \\,) [all]"
     )
@@ -54,6 +65,7 @@ if __name__ == "__main__":  # parse before the slow imports
     ARGUMENTS = parse_arguments()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while they are imported: no traceback
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 
@@ -64,10 +76,11 @@ from backbone.resizing import Unreadable
 from config import UserError
 from detector.detector import PictureDetector
 from detector.records import find_checkpoints
+from images import watch
 from images.given import find_images
 from images.images import images_below
 from reporting.overlays import draw_heat_maps
-from reporting.scores import rows_of, table, tell_counts, tell_thresholds
+from reporting.scores import rows_arriving, rows_of, table, tell_counts, tell_thresholds
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -123,33 +136,42 @@ def _count(part) -> int:
 
 def main(arguments: argparse.Namespace) -> int:
     """Score the pictures -> the exit status: 1 where some could not be read."""
-    files = find_images(arguments.images)
+    arrivals = watch.Arrivals(arguments.watch) if arguments.watch else None
+    files = [] if arrivals else find_images(arguments.images)
     detectors = load_all(arguments)
     unreadable = calibrate(detectors, arguments.calibrate) if arguments.calibrate else []
+    failed = len(unreadable)
     counts: Counter[str] = Counter()  # of the verdicts of each class
     drawn: set[Path] = set()
-    done, bar = 0, arguments.output is not None or not sys.stdout.isatty()
+    written, bar = 0, arguments.output is not None or not sys.stdout.isatty()
     tell_thresholds(detectors)
+    parts = rows_arriving(detectors, arrivals) if arrivals else rows_of(detectors, files)
+    ends = [KeyboardInterrupt] if arrivals else []  # as watching does
     try:
-        with table(arguments.output) as put:
-            for part in progress(rows_of(detectors, files), len(files), "scoring", bar):
+        with table(arguments.output, at_once=arrivals is not None) as put, contextlib.suppress(*ends):
+            for part in progress(parts, len(files), "scoring", bar and not arrivals):
                 if isinstance(part, Unreadable):
-                    unreadable.append(part.reason)
+                    failed += 1
+                    if arrivals:
+                        print(f"skipped: {part.reason}", file=sys.stderr, flush=True)
+                    else:
+                        unreadable.append(part.reason)
                     continue
                 for line in part:
-                    put(line)
                     counts[line["class"]] += line["verdict"] == "anomalous"
+                    written += 1
+                    put(line)
                 if arguments.heat_maps:
                     draw_heat_maps(detectors, part, arguments.heat_maps, drawn)
-                done += len(part) // len(detectors)
     except KeyboardInterrupt:
         kept = f"; {arguments.output} is not written" if arguments.output else ""
+        done = written // len(detectors)
         print(f"interrupted: {done} of {len(files)} pictures were scored{kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the rows has seen enough
         sys.stdout = None  # type: ignore[assignment]
         return 0
-    tell_counts(detectors, counts, done, arguments.output)
+    tell_counts(detectors, counts, written // len(detectors), failed if arrivals else 0, arguments.output)
     if drawn and (stale := len(set(arguments.heat_maps.glob("*.png")) - drawn)):
         print(
             f"note: {arguments.heat_maps} also holds {utils.counted(stale, 'PNG')} of other runs",
@@ -157,7 +179,7 @@ def main(arguments: argparse.Namespace) -> int:
         )
     for reason in unreadable:
         print(f"skipped: {reason}", file=sys.stderr)
-    return 1 if unreadable else 0
+    return 1 if failed else 0
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -44,6 +44,7 @@ PLACE_BATCH = 25  # images whose places are scored at once
 PATCH_SAMPLE = 256  # images whose patch tokens the normaliser's statistics come from
 POOL_BATCH = 250  # images whose patch tokens are held at once when semantic tokens are re-pooled
 LOSS_CHECK = 64  # steps between two looks at the loss on a GPU, where reading it waits for the device
+EXTREME = 30.0  # times the median squared length of the tokens: of so much an image is left out of training
 LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)  # the constant of a Gaussian, nats per channel
 ADAM = {"betas": (0.8, 0.8), "eps": 1e-4}  # the paper's (docs/method.md, section 4)
 
@@ -165,6 +166,7 @@ class Trainer:
         self.tokens: dict[str, tuple[Tensor, Tensor]] = {}  # whitened once, for all epochs
         self._fit_normalizers()
         self.detector.to(device)
+        self.usual = {part: self._usual(part) for part in ("fit", "held")}
         self.unusual_places = self._unusual_places()
         self.unmoved: dict[str, Tensor] = {}  # distances to the training images that the flow does not change
         self.optimizer = SubnetOptimizers(self.detector.flow, config)
@@ -172,7 +174,7 @@ class Trainer:
         self.rate = config.lr_init
         self.generator = np.random.RandomState(seed)
         self.noise = torch.Generator(device).manual_seed(seed)
-        per_epoch = math.ceil(len(data.fit_rows) / config.batch_size)
+        per_epoch = math.ceil(len(self.usual["fit"]) / config.batch_size)
         least = math.ceil(config.least_steps / (per_epoch * config.meta_epochs))
         self.sub_epochs = max(config.sub_epochs, least)  # per evaluation
         self.epochs = config.meta_epochs * self.sub_epochs
@@ -232,6 +234,24 @@ class Trainer:
         if alike:
             fit.places.fit(source.one_on_cpu("places", evenly(self.data.fit_rows, PLACE_SAMPLE)))
 
+    def _usual(self, part: str) -> np.ndarray:
+        """The numbers of the images of a part whose tokens are not of extreme length. One that is (a damaged
+        picture, say) would decide gradients and held-out likelihoods alone: it takes part in neither."""
+        rows, normalizer = self.rows[part], self.detector.normalizer
+        if not normalizer.steps:
+            lengths = self.sources[part].semantic(rows).square().sum(1)
+        elif normalizer.whitens and part == "held":
+            tokens, outside = self.tokens[part]
+            lengths = tokens.square().sum(1) + outside
+        else:  # bounded by the normalisation
+            return np.arange(len(rows))
+        limit = EXTREME * lengths.median() if len(rows) else 0.0
+        return (lengths <= limit).nonzero().squeeze(1).cpu().numpy()
+
+    def extremes(self) -> np.ndarray:
+        """The rows of the normal training images that are left out for the length of their tokens."""
+        return np.concatenate([np.delete(self.rows[part], usual) for part, usual in self.usual.items()])
+
     @torch.no_grad()
     def _unusual_places(self) -> dict[str, Tensor]:
         """How unusual the places (n) of held-out and test images are, where they are read."""
@@ -266,7 +286,7 @@ class Trainer:
         """One pass over the normal training images in a new order -> their mean loss (nats per channel, no
         constant)."""
         self.detector.train()
-        order = self.generator.permutation(len(self.data.fit_rows))
+        order = self.generator.permutation(self.usual["fit"])
         batches = tqdm(
             in_batches(order, self.config.batch_size),
             desc=self.data.class_name,
@@ -387,6 +407,7 @@ class Trainer:
         """An epoch's entry of the history, completed, and the leading directions of the reference."""
         fit, config = self.detector, self.config
         held, test = measured["held"], measured["test"]
+        usual = torch.from_numpy(self.usual["held"]).to(self.device)
         reference = held.z.new_zeros(0, fit.leading)
         near: dict[str, Tensor] = {}
         if self.needs_reference:
@@ -395,11 +416,11 @@ class Trainer:
                 part: self.distances(part, each, reference) for part, each in (("held", held), ("test", test))
             }
         if config.base == "kernel":
-            fit.bandwidth.copy_(model.best_bandwidth(near["held"], held.log_det, fit.channels))
+            fit.bandwidth.copy_(model.best_bandwidth(near["held"][usual], held.log_det[usual], fit.channels))
         energies = {part: self._energy(part, each, near) for part, each in measured.items()}
         nll = {part: model.negative_log_likelihood(each, fit.bandwidth) for part, each in energies.items()}
         if len(held.z):
-            entry["held_out_loss"] = nll["held"].mean().item() - LOG_ROOT_2PI
+            entry["held_out_loss"] = nll["held"][usual].mean().item() - LOG_ROOT_2PI
         if not all(each.isfinite().all() for each in nll.values()):
             if config.select_epoch == "last" or not self.history:
                 raise self.not_finite("scores are not finite", self.step - 1)
@@ -517,7 +538,16 @@ def make_trainer(
 ) -> Trainer:
     """The trainer of one class and seed. What it comes to does not depend on what ran before."""
     data = detector.class_data(config, cache.labels, class_name, seed, train, test)
-    return Trainer(config, data, cache.meta, seed, train.device)
+    trainer = Trainer(config, data, cache.meta, seed, train.device)
+    if len(rows := trainer.extremes()):
+        first = cache.labels.train.names[rows[0]]
+        print(
+            f"note: class {class_name}: the features of {utils.counted(len(rows), 'training image')} are "
+            f"over {EXTREME:g} times as large as usual, {first} first; look at it: it is left out of "
+            "training and of held-out likelihoods",
+            flush=True,
+        )
+    return trainer
 
 
 def main(config: Config) -> None:

@@ -26,7 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import config as knobs
 import utils
 from backbone.arithmetic import is_traced
-from config import BACKBONES, Config, UserError
+from config import BACKBONES, SIZES, Config, UserError
 from shell.files import sha256_of_file
 
 WEIGHT_PACKAGES = {
@@ -55,6 +55,8 @@ def timm_defaults(extractor: str) -> timm.models.PretrainedCfg:
 
 def own_size(extractor: str) -> tuple[int, int]:
     """Height and width of the images that a backbone was made for."""
+    if extractor in SIZES:
+        return SIZES[extractor]
     _, height, width = timm_defaults(extractor).input_size
     return height, width
 

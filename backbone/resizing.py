@@ -67,16 +67,17 @@ def stack_rows(rows: list) -> list:
     return [torch.stack(stack) if isinstance(stack, list) else stack for stack in stacks]
 
 
-HALF = 0.5001  # what is halfway between two levels goes up, in whatever order a device adds
+FINE_BITS = 22  # of a filter's weights behind the binary point, as Pillow rounds them for pixels of 8 bits
+COARSE_BITS = 15  # of the largest weight in all, as torch's CPU kernel rounds them
 
 
 @functools.lru_cache(maxsize=64)
-def bicubic_weights(before: int, after: int) -> Tensor:
-    """Pillow's antialiased bicubic filter (a = -1/2) from ``before`` to ``after`` pixels in a row -> (after,
-    before), float32, each row summing to 1.
+def bicubic_weights(before: int, after: int, coarse: bool = False) -> Tensor:
+    """The antialiased bicubic filter (a = -1/2) from ``before`` to ``after`` pixels in a row -> (after,
+    before), float64, each row summing to 1 but for the rounding.
 
-    Made smaller, the filter is as wide as the ratio asks, so that every pixel counts. Weights are rounded to
-    2^-22, as Pillow's are for pixels of 8 bits (src/libImaging/Resample.c)."""
+    Made smaller, the filter is as wide as the ratio asks, so that every pixel counts. Weights are rounded as
+    Pillow's are (src/libImaging/Resample.c), or, ``coarse``, as those of torch's resize of uint8 on a CPU."""
     scale = before / after
     stretch = max(scale, 1.0)
     centre = (np.arange(after) + 0.5) * scale
@@ -87,25 +88,29 @@ def bicubic_weights(before: int, after: int) -> Tensor:
     near, far = (1.5 * x - 2.5) * x * x + 1, -0.5 * (((x - 5) * x + 8) * x - 4)
     weights = np.where(x < 1, near, np.where(x < 2, far, 0)) * ((place >= first) & (place < last))
     weights /= weights.sum(1, keepdims=True)
-    return torch.from_numpy(np.round(weights * 2**22) / 2**22).float()
+    bits = FINE_BITS
+    while coarse and weights.max() * 2**bits + 0.5 >= 2**COARSE_BITS:
+        bits -= 1
+    return torch.from_numpy(np.round(weights * 2**bits) / 2**bits)
 
 
 def resize_like_pillow(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """(n, 3, h, w) uint8 -> (n, 3, H, W) float32 of whole grey levels 0 to 255, as Pillow's bicubic resize
-    gives them but for a level here and there.
+    """(n, 3, h, w) uint8 -> (n, 3, H, W) float32 of whole grey levels 0 to 255: those of Pillow's bicubic
+    resize; where both sides grow, those of torch's on a CPU, a level or two off Pillow's here and there.
 
     Two matrix products, along the width and then the height (the other way where only the height shrinks),
-    each rounded and cut to 8 bits: any device does them alike, and so does an exported file. They need all of
-    float32 (no TF32). Pillow 13 takes the height first for some tall pictures that shrink both ways; theirs
+    each rounded and cut to 8 bits. In float64 they are exact: any device gives the same, and so does an
+    exported file. Pillow 13 takes the height first for some tall pictures that shrink both ways; theirs
     differ by what one rounding is worth."""
-    pixels, (height, width) = images.float(), images.shape[2:]
+    pixels, (height, width) = images.double(), images.shape[2:]
+    grows = size[0] >= height and size[1] >= width
     for dim in (2, 3) if size[0] < height and size[1] > width else (3, 2):
         before, after = pixels.shape[dim], size[dim - 2]
         if before != after:
-            weights = bicubic_weights(before, after).to(images.device)
+            weights = bicubic_weights(before, after, grows).to(images.device)
             pixels = torch.matmul(pixels, weights.t()) if dim == 3 else torch.matmul(weights, pixels)
-            pixels = (pixels + HALF).floor().clamp(0, 255)
-    return pixels
+            pixels = (pixels + 0.5).floor().clamp(0, 255)
+    return pixels.float()
 
 
 def prepare(

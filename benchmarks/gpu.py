@@ -32,7 +32,8 @@ import datasets
 import extractor
 import train
 import utils
-from backbone import extraction, resizing
+from backbone import resizing
+from backbone.extraction import Extraction
 from backbone.identity import cache_identity
 from detector import detector
 from shell.files import write_text
@@ -112,9 +113,9 @@ def random_images(count: int, size: int = 32) -> datasets.ImageSet:
     return datasets.ImageSet(labels, lambda _, i: pixels[i % len(pixels)])
 
 
-def extraction_of(job: Job, device: torch.device, count: int, **more) -> extraction.Extraction:
+def extraction_of(job: Job, device: torch.device, count: int, **more) -> Extraction:
     config = knobs.Config(weights_path="random", **(job.sizes.backbone | more))
-    return extraction.Extraction(config, random_images(count), cache_identity(config), device)
+    return Extraction(config, random_images(count), cache_identity(config), device)
 
 
 def correctness(job: Job) -> None:
@@ -195,8 +196,8 @@ def extraction(job: Job) -> None:
     found = extraction_of(job, job.device, count)
     found.seconds_per_image(count)  # warms it up
     seconds = job.seconds(lambda: [None for _ in found.features("train")])
+    plain = extraction_of(job, CPU, 1, precision="float32")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        plain = extraction_of(job, CPU, 1, precision="float32")
         plain.backbone(torch.zeros(1, 3, *plain.img_size))
     rate = counter.get_total_flops() * count / seconds
     job.tell("images/s, tokens left on the device", f"{count / seconds:.0f}")
@@ -225,6 +226,9 @@ class Noise:
     def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
         rows = np.arange(len(self))[index] if isinstance(index, slice) else index
         return self._rows[rows % len(self._rows)]
+
+    def semantic(self) -> np.ndarray:
+        return self._rows[np.arange(len(self)) % len(self._rows), 0]
 
 
 def trainings(job: Job, **more) -> list[train.Trainer]:

@@ -130,7 +130,11 @@ def export(detector: PictureDetector, output: Path, size: tuple[int, int] | None
     with torch.no_grad():
         wanted = detector_scores(detector, images)
         module(images)  # once as it is: the matrices that are kept for a size are constants of the file then
-        program = torch.export.export(module, (images[:3],), dynamic_shapes=batch)
+        try:
+            program = torch.export.export(module, (images[:3],), dynamic_shapes=batch)
+        except Exception as error:  # a backbone that it cannot trace: it fails in many ways
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
+            raise UserError(f"this detector cannot be exported by torch.export ({reason})") from None
         with whole_file(output) as partial:
             return compare(detector, wanted, WRITERS[output.suffix](program, partial), images)
 

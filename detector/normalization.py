@@ -102,7 +102,7 @@ class JointNormalizer(nn.Module):
     @torch.no_grad()
     def forward(self, joint: Tensor) -> tuple[Tensor, Tensor]:
         if not self.steps:
-            return joint, joint.new_zeros(len(joint))
+            return joint, joint.new_zeros(joint.shape[0])
         centred = self.power(joint) - self.mean
         if not self.whitens:
             return centred * self.scale, joint.new_zeros(joint.shape[0])

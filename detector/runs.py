@@ -195,10 +195,11 @@ def keep_failure(config: Config, cache: feature_cache.FeatureCache, cell: Cell, 
 
 # ---------------------------------------------------------------- how long it took
 class Stopwatch:
-    """Hands out the time since it was last asked."""
+    """Hands out the time since it was last asked, at first since ``since`` (time.perf_counter(), which all
+    processes of a machine share)."""
 
-    def __init__(self) -> None:
-        self.since = time.perf_counter()
+    def __init__(self, since: float | None = None) -> None:
+        self.since = time.perf_counter() if since is None else since
 
     def lap(self) -> float:
         now, since = time.perf_counter(), self.since

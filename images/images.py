@@ -64,6 +64,19 @@ def images_below(folder: Path, skipped: Counter | None = None) -> list[Path]:
     Hidden files and folders and __MACOSX are passed over; links are followed, each folder is entered once.
     skipped: counts, by ending, the other files that are no images; without it they are told here."""
     counted: Counter = Counter() if skipped is None else skipped
+    files = searched_whole(folder, counted)
+    if not files:
+        others = f"; there are {tell_skipped(counted)}" if counted else ""
+        raise UserError(
+            f"dataset_path: no images in {folder}{others}; expected files such as .png, .jpg, .tif or .webp"
+        )
+    if skipped is None and counted:
+        note(f"passed over in {folder}: {tell_skipped(counted)}")
+    return files
+
+
+def searched_whole(folder: Path, counted: Counter) -> list[Path]:
+    """``images_below``, of none an empty list; ``counted`` counts the other files, nothing is told."""
     files, folders, entered = [], [os.fspath(folder)], set()
     while folders:
         place = folders.pop()
@@ -78,13 +91,6 @@ def images_below(folder: Path, skipped: Counter | None = None) -> list[Path]:
                 counted[reason] += 1
             else:
                 files.append(Path(entry.path))
-    if not files:
-        others = f"; there are {tell_skipped(counted)}" if counted else ""
-        raise UserError(
-            f"dataset_path: no images in {folder}{others}; expected files such as .png, .jpg, .tif or .webp"
-        )
-    if skipped is None and counted:
-        note(f"passed over in {folder}: {tell_skipped(counted)}")
     return sorted(files)
 
 

@@ -42,12 +42,18 @@ class Picture(NamedTuple):
 
 
 def draw_all(
-    config: Config, cache: feature_cache.FeatureCache, classes: list[str], folder: Path, summary: dict
+    config: Config,
+    cache: feature_cache.FeatureCache,
+    classes: list[str],
+    folder: Path,
+    summary: dict,
+    drawn: dict[str, list[Picture]] | None = None,
 ) -> list[Picture]:
     """Draw every picture of a run into ``folder``/figures from what its classes left behind and its summary.
 
     A picture that would be empty is left out: no ROC without test images of both labels. Contact sheets need
-    the raw images: with ``pretrained`` there are none."""
+    the raw images: with ``pretrained`` there are none. drawn: the pictures of classes that are there already,
+    each by ``draw_class``."""
     figures, seed = folder / "figures", config.seed
     figures.mkdir(parents=True, exist_ok=True)
     records = dict(detector.trained_records(config, classes))
@@ -62,36 +68,53 @@ def draw_all(
         pictures.append(Picture(figures / "roc.png", f"ROC of every class, seed {seed}"))
     draw_curves(records, seed, figures / "epochs.png")
     pictures.append(Picture(figures / "epochs.png", f"Loss (and test AUROC) over the epochs, seed {seed}"))
-    for name, record in records.items():
-        if record["test"]["scores"] or record["held_out_scores"]:
-            path = figures / f"scores-{file_name(name)}.png"
-            draw_histogram(name, record, seed, (config.nbins1, config.nbins2), path)
-            pictures.append(Picture(path, f"Scores of {name}, seed {seed}", name))
-    return pictures + draw_sheets(config, cache, records, figures)
+    found = dict(drawn or {})
+    if missing := [name for name in records if name not in found]:
+        try:
+            images = raw_images(config, cache)
+        except UserError as mistake:
+            images = None
+            print(f"no contact sheets: {mistake}")
+        found |= {name: draw_class(config, cache, images, name, folder) for name in missing}
+    return pictures + [picture for name in records for picture in found[name]]
 
 
-def draw_sheets(
-    config: Config, cache: feature_cache.FeatureCache, records: dict[str, dict], figures: Path
-) -> list[Picture]:
-    """The contact sheet of every class that has test images; none where the raw images are not those that
-    were extracted."""
+def raw_images(config: Config, cache: feature_cache.FeatureCache) -> datasets.ImageSet | None:
+    """The images in the order of the cache's rows; None with ``pretrained``: they need not be there. Raises
+    UserError where they are not those that were extracted."""
     if config.pretrained:
-        return []  # the raw images need not be there
-    pictures = []
-    try:
-        images = datasets.images_of(config)
-        if images.fingerprint() != cache.meta["image_list"]:
-            raise UserError("the images have changed since they were extracted")
-        images = images.kept({split: cache.image_rows(split) for split in datasets.SPLITS})
-        for name, record in records.items():
-            if record["test"]["scores"]:
-                path = figures / f"extremes-{file_name(name)}.jpg"
-                draw_sheet(images, record["test"], f"normal class: {name}, seed {config.seed}", path)
-                caption = f"Test images of {name} at both ends of the scores, seed {config.seed}"
-                pictures.append(Picture(path, caption, name))
-                pictures += draw_heat_maps(config, cache, images, name, record, figures)
-    except UserError as mistake:
-        print(f"no contact sheets: {mistake}")
+        return None
+    images = datasets.images_of(config)
+    if images.fingerprint() != cache.meta["image_list"]:
+        raise UserError("the images have changed since they were extracted")
+    return images.kept({split: cache.image_rows(split) for split in datasets.SPLITS})
+
+
+def draw_class(
+    config: Config,
+    cache: feature_cache.FeatureCache,
+    images: datasets.ImageSet | None,
+    name: str,
+    folder: Path,
+) -> list[Picture]:
+    """Draw the pictures of a class, of its first seed's record, into ``folder``/figures: its scores and, with
+    the raw images, the contact sheet and heat maps of the test images."""
+    figures, seed = folder / "figures", config.seed
+    figures.mkdir(parents=True, exist_ok=True)
+    record, pictures = detector.read_record(detector.checkpoint_path(config, name, seed)), []
+    if record["test"]["scores"] or record["held_out_scores"]:
+        path = figures / f"scores-{file_name(name)}.png"
+        draw_histogram(name, record, seed, (config.nbins1, config.nbins2), path)
+        pictures.append(Picture(path, f"Scores of {name}, seed {seed}", name))
+    if images and record["test"]["scores"]:
+        try:
+            path = figures / f"extremes-{file_name(name)}.jpg"
+            draw_sheet(images, record["test"], f"normal class: {name}, seed {seed}", path)
+            caption = f"Test images of {name} at both ends of the scores, seed {seed}"
+            pictures.append(Picture(path, caption, name))
+            pictures += draw_heat_maps(config, cache, images, name, record, figures)
+        except UserError as mistake:
+            print(f"no contact sheet of {name}: {mistake}")
     return pictures
 
 

@@ -1,9 +1,11 @@
 """Heat maps to look at: the picture, and the map laid over it."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 
+from config import UserError
 from detector.detector import PictureDetector
 from images.images import pixels_of
 from shell.files import file_name, whole_file
@@ -49,4 +51,8 @@ def draw_heat_maps(
             number += 1
         drawn.add(path)
         told = f"{row['image']}  score {row['score']:.3g}  {row['verdict'] or ''}"
-        draw(pixels_of(row["image"]), fitted.heat_map(row["image"]), path, told)
+        try:
+            draw(pixels_of(row["image"]), fitted.heat_map(row["image"]), path, told)
+        except UserError as gone:  # or changed since it was scored
+            drawn.remove(path)
+            print(f"no heat map: {gone}", file=sys.stderr)

@@ -3,8 +3,10 @@ beside it."""
 
 import contextlib
 import csv
+import itertools
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 from backbone.resizing import Unreadable
 from config import UserError
 from detector.detector import PictureDetector
+from images import watch
 from shell.files import whole_file
 
 COLUMNS = ("image", "class", "score", "p_value", "verdict")
@@ -19,15 +22,17 @@ WriteRow = Callable[[dict], None]
 
 
 @contextlib.contextmanager
-def table(output: Path | None) -> Iterator[WriteRow]:
+def table(output: Path | None, at_once: bool = False) -> Iterator[WriteRow]:
     """What takes the rows, {column: value}, one by one: CSV on the screen, or a file that is there, whole,
-    when the block ends well. Raises UserError on an ending that is none of the three."""
+    when the block ends well, or ``at_once``, row by row. Raises UserError on an ending that is none of the
+    three."""
     if output is None:
         yield _csv(sys.stdout)
         return
     if output.suffix not in (".csv", ".json", ".jsonl"):
         raise UserError(f"output: expected a name ending in .csv, .json or .jsonl, got {output}")
-    with whole_file(output) as partial, open(partial, "w", encoding="utf-8", newline="") as stream:
+    place = contextlib.nullcontext(output) if at_once else whole_file(output)
+    with place as path, open(path, "w", encoding="utf-8", newline="") as stream:
         if output.suffix == ".csv":
             yield _csv(stream)
         elif output.suffix == ".jsonl":
@@ -64,6 +69,25 @@ def rows_of(detectors: list[PictureDetector], files: list[Path]) -> Iterator[lis
         yield [row(name, fitted, scores[i]) for i, name in enumerate(named) for fitted, scores in columns]
 
 
+def rows_arriving(
+    detectors: list[PictureDetector], arrivals: watch.Arrivals
+) -> Iterator[list[dict] | Unreadable]:
+    """``rows_of`` the pictures that arrive, without an end; one that cannot be read is tried again, and told
+    of once there is little hope."""
+    print(f"watching {arrivals.folder}; Ctrl-C ends", file=sys.stderr, flush=True)
+    while True:
+        files = arrivals.ready()
+        waiting = iter(files)
+        for part in rows_of(detectors, files):
+            if not isinstance(part, Unreadable):
+                for path in itertools.islice(waiting, len(part) // len(detectors)):
+                    arrivals.done(path)
+                yield part
+            elif arrivals.given_up(next(waiting)):
+                yield part
+        time.sleep(watch.INTERVAL)
+
+
 def row(name: str, fitted: PictureDetector, score: float) -> dict:
     known = len(fitted.held_out) > 0
     return {
@@ -88,14 +112,14 @@ def tell_thresholds(detectors: list[PictureDetector]) -> None:
 
 
 def tell_counts(
-    detectors: list[PictureDetector], counts: Counter[str], done: int, output: Path | None
+    detectors: list[PictureDetector], counts: Counter[str], done: int, failed: int, output: Path | None
 ) -> None:
-    """Say on standard error how many pictures were scored, how many each class calls anomalous, and where the
-    rows are."""
+    """Say on standard error how many pictures were scored, how many each class calls anomalous, how many
+    could not be read, where they are not listed, and where the rows are."""
     anomalous = [
         f"{counts[fitted.class_name]} anomalous" + f" by {fitted.class_name}" * (len(detectors) > 1)
         for fitted in detectors
         if len(fitted.held_out)
     ]
-    told = ", ".join([f"{done} pictures scored", *anomalous])
+    told = ", ".join([f"{done} pictures scored", *anomalous, *[f"{failed} unreadable"] * (failed > 0)])
     print(told + (f"; rows in {output}" if output else ""), file=sys.stderr)

@@ -1,3 +1,3 @@
-"""What stands between a script and the system: its command line, its end, its files and its locks.
+"""What stands between a script and the system: its command line, its end, its files, locks and processes.
 
 Owns no knowledge of images or models. May import config and the standard library; filelock for the locks."""

@@ -2,6 +2,7 @@
 them."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -21,9 +22,12 @@ PLACES = (9, 5)  # places and channels of the fabricated place tokens
 CLASSES, N_TRAIN, N_TEST, C, GRID = ("a", "b", "c"), 40, 20, 32, (3, 3)
 
 
-def fabricate(folder, signal: float = 2.0, scale: float = 1.0) -> FeatureCache:
+def fabricate(
+    folder, signal: float = 2.0, scale: float = 1.0, extreme: Iterable[int] | None = None
+) -> FeatureCache:
     """A cache of Gaussian tokens: semantic tokens lie ``signal`` apart per channel and class; patch tokens
-    follow them, and so do bands and places."""
+    follow them, and so do bands and places. extreme: training images whose tokens are a hundred times as
+    large and have the first channel, which is zero in all others then."""
     generator = np.random.RandomState(0)
     n, centres = math.prod(GRID), generator.randn(len(CLASSES), C)
     counts = dict(zip(SPLITS, (N_TRAIN, N_TEST)))
@@ -36,6 +40,14 @@ def fabricate(folder, signal: float = 2.0, scale: float = 1.0) -> FeatureCache:
         s: scale * (generator.randn(len(category[s]), 1 + n, C) + signal * centres[category[s]][:, None])
         for s in SPLITS
     }
+    if extreme is not None:
+        extreme = list(extreme)
+        first = tokens["train"][extreme, :, :1]
+        for split in SPLITS:
+            tokens[split][..., 0] = 0
+        tokens["train"][extreme] = 100 * (
+            tokens["train"][extreme] + 5 * first.round().clip(1) * (np.arange(C) == 0)
+        )
     size = Bands(2, 0.15).shape(BAND_CHANNELS)[0]
     textures = generator.randn(len(CLASSES), size)
     bands = {

@@ -8,6 +8,7 @@ from conftest import ROOT, script
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import first_run  # noqa: E402
 import whole_job  # noqa: E402
 
 
@@ -81,3 +82,21 @@ def test_extraction_and_flow_at_a_tiny_size(tmp_path, texture_folder):
                   "--repeats", 1, "--classes", 2, "--images", 8, "--bfloat16", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "x the transcription" in done.stdout and "ours with bfloat16 products" in done.stdout
+
+
+@pytest.mark.slow
+def test_first_run_at_a_small_size(tmp_path):
+    """A row for each that it is measured beside, with what was run and where; the other program ends."""
+    options = ("--small", "--only", "idle", "busy", "--output", "table.md")
+    done = script("benchmarks/first_run.py", *options, cwd=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "table.md").read_text()
+    assert text.strip() in done.stdout and "| idle | " in text and "| busy | " in text
+    assert "--preset quickstart" in text and "torch" in text and "cores" in text and "commit" in text
+
+
+def test_a_program_beside_ends_with_the_block():
+    with first_run.beside(first_run.compute):
+        child = first_run.multiprocessing.active_children()[0]
+        assert child.is_alive()
+    assert not child.is_alive()

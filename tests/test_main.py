@@ -122,8 +122,9 @@ def test_main_says_how_far_it_is(run_folder):
 
 
 def test_time_left_is_that_of_all_that_are_left():
-    assert main.took({"seconds": 30.0}, 4) == "30 s, about 2 min for 4 more"
-    assert main.took({"seconds": 30.0}, 0) == "30 s"
+    """By all that are finished, not by the last."""
+    assert main.took({"seconds": 30.0}, 4, 45.0) == "30 s, about 3 min for 4 more"
+    assert main.took({"seconds": 30.0}, 0, 45.0) == "30 s"
 
 
 def test_main_leaves_its_files(run_folder):

@@ -8,6 +8,7 @@ from conftest import make_folder
 from fabricated import JOINED, C, make, settings
 
 import datasets
+import extractor
 import utils
 from backbone import extraction
 from backbone.identity import cache_identity
@@ -102,3 +103,16 @@ def test_batches_of_images_beyond_the_machine(tmp_path, monkeypatch):
     large = dataclasses.replace(config, extract_batch=10)
     with pytest.raises(UserError, match="10 images of 32x32.*extract_batch"):
         extraction.Extraction(large, images, identity, torch.device("cpu"))
+
+
+def test_a_grid_that_every_fit_refuses_is_refused_before_the_extraction(tmp_path, monkeypatch):
+    """By extractor.py as by the fit, whatever its knobs are."""
+    images = make_folder(tmp_path / "images", n_train=3, n_test=1)
+    config = Config(
+        dataset="folder", dataset_path=str(images), feature_path=str(tmp_path / "f"), extractor="resnet18",
+        weights_path="random", img_size=(1024, 1024), device="cpu", threads=1,
+    )  # fmt: skip
+    monkeypatch.setattr(utils, "available_memory", lambda: 17 * memory.FLOAT * 32**4)
+    with pytest.raises(UserError, match="32 x 32 patch tokens.*token_grid"):
+        extractor.main(config)
+    assert not (tmp_path / "f").exists()

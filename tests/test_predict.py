@@ -6,8 +6,11 @@ import io
 import itertools
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,8 @@ import train
 from config import Config, UserError
 from detector import exporting, pictures, records
 from detector.detector import Detector
-from images import given
+from images import given, images, watch
+from reporting import overlays, scores
 from shell.files import file_name, write_text
 
 pytestmark = pytest.mark.slow
@@ -309,6 +313,76 @@ def test_rows_flow_and_ctrl_c_is_one_line(here, capsys, monkeypatch, output):
         assert [text.count("\n") for text in seen] == [1, 8, 8], "the header, then eight pictures at a time"
 
 
+def test_pictures_are_scored_as_they_arrive(here, capsys, tmp_path):
+    """A row each, as without --watch; one that is still being written waits; SIGTERM is one line, status
+    0."""
+    shutil.copy(TESTED[0], tmp_path / "0.png")
+    wanted, _, _ = predicted(capsys, "runs/held", *TESTED[:2])
+    whole, half = Path(TESTED[1]).read_bytes(), tmp_path / "1.png"
+    command = [sys.executable, ROOT / "predict.py", "runs/held", "--watch", tmp_path, "--threads", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(list(map(str, command)), **pipes) as process:
+        header, first = process.stdout.readline(), process.stdout.readline()
+        half.write_bytes(whole[: len(whole) // 2])
+        time.sleep(2.5)  # it has stayed as it is, and was tried
+        half.write_bytes(whole)
+        found = [header, first, process.stdout.readline()]
+        process.send_signal(signal.SIGTERM)
+        said, status = process.stderr.read(), process.wait()
+    assert status == 0 and "skipped" not in said, said
+    assert said.splitlines()[-1].startswith("2 pictures scored, ")
+    found = list(csv.DictReader(found))
+    assert [row["image"] for row in found] == [str(tmp_path / "0.png"), str(half)]
+    for row, same in zip(found, wanted):
+        assert float(row["score"]) == pytest.approx(float(same["score"]), rel=1e-4)
+        assert row["verdict"] == same["verdict"]
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """--watch takes what is there at once, has no patience, and is ended after a few looks."""
+    looks = iter(range(6))
+
+    def slept(_):
+        if next(looks, None) is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(scores.time, "sleep", slept)
+    monkeypatch.setattr(watch, "SETTLED", 0)
+    monkeypatch.setattr(watch, "PATIENCE", 0)
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "jsonl"])
+def test_rows_of_arrivals_are_in_the_file_at_once(here, capsys, tmp_path, monkeypatch, no_waiting, ending):
+    """And whole when it is ended; each picture has one row."""
+    target, there = tmp_path / f"x.{ending}", []
+    slept = scores.time.sleep
+    monkeypatch.setattr(scores.time, "sleep", lambda _: (there.append(target.read_text()), slept(_)))
+    _, said, status = predicted(capsys, "runs/held", "--watch", "images/test/a", "--output", target)
+    text = target.read_text()
+    assert status == 0 and said.splitlines()[-1].startswith("10 pictures scored, ")
+    assert all(TESTED[9] in seen and text.startswith(seen) for seen in there) and len(there) == 7
+    if ending == "csv":
+        written = list(csv.DictReader(io.StringIO(text)))
+    else:
+        written = json.loads(text) if ending == "json" else [json.loads(line) for line in text.splitlines()]
+    assert sorted(row["image"] for row in written) == TESTED[:10]
+
+
+def test_what_stays_unreadable_is_told_and_counted(here, capsys, tmp_path, no_waiting):
+    """Once, as soon as patience ends; the status is 1."""
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    rows, said, status = predicted(capsys, "runs/held", "--watch", tmp_path)
+    assert rows == [] and status == 1 and said.count("bad.png") == 1
+    assert said.splitlines()[-1] == "0 pictures scored, 0 anomalous, 1 unreadable"
+
+
+def test_a_heat_map_of_what_has_gone_is_a_line(here, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(overlays, "pixels_of", lambda _: images.read_image(Path("nowhere.png")))
+    rows, said, status = predicted(capsys, "runs/held", TESTED[0], "--heat_maps", tmp_path)
+    assert len(rows) == 1 and status == 0 and "no heat map: no image nowhere.png" in said
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -320,6 +394,7 @@ def test_rows_flow_and_ctrl_c_is_one_line(here, capsys, monkeypatch, output):
         ["runs/held", "images", "--false_alarms", "2"],
         ["runs/held", "images", "--calibrate", "nowhere"],
         ["images", "images"],
+        ["runs/held", "--watch", "nowhere"],
     ],
     ids=lambda arguments: " ".join(arguments),
 )
@@ -330,7 +405,13 @@ def test_mistakes_are_one_line(here, capsys, arguments):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["run"], ["run", "x", "--threads", "many"], ["run", "x", "--treads", "1"]]
+    "arguments",
+    [
+        ["run"],
+        ["run", "x", "--threads", "many"],
+        ["run", "x", "--treads", "1"],
+        ["run", "x", "--watch", "y"],
+    ],
 )
 def test_a_mistyped_command_is_one_line(capsys, arguments):
     with pytest.raises(SystemExit) as ended:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,6 +72,32 @@ def test_a_run_goes_on_bit_for_bit(run, options):
     assert run.fitted == [first, last] and table(resumed) == table(whole)
     for name in CLASSES:  # the kept ones are kept with all that they were
         assert [r["class"] for r in resumed["classes"][name]["runs"]] == [name, name]
+
+
+@pytest.mark.slow
+def test_processes_come_to_the_table_of_one(run, capsys, monkeypatch):
+    """Two classes at a time, each by a process with one thread, which draws it, too: the same to the last
+    digit."""
+    drawn, draw = [], main.figures.draw_class
+    monkeypatch.setattr(main.figures, "draw_class", lambda *of: (drawn.append(of[3]), draw(*of))[1])
+    options = {"n_seeds": 2, "baselines": True, "plots": True, "pretrained": True, **JOINED}
+    alone, _ = run(threads=1, **options), capsys.readouterr()
+    assert drawn == list(CLASSES)
+    run.fitted.clear()
+    drawn.clear()
+    together = run(threads=2, modelname="together", **options)
+    told = capsys.readouterr().out
+    assert table(together) == table(alone) and not run.fitted + drawn, "by processes of their own"
+    assert "2 at a time" in told and "for 5 more" in told and "[6/6]" in told
+    states = [
+        [detector.read_record(path.with_suffix(""))["weights"] for path in sorted(folder.glob("*.json"))]
+        for folder in (Path("runs/run/classes"), Path("runs/together/classes"))
+    ]
+    assert states[0] == states[1]
+    page, same = (Path(f"runs/{name}/report.html").read_text() for name in ("together", "run"))
+    assert page.count("<img") == same.count("<img") >= len(CLASSES)
+    ends = [result["wall_time_s"] for entry in together["classes"].values() for result in entry["runs"]]
+    assert max(ends) <= together["wall_time_s"] <= sum(ends) + 60
 
 
 def test_wall_time_adds_up(run):
@@ -384,3 +411,28 @@ def test_ctrl_c_says_what_is_kept(run, monkeypatch):
     run.fitted.clear()
     run()
     assert run.fitted == [("b", 0), ("c", 0)]
+
+
+# ---------------------------------------------------------------- the committed table
+def test_a_run_is_checked_against_the_committed_table(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(main, "TABLES", tmp_path / "tables")
+    with pytest.raises(UserError, match="no committed table of paper.csv"):
+        run(check=True)
+    assert not run.fitted, "told before anything is fitted"
+    run()
+    text = Path("runs/run/results.csv").read_text()
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables/paper.csv").write_text(text)
+    capsys.readouterr()
+    run(check=True)
+    assert "equal within ± .0005" in capsys.readouterr().out
+    lines = text.splitlines(keepends=True)
+    place = lines[0].split(",").index("auroc")
+    fields = lines[1].split(",")
+    fields[place] = str(float(fields[place]) - 0.001)
+    (tmp_path / "tables/paper.csv").write_text("".join([lines[0], ",".join(fields), *lines[3:]]))
+    with pytest.raises(SystemExit) as end:
+        run(check=True)
+    told = capsys.readouterr().out.splitlines()[-2:]
+    assert end.value.code == 1
+    assert told[0] == "b: not in the table" and told[1].startswith("a: AUROC ") and "in the table" in told[1]

@@ -423,3 +423,23 @@ def test_features_are_split_with_and_without_bands():
     assert torch.equal(torch.cat([part.patches for part in parts]), whole.patches)
     parts = whole._replace(bands=torch.arange(5.0)).split(3)
     assert [part.bands.tolist() for part in parts] == [[0, 1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    "normalize, held",
+    [("none", False), ("none", True), ("power_l2+whiten", False), ("power_l2+whiten", True)],
+)
+def test_an_extreme_image_neither_rules_training_nor_hides_a_good_start(tmp_path, capsys, normalize, held):
+    """It is named, and losses are as without it: of the start, and of a training that goes on from it. Where
+    whitening is fitted to it, it is not extreme."""
+    settings = CHOOSING | {"normalize": normalize, "whiten_ridge": 0.0}
+    plain = make(fabricate(tmp_path / "plain", extreme=[]), **settings)
+    row = int((plain.data.held_rows if held else plain.data.fit_rows)[3])
+    before = plain.run().history
+    assert "note:" not in capsys.readouterr().out
+    odd = fabricate(tmp_path / "odd", extreme=[row])
+    after, said = fit(odd, **settings).history, capsys.readouterr().out
+    if normalize == "none" or held:
+        assert said.count("note:") == 1 and f" {odd.labels.train.names[row]} first" in said
+    for one, other in zip(before, after):
+        assert other["held_out_loss"] == pytest.approx(one["held_out_loss"], rel=0.5)

@@ -182,6 +182,12 @@ def test_devices_and_threads():
         torch.set_num_threads(before)
 
 
+def test_float32_convolutions_are_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    utils.set_up("cpu", torch.get_num_threads())
+    assert torch.backends.cudnn.allow_tf32 is False
+
+
 def test_versions_name_the_machine():
     found = utils.versions()
     assert (

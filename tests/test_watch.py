@@ -1,0 +1,92 @@
+"""Pictures that arrive in a folder are taken once they are whole, each once."""
+
+import os
+
+import numpy as np
+import pytest
+from conftest import PIXELS, write_image
+
+from config import UserError
+from images import watch
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test sets."""
+    now = [100.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_image(tmp_path / "line" / "a.png", PIXELS)
+    return tmp_path / "line"
+
+
+def looked(arrivals, clock) -> list[str]:
+    """The names that are ready a while after the last look."""
+    clock[0] += watch.SETTLED
+    return [path.relative_to(arrivals.folder).as_posix() for path in arrivals.ready()]
+
+
+def test_a_picture_is_taken_once_it_has_stayed_as_it_is(folder, clock):
+    arrivals = watch.Arrivals(folder)
+    assert arrivals.ready() == [], "it may be in the writing"
+    (folder / "b.png").write_bytes(b"half")
+    (folder / "b.tmp").write_bytes(b"no picture by its name")
+    assert looked(arrivals, clock) == ["a.png"]
+    arrivals.done(folder / "a.png")
+    (folder / "b.png").write_bytes(b"half and whole")
+    assert looked(arrivals, clock) == []
+    write_image(folder / "day 2" / "c.png", PIXELS)
+    os.utime(folder / "b.png", (1, 1))
+    assert looked(arrivals, clock) == []
+    assert looked(arrivals, clock) == ["b.png", "day 2/c.png"], "the earliest first"
+    for name in ("b.png", "day 2/c.png"):
+        arrivals.done(folder / name)
+    assert looked(arrivals, clock) == []
+
+
+def test_a_picture_that_is_written_anew_is_taken_again(folder, clock):
+    arrivals = watch.Arrivals(folder)
+    arrivals.ready()
+    assert looked(arrivals, clock) == ["a.png"]
+    arrivals.done(folder / "a.png")
+    write_image(folder / "a.png", np.tile(PIXELS, (2, 2, 1)))
+    assert looked(arrivals, clock) == [] and looked(arrivals, clock) == ["a.png"]
+
+
+def test_what_cannot_be_read_is_tried_again_for_a_while(folder, clock):
+    arrivals = watch.Arrivals(folder)
+    arrivals.ready()
+    path = folder / "a.png"
+    for _ in range(3):
+        assert looked(arrivals, clock) == ["a.png"] and not arrivals.given_up(path)
+    (folder / "a.png").write_bytes(b"more, but not all")
+    looked(arrivals, clock)
+    clock[0] += watch.PATIENCE - watch.SETTLED - 1
+    assert looked(arrivals, clock) == ["a.png"] and not arrivals.given_up(path), "it has changed since"
+    assert looked(arrivals, clock) == ["a.png"] and arrivals.given_up(path)
+    assert looked(arrivals, clock) == [] and not arrivals.given_up(path), "told once"
+
+
+def test_a_picture_or_a_folder_that_has_gone(folder, clock, capsys):
+    arrivals = watch.Arrivals(folder)
+    arrivals.ready()
+    assert looked(arrivals, clock) == ["a.png"]
+    arrivals.done(folder / "a.png")
+    away = folder.rename(folder.with_name("away"))
+    assert looked(arrivals, clock) == looked(arrivals, clock) == []
+    assert capsys.readouterr().err.count("note:") == 1
+    away.rename(folder)
+    assert looked(arrivals, clock) == looked(arrivals, clock) == [], "what was done stays done"
+    (folder / "a.png").unlink()
+    clock[0] += watch.PATIENCE
+    assert not arrivals.given_up(folder / "a.png")
+    assert looked(arrivals, clock) == [] and arrivals.seen == {}, "nothing is kept of what has gone"
+
+
+def test_what_is_no_folder_is_refused(folder):
+    with pytest.raises(UserError, match="watch: expected a folder"):
+        watch.Arrivals(folder / "a.png")
