@@ -604,7 +604,7 @@ PRESETS = {
         "bands": True,
         "places": 14,
         "normalize": "power_l2+whiten",
-        "whiten_ridge": 3.0,
+        "whiten_ridge": 10.0,
         "centre_pool": 0.1,
         "flow_channels": 256,
         "fusion": "class_attention",

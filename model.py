@@ -201,18 +201,18 @@ def normal_energy(z: Tensor, log_det: Tensor, outside: Tensor, channels: int) ->
     return (z.square().sum(1) + outside - 2 * log_det) / channels
 
 
-DRAWN = 0.5  # where kernels are centred between the mean of all latents (0) and a training image's (1)
+DRAWN = 0.5  # where kernels are centred between the mean of all tokens (0) and a training image's (1)
 
 
-def kernel_energy(distances: Tensor, log_det: Tensor, bandwidth: Tensor, channels: int) -> Tensor:
-    """The same under a kernel density (docs/method.md, eq. 12), in units of its bandwidth h, the variance of
-    a kernel: (-2 h log mean_i exp(-d_i / 2h) - 2 h log|det J|) / channels.
+def kernel_energy(distances: Tensor, gain: Tensor, bandwidth: Tensor, channels: int) -> Tensor:
+    """The same under a kernel density that the flow corrects (docs/method.md, eq. 12), in units of the
+    bandwidth h, the variance of a kernel: (-2 h log mean_i exp(-d_i / 2h) - 2 h gain) / channels.
 
-    distances (B, n): squared, to the kernels' centres, the training images' latents times ``DRAWN``: kernels
+    distances (B, n): squared, to the kernels' centres, the training images' tokens times ``DRAWN``: kernels
     widen a density, and drawn to the mean they do not (the smoothed bootstrap with shrinkage: Silverman and
-    Young 1987); log_det (B) -> (B)."""
+    Young 1987). gain (B): the flow's log-likelihood less that of the normal density it starts from -> (B)."""
     density = torch.logsumexp(distances / (-2 * bandwidth), 1) - math.log(distances.shape[1])
-    return -2 * bandwidth * (density + log_det) / channels
+    return -2 * bandwidth * (density + gain) / channels
 
 
 def negative_log_likelihood(energy: Tensor, bandwidth: Tensor) -> Tensor:
@@ -228,14 +228,12 @@ def nearest_neighbours(distances: Tensor, k: int = 2) -> Tensor:
 BANDWIDTHS = 40  # tried, a factor of 1.12 apart
 
 
-def best_bandwidth(distances: Tensor, log_det: Tensor, channels: int) -> Tensor:
-    """The bandwidth of the kernel density under which held-out images are most likely: distances (m, n),
-    log_det (m) -> ()."""
-    start = distances.mean() / channels
+def best_bandwidth(distances: Tensor, channels: int) -> Tensor:
+    """The bandwidth of the kernel density under which held-out images are most likely: distances (m, n) ->
+    ()."""
+    start, gain = distances.mean() / channels, distances.new_zeros(len(distances))
     tried = [start * 1.12**-i for i in range(BANDWIDTHS)]
-    losses = [
-        negative_log_likelihood(kernel_energy(distances, log_det, h, channels), h).mean() for h in tried
-    ]
+    losses = [negative_log_likelihood(kernel_energy(distances, gain, h, channels), h).mean() for h in tried]
     return tried[int(torch.stack(losses).argmin())]
 
 

@@ -11,7 +11,6 @@ import math
 import time
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from detector.detector import (
     Detector,
     Fitted,
     Inputs,
+    Latents,
     TokenSource,
     evenly,
     in_batches,
@@ -124,14 +124,6 @@ def compiled(step: Callable) -> Callable:
 
 
 # ---------------------------------------------------------------- one class
-class Measured(NamedTuple):
-    """What the flow makes of n images: z (n, k), log_det (n), and what the flow leaves alone: outside (n)."""
-
-    z: Tensor
-    log_det: Tensor
-    outside: Tensor
-
-
 @dataclasses.dataclass
 class Evaluation:
     """The state of a class after an epoch: enough to go back to it."""
@@ -139,9 +131,8 @@ class Evaluation:
     number: int  # evaluations up to and including this one
     entry: dict
     flow: dict[str, Tensor]
-    reference: Tensor  # as the detector's, its leading directions; empty where no score has a use for it
-    bandwidth: Tensor
-    measured: dict[str, Measured]  # held-out and test images
+    reference: Tensor  # latents of the training images for the score latent_knn; else empty
+    measured: dict[str, Latents]  # of held-out and test images
 
     @property
     def held_out_loss(self) -> float:
@@ -160,15 +151,15 @@ class Trainer:
         self.sources = {"fit": data.train, "held": data.train, "test": data.test}
         self.rows = {"fit": data.fit_rows, "held": data.held_rows, "test": data.test_rows}
         self.detector = Detector(config, features, len(data.fit_rows))
-        self.needs_reference = config.base == "kernel" or config.score == "latent_knn"
-        self.drawn = model.DRAWN if config.base == "kernel" else 1.0
         self.joint: dict[str, Tensor] = {}  # power-normalised joint tokens, kept for the simple detectors
         self.tokens: dict[str, tuple[Tensor, Tensor]] = {}  # whitened once, for all epochs
         self._fit_normalizers()
         self.detector.to(device)
         self.usual = {part: self._usual(part) for part in ("fit", "held")}
         self.unusual_places = self._unusual_places()
-        self.unmoved: dict[str, Tensor] = {}  # distances to the training images that the flow does not change
+        self.near: dict[str, Tensor] = {}  # distances (n, kernels) of the tokens of held-out and test images
+        if config.base == "kernel":
+            self._set_kernels()
         self.optimizer = SubnetOptimizers(self.detector.flow, config)
         self.trained = compiled(self.detector.flow) if config.compile_flow else self.detector.flow
         self.rate = config.lr_init
@@ -181,7 +172,7 @@ class Trainer:
         self.step, self.steps = 0, self.epochs * per_epoch
         self.history: list[dict] = []
         self.best: Evaluation | None = None
-        self.before_training: np.ndarray | None = None  # likelihood scores of the test images then
+        self.before_training: dict[str, np.ndarray] = {}  # as ``Fitted.flow_scores``
 
     # ------------------------------------------------------------ normalisation
     def _fit_normalizers(self) -> None:
@@ -263,6 +254,25 @@ class Trainer:
             places = (self.sources[part].one("places", batch) for batch in batches)
             found[part] = torch.cat([self.detector.unusual_places(each) for each in places])
         return found
+
+    @torch.no_grad()
+    def _set_kernels(self) -> None:
+        """Centres and bandwidth of the kernel density of the tokens, which training leaves as they are."""
+        fit = self.detector
+        with products("highest", self.device):
+            tokens = {part: self._all_tokens(part) for part in self.rows}
+            fit.reference = (model.DRAWN * tokens["fit"][0]).half()
+            self.near = {part: fit.distances(*tokens[part]) for part in ("held", "test")}
+            usual = torch.from_numpy(self.usual["held"]).to(self.device)
+            fit.bandwidth.copy_(model.best_bandwidth(self.near["held"][usual], fit.channels))
+
+    def _all_tokens(self, part: str) -> tuple[Tensor, Tensor]:
+        """Tokens (n, k) and outside (n) of all images of a part."""
+        if part in self.tokens:
+            return self.tokens[part]
+        source, fit = self.sources[part], self.detector
+        found = [fit.normalizer(fit.joint(source[b])) for b in in_batches(self.rows[part], POOL_BATCH)]
+        return torch.cat([tokens for tokens, _ in found]), torch.cat([outside for _, outside in found])
 
     @property
     def compares(self) -> bool:
@@ -365,29 +375,14 @@ class Trainer:
 
     # ------------------------------------------------------------ evaluation
     @torch.no_grad()
-    def measure(self, part: str) -> Measured:
+    def measure(self, part: str) -> Latents:
         """What the flow makes of all images of a part."""
-        measured = []
+        found = []
         for batch in in_batches(np.arange(len(self.rows[part])), EVAL_BATCH[self.device.type]):
             inputs = self.inputs(part, batch)
-            none = inputs.tokens, inputs.outside
-            measured.append((*(self.detector.latent(inputs) if len(batch) else none), inputs.outside))
-        return Measured(*(torch.cat(parts) for parts in zip(*measured)))
-
-    def distances(self, part: str, measured: Measured, reference: Tensor) -> Tensor:
-        """Squared distances (m, n) of the latents of a part to the reference, whose leading directions are
-        given; what the flow does not move is computed once."""
-        fit, leading = self.detector, self.detector.leading
-        if part not in self.unmoved:
-            rest = (
-                model.squared_distances(
-                    measured.z[:, leading:], self.drawn * self.tokens["fit"][0][:, leading:]
-                )
-                if leading < fit.directions
-                else 0.0
-            )
-            self.unmoved[part] = rest + measured.outside.unsqueeze(1)
-        return model.squared_distances(measured.z[:, :leading], reference) + self.unmoved[part]
+            none = Latents(inputs.tokens, inputs.outside, inputs.tokens, inputs.outside)
+            found.append(self.detector.latents(inputs) if len(batch) else none)
+        return Latents(*(torch.cat(parts) for parts in zip(*found)))
 
     def evaluate(self, epoch: int, loss: float | None) -> None:
         """Score the test images and the held-out normals after an epoch; remember it if it is the best."""
@@ -403,55 +398,50 @@ class Trainer:
             tqdm.write(f"{self.data.class_name}  epoch {epoch}  {trained}{held}{tested}")
         self._remember_if_best(entry, reference, measured)
 
-    def _evaluated(self, entry: dict, measured: dict[str, Measured]) -> tuple[dict, Tensor]:
-        """An epoch's entry of the history, completed, and the leading directions of the reference."""
+    def _evaluated(self, entry: dict, measured: dict[str, Latents]) -> tuple[dict, Tensor]:
+        """An epoch's entry of the history, completed, and the latents of the images fitted to, where the
+        score takes them."""
         fit, config = self.detector, self.config
-        held, test = measured["held"], measured["test"]
-        usual = torch.from_numpy(self.usual["held"]).to(self.device)
-        reference = held.z.new_zeros(0, fit.leading)
-        near: dict[str, Tensor] = {}
-        if self.needs_reference:
-            reference = self.drawn * self.measure("fit").z[:, : fit.leading]
-            near = {
-                part: self.distances(part, each, reference) for part, each in (("held", held), ("test", test))
-            }
-        if config.base == "kernel":
-            fit.bandwidth.copy_(model.best_bandwidth(near["held"][usual], held.log_det[usual], fit.channels))
-        energies = {part: self._energy(part, each, near) for part, each in measured.items()}
+        test, usual = measured["test"], torch.from_numpy(self.usual["held"]).to(self.device)
+        energies = {part: fit.energy(each, self.near.get(part)) for part, each in measured.items()}
         nll = {part: model.negative_log_likelihood(each, fit.bandwidth) for part, each in energies.items()}
-        if len(held.z):
+        if len(nll["held"]):
             entry["held_out_loss"] = nll["held"][usual].mean().item() - LOG_ROOT_2PI
         if not all(each.isfinite().all() for each in nll.values()):
             if config.select_epoch == "last" or not self.history:
                 raise self.not_finite("scores are not finite", self.step - 1)
             entry["held_out_loss"] = float("inf")  # training has diverged: an earlier epoch is reported
-        by_name = {"latent": test.z.square().mean(1), "likelihood": nll["test"]}
-        if "test" in near:
-            by_name["latent_knn"] = model.nearest_neighbours(near["test"])
+        by_name = {"latent": test.z.square().mean(1), "likelihood": nll["test"], "flow": fit.flow_loss(test)}
+        reference = test.z[:0]
+        if config.score == "latent_knn":
+            reference = self.measure("fit").z
+            distances = model.squared_distances(test.z, reference) + test.outside.unsqueeze(1)
+            by_name["latent_knn"] = model.nearest_neighbours(distances)
         logs = energies["test"].clamp_min(ENERGY_FLOOR).log()
         by_name["joined"] = logs + self.unusual_places.get("test", 0.0)
         entry["auroc"] = self._auroc(by_name[config.score])
-        entry |= {f"{name}_auroc": self._auroc(by_name[name]) for name in ("latent", "likelihood")}
-        if self.before_training is None and entry["loss"] is None:
-            self.before_training = nll["test"].cpu().numpy()
+        entry |= {f"{name}_auroc": self._auroc(by_name[name]) for name in ("latent", "likelihood", "flow")}
+        if entry["loss"] is None:
+            self.before_training = self._flow_scores(test, ", before training")
         return entry, reference
 
     def _auroc(self, scores: Tensor) -> float:
         return utils.auroc(self.data.labels, np.nan_to_num(scores.cpu().numpy()))
 
-    def _energy(self, part: str, measured: Measured, near: dict[str, Tensor]) -> Tensor:
+    def _flow_scores(self, test: Latents, suffix: str = "") -> dict[str, np.ndarray]:
+        """The scores that ``Fitted.flow_scores`` keeps, of latents of the test images."""
         fit = self.detector
-        if self.config.base == "normal":
-            return model.normal_energy(*measured, fit.channels)
-        return model.kernel_energy(near[part], measured.log_det, fit.bandwidth, fit.channels)
+        found = {"likelihood": fit.score(test, "likelihood", self.near.get("test"))}
+        if self.config.base == "kernel":
+            found["flow alone"] = fit.flow_loss(test)
+        return {name + suffix: values.cpu().numpy() for name, values in found.items()}
 
-    def _remember_if_best(self, entry: dict, reference: Tensor, measured: dict[str, Measured]) -> None:
+    def _remember_if_best(self, entry: dict, reference: Tensor, measured: dict[str, Latents]) -> None:
         chosen = self.config.select_epoch == "last" or self.best is None
         if chosen or entry["held_out_loss"] < self.best.held_out_loss:  # type: ignore[union-attr]
             flow, keep = self.detector.flow, self.config.select_epoch == "likelihood"
             state = {name: values.clone() for name, values in flow.state_dict().items()} if keep else {}
-            bandwidth = self.detector.bandwidth.clone()
-            self.best = Evaluation(len(self.history), entry, state, reference, bandwidth, measured)
+            self.best = Evaluation(len(self.history), entry, state, reference, measured)
 
     # ------------------------------------------------------------ what is left
     def fitted(self, seconds: float) -> Fitted:
@@ -460,20 +450,14 @@ class Trainer:
         assert best is not None, "evaluate comes first"
         if best.flow:
             fit.flow.load_state_dict(best.flow)
-        fit.bandwidth.copy_(best.bandwidth)
-        if self.needs_reference:
-            rest = self.tokens["fit"][0][:, fit.leading :] if "fit" in self.tokens else best.reference[:, :0]
-            fit.reference = torch.cat([best.reference, self.drawn * rest], 1).half()
+        if self.config.score == "latent_knn":
+            fit.reference = best.reference.half()
         with products("highest", self.device), torch.no_grad():
-            held, test = best.measured["held"], best.measured["test"]
             whole = {
-                part: self._in_parts(fit.score, each) + self.unusual_places.get(part, 0.0)
-                for part, each in (("held", held), ("test", test))
+                part: fit.score(each, None, self.near.get(part)) + self.unusual_places.get(part, 0.0)
+                for part, each in best.measured.items()
             }
-            flow_scores = {
-                name: self._in_parts(functools.partial(fit.score, name=name), test)
-                for name in ("likelihood", "latent")
-            }
+            flow_scores = self._flow_scores(best.measured["test"])
         scores, held_scores = whole["test"].cpu().numpy(), whole["held"].cpu().numpy()
         if not (np.isfinite(scores).all() and np.isfinite(held_scores).all()):
             raise self.not_finite("scores are not finite", self.step - 1)
@@ -490,17 +474,11 @@ class Trainer:
             "n_anomalous": int(data.labels.sum()),
             "seconds": round(seconds, 1),
         }
-        by_flow = {name: values.cpu().numpy() for name, values in flow_scores.items()}
-        if self.before_training is not None:
-            by_flow["before training"] = self.before_training
         simple = self.simple_scores() if self.compares else {}
+        by_flow = flow_scores | self.before_training
         return Fitted(
             fit, scores, data.labels, data.test_rows, held_scores, self.history, result, by_flow, simple
         )
-
-    def _in_parts(self, score: Callable[..., Tensor], measured: Measured) -> Tensor:
-        """A score of many images, a thousand at a time."""
-        return torch.cat([score(*part) for part in zip(*(values.split(1000) for values in measured))])
 
     @torch.no_grad()
     def simple_scores(self) -> dict[str, np.ndarray]:

@@ -1,5 +1,5 @@
-"""One preset on a list of data sets, judged in one table: the whole score, the flow's likelihood alone, the
-flow before training, and every simple detector, with differences by a joint bootstrap.
+"""One preset on a list of data sets, judged in one table: the whole score, the image's likelihood, the flow
+alone, both before training, and every simple detector, with differences by a joint bootstrap.
 
 python benchmarks/suite.py benchmarks/suite.toml
 python benchmarks/suite.py benchmarks/suite.toml --trial --only digits,cells --name try --knobs fusion=none
@@ -32,8 +32,12 @@ from reporting import compare, tables  # noqa: E402
 from shell.files import write_text  # noqa: E402
 from shell.signals import guarded  # noqa: E402
 
-WHOLE, LIKELIHOOD, START = "whole score", "flow's likelihood", "flow before training"
-OURS = {WHOLE: (), LIKELIHOOD: (WHOLE,), START: (WHOLE, LIKELIHOOD)}  # ours -> what it is compared with
+WHOLE, LIKELIHOOD, START = "whole score", "likelihood", "likelihood, before training"
+ALONE, ALONE_START = "flow alone", "flow alone, before training"
+OURS = {  # ours -> what it is compared with
+    WHOLE: (), LIKELIHOOD: (WHOLE,), START: (WHOLE, LIKELIHOOD),
+    ALONE: (WHOLE, LIKELIHOOD), ALONE_START: (WHOLE, LIKELIHOOD),
+}  # fmt: skip
 JUDGED = (WHOLE, LIKELIHOOD)  # what everything else is compared with
 BEST = "best simple of each class"
 DRAWS = 10_000  # of the bootstrap
@@ -120,8 +124,8 @@ def command_of(entry: Set, settings: dict, name: str, seeds: int, more: dict) ->
 # ---------------------------------------------------------------- what a run has found
 def scores_of(record: dict) -> dict[str, np.ndarray]:
     flow = record.get("flow_scores") or {}
-    named = {WHOLE: record["test"]["scores"], LIKELIHOOD: flow.get("likelihood"),
-             START: flow.get("before training"), **(record.get("simple_scores") or {})}  # fmt: skip
+    ours = {name: flow.get(name) for name in OURS if name != WHOLE}
+    named = {WHOLE: record["test"]["scores"], **ours, **(record.get("simple_scores") or {})}
     return {name: np.array(values, float) for name, values in named.items() if values}
 
 

@@ -231,6 +231,16 @@ class Inputs(NamedTuple):
     patches: Tensor
 
 
+class Latents(NamedTuple):
+    """What the flow makes of images: z (B, k), its leading directions moved, and the log-determinant (B); and
+    of what: tokens (B, k) and outside (B), as in ``Inputs``."""
+
+    z: Tensor
+    log_det: Tensor
+    tokens: Tensor
+    outside: Tensor
+
+
 class Detector(nn.Module):
     """Normaliser and fused flow: cached tokens -> latent z and log-determinant -> anomaly score.
 
@@ -273,7 +283,7 @@ class Detector(nn.Module):
         self.fusion_grid = grid
         self.patch_normalizer = PatchNormalizer(name, width, self.leading) if self.fused else None
         self.flow = build_flow(config, self.leading, grid, n_tokens if self.fused else 0, self.middle)
-        # latents of the training images, or the kernels' centres
+        # the kernels' centres, or latents of the training images for the score latent_knn
         self.register_buffer("reference", torch.zeros(0, self.directions, dtype=torch.float16))
         self.register_buffer("bandwidth", torch.ones(()))  # of the base density: 1 of the normal one
         self.places: PlaceGaussians | None = None
@@ -322,37 +332,49 @@ class Detector(nn.Module):
         return Inputs(tokens, outside, self.patches(features))
 
     # ------------------------------------------------------------ latents and scores
-    def latent(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """The flow on the leading directions, the others as they are: z (B, k) and log-determinant (B)."""
+    def latents(self, inputs: Inputs) -> Latents:
+        """The flow on the leading directions, the others as they are."""
         z, log_det = self.flow(inputs.tokens[:, : self.leading], [inputs.patches])
         if self.leading < self.directions:
             z = torch.cat([z, inputs.tokens[:, self.leading :]], 1)
-        return z, log_det
+        return Latents(z, log_det, inputs.tokens, inputs.outside)
 
     def forward(
         self, semantic: Tensor, patches: Tensor, bands: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Raw tokens -> z (B, k) and log-determinant (B), where the fusion takes the last map."""
-        return self.latent(self.inputs(Features(semantic, patches, bands)))
+        latents = self.latents(self.inputs(Features(semantic, patches, bands)))
+        return latents.z, latents.log_det
 
-    def energy(self, z: Tensor, log_det: Tensor, outside: Tensor) -> Tensor:
-        """The image's energy (B) under the base density, per channel of the joint token: model.py."""
+    def distances(self, rows: Tensor, outside: Tensor) -> Tensor:
+        """Squared distances (B, n) of tokens or latents (B, k) to the reference."""
+        return model.squared_distances(rows, self.reference.float()) + outside.unsqueeze(1)
+
+    def flow_loss(self, latents: Latents) -> Tensor:
+        """The flow's own negative log-likelihood of its directions (B): model.py."""
+        return model.loss_per_image(latents.z[:, : self.leading], latents.log_det)
+
+    def energy(self, latents: Latents, distances: Tensor | None = None) -> Tensor:
+        """The image's energy (B), per channel of the joint token: model.py. distances (B, n): of its tokens
+        to the kernels' centres, where they are known."""
+        z, log_det, tokens, outside = latents
         if self.base == "normal":
             return model.normal_energy(z, log_det, outside, self.channels)
-        distances = model.squared_distances(z, self.reference.float()) + outside.unsqueeze(1)
-        return model.kernel_energy(distances, log_det, self.bandwidth, self.channels)
+        if distances is None:
+            distances = self.distances(tokens, outside)
+        before = 0.5 * tokens[:, : self.leading].square().sum(1)
+        gain = before - self.leading * self.flow_loss(latents)
+        return model.kernel_energy(distances, gain, self.bandwidth, self.channels)
 
-    def score(self, z: Tensor, log_det: Tensor, outside: Tensor, name: str | None = None) -> Tensor:
-        """The anomaly score ``name`` (model.SCORES; None: the knob's) of latents (n, k), without places:
-        higher = more anomalous -> (n)."""
+    def score(self, latents: Latents, name: str | None = None, distances: Tensor | None = None) -> Tensor:
+        """The anomaly score ``name`` (model.SCORES; None: the knob's) of images, without places: higher =
+        more anomalous -> (B). distances: as in ``energy``."""
         name = name or self.score_name
         if name == "latent":
-            return z.square().mean(1)
+            return latents.z.square().mean(1)
         if name == "latent_knn":
-            return model.nearest_neighbours(
-                model.squared_distances(z, self.reference.float()) + outside.unsqueeze(1)
-            )
-        energy = self.energy(z, log_det, outside)
+            return model.nearest_neighbours(self.distances(latents.z, latents.outside))
+        energy = self.energy(latents, distances)
         if name == "likelihood":
             return model.negative_log_likelihood(energy, self.bandwidth)
         return energy.clamp_min(ENERGY_FLOOR).log()
@@ -366,8 +388,7 @@ class Detector(nn.Module):
     def scores(self, features: Features) -> Tensor:
         """Anomaly scores (n) of images from their cached features, on the device: what an exported file
         computes."""
-        inputs = self.inputs(features)
-        score = self.score(*self.latent(inputs), inputs.outside)
+        score = self.score(self.latents(self.inputs(features)))
         if self.uses_places:
             score = score + self.unusual_places(features.places)
         return score
@@ -479,7 +500,8 @@ class Fitted:
     held_scores: np.ndarray  # of the held-out normal training images; empty where none were held out
     history: list[dict]
     result: dict
-    # of the flow alone, on the test images: "likelihood" at the chosen epoch, and "before training"
+    # on the test images, without places: "likelihood", and under a kernel base "flow alone", at the chosen
+    # epoch and "..., before training"
     flow_scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     simple_scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # of simple detectors
 

@@ -32,7 +32,7 @@ def swept(cache, tmp_path, monkeypatch):
 
 def test_the_table_is_of_the_runs_that_are_there(swept):
     lines = ablation.table([swept, swept.with_name("nothing")]).splitlines()
-    assert lines[0] == "| | swept, likelihood | swept, mean z² | nothing, likelihood | nothing, mean z² |"
+    assert lines[0] == "| | swept, the flow's likelihood | swept, mean z² | nothing, the flow's likelihood | nothing, mean z² |"
     rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines[2:]}
     assert list(rows) == [row.words for row in ablation.ROWS]
     assert all(cells[2:] == ["not run", "not run"] for cells in rows.values())
@@ -46,7 +46,7 @@ def test_the_table_is_of_the_runs_that_are_there(swept):
 
     assert rows["before training"][0] != rows["no fusion"][0], "the chosen epoch is another"
     for words, run, before in ablation.ROWS[:3]:
-        for cell, score in zip(rows[words], ("likelihood", "latent")):
+        for cell, score in zip(rows[words], ("flow", "latent")):
             shown, spread = map(float, cell.split(" ± "))
             assert shown == pytest.approx(mean(run, score, before), abs=1e-4) and 0 < spread < 0.5, words
 

@@ -286,7 +286,7 @@ def test_best_bandwidth_is_the_best_of_those_tried():
     known = 3 * torch.randn(200, 5, generator=generator).double()
     held = known[:60] + 0.8 * torch.randn(60, 5, generator=generator).double()
     distances, log_det = model.squared_distances(held, known), torch.zeros(60).double()
-    best = model.best_bandwidth(distances, log_det, 5)
+    best = model.best_bandwidth(distances, 5)
 
     def loss(h):
         return model.negative_log_likelihood(model.kernel_energy(distances, log_det, h, 5), h).mean()

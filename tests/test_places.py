@@ -212,7 +212,7 @@ def test_the_joined_score_adds_log_energy_and_places(surface):
     parts = fitted.detector
     assert parts.n_unusual == 1, "of 25 places"
     with torch.no_grad():
-        energy = parts.energy(*trainer.measure("test")).log()
+        energy = parts.energy(trainer.measure("test")).log()
     worst = parts.places(trainer.sources["test"].one("places", trainer.rows["test"])).amax(1)
     assert fitted.scores == pytest.approx((energy + worst).numpy(), rel=1e-3, abs=1e-3)
     features = parts.read(trainer.data.test, fitted.test_rows)
@@ -241,13 +241,14 @@ def test_the_fusion_reads_middle_tokens(tmp_path, options):
     maps = features.places.transpose(1, 2).unflatten(2, (5, 5))
     assert torch.allclose(pooled, F.adaptive_avg_pool2d(maps, 3).flatten(2).transpose(1, 2))
     with torch.no_grad():
-        z, log_det = parts.latent(parts.inputs(features))
-        again = trainer.inputs("test", np.arange(4))
-        assert torch.allclose(parts.latent(again)[0], z, atol=1e-4)
-        other = parts.latent(parts.inputs(features._replace(patches=features.patches + 1)))
-        assert torch.equal(other[0], z), "the last map is no part of it"
-        moved = parts.latent(parts.inputs(features._replace(places=features.places.flip(0))))
-        assert not torch.allclose(moved[0], z, atol=1e-3) and not torch.allclose(moved[1], log_det, atol=1e-3)
+        found = parts.latents(parts.inputs(features))
+        again = parts.latents(trainer.inputs("test", np.arange(4)))
+        assert torch.allclose(again.z, found.z, atol=1e-4)
+        other = parts.latents(parts.inputs(features._replace(patches=features.patches + 1)))
+        assert torch.equal(other.z, found.z), "the last map is no part of it"
+        moved = parts.latents(parts.inputs(features._replace(places=features.places.flip(0))))
+        assert not torch.allclose(moved.z, found.z, atol=1e-3)
+        assert not torch.allclose(moved.log_det, found.log_det, atol=1e-3)
 
 
 def test_training_moves_the_fusion_of_middle_tokens(tmp_path):

@@ -146,7 +146,9 @@ def write_run(name, classes, simple, seeds=(0,), first_row=0):
                 },
                 "flow_scores": {
                     "likelihood": noisy(LABELS, signal, 10 + seed).tolist(),
-                    "before training": noisy(LABELS, 0.0, 20 + seed).tolist(),
+                    "likelihood, before training": noisy(LABELS, 0.0, 20 + seed).tolist(),
+                    "flow alone": noisy(LABELS, signal, 40 + seed).tolist(),
+                    "flow alone, before training": noisy(LABELS, 0.0, 50 + seed).tolist(),
                 },
                 "simple_scores": {
                     title: noisy(LABELS, s, 30).tolist() for title, s in simple.items() if not seed
@@ -195,7 +197,7 @@ def test_table(tmp_path, monkeypatch):
     first = [mean_auroc((6.0, 5.0), 0), mean_auroc((4.0,), 0)]
     assert margin.startswith(f"{np.mean(first) - np.mean(simple):+.4f} [+")
     assert rows["places"]["whole score - it [95 %]"].startswith(f"({first[0] - places:+.4f} [+")
-    assert table[1][3][-3] == "3 / 0 / 0 (3 / 0 / 0)"
+    assert table[1][5][-3] == "3 / 0 / 0 (3 / 0 / 0)"
     assert rows[suite.WHOLE]["whole score - it [95 %]"] == "" != rows[suite.START]["whole score - it [95 %]"]
 
 
@@ -248,7 +250,7 @@ def test_sets_that_fail_or_are_missing_stop_no_other(tmp_path, monkeypatch, caps
                  "preset paper", "seeds 0", "torch", "chosen on their test images): one."):  # fmt: skip
         assert told in text, told
     lines = (tmp_path / "results/s.csv").read_text().splitlines()
-    assert lines[0] == "detector,set,class,seed,auroc" and len(lines) == 5
+    assert lines[0] == "detector,set,class,seed,auroc" and len(lines) == 7
     assert lines[1] == f"whole score,one,x,0,{mean_auroc((6.0,), 0)}"
     with pytest.raises(UserError, match="no/such is not there"):
         suite.main(arguments(tmp_path / "suite.toml", only="away"))

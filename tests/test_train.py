@@ -260,7 +260,22 @@ def test_an_identity_start_is_a_kernel_density_of_the_tokens(cache, channels):
     assert torch.isfinite(plain(held, outside)).all() and beside.max() > 0
     wanted = plain(held, outside).mean().item() - 0.5 * math.log(2 * math.pi)
     assert trainer.history[0]["held_out_loss"] == pytest.approx(wanted, abs=1e-4)
-    assert trainer.before_training == pytest.approx(plain(test, beside).numpy(), abs=1e-4)
+    before = trainer.before_training["likelihood, before training"]
+    assert before == pytest.approx(plain(test, beside).numpy(), abs=1e-4)
+
+
+def test_a_kernel_density_is_corrected_by_what_the_flow_has_learnt(cache):
+    """By the flow's log-likelihood of its directions less that of the normal density, and no more."""
+    fitted = fit(cache, **JOINED | {"score": "likelihood", "select_epoch": "last", "meta_epochs": 3})
+    trainer = make(cache, **JOINED | {"score": "likelihood", "select_epoch": "likelihood"})
+    trainer.evaluate(0, None)
+    start = {name.split(",")[0]: values for name, values in trainer.before_training.items()}
+    parts, leading = trainer.detector, trainer.detector.leading
+    tokens = trainer.tokens["test"][0][:, :leading].numpy()
+    assert start["flow alone"] == pytest.approx(0.5 * np.square(tokens).sum(1) / leading, rel=1e-4)
+    gain = (start["flow alone"] - fitted.flow_scores["flow alone"]) * leading / parts.channels
+    assert np.abs(gain).max() > 1e-3
+    assert fitted.flow_scores["likelihood"] == pytest.approx(start["likelihood"] - gain, abs=1e-4)
 
 
 def test_only_leading_directions_are_moved(cache):
@@ -299,7 +314,7 @@ def test_chosen_epoch_is_the_detectors(cache, options):
     again = fitted.detector.score_features(fitted.detector.read(trainer.data.test, fitted.test_rows))
     assert np.allclose(again, fitted.scores, rtol=1e-4, atol=1e-4)
     loss = model.negative_log_likelihood(
-        fitted.detector.energy(*trainer.measure("held")), fitted.detector.bandwidth
+        fitted.detector.energy(trainer.measure("held")), fitted.detector.bandwidth
     )
     wanted = fitted.result["held_out_loss"] + 0.5 * math.log(2 * math.pi)
     assert loss.mean().item() == pytest.approx(wanted, abs=1e-3)

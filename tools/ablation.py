@@ -19,7 +19,7 @@ import numpy as np
 
 from detector import detector
 
-SCORES = {"likelihood": "likelihood", "latent": "mean z²"}  # of a record -> as the table calls them
+SCORES = {"flow": "the flow's likelihood", "latent": "mean z²"}  # of a record -> as the table calls them
 
 
 class Row(NamedTuple):
