@@ -63,13 +63,13 @@ def learning_rate(config: Config, progress: float) -> float:
     )
 
 
-class SubnetOptimizers:
-    """Adam, one per subnet, that steps during the backward pass: once all gradients of a subnet are there,
-    they are used and dropped.
+class SubnetAdam:
+    """Adam, one per subnet: ``backward_and_step`` uses and drops the gradients of a subnet once all of them
+    are there, while the backward pass goes on.
 
     The outcome is that of one Adam over all parameters, but the gradients of the whole flow are never held at
-    once, which saves a quarter of the memory. Clipping needs them all: then ``step`` clips and steps after
-    the backward pass."""
+    once, which saves a quarter of the memory. Clipping needs them all: then it steps after the backward
+    pass."""
 
     def __init__(self, flow: nn.Module, config: Config):
         subnets = [list(module.parameters()) for module in flow.modules() if isinstance(module, model.Subnet)]
@@ -109,8 +109,9 @@ class SubnetOptimizers:
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = rate
 
-    def step(self) -> None:
-        """What is left to do after the backward pass."""
+    def backward_and_step(self, loss: Tensor) -> None:
+        """One step of every parameter on a scalar loss."""
+        loss.backward()
         if self.max_norm:
             nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
             for optimizer in self.optimizers:
@@ -160,7 +161,7 @@ class Trainer:
         self.near: dict[str, Tensor] = {}  # distances (n, kernels) of the tokens of held-out and test images
         if config.base == "kernel":
             self._set_kernels()
-        self.optimizer = SubnetOptimizers(self.detector.flow, config)
+        self.optimizer = SubnetAdam(self.detector.flow, config)
         self.trained = compiled(self.detector.flow) if config.compile_flow else self.detector.flow
         self.rate = config.lr_init
         self.generator = np.random.RandomState(seed)
@@ -317,8 +318,7 @@ class Trainer:
         with forward_precision(self.config.matmul, self.device):
             z, log_det = self.trained(tokens, [inputs.patches])
             loss = model.loss_per_image(z, log_det).mean()
-        loss.backward()
-        self.optimizer.step()
+        self.optimizer.backward_and_step(loss)
         self.count_step(loss.detach())
         return loss.detach()
 

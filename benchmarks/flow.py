@@ -33,8 +33,7 @@ def our_step(flow, optimizer, features, matmul="highest"):
     with products(matmul, semantic.device):
         with forward_precision(matmul, semantic.device):
             loss = model.loss_per_image(*flow(semantic, [patches])).mean()
-        loss.backward()
-        optimizer.step()
+        optimizer.backward_and_step(loss)
     return loss.item()
 
 
@@ -97,7 +96,7 @@ def compare_steps(args, device):
             (z, _), (z_plain, _) = ours(semantic, [patches]), theirs(semantic, patches)
             dz = ((z - z_plain).abs().max() / z_plain.abs().max()).item()
         config = Config()
-        ours_adam, theirs_adam = train.SubnetOptimizers(ours, config), make_optimizer(theirs)
+        ours_adam, theirs_adam = train.SubnetAdam(ours, config), make_optimizer(theirs)
         losses = our_step(ours, ours_adam, features), step(theirs, theirs_adam, tokens)
         flops = count_flops(ours, ours_adam, features)
         step(theirs, theirs_adam, tokens)

@@ -157,7 +157,7 @@ def steps(job: Job) -> None:
             flow, _ = same_flows(sizes.channels, sizes.channels, CPU)
             semantic, patches = in_parts(torch.randn(32, 1 + sizes.grid**2, sizes.channels).to(device))
             flow, losses = flow.to(device), []
-            optimizer = train.SubnetOptimizers(flow, knobs.Config())
+            optimizer = train.SubnetAdam(flow, knobs.Config())
             kind = "highest" if device is CPU else matmul
             for _ in range(10):
                 losses.append(our_step(flow, optimizer, (semantic, patches), kind))
