@@ -15,7 +15,7 @@ import torch
 
 import datasets
 import utils
-from backbone import backbones
+from backbone import backbones, memory
 from backbone.extraction import LONG_JOB, Extraction, arriving
 from backbone.identity import at_size, cache_identity, sized, what_is_kept
 from backbone.storing import check_disk, fill, new_writer, pool_full_cache
@@ -26,7 +26,6 @@ from cache.manifest import Manifest
 from cache.reuse import fits, grown, is_finished, listed, mend
 from cache.shards import REPAIR, Damaged, Shard
 from config import Config, UserError
-from detector import memory
 
 
 def extract(

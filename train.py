@@ -237,8 +237,9 @@ class Trainer:
             lengths = tokens.square().sum(1) + outside
         else:  # bounded by the normalisation
             return np.arange(len(rows))
-        limit = EXTREME * lengths.median() if len(rows) else 0.0
-        return (lengths <= limit).nonzero().squeeze(1).cpu().numpy()
+        limit = EXTREME * lengths.nanmedian() if len(rows) else 0.0
+        extreme = (lengths > limit) & lengths.isfinite()  # what is not finite is named when the loss shows it
+        return (~extreme).nonzero().squeeze(1).cpu().numpy()
 
     def extremes(self) -> np.ndarray:
         """The rows of the normal training images that are left out for the length of their tokens."""

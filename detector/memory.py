@@ -3,10 +3,9 @@ line then, and not a machine that hangs."""
 
 import math
 
+from backbone.memory import FLOAT, features_floats, joint_channels
 from config import Config
 from utils import check_memory
-
-FLOAT = 4  # bytes
 
 
 def parameters(config: Config, channels: int, fused: bool) -> int:
@@ -18,32 +17,11 @@ def parameters(config: Config, channels: int, fused: bool) -> int:
     return math.ceil(2 * config.n_coupling_blocks * (subnet + fusion))
 
 
-def joint_channels(config: Config, features: dict) -> int:
-    bands = sum(features["band_channels"]) * (2 + config.rings) if config.bands else 0
-    return features["n_feat"] + bands
-
-
-def features_floats(config: Config, features: dict) -> int:
-    """Roughly the numbers that any detector of these features holds: the matrices that whiten its inputs."""
-    places, width = features["place_shape"] if config.places else (0, 0)
-    return joint_channels(config, features) ** 2 + places * width**2 + 17 * math.prod(features["grid"]) ** 2
-
-
 def detector_floats(config: Config, features: dict) -> int:
     """Roughly the numbers that a detector holds: its flow, and what all detectors of the features hold."""
     joined = joint_channels(config, features)
     flow = parameters(config, min(config.flow_channels or joined, joined), config.fusion != "none")
     return flow + features_floats(config, features)
-
-
-def check_features(config: Config, features: dict) -> None:
-    """Raise UserError when any detector of these features is more than the memory holds."""
-    rows, columns = features["grid"]
-    check_memory(
-        f"a detector of {rows} x {columns} patch tokens",
-        FLOAT * features_floats(config, features),
-        "choose a smaller token_grid or img_size",
-    )
 
 
 def check_detector(config: Config, features: dict) -> None:
