@@ -630,6 +630,7 @@ PRESETS["quickstart"] = PRESETS["accurate"] | {
     "modelname": "quickstart",
     "dataset": "digits",
     "extractor": "efficientnet_lite0",
+    "img_size": (96, 96),  # their 8 x 8 pixels need no more
     "verbose": False,
 }
 PRESETS["ablation"] = PRESETS["accurate"] | {
