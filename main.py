@@ -29,7 +29,7 @@ import utils
 from backbone.token_grid import place_grid_of
 from cache import feature_cache
 from config import ClassError, Config, UserError
-from detector import calibration, detector, heat_map, memory, runs
+from detector import calibration, checkpoints, class_data, detector, heat_map, memory, runs
 from reporting import figures, report, tables, webpage
 from shell.workers import in_processes
 
@@ -84,7 +84,7 @@ def processes(ledger: runs.Ledger, device: torch.device) -> int:
 def one_by_one(ledger: runs.Ledger, device: torch.device, watch: runs.Stopwatch) -> Iterator[runs.Cell]:
     """Fit the cells that are this process's turn -> each, once it is kept."""
     cache = ledger.cache
-    sources = {split: detector.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
+    sources = {split: class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
     for cell in ledger.turns():
         ledger.keep(cell, fit_and_keep(ledger.config, cache, cell, sources, watch))
         yield cell
@@ -121,12 +121,12 @@ def fit_task(task: Task) -> tuple[runs.Cell, dict, list[figures.Picture]]:
     not drawn here are left to the report."""
     device = utils.set_up("cpu", task.threads)
     cache = feature_cache.FeatureCache(task.identity)
-    sources = {split: detector.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
+    sources = {split: class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
     config, cell, pictures = task.config, task.cell, []
     result = fit_and_keep(config, cache, cell, sources, runs.Stopwatch(task.since))
     if config.plots and cell.seed == config.seed and "reason" not in result:
         with contextlib.suppress(UserError):  # of which the report tells, once for all classes
-            images, folder = figures.raw_images(config, cache), detector.run_folder(config)
+            images, folder = figures.raw_images(config, cache), checkpoints.run_folder(config)
             pictures = figures.draw_class(config, cache, images, cell.class_name, folder)
     return cell, result, pictures
 
@@ -135,7 +135,7 @@ def fit_and_keep(
     config: Config,
     cache: feature_cache.FeatureCache,
     cell: runs.Cell,
-    sources: dict[str, detector.TokenSource],
+    sources: dict[str, class_data.TokenSource],
     watch: runs.Stopwatch,
 ) -> dict:
     """Fit a cell and save what came of it -> its result."""
@@ -145,7 +145,7 @@ def fit_and_keep(
         runs.keep_failure(config, cache, cell, result)
         return result
     outcome.result |= watch.share()
-    detector.save_fitted(config, cache, outcome)
+    checkpoints.save_fitted(config, cache, outcome)
     return outcome.result
 
 
@@ -168,8 +168,8 @@ def fit(
     config: Config,
     cache: feature_cache.FeatureCache,
     cell: runs.Cell,
-    sources: dict[str, detector.TokenSource],
-) -> detector.Fitted | Failed:
+    sources: dict[str, class_data.TokenSource],
+) -> checkpoints.Fitted | Failed:
     """Fit one class with one seed."""
     try:
         return train.make_trainer(config, cache, *cell, sources["train"], sources["test"]).run()
@@ -181,7 +181,7 @@ def compare_with_simple_detectors(config: Config, classes: list[str]) -> dict[st
     """{class: its simple detectors}: metrics of each, and the flow's margin over the best of them, from the
     records of the first seed."""
     table = {}
-    for class_name, record in detector.trained_records(config, classes):
+    for class_name, record in checkpoints.trained_records(config, classes):
         scores = {name: np.array(values) for name, values in record["simple_scores"].items()}
         if not scores:
             continue
@@ -200,8 +200,8 @@ def defect_aurocs(config: Config, cache: feature_cache.FeatureCache, classes: li
         return {}
     table = {}
     for class_name in classes:
-        paths = (detector.checkpoint_path(config, class_name, seed) for seed in seeds_of(config))
-        table[class_name] = report.per_defect([detector.read_record(path) for path in paths], kinds)
+        paths = (checkpoints.checkpoint_path(config, class_name, seed) for seed in seeds_of(config))
+        table[class_name] = report.per_defect([checkpoints.read_record(path) for path in paths], kinds)
     return {name: defects for name, defects in table.items() if defects}
 
 
@@ -228,7 +228,7 @@ def _localisation(
 ) -> dict | None:
     """Pixel AUROC and AUPRO of one class, from the cached places of its test images; a normal image's mask is
     empty, an anomalous one without a mask is left out."""
-    fitted, record = detector.load_detector(detector.checkpoint_path(config, class_name, config.seed))
+    fitted, record = detector.load_detector(checkpoints.checkpoint_path(config, class_name, config.seed))
     rows, labels = (np.array(record["test"][key], int) for key in ("rows", "labels"))
     marked = {row: mask for row in rows if (mask := images.mask(int(row))) is not None}
     if not marked or not fitted.uses_places:
@@ -271,7 +271,7 @@ def run(config: Config) -> dict | None:
 
 def write_report(ledger: runs.Ledger, classes: list[str], watch: runs.Stopwatch, drawn: Drawn) -> dict:
     """Baselines, table and pictures of a run whose cells are all done -> its summary."""
-    config, cache, folder = ledger.config, ledger.cache, detector.run_folder(ledger.config)
+    config, cache, folder = ledger.config, ledger.cache, checkpoints.run_folder(ledger.config)
     print("all classes are done: writing the report", flush=True)
     results = [ledger.results[cell] for cell in ledger.cells]
     failing = {result["class"] for result in results if "reason" in result}
@@ -279,7 +279,7 @@ def write_report(ledger: runs.Ledger, classes: list[str], watch: runs.Stopwatch,
     table = compare_with_simple_detectors(config, whole) if config.baselines else {}
     defects = defect_aurocs(config, cache, whole)
     seconds = runs.wall_time(results) + watch.lap()
-    thresholds = {name: calibration.of_record(r) for name, r in detector.trained_records(config, whole)}
+    thresholds = {name: calibration.of_record(r) for name, r in checkpoints.trained_records(config, whole)}
     summary = report.summarize(config, results, table, seconds, cache.meta, defects, thresholds)
     summary["localisation"] = localisations(config, cache, whole)
     print("\n" + report.write_results(folder, summary))
@@ -298,7 +298,11 @@ def write_report(ledger: runs.Ledger, classes: list[str], watch: runs.Stopwatch,
 def run_sweep(config: Config) -> list[dict]:
     """Run every combination of the values that the knob ``sweep`` lists, then the table of them all -> their
     summaries."""
-    start, sweep, folder = time.perf_counter(), knobs.parse_sweep(config.sweep), detector.run_folder(config)
+    start, sweep, folder = (
+        time.perf_counter(),
+        knobs.parse_sweep(config.sweep),
+        checkpoints.run_folder(config),
+    )
     configs = {}
     for values in itertools.product(
         *sweep.values()

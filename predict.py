@@ -74,7 +74,8 @@ from tqdm import tqdm
 import utils
 from backbone.resizing import Unreadable
 from config import UserError
-from detector.detector import PictureDetector
+from detector.detector import load_picture_detector
+from detector.picture_detector import PictureDetector
 from detector.records import find_checkpoints
 from images import watch
 from images.given import find_images
@@ -93,7 +94,7 @@ def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
     loaded: list[PictureDetector] = []
     for path in find_checkpoints(arguments.checkpoint, arguments.class_name, arguments.seed):
         eye = loaded[0].eye if loaded else None
-        loaded.append(PictureDetector.load(path, device, rate, eye, arguments.weights_path))
+        loaded.append(load_picture_detector(path, device, rate, eye, arguments.weights_path))
         if loaded[-1].record["features"] != loaded[0].record["features"]:
             raise UserError(
                 f"the classes in {arguments.checkpoint} were fitted to different features; name one class"

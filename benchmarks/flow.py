@@ -24,7 +24,7 @@ from backbone.arithmetic import forward_precision, products
 from cache import feature_cache
 from cache.cache_writer import CacheWriter
 from config import Config
-from detector import detector
+from detector import class_data, optimization
 
 
 def our_step(flow, optimizer, features, matmul="highest"):
@@ -86,7 +86,7 @@ def compare_steps(args, device):
         "|dloss| rel"
     )
     peak = matmul_peak(device, torch.float32)
-    utils.keep_freed_memory()  # as train.Trainer does; the transcription gains what ours gains
+    utils.keep_freed_memory()  # as PreparedClass does; the transcription gains what ours gains
     for batch in args.batches:
         torch.manual_seed(0)
         ours, theirs = same_flows(channels, channels, device)
@@ -96,7 +96,7 @@ def compare_steps(args, device):
             (z, _), (z_plain, _) = ours(semantic, [patches]), theirs(semantic, patches)
             dz = ((z - z_plain).abs().max() / z_plain.abs().max()).item()
         config = Config()
-        ours_adam, theirs_adam = train.SubnetAdam(ours, config), make_optimizer(theirs)
+        ours_adam, theirs_adam = optimization.SubnetAdam(ours, config), make_optimizer(theirs)
         losses = our_step(ours, ours_adam, features), step(theirs, theirs_adam, tokens)
         flops = count_flops(ours, ours_adam, features)
         step(theirs, theirs_adam, tokens)
@@ -160,7 +160,7 @@ def compare_trainings(args, device):
     )
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         cache = write_random_cache(Path(scratch) / "cache", args.classes, args.images, args.channels)
-        sources = {split: detector.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
+        sources = {split: class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
 
         def ours():
             for name in cache.labels.classes:

@@ -35,7 +35,7 @@ import utils
 from backbone import resizing
 from backbone.extraction import Extraction
 from backbone.identity import cache_identity
-from detector import detector
+from detector import class_data, optimization, preparation
 from shell.files import write_text
 
 CPU = torch.device("cpu")
@@ -157,7 +157,7 @@ def steps(job: Job) -> None:
             flow, _ = same_flows(sizes.channels, sizes.channels, CPU)
             semantic, patches = in_parts(torch.randn(32, 1 + sizes.grid**2, sizes.channels).to(device))
             flow, losses = flow.to(device), []
-            optimizer = train.SubnetAdam(flow, knobs.Config())
+            optimizer = optimization.SubnetAdam(flow, knobs.Config())
             kind = "highest" if device is CPU else matmul
             for _ in range(10):
                 losses.append(our_step(flow, optimizer, (semantic, patches), kind))
@@ -184,7 +184,7 @@ def digits(job: Job) -> None:
             given | {"hide_tqdm_bar": True, "verbose": False, "baselines": False} | job.sizes.digits
         )
         cache = extractor.ensure_features(config, device)
-        sources = [detector.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS]
+        sources = [class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS]
         found = [train.make_trainer(config, cache, name, 0, *sources).run().result["auroc"] for name in "01"]
         job.tell(f"AUROC of digits 0 and 1 on {device}", " ".join(f"{auroc:.4f}" for auroc in found))
 
@@ -244,19 +244,16 @@ def trainings(job: Job, **more) -> list[train.Trainer]:
         "tokens": tokens,
     }
     count = sizes.classes * sizes.per_class
-    source = detector.TokenSource({"tokens": Noise(count, tokens, sizes.channels)}, job.device)  # type: ignore[dict-item]
+    source = class_data.TokenSource({"tokens": Noise(count, tokens, sizes.channels)}, job.device)  # type: ignore[dict-item]
     rows = np.arange(count).reshape(sizes.classes, -1)
     labels = np.arange(100) % 2
-    return [
-        train.Trainer(
-            config,
-            detector.ClassData(str(i), source, source, rows[i], rows[i][:0], np.arange(100) % count, labels),
-            features,
-            0,
-            job.device,
-        )
-        for i in range(sizes.classes)
-    ]
+    found = []
+    for i in range(sizes.classes):
+        parts = rows[i], rows[i][:0], np.arange(100) % count
+        data = class_data.ClassData(str(i), source, source, *parts, labels)
+        prepared = preparation.PreparedClass(config, data, features, 0, job.device)
+        found.append(train.Trainer(prepared))
+    return found
 
 
 def training(job: Job) -> None:
@@ -310,7 +307,7 @@ def default_job(job: Job) -> None:
     cache = extractor.ensure_features(config, job.device)
     phases = {"extraction": time.perf_counter() - start}
     start = time.perf_counter()
-    sources = [detector.TokenSource(cache.arrays(split), job.device) for split in datasets.SPLITS]
+    sources = [class_data.TokenSource(cache.arrays(split), job.device) for split in datasets.SPLITS]
     wait(job.device)
     phases["reading the tokens"] = time.perf_counter() - start
     phases |= {"fitting": 0.0, "evaluation": 0.0}

@@ -27,7 +27,7 @@ from bootstrap import Problem, difference, judge  # noqa: E402
 
 import config as knobs  # noqa: E402
 import utils  # noqa: E402
-from detector import detector  # noqa: E402
+from detector import checkpoints  # noqa: E402
 from reporting import compare, tables  # noqa: E402
 from shell.files import write_text  # noqa: E402
 from shell.signals import guarded  # noqa: E402
@@ -136,7 +136,7 @@ def read_problems(folder: Path) -> tuple[list[Problem], dict]:
     if not run.summary:
         raise ValueError(run.fault or f"{folder} has no results.json")
     by_class: dict[str, list[dict]] = {}
-    for record in map(detector.read_record, run.records):
+    for record in map(checkpoints.read_record, run.records):
         result = record["result"]
         asked = result["class"] in run.summary["classes"] and result["seed"] in run.summary["seeds"]
         if asked and len(set(record["test"]["labels"])) == 2:

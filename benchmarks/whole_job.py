@@ -34,7 +34,7 @@ import utils
 from backbone import backbones
 from backbone.identity import cache_identity
 from config import Config
-from detector import detector
+from detector import class_data
 
 TRAIN, TEST, CLASSES = 5 / 6, 1 / 6, 10  # shares of CIFAR-10's images, and its classes
 SCALE = [(images, classes) for images in (1000, 6000, 20000, 60000) for classes in (1, 3, 10)]
@@ -71,7 +71,7 @@ def ours(config: Config, images: datasets.ImageSet, classes: list[str], device: 
     watch, found = Watch(), {}
     cache = extractor.extract(config, images, cache_identity(config), device)
     watch.done("extraction")
-    sources = [detector.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS]
+    sources = [class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS]
     for name in classes:
         trainer = train.make_trainer(config, cache, name, 0, *sources)
         loss = trainer.train_epoch()

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from backbone.resizing import resize_like_pillow
 from config import UserError
 from detector import calibration
-from detector.detector import Features, PictureDetector
+from detector.class_data import Features
+from detector.detector import load_picture_detector
+from detector.picture_detector import PictureDetector
 from detector.pictures import Eye
 from images.images import images_below
 from shell.files import whole_file
@@ -52,7 +54,7 @@ def load(
     pictures that p-values shall rest on; ``weights``: the file of a fit with weights_path. Raises
     UserError."""
     cpu = torch.device("cpu")
-    loaded = PictureDetector.load(path, cpu, false_alarms, weights=weights)
+    loaded = load_picture_detector(path, cpu, false_alarms, weights=weights)
     eye = loaded.eye
     loaded.eye = Eye(eye.config, eye.features, cpu, "float32", eye.weights, eye.checkpoint)
     if good:

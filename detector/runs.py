@@ -15,7 +15,7 @@ from typing import NamedTuple
 import utils
 from cache import feature_cache
 from config import Config, UserError, knobs_affecting
-from detector import detector
+from detector import checkpoints
 from shell.command_line import command_line
 from shell.files import as_strict_json, read_sealed, write_sealed
 from shell.locks import Lock
@@ -33,7 +33,7 @@ class Cell(NamedTuple):
 def writing(config: Config) -> Iterator[None]:
     """Hold the run's folder as its only writer, or as one of the ranks that share it. Raises UserError when
     it cannot be written, or another run is at it; what was made for nothing is taken away again."""
-    folder, ranks = detector.run_folder(config), utils.ranks(config)
+    folder, ranks = checkpoints.run_folder(config), utils.ranks(config)
     if config.restart and ranks.world_size > 1:
         raise UserError(
             "restart: one process at a time; drop the old run with one, or give another --modelname"
@@ -93,7 +93,7 @@ def identity(config: Config, cache: feature_cache.FeatureCache) -> dict:
 def settle(config: Config, cache: feature_cache.FeatureCache) -> None:
     """Make the folder this configuration's, or find that it is. Raises UserError, with the knobs that differ,
     when it holds the classes of another one: they are neither mixed nor overwritten."""
-    folder = detector.run_folder(config)
+    folder = checkpoints.run_folder(config)
     path, wanted = folder / "run.json", identity(config, cache)
     advice = "give another --modelname, or drop what is there with --restart"
     if config.restart:
@@ -138,7 +138,7 @@ def _short(value) -> str:
 
 def drop(config: Config) -> None:
     """Remove what earlier runs of this name left: files of this program's own making, by name and mark."""
-    folder = detector.run_folder(config)
+    folder = checkpoints.run_folder(config)
     for path in (folder / "classes").glob("*-seed*.json"):
         with contextlib.suppress(ValueError):
             read_sealed(path)  # anything else is left alone
@@ -152,10 +152,10 @@ def drop(config: Config) -> None:
 def finished(config: Config, cache: feature_cache.FeatureCache, cell: Cell) -> dict | None:
     """The result of a cell that was finished under this configuration and these features; None when it was
     not, or its files are not whole, or lack what is asked for now."""
-    path = detector.checkpoint_path(config, *cell)
+    path = checkpoints.checkpoint_path(config, *cell)
     try:
-        record = detector.read_record(path)
-        fitted_with = detector.config_of(record)
+        record = checkpoints.read_record(path)
+        fitted_with = checkpoints.config_of(record)
     except (OSError, ValueError, UserError):
         return None
     made = {name: getattr(fitted_with, name) for name in knobs_affecting("features", "fit")}
@@ -163,7 +163,7 @@ def finished(config: Config, cache: feature_cache.FeatureCache, cell: Cell) -> d
         return None
     if (record["result"].get("class"), record["result"].get("seed")) != cell:
         return None
-    if config.save_model and detector.weights_fault(record, detector.checkpoint_files(path)[1]):
+    if config.save_model and checkpoints.weights_fault(record, checkpoints.checkpoint_files(path)[1]):
         return None
     compared = config.baselines and cell[1] == config.seed
     if compared and not record["simple_scores"] and len(record["test"]["labels"]):
@@ -172,7 +172,7 @@ def finished(config: Config, cache: feature_cache.FeatureCache, cell: Cell) -> d
 
 
 def failure_path(config: Config, cell: Cell) -> Path:
-    path = detector.checkpoint_path(config, *cell)
+    path = checkpoints.checkpoint_path(config, *cell)
     return path.with_name(path.name + FAILED)
 
 
@@ -183,12 +183,12 @@ def failed(config: Config, cache: feature_cache.FeatureCache, cell: Cell) -> dic
     except (OSError, ValueError):
         return None
     same = {part: record.get(part) for part in ("config", "features")} == identity(config, cache)
-    return detector.undefined_as_nan(record["result"]) if same else None
+    return checkpoints.undefined_as_nan(record["result"]) if same else None
 
 
 def keep_failure(config: Config, cache: feature_cache.FeatureCache, cell: Cell, result: dict) -> None:
     """Keep why a cell failed, for the other ranks and the report; its checkpoint, if any, is gone."""
-    for path in detector.checkpoint_files(detector.checkpoint_path(config, *cell)):
+    for path in checkpoints.checkpoint_files(checkpoints.checkpoint_path(config, *cell)):
         path.unlink(missing_ok=True)
     write_sealed(failure_path(config, cell), identity(config, cache) | {"result": result})
 
@@ -253,7 +253,7 @@ class Ledger:
 
     def claim(self, cell: Cell) -> bool:
         """Whether the cell is this process's to fit now: neither done nor another process's."""
-        path = detector.checkpoint_path(self.config, *cell)
+        path = checkpoints.checkpoint_path(self.config, *cell)
         lock = Lock(path.with_name(f".{path.name}.claim"))
         if cell in self.results or not lock.take():
             return False
@@ -293,7 +293,7 @@ class Ledger:
         that sees all done while there is no rank 0."""
         if self.missing():
             return False
-        first = Lock(detector.run_folder(self.config) / f".writer-0-of-{self.ranks.world_size}")
+        first = Lock(checkpoints.run_folder(self.config) / f".writer-0-of-{self.ranks.world_size}")
         if self.ranks.rank == 0:
             return True
         alone = first.take()
@@ -302,7 +302,7 @@ class Ledger:
 
     def tidy(self) -> None:
         """Once all is done: remove the locks and half-written files of ranks that were killed."""
-        folder = detector.run_folder(self.config)
+        folder = checkpoints.run_folder(self.config)
         for path in (*folder.glob(".writer-*"), *(folder / "classes").glob(".*.claim")):
             lock = Lock(path)  # one that is held stays
             lock.take()

@@ -9,7 +9,7 @@ import numpy as np
 
 import utils
 from config import UserError
-from detector import detector, runs
+from detector import checkpoints, runs
 from reporting import tables
 from reporting.tables import cell, margin_cell, number
 from shell.files import file_name
@@ -79,7 +79,7 @@ def configuration(run: Run) -> dict:
         return run.summary["config"]
     for path in run.records:
         try:
-            return detector.read_record(path)["config"]
+            return checkpoints.read_record(path)["config"]
         except (OSError, ValueError, KeyError):
             continue
     return {}
@@ -168,7 +168,7 @@ def paired(a: Run, b: Run, name: str) -> dict:
         return {"missing": "no seed in common"}
     for run in (a, b):
         try:
-            kept.append(detector.read_record(run.folder / "classes" / f"{file_name(name)}-seed{seed}"))
+            kept.append(checkpoints.read_record(run.folder / "classes" / f"{file_name(name)}-seed{seed}"))
         except (OSError, ValueError):
             return {"missing": f"no scores in {run.name}"}
     theirs, ours = (record["test"] for record in kept)

@@ -20,7 +20,7 @@ import datasets
 from backbone.token_grid import place_grid_of
 from cache import feature_cache
 from config import Config, UserError
-from detector import calibration, detector, heat_map
+from detector import calibration, checkpoints, detector, heat_map
 from reporting import overlays, report
 from reporting.tables import shorten
 from shell.files import file_name, whole_file
@@ -56,7 +56,7 @@ def draw_all(
     each by ``draw_class``."""
     figures, seed = folder / "figures", config.seed
     figures.mkdir(parents=True, exist_ok=True)
-    records = dict(detector.trained_records(config, classes))
+    records = dict(checkpoints.trained_records(config, classes))
     pictures = []
     if summary["baselines"] or len(classes) > 1:
         if draw_methods(summary, figures / "methods.png"):
@@ -101,7 +101,7 @@ def draw_class(
     the raw images, the contact sheet and heat maps of the test images."""
     figures, seed = folder / "figures", config.seed
     figures.mkdir(parents=True, exist_ok=True)
-    record, pictures = detector.read_record(detector.checkpoint_path(config, name, seed)), []
+    record, pictures = checkpoints.read_record(checkpoints.checkpoint_path(config, name, seed)), []
     if record["test"]["scores"] or record["held_out_scores"]:
         path = figures / f"scores-{file_name(name)}.png"
         draw_histogram(name, record, seed, (config.nbins1, config.nbins2), path)
@@ -130,7 +130,7 @@ def draw_heat_maps(
     score reads no places (predict.py --heat_maps draws those, too)."""
     if not (config.places and config.save_model):
         return []
-    fitted, _ = detector.load_detector(detector.checkpoint_path(config, name, config.seed))
+    fitted, _ = detector.load_detector(checkpoints.checkpoint_path(config, name, config.seed))
     if not fitted.uses_places:
         return []
     test = record["test"]

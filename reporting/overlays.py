@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from config import UserError
-from detector.detector import PictureDetector
+from detector.picture_detector import PictureDetector
 from images.images import pixels_of
 from shell.files import file_name, whole_file
 

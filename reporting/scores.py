@@ -13,7 +13,7 @@ from pathlib import Path
 
 from backbone.resizing import Unreadable
 from config import UserError
-from detector.detector import PictureDetector
+from detector.picture_detector import PictureDetector
 from images import watch
 from shell.files import whole_file
 

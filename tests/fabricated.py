@@ -15,7 +15,7 @@ from backbone.token_grid import Bands
 from cache.feature_cache import FeatureCache
 from config import Config
 from datasets import SPLITS, Labels, Split
-from detector import detector
+from detector import checkpoints, class_data
 
 BAND_CHANNELS = (4, 6)  # of the two depths of the fabricated band tokens
 PLACES = (9, 5)  # places and channels of the fabricated place tokens
@@ -97,11 +97,11 @@ by_score = pytest.mark.parametrize(
 
 
 def make(cache, class_name: str = "a", seed: int = 0, **more) -> train.Trainer:
-    sources = [detector.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]
+    sources = [class_data.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]
     return train.make_trainer(settings(**more), cache, class_name, seed, *sources)
 
 
-def fit(cache, class_name: str = "a", seed: int = 0, **more) -> detector.Fitted:
+def fit(cache, class_name: str = "a", seed: int = 0, **more) -> checkpoints.Fitted:
     return make(cache, class_name, seed, **more).run()
 
 

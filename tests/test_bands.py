@@ -12,7 +12,7 @@ import train
 from backbone.token_grid import Bands, TokenGrid, ring_of
 from config import Config
 from datasets import SPLITS, Labels, Split
-from detector import detector
+from detector import class_data, detector
 from detector.normalization import power_l2
 
 CHANNELS, BATCH = (4, 6), 3
@@ -115,7 +115,7 @@ def test_centre_grid_is_the_detectors_own_pooling():
     for grid, found in (((3, 4), tokens), ((1, 1), kept)):
         config = Config(fusion="none", centre_pool=0.2, n_coupling_blocks=1)
         fields = {"n_feat": 7, "grid": grid, "tokens": found.shape[1], "kind": "map"}
-        features = detector.Features(found[:, 0], found[:, 1:])
+        features = class_data.Features(found[:, 0], found[:, 1:])
         pooled.append(detector.Detector(config, fields).joint(features))
     assert torch.allclose(*pooled, atol=1e-6)
     rows, columns = (
@@ -175,7 +175,7 @@ def settings(**more) -> Config:
 
 
 def fit(cache, **more):
-    sources = [detector.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]
+    sources = [class_data.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]
     trainer = train.make_trainer(settings(**more), cache, "a", 0, *sources)
     return trainer, trainer.run()
 
@@ -211,7 +211,9 @@ def test_the_start_is_an_epoch_and_stays_when_training_does_not_help(tmp_path):
     trainer, fitted = fit(cache, lr_init=0.5, feature_noise=5.0)
     assert [entry["epoch"] for entry in fitted.history] == [0, 1] and fitted.history[0]["loss"] is None
     assert fitted.result["epoch"] == 0, "so large a step ruins the flow"
-    assert trainer.measure("test").log_det.abs().max() == 0, "the flow is the identity it started from"
+    assert trainer.prepared.measure("test").log_det.abs().max() == 0, (
+        "the flow is the identity it started from"
+    )
 
 
 def test_an_image_scores_alone_as_in_any_batch(tmp_path):

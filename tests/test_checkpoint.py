@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from config import Config, UserError
-from detector import detector, records
+from detector import checkpoints, detector, records
 from shell.files import checksum, write_sealed
 
 
@@ -35,7 +35,7 @@ def test_checkpoint_gives_the_same_scores(cache, tmp_path, monkeypatch, options)
     monkeypatch.chdir(tmp_path)
     trainer = make(cache, **options)
     fitted = trainer.run()
-    path = detector.save_fitted(settings(**options), cache, fitted)
+    path = checkpoints.save_fitted(settings(**options), cache, fitted)
     for suffix in (".json", ".safetensors"):
         loaded, content = detector.load_detector(path.with_name(path.name + suffix))
         with torch.no_grad():
@@ -58,7 +58,7 @@ def test_checkpoint_that_is_not_there(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="nothing"):
         detector.load_detector(tmp_path / "nothing.json")
-    path = detector.save_fitted(settings(save_model=False), cache, fit(cache))
+    path = checkpoints.save_fitted(settings(save_model=False), cache, fit(cache))
     assert path.with_suffix(".json").exists() and not path.with_suffix(".safetensors").exists()
     with pytest.raises(UserError):
         detector.load_detector(path)
@@ -73,9 +73,9 @@ def test_checkpoint_that_is_not_there(cache, tmp_path, monkeypatch):
 
 def test_no_weights_of_an_older_fit_stay(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _, weights = detector.checkpoint_files(detector.save_fitted(settings(), cache, fit(cache)))
+    _, weights = checkpoints.checkpoint_files(checkpoints.save_fitted(settings(), cache, fit(cache)))
     assert weights.exists()
-    detector.save_fitted(settings(save_model=False), cache, fit(cache))
+    checkpoints.save_fitted(settings(save_model=False), cache, fit(cache))
     assert not weights.exists()
 
 
@@ -84,7 +84,7 @@ def test_no_weights_of_an_older_fit_stay(cache, tmp_path, monkeypatch):
 def kept(cache, tmp_path, monkeypatch):
     """The two files of a checkpoint."""
     monkeypatch.chdir(tmp_path)
-    return detector.checkpoint_files(detector.save_fitted(settings(), cache, fit(cache)))
+    return checkpoints.checkpoint_files(checkpoints.save_fitted(settings(), cache, fit(cache)))
 
 
 def refused(path) -> str:
@@ -127,7 +127,7 @@ def test_weights_that_were_cut_or_exchanged(kept, cache):
 def reseal(kept, **changes) -> None:
     """Change a record and its weights' fingerprint, and seal it again: what a forger would do."""
     record = json.loads(kept[0].read_text()) | changes
-    write_sealed(kept[0], record | {"weights": detector.fingerprint(kept[1])})
+    write_sealed(kept[0], record | {"weights": checkpoints.fingerprint(kept[1])})
 
 
 def test_weights_that_are_not_finite_are_refused(kept):
@@ -229,11 +229,11 @@ def test_full_disk_under_the_weights(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def full(*_):
-        raise detector.SafetensorError("I/O error: No space left on device (os error 28)")
+        raise checkpoints.SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(detector, "save_file", full)
+    monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(UserError, match="No space left"):
-        detector.save_fitted(settings(), cache, fit(cache))
+        checkpoints.save_fitted(settings(), cache, fit(cache))
     assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*partial"))
 
 

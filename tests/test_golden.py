@@ -19,7 +19,7 @@ import config
 import model
 import train
 from backbone.token_grid import TokenGrid
-from detector import detector
+from detector import class_data, detector, preparation
 from freq_fusion import HiLo, SpectralGate
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
@@ -151,7 +151,7 @@ class GoldenSource:
 
     def __getitem__(self, index):
         rows = self.rows[torch.from_numpy(np.asarray(index))]
-        return detector.Features(rows[:, 0], rows[:, 1:])
+        return class_data.Features(rows[:, 0], rows[:, 1:])
 
     def semantic(self, index):
         return self.rows[torch.from_numpy(index)][:, 0]
@@ -163,7 +163,7 @@ def test_trainer_takes_the_released_steps(flow_file):
     channels, n, blocks, hidden = sizes(golden)
     source = GoldenSource(golden["features"])
     rows = np.arange(len(source.rows))
-    data = detector.ClassData("golden", source, source, rows, rows[:0], rows, np.zeros(len(rows), int))
+    data = class_data.ClassData("golden", source, source, rows, rows[:0], rows, np.zeros(len(rows), int))
     settings = config.Config(
         fusion="class_attention",
         n_coupling_blocks=blocks,
@@ -171,13 +171,9 @@ def test_trainer_takes_the_released_steps(flow_file):
         hide_tqdm_bar=True,
         verbose=False,
     )
-    trainer = train.Trainer(
-        settings,
-        data,
-        {"n_feat": channels, "grid": grid_of(n), "tokens": 1 + n, "kind": "tokens"},
-        0,
-        torch.device("cpu"),
-    )
+    features = {"n_feat": channels, "grid": grid_of(n), "tokens": 1 + n, "kind": "tokens"}
+    prepared = preparation.PreparedClass(settings, data, features, 0, torch.device("cpu"))
+    trainer = train.Trainer(prepared)
     trainer.detector.flow.load_state_dict(parameters(golden))
     losses = torch.stack([trainer.train_step(batch) for batch in rows.reshape(len(semantic), -1)])
     assert_close(losses, golden["train.losses"], TRAINED, "train.losses")

@@ -14,7 +14,7 @@ import config as knobs
 import main
 import train
 from config import Config, UserError, make_config
-from detector import detector
+from detector import checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -273,5 +273,5 @@ def test_sweep_runs_every_combination(tmp_path, monkeypatch):
     assert "| none |" in content and "| class_attention |" in content and content.count("±") >= 4
     for name in ("none-1", "none-3", "class_attention-1", "class_attention-3"):
         assert (tmp_path / "runs/grid" / name / "results.json").exists()
-    kept = detector.checkpoint_path(dataclasses.replace(config, modelname="grid/none-3"), "a", 1)
+    kept = checkpoints.checkpoint_path(dataclasses.replace(config, modelname="grid/none-3"), "a", 1)
     assert kept.with_suffix(".safetensors").exists()

@@ -12,7 +12,7 @@ from fabricated import fit, settings
 import datasets
 from config import Config, UserError
 from datasets import Labels, Split
-from detector import detector
+from detector import checkpoints, detector
 from shell.command_line import from_command_line
 from shell.files import file_name
 from shell.signals import guarded
@@ -43,11 +43,11 @@ def labels_of(*classes: str) -> Labels:
 # ---------------------------------------------------------------- of classes
 def test_every_class_has_files_of_its_own():
     names = [*STRANGE, "a/b", "a\\b", "a_b", "x" * 300, "x" * 301, "~", "ä" * 100]
-    paths = [detector.checkpoint_path(Config(), name, seed) for name in names for seed in (0, 1)]
-    files = [file for path in paths for file in detector.checkpoint_files(path)]
+    paths = [checkpoints.checkpoint_path(Config(), name, seed) for name in names for seed in (0, 1)]
+    files = [file for path in paths for file in checkpoints.checkpoint_files(path)]
     assert len(set(files)) == 4 * len(names)
     for file in files:
-        assert file.parent == detector.run_folder(Config()) / "classes" and file.name.isprintable()
+        assert file.parent == checkpoints.run_folder(Config()) / "classes" and file.name.isprintable()
         assert len(file.name.encode()) < 200 and file.name[0] not in ".-"
     assert file_name("two words ü") == "two words ü", "a plain name stays readable"
 
@@ -57,8 +57,8 @@ def test_checkpoint_of_a_strange_class(cache, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     fitted = fit(cache)
     fitted.result["class"] = name
-    path = detector.save_fitted(settings(), cache, fitted)
-    for file in (path, *detector.checkpoint_files(path)):
+    path = checkpoints.save_fitted(settings(), cache, fitted)
+    for file in (path, *checkpoints.checkpoint_files(path)):
         assert detector.load_detector(file)[1]["result"]["class"] == name
     assert not [found for found in tmp_path.iterdir() if found.name != "runs"]
 
@@ -113,7 +113,7 @@ def test_a_run_stays_in_its_folder(capsys, name):
 
 @pytest.mark.parametrize("name", ["run", "ä b", "v1.5", "a,b=c"])
 def test_plain_names_of_runs(name):
-    assert detector.run_folder(Config(modelname=name)).parts == ("runs", name)
+    assert checkpoints.run_folder(Config(modelname=name)).parts == ("runs", name)
 
 
 @pytest.mark.parametrize("field", ["dataset_path", "feature_path", "weights_path", "extractor", "class_name"])

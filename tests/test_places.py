@@ -11,7 +11,7 @@ import utils
 from backbone.token_grid import Bands, Places, place_grid, rotation
 from config import ClassError, Config
 from datasets import SPLITS, Labels, Split
-from detector import baselines, detector
+from detector import baselines, class_data, detector
 from detector.normalization import PlaceGaussians, spread
 
 CHANNELS = (4, 6, 5)
@@ -160,7 +160,7 @@ def settings(**more) -> Config:
 
 
 def make(cache, cell_seed=0, **more):
-    sources = [detector.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]
+    sources = [class_data.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]
     return train.make_trainer(settings(**more), cache, "a", cell_seed, *sources)
 
 
@@ -185,9 +185,9 @@ def test_a_defect_of_one_place_is_found_where_images_are_alike(surface, tmp_path
 @pytest.mark.parametrize("width", [0.1, 4.0], ids=["alike", "varied"])
 def test_places_are_read_where_images_show_one_scene(tmp_path, width, monkeypatch):
     read = []
-    plain = detector.TokenSource._rows
+    plain = class_data.TokenSource._rows
     monkeypatch.setattr(
-        detector.TokenSource, "_rows", lambda self, name, rows: read.append(name) or plain(self, name, rows)
+        class_data.TokenSource, "_rows", lambda self, name, rows: read.append(name) or plain(self, name, rows)
     )
     trainer, fitted = fit(fabricate(tmp_path / "c", spread=width))
     alike = spread(trainer.data.train.semantic(trainer.data.fit_rows)) < detector.ALIKE
@@ -200,7 +200,7 @@ def test_places_that_are_not_finite_are_a_damaged_cache(tmp_path):
     sources = []
     for split in SPLITS:
         arrays = {name: np.array(array[np.arange(len(array))]) for name, array in cache.arrays(split).items()}
-        sources.append(detector.TokenSource(arrays, torch.device("cpu")))
+        sources.append(class_data.TokenSource(arrays, torch.device("cpu")))
     sources[0].arrays["places"][7, 3, 2] = np.nan
     with pytest.raises(ClassError, match="1 of its training images are not finite, row 7 "):
         train.make_trainer(settings(), cache, "a", 0, *sources).run()
@@ -212,8 +212,8 @@ def test_the_joined_score_adds_log_energy_and_places(surface):
     parts = fitted.detector
     assert parts.n_unusual == 1, "of 25 places"
     with torch.no_grad():
-        energy = parts.energy(trainer.measure("test")).log()
-    worst = parts.places(trainer.sources["test"].one("places", trainer.rows["test"])).amax(1)
+        energy = parts.energy(trainer.prepared.measure("test")).log()
+    worst = parts.places(trainer.data.test.one("places", trainer.data.test_rows)).amax(1)
     assert fitted.scores == pytest.approx((energy + worst).numpy(), rel=1e-3, abs=1e-3)
     features = parts.read(trainer.data.test, fitted.test_rows)
     assert parts.score_features(features) == pytest.approx(fitted.scores, rel=1e-3, abs=1e-3)
@@ -235,14 +235,14 @@ def test_the_fusion_reads_middle_tokens(tmp_path, options):
     trainer = make(cache, fusion_tokens="middle", identity_start=False, **options)
     parts = trainer.detector.eval()
     assert parts.fusion_grid == (3, 3)
-    rows = trainer.rows["test"][:4]
+    rows = trainer.prepared.rows["test"][:4]
     features = parts.read(trainer.data.test, rows)
     pooled = parts.raw_patches(features)
     maps = features.places.transpose(1, 2).unflatten(2, (5, 5))
     assert torch.allclose(pooled, F.adaptive_avg_pool2d(maps, 3).flatten(2).transpose(1, 2))
     with torch.no_grad():
         found = parts.latents(parts.inputs(features))
-        again = parts.latents(trainer.inputs("test", np.arange(4)))
+        again = parts.latents(trainer.prepared.inputs("test", np.arange(4)))
         assert torch.allclose(again.z, found.z, atol=1e-4)
         other = parts.latents(parts.inputs(features._replace(patches=features.patches + 1)))
         assert torch.equal(other.z, found.z), "the last map is no part of it"
@@ -275,7 +275,7 @@ def test_simple_detectors_of_places_find_the_defect(surface):
 def test_simple_detectors_belong_to_the_first_seed(tmp_path):
     """They hardly depend on it, and cost as much as a fit."""
     cache = fabricate(tmp_path / "c", spread=0.1)
-    sources = [detector.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]
+    sources = [class_data.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]
     config = settings(baselines=True, n_seeds=2)
     fitted = [train.make_trainer(config, cache, "a", seed, *sources).run() for seed in (0, 1)]
     assert [bool(each.simple_scores) for each in fitted] == [True, False]

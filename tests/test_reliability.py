@@ -17,7 +17,7 @@ from fabricated import CLASSES, JOINED, settings
 import config as knobs
 import main
 from config import Config
-from detector import detector
+from detector import checkpoints, detector
 from shell.signals import LATEST, guarded
 from tools.processes import kill_after, start, wait
 
@@ -57,7 +57,7 @@ def check_whole(modelname: str = "run", seeds: int = 2) -> None:
     """Every checkpoint loads, and nothing half-made lies about."""
     for name in CLASSES:
         for seed in range(seeds):
-            path = detector.checkpoint_path(Config(modelname=modelname), name, seed)
+            path = checkpoints.checkpoint_path(Config(modelname=modelname), name, seed)
             detector.load_detector(path)
     assert leftovers(modelname) == []
 

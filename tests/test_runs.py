@@ -17,7 +17,7 @@ import utils
 from cache.feature_cache import CacheIdentity, FeatureCache
 from config import Config, UserError
 from datasets import Labels, Split
-from detector import detector, runs
+from detector import checkpoints, detector, runs
 from shell.files import sha256_of_file, write_json, write_sealed
 from shell.signals import Interrupted
 
@@ -45,7 +45,7 @@ def run(cache, tmp_path, monkeypatch):
 
 
 def results(config: Config) -> dict:
-    return json.loads((detector.run_folder(config) / "results.json").read_text())
+    return json.loads((checkpoints.run_folder(config) / "results.json").read_text())
 
 
 def table(results: dict) -> dict:
@@ -90,7 +90,7 @@ def test_processes_come_to_the_table_of_one(run, capsys, monkeypatch):
     assert table(together) == table(alone) and not run.fitted + drawn, "by processes of their own"
     assert "2 at a time" in told and "for 5 more" in told and "[6/6]" in told
     states = [
-        [detector.read_record(path.with_suffix(""))["weights"] for path in sorted(folder.glob("*.json"))]
+        [checkpoints.read_record(path.with_suffix(""))["weights"] for path in sorted(folder.glob("*.json"))]
         for folder in (Path("runs/run/classes"), Path("runs/together/classes"))
     ]
     assert states[0] == states[1]
@@ -104,7 +104,7 @@ def test_wall_time_adds_up(run):
     whole = run()
     kept = [entry["runs"][0]["wall_time_s"] for entry in whole["classes"].values()]
     assert min(kept) > 0
-    path = runs.detector.checkpoint_path(settings(modelname="run"), "b", 0).with_suffix(".json")
+    path = runs.checkpoints.checkpoint_path(settings(modelname="run"), "b", 0).with_suffix(".json")
     record = json.loads(path.read_text())
     record["result"] |= {"wall_time_s": 1000.0, "ended": record["result"]["ended"] - 5000}
     write_sealed(path, {name: value for name, value in record.items() if name != "checksum"})
@@ -137,7 +137,7 @@ DAMAGE = {
 def test_what_is_damaged_is_not_finished(run, damage):
     whole = run()
     run.fitted.clear()
-    DAMAGE[damage](detector.run_folder(settings(modelname="run")) / "classes" / "b-seed0.json")
+    DAMAGE[damage](checkpoints.run_folder(settings(modelname="run")) / "classes" / "b-seed0.json")
     resumed = run()
     assert run.fitted == [("b", 0)] and table(resumed) == table(whole)
     detector.load_detector("runs/run/classes/b-seed0")
@@ -398,19 +398,19 @@ def test_a_mistake_in_a_setting_is_no_classs_failure(run):
 
 # ---------------------------------------------------------------- interrupted
 def test_ctrl_c_says_what_is_kept(run, monkeypatch):
-    real = detector.save_fitted
+    real = checkpoints.save_fitted
 
     def interrupted(*arguments):
         real(*arguments)
         raise Interrupted
 
-    monkeypatch.setattr(detector, "save_fitted", interrupted)
+    monkeypatch.setattr(checkpoints, "save_fitted", interrupted)
     monkeypatch.setattr("sys.argv", ["/x/main.py", "--modelname", "run"])
     with pytest.raises(Interrupted) as stopped:
         main.main(settings(modelname="run", plots=False))
     line = stopped.value.told
     assert "\n" not in line and "1 of 3 classes are kept" in line and "python main.py --modelname run" in line
-    monkeypatch.setattr(detector, "save_fitted", real)
+    monkeypatch.setattr(checkpoints, "save_fitted", real)
     run.fitted.clear()
     run()
     assert run.fitted == [("b", 0), ("c", 0)]

@@ -28,7 +28,7 @@ import utils
 from cache.feature_cache import CacheIdentity, FeatureCache
 from config import ClassError, UserError
 from datasets import Split
-from detector import detector
+from detector import class_data, detector
 from detector.normalization import power_l2
 
 # ---------------------------------------------------------------- detection
@@ -182,7 +182,7 @@ def test_every_training_image_once_per_epoch(cache, monkeypatch):
     first, second = np.concatenate(seen[:half]), np.concatenate(seen[half:])
     assert sorted(first) == sorted(second) == list(range(36)) and not np.array_equal(first, second)
     rows = trainer.data.fit_rows[first[:8]]
-    taken = trainer.inputs("fit", first[:8]).tokens
+    taken = trainer.prepared.inputs("fit", first[:8]).tokens
     assert torch.equal(taken, trainer.data.train[rows].semantic), "they are numbers of the images fitted to"
 
 
@@ -248,7 +248,9 @@ def test_an_identity_start_is_a_kernel_density_of_the_tokens(cache, channels):
     assert trainer.detector.leading == (channels or trainer.detector.directions)
     trainer.evaluate(0, None)
     h, width = trainer.detector.bandwidth.item(), trainer.detector.channels
-    (known, _), (held, outside), (test, beside) = (trainer.tokens[part] for part in ("fit", "held", "test"))
+    (known, _), (held, outside), (test, beside) = (
+        trainer.prepared.tokens[part] for part in ("fit", "held", "test")
+    )
 
     def plain(tokens, rest):
         squares = (tokens[:, None].double() - known[None].double() / 2).square().sum(2) + rest[
@@ -260,7 +262,7 @@ def test_an_identity_start_is_a_kernel_density_of_the_tokens(cache, channels):
     assert torch.isfinite(plain(held, outside)).all() and beside.max() > 0
     wanted = plain(held, outside).mean().item() - 0.5 * math.log(2 * math.pi)
     assert trainer.history[0]["held_out_loss"] == pytest.approx(wanted, abs=1e-4)
-    before = trainer.before_training["likelihood, before training"]
+    before = trainer.before_training["likelihood"]
     assert before == pytest.approx(plain(test, beside).numpy(), abs=1e-4)
 
 
@@ -269,9 +271,9 @@ def test_a_kernel_density_is_corrected_by_what_the_flow_has_learnt(cache):
     fitted = fit(cache, **JOINED | {"score": "likelihood", "select_epoch": "last", "meta_epochs": 3})
     trainer = make(cache, **JOINED | {"score": "likelihood", "select_epoch": "likelihood"})
     trainer.evaluate(0, None)
-    start = {name.split(",")[0]: values for name, values in trainer.before_training.items()}
+    start = trainer.before_training
     parts, leading = trainer.detector, trainer.detector.leading
-    tokens = trainer.tokens["test"][0][:, :leading].numpy()
+    tokens = trainer.prepared.tokens["test"][0][:, :leading].numpy()
     assert start["flow alone"] == pytest.approx(0.5 * np.square(tokens).sum(1) / leading, rel=1e-4)
     gain = (start["flow alone"] - fitted.flow_scores["flow alone"]) * leading / parts.channels
     assert np.abs(gain).max() > 1e-3
@@ -280,8 +282,8 @@ def test_a_kernel_density_is_corrected_by_what_the_flow_has_learnt(cache):
 
 def test_only_leading_directions_are_moved(cache):
     trainer = make(cache, **JOINED | {"identity_start": False})
-    measured = trainer.measure("test")
-    leading, tokens = trainer.detector.leading, trainer.tokens["test"][0]
+    measured = trainer.prepared.measure("test")
+    leading, tokens = trainer.detector.leading, trainer.prepared.tokens["test"][0]
     assert leading == 16 < trainer.detector.directions == measured.z.shape[1]
     assert torch.equal(measured.z[:, leading:], tokens[:, leading:])
     assert not torch.allclose(measured.z[:, :leading], tokens[:, :leading], atol=1e-2)
@@ -314,7 +316,7 @@ def test_chosen_epoch_is_the_detectors(cache, options):
     again = fitted.detector.score_features(fitted.detector.read(trainer.data.test, fitted.test_rows))
     assert np.allclose(again, fitted.scores, rtol=1e-4, atol=1e-4)
     loss = model.negative_log_likelihood(
-        fitted.detector.energy(trainer.measure("held")), fitted.detector.bandwidth
+        fitted.detector.energy(trainer.prepared.measure("held")), fitted.detector.bandwidth
     )
     wanted = fitted.result["held_out_loss"] + 0.5 * math.log(2 * math.pi)
     assert loss.mean().item() == pytest.approx(wanted, abs=1e-3)
@@ -404,7 +406,7 @@ def test_features_that_cannot_be_normalised_are_the_classes_fault(cache, monkeyp
 
 def test_tokens_on_the_device_are_those_in_the_files(cache):
     """A source whose arrays were copied to the device reads there, by row numbers from either side."""
-    files, there = (detector.TokenSource(cache.arrays("train"), torch.device("cpu")) for _ in range(2))
+    files, there = (class_data.TokenSource(cache.arrays("train"), torch.device("cpu")) for _ in range(2))
     there.make_resident()
     there.arrays = dict.fromkeys(there.arrays)  # the files are not asked any more
     rows = np.array([5, 0, 117, 5])
@@ -418,21 +420,21 @@ def test_tokens_on_the_device_are_those_in_the_files(cache):
 
 def test_tokens_leave_room_for_training():
     """CIFAR-10's 44 GB of ViT-B tokens stay on an idle H100 of 80 GB, and not where others use half of it."""
-    assert detector.fits_beside_training(44, 80, 80) and not detector.fits_beside_training(44, 40, 80)
-    assert not detector.fits_beside_training(70, 80, 80)
+    assert class_data.fits_beside_training(44, 80, 80) and not class_data.fits_beside_training(44, 40, 80)
+    assert not class_data.fits_beside_training(70, 80, 80)
 
 
 def test_features_have_no_gaps():
     """oneDNN copies what has gaps before every product."""
     tokens = torch.arange(24).view(2, 4, 3).half()
-    features = detector.Features.of({"tokens": tokens})
+    features = class_data.Features.of({"tokens": tokens})
     assert features.patches.is_contiguous() and features.patches.dtype == torch.float32
     assert torch.equal(features.patches, tokens[:, 1:].float())
     assert torch.equal(features.semantic, tokens[:, 0].float())
 
 
 def test_features_are_split_with_and_without_bands():
-    whole = detector.Features(torch.arange(5.0)[:, None], torch.arange(10.0).view(5, 2, 1))
+    whole = class_data.Features(torch.arange(5.0)[:, None], torch.arange(10.0).view(5, 2, 1))
     parts = whole.split(2)
     assert [len(part.semantic) for part in parts] == [2, 2, 1] and all(part.bands is None for part in parts)
     assert torch.equal(torch.cat([part.patches for part in parts]), whole.patches)

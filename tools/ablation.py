@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from detector import detector
+from detector import checkpoints
 
 SCORES = {"flow": "the flow's likelihood", "latent": "mean z²"}  # of a record -> as the table calls them
 
@@ -50,7 +50,7 @@ def aurocs(folder: Path, before: bool) -> dict[int, np.ndarray]:
     found: dict[int, list] = defaultdict(list)
     for path in sorted((folder / "classes").glob("*-seed*.json")):
         if not path.name.endswith(".failed.json"):
-            record = detector.read_record(path)
+            record = checkpoints.read_record(path)
             entry = record["history"][0] if before else record["result"]
             found[record["result"]["seed"]].append([entry[f"{name}_auroc"] for name in SCORES])
     return {seed: np.mean(classes, 0) for seed, classes in found.items()}

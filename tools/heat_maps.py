@@ -19,7 +19,9 @@ import datasets
 import utils
 from backbone.token_grid import place_grid_of
 from detector import heat_map, pictures
-from detector.detector import Features, PictureDetector
+from detector.class_data import Features
+from detector.detector import load_picture_detector
+from detector.picture_detector import PictureDetector
 
 KINDS = ("places", "occlusion")
 
@@ -56,7 +58,7 @@ def main() -> None:
     images = datasets.load_images("mvtec", arguments.dataset_path)
     print("| class | pictures | kind | pixel AUROC | AUPRO | seconds a picture |\n|---|---|---|---|---|---|")
     for number, name in enumerate(images.labels.classes):
-        detector = PictureDetector.load(arguments.run / "classes" / f"{name}-seed0", device)
+        detector = load_picture_detector(arguments.run / "classes" / f"{name}-seed0", device)
         rows = chosen(images, number, arguments.per_kind)
         pixels = [images.read("test", row) for row in rows]
         masks = [images.mask(row) for row in rows]

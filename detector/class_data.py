@@ -1,0 +1,192 @@
+"""The cached tokens of one normal class: where they are read, and which of its images are for what."""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import datasets
+from cache import feature_cache
+from config import ClassError, Config
+from detector import calibration
+
+EVAL_BATCH = {"cpu": 100, "cuda": 500}  # images per forward pass in evaluation: a CPU's caches hold these
+LEFT_FREE = 0.2  # share of a GPU's memory that tokens leave to training
+
+
+class Features(NamedTuple):
+    """What is cached of some images, float32: semantic (n, C), patches (n, N, C) and, where kept, bands (n,
+    D) and places (n, P, E)."""
+
+    semantic: Tensor
+    patches: Tensor
+    bands: Tensor | None = None
+    places: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: dict[str, Tensor]) -> "Features":
+        """From cached rows: tokens (n, 1 + N, C) and, where kept, bands (n, D) and places (n, P, E),
+        float16."""
+        tokens = rows["tokens"]
+        kept = {name: rows[name].float() for name in ("bands", "places") if name in rows}
+        return cls(tokens[:, 0].float(), tokens[:, 1:].float(), **kept)  # without gaps: products are quicker
+
+    def split(self, size: int) -> "list[Features]":
+        """Consecutive parts of ``size`` images."""
+        parts = [[None] * math.ceil(len(self.semantic) / size) if t is None else t.split(size) for t in self]
+        return [Features(*part) for part in zip(*parts)]
+
+
+Index: TypeAlias = np.ndarray | Tensor  # row numbers
+
+
+class TokenSource:
+    """Rows of a cached split by index: read out of the mapped files, or out of the device's memory where they
+    fit there."""
+
+    def __init__(self, arrays: dict[str, feature_cache.CachedArray], device: torch.device):
+        self.device, self.arrays = device, arrays
+        self.resident: dict[str, Tensor] | None = None
+        size = 2 * sum(math.prod(array.shape) for array in arrays.values())
+        if device.type == "cuda" and fits_beside_training(size, *torch.cuda.mem_get_info(device)):
+            self.make_resident()
+
+    def make_resident(self) -> None:
+        """Copy every array to the device's memory, to be read there from now on."""
+        self.resident = {name: self._load(array) for name, array in self.arrays.items()}
+
+    def _load(self, array: feature_cache.CachedArray) -> Tensor:
+        resident = torch.empty(array.shape, dtype=torch.float16, device=self.device)
+        for start in range(0, len(array), 1024):
+            rows = slice(start, start + 1024)
+            resident[rows].copy_(torch.from_numpy(array[rows]))
+        return resident
+
+    def index(self, rows: np.ndarray) -> Index:
+        """Row numbers as ``[...]`` takes them without a copy to the device: to be made once an epoch."""
+        return rows if self.resident is None else torch.from_numpy(rows).to(self.device)
+
+    def _rows(self, name: str, index: Index) -> Tensor:
+        """The rows ``index`` of an array, float16, on the device."""
+        if self.resident is None:
+            return torch.from_numpy(self.arrays[name][np.asarray(index)]).to(self.device)
+        chosen = self.index(index) if isinstance(index, np.ndarray) else index
+        return self.resident[name].index_select(0, chosen)
+
+    def __getitem__(self, index: Index) -> Features:
+        """The features of the images ``index``, on the device, but for the places: few classes need them."""
+        return Features.of({name: self._rows(name, index) for name in self.arrays if name != "places"})
+
+    @functools.cached_property
+    def _semantic(self) -> Tensor:
+        return torch.from_numpy(self.arrays["tokens"].semantic())
+
+    def semantic(self, index: np.ndarray) -> Tensor:
+        """The semantic tokens (n, C) of the images ``index``, float32, on the CPU; those of all images are
+        read once."""
+        return self._semantic[torch.from_numpy(index)].float()
+
+    def patches(self, index: Index) -> Tensor:
+        """The patch tokens (n, N, C) of the images ``index``, float32, on the device, without gaps."""
+        return self._rows("tokens", index)[:, 1:].float()
+
+    def one(self, name: str, index: Index) -> Tensor:
+        """One array of the images ``index``, float32, on the device, without reading the rest."""
+        return self._rows(name, index).float()
+
+    def on_cpu(self, index: np.ndarray) -> Features:
+        """The same, read from the files to the CPU."""
+        names = [name for name in self.arrays if name != "places"]
+        return Features.of({name: torch.from_numpy(self.arrays[name][index]) for name in names})
+
+    def one_on_cpu(self, name: str, index: np.ndarray) -> Tensor:
+        """One array of the images ``index``, float32, read from the files to the CPU."""
+        return torch.from_numpy(self.arrays[name][index]).float()
+
+
+def fits_beside_training(size: int, free: int, total: int) -> bool:
+    """Whether so many bytes of tokens may stay on a GPU with so many bytes free of all it has."""
+    return size <= free - LEFT_FREE * total
+
+
+def in_batches(index: Index, size: int) -> list:
+    """Row numbers cut into consecutive batches, ``size`` long but the last; of none, one empty batch."""
+    return [index[i : i + size] for i in range(0, max(1, len(index)), size)]
+
+
+def evenly(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the rows, evenly spaced."""
+    return rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
+
+
+FEWEST = 3  # images that a flow can be fitted to: two have one direction and no spread around it
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassData:
+    """One one-class problem: where its tokens are and which rows are for what."""
+
+    class_name: str
+    train: TokenSource
+    test: TokenSource
+    fit_rows: np.ndarray  # normal training images that the flow is fitted to
+    held_rows: np.ndarray  # normal training images held out for likelihood
+    test_rows: np.ndarray
+    labels: np.ndarray  # of test_rows: 0 normal, 1 anomalous
+    per_category: bool = False  # a surface or an object and its defects (MVTec) instead of one class of many
+
+
+def class_data(
+    config: Config, labels: datasets.Labels, class_name: str, seed: int, train: TokenSource, test: TokenSource
+) -> ClassData:
+    """The rows of a class, a share of the normal training images held out at random; there may be no test
+    images. Raises ClassError on too few, and on features that are all the same.
+
+    Of a folder of one's own, where verdicts count, as many are held out as the false-alarm rate needs, up to
+    a fifth."""
+    train_rows, test_rows, test_labels = labels.one_class(class_name)
+    shuffled = np.random.RandomState(seed).permutation(train_rows)
+    n_held = math.ceil(config.holdout * len(shuffled))
+    if config.dataset == "folder" and n_held:
+        n_held = max(n_held, min(calibration.needed(config.false_alarms), len(shuffled) // 5))
+    fit_rows, held_rows = np.sort(shuffled[n_held:]), np.sort(shuffled[:n_held])
+    if len(fit_rows) < FEWEST or not (len(test_rows) or len(held_rows)):
+        counts = f"{len(fit_rows)} training, {len(held_rows)} held-out and {len(test_rows)} test images"
+        raise ClassError(
+            f"class {class_name}: {counts}; expected at least {FEWEST} to train on and one of the others "
+            "(--holdout 0.1 holds some out)"
+        )
+    rows = (fit_rows, held_rows, test_rows)
+    data = ClassData(class_name, train, test, *rows, test_labels, labels.per_category)
+    sample = train[evenly(fit_rows, 64)].semantic
+    if (sample == sample[0]).all():
+        raise ClassError(
+            f"class {class_name}: the cached features of its training images are all the same; so are its "
+            "images, or the cache is damaged"
+        )
+    return data
+
+
+def features_fault(data: ClassData) -> str | None:
+    """Where a class's cached features are not finite; None where all are. Reads them all: asked only once
+    something has gone wrong."""
+    for what, source, rows in (
+        ("training", data.train, np.sort(np.concatenate([data.fit_rows, data.held_rows]))),
+        ("test", data.test, data.test_rows),
+    ):
+        broken = []
+        for batch in in_batches(rows, EVAL_BATCH["cpu"]):
+            kinds = [source.one_on_cpu(name, batch) for name in source.arrays]
+            broken += batch[
+                ~torch.stack([k.flatten(1).isfinite().all(1) for k in kinds]).all(0).numpy()
+            ].tolist()
+        if broken:
+            return (
+                f"class {data.class_name}: the cached features of {len(broken)} of its {what} images are not "
+                f"finite, row {broken[0]} of that split first; the cache is damaged: extract them again"
+            )
+    return None

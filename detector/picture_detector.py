@@ -1,0 +1,85 @@
+"""A fitted class as it is used: pictures in; scores, p-values, verdicts and heat maps out."""
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from backbone.token_grid import place_grid_of
+from config import UserError
+from detector import calibration, heat_map, pictures
+from detector.checkpoints import config_of
+from detector.class_data import Features
+from images import images
+
+
+class PictureDetector:
+    """A fitted class as it is used: pictures in; scores, p-values, verdicts and heat maps out.
+
+    A picture is a path, a Pillow image or an array (H, W, 3) or (H, W) of uint8. held_out: scores of held-out
+    normal pictures, which p-values and verdicts rest on; may be empty."""
+
+    def __init__(self, fitted: nn.Module, record: dict, eye: pictures.Eye, false_alarms: float | None = None):
+        self.fitted, self.record, self.eye = fitted.to(eye.device).eval(), record, eye
+        self.class_name, self.seed = record["result"]["class"], record["result"]["seed"]
+        self.held_out = np.array(record["held_out_scores"], float)
+        config = config_of(record)
+        self.false_alarms = config.false_alarms if false_alarms is None else false_alarms
+
+    def score(self, picture: Any) -> Any:
+        """The anomaly score of a picture (float), or of several (n): higher is more anomalous. Raises
+        UserError on one that cannot be read."""
+        several = pictures.are_several(picture)
+        scores: list[np.ndarray] = []
+        for rows in self.eye.rows(picture if several else [picture]):
+            if isinstance(rows, pictures.Unreadable):
+                raise UserError(rows.reason)
+            scores.append(self.score_rows(rows))
+        joined = np.concatenate(scores) if scores else np.empty(0)
+        return joined if several else float(joined[0])
+
+    def score_rows(self, rows: pictures.Rows) -> np.ndarray:
+        """Scores (n) from rows of features, as ``Eye.rows`` gives them."""
+        return self.fitted.score_features(Features.of(rows)).astype(float)
+
+    def heat_map(self, picture: Any) -> np.ndarray:
+        """How unusual each place of a picture is, (H, W) float32 at its size. Raises UserError on a picture
+        that cannot be read.
+
+        Where the score reads places: in standard deviations beyond ``USUAL``, which few places of a normal
+        picture reach. Else by occlusion: how much the score falls when a part is blurred."""
+        pixels = images.pixels_of(picture)
+        if not self.fitted.uses_places:
+            return heat_map.by_occlusion(self.score, pixels)
+        rows = next(iter(self.eye.rows([pixels])))
+        assert not isinstance(rows, pictures.Unreadable), "pixels can be read"
+        values, grid = self.fitted.place_map(Features.of(rows).places)[0], place_grid_of(self.eye.features)
+        return heat_map.of_places(values, grid, pixels.shape[:2])
+
+    def p_value(self, score: Any) -> Any:
+        """How many normal pictures score as high or higher, as a share, of a score or an array of them; NaN
+        where none were held out (calibration.p_values)."""
+        if not len(self.held_out):
+            return np.full(np.shape(score), np.nan) if np.ndim(score) else float("nan")
+        values = calibration.p_values(self.held_out, score)
+        return values if np.ndim(score) else float(values)
+
+    @property
+    def threshold(self) -> calibration.Threshold:
+        """Where ``verdict`` draws the line. Raises UserError where no pictures were held out."""
+        return calibration.threshold(self.held_out, self.false_alarms)
+
+    def verdict(self, score: Any) -> Any:
+        """ "anomalous" or "normal", of a score or an array of them. Raises UserError where no pictures were
+        held out."""
+        verdicts = np.where(np.asarray(score) > self.threshold.score, "anomalous", "normal")
+        return verdicts if np.ndim(score) else str(verdicts)
+
+    def calibrate(self, good: Any) -> calibration.Threshold:
+        """Let p-values and verdicts rest on fresh normal pictures instead -> the new threshold."""
+        return self.calibrate_to(np.atleast_1d(self.score(good)))
+
+    def calibrate_to(self, scores: Any) -> calibration.Threshold:
+        """The same, from the pictures' scores (n)."""
+        self.held_out = np.array(scores, float)
+        return self.threshold
