@@ -7,6 +7,7 @@ Standard library only, so that ``-h`` is quick."""
 import dataclasses
 import difflib
 import math
+import re
 import typing
 
 
@@ -20,7 +21,7 @@ class ClassError(UserError):
 
 # Datasets and backbones by name: the single list that choices, help and loading are made from.
 DATASETS = (
-    *("cifar10", "CIFAR100", "fashion", "STL10", "CatsvsDogs"),
+    *("cifar10", "CIFAR100", "CIFAR100_fine", "fashion", "STL10", "CatsvsDogs"),
     *("mvtec", "VisA", "BTAD", "MTD", "lbot", "digits", "folder"),
 )
 BACKBONES = {  # name here -> timm model (the released code's names; any other timm name works as it is)
@@ -104,8 +105,8 @@ SECTIONS = {
 
 Size = tuple[int, int]
 AUTO = "auto"
-ImageSize = Size | typing.Literal["auto"] | None
-Triple = tuple[float, float, float]
+ImageSize = Size | str | None
+Six = tuple[float, float, float, float, float, float]
 LARGEST_IMAGE = 4096  # pixels a side: no backbone was made for more
 
 
@@ -146,12 +147,11 @@ class Config:
         affects="run",
     )
     verbose: bool = knob(True, "print the loss and AUROC of every epoch", affects="run", scripts=FITTING)
-    hide_tqdm_bar: bool = knob(
-        False, "no progress bars (there are none where the output is no terminal)", affects="run"
-    )
-    save_model: bool = knob(
-        True,
-        "keep the weights of every class and seed (safetensors), beside its JSON",
+    keep: str = knob(
+        "all",
+        "what a run keeps beside the figures: all; weights of every class and seed (safetensors), but no "
+        "pictures (score histograms, ROC, curves over epochs, contact sheets); or results alone",
+        choices=("all", "weights", "results"),
         affects="run",
         scripts=FITTING,
     )
@@ -167,19 +167,10 @@ class Config:
         "of going on where the last run ended",
         affects="run",
     )
-    rank: int | None = knob(
+    worker: str | None = knob(
         None,
-        "which of world_size processes this one is, from 0; none: what torchrun sets (RANK), or 0",
-        low=0,
-        high=10**6,
-        affects="run",
-    )
-    world_size: int | None = knob(
-        None,
-        "how many processes share the work, on one machine or many with a shared folder; none: what torchrun "
-        "sets (WORLD_SIZE), or 1",
-        low=1,
-        high=10**6,
+        "which of how many processes that share the work this one is, on one machine or many with a shared "
+        "folder: 0/16 to 15/16; none: what torchrun sets (RANK, WORLD_SIZE), or 0/1",
         affects="run",
     )
     check: bool = knob(
@@ -189,37 +180,12 @@ class Config:
         affects="run",
         scripts=("main.py",),
     )
-    plots: bool = knob(
-        True,
-        "main.py: draw score histograms, ROC, curves over epochs and contact sheets into the run's folder",
-        affects="run",
-        scripts=("main.py",),
-    )
-    nbins1: int = knob(
-        50,
-        "bins of the score histogram of normal images",
-        low=1,
-        high=10000,
-        affects="run",
-        scripts=("main.py",),
-    )
-    nbins2: int = knob(
-        100,
-        "bins of the score histogram of anomalous images",
-        low=1,
-        high=10000,
-        affects="run",
-        scripts=("main.py",),
-    )
 
     # --- data
     dataset: str = knob(
         "cifar10", "data set (see README for the folder layouts)", choices=DATASETS, affects="features"
     )
     dataset_path: str | None = knob(None, "folder of the raw images; none: data/<dataset>", affects="run")
-    fine_classes: bool = knob(
-        False, "CIFAR100: its 100 classes instead of its 20 superclasses", affects="features"
-    )
     class_name: str = knob(
         "all",
         "normal class: one, several separated by commas, or all; a comma in a name is written "
@@ -232,9 +198,9 @@ class Config:
     )
     pretrained: bool = knob(
         False,
-        "True: the features are already extracted, stop if they are not; False: extract what is missing",
+        "True: the features are already extracted, stop if they are not (extractor.py: check every row of "
+        "them, the images need not be there); False: extract what is missing",
         affects="run",
-        scripts=FITTING,
     )
 
     # --- backbone and extraction
@@ -246,39 +212,26 @@ class Config:
         "local weights instead of the hub's: .pth, .safetensors, .npz where timm reads it; random: untrained",
         affects="features",
     )
-    n_feat: int | None = knob(
-        None, "feature channels C; none: the backbone's", low=2, high=10**6, affects="features"
-    )
     img_size: ImageSize = knob(
         None,
         "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's; auto: of "
-        "one's own pictures and of MVTec, VisA, BTAD and MTD in the shape of the training pictures, of the "
-        "other sets the backbone's",
+        "one's own pictures and of MVTec, VisA, BTAD and MTD in the shape of the training pictures, of "
+        "100352 pixels (auto:200000: of so many), fewer where the pictures have fewer, never fewer than of "
+        "the backbone's own size; of the other sets the backbone's",
         affects="features",
     )
-    img_pixels: int = knob(
-        2 * 224 * 224,
-        "img_size auto: pixels of an image, fewer where the pictures have fewer, and never fewer than of the "
-        "backbone's own size",
-        low=1,
-        high=LARGEST_IMAGE**2,
+    pixel_norm: Six | None = knob(
+        None,
+        "mean and standard deviation that pixels are normalised by, six numbers separated by commas; none: "
+        "the backbone's",
         affects="features",
     )
-    norm_mean: Triple | None = knob(
-        None, "pixel mean, three numbers separated by commas; none: the backbone's", affects="features"
-    )
-    norm_std: Triple | None = knob(None, "pixel standard deviation, likewise", affects="features")
     token_grid: str = knob(
         "full",
         "patch tokens kept: full, a number g (average-pooled to g x g), compact (low and high band per "
         "window), or "
-        "centre (only their mean under the window of centre_pool: the smallest form, for fusion none)",
-        affects="features",
-    )
-    pooling: str = knob(
-        "correct",
-        "correct, or released (mixes tokens with channels before pooling, as the released code did)",
-        choices=("correct", "released"),
+        "centre (only their mean under the window of centre_pool: the smallest form, for fusion none); "
+        "releasedg, as in released8: pooled as the released code did, which mixes tokens with channels",
         affects="features",
     )
     bands: bool = knob(
@@ -288,25 +241,6 @@ class Config:
         "several depths",
         affects="features",
     )
-    band_depths: str = knob(
-        "auto",
-        "depths of the band token: numbers of the backbone's stages or blocks, separated by commas; auto: "
-        "the last four "
-        "stages of a CNN, every quarter of a transformer",
-        affects="features",
-    )
-    rings: int = knob(
-        2, "rings of frequency that the band token keeps per depth", low=1, high=8, affects="features"
-    )
-    low_sigma: float = knob(
-        0.15,
-        "the band token's low band is a mean under a centred Gaussian of this sigma, in shares of the map's "
-        "side; 0: the "
-        "plain mean",
-        low=0.0,
-        high=100.0,
-        affects="features",
-    )
     places: int = knob(
         0,
         "also keep and use place tokens, for defects of a small place: the maps of middle depths on a grid "
@@ -314,13 +248,6 @@ class Config:
         "the backbone's own size; 0: none",
         low=0,
         high=64,
-        affects="features",
-    )
-    place_channels: int = knob(
-        192,
-        "channels of a place token at most; more are brought down by a fixed random rotation",
-        low=1,
-        high=10**4,
         affects="features",
     )
     precision: str = knob(
@@ -347,20 +274,12 @@ class Config:
         choices=("stop", "skip"),
         affects="run",
     )
-    shard_rows: int = knob(
-        0,
-        "images per file of a new feature cache; 0: files of 128 to 256 MB",
-        low=0,
-        high=10**6,
-        affects="run",
-    )
-    verify: bool = knob(
+    compile: bool = knob(
         False,
-        "check every row of the features against its checksum first (they are checked as they are read in "
-        "any case); extractor.py mends what is damaged where it has the images",
+        "torch.compile the backbone, and the flow in training (on a GPU with CUDA graphs, 4 times as quick "
+        "on an H200): pays on long runs only",
         affects="run",
     )
-    compile: bool = knob(False, "torch.compile the backbone: pays on long runs only", affects="run")
 
     # --- flow
     n_coupling_blocks: int = knob(4, "coupling layers K", low=1, high=1000, affects="fit")
@@ -390,9 +309,6 @@ class Config:
         choices=BASES,
         affects="fit",
     )
-    n_heads: int = knob(
-        0, "attention heads; 0: 4 for class_attention, 8 for hilo", low=0, high=4096, affects="fit"
-    )
     alpha: float = knob(
         0.5, "hilo: share of the heads given to the low frequencies", low=0.0, high=1.0, affects="fit"
     )
@@ -403,7 +319,6 @@ class Config:
         high=1024,
         affects="features",
     )
-    use_gamma: bool = knob(True, "learn a gain per channel on the fused features", affects="fit")
     identity_start: bool = knob(
         False,
         "zero the last layer of every subnet, so that training starts from the identity flow",
@@ -447,19 +362,6 @@ class Config:
         high=10**7,
         affects="fit",
     )
-    matmul: str = knob(
-        "highest",
-        "products in training: highest (float32), tf32 (on a GPU) or bfloat16 (weights stay float32)",
-        choices=("highest", "tf32", "bfloat16"),
-        affects="fit",
-    )
-    compile_flow: bool = knob(
-        False,
-        "torch.compile the flow in training, on a GPU with CUDA graphs: pays on long runs only; on an H200 "
-        "training is 4 times as quick with it, for it waits for kernels to be launched without",
-        affects="run",
-        scripts=("train.py", "main.py"),
-    )
     lr_init: float = knob(5e-5, "Adam learning rate", low=0.0, high=1e38, affects="fit")
     lr_schedule: str = knob(
         "constant",
@@ -467,7 +369,6 @@ class Config:
         choices=("constant", "cosine"),
         affects="fit",
     )
-    weight_decay: float = knob(1e-5, "Adam weight decay (L2)", low=0.0, high=1e6, affects="fit")
     max_grad_norm: float = knob(
         0.0,
         "clip the gradient to this norm; 0: no clipping, as in the released code",
@@ -489,16 +390,11 @@ class Config:
         high=0.5,
         affects="fit",
     )
-    select_epoch: str = knob(
-        "last",
-        "the epoch reported: last, or likelihood (best on the held-out normals; ends training early)",
-        choices=("last", "likelihood"),
-        affects="fit",
-    )
     patience: int = knob(
-        3,
-        "select_epoch likelihood: meta epochs without improvement before training ends",
-        low=1,
+        0,
+        "report the epoch that is best on the held-out normals, and end training so many meta epochs behind "
+        "it; 0: report the last epoch",
+        low=0,
         high=10**6,
         affects="fit",
     )
@@ -533,43 +429,32 @@ class Config:
             check_folder_name("modelname", part)
         if self.preset not in PRESETS:
             raise UserError(unknown("preset", self.preset, PRESETS))
-        grid = self.token_grid
-        if grid not in ("full", "compact", "centre") and not (
+        grid = self.token_grid.removeprefix("released")
+        if self.token_grid not in ("full", "compact", "centre") and not (
             grid.isascii() and grid.isdigit() and len(grid) < 5 and int(grid) > 0
         ):
             raise UserError(
-                f"token_grid: expected full, compact, centre or a number of patches per side, got {grid!r}"
+                f"token_grid: expected full, compact, centre, a number of patches per side or released and a "
+                f"number, got {self.token_grid!r}"
             )
         if isinstance(self.img_size, tuple) and not all(0 < side <= LARGEST_IMAGE for side in self.img_size):
             raise UserError(
                 f"img_size: expected 1 to {LARGEST_IMAGE} pixels a side, got "
                 f"{self.img_size[0]}x{self.img_size[1]}"
             )
-        if self.norm_std and not all(0 < value < math.inf for value in self.norm_std):
-            raise UserError(f"norm_std: expected three positive numbers, got {self.norm_std}")
-        if self.norm_mean and not all(map(math.isfinite, self.norm_mean)):
-            raise UserError(f"norm_mean: expected three finite numbers, got {self.norm_mean}")
-        if self.fine_classes and self.dataset != "CIFAR100":
-            raise UserError(f"fine_classes is for dataset CIFAR100, not {self.dataset}; set it False")
+        norm = self.pixel_norm
+        if norm and not (all(map(math.isfinite, norm)) and min(norm[3:]) > 0):
+            raise UserError(f"pixel_norm: expected three finite numbers and three positive ones, got {norm}")
+        if self.worker:
+            parse_worker(self.worker)
         if self.sweep:
             parse_sweep(self.sweep)
-        if self.pooling == "released" and not grid.isdigit():
+        if 0 < self.centre_pool < NARROWEST:
             raise UserError(
-                f"pooling released needs a pooled grid: set token_grid to a number, 8 as released (it is "
-                f"{grid})"
+                f"centre_pool: expected 0 or at least {NARROWEST} of a side, got {self.centre_pool:g}"
             )
-        for name in ("centre_pool", "low_sigma"):
-            if 0 < getattr(self, name) < NARROWEST:
-                raise UserError(
-                    f"{name}: expected 0 or at least {NARROWEST} of a side, got {getattr(self, name):g}"
-                )
         if grid == "centre" and not self.centre_pool:
             raise UserError("token_grid centre needs centre_pool above 0, say 0.1 (it is 0)")
-        depths = self.band_depths.split(",")
-        if self.band_depths != "auto" and not all(
-            depth.strip().isdecimal() and len(depth) < 5 for depth in depths
-        ):
-            raise UserError(f"band_depths: expected auto or numbers as in 1,2,3, got {self.band_depths!r}")
         for knob_name, value in (("score", "joined"), ("base", "kernel")):
             if getattr(self, knob_name) == value and not self.holdout:
                 raise UserError(f"{knob_name} {value} needs held-out normal images: set holdout, say 0.1")
@@ -577,10 +462,8 @@ class Config:
             raise UserError("score latent_knn asks for no density: take base normal, or score likelihood")
         if self.fusion_tokens == "middle" and not self.places:
             raise UserError("fusion_tokens middle needs place tokens: set places, say 14 (it is 0)")
-        if self.select_epoch == "likelihood" and self.holdout == 0:
-            raise UserError(
-                "select_epoch likelihood needs held-out normal images: set holdout, say 0.1 (it is 0)"
-            )
+        if self.patience and not self.holdout:
+            raise UserError("patience needs held-out normal images: set holdout, say 0.1 (it is 0)")
 
 
 # Named sets of defaults. The defaults above, as you edit them, are the paper's: "paper" changes nothing.
@@ -589,13 +472,11 @@ PRESETS = {
     "paper_L": {"extractor": "VIT_L", "fc_internal": 1024, "batch_size": 32},
     "released": {
         "fusion": "class_attention",
-        "token_grid": "8",
-        "pooling": "released",
+        "token_grid": "released8",
         "normalize": "none",
         "fc_internal": 768,
         "batch_size": 8,
-        "norm_mean": (0.485, 0.456, 0.406),
-        "norm_std": (0.229, 0.224, 0.225),
+        "pixel_norm": (0.485, 0.456, 0.406, 0.229, 0.224, 0.225),
         "precision": "float32",
     },
     # How these were chosen, and on what: results/choosing.md.
@@ -621,7 +502,7 @@ PRESETS = {
         "feature_noise": 0.5,
         "max_grad_norm": 1.0,
         "holdout": 0.1,
-        "select_epoch": "likelihood",
+        "patience": 3,
         "score": "joined",
         "baselines": True,
     },
@@ -638,8 +519,7 @@ PRESETS["ablation"] = PRESETS["accurate"] | {
     "n_seeds": 3,
     "sweep": "fusion=none,class_attention,hilo,spectral;fusion_tokens=last,middle",
     "baselines": False,
-    "plots": False,
-    "save_model": False,
+    "keep": "results",
 }
 
 # Defaults that a data set changes, unless the preset or the command line says otherwise: one's own pictures
@@ -655,8 +535,33 @@ FORMER = {
     "spread_at_balance": "there is one joint token: leave it out",
     "spread_of_surfaces": "places are weighed by their own variance: leave it out",
     "refit": "it is gone: the held-out images stay held out",
-    "train_together": "it is gone: classes are fitted one by one, or by several processes (--world_size)",
+    "train_together": "it is gone: classes are fitted one by one, or by several processes (--worker)",
     "validate": "it is gone: settings are judged by benchmarks/suite.py",
+    "rank": "--worker 3/16 is rank 3 of world_size 16",
+    "world_size": "--worker 3/16 is rank 3 of world_size 16",
+    "compile_flow": "--compile compiles backbone and flow",
+    "pooling": "--token_grid released8 pools to 8 x 8 as pooling released did",
+    "fine_classes": "--dataset CIFAR100_fine has the 100 classes",
+    "select_epoch": "--patience 3 is select_epoch likelihood, --patience 0 the last epoch",
+    "norm_mean": "--pixel_norm takes mean and standard deviation, six numbers",
+    "norm_std": "--pixel_norm takes mean and standard deviation, six numbers",
+    "img_pixels": "--img_size auto:200000 is img_size auto of so many pixels",
+    "hide_tqdm_bar": "TQDM_DISABLE=1 in the environment hides progress bars",
+    "n_feat": "the channels are the backbone's: leave it out",
+    "n_heads": "4 heads for class_attention, 8 for hilo: leave it out",
+    "use_gamma": "the gain is always learned: leave it out",
+    "weight_decay": "it is the paper's 1e-5: leave it out",
+    "matmul": "products in training are float32: leave it out",
+    "band_depths": "the last four stages of a CNN, every quarter of a transformer: leave it out",
+    "rings": "2 rings of frequency per depth: leave it out",
+    "low_sigma": "the low band's window is 0.15 of a side: leave it out",
+    "place_channels": "a place token has at most 192 channels: leave it out",
+    "shard_rows": "the files of a cache have 128 to 256 MB: leave it out",
+    "verify": "extractor.py checks every row and mends; with --pretrained it needs no images",
+    "save_model": "--keep results keeps no weights",
+    "plots": "--keep weights draws no pictures",
+    "nbins1": "histograms have 50 bins for normal images: leave it out",
+    "nbins2": "histograms have 100 bins for anomalous images: leave it out",
 }
 
 
@@ -668,7 +573,7 @@ NARROWEST = 0.01  # of a side: a narrower Gaussian weighs one patch, or divides 
 def check(field, value):
     """Raise UserError unless ``value`` fits the knob: its type, its choices, its range."""
     meta, optional = field.metadata, type(None) in typing.get_args(field.type)
-    if value is None and optional or value == AUTO and field.type == ImageSize:
+    if value is None and optional or field.type == ImageSize and auto_pixels(value):
         return
     kind = plain_type(field.type)
     accepted = (int, float) if kind is float else kind
@@ -726,6 +631,22 @@ def class_names(text):
     return names
 
 
+def auto_pixels(img_size):
+    """The pixels that img_size auto asks for, 2 * 224 * 224 unless it says how many; None for other sizes."""
+    if img_size == AUTO:
+        return 2 * 224 * 224
+    found = re.fullmatch(r"auto:([1-9][0-9]{0,7})", img_size) if isinstance(img_size, str) else None
+    return int(found[1]) if found and int(found[1]) <= LARGEST_IMAGE**2 else None
+
+
+def parse_worker(text):
+    """``3/16`` -> (3, 16): which of how many processes. Raises UserError."""
+    found = re.fullmatch(r"([0-9]{1,6})/([1-9][0-9]{0,5})", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise UserError(f"worker: expected which of how many, as in 0/16 to 15/16, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
 def plain_type(annotation):
     """The type of a knob without None and without what a tuple holds."""
     kinds = (
@@ -742,7 +663,7 @@ def describe(kind):
         int: "a whole number",
         float: "a number",
         str: "a text",
-        tuple: "numbers, as in 224x224 or 0.5,0.5,0.5",
+        tuple: "numbers, as in 224x224 or 0.5,0.5,0.5,0.2,0.2,0.2",
     }[kind]
 
 
@@ -778,13 +699,13 @@ def parse_value(field, text):
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
                 text.lower()
             ]
-        if field.type == ImageSize and text.lower() == AUTO:
-            return AUTO
+        if field.type == ImageSize and auto_pixels(text.lower()):
+            return text.lower()
         if field.type == ImageSize:
             sides = [int(side) for side in text.lower().split("x")]
             return checked_length(sides * 2 if len(sides) == 1 else sides, 2)
-        if field.type == Triple | None:
-            return checked_length([float(part) for part in text.split(",")], 3)
+        if field.type == Six | None:
+            return checked_length([float(part) for part in text.split(",")], 6)
         if field.name == "modelname":
             check_folder_name("modelname", text)
         spelt = {str(choice).lower(): choice for choice in field.metadata["choices"] or ()}

@@ -46,14 +46,12 @@ POOL_BATCH = 250  # images whose patch tokens are held at once when semantic tok
 LOSS_CHECK = 64  # steps between two looks at the loss on a GPU, where reading it waits for the device
 EXTREME = 30.0  # times the median squared length of the tokens: of so much an image is left out of training
 LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)  # the constant of a Gaussian, nats per channel
-ADAM = {"betas": (0.8, 0.8), "eps": 1e-4}  # the paper's (docs/method.md, section 4)
+ADAM = {"betas": (0.8, 0.8), "eps": 1e-4, "weight_decay": 1e-5}  # the paper's (docs/method.md, section 4)
 
 
 # ---------------------------------------------------------------- optimisation
 def make_optimizer(parameters: list[Tensor], config: Config) -> torch.optim.Adam:
-    return torch.optim.Adam(
-        parameters, lr=config.lr_init, weight_decay=config.weight_decay, fused=True, **ADAM
-    )
+    return torch.optim.Adam(parameters, lr=config.lr_init, fused=True, **ADAM)
 
 
 def learning_rate(config: Config, progress: float) -> float:
@@ -141,7 +139,11 @@ class Evaluation:
 
 
 class Trainer:
-    """Fits a detector to one class. ``run`` is the whole course; the other methods are its steps."""
+    """Fits a detector to one class. ``run`` is the whole course; the other methods are its steps.
+
+    matmul: how products are computed in training: highest (float32), tf32 (on a GPU) or bfloat16."""
+
+    matmul = "highest"
 
     def __init__(self, config: Config, data: ClassData, features: dict, seed: int, device: torch.device):
         self.config, self.data, self.seed, self.device = config, data, seed, device
@@ -161,7 +163,7 @@ class Trainer:
         if config.base == "kernel":
             self._set_kernels()
         self.optimizer = SubnetOptimizers(self.detector.flow, config)
-        self.trained = compiled(self.detector.flow) if config.compile_flow else self.detector.flow
+        self.trained = compiled(self.detector.flow) if config.compile else self.detector.flow
         self.rate = config.lr_init
         self.generator = np.random.RandomState(seed)
         self.noise = torch.Generator(device).manual_seed(seed)
@@ -283,7 +285,7 @@ class Trainer:
     # ------------------------------------------------------------ training
     def run(self) -> Fitted:
         start = time.perf_counter()
-        if self.config.select_epoch == "likelihood":  # training may not improve on the start
+        if self.config.patience:  # training may not improve on the start
             self.evaluate(0, None)
         for meta_epoch in range(1, self.config.meta_epochs + 1):
             losses = [self.train_epoch() for _ in range(self.sub_epochs)]
@@ -302,9 +304,9 @@ class Trainer:
             desc=self.data.class_name,
             unit="batch",
             leave=False,
-            disable=utils.no_bar(self.config.hide_tqdm_bar),
+            disable=utils.no_bar(),
         )
-        with products(self.config.matmul, self.device):
+        with products(self.matmul, self.device):
             losses = [self.train_step(batch) for batch in batches]
         return torch.stack(losses).mean().item()
 
@@ -314,7 +316,7 @@ class Trainer:
         self.optimizer.set_learning_rate(self.rate)
         inputs = self.inputs("fit", batch)
         tokens = self.with_noise(inputs.tokens[:, : self.detector.leading])
-        with forward_precision(self.config.matmul, self.device):
+        with forward_precision(self.matmul, self.device):
             z, log_det = self.trained(tokens, [inputs.patches])
             loss = model.loss_per_image(z, log_det).mean()
         loss.backward()
@@ -352,7 +354,7 @@ class Trainer:
             or self.step % LOSS_CHECK == LOSS_CHECK - 1
             or self.step + 1 == self.steps
         )
-        if look and self.config.select_epoch == "last" and not torch.isfinite(loss):
+        if look and not self.config.patience and not torch.isfinite(loss):
             raise self.not_finite(f"the loss is {loss.item()}", self.step)
         self.step += 1
 
@@ -369,7 +371,7 @@ class Trainer:
 
     def has_ended(self) -> bool:
         """Whether the held-out likelihood has not improved for ``patience`` evaluations."""
-        if self.config.select_epoch == "last" or self.best is None:
+        if not self.config.patience or self.best is None:
             return False
         return len(self.history) - self.best.number >= self.config.patience
 
@@ -408,7 +410,7 @@ class Trainer:
         if len(nll["held"]):
             entry["held_out_loss"] = nll["held"][usual].mean().item() - LOG_ROOT_2PI
         if not all(each.isfinite().all() for each in nll.values()):
-            if config.select_epoch == "last" or not self.history:
+            if not config.patience or not self.history:
                 raise self.not_finite("scores are not finite", self.step - 1)
             entry["held_out_loss"] = float("inf")  # training has diverged: an earlier epoch is reported
         by_name = {"latent": test.z.square().mean(1), "likelihood": nll["test"], "flow": fit.flow_loss(test)}
@@ -437,9 +439,9 @@ class Trainer:
         return {name + suffix: values.cpu().numpy() for name, values in found.items()}
 
     def _remember_if_best(self, entry: dict, reference: Tensor, measured: dict[str, Latents]) -> None:
-        chosen = self.config.select_epoch == "last" or self.best is None
+        chosen = not self.config.patience or self.best is None
         if chosen or entry["held_out_loss"] < self.best.held_out_loss:  # type: ignore[union-attr]
-            flow, keep = self.detector.flow, self.config.select_epoch == "likelihood"
+            flow, keep = self.detector.flow, bool(self.config.patience)
             state = {name: values.clone() for name, values in flow.state_dict().items()} if keep else {}
             self.best = Evaluation(len(self.history), entry, state, reference, measured)
 

@@ -459,7 +459,7 @@ class Detector(nn.Module):
 def joined_bands(config: Config, channels: tuple[int, ...]) -> list[range]:
     """The columns of the band token that the joint token takes: the low bands of the deepest depths, rings
     and peaks of all."""
-    bands, depths = Bands(config.rings, config.low_sigma), range(len(channels))
+    bands, depths = Bands(), range(len(channels))
     low = bands.columns(channels, ("low",), depths[-LOW_DEPTHS:])
     return low + bands.columns(channels, bands.statistics[1:], depths)
 
@@ -477,15 +477,15 @@ def build_flow(
             hidden=config.fc_internal or channels,
             clamp=config.clamp,
             fusion=config.fusion,
-            use_gamma=config.use_gamma,
+            use_gamma=True,
             identity_start=config.identity_start,
-            heads=config.n_heads,
+            heads=0,  # as many as the fusion takes by itself
             alpha=config.alpha,
             window=config.window,
-            bands=not middle and TokenGrid(config.token_grid, config.pooling, config.window).bands,
+            bands=not middle and TokenGrid.named(config.token_grid, config.window).bands,
         )
     except ValueError as error:
-        raise UserError(f"{error}; choose another fusion, n_heads or token_grid") from None
+        raise UserError(f"{error}; choose another fusion, fc_internal or token_grid") from None
 
 
 # ---------------------------------------------------------------- what a fit leaves
@@ -528,14 +528,14 @@ def save_fitted(config: Config, cache: feature_cache.FeatureCache, fitted: Fitte
     record, weights = checkpoint_files(path)
     record.unlink(missing_ok=True)  # an older run's: it would not fit what is written now
     weights.unlink(missing_ok=True)
-    if config.save_model:
+    if config.keep != "results":
         save_weights(fitted.detector.state_dict(), weights)
     content = {
         "result": fitted.result,
         "history": fitted.history,
         "config": dataclasses.asdict(config),
         "features": cache.meta,
-        "weights": fingerprint(weights) if config.save_model else None,
+        "weights": fingerprint(weights) if config.keep != "results" else None,
         "test": {
             "rows": fitted.test_rows.tolist(),
             "labels": fitted.labels.tolist(),
@@ -573,7 +573,7 @@ def weights_fault(record: dict, path: Path) -> str | None:
     that were written with it."""
     kept = record["weights"]
     if kept is None:
-        return f"no weights were kept in {path} (save_model was False)"
+        return f"no weights were kept in {path} (keep was results)"
     if not path.is_file():
         return f"the weights {path} are missing"
     return None if fingerprint(path) == kept else f"the weights {path} are cut or were changed"

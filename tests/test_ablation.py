@@ -24,7 +24,7 @@ def swept(cache, tmp_path, monkeypatch):
     main.main(
         settings(
             modelname="swept", sweep="fusion=none,class_attention;fusion_tokens=last", class_name="a,b",
-            n_seeds=2, holdout=0.25, select_epoch="likelihood", plots=False, save_model=False, meta_epochs=2,
+            n_seeds=2, holdout=0.25, patience=3, keep="results", meta_epochs=2,
         )
     )  # fmt: skip
     return tmp_path / "runs" / "swept"
