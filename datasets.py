@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Config, UserError, class_names, unknown
+from config import Config, UserError, unknown
 from images import images, layouts, published
 from images.layouts import OTHER, SPLITS, Listing
+from shell.values import class_names
 
 READERS = 8  # threads that hash files: a shared folder answers many at a time
 
@@ -195,7 +196,7 @@ def _hash(*contents) -> str:
 
 
 def choose_classes(labels: Labels, class_name: str) -> list[str]:
-    """The classes that the knob class_name asks for (config.class_names). Raises UserError on an unknown
+    """The classes that the knob class_name asks for (shell/values.py). Raises UserError on an unknown
     one, and on a folder whose name is no text."""
     for name in labels.classes:
         if any(0xD800 <= ord(c) < 0xE000 for c in name):  # what Python makes of bytes that are not UTF-8

@@ -31,6 +31,7 @@ from cache import feature_cache
 from config import ClassError, Config, UserError
 from detector import calibration, detector, heat_map, memory, runs
 from reporting import figures, report, tables, webpage
+from shell.values import parse_sweep, parse_values
 from shell.workers import in_processes
 
 PROCESS_BYTES = 1e9  # of a process of its own, beside the training
@@ -297,12 +298,12 @@ def write_report(ledger: runs.Ledger, classes: list[str], watch: runs.Stopwatch,
 def run_sweep(config: Config) -> list[dict]:
     """Run every combination of the values that the knob ``sweep`` lists, then the table of them all -> their
     summaries."""
-    start, sweep, folder = time.perf_counter(), knobs.parse_sweep(config.sweep), detector.run_folder(config)
+    start, sweep, folder = time.perf_counter(), parse_sweep(config.sweep), detector.run_folder(config)
     configs = {}
     for values in itertools.product(
         *sweep.values()
     ):  # all of them first: a mistake shows before the first run
-        parsed = knobs.parse_values(dict(zip(sweep, values)))
+        parsed = parse_values(dict(zip(sweep, values)))
         name = file_name("-".join(values), knobs.LONGEST_NAME - 10)
         configs[values] = dataclasses.replace(
             config, **parsed, modelname=f"{config.modelname}/{name}", sweep=None

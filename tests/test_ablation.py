@@ -14,6 +14,7 @@ import ablation
 
 import config
 import main
+from shell.values import parse_sweep
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_the_table_is_of_the_runs_that_are_there(swept):
 
 def test_rows_are_runs_of_the_preset():
     """Every row is of a run that the preset's sweep makes, and every fusion and choice of tokens has one."""
-    sweep = config.parse_sweep(config.PRESETS["ablation"]["sweep"])
+    sweep = parse_sweep(config.PRESETS["ablation"]["sweep"])
     made = {"-".join(values) for values in itertools.product(*sweep.values())}
     shown = {row.run for row in ablation.ROWS}
     assert shown == made - {"none-middle"}

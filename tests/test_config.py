@@ -13,7 +13,8 @@ from test_imports import FILES, reached_from
 
 import config
 from config import PRESETS, Config, UserError, make_config
-from shell.command_line import build_parser, from_command_line
+from shell.command_line import MOST_USED, build_parser, from_command_line
+from shell.values import parse_sweep, parse_values
 
 SCRIPTS = ("extractor.py", "train.py", "main.py")
 FIELDS = dataclasses.fields(Config)
@@ -83,7 +84,7 @@ def test_edited_default_shows(tmp_path):
         shutil.copy(path, tmp_path)
     shutil.copytree(ROOT / "shell", tmp_path / "shell")
     text = (tmp_path / "config.py").read_text()
-    edited, count = re.subn(r"(?m)^(    lr_init: float = knob\()[^,]+,", r"\g<1>0.0123,", text)
+    edited, count = re.subn(r"(?m)^(    lr_init: float = fit\()[^,]+,", r"\g<1>0.0123,", text)
     assert count == 1
     (tmp_path / "config.py").write_text(edited)
     shown = script("main.py", "-h", cwd=tmp_path, code_root=tmp_path).stdout
@@ -360,8 +361,8 @@ def test_help_starts_with_the_most_used_knobs():
     """Each of them once, before the sections."""
     text = build_parser("").format_help()
     head = text[text.index("most used:") : text.index("\nrun:\n")]
-    assert re.findall(r"--(\w+)", head) == list(config.MOST_USED)
-    for name in config.MOST_USED:
+    assert re.findall(r"--(\w+)", head) == list(MOST_USED)
+    for name in MOST_USED:
         assert len(re.findall(rf"^  --{name}\b", text, re.MULTILINE)) == 1, name
 
 
@@ -386,7 +387,7 @@ def test_hints_are_for_slips_of_the_pen(got, known, near):
 @pytest.mark.parametrize("spelt, meant", [("CIFAR10", "cifar10"), ("cifar100", "CIFAR100"), ("visa", "VisA")])
 def test_names_in_any_case(spelt, meant):
     assert parsed("--dataset", spelt).dataset == meant
-    assert config.parse_values({"dataset": spelt}) == {"dataset": meant}
+    assert parse_values({"dataset": spelt}) == {"dataset": meant}
     assert parsed("--sweep", f"dataset={spelt},digits").sweep
 
 
@@ -407,11 +408,11 @@ def test_a_former_knob_says_what_took_its_place(capsys, name):
     """In one line, wherever it comes from: the command line, a script, an old record, a sweep."""
     assert name not in NAMES
     told = f"unknown knob '{name}': {config.FORMER[name]}"
-    for take in (make_config, config.parse_values):
+    for take in (make_config, parse_values):
         with pytest.raises(UserError, match=re.escape(told)):
             take({name: "1"})
     with pytest.raises(UserError, match=re.escape(told)):
-        Config(sweep=f"fusion=none;{name}=1,2")
+        parse_sweep(f"fusion=none;{name}=1,2")
     assert config.FORMER[name] in mistake(capsys, f"--{name}", "1")
     assert config.FORMER[name] in mistake(capsys, f"--{name}=1")
 
@@ -423,7 +424,8 @@ def test_what_took_its_place_is_there():
         assert all((ROOT / path).exists() for path in re.findall(r"[\w/]+\.py", line)), line
 
 
-def test_bad_sweeps_are_refused():
+def test_bad_sweeps_are_refused(capsys):
     for text in ("fusion", "fusion=", "fusoin=none", "fusion=nne", "clamp=x"):
         with pytest.raises(UserError):
-            Config(sweep=text)
+            parse_sweep(text)
+        mistake(capsys, "--sweep", text)  # before the slow imports

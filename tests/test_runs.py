@@ -389,7 +389,7 @@ def test_two_training_images_are_no_class(run):
 def test_a_mistake_in_a_setting_is_no_classs_failure(run):
     """It would be the same for every class: one line, and nothing is left."""
     with pytest.raises(UserError, match="heads"):
-        run(fusion="hilo", fc_internal=3)
+        run(fusion="hilo", fc_internal=1)
     assert not os.path.exists("runs/run/results.json")
 
 

@@ -345,7 +345,7 @@ def test_too_few_images(cache):
         fit(cache_of_few, "b")
 
 
-@pytest.mark.parametrize("change", [{"fusion": "spectral"}, {"fusion": "hilo", "fc_internal": 3}], ids=str)
+@pytest.mark.parametrize("change", [{"fusion": "spectral"}, {"fusion": "hilo", "fc_internal": 1}], ids=str)
 def test_flow_that_does_not_fit(cache, change):
     with pytest.raises(UserError):
         fit(cache, **change)
