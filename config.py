@@ -6,7 +6,9 @@ Standard library only, so that ``-h`` is quick."""
 
 import dataclasses
 import difflib
+import functools
 import math
+import re
 import typing
 
 
@@ -20,7 +22,7 @@ class ClassError(UserError):
 
 # Datasets and backbones by name: the single list that choices, help and loading are made from.
 DATASETS = (
-    *("cifar10", "CIFAR100", "fashion", "STL10", "CatsvsDogs"),
+    *("cifar10", "CIFAR100", "CIFAR100_fine", "fashion", "STL10", "CatsvsDogs"),
     *("mvtec", "VisA", "BTAD", "MTD", "lbot", "digits", "folder"),
 )
 BACKBONES = {  # name here -> timm model (the released code's names; any other timm name works as it is)
@@ -45,608 +47,154 @@ SCORES = ("latent", "likelihood", "latent_knn", "joined")
 BASES = ("normal", "kernel")
 FUSION_TOKENS = ("last", "middle")
 
-
-ROLES = (
-    "features",
-    "fit",
-    "run",
-)  # what a knob affects: the cached features, what is fitted to them, or only how a run goes
-
-
 SCRIPTS = ("extractor.py", "train.py", "main.py")
-FITTING = SCRIPTS[1:]  # what reads a knob that affects the fit, unless the knob says otherwise
+FITTING, MAIN = SCRIPTS[1:], SCRIPTS[2:]
+# A knob affects the cached features, what is fitted to them, or only how a run goes.
+ROLES = ("features", "fit", "run")
 
 
-def knob(default, text, choices=None, low=None, high=None, *, affects, scripts=None):
-    """One knob: its default, its help, the values it takes (one of ``choices``, or from ``low`` to ``high``),
-    its role (ROLES), and the scripts that read it: the others refuse it."""
-    if scripts is None:
-        scripts = FITTING if affects == "fit" else SCRIPTS
-    meta = {
-        "help": text,
-        "choices": choices,
-        "low": low,
-        "high": high,
-        "affects": affects,
-        "scripts": scripts,
-    }
-    return dataclasses.field(default=default, metadata=meta)
+def knob(affects, readers, default, text, choices=None, low=None, high=None, scripts=None):
+    """One knob: its role (ROLES), its default, its help, the values it takes (one of ``choices``, or from
+    ``low`` to ``high``), and the scripts that read it, ``readers`` unless said: the others refuse it."""
+    meta = {"help": text, "choices": choices, "low": low, "high": high, "affects": affects}
+    return dataclasses.field(default=default, metadata=meta | {"scripts": scripts or readers})
 
 
-def knobs_affecting(*roles: str) -> tuple[str, ...]:
-    """The names of the knobs that affect one of ``roles`` (ROLES), in the order of this file."""
-    return tuple(field.name for field in dataclasses.fields(Config) if field.metadata["affects"] in roles)
+features = functools.partial(knob, "features", SCRIPTS)
+fit = functools.partial(knob, "fit", FITTING)
+run = functools.partial(knob, "run", SCRIPTS)
 
-
-# The knobs that a first run needs, at the head of the help.
-MOST_USED = (
-    "preset",
-    "dataset",
-    "dataset_path",
-    "class_name",
-    "extractor",
-    "modelname",
-    "n_seeds",
-    "threads",
-    "restart",
-    "sweep",
-)
-
-# The sections of the help: the first knob of each -> its title.
-SECTIONS = {
-    "preset": "run",
-    "dataset": "data",
-    "extractor": "backbone and extraction",
-    "n_coupling_blocks": "flow",
-    "normalize": "training",
-    "score": "scoring",
-}
-
-Size = tuple[int, int]
-AUTO = "auto"
-ImageSize = Size | typing.Literal["auto"] | None
-Triple = tuple[float, float, float]
+ImageSize = tuple[int, int] | str | None
+Six = tuple[float, float, float, float, float, float]
 LARGEST_IMAGE = 4096  # pixels a side: no backbone was made for more
 
 
+# fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All knobs. Frozen: a changed configuration is a new one (``dataclasses.replace``). Raises UserError on
     a bad value."""
 
-    # --- run
-    preset: str = knob(
-        "paper",
-        "paper, paper_L, released, accurate, quickstart or ablation: a named set of defaults (see PRESETS)",
-        affects="run",
-    )
-    modelname: str = knob(
-        "foad_mfff", "name of the run: results go to runs/<modelname>/", affects="run", scripts=FITTING
-    )
-    device: str = knob(
-        "auto", "auto (CUDA where there is one), cpu, cuda or cuda:N", affects="fit", scripts=SCRIPTS
-    )
-    seed: int = knob(
-        0, "first random seed; every class starts from it alike", low=0, high=2**31, affects="run"
-    )
-    n_seeds: int = knob(
-        1,
-        "how many seeds to run: seed, seed + 1, ...; the table gives mean and std",
-        low=1,
-        high=10**6,
-        affects="run",
-        scripts=("main.py",),
-    )
-    threads: int = knob(
-        0,
-        "CPU threads in all; 0: all cores; main.py shares them out among classes, each in a process of its "
-        "own; 1: one class after the other",
-        low=0,
-        high=1024,
-        affects="run",
-    )
-    verbose: bool = knob(True, "print the loss and AUROC of every epoch", affects="run", scripts=FITTING)
-    hide_tqdm_bar: bool = knob(
-        False, "no progress bars (there are none where the output is no terminal)", affects="run"
-    )
-    save_model: bool = knob(
-        True,
-        "keep the weights of every class and seed (safetensors), beside its JSON",
-        affects="run",
-        scripts=FITTING,
-    )
-    sweep: str | None = knob(
-        None,
-        "main.py: run every combination, as in fusion=none,hilo;dataset=digits,cifar10, and make one table",
-        affects="run",
-        scripts=("main.py",),
-    )
-    restart: bool = knob(
-        False,
-        "do again what is finished (extractor.py: the features; main.py and train.py: the classes) instead "
-        "of going on where the last run ended",
-        affects="run",
-    )
-    rank: int | None = knob(
-        None,
-        "which of world_size processes this one is, from 0; none: what torchrun sets (RANK), or 0",
-        low=0,
-        high=10**6,
-        affects="run",
-    )
-    world_size: int | None = knob(
-        None,
-        "how many processes share the work, on one machine or many with a shared folder; none: what torchrun "
-        "sets (WORLD_SIZE), or 1",
-        low=1,
-        high=10**6,
-        affects="run",
-    )
-    check: bool = knob(
-        False,
-        "main.py: compare the AUROCs with the preset's committed table, results/<preset>.csv, and end with "
-        "exit status 1 where one differs by more than .0005",
-        affects="run",
-        scripts=("main.py",),
-    )
-    plots: bool = knob(
-        True,
-        "main.py: draw score histograms, ROC, curves over epochs and contact sheets into the run's folder",
-        affects="run",
-        scripts=("main.py",),
-    )
-    nbins1: int = knob(
-        50,
-        "bins of the score histogram of normal images",
-        low=1,
-        high=10000,
-        affects="run",
-        scripts=("main.py",),
-    )
-    nbins2: int = knob(
-        100,
-        "bins of the score histogram of anomalous images",
-        low=1,
-        high=10000,
-        affects="run",
-        scripts=("main.py",),
-    )
-
-    # --- data
-    dataset: str = knob(
-        "cifar10", "data set (see README for the folder layouts)", choices=DATASETS, affects="features"
-    )
-    dataset_path: str | None = knob(None, "folder of the raw images; none: data/<dataset>", affects="run")
-    fine_classes: bool = knob(
-        False, "CIFAR100: its 100 classes instead of its 20 superclasses", affects="features"
-    )
-    class_name: str = knob(
-        "all",
-        "normal class: one, several separated by commas, or all; a comma in a name is written "
-        "\\, (backslash, comma)",
-        affects="run",
-        scripts=FITTING,
-    )
-    feature_path: str | None = knob(
-        None, "folder of the feature cache; none: features/<dataset>-<extractor>-<size>-<grid>", affects="run"
-    )
-    pretrained: bool = knob(
-        False,
-        "True: the features are already extracted, stop if they are not; False: extract what is missing",
-        affects="run",
-        scripts=FITTING,
-    )
-
-    # --- backbone and extraction
-    extractor: str = knob(
-        "VIT", f"backbone: {', '.join(BACKBONES)} or any timm model name", affects="features"
-    )
-    weights_path: str | None = knob(
-        None,
-        "local weights instead of the hub's: .pth, .safetensors, .npz where timm reads it; random: untrained",
-        affects="features",
-    )
-    n_feat: int | None = knob(
-        None, "feature channels C; none: the backbone's", low=2, high=10**6, affects="features"
-    )
-    img_size: ImageSize = knob(
-        None,
-        "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's; auto: of "
-        "one's own pictures and of MVTec, VisA, BTAD and MTD in the shape of the training pictures, of the "
-        "other sets the backbone's",
-        affects="features",
-    )
-    img_pixels: int = knob(
-        2 * 224 * 224,
-        "img_size auto: pixels of an image, fewer where the pictures have fewer, and never fewer than of the "
-        "backbone's own size",
-        low=1,
-        high=LARGEST_IMAGE**2,
-        affects="features",
-    )
-    norm_mean: Triple | None = knob(
-        None, "pixel mean, three numbers separated by commas; none: the backbone's", affects="features"
-    )
-    norm_std: Triple | None = knob(None, "pixel standard deviation, likewise", affects="features")
-    token_grid: str = knob(
-        "full",
-        "patch tokens kept: full, a number g (average-pooled to g x g), compact (low and high band per "
-        "window), or "
-        "centre (only their mean under the window of centre_pool: the smallest form, for fusion none)",
-        affects="features",
-    )
-    pooling: str = knob(
-        "correct",
-        "correct, or released (mixes tokens with channels before pooling, as the released code did)",
-        choices=("correct", "released"),
-        affects="features",
-    )
-    bands: bool = knob(
-        False,
-        "also keep and use a band token: the low band, the ring energies and the peak energy of the "
-        "backbone's maps at "
-        "several depths",
-        affects="features",
-    )
-    band_depths: str = knob(
-        "auto",
-        "depths of the band token: numbers of the backbone's stages or blocks, separated by commas; auto: "
-        "the last four "
-        "stages of a CNN, every quarter of a transformer",
-        affects="features",
-    )
-    rings: int = knob(
-        2, "rings of frequency that the band token keeps per depth", low=1, high=8, affects="features"
-    )
-    low_sigma: float = knob(
-        0.15,
-        "the band token's low band is a mean under a centred Gaussian of this sigma, in shares of the map's "
-        "side; 0: the "
-        "plain mean",
-        low=0.0,
-        high=100.0,
-        affects="features",
-    )
-    places: int = knob(
-        0,
-        "also keep and use place tokens, for defects of a small place: the maps of middle depths on a grid "
-        "of so many rows and columns, in the image's shape, and of as many more as it has more pixels than "
-        "the backbone's own size; 0: none",
-        low=0,
-        high=64,
-        affects="features",
-    )
-    place_channels: int = knob(
-        192,
-        "channels of a place token at most; more are brought down by a fixed random rotation",
-        low=1,
-        high=10**4,
-        affects="features",
-    )
-    precision: str = knob(
-        "auto",
-        "backbone arithmetic: float32, bfloat16, float16; auto: float32 on a CPU, half precision on a GPU",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        affects="features",
-    )
-    extract_batch: int = knob(
-        0, "images per backbone pass; 0: chosen for the device", low=0, high=65536, affects="run"
-    )
-    workers: int = knob(
-        -1,
-        "CPU: threads that each read and compute whole batches (0: one batch at a time, by all threads); "
-        "GPU: threads that read images; -1: chosen for the machine",
-        low=-1,
-        high=256,
-        affects="run",
-    )
-    unreadable: str = knob(
-        "stop",
-        "images that cannot be read: stop (after all others are done, naming each), or skip (they are left "
-        "out, and listed)",
-        choices=("stop", "skip"),
-        affects="run",
-    )
-    shard_rows: int = knob(
-        0,
-        "images per file of a new feature cache; 0: files of 128 to 256 MB",
-        low=0,
-        high=10**6,
-        affects="run",
-    )
-    verify: bool = knob(
-        False,
-        "check every row of the features against its checksum first (they are checked as they are read in "
-        "any case); extractor.py mends what is damaged where it has the images",
-        affects="run",
-    )
-    compile: bool = knob(False, "torch.compile the backbone: pays on long runs only", affects="run")
-
-    # --- flow
-    n_coupling_blocks: int = knob(4, "coupling layers K", low=1, high=1000, affects="fit")
-    fc_internal: int | None = knob(
-        None, "hidden width H of the subnets; none: C, as in the paper", low=1, high=10**6, affects="fit"
-    )
-    clamp: float = knob(3.0, "soft clamp alpha of the log-scales", low=1e-6, high=1000.0, affects="fit")
-    fusion: str = knob("hilo", "multi-frequency fusion module", choices=FUSIONS, affects="fit")
-    fusion_tokens: str = knob(
-        "last",
-        "patch tokens that the fusion sees: of the last map, as in the paper, or of middle depths (needs "
-        "places)",
-        choices=FUSION_TOKENS,
-        affects="fit",
-    )
-    flow_channels: int = knob(
-        0,
-        "normalize power_l2+whiten: leading directions of the token that the flow moves; 0: all",
-        low=0,
-        high=10**6,
-        affects="fit",
-    )
-    base: str = knob(
-        "normal",
-        "base density of the likelihood: normal, as in the paper, or kernel (a density on the training "
-        "images' latents, its bandwidth chosen by held-out likelihood)",
-        choices=BASES,
-        affects="fit",
-    )
-    n_heads: int = knob(
-        0, "attention heads; 0: 4 for class_attention, 8 for hilo", low=0, high=4096, affects="fit"
-    )
-    alpha: float = knob(
-        0.5, "hilo: share of the heads given to the low frequencies", low=0.0, high=1.0, affects="fit"
-    )
-    window: int = knob(
-        3,
-        "hilo and the compact token grid: side of a window in patches",
-        low=1,
-        high=1024,
-        affects="features",
-    )
-    use_gamma: bool = knob(True, "learn a gain per channel on the fused features", affects="fit")
-    identity_start: bool = knob(
-        False,
-        "zero the last layer of every subnet, so that training starts from the identity flow",
-        affects="fit",
-    )
-
-    # --- training
-    normalize: str = knob(
-        "auto",
-        "features before the flow, fitted on normal training features; auto: none for transformers, as "
-        "released, power_l2+whiten for CNNs",
-        choices=NORMALIZATIONS,
-        affects="fit",
-    )
-    centre_pool: float = knob(
-        0.0,
-        "semantic token re-pooled from the patches under a centred Gaussian, its sigma in shares of the "
-        "grid's side; 0: the backbone's own",
-        low=0.0,
-        high=100.0,
-        affects="fit",
-        scripts=SCRIPTS,
-    )
-    whiten_ridge: float = knob(
-        0.0,
-        "normalize power_l2+whiten: added to the covariance's eigenvalues, in units of their mean; 0 whitens "
-        "fully",
-        low=0.0,
-        high=1e9,
-        affects="fit",
-    )
-    batch_size: int = knob(32, "images per training step", low=1, high=10**7, affects="fit")
-    meta_epochs: int = knob(
-        1, "evaluations on the test set; each follows sub_epochs epochs", low=1, high=10**6, affects="fit"
-    )
-    sub_epochs: int = knob(1, "epochs of training per meta epoch", low=1, high=10**6, affects="fit")
-    least_steps: int = knob(
-        0,
-        "training steps at least: a small class gets more epochs until it has had so many",
-        low=0,
-        high=10**7,
-        affects="fit",
-    )
-    matmul: str = knob(
-        "highest",
-        "products in training: highest (float32), tf32 (on a GPU) or bfloat16 (weights stay float32)",
-        choices=("highest", "tf32", "bfloat16"),
-        affects="fit",
-    )
-    compile_flow: bool = knob(
-        False,
-        "torch.compile the flow in training, on a GPU with CUDA graphs: pays on long runs only; on an H200 "
-        "training is 4 times as quick with it, for it waits for kernels to be launched without",
-        affects="run",
-        scripts=("train.py", "main.py"),
-    )
-    lr_init: float = knob(5e-5, "Adam learning rate", low=0.0, high=1e38, affects="fit")
-    lr_schedule: str = knob(
-        "constant",
-        "learning rate over the run: constant or cosine (to zero)",
-        choices=("constant", "cosine"),
-        affects="fit",
-    )
-    weight_decay: float = knob(1e-5, "Adam weight decay (L2)", low=0.0, high=1e6, affects="fit")
-    max_grad_norm: float = knob(
-        0.0,
-        "clip the gradient to this norm; 0: no clipping, as in the released code",
-        low=0.0,
-        high=1e30,
-        affects="fit",
-    )
-    feature_noise: float = knob(
-        0.0,
-        "standard deviation of Gaussian noise added to the normalised semantic token in training",
-        low=0.0,
-        high=1e6,
-        affects="fit",
-    )
-    holdout: float = knob(
-        0.0,
-        "share of the normal training images held out to measure likelihood, and for thresholds",
-        low=0.0,
-        high=0.5,
-        affects="fit",
-    )
-    select_epoch: str = knob(
-        "last",
-        "the epoch reported: last, or likelihood (best on the held-out normals; ends training early)",
-        choices=("last", "likelihood"),
-        affects="fit",
-    )
-    patience: int = knob(
-        3,
-        "select_epoch likelihood: meta epochs without improvement before training ends",
-        low=1,
-        high=10**6,
-        affects="fit",
-    )
-
-    # --- scoring
-    score: str = knob(
-        "latent",
-        "anomaly score: latent (mean z^2), likelihood (negative log-likelihood), latent_knn (neighbours in "
-        "latent space), joined (likelihood, with the least likely places where the class shows one scene)",
-        choices=SCORES,
-        affects="fit",
-    )
-    false_alarms: float = knob(
-        0.05,
-        "share of normal pictures that may be called anomalous: the threshold, from the held-out normal ones",
-        low=1e-6,
-        high=0.5,
-        affects="run",
-        scripts=FITTING,
-    )
-    baselines: bool = knob(
-        False,
-        "main.py: nearest neighbours and Gaussian on the same features, in the same table",
-        affects="run",
-        scripts=FITTING,
-    )
+    # run
+    preset: str = run("paper", "paper, paper_L, released, accurate, quickstart or ablation: a named set of defaults (see PRESETS)")
+    modelname: str = run("foad_mfff", "name of the run: results go to runs/<modelname>/", scripts=FITTING)
+    device: str = fit("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N", scripts=SCRIPTS)
+    seed: int = run(0, "first random seed; every class starts from it alike", low=0, high=2**31)
+    n_seeds: int = run(1, "how many seeds to run: seed, seed + 1, ...; the table gives mean and std", low=1, high=10**6, scripts=MAIN)
+    threads: int = run(0, "CPU threads in all; 0: all cores; main.py shares them out among classes, each in a process of its own; 1: one class after the other", low=0, high=1024)
+    verbose: bool = run(True, "print the loss and AUROC of every epoch", scripts=FITTING)
+    keep: str = run("all", "what a run keeps beside the figures: all; weights of every class and seed (safetensors), but no pictures (score histograms, ROC, curves over epochs, contact sheets); or results alone", ("all", "weights", "results"), scripts=FITTING)
+    sweep: str | None = run(None, "main.py: run every combination, as in fusion=none,hilo;dataset=digits,cifar10, and make one table", scripts=MAIN)
+    restart: bool = run(False, "do again what is finished (extractor.py: the features; main.py and train.py: the classes) instead of going on where the last run ended")
+    worker: str | None = run(None, "which of how many processes that share the work this one is, on one machine or many with a shared folder: 0/16 to 15/16; none: what torchrun sets (RANK, WORLD_SIZE), or 0/1")
+    check: bool = run(False, "main.py: compare the AUROCs with the preset's committed table, results/<preset>.csv, and end with exit status 1 where one differs by more than .0005", scripts=MAIN)
+    # data
+    dataset: str = features("cifar10", "data set (see README for the folder layouts)", DATASETS)
+    dataset_path: str | None = run(None, "folder of the raw images; none: data/<dataset>")
+    class_name: str = run("all", "normal class: one, several separated by commas, or all; a comma in a name is written \\, (backslash, comma)", scripts=FITTING)
+    feature_path: str | None = run(None, "folder of the feature cache; none: features/<dataset>-<extractor>-<size>-<grid>")
+    pretrained: bool = run(False, "True: the features are already extracted, stop if they are not (extractor.py: check every row of them, the images need not be there); False: extract what is missing")
+    # backbone and extraction
+    extractor: str = features("VIT", f"backbone: {', '.join(BACKBONES)} or any timm model name")
+    weights_path: str | None = features(None, "local weights instead of the hub's: .pth, .safetensors, .npz where timm reads it; random: untrained")
+    img_size: ImageSize = features(None, "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's; auto: of one's own pictures and of MVTec, VisA, BTAD and MTD in the shape of the training pictures, of 100352 pixels (auto:200000: of so many), fewer where the pictures have fewer, never fewer than of the backbone's own size; of the other sets the backbone's")
+    pixel_norm: Six | None = features(None, "mean and standard deviation that pixels are normalised by, six numbers separated by commas; none: the backbone's")
+    token_grid: str = features("full", "patch tokens kept: full, a number g (average-pooled to g x g), compact (low and high band per window), or centre (only their mean under the window of centre_pool: the smallest form, for fusion none); releasedg, as in released8: pooled as the released code did, which mixes tokens with channels")
+    bands: bool = features(False, "also keep and use a band token: the low band, the ring energies and the peak energy of the backbone's maps at several depths")
+    places: int = features(0, "also keep and use place tokens, for defects of a small place: the maps of middle depths on a grid of so many rows and columns, in the image's shape, and of as many more as it has more pixels than the backbone's own size; 0: none", low=0, high=64)
+    precision: str = features("auto", "backbone arithmetic: float32, bfloat16, float16; auto: float32 on a CPU, half precision on a GPU", ("auto", "float32", "bfloat16", "float16"))
+    extract_batch: int = run(0, "images per backbone pass; 0: chosen for the device", low=0, high=65536)
+    workers: int = run(-1, "CPU: threads that each read and compute whole batches (0: one batch at a time, by all threads); GPU: threads that read images; -1: chosen for the machine", low=-1, high=256)
+    unreadable: str = run("stop", "images that cannot be read: stop (after all others are done, naming each), or skip (they are left out, and listed)", ("stop", "skip"))
+    compile: bool = run(False, "torch.compile the backbone, and the flow in training (on a GPU with CUDA graphs, 4 times as quick on an H200): pays on long runs only")
+    # flow
+    n_coupling_blocks: int = fit(4, "coupling layers K", low=1, high=1000)
+    fc_internal: int | None = fit(None, "hidden width H of the subnets; none: C, as in the paper", low=1, high=10**6)
+    clamp: float = fit(3.0, "soft clamp alpha of the log-scales", low=1e-06, high=1000.0)
+    fusion: str = fit("hilo", "multi-frequency fusion module", FUSIONS)
+    fusion_tokens: str = fit("last", "patch tokens that the fusion sees: of the last map, as in the paper, or of middle depths (needs places)", FUSION_TOKENS)
+    flow_channels: int = fit(0, "normalize power_l2+whiten: leading directions of the token that the flow moves; 0: all", low=0, high=10**6)
+    base: str = fit("normal", "base density of the likelihood: normal, as in the paper, or kernel (a density on the training images' latents, its bandwidth chosen by held-out likelihood)", BASES)
+    alpha: float = fit(0.5, "hilo: share of the heads given to the low frequencies", low=0.0, high=1.0)
+    window: int = features(3, "hilo and the compact token grid: side of a window in patches", low=1, high=1024)
+    identity_start: bool = fit(False, "zero the last layer of every subnet, so that training starts from the identity flow")
+    # training
+    normalize: str = fit("auto", "features before the flow, fitted on normal training features; auto: none for transformers, as released, power_l2+whiten for CNNs", NORMALIZATIONS)
+    centre_pool: float = fit(0.0, "semantic token re-pooled from the patches under a centred Gaussian, its sigma in shares of the grid's side; 0: the backbone's own", low=0.0, high=100.0, scripts=SCRIPTS)
+    whiten_ridge: float = fit(0.0, "normalize power_l2+whiten: added to the covariance's eigenvalues, in units of their mean; 0 whitens fully", low=0.0, high=1000000000.0)
+    batch_size: int = fit(32, "images per training step", low=1, high=10**7)
+    meta_epochs: int = fit(1, "evaluations on the test set; each follows sub_epochs epochs", low=1, high=10**6)
+    sub_epochs: int = fit(1, "epochs of training per meta epoch", low=1, high=10**6)
+    least_steps: int = fit(0, "training steps at least: a small class gets more epochs until it has had so many", low=0, high=10**7)
+    lr_init: float = fit(5e-5, "Adam learning rate", low=0.0, high=1e+38)
+    lr_schedule: str = fit("constant", "learning rate over the run: constant or cosine (to zero)", ("constant", "cosine"))
+    max_grad_norm: float = fit(0.0, "clip the gradient to this norm; 0: no clipping, as in the released code", low=0.0, high=1e+30)
+    feature_noise: float = fit(0.0, "standard deviation of Gaussian noise added to the normalised semantic token in training", low=0.0, high=1000000.0)
+    holdout: float = fit(0.0, "share of the normal training images held out to measure likelihood, and for thresholds", low=0.0, high=0.5)
+    patience: int = fit(0, "report the epoch that is best on the held-out normals, and end training so many meta epochs behind it; 0: report the last epoch", low=0, high=10**6)
+    # scoring
+    score: str = fit("latent", "anomaly score: latent (mean z^2), likelihood (negative log-likelihood), latent_knn (neighbours in latent space), joined (likelihood, with the least likely places where the class shows one scene)", SCORES)
+    false_alarms: float = run(0.05, "share of normal pictures that may be called anomalous: the threshold, from the held-out normal ones", low=1e-06, high=0.5, scripts=FITTING)
+    baselines: bool = run(False, "main.py: nearest neighbours and Gaussian on the same features, in the same table", scripts=FITTING)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
         for part in self.modelname.split("/"):  # a sweep's runs lie in a folder of their own
             check_folder_name("modelname", part)
-        if self.preset not in PRESETS:
-            raise UserError(unknown("preset", self.preset, PRESETS))
-        grid = self.token_grid
-        if grid not in ("full", "compact", "centre") and not (
-            grid.isascii() and grid.isdigit() and len(grid) < 5 and int(grid) > 0
-        ):
-            raise UserError(
-                f"token_grid: expected full, compact, centre or a number of patches per side, got {grid!r}"
-            )
-        if isinstance(self.img_size, tuple) and not all(0 < side <= LARGEST_IMAGE for side in self.img_size):
-            raise UserError(
-                f"img_size: expected 1 to {LARGEST_IMAGE} pixels a side, got "
-                f"{self.img_size[0]}x{self.img_size[1]}"
-            )
-        if self.norm_std and not all(0 < value < math.inf for value in self.norm_std):
-            raise UserError(f"norm_std: expected three positive numbers, got {self.norm_std}")
-        if self.norm_mean and not all(map(math.isfinite, self.norm_mean)):
-            raise UserError(f"norm_mean: expected three finite numbers, got {self.norm_mean}")
-        if self.fine_classes and self.dataset != "CIFAR100":
-            raise UserError(f"fine_classes is for dataset CIFAR100, not {self.dataset}; set it False")
-        if self.sweep:
-            parse_sweep(self.sweep)
-        if self.pooling == "released" and not grid.isdigit():
-            raise UserError(
-                f"pooling released needs a pooled grid: set token_grid to a number, 8 as released (it is "
-                f"{grid})"
-            )
-        for name in ("centre_pool", "low_sigma"):
-            if 0 < getattr(self, name) < NARROWEST:
-                raise UserError(
-                    f"{name}: expected 0 or at least {NARROWEST} of a side, got {getattr(self, name):g}"
-                )
-        if grid == "centre" and not self.centre_pool:
-            raise UserError("token_grid centre needs centre_pool above 0, say 0.1 (it is 0)")
-        depths = self.band_depths.split(",")
-        if self.band_depths != "auto" and not all(
-            depth.strip().isdecimal() and len(depth) < 5 for depth in depths
-        ):
-            raise UserError(f"band_depths: expected auto or numbers as in 1,2,3, got {self.band_depths!r}")
-        for knob_name, value in (("score", "joined"), ("base", "kernel")):
-            if getattr(self, knob_name) == value and not self.holdout:
-                raise UserError(f"{knob_name} {value} needs held-out normal images: set holdout, say 0.1")
-        if self.score == "latent_knn" and self.base == "kernel":
-            raise UserError("score latent_knn asks for no density: take base normal, or score likelihood")
-        if self.fusion_tokens == "middle" and not self.places:
-            raise UserError("fusion_tokens middle needs place tokens: set places, say 14 (it is 0)")
-        if self.select_epoch == "likelihood" and self.holdout == 0:
-            raise UserError(
-                "select_epoch likelihood needs held-out normal images: set holdout, say 0.1 (it is 0)"
-            )
+        if self.worker:
+            parse_worker(self.worker)
+        for holds, line in FITS:
+            if not holds(self):
+                values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+                raise UserError(line.format(**values))
 
+
+NARROWEST = 0.01  # of a side: a narrower Gaussian weighs one patch, or divides by nothing
+FITS = (  # what has to hold of the knobs together -> the line where it does not
+    (lambda c: c.preset in PRESETS, "preset: expected one that config.py names, got {preset!r}"),
+    (lambda c: re.fullmatch("full|compact|centre|(released)?(?!0+$)[0-9]{1,4}", c.token_grid), "token_grid: expected full, compact, centre, a number of patches per side, or released and a number, got {token_grid!r}"),
+    (lambda c: not isinstance(c.img_size, tuple) or all(0 < side <= LARGEST_IMAGE for side in c.img_size), "img_size: expected 1 to 4096 pixels a side, got {img_size}"),
+    (lambda c: not c.pixel_norm or all(map(math.isfinite, c.pixel_norm)) and min(c.pixel_norm[3:]) > 0, "pixel_norm: expected three finite numbers and three positive ones, got {pixel_norm}"),
+    (lambda c: not 0 < c.centre_pool < NARROWEST, "centre_pool: expected 0 or at least 0.01 of a side, got {centre_pool:g}"),
+    (lambda c: c.token_grid != "centre" or c.centre_pool, "token_grid centre needs centre_pool above 0, say 0.1 (it is 0)"),
+    (lambda c: c.score != "joined" or c.holdout, "score joined needs held-out normal images: set holdout, say 0.1"),
+    (lambda c: c.base != "kernel" or c.holdout, "base kernel needs held-out normal images: set holdout, say 0.1"),
+    (lambda c: not c.patience or c.holdout, "patience needs held-out normal images: set holdout, say 0.1"),
+    (lambda c: c.score != "latent_knn" or c.base != "kernel", "score latent_knn asks for no density: take base normal, or score likelihood"),
+    (lambda c: c.fusion_tokens != "middle" or c.places, "fusion_tokens middle needs place tokens: set places, say 14 (it is 0)"),
+)
 
 # Named sets of defaults. The defaults above, as you edit them, are the paper's: "paper" changes nothing.
-PRESETS = {
+PRESETS: dict[str, dict] = {
     "paper": {},
     "paper_L": {"extractor": "VIT_L", "fc_internal": 1024, "batch_size": 32},
     "released": {
-        "fusion": "class_attention",
-        "token_grid": "8",
-        "pooling": "released",
-        "normalize": "none",
-        "fc_internal": 768,
-        "batch_size": 8,
-        "norm_mean": (0.485, 0.456, 0.406),
-        "norm_std": (0.229, 0.224, 0.225),
-        "precision": "float32",
+        "fusion": "class_attention", "token_grid": "released8", "normalize": "none", "fc_internal": 768, "batch_size": 8,
+        "pixel_norm": (0.485, 0.456, 0.406, 0.229, 0.224, 0.225), "precision": "float32",
     },
     # How these were chosen, and on what: results/choosing.md.
     "accurate": {
-        "img_size": "auto",
-        "bands": True,
-        "places": 14,
-        "normalize": "power_l2+whiten",
-        "whiten_ridge": 10.0,
-        "centre_pool": 0.1,
-        "flow_channels": 256,
-        "fusion": "class_attention",
-        "fusion_tokens": "middle",
-        "fc_internal": 256,
-        "identity_start": True,
-        "base": "kernel",
-        "batch_size": 64,
-        "meta_epochs": 2,
-        "sub_epochs": 1,
-        "least_steps": 60,
-        "lr_init": 1e-3,
-        "lr_schedule": "cosine",
-        "feature_noise": 0.5,
-        "max_grad_norm": 1.0,
-        "holdout": 0.1,
-        "select_epoch": "likelihood",
-        "score": "joined",
-        "baselines": True,
+        "img_size": "auto", "bands": True, "places": 14, "normalize": "power_l2+whiten", "whiten_ridge": 10.0,
+        "centre_pool": 0.1, "flow_channels": 256, "fusion": "class_attention", "fusion_tokens": "middle",
+        "fc_internal": 256, "identity_start": True, "base": "kernel", "batch_size": 64, "meta_epochs": 2,
+        "sub_epochs": 1, "least_steps": 60, "lr_init": 1e-3, "lr_schedule": "cosine", "feature_noise": 0.5,
+        "max_grad_norm": 1.0, "holdout": 0.1, "patience": 3, "score": "joined", "baselines": True,
     },
 }
 PRESETS["quickstart"] = PRESETS["accurate"] | {
-    "modelname": "quickstart",
-    "dataset": "digits",
-    "extractor": "efficientnet_lite0",
+    "modelname": "quickstart", "dataset": "digits", "extractor": "efficientnet_lite0", "verbose": False,
     "img_size": (96, 96),  # their 8 x 8 pixels need no more
-    "verbose": False,
 }
 PRESETS["ablation"] = PRESETS["accurate"] | {
-    "modelname": "ablation",
-    "extractor": "efficientnet_lite0",
-    "n_seeds": 3,
+    "modelname": "ablation", "extractor": "efficientnet_lite0", "n_seeds": 3, "baselines": False, "keep": "results",
     "sweep": "fusion=none,class_attention,hilo,spectral;fusion_tokens=last,middle",
-    "baselines": False,
-    "plots": False,
-    "save_model": False,
 }
+# fmt: on
 
 # Defaults that a data set changes, unless the preset or the command line says otherwise: one's own pictures
 # get verdicts, which rest on held-out normal ones.
 OF_DATASET = {"folder": {"holdout": 0.1}}
-
 
 # Knobs of earlier versions -> what to do instead.
 FORMER = {
@@ -656,36 +204,58 @@ FORMER = {
     "spread_at_balance": "there is one joint token: leave it out",
     "spread_of_surfaces": "places are weighed by their own variance: leave it out",
     "refit": "it is gone: the held-out images stay held out",
-    "train_together": "it is gone: classes are fitted one by one, or by several processes (--world_size)",
+    "train_together": "it is gone: classes are fitted one by one, or by several processes (--worker)",
     "validate": "it is gone: settings are judged by benchmarks/suite.py",
+    **dict.fromkeys(("rank", "world_size"), "--worker 3/16 is rank 3 of world_size 16"),
+    "compile_flow": "--compile compiles backbone and flow",
+    "pooling": "--token_grid released8 pools to 8 x 8 as pooling released did",
+    "fine_classes": "--dataset CIFAR100_fine has the 100 classes",
+    "select_epoch": "--patience 3 is select_epoch likelihood, --patience 0 the last epoch",
+    **dict.fromkeys(("norm_mean", "norm_std"), "--pixel_norm takes mean and deviation, six numbers"),
+    "img_pixels": "--img_size auto:200000 is img_size auto of so many pixels",
+    "hide_tqdm_bar": "TQDM_DISABLE=1 in the environment hides progress bars",
+    "n_feat": "the channels are the backbone's: leave it out",
+    "n_heads": "4 heads for class_attention, 8 for hilo: leave it out",
+    "use_gamma": "the gain is always learned: leave it out",
+    "weight_decay": "it is the paper's 1e-5: leave it out",
+    "matmul": "products in training are float32: leave it out",
+    "band_depths": "the last four stages of a CNN, every quarter of a transformer: leave it out",
+    "rings": "2 rings of frequency per depth: leave it out",
+    "low_sigma": "the low band's window is 0.15 of a side: leave it out",
+    "place_channels": "a place token has at most 192 channels: leave it out",
+    "shard_rows": "the files of a cache have 128 to 256 MB: leave it out",
+    "verify": "extractor.py checks every row and mends; with --pretrained it needs no images",
+    "save_model": "--keep results keeps no weights",
+    "plots": "--keep weights draws no pictures",
+    **dict.fromkeys(("nbins1", "nbins2"), "histograms have 50 and 100 bins: leave it out"),
 }
 
 
 # ---------------------------------------------------------------- checks
 LONGEST_TEXT, LONGEST_NAME = 4096, 100  # characters of a knob's text; bytes of a folder's name
-NARROWEST = 0.01  # of a side: a narrower Gaussian weighs one patch, or divides by nothing
+CLOSE = 0.75  # likeness (difflib's ratio) from which a name counts as a slip of the pen
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+KINDS[tuple] = "numbers, as in 224x224 or 0.5,0.5,0.5,0.2,0.2,0.2"
 
 
 def check(field, value):
     """Raise UserError unless ``value`` fits the knob: its type, its choices, its range."""
     meta, optional = field.metadata, type(None) in typing.get_args(field.type)
-    if value is None and optional or value == AUTO and field.type == ImageSize:
+    if value is None and optional or field.type == ImageSize and auto_pixels(value):
         return
     kind = plain_type(field.type)
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{field.name}: expected {describe(kind)}, got {value!r}")
+        raise UserError(f"{field.name}: expected {KINDS[kind]}, got {value!r}")
     if kind is str:
         check_text(field.name, value)
     if kind is float and not math.isfinite(value):
         raise UserError(f"{field.name}: expected a finite number, got {value!r}")
     if meta["choices"] and value not in meta["choices"]:
         raise UserError(f"{field.name}: {unknown('value', value, meta['choices'])}")
-    if meta["low"] is not None and value < meta["low"] or meta["high"] is not None and value > meta["high"]:
-        bounds = (
-            f"at least {meta['low']}" if meta["high"] is None else f"from {meta['low']} to {meta['high']}"
-        )
-        raise UserError(f"{field.name}: expected {describe(kind)} {bounds}, got {value!r}")
+    if meta["low"] is not None and not meta["low"] <= value <= meta["high"]:
+        bounds = f"from {meta['low']} to {meta['high']}"
+        raise UserError(f"{field.name}: expected {KINDS[kind]} {bounds}, got {value!r}")
 
 
 def check_text(name, text):
@@ -712,42 +282,26 @@ def check_folder_name(name, text):
         raise UserError(f"{name}: expected at most {LONGEST_NAME} bytes, got {len(text.encode())}")
 
 
-def class_names(text):
-    """The class names in the knob class_name, separated by commas: a backslash takes the next character as it
-    is, so that a class may have a comma (``\\,``) or be called all (``\\all``)."""
-    names, escaped = [""], False
-    for c in text:
-        if escaped or c not in "\\,":
-            names[-1] += c
-            escaped = False
-        elif c == "\\":
-            escaped = True
-        else:
-            names.append("")
-    return names
+def auto_pixels(img_size):
+    """The pixels that img_size auto asks for, 2 * 224 * 224 unless it says how many; None for other sizes."""
+    if img_size == "auto":
+        return 2 * 224 * 224
+    found = re.fullmatch(r"auto:([1-9][0-9]{0,7})", img_size) if isinstance(img_size, str) else None
+    return int(found[1]) if found and int(found[1]) <= LARGEST_IMAGE**2 else None
+
+
+def parse_worker(text):
+    """``3/16`` -> (3, 16): which of how many processes. Raises UserError."""
+    found = re.fullmatch(r"([0-9]{1,6})/([1-9][0-9]{0,5})", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise UserError(f"worker: expected which of how many, as in 0/16 to 15/16, got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def plain_type(annotation):
     """The type of a knob without None and without what a tuple holds."""
-    kinds = (
-        [kind for kind in typing.get_args(annotation) if kind is not type(None)]
-        if type(None) in typing.get_args(annotation)
-        else [annotation]
-    )
-    return typing.get_origin(kinds[0]) or kinds[0]
-
-
-def describe(kind):
-    return {
-        bool: "True or False",
-        int: "a whole number",
-        float: "a number",
-        str: "a text",
-        tuple: "numbers, as in 224x224 or 0.5,0.5,0.5",
-    }[kind]
-
-
-CLOSE = 0.75  # likeness (difflib's ratio) from which a name counts as a slip of the pen
+    kind = typing.get_args(annotation)[0] if type(None) in typing.get_args(annotation) else annotation
+    return typing.get_origin(kind) or kind
 
 
 def unknown(kind, got, known, all_of_them="-h lists them all"):
@@ -760,72 +314,15 @@ def unknown(kind, got, known, all_of_them="-h lists them all"):
     return f"unknown {kind} {got!r}{hint}.{listed}"
 
 
-# ---------------------------------------------------------------- values from text
 def unknown_knob(name, known):
     """The line for a knob that is not in ``known``: what took its place, if it once was one."""
     former = str(name).removeprefix("--")
     return f"unknown knob {name!r}: {FORMER[former]}" if former in FORMER else unknown("knob", name, known)
 
 
-def parse_value(field, text):
-    """The value of a knob from its command-line text. Raises UserError with what was expected."""
-    kind = plain_type(field.type)
-    if not isinstance(text, str):  # what argparse makes of --knob=--
-        raise UserError(f"{field.name}: expected a value, got '--'")
-    if type(None) in typing.get_args(field.type) and text.lower() == "none":
-        return None
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
-                text.lower()
-            ]
-        if field.type == ImageSize and text.lower() == AUTO:
-            return AUTO
-        if field.type == ImageSize:
-            sides = [int(side) for side in text.lower().split("x")]
-            return checked_length(sides * 2 if len(sides) == 1 else sides, 2)
-        if field.type == Triple | None:
-            return checked_length([float(part) for part in text.split(",")], 3)
-        if field.name == "modelname":
-            check_folder_name("modelname", text)
-        spelt = {str(choice).lower(): choice for choice in field.metadata["choices"] or ()}
-        return spelt.get(text.lower()) or kind(text)
-    except (KeyError, ValueError):
-        raise UserError(f"{field.name}: expected {describe(kind)}, got {text!r}") from None
-
-
-def parse_values(texts):
-    """{knob: text} -> {knob: value}. Raises UserError on an unknown knob or a value that does not fit."""
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    for name in texts:
-        if name not in fields:
-            raise UserError(unknown_knob(name, fields))
-    return {name: parse_value(fields[name], text) for name, text in texts.items()}
-
-
-def parse_sweep(text):
-    """``fusion=none,hilo;dataset=digits`` -> {"fusion": ["none", "hilo"], "dataset": ["digits"]}. Raises
-    UserError."""
-    sweep = {}
-    for part in text.split(";"):
-        name, equals, values = part.strip().partition("=")
-        if not equals or not values:
-            raise UserError(f"sweep: expected knob=value,value;knob=value,value, got {text!r}")
-        fields = {field.name: field for field in dataclasses.fields(Config)}
-        if name not in fields:
-            raise UserError(unknown_knob(name, fields))
-        if name in ("preset", "modelname", "sweep"):
-            raise UserError(f"sweep: {name} cannot be swept; run the script once per {name}")
-        sweep[name] = [value.strip() for value in values.split(",")]
-        for value in sweep[name]:
-            check(fields[name], parse_values({name: value})[name])
-    return sweep
-
-
-def checked_length(numbers, length):
-    if len(numbers) != length:
-        raise ValueError(f"expected {length} numbers")
-    return tuple(numbers)
+def knobs_affecting(*roles: str) -> tuple[str, ...]:
+    """The names of the knobs that affect one of ``roles`` (ROLES), in the order of this file."""
+    return tuple(field.name for field in dataclasses.fields(Config) if field.metadata["affects"] in roles)
 
 
 def make_config(given):
@@ -844,8 +341,5 @@ def make_config(given):
 
 def changed(config):
     """{knob: value} of the knobs that differ from this file's defaults."""
-    return {
-        f.name: getattr(config, f.name)
-        for f in dataclasses.fields(config)
-        if getattr(config, f.name) != f.default
-    }
+    values = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {field.name: value for field, value in values.items() if value != field.default}

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Config, UserError, class_names, unknown
+from config import Config, UserError, unknown
 from images import images, layouts, published
 from images.layouts import OTHER, SPLITS, Listing
+from shell.values import class_names
 
 READERS = 8  # threads that hash files: a shared folder answers many at a time
 
@@ -195,7 +196,7 @@ def _hash(*contents) -> str:
 
 
 def choose_classes(labels: Labels, class_name: str) -> list[str]:
-    """The classes that the knob class_name asks for (config.class_names). Raises UserError on an unknown
+    """The classes that the knob class_name asks for (shell/values.py). Raises UserError on an unknown
     one, and on a folder whose name is no text."""
     for name in labels.classes:
         if any(0xD800 <= ord(c) < 0xE000 for c in name):  # what Python makes of bytes that are not UTF-8
@@ -215,26 +216,29 @@ def choose_classes(labels: Labels, class_name: str) -> list[str]:
 
 
 # ---------------------------------------------------------------- raw images
-def load_images(dataset: str, dataset_path: str | None, fine_classes: bool = False) -> ImageSet:
-    """The images of a data set. Raises UserError when they are not where ``dataset_path`` (None:
-    data/<dataset>) says.
+def collection(dataset: str) -> str:
+    """The name of the images of a data set: CIFAR100_fine has CIFAR100's, sorted into 100 classes."""
+    return dataset.removesuffix("_fine")
 
-    fine_classes: CIFAR-100's 100 classes instead of its 20 superclasses."""
+
+def load_images(dataset: str, dataset_path: str | None) -> ImageSet:
+    """The images of a data set. Raises UserError when they are not where ``dataset_path`` (None:
+    data/<its collection>) says."""
     if dataset == "digits":
         return _digits()
-    root = Path(dataset_path or f"data/{dataset}")
+    root = Path(dataset_path or f"data/{collection(dataset)}")
     if dataset not in published.FORMS:
         return _file_set(layouts.READERS[dataset](root))
     if not all((root / split).is_dir() for split in SPLITS):
-        return _array_set(*published.load(dataset, root, fine_classes))
-    if fine_classes:
-        raise UserError(f"fine_classes: in the image folders of {root} each folder is a class; set it False")
+        return _array_set(*published.load(dataset, root))
+    if dataset != collection(dataset):
+        raise UserError(f"{dataset}: in the image folders of {root} each folder is a class; take CIFAR100")
     return _file_set(layouts.folders(root))
 
 
 def images_of(config: Config) -> ImageSet:
     """The images a configuration asks for. Raises UserError."""
-    return load_images(config.dataset, config.dataset_path, config.fine_classes)
+    return load_images(config.dataset, config.dataset_path)
 
 
 def slug(config: Config) -> str:
@@ -242,7 +246,7 @@ def slug(config: Config) -> str:
     folders the folder's name and a hash of its place, but for the default folder; for CIFAR-100 whether its
     classes are the fine ones."""
     if config.dataset == "digits" or config.dataset in published.FORMS:
-        return "fine" if config.fine_classes else ""
+        return "" if config.dataset == collection(config.dataset) else "fine"
     default = Path(f"data/{config.dataset}").resolve()
     place = Path(config.dataset_path).resolve() if config.dataset_path else default
     if place == default:

@@ -17,9 +17,9 @@ does a fit with --precision float32."""
 import argparse
 from pathlib import Path
 
-import config as knobs
 from shell.command_line import OneLineParser, add_weights_path
 from shell.signals import guarded
+from shell.values import parse_values
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,7 +50,7 @@ def main(arguments: argparse.Namespace) -> None:
     loaded = load(arguments.checkpoint, arguments.false_alarms, arguments.calibrate, arguments.weights_path)
     size = None
     if arguments.size:
-        size = knobs.parse_values({"img_size": arguments.size})["img_size"]
+        size = parse_values({"img_size": arguments.size})["img_size"]
     off = export(loaded, arguments.output, size)
     (height, width), written = size or loaded.eye.job.img_size, arguments.output.stat().st_size
     print(

@@ -6,7 +6,6 @@ from shell.command_line import from_command_line, run_script
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
     CONFIG = from_command_line(__doc__, script="extractor.py")
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 
@@ -96,7 +95,7 @@ def ensure_features(
     known = grown(images, identity) if there else None
     if there and known is None and is_finished(folder):
         Manifest.read(folder).refuse_others(folder, identity.with_images(images).fields)
-        if not mend(images, folder, thorough=config.verify):
+        if not mend(images, folder, thorough=False):
             print(f"features: reusing the cache {folder}", flush=True)
             return as_wanted(config, FeatureCache(identity))
     identity = sized(config, images, identity)
@@ -118,42 +117,44 @@ def make_features(
 
 
 def as_wanted(config: Config, cache: FeatureCache) -> FeatureCache:
-    """A finished cache, checked as the knobs want it. Raises UserError."""
+    """A finished cache, whose images that are left out are to be. Raises UserError."""
     if cache.skipped and config.unreadable == "stop":
         left_out = utils.counted(len(cache.skipped), "unreadable image")
         raise UserError(
             f"the features in {cache.folder} leave out {left_out}, "
             f"{cache.skipped[0]} first; --unreadable skip takes them as they are"
         )
-    if config.verify:
-        lost = lost_shards(cache.folder, cache.manifest, None, thorough=True)
-        if lost:
-            raise Damaged(f"{len(lost)} shards of {cache.folder} are damaged {listed(lost)}; {REPAIR}")
-        print(f"features: all {len(cache.manifest.shards)} shards of {cache.folder} are sound", flush=True)
     return cache
+
+
+def check_rows(cache: FeatureCache) -> None:
+    """Raise UserError when any row of a finished cache is damaged."""
+    lost = lost_shards(cache.folder, cache.manifest, None, thorough=True)
+    if lost:
+        raise Damaged(f"{len(lost)} shards of {cache.folder} are damaged {listed(lost)}; {REPAIR}")
+    tell_sound(cache)
+
+
+def tell_sound(cache: FeatureCache) -> None:
+    print(f"features: all {len(cache.manifest.shards)} shards of {cache.folder} are sound", flush=True)
 
 
 def main(config: Config) -> None:
     device = utils.set_up(config.device, config.threads)
     identity = cache_identity(config)
+    if config.pretrained:
+        return check_rows(as_wanted(config, FeatureCache(identity)))
     folder, there = identity.folder, fits(identity)
-    try:
-        images = datasets.images_of(config)
-    except UserError:
-        if not (there and config.verify):
-            raise
-        as_wanted(config, FeatureCache(identity))  # without the images it is only looked at
-        return
+    images = datasets.images_of(config)
     known = grown(images, identity) if there and not config.restart else None
     if there and config.restart:
         if utils.ranks(config).world_size > 1:
             raise UserError("restart: expected one process, which others may join without restart")
         start_again(folder)
     elif there and known is None and is_finished(folder) and not mend(images, folder, thorough=True):
-        cache = as_wanted(dataclasses.replace(config, verify=False), FeatureCache(identity))
+        cache = as_wanted(config, FeatureCache(identity))
         growth.remember(images, folder)
-        print(f"features: all {len(cache.manifest.shards)} shards of {folder} are sound", flush=True)
-        return
+        return tell_sound(cache)
     identity = sized(config, images, identity)
     memory.check_features(config, what_is_kept(config, backbones.outline(at_size(config, identity)))[1])
     print(f"features written to {make_features(config, images, identity, device, known).folder}", flush=True)

@@ -31,6 +31,7 @@ from cache import feature_cache
 from config import ClassError, Config, UserError
 from detector import calibration, checkpoints, class_data, detector, heat_map, memory, runs
 from reporting import figures, report, tables, webpage
+from shell.values import parse_sweep, parse_values
 from shell.workers import in_processes
 
 PROCESS_BYTES = 1e9  # of a process of its own, beside the training
@@ -108,8 +109,7 @@ def in_parallel(
     missing."""
     cache, threads = ledger.cache, max(1, torch.get_num_threads() // at_once)
     identity = feature_cache.CacheIdentity(cache.folder, cache.manifest.fields)
-    config = dataclasses.replace(ledger.config, hide_tqdm_bar=True)  # bars of several would run together
-    tasks = (Task(cell, config, identity, threads, watch.since) for cell in ledger.missing())
+    tasks = (Task(cell, ledger.config, identity, threads, watch.since) for cell in ledger.missing())
     for cell, result, pictures in in_processes(at_once, fit_task, tasks, threads):
         ledger.keep(cell, result)
         drawn |= {cell.class_name: pictures} if pictures else {}
@@ -124,7 +124,7 @@ def fit_task(task: Task) -> tuple[runs.Cell, dict, list[figures.Picture]]:
     sources = {split: class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
     config, cell, pictures = task.config, task.cell, []
     result = fit_and_keep(config, cache, cell, sources, runs.Stopwatch(task.since))
-    if config.plots and cell.seed == config.seed and "reason" not in result:
+    if config.keep == "all" and cell.seed == config.seed and "reason" not in result:
         with contextlib.suppress(UserError):  # of which the report tells, once for all classes
             images, folder = figures.raw_images(config, cache), checkpoints.run_folder(config)
             pictures = figures.draw_class(config, cache, images, cell.class_name, folder)
@@ -208,7 +208,7 @@ def defect_aurocs(config: Config, cache: feature_cache.FeatureCache, classes: li
 def localisations(config: Config, cache: feature_cache.FeatureCache, classes: list[str]) -> dict[str, dict]:
     """{class: pixel AUROC and AUPRO of its first seed's heat maps}, of the classes whose score reads places
     and whose test images have masks (ground_truth folders); needs the raw images and the kept weights."""
-    if config.pretrained or not config.save_model or not config.places:
+    if config.pretrained or config.keep == "results" or not config.places:
         return {}
     try:
         images = datasets.images_of(config)
@@ -287,7 +287,7 @@ def write_report(ledger: runs.Ledger, classes: list[str], watch: runs.Stopwatch,
         print(
             f"{name}: where the defect is: pixel AUROC {found['pixel_auroc']:.4f}  AUPRO {found['aupro']:.4f}"
         )
-    plots = config.plots and whole
+    plots = config.keep == "all" and whole
     pictures = figures.draw_all(config, cache, whole, folder, summary, drawn) if plots else []
     page = webpage.write_page(folder, summary, pictures)
     print(f"\nresults in {page} (for a browser), results.json, .csv and .md beside it")
@@ -300,14 +300,14 @@ def run_sweep(config: Config) -> list[dict]:
     summaries."""
     start, sweep, folder = (
         time.perf_counter(),
-        knobs.parse_sweep(config.sweep),
+        parse_sweep(config.sweep),
         checkpoints.run_folder(config),
     )
     configs = {}
     for values in itertools.product(
         *sweep.values()
     ):  # all of them first: a mistake shows before the first run
-        parsed = knobs.parse_values(dict(zip(sweep, values)))
+        parsed = parse_values(dict(zip(sweep, values)))
         name = file_name("-".join(values), knobs.LONGEST_NAME - 10)
         configs[values] = dataclasses.replace(
             config, **parsed, modelname=f"{config.modelname}/{name}", sweep=None

@@ -31,12 +31,16 @@ LOSS_CHECK = 64  # steps between two looks at the loss on a GPU, where reading i
 
 
 class Trainer:
-    """Trains the flow of one class. ``run`` is the whole course; the other methods are its steps."""
+    """Trains the flow of one class. ``run`` is the whole course; the other methods are its steps.
+
+    matmul: how products are computed in training: highest (float32), tf32 (on a GPU) or bfloat16."""
+
+    matmul = "highest"
 
     def __init__(self, prepared: PreparedClass):
         self.prepared, self.data, self.detector = prepared, prepared.data, prepared.detector
         self.config = config = prepared.config
-        self.flow = compiled(self.detector.flow) if config.compile_flow else self.detector.flow
+        self.flow = compiled(self.detector.flow) if config.compile else self.detector.flow
         self.optimizer, self.rate = SubnetAdam(self.detector.flow, config), config.lr_init
         self.order = np.random.RandomState(prepared.seed)
         self.noise = torch.Generator(prepared.device).manual_seed(prepared.seed)
@@ -53,13 +57,13 @@ class Trainer:
     def run(self) -> checkpoints.Fitted:
         """Train, and go back to the best epoch. Raises ClassError on a loss or scores that are not finite."""
         start = time.perf_counter()
-        if self.config.select_epoch == "likelihood":  # training may not improve on the start
+        if self.config.patience:  # training may not improve on the start
             self.evaluate(0, None)
         for epoch in range(1, self.epochs + 1):
             loss = self.train_epoch()
             if epoch % self.sub_epochs == 0:
                 self.evaluate(epoch, loss)
-                if self.config.select_epoch == "likelihood" and self.since_best >= self.config.patience:
+                if self.config.patience and self.since_best >= self.config.patience:
                     break
         return self.fitted(time.perf_counter() - start)
 
@@ -73,9 +77,9 @@ class Trainer:
             desc=self.data.class_name,
             unit="batch",
             leave=False,
-            disable=utils.no_bar(self.config.hide_tqdm_bar),
+            disable=utils.no_bar(),
         )
-        with products(self.config.matmul, self.prepared.device):
+        with products(self.matmul, self.prepared.device):
             losses = [self.train_step(batch) for batch in batches]
         return torch.stack(losses).mean().item()
 
@@ -88,7 +92,7 @@ class Trainer:
         if self.config.feature_noise:
             noise = torch.randn(tokens.shape, generator=self.noise, device=tokens.device)
             tokens = tokens + self.config.feature_noise * noise
-        with forward_precision(self.config.matmul, self.prepared.device):
+        with forward_precision(self.matmul, self.prepared.device):
             z, log_det = self.flow(tokens, [inputs.patches])
             loss = model.loss_per_image(z, log_det).mean()
         self.optimizer.backward_and_step(loss)
@@ -99,7 +103,7 @@ class Trainer:
     def evaluate(self, epoch: int, loss: float | None) -> None:
         """Measure held-out and test images after an epoch; keep it if it is the best by held-out
         likelihood, or the last where no epoch is selected."""
-        found, last = evaluation.evaluate(self.prepared, epoch, loss), self.config.select_epoch == "last"
+        found, last = evaluation.evaluate(self.prepared, epoch, loss), not self.config.patience
         if not found.finite and (last or not self.history):  # else an earlier one is best
             raise self.not_finite("scores are not finite", self.step - 1)
         self.history.append(found.entry)
@@ -138,7 +142,7 @@ class Trainer:
         and then on a GPU."""
         now = self.step % LOSS_CHECK == LOSS_CHECK - 1 or self.step + 1 == self.steps
         look = self.prepared.device.type == "cpu" or now
-        if look and self.config.select_epoch == "last" and not torch.isfinite(loss):
+        if look and not self.config.patience and not torch.isfinite(loss):
             raise self.not_finite(f"the loss is {loss.item()}", self.step)
 
     def not_finite(self, what: str, step: int) -> ClassError:

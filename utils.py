@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import math
+import multiprocessing
 import os
 import platform
 import random
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from joblib import cpu_count  # knows a container's share of the machine
 
-from config import Config, UserError
+from config import Config, UserError, parse_worker
 from shell.signals import Interrupted
 
 
@@ -84,10 +85,11 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, KEPT_FREE)
 
 
-def no_bar(hidden: bool) -> bool | None:
-    """tqdm's ``disable``: True where the bar is hidden; None, which hides it where the output is no terminal,
-    otherwise."""
-    return True if hidden else None
+def no_bar() -> bool | None:
+    """tqdm's ``disable``: True in one of several processes, whose bars would run together, and where
+    TQDM_DISABLE is set; None, which hides it where the output is no terminal, otherwise."""
+    hidden = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+    return True if hidden or multiprocessing.parent_process() is not None else None
 
 
 def readable_time(seconds: float) -> str:
@@ -128,11 +130,12 @@ ALONE = Ranks(0, 1)
 
 
 def ranks(config: Config) -> Ranks:
-    """The knobs rank and world_size, or what torchrun set (RANK, WORLD_SIZE), or 0 of 1. Raises UserError."""
-    rank = _from_environment("RANK", 0) if config.rank is None else config.rank
-    size = _from_environment("WORLD_SIZE", 1) if config.world_size is None else config.world_size
+    """The knob worker, or what torchrun set (RANK, WORLD_SIZE), or 0 of 1. Raises UserError."""
+    if config.worker:
+        return Ranks(*parse_worker(config.worker))
+    rank, size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
     if rank >= size:
-        raise UserError(f"rank {rank}: expected 0 to {size - 1}, below world_size")
+        raise UserError(f"RANK {rank} in the environment: expected 0 to {size - 1}, below WORLD_SIZE")
     return Ranks(rank, size)
 
 

@@ -38,8 +38,8 @@ def _allowed(precision: str) -> Iterator[None]:
 
 
 def products(matmul: str, device: torch.device) -> AbstractContextManager:
-    """What float32 products of the detector run under, by the knob ``matmul``: in TF32 on a GPU that is told
-    so; on a CPU by oneDNN, where that costs no digits."""
+    """What float32 products of the detector run under, by ``matmul`` (highest, tf32 or bfloat16): in TF32 on
+    a GPU that is told so; on a CPU by oneDNN, where that costs no digits."""
     if device.type == "cuda" and matmul == "tf32":
         return _allowed("high")
     return _allowed("medium") if device.type == "cpu" and exact_by_onednn() else nullcontext()

@@ -169,21 +169,16 @@ class Backbone(nn.Module):
         """Channels of the maps of the stages or blocks ``depths``."""
         return tuple(self.model.feature_info[depth]["num_chs"] for depth in depths)
 
-    def band_depths(self, knob: str) -> tuple[int, ...]:
-        """The stages or blocks that the knob ``band_depths`` names. Raises UserError on numbers the model has
-        not."""
+    def band_depths(self) -> tuple[int, ...]:
+        """The stages or blocks whose maps are kept: the last four stages of a CNN, every quarter of a
+        transformer. Raises UserError where the model does not give them."""
         if not hasattr(self.model, "forward_intermediates"):
             raise UserError(
                 "bands: this timm model does not give its intermediate maps; choose another backbone"
             )
         count = len(self.model.feature_info)
-        if knob == "auto":
-            quarters = [max(0, (k + 1) * count // 4 - 1) for k in range(4)]
-            return tuple(range(max(0, count - 4), count) if self.is_map else dict.fromkeys(quarters))
-        depths = tuple(int(depth) for depth in knob.split(","))
-        if max(depths) >= count or len(set(depths)) < len(depths):
-            raise UserError(f"band_depths: expected different numbers from 0 to {count - 1}, got {knob}")
-        return tuple(sorted(depths))
+        quarters = [max(0, (k + 1) * count // 4 - 1) for k in range(4)]
+        return tuple(range(max(0, count - 4), count) if self.is_map else dict.fromkeys(quarters))
 
 
 def load_backbone(config: Config, source: str) -> Backbone:
@@ -230,11 +225,6 @@ def _as_backbone(model: nn.Module, img_size: tuple[int, int], config: Config) ->
         raise UserError(
             f"extractor {config.extractor} cannot take {size} images: {error}; set img_size"
         ) from None
-    if config.n_feat not in (None, backbone.n_feat):
-        raise UserError(
-            f"n_feat is {config.n_feat}, but {config.extractor} gives {backbone.n_feat} channels; leave "
-            f"n_feat at none"
-        )
     return backbone
 
 

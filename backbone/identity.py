@@ -9,26 +9,26 @@ import numpy as np
 
 import datasets
 from backbone import backbones
-from backbone.token_grid import OF_MAPS, Bands, Places, TokenGrid, place_grid
+from backbone.token_grid import OF_MAPS, PLACE_CHANNELS, Bands, Places, TokenGrid, place_grid
 from cache.feature_cache import CacheIdentity, cache_folder
 from cache.manifest import Manifest
-from config import LARGEST_IMAGE, Config, UserError, knobs_affecting
+from config import LARGEST_IMAGE, Config, UserError, auto_pixels, knobs_affecting
 from images.layouts import OF_ANY_SHAPE
 
 
 # ---------------------------------------------------------------- what is extracted
 def token_grid(config: Config) -> TokenGrid:
-    return TokenGrid(config.token_grid, config.pooling, config.window, config.centre_pool)
+    return TokenGrid.named(config.token_grid, config.window, config.centre_pool)
 
 
 def maps_kept(config: Config, img_size: tuple[int, int]) -> dict[str, Bands | Places]:
     """What is kept of the maps of several depths of images of that size, by the name of its array."""
     kept: dict[str, Bands | Places] = {}
     if config.bands:
-        kept["bands"] = Bands(config.rings, config.low_sigma)
+        kept["bands"] = Bands()
     if config.places:
         grid = place_grid(config.places, img_size, backbones.own_size(config.extractor))
-        kept["places"] = Places(grid, config.place_channels)
+        kept["places"] = Places(grid)
     return kept
 
 
@@ -40,31 +40,32 @@ def cache_identity(config: Config) -> CacheIdentity:
     defaults, grid = backbones.timm_defaults(config.extractor), token_grid(config)
     fields = {name: getattr(config, name) for name in knobs_affecting("features")}
     del fields["weights_path"]  # recorded by content, as "weights"
+    del fields["pixel_norm"]
+    norm, bands = config.pixel_norm or (*defaults.mean, *defaults.std), Bands()
     fields |= {
         "timm_model": backbones.timm_name(config.extractor),
         "weights": backbones.weights_source(config),
-        "norm_mean": config.norm_mean or tuple(defaults.mean),
-        "norm_std": config.norm_std or tuple(defaults.std),
+        "norm_mean": tuple(norm[:3]),
+        "norm_std": tuple(norm[3:]),
+        "dataset": datasets.collection(config.dataset),
+        "fine_classes": config.dataset != datasets.collection(config.dataset),
+        "rings": bands.rings if config.bands else None,
+        "low_sigma": bands.sigma if config.bands else None,
+        "place_channels": PLACE_CHANNELS if config.places else None,
+        "band_depths": "auto" if config.bands or config.places else None,
         **grid.fields(),
     }
     if by_pictures(config):
         del fields["img_size"]
-        size = f"auto{config.img_pixels}"
+        fields["img_pixels"] = auto_pixels(config.img_size)
+        size = f"auto{fields['img_pixels']}"
     else:
-        del fields["img_pixels"]
         fields |= shape_fields(config, backbones.image_size(config))
         size = "{}x{}".format(*fields["img_size"])
-    for name, unspecified in (("precision", "auto"), ("n_feat", None)):
-        if fields[name] == unspecified:  # whatever the machine or the backbone chose is accepted
-            del fields[name]
-    if not config.bands:
-        fields |= {"rings": None, "low_sigma": None}
-    if not config.places:
-        fields["place_channels"] = None
+    if config.precision == "auto":  # whatever the machine chose is accepted
+        del fields["precision"]
     if config.bands or config.places:
         fields["of_maps"] = OF_MAPS
-    else:
-        fields["band_depths"] = None
     parts = {"bands": config.bands, f"places{config.places}": config.places}
     grid_key = "-".join([grid.key, *(name for name, kept in parts.items() if kept)])
     return CacheIdentity(cache_folder(config, size, grid_key), fields)
@@ -76,7 +77,7 @@ SIZES_READ = 200  # training pictures whose sizes decide
 
 def by_pictures(config: Config) -> bool:
     """Whether the pictures decide the size that is fed to the backbone."""
-    return config.img_size == "auto" and config.dataset in OF_ANY_SHAPE
+    return bool(auto_pixels(config.img_size)) and config.dataset in OF_ANY_SHAPE
 
 
 def shape_fields(config: Config, img_size: tuple[int, int]) -> dict:
@@ -111,7 +112,7 @@ def size_for(config: Config, images: datasets.ImageSet) -> tuple[int, int]:
     if not found:
         return own
     backbone = backbones.outline(dataclasses.replace(config, img_size=None))
-    size = size_in_shape(np.array(found), config.img_pixels, own, backbone.stride)
+    size = size_in_shape(np.array(found), auto_pixels(config.img_size) or 0, own, backbone.stride)
     if not backbones.takes(config, size):
         print(f"img_size auto: {config.extractor} takes {own[0]}x{own[1]} only", flush=True)
         return own
@@ -144,7 +145,7 @@ def what_is_kept(config: Config, backbone: backbones.Backbone) -> tuple[dict[str
     }
     shapes: dict[str, tuple[int, ...]] = {"tokens": (n_tokens, backbone.n_feat)}
     if of_maps:
-        depths = backbone.band_depths(config.band_depths)
+        depths = backbone.band_depths()
         channels = backbone.channels_of(depths)
         fields |= {"depths": depths, "band_channels": channels}
         shapes |= {name: kept.shape(channels) for name, kept in of_maps.items()}

@@ -3,6 +3,7 @@ every fit refuses is refused before its extraction."""
 
 import math
 
+from backbone.token_grid import Bands
 from config import Config
 from utils import check_memory
 
@@ -10,7 +11,7 @@ FLOAT = 4  # bytes
 
 
 def joint_channels(config: Config, features: dict) -> int:
-    bands = sum(features["band_channels"]) * (2 + config.rings) if config.bands else 0
+    bands = sum(features["band_channels"]) * len(Bands().statistics) if config.bands else 0
     return features["n_feat"] + bands
 
 

@@ -22,6 +22,7 @@ from config import Config, UserError
 from shell.command_line import command_line
 from shell.signals import Interrupted
 
+SHARD_ROWS = 0  # images per file of a new cache; 0: files of 128 to 256 MB
 CHUNK = 64  # images of a full cache that are pooled at a time
 
 
@@ -34,7 +35,7 @@ def new_writer(
 ) -> CacheWriter:
     """A writer of these images' cache."""
     skip = config.unreadable == "skip"
-    writer = CacheWriter(folder, fields, images.labels, shapes, config.shard_rows, part_key(images), skip)
+    writer = CacheWriter(folder, fields, images.labels, shapes, SHARD_ROWS, part_key(images), skip)
     growth.remember(images, folder)  # before the last shard makes the cache whole
     return writer
 
@@ -42,9 +43,8 @@ def new_writer(
 def fill(config: Config, writer: CacheWriter, features: Features, count: int, at_once: int = 1) -> None:
     """Write what is missing, so many shards at once; say what is kept when that is stopped or the disk is
     full."""
-    hidden = utils.no_bar(config.hide_tqdm_bar)
     try:
-        with tqdm(total=count, unit="img", disable=hidden, smoothing=0.05) as bar:
+        with tqdm(total=count, unit="img", disable=utils.no_bar(), smoothing=0.05) as bar:
             writer.fill(features, utils.ranks(config), bar.update, at_once)
     except Interrupted as interrupted:
         interrupted.told = f"{writer.kept()}; to go on: {command_line()}"
@@ -72,9 +72,7 @@ def pool_full_cache(
 ) -> FeatureCache | None:
     """Make a smaller grid's cache out of the same images' full-grid cache, without the backbone; None without
     one."""
-    full = cache_identity(
-        dataclasses.replace(config, token_grid="full", pooling="correct", feature_path=None)
-    )
+    full = cache_identity(dataclasses.replace(config, token_grid="full", feature_path=None))
     if config.token_grid == "full":
         return None
     of_this_size = {name: identity.fields[name] for name in ("img_size", "place_grid")}

@@ -15,6 +15,7 @@ from config import UserError
 
 # the kind of grid that keeps one token: the patches under a Gaussian window on the image's centre
 CENTRE = "centre"
+PLACE_CHANNELS = 192  # of a place token, at most
 
 
 def centred_window(grid: tuple[int, int], share: float) -> Tensor:
@@ -68,6 +69,12 @@ class TokenGrid:
     pooling: str
     window: int
     share: float = 0.0
+
+    @classmethod
+    def named(cls, knob: str, window: int, share: float = 0.0) -> "TokenGrid":
+        """The grid that the knob ``token_grid`` names; released8 is 8 pooled as released."""
+        name = knob.removeprefix("released")
+        return cls(name, "correct" if name == knob else "released", window, share)
 
     @property
     def bands(self) -> bool:
@@ -175,8 +182,8 @@ class Bands:
     frequency, without the constant; ``peak``, the root of the largest local energy (3 x 3 mean of the squared
     deviation)."""
 
-    rings: int
-    sigma: float
+    rings: int = 2
+    sigma: float = 0.15
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -254,7 +261,7 @@ class Places:
     distances on average."""
 
     grid: tuple[int, int]
-    channels: int
+    channels: int = PLACE_CHANNELS
 
     def shape(self, channels: tuple[int, ...]) -> tuple[int, int]:
         """Places and channels of an image, from the channels of each depth."""

@@ -25,7 +25,7 @@ from shell.files import write_text
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     "--extractor test_efficientnet --weights_path random --img_size 64 --class_name 0 --fusion none "
-    "--meta_epochs 1 --least_steps 0 --plots False --baselines False --threads 1"
+    "--meta_epochs 1 --least_steps 0 --keep weights --baselines False --threads 1"
 ).split()
 
 

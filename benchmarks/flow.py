@@ -151,7 +151,6 @@ def compare_trainings(args, device):
         fusion="class_attention",
         meta_epochs=1,
         sub_epochs=args.epochs,
-        hide_tqdm_bar=True,
         verbose=False,
     )
     print(

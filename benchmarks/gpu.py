@@ -8,7 +8,6 @@ Every phase runs in a process of its own with a time limit and writes each row a
 that fails or is ended keeps its rows, and its error stands in the last one."""
 
 import argparse
-import dataclasses
 import json
 import signal
 import subprocess
@@ -180,9 +179,7 @@ def digits(job: Job) -> None:
             "weights_path": "random",
             "feature_path": str(job.scratch / f"{device}"),
         }
-        config = knobs.make_config(
-            given | {"hide_tqdm_bar": True, "verbose": False, "baselines": False} | job.sizes.digits
-        )
+        config = knobs.make_config(given | {"verbose": False, "baselines": False} | job.sizes.digits)
         cache = extractor.ensure_features(config, device)
         sources = [class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS]
         found = [train.make_trainer(config, cache, name, 0, *sources).run().result["auroc"] for name in "01"]
@@ -206,7 +203,7 @@ def extraction(job: Job) -> None:
     identity = cache_identity(
         knobs.Config(weights_path="random", feature_path=str(job.scratch / "cache"), **job.sizes.backbone)
     )
-    config = dataclasses.replace(found.config, hide_tqdm_bar=True)
+    config = found.config
     images = found.images
     seconds = job.seconds(lambda: extractor.extract(config, images, identity, job.device))
     job.tell("images/s, to the disk, start included", f"{count / seconds:.0f}")
@@ -234,7 +231,7 @@ class Noise:
 def trainings(job: Job, **more) -> list[train.Trainer]:
     """A trainer per class on made-up tokens."""
     sizes = job.sizes
-    given = {"fusion": "class_attention", "hide_tqdm_bar": True, "verbose": False} | more
+    given = {"fusion": "class_attention", "verbose": False} | more
     config = knobs.Config(meta_epochs=1, sub_epochs=sizes.epochs, **given)
     tokens = 1 + sizes.grid**2
     features = {
@@ -266,8 +263,9 @@ def training(job: Job) -> None:
         job.tell(f"{sizes.classes} classes x {sizes.epochs} epochs, {name}", f"{seconds:.1f} s ({measured})")
         return seconds
 
-    def one_by_one(**more) -> float:
+    def one_by_one(matmul: str = "highest", **more) -> float:
         trainer = trainings(job, **more)[0]
+        trainer.matmul = matmul
         trainer.train_epoch()
         return job.seconds(trainer.train_epoch) * share
 
@@ -284,7 +282,7 @@ def training(job: Job) -> None:
         job.tell(f"transcription / ours, matmul {matmul}", f"{plain / ours:.1f}")
     job.tell("peak memory", peak_memory(job.device))
     if job.device.type == "cuda":
-        ours = tell("ours, compiled", one_by_one(compile_flow=True), "from an epoch of a class")
+        ours = tell("ours, compiled", one_by_one(compile=True), "from an epoch of a class")
         job.tell("transcription / ours, compiled", f"{plain / ours:.1f}")
 
 
@@ -299,9 +297,7 @@ def default_job(job: Job) -> None:
                 pixels = generator.integers(0, 255, (32, 32, 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(place / f"{i}.png")
     given = {"dataset": "folder", "dataset_path": str(folder), "weights_path": "random", "verbose": False}
-    config = knobs.Config(
-        **given, feature_path=str(job.scratch / "features"), hide_tqdm_bar=True, **job.sizes.backbone
-    )
+    config = knobs.Config(**given, feature_path=str(job.scratch / "features"), **job.sizes.backbone)
     total = job.sizes.classes * job.sizes.folder
     start = time.perf_counter()
     cache = extractor.ensure_features(config, job.device)

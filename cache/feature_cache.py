@@ -24,7 +24,7 @@ def cache_folder(config: Config, size: str, grid_key: str) -> Path:
     extractor = config.extractor.replace("/", "_").replace(":", "_")
     slug = datasets.slug(config)
     place = f"-{slug}" if slug else ""
-    return Path("features") / f"{config.dataset}{place}-{extractor}-{size}-{grid_key}"
+    return Path("features") / f"{datasets.collection(config.dataset)}{place}-{extractor}-{size}-{grid_key}"
 
 
 @dataclasses.dataclass(frozen=True)

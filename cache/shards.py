@@ -29,7 +29,7 @@ def rows_per_shard(shapes: dict[str, tuple[int, ...]]) -> int:
     return 2 ** int(math.log2(min(MOST_ROWS, max(1, SHARD_BYTES // largest))))
 
 
-REPAIR = "python extractor.py --verify True with the same settings mends that and leaves the rest as it is"
+REPAIR = "python extractor.py with the same settings mends that and leaves the rest as it is"
 
 
 class Damaged(UserError):

@@ -56,14 +56,14 @@ def save_fitted(config: Config, cache: feature_cache.FeatureCache, fitted: Fitte
     record, weights = checkpoint_files(path)
     record.unlink(missing_ok=True)  # an older run's: it would not fit what is written now
     weights.unlink(missing_ok=True)
-    if config.save_model:
+    if config.keep != "results":
         save_weights(fitted.detector.state_dict(), weights)
     content = {
         "result": fitted.result,
         "history": fitted.history,
         "config": dataclasses.asdict(config),
         "features": cache.meta,
-        "weights": fingerprint(weights) if config.save_model else None,
+        "weights": fingerprint(weights) if config.keep != "results" else None,
         "test": {
             "rows": fitted.test_rows.tolist(),
             "labels": fitted.labels.tolist(),
@@ -101,7 +101,7 @@ def weights_fault(record: dict, path: Path) -> str | None:
     that were written with it."""
     kept = record["weights"]
     if kept is None:
-        return f"no weights were kept in {path} (save_model was False)"
+        return f"no weights were kept in {path} (keep was results)"
     if not path.is_file():
         return f"the weights {path} are missing"
     return None if fingerprint(path) == kept else f"the weights {path} are cut or were changed"

@@ -280,7 +280,7 @@ class Detector(nn.Module):
 def joined_bands(config: Config, channels: tuple[int, ...]) -> list[range]:
     """The columns of the band token that the joint token takes: the low bands of the deepest depths, rings
     and peaks of all."""
-    bands, depths = Bands(config.rings, config.low_sigma), range(len(channels))
+    bands, depths = Bands(), range(len(channels))
     low = bands.columns(channels, ("low",), depths[-LOW_DEPTHS:])
     return low + bands.columns(channels, bands.statistics[1:], depths)
 
@@ -298,15 +298,15 @@ def build_flow(
             hidden=config.fc_internal or channels,
             clamp=config.clamp,
             fusion=config.fusion,
-            use_gamma=config.use_gamma,
+            use_gamma=True,
             identity_start=config.identity_start,
-            heads=config.n_heads,
+            heads=0,  # as many as the fusion takes by itself
             alpha=config.alpha,
             window=config.window,
-            bands=not middle and TokenGrid(config.token_grid, config.pooling, config.window).bands,
+            bands=not middle and TokenGrid.named(config.token_grid, config.window).bands,
         )
     except ValueError as error:
-        raise UserError(f"{error}; choose another fusion, n_heads or token_grid") from None
+        raise UserError(f"{error}; choose another fusion, fc_internal or token_grid") from None
 
 
 # ---------------------------------------------------------------- from a checkpoint

@@ -38,7 +38,7 @@ def training_bytes(config: Config, features: dict, n_images: int) -> int:
     batch's tokens as they are, normalised and with their gradients, and what each coupling layer keeps for
     the backward pass, the queries of its attention heads the most of it."""
     batch, channels = min(config.batch_size, n_images), features["n_feat"]
-    heads = (config.n_heads or 8) if config.fusion != "none" else 0
+    heads = 8 if config.fusion != "none" else 0
     kept = 2 * config.n_coupling_blocks * (6 * (config.fc_internal or channels) + 4 * channels * (1 + heads))
     return FLOAT * (
         4 * detector_floats(config, features) + batch * (3 * features["tokens"] * channels + kept)

@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from config import Config
 from model import Subnet
 
-ADAM = {"betas": (0.8, 0.8), "eps": 1e-4}  # the paper's (docs/method.md, section 4)
+ADAM = {"betas": (0.8, 0.8), "eps": 1e-4, "weight_decay": 1e-5}  # the paper's (docs/method.md, section 4)
 
 
 def make_optimizer(parameters: list[Tensor], config: Config) -> torch.optim.Adam:
-    return torch.optim.Adam(
-        parameters, lr=config.lr_init, weight_decay=config.weight_decay, fused=True, **ADAM
-    )
+    return torch.optim.Adam(parameters, lr=config.lr_init, fused=True, **ADAM)
 
 
 def learning_rate(config: Config, progress: float) -> float:

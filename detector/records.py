@@ -6,6 +6,7 @@ from pathlib import Path
 import config as knobs
 from config import UserError
 from shell.files import file_name, read_sealed
+from shell.values import class_names
 
 # What a record must hold: name -> its type. What else is there is kept and covered by the checksum.
 SHAPE = {
@@ -64,7 +65,7 @@ def find_checkpoints(path: Path, class_name: str | None, seed: int | None) -> li
         raise UserError(f"{path} holds no class of seed {seed}")
     if class_name is None:
         return list(found.values())
-    chosen = [name.strip() for name in knobs.class_names(class_name)]
+    chosen = [name.strip() for name in class_names(class_name)]
     for name in chosen:
         if file_name(name) not in found:
             raise UserError(knobs.unknown("class", name, found))

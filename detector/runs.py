@@ -163,7 +163,7 @@ def finished(config: Config, cache: feature_cache.FeatureCache, cell: Cell) -> d
         return None
     if (record["result"].get("class"), record["result"].get("seed")) != cell:
         return None
-    if config.save_model and checkpoints.weights_fault(record, checkpoints.checkpoint_files(path)[1]):
+    if config.keep != "results" and checkpoints.weights_fault(record, checkpoints.checkpoint_files(path)[1]):
         return None
     compared = config.baselines and cell[1] == config.seed
     if compared and not record["simple_scores"] and len(record["test"]["labels"]):

@@ -88,7 +88,7 @@ class PublishedForm:
         return all(folder / name in fetched for name in self.files)
 
 
-def load(dataset: str, root: Path, fine_classes: bool = False) -> Arrays:
+def load(dataset: str, root: Path) -> Arrays:
     """A data set in one of its published forms. Raises UserError that says what was looked for, and what is
     missing, cut off or changed there."""
     arrays = _read(dataset, root) or (_fetch(dataset, root) and _read(dataset, root))
@@ -96,7 +96,7 @@ def load(dataset: str, root: Path, fine_classes: bool = False) -> Arrays:
         raise UserError(
             f"dataset_path: {dataset} was fetched, but {root} still lacks its files; empty that folder"
         )
-    if dataset == "CIFAR100" and not fine_classes:
+    if dataset == "CIFAR100":
         category = {split: np.asarray(SUPERCLASS_OF)[fine] for split, fine in arrays.category.items()}
         return Arrays(list(SUPERCLASSES), arrays.pixels, category)
     return arrays
@@ -364,3 +364,4 @@ FORMS: dict[str, tuple[PublishedForm, ...]] = {
         ),
     ),
 }
+FORMS["CIFAR100_fine"] = FORMS["CIFAR100"]  # its 100 classes, not the 20 superclasses

@@ -26,6 +26,7 @@ from reporting.tables import shorten
 from shell.files import file_name, whole_file
 
 SHEET = 10  # images per row of a contact sheet
+BINS = (50, 100)  # of the histograms of normal and anomalous images
 TILE = 104  # pixels of a side of the square that an image is fitted into
 GAP, LINE = 6, 13  # pixels between tiles, and of a line of text
 HEAT_MAPS = 4  # of the most anomalous test images of a class
@@ -104,7 +105,7 @@ def draw_class(
     record, pictures = checkpoints.read_record(checkpoints.checkpoint_path(config, name, seed)), []
     if record["test"]["scores"] or record["held_out_scores"]:
         path = figures / f"scores-{file_name(name)}.png"
-        draw_histogram(name, record, seed, (config.nbins1, config.nbins2), path)
+        draw_histogram(name, record, seed, BINS, path)
         pictures.append(Picture(path, f"Scores of {name}, seed {seed}", name))
     if images and record["test"]["scores"]:
         try:
@@ -128,7 +129,7 @@ def draw_heat_maps(
 ) -> list[Picture]:
     """Where the most anomalous test images of a class are unusual, beside its contact sheet; none where its
     score reads no places (predict.py --heat_maps draws those, too)."""
-    if not (config.places and config.save_model):
+    if not (config.places and config.keep != "results"):
         return []
     fitted, _ = detector.load_detector(checkpoints.checkpoint_path(config, name, config.seed))
     if not fitted.uses_places:

@@ -252,7 +252,7 @@ def simple_auroc(table: dict, name: str | None) -> float:
 
 
 def reported_epoch(summary: dict) -> str:
-    return "last epoch" if summary["config"]["select_epoch"] == "last" else "epoch by held-out likelihood"
+    return "epoch by held-out likelihood" if summary["config"]["patience"] else "last epoch"
 
 
 def best_simple(summary: dict, name: str | None) -> tuple[str, float]:

@@ -7,8 +7,32 @@ import shlex
 import sys
 from pathlib import Path
 
-from config import MOST_USED, SECTIONS, Config, UserError, changed, make_config, parse_values, unknown_knob
+from config import Config, UserError, changed, make_config, unknown_knob
 from shell.signals import end_at_once_on_signals, guarded, show_any_name, stop
+from shell.values import parse_sweep, parse_values
+
+# The knobs that a first run needs, at the head of the help.
+MOST_USED = (
+    "preset",
+    "dataset",
+    "dataset_path",
+    "class_name",
+    "extractor",
+    "modelname",
+    "n_seeds",
+    "threads",
+    "restart",
+    "sweep",
+)
+# The sections of the help: the first knob of each -> its title.
+SECTIONS = {
+    "preset": "run",
+    "dataset": "data",
+    "extractor": "backbone and extraction",
+    "n_coupling_blocks": "flow",
+    "normalize": "training",
+    "score": "scoring",
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -27,7 +51,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def build_parser(description, script="main.py"):
     """A parser with every knob that ``script`` reads, its default and its meaning: the most used ones, then
-    the sections of this file."""
+    the sections of the help."""
     parser = OneLineParser(
         description=description,
         usage="%(prog)s [--knob VALUE ...]",
@@ -84,7 +108,10 @@ def from_command_line(description, argv=None, script="main.py"):
         given, rest = build_parser(description, script).parse_known_args(argv)
         if rest:
             raise UserError(unexpected(rest[0], script))
-        return make_config(parse_values(vars(given)))
+        made = make_config(parse_values(vars(given)))
+        if made.sweep:
+            parse_sweep(made.sweep)
+        return made
     except UserError as mistake:
         stop(mistake)
 

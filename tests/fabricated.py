@@ -72,7 +72,6 @@ def settings(**more) -> Config:
             "threads": 1,
             "extractor": "resnet18",
             "weights_path": "random",
-            "hide_tqdm_bar": True,
             "verbose": False,
             **more,
         }
@@ -105,4 +104,4 @@ def fit(cache, class_name: str = "a", seed: int = 0, **more) -> checkpoints.Fitt
     return make(cache, class_name, seed, **more).run()
 
 
-CHOOSING = {"holdout": 0.25, "select_epoch": "likelihood", "lr_init": 0.02}
+CHOOSING = {"holdout": 0.25, "patience": 3, "lr_init": 0.02}

@@ -14,6 +14,7 @@ import ablation
 
 import config
 import main
+from shell.values import parse_sweep
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def swept(cache, tmp_path, monkeypatch):
     main.main(
         settings(
             modelname="swept", sweep="fusion=none,class_attention;fusion_tokens=last", class_name="a,b",
-            n_seeds=2, holdout=0.25, select_epoch="likelihood", plots=False, save_model=False, meta_epochs=2,
+            n_seeds=2, holdout=0.25, patience=3, keep="results", meta_epochs=2,
         )
     )  # fmt: skip
     return tmp_path / "runs" / "swept"
@@ -59,7 +60,7 @@ def test_the_table_is_of_the_runs_that_are_there(swept):
 
 def test_rows_are_runs_of_the_preset():
     """Every row is of a run that the preset's sweep makes, and every fusion and choice of tokens has one."""
-    sweep = config.parse_sweep(config.PRESETS["ablation"]["sweep"])
+    sweep = parse_sweep(config.PRESETS["ablation"]["sweep"])
     made = {"-".join(values) for values in itertools.product(*sweep.values())}
     shown = {row.run for row in ablation.ROWS}
     assert shown == made - {"none-middle"}

@@ -159,7 +159,7 @@ def settings(**more) -> Config:
         "bands": True,
         "score": "joined",
         "holdout": 0.25,
-        "select_epoch": "likelihood",
+        "patience": 3,
         "normalize": "power_l2+whiten",
         "whiten_ridge": 1.0,
         "fusion": "spectral",
@@ -168,7 +168,6 @@ def settings(**more) -> Config:
         "batch_size": 16,
         "lr_init": 1e-3,
         "identity_start": True,
-        "hide_tqdm_bar": True,
         "verbose": False,
     }
     return Config(**(options | more))

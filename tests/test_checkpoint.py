@@ -24,7 +24,7 @@ from shell.files import checksum, write_sealed
         {"score": "latent_knn", "normalize": "power_l2+whiten"},
         {"score": "latent_knn", "normalize": "power_l2+whiten", "flow_channels": 8, "bands": True},
         {"score": "likelihood", "base": "kernel", "holdout": 0.2},
-        {"fusion": "hilo", "score": "likelihood", "use_gamma": False},
+        {"fusion": "hilo", "score": "likelihood"},
         {**CHOOSING, "meta_epochs": 3},
         JOINED,
         {**JOINED, **CHOOSING, "meta_epochs": 3},
@@ -58,7 +58,7 @@ def test_checkpoint_that_is_not_there(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="nothing"):
         detector.load_detector(tmp_path / "nothing.json")
-    path = checkpoints.save_fitted(settings(save_model=False), cache, fit(cache))
+    path = checkpoints.save_fitted(settings(keep="results"), cache, fit(cache))
     assert path.with_suffix(".json").exists() and not path.with_suffix(".safetensors").exists()
     with pytest.raises(UserError):
         detector.load_detector(path)
@@ -75,7 +75,7 @@ def test_no_weights_of_an_older_fit_stay(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, weights = checkpoints.checkpoint_files(checkpoints.save_fitted(settings(), cache, fit(cache)))
     assert weights.exists()
-    checkpoints.save_fitted(settings(save_model=False), cache, fit(cache))
+    checkpoints.save_fitted(settings(keep="results"), cache, fit(cache))
     assert not weights.exists()
 
 
@@ -99,7 +99,7 @@ def refused(path) -> str:
     [
         ("config", "clamp", 2.9),
         ("config", "score", "likelihood"),
-        ("config", "pooling", "released"),
+        ("config", "token_grid", "released8"),
         ("features", "n_feat", 31),
         ("result", "auroc", 0.9999),
         ("test", "scores", [0.0]),

@@ -13,6 +13,7 @@ import torch
 from conftest import make_folder, write_image
 
 import config as knobs
+import datasets
 import extractor
 import utils
 from backbone import backbones
@@ -36,9 +37,8 @@ SMALL = (
     "float32",
     "--fc_internal",
     "16",
-    "--plots",
-    "False",
-    "--hide_tqdm_bar",
+    "--keep",
+    "weights",
 )
 
 
@@ -88,7 +88,7 @@ def run_here(tmp_path, monkeypatch, capsys):
         ("main.py", ["--dataset", "digits", "--class_name", "eleven", *SMALL], ["eleven"]),
         ("train.py", ["--dataset", "digits", *SMALL], ["class_name"]),
         ("main.py", ["--dataset", "digits", "--extractor", "resnet19"], ["resnet19", "resnet18"]),
-        ("main.py", ["--dataset", "digits", *SMALL, "--n_feat", "99"], ["99", "512"]),
+        ("main.py", ["--dataset", "digits", *SMALL, "--n_feat", "99"], ["n_feat", "backbone's"]),
         ("main.py", ["--dataset", "digits", *SMALL, "--weights_path", "none.pth"], ["none.pth"]),
         ("main.py", ["--dataset", "digits", *SMALL, "--pretrained", "True"], ["no features"]),
         ("main.py", ["--dataset", "digits", *SMALL, "--token_grid", "99"], ["token_grid"]),
@@ -110,7 +110,7 @@ def test_data_sets_that_are_not_there(run_here, tmp_path, monkeypatch, dataset):
     monkeypatch.setattr(utils, "reachable", lambda url: False)
     for path in ([], ["--dataset_path", "some/where"]):
         line = one_line(run_here("extractor.py", "--dataset", dataset, *path, *SMALL))
-        place = tmp_path / (path[1] if path else f"data/{dataset}")
+        place = tmp_path / (path[1] if path else f"data/{datasets.collection(dataset)}")
         assert f"{place} is not there" in line and "expected" in line
         assert not list(tmp_path.iterdir())
 

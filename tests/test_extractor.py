@@ -63,7 +63,6 @@ def settings(name: str, size=None, **more) -> Config:
             "workers": 0,
             "threads": 1,
             "dataset": "folder",
-            "hide_tqdm_bar": True,
             **more,
         }
     )
@@ -217,7 +216,7 @@ def test_normalisation_is_the_backbones_own():
     assert fields["norm_mean"] == fields["norm_std"] == (0.5, 0.5, 0.5), (
         "this ViT was trained with 0.5, not with ImageNet's"
     )
-    assert cache_identity(settings("VIT", norm_mean=(0.1, 0.2, 0.3))).fields["norm_mean"] == (
+    assert cache_identity(settings("VIT", pixel_norm=(0.1, 0.2, 0.3, 1, 2, 3))).fields["norm_mean"] == (
         0.1,
         0.2,
         0.3,
@@ -504,12 +503,6 @@ def test_unknown_tag():
         load_backbone(settings("resnet18.no_such_tag"))
 
 
-def test_n_feat_that_does_not_fit():
-    assert load_backbone(settings("resnet18", (32, 32), n_feat=512)).n_feat == 512
-    with pytest.raises(UserError, match="768.*512"):
-        load_backbone(settings("resnet18", (32, 32), n_feat=768))
-
-
 @pytest.mark.parametrize(
     "name, size", [("vit_tiny_patch16_224", (8, 8)), ("swin_tiny_patch4_window7_224", (3, 3))]
 )
@@ -620,7 +613,14 @@ def mixed(tmp_path, monkeypatch):
     return tmp_path / "images"
 
 
-def small(folder, **more) -> Config:
+@pytest.fixture(autouse=True)
+def shards_of_any_size(monkeypatch):
+    monkeypatch.setattr(storing, "SHARD_ROWS", 0)
+
+
+def small(folder, shard_rows: int = 0, **more) -> Config:
+    """New caches have ``shard_rows`` images per file from now on; 0: as many as they have by themselves."""
+    storing.SHARD_ROWS = shard_rows
     return settings("resnet18", (32, 48), dataset_path=str(folder), **more)
 
 
@@ -681,7 +681,7 @@ def test_features_are_extracted_once(mixed, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "change",
     [
-        {"norm_mean": (0.1, 0.1, 0.1)},
+        {"pixel_norm": (0.1, 0.1, 0.1, 0.5, 0.5, 0.5)},
         {"seed": 1},
         {"token_grid": "1"},
         {"precision": "bfloat16"},
@@ -752,9 +752,8 @@ def flip_last(path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
 
 
-@pytest.mark.parametrize("verify", [False, True])
-def test_extractor_mends_the_damaged_shard_alone(mixed, capsys, verify):
-    config = small(mixed, shard_rows=4, feature_path="kept", verify=verify)
+def test_extractor_mends_the_damaged_shard_alone(mixed, capsys):
+    config = small(mixed, shard_rows=4, feature_path="kept")
     extractor.main(config)
     before = contents(Path("kept"))
     flip_last(Path("kept") / "train-tokens-00001.npy")
@@ -766,8 +765,8 @@ def test_extractor_mends_the_damaged_shard_alone(mixed, capsys, verify):
     assert "all 5 shards of kept are sound" in capsys.readouterr().out
 
 
-def test_verify_before_training_mends_too(mixed, capsys):
-    """Without ``verify`` rows are checked when they are read; a file that is cut or gone is seen at once."""
+def test_before_training_a_file_that_is_cut_or_gone_is_seen(mixed, capsys):
+    """Rows are checked when they are read; extractor.py mends them."""
     config = small(mixed, shard_rows=4, feature_path="kept")
     extractor.main(config)
     before = contents(Path("kept"))
@@ -775,25 +774,24 @@ def test_verify_before_training_mends_too(mixed, capsys):
     cache = extractor.ensure_features(config, CPU)
     with pytest.raises(UserError, match="checksum"):
         cache.tokens("train")[:]
-    with pytest.raises(UserError, match="1 shards of kept are damaged"):
-        extractor.ensure_features(dataclasses.replace(config, verify=True, pretrained=True), CPU)
-    extractor.ensure_features(dataclasses.replace(config, verify=True), CPU).tokens("train")[:]
+    extractor.main(config)
+    extractor.ensure_features(config, CPU).tokens("train")[:]
     assert contents(Path("kept")) == before
     (Path("kept") / "test-tokens-00000.npy").unlink()
     extractor.ensure_features(config, CPU)
     assert contents(Path("kept")) == before
 
 
-def test_verify_without_the_images_only_looks(mixed, capsys):
-    config = small(mixed, feature_path="kept", verify=True)
-    extractor.main(config)
+def test_pretrained_features_are_checked_without_the_images(mixed, capsys):
+    extractor.main(small(mixed, feature_path="kept"))
     mixed.rename("elsewhere")
     with pytest.raises(UserError, match="dataset_path"):
-        extractor.main(dataclasses.replace(config, verify=False))
+        extractor.main(small(mixed, feature_path="kept"))
+    config = small(mixed, feature_path="kept", pretrained=True)
     extractor.main(config)
     assert "all 2 shards of kept are sound" in capsys.readouterr().out
     flip_last(Path("kept") / "test-tokens-00000.npy")
-    with pytest.raises(UserError, match=r"1 shards of kept are damaged \(test-00000: .*--verify"):
+    with pytest.raises(UserError, match=r"1 shards of kept are damaged \(test-00000: .*extractor.py"):
         extractor.main(config)
 
 
@@ -876,7 +874,7 @@ def test_restart_extracts_everything_again(mixed, capsys):
     extractor.main(config)
     assert "extracting 16 images" in capsys.readouterr().out and contents(Path("kept")) == before
     with pytest.raises(UserError, match="restart: expected one process"):
-        extractor.main(dataclasses.replace(config, rank=0, world_size=2))
+        extractor.main(dataclasses.replace(config, worker="0/2"))
 
 
 def test_features_of_other_settings_are_refused_before_any_work(mixed, monkeypatch):
@@ -917,7 +915,8 @@ def test_outline_tells_what_the_backbone_gives(name, options):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_features_that_are_not_finite(mixed, tmp_path, workers):
     with pytest.raises(UserError, match="finite"):
-        extractor.ensure_features(small(mixed, norm_std=(1e-12, 1e-12, 1e-12), workers=workers), CPU)
+        norm = (0.5, 0.5, 0.5, 1e-12, 1e-12, 1e-12)
+        extractor.ensure_features(small(mixed, pixel_norm=norm, workers=workers), CPU)
     assert not list(tmp_path.glob("features/*/*.npy"))
 
 
@@ -1070,30 +1069,42 @@ def test_grid_from_the_number_of_tokens(size, grid):
 
 # ---------------------------------------------------------------- what a cache is known by
 @pytest.mark.parametrize(
-    "change",
+    "base, change",
     [
-        {"token_grid": "2", "pooling": "released"},
-        {"token_grid": "compact", "window": 2},
-        {"token_grid": "centre", "centre_pool": 0.3},
-        {"bands": True},
-        {"bands": True, "rings": 3},
-        {"bands": True, "low_sigma": 0.3},
-        {"bands": True, "band_depths": "1,2"},
+        ({"token_grid": "2"}, {"token_grid": "released2"}),
+        ({"token_grid": "compact"}, {"window": 2}),
+        ({"token_grid": "centre", "centre_pool": 0.1}, {"centre_pool": 0.3}),
+        ({}, {"bands": True}),
+        ({}, {"places": 3}),
+        ({}, {"pixel_norm": (0.5,) * 6}),
+        ({"dataset": "CIFAR100"}, {"dataset": "CIFAR100_fine"}),
     ],
     ids=str,
 )
-def test_identity_follows_what_changes_the_features(tmp_path, change):
-    base = {"pooling": "correct"} | {k: v for k, v in change.items() if k in ("token_grid", "bands")}
-    base |= {"centre_pool": 0.1}
-    if len(change) == 1:
-        base.pop("bands", None)
+def test_identity_follows_what_changes_the_features(base, change):
     first, second = (cache_identity(settings("resnet18", (32, 32), **o)) for o in (base, base | change))
     assert first.fields != second.fields
 
 
+def test_identity_is_that_of_caches_made_before():
+    """Fields that were knobs once are still recorded, and still checked."""
+    former = {
+        "pooling": "released", "token_grid": "8", "fine_classes": True, "dataset": "CIFAR100",
+        "norm_mean": (0.1, 0.2, 0.3), "norm_std": (1, 2, 3), "rings": 2, "low_sigma": 0.15,
+        "band_depths": "auto", "place_channels": 192,
+    }  # fmt: skip
+    options = {"token_grid": "released8", "dataset": "CIFAR100_fine", "bands": True, "places": 3}
+    identity = cache_identity(settings("resnet18", (32, 32), pixel_norm=(0.1, 0.2, 0.3, 1, 2, 3), **options))
+    assert former.items() <= identity.fields.items()
+    assert identity.folder.name == "CIFAR100-fine-resnet18-32x32-8-bands-places3"
+    plain = cache_identity(settings("resnet18", (32, 32))).fields
+    of_maps = ("rings", "low_sigma", "band_depths", "place_channels")
+    assert all(plain[name] is None for name in of_maps) and plain["fine_classes"] is False
+
+
 def test_identity_ignores_what_changes_nothing():
     plain = cache_identity(settings("resnet18", (32, 32)))
-    for change in ({"window": 5}, {"rings": 5}, {"low_sigma": 0.5}, {"fusion": "none"}, {"centre_pool": 0.2}):
+    for change in ({"window": 5}, {"fusion": "none"}, {"centre_pool": 0.2}):
         assert cache_identity(settings("resnet18", (32, 32), **change)) == plain, change
 
 
@@ -1125,7 +1136,7 @@ def test_bands_in_the_cache_are_those_of_the_maps(mixed):
 
 def test_depths_of_a_token_model_with_three_stages():
     backbone = load_backbone(settings("levit_128s"))
-    assert backbone.band_depths("auto") == (0, 1, 2)
+    assert backbone.band_depths() == (0, 1, 2)
 
 
 def test_a_timm_that_is_too_old_is_told(monkeypatch):
@@ -1141,12 +1152,7 @@ def test_a_timm_that_is_too_old_is_told(monkeypatch):
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
 def test_band_depths(name):
     backbone = load_backbone(settings(name))
-    count = 12 if "vit" in name else 5
-    assert backbone.band_depths("auto") == ((2, 5, 8, 11) if "vit" in name else (1, 2, 3, 4))
-    assert backbone.band_depths("3, 1") == (1, 3)
-    for wrong in (f"0,{count}", "1,1"):
-        with pytest.raises(UserError, match="band_depths"):
-            backbone.band_depths(wrong)
+    assert backbone.band_depths() == ((2, 5, 8, 11) if "vit" in name else (1, 2, 3, 4))
     tokens, maps = backbone.with_maps(torch.zeros(1, 3, *backbone.img_size), (1, 3))
     assert [m.shape[1] for m in maps] == list(backbone.channels_of((1, 3)))
     assert torch.allclose(tokens, backbone(torch.zeros(1, 3, *backbone.img_size)), atol=1e-5)

@@ -12,7 +12,7 @@ from conftest import ROOT, script
 
 SMALL = (
     *("--dataset", "digits", "--extractor", "resnet10t", "--weights_path", "random", "--img_size", "32"),
-    *("--threads", "1", "--shard_rows", "100", "--feature_path", "kept", "--hide_tqdm_bar"),
+    *("--threads", "1", "--feature_path", "kept"),
 )
 
 
@@ -24,9 +24,16 @@ def test_ten_kills_and_the_other_faults():
     assert {(lost, wrong) for _, _, lost, wrong in rows} == {("0", "0")}, done.stdout
 
 
-def started(*arguments, cwd: Path, **environment) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "extractor.py"), *arguments]
-    environment = {"PATH": "", "OMP_NUM_THREADS": "1"} | environment
+SHARDS_OF_100 = """import runpy, sys
+from backbone import storing
+storing.SHARD_ROWS = 100
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+
+
+def started(*arguments, cwd: Path, code: str = "", **environment) -> subprocess.Popen:
+    command = [sys.executable, *(["-c", code] if code else []), str(ROOT / "extractor.py"), *arguments]
+    environment = {"PATH": "", "PYTHONPATH": str(ROOT) if code else "", "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -35,7 +42,7 @@ def started(*arguments, cwd: Path, **environment) -> subprocess.Popen:
 def test_a_signal_ends_an_extraction_with_one_line(tmp_path):
     """Which says what is kept and how to go on; what it names does so."""
     number = signal.SIGTERM
-    running = started(*SMALL, cwd=tmp_path)
+    running = started(*SMALL, cwd=tmp_path, code=SHARDS_OF_100)
     while not (tmp_path / "kept" / "train-00000.json").exists():
         assert running.poll() is None, running.communicate()
         time.sleep(0.01)

@@ -209,7 +209,7 @@ def test_every_field_of_a_configuration_is_checked(tmp_path):
     """None of what extractor.py asks for may differ unseen."""
     from backbone.identity import cache_identity
 
-    asked = cache_identity(Config(extractor="efficientnet_lite0", precision="float32", n_feat=1280)).fields
+    asked = cache_identity(Config(extractor="efficientnet_lite0", precision="float32")).fields
     assert len(asked) >= len(FIELDS)
     write_cache(tmp_path / "cache", fields=FOUND | asked)
     cached(tmp_path / "cache", asked)

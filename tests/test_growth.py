@@ -10,7 +10,7 @@ import torch
 from conftest import make_folder, texture, write_image
 
 import extractor
-from backbone import extraction
+from backbone import extraction, storing
 from cache import growth, manifest
 from config import Config, UserError
 from datasets import SPLITS
@@ -29,7 +29,7 @@ def folder(tmp_path, monkeypatch):
 def settings(**more) -> Config:
     options = {
         "dataset": "folder", "dataset_path": "images", "extractor": "resnet10t", "img_size": (32, 32),
-        "weights_path": "random", "precision": "float32", "feature_path": "kept", "hide_tqdm_bar": True,
+        "weights_path": "random", "precision": "float32", "feature_path": "kept",
     }  # fmt: skip
     return Config(**(options | more))
 
@@ -65,9 +65,10 @@ def test_a_folder_of_good_pictures_grows_at_its_end(folder, extracted):
 
 @pytest.mark.parametrize("way", ["train", "extractor"])
 @pytest.mark.parametrize("shard_rows", [0, 4])
-def test_only_new_pictures_are_extracted(folder, extracted, way, shard_rows):
+def test_only_new_pictures_are_extracted(folder, extracted, monkeypatch, way, shard_rows):
     """In between and behind, in both splits; all rows are those of a cache made anew."""
-    config = settings(shard_rows=shard_rows)
+    monkeypatch.setattr(storing, "SHARD_ROWS", shard_rows)
+    config = settings()
     extractor.ensure_features(config, CPU)
     extracted.clear()
     add(folder, "train/a/01b.png", "train/b/99.png", "test/a/00a.png")
@@ -89,8 +90,9 @@ def test_only_new_pictures_are_extracted(folder, extracted, way, shard_rows):
 
 
 @pytest.mark.parametrize("change", ["changed", "gone"])
-def test_a_picture_that_changed_or_went_is_no_growth(folder, extracted, change):
-    config = settings(shard_rows=4)
+def test_a_picture_that_changed_or_went_is_no_growth(folder, extracted, monkeypatch, change):
+    monkeypatch.setattr(storing, "SHARD_ROWS", 4)
+    config = settings()
     extractor.ensure_features(config, CPU)
     add(folder, "train/b/99.png")
     (folder / "train/a/00.png").unlink()

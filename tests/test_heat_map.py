@@ -104,8 +104,8 @@ def run(tmp_path_factory):
     main.main(
         Config(
             dataset="mvtec", dataset_path="textures/brushed", extractor="resnet10t", weights_path="random",
-            img_size=(64, 64), precision="float32", threads=1, hide_tqdm_bar=True, fc_internal=16, workers=0,
-            n_coupling_blocks=1, fusion="none", bands=True, band_depths="1,2", places=6, score="joined",
+            img_size=(64, 64), precision="float32", threads=1, fc_internal=16, workers=0,
+            n_coupling_blocks=1, fusion="none", bands=True, places=6, score="joined",
             holdout=0.2, device="cpu", verbose=False,
             modelname="heat",
         )

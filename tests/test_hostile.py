@@ -17,6 +17,7 @@ import config as knobs
 from backbone import backbones
 from config import Config, UserError
 from images import images
+from shell.values import parse_values
 from tools import hostile
 
 FIELDS = dataclasses.fields(Config)
@@ -82,7 +83,7 @@ def test_values_of_any_kind(name, value):
 @given(name=st.sampled_from([field.name for field in FIELDS]), text=st.text(max_size=30))
 def test_texts_of_any_kind(name, text):
     try:
-        knobs.make_config(knobs.parse_values({name: text}))
+        knobs.make_config(parse_values({name: text}))
     except UserError as mistake:
         assert str(mistake)
 

@@ -38,7 +38,7 @@ def whole(folder, **more) -> Config:
             "threads": 1,
             "workers": 0,
             "precision": "float32",
-            "plots": False,
+            "keep": "weights",
             "verbose": False,
             **more,
         }
@@ -49,7 +49,7 @@ def whole(folder, **more) -> Config:
 def run_folder(texture_folder, tmp_path_factory):
     """A working folder in which main.py has run once, with everything; its features/ serve the other runs."""
     folder = tmp_path_factory.mktemp("work")
-    given = knobs.changed(whole(texture_folder, plots=True, baselines=True, n_seeds=2)).items()
+    given = knobs.changed(whole(texture_folder, keep="all", baselines=True, n_seeds=2)).items()
     text = {"img_size": "64x64"}
     done = script(
         "main.py",
@@ -213,7 +213,7 @@ def test_a_run_goes_on_where_it_ended(run_folder, texture_folder, tmp_path, monk
     [
         {"token_grid": "1"},
         {"token_grid": "compact", "window": 1},
-        {"token_grid": "1", "pooling": "released", "fusion": "class_attention"},
+        {"token_grid": "released1", "fusion": "class_attention"},
     ],
     ids=str,
 )
@@ -243,7 +243,7 @@ def test_test_images_of_one_label(tmp_path, monkeypatch):
                 extractor="resnet18",
                 weights_path="random",
                 normalize="power_l2",
-                plots=True,
+                keep="all",
             )
         )
     auroc = json.loads((tmp_path / "runs/run/results.json").read_text())["mean"]["auroc"]
@@ -259,9 +259,8 @@ def test_sweep_runs_every_combination(tmp_path, monkeypatch):
         weights_path="random",
         img_size=(64, 64),
         workers=0,
-        hide_tqdm_bar=True,
         verbose=False,
-        plots=False,
+        keep="weights",
         fc_internal=8,
         threads=1,
         n_seeds=2,

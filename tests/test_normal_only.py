@@ -16,11 +16,11 @@ from detector.detector import Detector
 
 RUN = {
     "dataset": "folder", "dataset_path": "good", "extractor": "resnet10t", "weights_path": "random",
-    "img_size": (64, 64), "precision": "float32", "workers": 0, "threads": 1, "hide_tqdm_bar": True,
+    "img_size": (64, 64), "precision": "float32", "workers": 0, "threads": 1,
     "fc_internal": 16, "n_coupling_blocks": 2, "fusion": "class_attention", "device": "cpu", "holdout": 0.1,
 }  # fmt: skip
 JOINED = {
-    "bands": True, "score": "joined", "base": "kernel", "baselines": True, "select_epoch": "likelihood",
+    "bands": True, "score": "joined", "base": "kernel", "baselines": True, "patience": 3,
     "normalize": "power_l2+whiten", "centre_pool": 0.1, "places": 4, "fusion_tokens": "middle",
 }  # fmt: skip
 

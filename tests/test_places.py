@@ -11,7 +11,7 @@ import utils
 from backbone.token_grid import Bands, Places, place_grid, rotation
 from config import ClassError, Config
 from datasets import SPLITS, Labels, Split
-from detector import baselines, class_data, detector
+from detector import baselines, class_data, detector, optimization
 from detector.normalization import PlaceGaussians, spread
 
 CHANNELS = (4, 6, 5)
@@ -151,9 +151,9 @@ def fabricate(folder, spread: float):
 
 def settings(**more) -> Config:
     options = {
-        "bands": True, "places": 5, "score": "joined", "holdout": 0.25, "select_epoch": "likelihood",
+        "bands": True, "places": 5, "score": "joined", "holdout": 0.25, "patience": 3,
         "normalize": "power_l2+whiten", "fusion": "class_attention", "n_coupling_blocks": 2,
-        "fc_internal": 16, "batch_size": 16, "lr_init": 1e-3, "identity_start": True, "hide_tqdm_bar": True,
+        "fc_internal": 16, "batch_size": 16, "lr_init": 1e-3, "identity_start": True,
         "verbose": False, "whiten_ridge": 1.0,
     }  # fmt: skip
     return Config(**(options | more))
@@ -251,8 +251,9 @@ def test_the_fusion_reads_middle_tokens(tmp_path, options):
         assert not torch.allclose(moved.log_det, found.log_det, atol=1e-3)
 
 
-def test_training_moves_the_fusion_of_middle_tokens(tmp_path):
-    options = {"meta_epochs": 3, "select_epoch": "last", "weight_decay": 0.0}
+def test_training_moves_the_fusion_of_middle_tokens(tmp_path, monkeypatch):
+    monkeypatch.setitem(optimization.ADAM, "weight_decay", 0.0)
+    options = {"meta_epochs": 3, "patience": 0}
     trainer = make(fabricate(tmp_path / "c", spread=4.0), fusion_tokens="middle", **options)
     fusion = {n: p for n, p in trainer.detector.flow.named_parameters() if ".fusion." in n}
     start = {name: parameter.detach().clone() for name, parameter in fusion.items()}

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 RUN = {
     "dataset": "folder", "dataset_path": "images", "extractor": "resnet18", "weights_path": "random",
-    "img_size": (64, 64), "precision": "float32", "workers": 0, "threads": 1, "hide_tqdm_bar": True,
+    "img_size": (64, 64), "precision": "float32", "workers": 0, "threads": 1,
     "fc_internal": 16, "verbose": False, "device": "cpu",
 }  # fmt: skip
 
@@ -66,7 +66,7 @@ def fitted(tmp_path_factory):
             ("joined", {"holdout": 0.3, "bands": True, "score": "joined", "base": "kernel"}),
         ):
             train.main(Config(**RUN, class_name="a", modelname=name, **options))
-        main.main(Config(**RUN, class_name="a,b", modelname="two", holdout=0.3, plots=False))
+        main.main(Config(**RUN, class_name="a,b", modelname="two", holdout=0.3, keep="weights"))
     finally:
         os.chdir(before)
     return folder

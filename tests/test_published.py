@@ -216,13 +216,11 @@ def test_pixels_and_labels(tmp_path, monkeypatch, form):
 def test_fine_classes(tmp_path, monkeypatch, form):
     files, _, labels = TRUE_FORMS[form](monkeypatch)
     written(tmp_path, files)
-    images = read("CIFAR100", tmp_path, fine_classes=True)
+    images = read("CIFAR100_fine", tmp_path)
     assert images.labels.classes == tuple(FINE)
     assert images.labels.train.category.tolist() == labels["train"].tolist()
     assert read("CIFAR100", tmp_path).labels.classes == published.SUPERCLASSES
-    configs = [
-        Config(dataset="CIFAR100", dataset_path=str(tmp_path), fine_classes=fine) for fine in (0 > 1, True)
-    ]
+    configs = [Config(dataset=name, dataset_path=str(tmp_path)) for name in ("CIFAR100", "CIFAR100_fine")]
     assert len({datasets.images_of(config).labels.classes for config in configs}) == 2
     assert len({datasets.slug(config) for config in configs}) == 2
 

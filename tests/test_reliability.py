@@ -32,7 +32,7 @@ def begin(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(main.extractor, "ensure_features", lambda *_: cache)
 
     def go(**more) -> int:
-        config = settings(**{"modelname": "run", "plots": False, **more})
+        config = settings(**{"modelname": "run", "keep": "weights", **more})
         return start(lambda: guarded(main.main, config), tmp_path / "log")
 
     return go
@@ -157,7 +157,7 @@ def test_a_disk_that_is_full(begin, tmp_path):
 def test_ranks_come_to_the_table_of_one(begin, tmp_path, world_size):
     options = LASTING | {"baselines": True}
     assert wait(begin(modelname="alone", **options)) == 0
-    ranks = [begin(rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+    ranks = [begin(worker=f"{rank}/{world_size}", **options) for rank in range(world_size)]
     assert [wait(pid) for pid in ranks] == [0] * world_size, (tmp_path / "log").read_text()
     assert table() == table("alone")
     check_whole()
@@ -176,7 +176,7 @@ def test_every_cell_is_fitted_once(begin, cache, tmp_path, monkeypatch):
         return real(config, cache, class_name, seed, *sources)
 
     monkeypatch.setattr(main.train, "make_trainer", counted)
-    assert [wait(pid) for pid in [begin(rank=rank, world_size=3, n_seeds=4) for rank in range(3)]] == [0] * 3
+    assert [wait(pid) for pid in [begin(worker=f"{rank}/3", n_seeds=4) for rank in range(3)]] == [0] * 3
     fitted = [path.name.split("-")[1:] for path in tmp_path.glob("fitted-*")]
     assert len(fitted) == 12 and len({(name, seed) for name, seed, _ in fitted}) == 12
     assert len({pid for *_, pid in fitted}) == 3, "every rank had its share"
@@ -186,11 +186,11 @@ def test_every_cell_is_fitted_once(begin, cache, tmp_path, monkeypatch):
 def test_a_rank_that_dies(begin, tmp_path, victim):
     """The others finish its cells; where rank 0 itself died, the last one reports, or the next run does."""
     assert wait(begin(modelname="alone", **LASTING)) == 0
-    pids = {rank: begin(rank=rank, world_size=3, **LASTING) for rank in range(3)}
+    pids = {rank: begin(worker=f"{rank}/3", **LASTING) for rank in range(3)}
     kill_after(pids.pop(victim), 0.3)
     assert [wait(pid) for pid in pids.values()] == [0, 0], (tmp_path / "log").read_text()
     if victim == 0:
-        assert wait(begin(rank=0, world_size=3, **LASTING)) == 0
+        assert wait(begin(worker="0/3", **LASTING)) == 0
     assert table() == table("alone")
     check_whole()
 
@@ -205,7 +205,7 @@ def test_ranks_report_a_class_that_fails(begin, cache, tmp_path, monkeypatch):
         return real(config, cache, class_name, *rest)
 
     monkeypatch.setattr(main.train, "make_trainer", failing)
-    statuses = [wait(pid) for pid in [begin(rank=rank, world_size=2) for rank in range(2)]]
+    statuses = [wait(pid) for pid in [begin(worker=f"{rank}/2") for rank in range(2)]]
     assert statuses == [2, 0], (tmp_path / "log").read_text()
     assert len(list(tmp_path.glob("tried-*"))) == 1, "one rank's failure is all ranks'"
     found = json.loads(Path("runs/run/results.json").read_text())["classes"]
@@ -215,16 +215,16 @@ def test_ranks_report_a_class_that_fails(begin, cache, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_ranks_by_hand(tmp_path, monkeypatch):
-    """The scripts themselves, one rank by knobs and one by torchrun's variables, from the images on."""
+    """The scripts themselves, one rank by its knob and one by torchrun's variables, from the images on."""
     folder = make_folder(tmp_path / "images", n_train=12, n_test=6)
     options = (
         "--dataset folder --extractor resnet10t --weights_path random --img_size 32 --fc_internal 16 "
-        "--fusion none --threads 1 --workers 0 --plots False --precision float32"
+        "--fusion none --threads 1 --workers 0 --keep weights --precision float32"
     ).split() + ["--dataset_path", folder]
     shared = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     for arguments, environment in (
         (["--modelname", "alone"], {}),
-        (["--modelname", "run", "--rank", "1", "--world_size", "2"], {}),
+        (["--modelname", "run", "--worker", "1/2"], {}),
         (["--modelname", "run"], shared),
     ):
         done = script("main.py", *options, *arguments, cwd=tmp_path, **environment)

@@ -34,7 +34,7 @@ def run(cache, tmp_path, monkeypatch):
         return real(config, cache, class_name, seed, *sources)
 
     def go(**more) -> dict:
-        config = settings(**{"modelname": "run", "plots": False, "save_model": True, **more})
+        config = settings(**{"modelname": "run", "keep": "weights", **more})
         main.main(config)
         return results(config)
 
@@ -80,7 +80,7 @@ def test_processes_come_to_the_table_of_one(run, capsys, monkeypatch):
     digit."""
     drawn, draw = [], main.figures.draw_class
     monkeypatch.setattr(main.figures, "draw_class", lambda *of: (drawn.append(of[3]), draw(*of))[1])
-    options = {"n_seeds": 2, "baselines": True, "plots": True, "pretrained": True, **JOINED}
+    options = {"n_seeds": 2, "baselines": True, "keep": "all", "pretrained": True, **JOINED}
     alone, _ = run(threads=1, **options), capsys.readouterr()
     assert drawn == list(CLASSES)
     run.fitted.clear()
@@ -145,15 +145,15 @@ def test_what_is_damaged_is_not_finished(run, damage):
 
 def test_what_is_asked_for_later_is_made(run):
     """Weights, and what the baselines need, where the first run kept none."""
-    run(save_model=False)
+    run(keep="results")
     assert files() == [f"{name}-seed0.json" for name in CLASSES]
     run.fitted.clear()
-    run(save_model=True)
+    run(keep="weights")
     assert len(run.fitted) == 3 and len(files()) == 6
     run.fitted.clear()
     assert run(baselines=True)["baselines"] and len(run.fitted) == 3
     run.fitted.clear()
-    run(baselines=True, save_model=False, verbose=True, threads=0, class_name="c,a", nbins1=3)
+    run(baselines=True, keep="results", verbose=True, threads=0, class_name="c,a", unreadable="skip")
     assert run.fitted == [], "knobs that change no outcome do not count"
 
 
@@ -167,7 +167,7 @@ def test_restart(run):
     left = {path.name for path in utils.Path("runs/run").iterdir()}
     assert left <= {"classes", "figures"}, "no table or page of the old run"
     with pytest.raises(UserError, match="restart"):
-        run(restart=True, rank=0, world_size=2)
+        run(restart=True, worker="0/2")
 
 
 # ---------------------------------------------------------------- one configuration
@@ -267,15 +267,15 @@ def test_one_writer(run):
         ):
             run()
         with pytest.raises(UserError, match="being written"):
-            run(rank=1, world_size=2)
+            run(worker="1/2")
     run()
     assert ".writer" not in str(os.listdir("runs/run"))
 
 
 def test_ranks_share_a_folder_with_their_like_only(run):
-    shared = settings(modelname="run", rank=0, world_size=3)
-    with runs.writing(shared), runs.writing(dataclasses.replace(shared, rank=2)):
-        for other in ({}, {"rank": 0, "world_size": 2}, {"rank": 2, "world_size": 3}):
+    shared = settings(modelname="run", worker="0/3")
+    with runs.writing(shared), runs.writing(dataclasses.replace(shared, worker="2/3")):
+        for other in ({}, {"worker": "0/2"}, {"worker": "2/3"}):
             with pytest.raises(UserError, match="being written"):
                 run(**other)
 
@@ -392,7 +392,7 @@ def test_two_training_images_are_no_class(run):
 def test_a_mistake_in_a_setting_is_no_classs_failure(run):
     """It would be the same for every class: one line, and nothing is left."""
     with pytest.raises(UserError, match="heads"):
-        run(n_heads=17)
+        run(fusion="hilo", fc_internal=1)
     assert not os.path.exists("runs/run/results.json")
 
 
@@ -407,7 +407,7 @@ def test_ctrl_c_says_what_is_kept(run, monkeypatch):
     monkeypatch.setattr(checkpoints, "save_fitted", interrupted)
     monkeypatch.setattr("sys.argv", ["/x/main.py", "--modelname", "run"])
     with pytest.raises(Interrupted) as stopped:
-        main.main(settings(modelname="run", plots=False))
+        main.main(settings(modelname="run", keep="weights"))
     line = stopped.value.told
     assert "\n" not in line and "1 of 3 classes are kept" in line and "python main.py --modelname run" in line
     monkeypatch.setattr(checkpoints, "save_fitted", real)

@@ -59,14 +59,14 @@ def folder(tmp_path_factory):
 def settings(**more) -> Config:
     options = {
         "dataset": "mvtec", "dataset_path": "set", "extractor": "resnet10t", "weights_path": "random",
-        "img_size": "auto", "precision": "float32", "threads": 1, "hide_tqdm_bar": True, "workers": 0,
+        "img_size": "auto", "precision": "float32", "threads": 1, "workers": 0,
         "device": "cpu", "verbose": False, "fc_internal": 16, "n_coupling_blocks": 1, "fusion": "none",
     }  # fmt: skip
     return Config(**(options | more))
 
 
 PLACES = {
-    "bands": True, "band_depths": "1,2", "places": 6, "score": "joined", "holdout": 0.2,
+    "bands": True, "places": 6, "score": "joined", "holdout": 0.2,
     "modelname": "belt", "class_name": "belt",
 }  # fmt: skip
 
@@ -188,7 +188,7 @@ def test_features_are_those_of_the_size_named(folder, tmp_path):
     assert tuple(auto.meta["place_grid"]) == (3, 10) and auto.shapes["places"][0] == 30
     extractor.ensure_features(settings(**PLACES, img_size=SIZE, feature_path=str(auto.folder)), CPU)
     with pytest.raises(UserError, match="img_pixels is 100352 there, 9 is wanted"):
-        extractor.ensure_features(settings(**PLACES, img_pixels=9, feature_path=str(auto.folder)), CPU)
+        extractor.ensure_features(settings(**PLACES, img_size="auto:9", feature_path=str(auto.folder)), CPU)
     with pytest.raises(UserError, match="img_pixels is absent there, 100352 is wanted"):
         extractor.ensure_features(settings(**PLACES | {"feature_path": str(tmp_path)}), CPU)
 

@@ -219,7 +219,7 @@ def test_readable_times():
     assert shown == ["1 s", "40 s", "89 s", "2 min", "89 min", "1 h 30 min", "3 h 20 min"]
 
 
-def test_bars_go_by_the_terminal(capsys):
+def test_bars_go_by_the_terminal(monkeypatch):
     """Hidden on request, and where the output is no terminal; shown in one."""
     from tqdm import tqdm
 
@@ -227,23 +227,31 @@ def test_bars_go_by_the_terminal(capsys):
         def isatty(self):
             return True
 
-    for hidden, stream, shown in ((False, io.StringIO(), False), (False, Terminal(), True)):
-        list(tqdm(range(3), disable=utils.no_bar(hidden), file=stream))
-        assert bool(stream.getvalue()) is shown
-    list(tqdm(range(3), disable=utils.no_bar(True), file=(stream := Terminal())))
-    assert stream.getvalue() == ""
+    def shown(stream: io.StringIO) -> bool:
+        list(tqdm(range(3), disable=utils.no_bar(), file=stream))
+        return bool(stream.getvalue())
+
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    assert shown(Terminal()) and not shown(io.StringIO())
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    assert not shown(Terminal())
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    assert shown(Terminal())
+    monkeypatch.setattr(utils.multiprocessing, "parent_process", lambda: 1)  # as in one of several processes
+    assert not shown(Terminal())
 
 
 # ---------------------------------------------------------------- ranks
 def test_ranks(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert utils.ranks(Config()) == (0, 1) and utils.ranks(Config(rank=3, world_size=8)) == (3, 8)
+    assert utils.ranks(Config()) == (0, 1) and utils.ranks(Config(worker="3/8")) == (3, 8)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "5")
-    assert utils.ranks(Config()) == (2, 5) and utils.ranks(Config(rank=0)) == (0, 5)
-    with pytest.raises(UserError, match="rank 5: expected 0 to 4"):
-        utils.ranks(Config(rank=5))
+    assert utils.ranks(Config()) == (2, 5) and utils.ranks(Config(worker="0/1")) == (0, 1)
+    monkeypatch.setenv("RANK", "5")
+    with pytest.raises(UserError, match="RANK 5 .*: expected 0 to 4"):
+        utils.ranks(Config())
     monkeypatch.setenv("RANK", "two")
     with pytest.raises(UserError, match="RANK"):
         utils.ranks(Config())

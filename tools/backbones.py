@@ -98,7 +98,7 @@ def settings(extractor: str, side: int, preset: str) -> dict:
     return {
         "preset": preset, "extractor": extractor, "weights_path": "random", "img_size": (side, side),
         "dataset": "folder", "dataset_path": "images", "class_name": "good", "modelname": "small",
-        "device": "cpu", "threads": 1, "workers": 0, "hide_tqdm_bar": True, "verbose": False,
+        "device": "cpu", "threads": 1, "workers": 0, "verbose": False,
         **{name: value for name, value in small.items() if name != "places" or preset == "accurate"},
     }  # fmt: skip
 
@@ -109,7 +109,7 @@ def described(extractor: str) -> tuple[str, str, str, str]:
     size = "{} x {}".format(*backbone.img_size)
     grid = "{} x {}".format(*backbone.grid)
     try:
-        depths = ", ".join(map(str, backbone.band_depths("auto")))
+        depths = ", ".join(map(str, backbone.band_depths()))
         depths += f" of {len(backbone.model.feature_info)}"
     except UserError:
         depths = "none"

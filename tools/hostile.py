@@ -39,7 +39,7 @@ MEMORY = 8 << 30  # bytes that a process may take: more is an error, and shall b
 SMALL = (
     "--dataset folder --dataset_path ../images --extractor resnet10t --weights_path random --img_size 32 "
     "--token_grid 1 --fusion none --n_coupling_blocks 1 --fc_internal 8 --threads 1 --workers 0 "
-    "--precision float32 --plots False --verbose False --normalize power_l2 --holdout 0.2"
+    "--precision float32 --keep weights --verbose False --normalize power_l2 --holdout 0.2"
 ).split()
 
 NUMBERS = (
@@ -107,11 +107,22 @@ MORE = {  # what only one knob's reader would stumble over
         "inception_next_tiny",
     ),
     "weights_path": ("../images", ".", "random ", "RANDOM", "features/meta.json"),
-    "img_size": ("0", "1", "1x1", "4097", "4097x1", "99999999", "32x32x32", "x", "32x", "-32", "3.2e1"),
-    "norm_mean": ("0,0,0", "1e300,0,0", "nan,0,0", "0,0", "a,b,c"),
-    "norm_std": ("0,0,0", "1e-320,1,1", "1e300,1,1", "-1,1,1", "1,1"),
-    "token_grid": ("0", "2", "9999", "centre", "compact", "full", "١"),
-    "band_depths": ("0", "0,0", "99", "-1", "1,", ","),
+    "img_size": (
+        "0",
+        "1",
+        "1x1",
+        "4097",
+        "4097x1",
+        "32x32x32",
+        "x",
+        "32x",
+        "-32",
+        "auto:",
+        "auto:0",
+        "auto:99999999",
+    ),
+    "pixel_norm": ("0,0,0,0,0,0", "1e300,0,0,1,1,1", "nan,0,0,1,1,1", "0,0,0,1e-320,1,1", "0,0,0", "a,b,c"),
+    "token_grid": ("0", "2", "9999", "centre", "compact", "full", "١", "released", "released1"),
     "device": ("cuda", "cuda:99", "cuda:" + "9" * 20, "cpu:1", "cpu:-1", "meta", "mps", "xla"),
     "class_name": ("all,all", "a,a", "A", "\\", ",", "a\\,b"),
     "sweep": (
@@ -130,7 +141,7 @@ MORE = {  # what only one knob's reader would stumble over
     "modelname": ("a/../b", "runs", "classes", "x/", "~", "NUL", "a" * 255),
     "feature_path": ("a/../b", "images/x", "x/" * 200),
     "centre_pool": ("1e-320", "1e-9", "0.01", "1e99"),
-    "rank": ("0", "1"),
+    "worker": ("0", "0/0", "1/1", "2/1", "0/9999999", "/", "-1/2", "1/2/3"),
 }
 NOT_HOSTILE = {
     "compile": ("True", "1", "yes", "true"),  # they only take their time
