@@ -24,7 +24,6 @@ from fabricated import (
 
 import config as knobs
 import model
-import train
 import utils
 from cache.feature_cache import CacheIdentity, FeatureCache
 from config import ClassError, UserError
