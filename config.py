@@ -114,7 +114,7 @@ class Config:
     fusion: str = fit("hilo", "multi-frequency fusion module", FUSIONS)
     fusion_tokens: str = fit("last", "patch tokens that the fusion sees: of the last map, as in the paper, or of middle depths (needs places)", FUSION_TOKENS)
     flow_channels: int = fit(0, "normalize power_l2+whiten: leading directions of the token that the flow moves; 0: all", low=0, high=10**6)
-    base: str = fit("normal", "base density of the likelihood: normal, as in the paper, or kernel (a density on the training images' latents, its bandwidth chosen by held-out likelihood)", BASES)
+    base: str = fit("normal", "base density of the likelihood: normal, as in the paper, or kernel (a kernel density of the training images' tokens, its bandwidth by held-out likelihood, which the flow corrects)", BASES)
     alpha: float = fit(0.5, "hilo: share of the heads given to the low frequencies", low=0.0, high=1.0)
     window: int = features(3, "hilo and the compact token grid: side of a window in patches", low=1, high=1024)
     identity_start: bool = fit(False, "zero the last layer of every subnet, so that training starts from the identity flow")
@@ -158,7 +158,6 @@ FITS = (  # what has to hold of the knobs together -> the line where it does not
     (lambda c: not c.pixel_norm or all(map(math.isfinite, c.pixel_norm)) and min(c.pixel_norm[3:]) > 0, "pixel_norm: expected three finite numbers and three positive ones, got {pixel_norm}"),
     (lambda c: not 0 < c.centre_pool < NARROWEST, "centre_pool: expected 0 or at least 0.01 of a side, got {centre_pool:g}"),
     (lambda c: c.token_grid != "centre" or c.centre_pool, "token_grid centre needs centre_pool above 0, say 0.1 (it is 0)"),
-    (lambda c: c.score != "joined" or c.holdout, "score joined needs held-out normal images: set holdout, say 0.1"),
     (lambda c: c.base != "kernel" or c.holdout, "base kernel needs held-out normal images: set holdout, say 0.1"),
     (lambda c: not c.patience or c.holdout, "patience needs held-out normal images: set holdout, say 0.1"),
     (lambda c: c.score != "latent_knn" or c.base != "kernel", "score latent_knn asks for no density: take base normal, or score likelihood"),
