@@ -145,15 +145,8 @@ def about(script: str, sets: list[Pictures]) -> str:
     return ", ".join(told) + "."
 
 
-def command_line(doc: str, **defaults) -> argparse.ArgumentParser:
-    """The options of both scripts."""
+def command_line(doc: str) -> argparse.ArgumentParser:
+    """What both scripts are given first."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", type=Path, help="the list of sets, as benchmarks/suite.toml")
-    parser.add_argument("--only", help="sets, separated by commas [%(default)s]")
-    parser.add_argument("--knobs", nargs="*", default=[], metavar="KNOB=VALUE", help="knobs for all sets")
-    parser.add_argument("--out", type=Path, help="where the table goes [%(default)s]")
-    parser.add_argument(
-        "--kept", type=Path, help="figures that were measured already, used again [%(default)s]"
-    )
-    parser.set_defaults(**defaults)
     return parser

@@ -203,7 +203,12 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = command_line(__doc__, only="surfaces,cells,digits", out=OUT, kept=Path("runs/curves.jsonl"))
+    parser = command_line(__doc__)
+    parser.add_argument("--only", default="surfaces,cells,digits", help="sets [%(default)s]")
+    parser.add_argument("--knobs", nargs="*", default=[], metavar="KNOB=VALUE", help="knobs for all sets")
+    parser.add_argument("--out", type=Path, default=OUT, help="where the table goes [%(default)s]")
+    kept = Path("runs/curves.jsonl")
+    parser.add_argument("--kept", type=Path, default=kept, help="figures already measured [%(default)s]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="[0 1 2]")
     parser.add_argument("--classes", type=int, default=3, help="most classes of a set, evenly spaced [3]")
     guarded(main, parser.parse_args())

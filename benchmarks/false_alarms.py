@@ -119,7 +119,12 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = command_line(__doc__, only="digits,signs,cells", out=OUT, kept=Path("runs/false_alarms.jsonl"))
+    parser = command_line(__doc__)
+    parser.add_argument("--only", default="digits,signs,cells", help="sets [%(default)s]")
+    parser.add_argument("--knobs", nargs="*", default=[], metavar="KNOB=VALUE", help="knobs for all sets")
+    parser.add_argument("--out", type=Path, default=OUT, help="where the table goes [%(default)s]")
+    kept = Path("runs/false_alarms.jsonl")
+    parser.add_argument("--kept", type=Path, default=kept, help="figures already measured [%(default)s]")
     parser.add_argument("--held_out", type=int, nargs="+", default=[20, 100, 500], metavar="N")
     parser.add_argument("--splits", type=int, default=200, help="for each N [200]")
     guarded(main, parser.parse_args())
