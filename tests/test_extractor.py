@@ -691,7 +691,7 @@ def test_features_are_extracted_once(mixed, monkeypatch, capsys):
 )
 def test_other_settings_are_refused(mixed, change):
     extractor.ensure_features(small(mixed, feature_path="kept"), CPU)
-    field = {"seed": "weights"}.get(*change, next(iter(change)))
+    field = {"seed": "weights", "pixel_norm": "norm_mean"}.get(*change, next(iter(change)))
     with pytest.raises(UserError, match=f"kept.*{field} is"):
         extractor.ensure_features(Config(**{**vars(small(mixed, feature_path="kept")), **change}), CPU)
 

@@ -545,7 +545,7 @@ def read_all(folder: Path) -> None:
 def test_a_flipped_bit_is_found_and_its_shard_alone_made_again(folder, name, at):
     before, made = content(folder), []
     flip(folder / name, at)
-    with pytest.raises(Damaged, match=rf"{name} are damaged.*python extractor.py --verify"):
+    with pytest.raises(Damaged, match=rf"{name} are damaged.*python extractor.py with the same settings"):
         read_all(folder)
     lost = lost_shards(folder, Manifest.read(folder), None, thorough=True)
     reopen(folder, lost)

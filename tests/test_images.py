@@ -288,7 +288,7 @@ def test_a_bomb_takes_bounded_memory(tmp_path):
     """170 million pixels in half a megabyte: refused as PNG, read at an eighth or so as JPEG."""
     for name in ("a.png", "a.jpg"):
         bomb(tmp_path / name, 13_000)
-    code = "import sys, images\n"
+    code = "import sys\nfrom images import images\n"
     code += "for name in sys.argv[1:]:\n try: print(images.read_image(name).shape)\n"
     code += " except Exception as error: print(type(error).__name__)\n"
     code += "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
