@@ -85,6 +85,7 @@ def test_extraction_and_flow_at_a_tiny_size(tmp_path, texture_folder):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_first_run_at_a_small_size(tmp_path):
     """A row for each that it is measured beside, with what was run and where; the other program ends."""
     options = ("--small", "--only", "idle", "busy", "--output", "table.md")

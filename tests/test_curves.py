@@ -183,6 +183,7 @@ def test_table_of_false_alarms(tmp_path, pictures, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_both_scripts_at_a_tiny_size(tmp_path, texture_folder):
     suite = tmp_path / "suite.toml"
     suite.write_text(f'preset = "accurate"\nextractor = "test_resnet"\n[[set]]\nname = "made"\n'
