@@ -103,8 +103,7 @@ class PreparedClass:
         fit, source = self.detector, self.data.train
         if fit.places is None:
             return
-        rows = in_batches(self.data.fit_rows, POOL_BATCH)
-        alike = spread(torch.cat([source.on_cpu(batch).semantic.clone() for batch in rows])) < ALIKE
+        alike = spread(source.semantic(self.data.fit_rows)) < ALIKE
         fit.read_places_if(alike)
         if alike:
             fit.places.fit(source.one_on_cpu("places", evenly(self.data.fit_rows, PLACE_SAMPLE)))
