@@ -148,8 +148,11 @@ def about(script: str, sets: list[Pictures]) -> str:
     return ", ".join(told) + "."
 
 
-def command_line(doc: str) -> argparse.ArgumentParser:
-    """What both scripts are given first."""
+def command_line(doc: str, name: str) -> argparse.ArgumentParser:
+    """What both scripts are given alike. name: of the study, whose table and kept figures bear it."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", type=Path, help="the list of sets, as benchmarks/suite.toml")
+    out, kept = Path(f"results/{name}.md"), Path(f"runs/{name}.jsonl")
+    parser.add_argument("--out", type=Path, default=out, help="where the table goes [%(default)s]")
+    parser.add_argument("--kept", type=Path, default=kept, help="figures already measured [%(default)s]")
     return parser

@@ -28,7 +28,6 @@ from reporting.figures import Figure  # noqa: E402
 from shell.files import whole_file, write_text  # noqa: E402
 from shell.signals import guarded  # noqa: E402
 
-OUT = Path("results/curves.md")
 ALL = 0  # a number of pictures: all there are
 SIZES = (5, 10, 20, 50, 100, ALL)
 SHARES = (0.0, 0.02, 0.05, 0.1)
@@ -204,12 +203,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = command_line(__doc__)
+    parser = command_line(__doc__, "curves")
     parser.add_argument("--only", default="surfaces,cells,digits", help="sets [%(default)s]")
     parser.add_argument("--knobs", nargs="*", default=[], metavar="KNOB=VALUE", help="knobs for all sets")
-    parser.add_argument("--out", type=Path, default=OUT, help="where the table goes [%(default)s]")
-    kept = Path("runs/curves.jsonl")
-    parser.add_argument("--kept", type=Path, default=kept, help="figures already measured [%(default)s]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="[0 1 2]")
     parser.add_argument("--classes", type=int, default=3, help="most classes of a set, evenly spaced [3]")
     guarded(main, parser.parse_args())

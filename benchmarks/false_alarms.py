@@ -24,7 +24,6 @@ from reporting import tables  # noqa: E402
 from shell.files import write_text  # noqa: E402
 from shell.signals import guarded  # noqa: E402
 
-OUT = Path("results/false_alarms.md")
 RATES = (0.01, 0.05, 0.1)
 FEWEST = 20  # pictures to fit to, and to measure on
 MOST_FITTED, MOST_MEASURED = 40, 100  # of a split, for the time it takes
@@ -119,12 +118,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = command_line(__doc__)
+    parser = command_line(__doc__, "false_alarms")
     parser.add_argument("--only", default="digits,signs,cells", help="sets [%(default)s]")
     parser.add_argument("--knobs", nargs="*", default=[], metavar="KNOB=VALUE", help="knobs for all sets")
-    parser.add_argument("--out", type=Path, default=OUT, help="where the table goes [%(default)s]")
-    kept = Path("runs/false_alarms.jsonl")
-    parser.add_argument("--kept", type=Path, default=kept, help="figures already measured [%(default)s]")
     parser.add_argument("--held_out", type=int, nargs="+", default=[20, 100, 500], metavar="N")
     parser.add_argument("--splits", type=int, default=200, help="for each N [200]")
     guarded(main, parser.parse_args())

@@ -20,6 +20,7 @@ from pathlib import Path
 import common  # noqa: F401  the repository on the path
 
 import utils
+from reporting.tables import as_markdown
 from shell.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,13 +71,15 @@ def seconds(options: list[str]) -> float:
 
 
 def table(times: dict[str, list[float]], options: list[str]) -> str:
-    lines = ["| beside | median s | all |", "|---|---|---|"]
-    for name, found in times.items():
-        each = ", ".join(f"{value:.0f}" for value in found)
-        lines.append(f"| {name} | {statistics.median(found):.0f} | {each} |")
+    rows = [
+        [name, f"{statistics.median(found):.0f}", ", ".join(f"{value:.0f}" for value in found)]
+        for name, found in times.items()
+    ]
     made = ", ".join(f"{name} {value}" for name, value in utils.versions().items())
     command = " ".join(["python main.py --preset quickstart", *options])
-    return f"`{command}`, from images to report; {made}\n\n" + "\n".join(lines) + "\n"
+    return (
+        f"`{command}`, from images to report; {made}\n\n{as_markdown(['beside', 'median s', 'all'], rows)}\n"
+    )
 
 
 def main() -> None:

@@ -203,9 +203,7 @@ def extraction(job: Job) -> None:
     identity = cache_identity(
         knobs.Config(weights_path="random", feature_path=str(job.scratch / "cache"), **job.sizes.backbone)
     )
-    config = found.config
-    images = found.images
-    seconds = job.seconds(lambda: extractor.extract(config, images, identity, job.device))
+    seconds = job.seconds(lambda: extractor.extract(found.config, found.images, identity, job.device))
     job.tell("images/s, to the disk, start included", f"{count / seconds:.0f}")
     job.tell("peak memory", peak_memory(job.device))
 

@@ -115,8 +115,7 @@ def why_left_out(entry: Set) -> str:
 def command_of(entry: Set, settings: dict, name: str, seeds: int, more: dict) -> list[str]:
     """The command that runs a set. more: knobs that win over the set's."""
     given = {**settings, "dataset": entry.dataset, "dataset_path": entry.path, **entry.knobs, **more}
-    given |= {"modelname": f"{name}-{entry.name}", "n_seeds": seeds, "baselines": True}
-    given |= {"keep": "results"}
+    given |= {"modelname": f"{name}-{entry.name}", "n_seeds": seeds, "baselines": True, "keep": "results"}
     pairs = ((f"--{knob}", str(value)) for knob, value in given.items() if value is not None)
     return [sys.executable, str(ROOT / "main.py"), *(part for pair in pairs for part in pair)]
 
