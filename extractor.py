@@ -6,8 +6,10 @@ from shell.command_line import from_command_line, run_script
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
     CONFIG = from_command_line(__doc__, script="extractor.py")
 
+import functools
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,11 +20,10 @@ from backbone import backbones, memory
 from backbone.extraction import LONG_JOB, Extraction, arriving
 from backbone.identity import at_size, cache_identity, sized, what_is_kept
 from backbone.storing import check_disk, fill, new_writer, pool_full_cache
-from cache import growth
-from cache.cache_writer import lost_shards, start_again
+from cache import growth, reuse
+from cache.cache_writer import lost_shards, restore, start_again
 from cache.feature_cache import CacheIdentity, FeatureCache
 from cache.manifest import Manifest
-from cache.reuse import fits, grown, is_finished, listed, mend
 from cache.shards import REPAIR, Damaged, Shard
 from config import Config, UserError
 
@@ -69,51 +70,75 @@ def extract(
     return FeatureCache(identity)
 
 
-# ---------------------------------------------------------------- the two ways in
+# ---------------------------------------------------------------- the ways in
 def ensure_features(
-    config: Config, device: torch.device, check: Callable[[dict], object] | None = None
+    config: Config,
+    device: torch.device,
+    check: Callable[[dict], object] | None = None,
+    thorough: bool = False,
 ) -> FeatureCache:
     """The cache of a configuration; what is missing is extracted first unless ``pretrained`` says it is
     there.
 
     check: called with what the sidecar will say of the features before any is extracted, to refuse what will
-    not go with them. Raises UserError."""
+    not go with them. thorough: as extractor.py does it: every row that is there is checked, images that have
+    changed are extracted again, ``restart`` is obeyed. Raises UserError."""
     identity = cache_identity(config)
     folder = identity.folder
     if config.pretrained:
-        print(f"features: {folder} (pretrained True: taken as they are)", flush=True)
-        return as_wanted(config, FeatureCache(identity))
-    there = fits(identity)  # a mistake shows before the images are looked at
+        return as_they_are(config, identity, thorough)
+    begun = reuse.begun(identity)  # a mistake shows before the images are looked at
+    images = images_of(config, identity, begun)
+    if thorough and config.restart and begun.what != "absent":
+        if utils.ranks(config).world_size > 1:
+            raise UserError("restart: expected one process, which others may join without restart")
+        start_again(folder)
+        begun = reuse.State("partial")
+    there = reuse.state(begun, images, identity, thorough)
+    if there.manifest and there.what in ("whole", "damaged") and not thorough:
+        there.manifest.refuse_others(folder, identity.with_images(images).fields)
+    if there.manifest and there.what == "whole":
+        cache = as_wanted(config, FeatureCache(identity, there.manifest))
+        if thorough:
+            restore(folder, there.manifest)
+            growth.remember(images, folder)
+        said = sound(there.manifest, folder) if thorough else f"reusing the cache {folder}"
+        print(f"features: {said}", flush=True)
+        return cache
+    identity = sized(config, images, identity)
+    if check is not None:
+        check(what_is_kept(config, backbones.outline(at_size(config, identity)))[1])
+    reuse.reopen_lost(folder, there)
+    pooled = pool_full_cache(config, images, identity)
+    return pooled or extract(config, images, identity, device, there.known)
+
+
+def images_of(config: Config, identity: CacheIdentity, begun: reuse.State) -> datasets.ImageSet:
+    """The images of a configuration. Raises UserError, where there are none or a class is not there: before
+    the long extraction, not after it."""
     try:
         images = datasets.images_of(config)
     except UserError as mistake:
-        hint = f"; the features in {folder} can be used without the images: --pretrained True"
-        raise UserError(f"{mistake}{hint if there else ''}") from None
-    datasets.choose_classes(
-        images.labels, config.class_name
-    )  # a mistake shows before the long extraction, not after it
-    known = grown(images, identity) if there else None
-    if there and known is None and is_finished(folder):
-        Manifest.read(folder).refuse_others(folder, identity.with_images(images).fields)
-        if not mend(images, folder, thorough=False):
-            print(f"features: reusing the cache {folder}", flush=True)
-            return as_wanted(config, FeatureCache(identity))
-    identity = sized(config, images, identity)
-    if check is not None:
-        _, features = what_is_kept(config, backbones.outline(at_size(config, identity)))
-        check(features)
-    return make_features(config, images, identity, device, known)
+        hint = f"; the features in {identity.folder} can be used without the images: --pretrained True"
+        raise UserError(f"{mistake}{hint if begun.what == 'whole' else ''}") from None
+    datasets.choose_classes(images.labels, config.class_name)
+    return images
 
 
-def make_features(
-    config: Config,
-    images: datasets.ImageSet,
-    identity: CacheIdentity,
-    device: torch.device,
-    known: growth.KnownFeatures | None,
-) -> FeatureCache:
-    """What is missing of a cache, from a larger one or from the images."""
-    return pool_full_cache(config, images, identity) or extract(config, images, identity, device, known)
+def as_they_are(config: Config, identity: CacheIdentity, thorough: bool) -> FeatureCache:
+    """The features that are said to be there; thorough: every row of them checked. Raises UserError."""
+    cache, folder = as_wanted(config, FeatureCache(identity)), identity.folder
+    if not thorough:
+        print(f"features: {folder} (pretrained True: taken as they are)", flush=True)
+        return cache
+    if lost := lost_shards(folder, cache.manifest, None, thorough=True):
+        raise Damaged(f"{len(lost)} shards of {folder} are damaged {reuse.listed(lost)}; {REPAIR}")
+    print(f"features: {sound(cache.manifest, folder)}", flush=True)
+    return cache
+
+
+def sound(manifest: Manifest, folder: Path) -> str:
+    return f"all {len(manifest.shards)} shards of {folder} are sound"
 
 
 def as_wanted(config: Config, cache: FeatureCache) -> FeatureCache:
@@ -127,37 +152,9 @@ def as_wanted(config: Config, cache: FeatureCache) -> FeatureCache:
     return cache
 
 
-def check_rows(cache: FeatureCache) -> None:
-    """Raise UserError when any row of a finished cache is damaged."""
-    lost = lost_shards(cache.folder, cache.manifest, None, thorough=True)
-    if lost:
-        raise Damaged(f"{len(lost)} shards of {cache.folder} are damaged {listed(lost)}; {REPAIR}")
-    tell_sound(cache)
-
-
-def tell_sound(cache: FeatureCache) -> None:
-    print(f"features: all {len(cache.manifest.shards)} shards of {cache.folder} are sound", flush=True)
-
-
 def main(config: Config) -> None:
     device = utils.set_up(config.device, config.threads)
-    identity = cache_identity(config)
-    if config.pretrained:
-        return check_rows(as_wanted(config, FeatureCache(identity)))
-    folder, there = identity.folder, fits(identity)
-    images = datasets.images_of(config)
-    known = grown(images, identity) if there and not config.restart else None
-    if there and config.restart:
-        if utils.ranks(config).world_size > 1:
-            raise UserError("restart: expected one process, which others may join without restart")
-        start_again(folder)
-    elif there and known is None and is_finished(folder) and not mend(images, folder, thorough=True):
-        cache = as_wanted(config, FeatureCache(identity))
-        growth.remember(images, folder)
-        return tell_sound(cache)
-    identity = sized(config, images, identity)
-    memory.check_features(config, what_is_kept(config, backbones.outline(at_size(config, identity)))[1])
-    print(f"features written to {make_features(config, images, identity, device, known).folder}", flush=True)
+    ensure_features(config, device, functools.partial(memory.check_features, config), thorough=True)
 
 
 if __name__ == "__main__":

@@ -43,10 +43,12 @@ class CacheIdentity:
 # ---------------------------------------------------------------- reading
 class FeatureCache:
     """A finished cache, checked against the fields that are expected: sizes and headers of its files now,
-    each file's rows when they are first read. Raises UserError that says what differs or is damaged."""
+    each file's rows when they are first read. Raises UserError that says what differs or is damaged.
 
-    def __init__(self, identity: CacheIdentity):
-        self.folder, self.manifest = identity.folder, Manifest.read(identity.folder)
+    manifest: the folder's, where it has been read."""
+
+    def __init__(self, identity: CacheIdentity, manifest: Manifest | None = None):
+        self.folder, self.manifest = identity.folder, manifest or Manifest.read(identity.folder)
         self.manifest.refuse_others(self.folder, identity.fields)
         if not self.manifest.finished:
             raise UserError(

@@ -4,11 +4,12 @@ images, undamaged; and what of them has to be made again."""
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import utils
 from cache import growth
-from cache.cache_writer import CHANGED, lost_shards, reopen, restore
+from cache.cache_writer import CHANGED, lost_shards, reopen
 from cache.feature_cache import CacheIdentity, FeatureCache, labels_damage
 from cache.manifest import Manifest, has_features
 from cache.shards import Damaged, Shard, shards_of
@@ -20,48 +21,46 @@ def part_key(images: datasets.ImageSet) -> Callable[[Shard], str]:
     return lambda shard: images.part_key(shard.split, shard.start, shard.stop)
 
 
-def fits(identity: CacheIdentity) -> bool:
-    """Whether the folder holds features of this kind, finished or not. Raises UserError when it holds
-    others, or anything else."""
+class State(NamedTuple):
+    """What there is of the features that are wanted. what: "absent"; "partial", begun or without a readable
+    manifest; "whole"; "grown", whole, but images have come to those it is of; "damaged", finished, but shards
+    or labels have to be made again."""
+
+    what: str
+    manifest: Manifest | None = None
+    lost: dict[Shard, str] = {}  # what has to be made again of a finished cache, and why
+    known: growth.KnownFeatures | None = None  # of a grown one: the features of the images that it had
+
+
+def begun(identity: CacheIdentity) -> State:
+    """What the folder holds of features of this kind, whatever images they are of: "absent", "partial" or
+    "whole". Raises UserError when it holds others, or anything else."""
     if not has_features(identity.folder):
-        return False
-    with contextlib.suppress(Damaged):  # its shards are still known by their records
-        Manifest.read(identity.folder).refuse_others(identity.folder, identity.fields)
-    return True
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a cache is whole; one with a damaged manifest is not."""
+        return State("absent")
     try:
-        return Manifest.read(folder).finished
-    except Damaged:
-        return False
-
-
-def grown(images: datasets.ImageSet, identity: CacheIdentity) -> growth.KnownFeatures | None:
-    """What a finished cache holds of images that are all still there, where others have come; its shards that
-    change are no longer finished then. None otherwise."""
-    if not is_finished(identity.folder):
-        return None
-    try:
-        known = growth.known_before(images, FeatureCache(identity))
-    except Damaged:
-        return None
-    if known is not None:
         manifest = Manifest.read(identity.folder)
-        counts = {split: len(images.labels.split(split).names) for split in datasets.SPLITS}
-        wanted = shards_of(counts, manifest.shard_rows)
-        lost = lost_shards(identity.folder, manifest, part_key(images), thorough=False)
-        reopen(identity.folder, {*lost, *set(manifest.shards) - set(wanted)})
-    return known
+    except Damaged:  # its shards are still known by their records
+        return State("partial")
+    manifest.refuse_others(identity.folder, identity.fields)
+    return State("whole" if manifest.finished else "partial", manifest)
 
 
-def mend(images: datasets.ImageSet, folder: Path, thorough: bool) -> bool:
-    """Whether anything of a finished cache has to be extracted again; it is then no longer finished.
+def state(found: State, images: datasets.ImageSet, identity: CacheIdentity, thorough: bool) -> State:
+    """What there is of the features of these images, after ``begun``; nothing is changed on the disk.
 
-    thorough: by the checksum of every row, else by sizes and headers. Raises UserError when no shard is of
-    these images: the folder may be the wrong one."""
-    manifest = Manifest.read(folder)
+    thorough: damage is found by the checksum of every row, else by sizes and headers. Raises UserError when
+    no shard of a whole cache is of these images: the folder may be the wrong one."""
+    folder, manifest = identity.folder, found.manifest
+    if found.what != "whole" or manifest is None:
+        return found
+    with contextlib.suppress(Damaged):
+        known = growth.known_before(images, FeatureCache(identity, manifest))
+        if known is not None:
+            counts = {split: len(images.labels.split(split).names) for split in datasets.SPLITS}
+            kept = shards_of(counts, manifest.shard_rows)
+            lost = lost_shards(folder, manifest, part_key(images), thorough=False)
+            lost |= dict.fromkeys(set(manifest.shards) - set(kept), CHANGED)
+            return State("grown", manifest, lost, known)
     lost = lost_shards(folder, manifest, part_key(images), thorough)
     if lost and all(CHANGED in damage for damage in lost.values()) and len(lost) == len(manifest.shards):
         raise UserError(
@@ -69,14 +68,19 @@ def mend(images: datasets.ImageSet, folder: Path, thorough: bool) -> bool:
             f"--feature_path, or python extractor.py --restart to replace them"
         )
     relabelled = manifest.fields["image_list"] != images.fingerprint()
-    if not (lost or relabelled or labels_damage(folder, manifest)):
-        if thorough:
-            restore(folder, manifest)
-        return False
-    again = f"{len(lost)} of {len(manifest.shards)} shards are made again {listed(lost)}"
-    print(f"features: {again if lost else 'all shards are kept, the labels are written again'}", flush=True)
-    reopen(folder, lost)
-    return True
+    damaged = lost or relabelled or labels_damage(folder, manifest)
+    return State("damaged" if damaged else "whole", manifest, lost)
+
+
+def reopen_lost(folder: Path, there: State) -> None:
+    """Make a grown or damaged cache one that lacks what is lost of it."""
+    if there.manifest and there.what == "damaged":
+        lost, all_shards = there.lost, len(there.manifest.shards)
+        again = f"{len(lost)} of {all_shards} shards are made again {listed(lost)}"
+        kept = "all shards are kept, the labels are written again"
+        print(f"features: {again if lost else kept}", flush=True)
+    if there.what in ("grown", "damaged"):
+        reopen(folder, there.lost)
 
 
 def listed(lost: dict[Shard, str]) -> str:
