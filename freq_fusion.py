@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from backbone.arithmetic import is_traced
-from backbone.token_grid import window_of
+from backbone.token_grid import dct_basis, window_of
 
 # The frequencies that FcaNet (arXiv 2012.11879) ranks first on a 7 x 7 grid: (row, column) indices, best
 # first.
@@ -340,11 +340,4 @@ def window_members(grid: tuple[int, int], window: int) -> Tensor:
 def dct_filter(u: int, v: int, grid: tuple[int, int]) -> Tensor:
     """The orthonormal two-dimensional DCT-II basis function of frequency (u, v) on the grid -> (rows,
     columns), float64."""
-
-    def basis(frequency, length):
-        wave = torch.cos(
-            math.pi * frequency * (torch.arange(length, dtype=torch.float64) + 0.5) / length
-        ) / math.sqrt(length)
-        return wave if frequency == 0 else wave * math.sqrt(2)
-
-    return torch.outer(basis(u, grid[0]), basis(v, grid[1]))
+    return torch.outer(*(dct_basis(torch.tensor(f), side) for f, side in zip((u, v), grid)))

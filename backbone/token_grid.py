@@ -148,13 +148,18 @@ class TokenGrid:
 OF_MAPS = 2
 
 
+def dct_basis(frequency: Tensor, length: int) -> Tensor:
+    """The orthonormal DCT-II: the cosine of each frequency (...) at the ``length`` places -> (..., length),
+    float64."""
+    places = (torch.arange(length, dtype=torch.float64) + 0.5) / length
+    scale = (torch.where(frequency == 0, 1, 2).double() / length).sqrt()
+    return torch.cos(math.pi * frequency.double()[..., None] * places) * scale[..., None]
+
+
 @functools.lru_cache(maxsize=32)
 def dct_matrix(length: int) -> Tensor:
-    """The orthonormal DCT-II: row k is the cosine of frequency k -> (length, length), float32."""
-    frequency, place = torch.arange(length, dtype=torch.float64)[:, None], torch.arange(length) + 0.5
-    matrix = torch.cos(math.pi * frequency * place / length) * math.sqrt(2 / length)
-    matrix[0] /= math.sqrt(2)
-    return matrix.float()
+    """The DCT-II of ``length`` numbers: row k is the cosine of frequency k -> (length, length), float32."""
+    return dct_basis(torch.arange(length), length).float()
 
 
 @functools.lru_cache(maxsize=32)
