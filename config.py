@@ -82,7 +82,6 @@ class Config:
     seed: int = run(0, "first random seed; every class starts from it alike", low=0, high=2**31)
     n_seeds: int = run(1, "how many seeds to run: seed, seed + 1, ...; the table gives mean and std", low=1, high=10**6, scripts=MAIN)
     threads: int = run(0, "CPU threads in all; 0: all cores; main.py shares them out among classes, each in a process of its own; 1: one class after the other", low=0, high=1024)
-    verbose: bool = run(True, "print the loss and AUROC of every epoch", scripts=FITTING)
     keep: str = run("all", "what a run keeps beside the figures: all; weights of every class and seed (safetensors), but no pictures (score histograms, ROC, curves over epochs, contact sheets); or results alone", ("all", "weights", "results"), scripts=FITTING)
     sweep: str | None = run(None, "main.py: run every combination, as in fusion=none,hilo;dataset=digits,cifar10, and make one table", scripts=MAIN)
     restart: bool = run(False, "do again what is finished (extractor.py: the features; main.py and train.py: the classes) instead of going on where the last run ended")
@@ -103,6 +102,7 @@ class Config:
     bands: bool = features(False, "also keep and use a band token: the low band, the ring energies and the peak energy of the backbone's maps at several depths")
     places: int = features(0, "also keep and use place tokens, for defects of a small place: the maps of middle depths on a grid of so many rows and columns, in the image's shape, and of as many more as it has more pixels than the backbone's own size; 0: none", low=0, high=64)
     precision: str = features("auto", "backbone arithmetic: float32, bfloat16, float16; auto: float32 on a CPU, half precision on a GPU", ("auto", "float32", "bfloat16", "float16"))
+    mirror: bool = features(False, "average what the backbone gives of an image with what it gives of its mirror image: more accurate, in twice the time; not where left and right have a meaning")
     extract_batch: int = run(0, "images per backbone pass; 0: chosen for the device", low=0, high=65536)
     workers: int = run(-1, "CPU: threads that each read and compute whole batches (0: one batch at a time, by all threads); GPU: threads that read images; -1: chosen for the machine", low=-1, high=256)
     unreadable: str = run("stop", "images that cannot be read: stop (after all others are done, naming each), or skip (they are left out, and listed)", ("stop", "skip"))
@@ -174,7 +174,7 @@ PRESETS: dict[str, dict] = {
     },
     # How these were chosen, and on what: results/choosing.md.
     "accurate": {
-        "img_size": "auto", "bands": True, "places": 14, "normalize": "power_l2+whiten", "whiten_ridge": 10.0,
+        "img_size": "auto", "mirror": True, "bands": True, "places": 14, "normalize": "power_l2+whiten", "whiten_ridge": 10.0,
         "centre_pool": 0.1, "flow_channels": 256, "fusion": "class_attention", "fusion_tokens": "middle",
         "fc_internal": 256, "identity_start": True, "base": "kernel", "batch_size": 64, "meta_epochs": 2,
         "sub_epochs": 1, "least_steps": 60, "lr_init": 1e-3, "lr_schedule": "cosine", "feature_noise": 0.5,
@@ -182,8 +182,9 @@ PRESETS: dict[str, dict] = {
     },
 }
 PRESETS["quickstart"] = PRESETS["accurate"] | {
-    "modelname": "quickstart", "dataset": "digits", "extractor": "efficientnet_lite0", "verbose": False,
+    "modelname": "quickstart", "dataset": "digits", "extractor": "efficientnet_lite0",
     "img_size": (96, 96),  # their 8 x 8 pixels need no more
+    "mirror": False,  # a mirrored digit is another one
 }
 PRESETS["ablation"] = PRESETS["accurate"] | {
     "modelname": "ablation", "extractor": "efficientnet_lite0", "n_seeds": 3, "baselines": False, "keep": "results",
@@ -197,7 +198,7 @@ OF_DATASET = {"folder": {"holdout": 0.1}}
 
 # Knobs of earlier versions -> what to do instead.
 FORMER = {
-    "mirror": "it is gone: mirrored copies did not pay for twice the time",
+    "verbose": "epochs are printed where classes are fitted one at a time: leave it out",
     "low_depths": "the two deepest depths always join",
     "neighbours_weight": "neighbours are no part of the score; --base kernel is a density on the latents",
     "spread_at_balance": "there is one joint token: leave it out",

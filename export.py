@@ -52,7 +52,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.size:
         size = parse_values({"img_size": arguments.size})["img_size"]
     off = export(loaded, arguments.output, size)
-    (height, width), written = size or loaded.eye.job.img_size, arguments.output.stat().st_size
+    (height, width), written = size or loaded.backbone.job.img_size, arguments.output.stat().st_size
     print(
         f"{arguments.output}: {written / 1e6:.1f} MB, images (n, {height}, {width}, 3) uint8 -> "
         f"{', '.join(OUTPUTS)}; scores within {off:.1e} of the detector's"

@@ -44,57 +44,61 @@ Drawn = dict[str, list[figures.Picture]]  # class -> its pictures
 class Failed(NamedTuple):
     """Stands for a class that could not be fitted."""
 
-    cell: runs.Cell
+    pair: runs.ClassSeed
     reason: str
 
     def result(self) -> dict:
         """A result without figures."""
         nothing = dict.fromkeys(report.COLUMNS, float("nan"))
-        return {"class": self.cell.class_name, "seed": self.cell.seed, **nothing, "reason": self.reason}
+        return {"class": self.pair.class_name, "seed": self.pair.seed, **nothing, "reason": self.reason}
 
 
-def run_cells(ledger: runs.Ledger, device: torch.device, watch: runs.Stopwatch) -> Drawn:
+def fit_pairs(progress: runs.Progress, device: torch.device, watch: runs.Stopwatch) -> Drawn:
     """Fit every class with every seed that is not finished and that no other rank is at. Each is saved as
     soon as it is there, with its share of the wall time. A class that cannot be fitted stops no other ->
     pictures that are drawn already."""
-    for number, cell in enumerate(ledger.results, 1):
-        announce(ledger, cell, number, "kept")
-    missing, at_once = len(ledger.missing()), processes(ledger, device)
+    for number, pair in enumerate(progress.results, 1):
+        announce(progress, pair, number, "kept")
+    missing, at_once = len(progress.missing()), processes(progress, device)
     told = f", {at_once} at a time" if at_once > 1 else ""
-    print(f"fitting {missing} flows of {len(ledger.cells)} (classes x seeds) on {device}{told}", flush=True)
+    print(f"fitting {missing} flows of {len(progress.pairs)} (classes x seeds) on {device}{told}", flush=True)
     start, drawn = time.perf_counter(), Drawn()
-    fitted = in_parallel(ledger, at_once, watch, drawn) if at_once > 1 else one_by_one(ledger, device, watch)
-    for number, cell in enumerate(fitted, 1):
-        each, left = (time.perf_counter() - start) / number, len(ledger.missing())
-        announce(ledger, cell, len(ledger.results), took(ledger.results[cell], left, each))
+    fitted = (
+        in_parallel(progress, at_once, watch, drawn) if at_once > 1 else one_by_one(progress, device, watch)
+    )
+    for number, pair in enumerate(fitted, 1):
+        each, left = (time.perf_counter() - start) / number, len(progress.missing())
+        announce(progress, pair, len(progress.results), took(progress.results[pair], left, each))
         watch.lap()  # waiting for other ranks is nobody's share
     return drawn
 
 
-def processes(ledger: runs.Ledger, device: torch.device) -> int:
+def processes(progress: runs.Progress, device: torch.device) -> int:
     """How many classes are fitted at a time, each by a process of its own: on a CPU as many as there are
     threads, or as the memory holds; 1 where ranks share the work already."""
-    if device.type != "cpu" or ledger.ranks.world_size > 1:
+    if device.type != "cpu" or progress.ranks.world_size > 1:
         return 1
-    config, features = ledger.config, ledger.cache.meta
+    config, features = progress.config, progress.cache.meta
     each = PROCESS_BYTES + memory.training_bytes(config, features, config.batch_size)
-    held = int(min(utils.available_memory() / each, len(ledger.cells)))
+    held = int(min(utils.available_memory() / each, len(progress.pairs)))
     return max(1, min(torch.get_num_threads(), held))
 
 
-def one_by_one(ledger: runs.Ledger, device: torch.device, watch: runs.Stopwatch) -> Iterator[runs.Cell]:
-    """Fit the cells that are this process's turn -> each, once it is kept."""
-    cache = ledger.cache
+def one_by_one(
+    progress: runs.Progress, device: torch.device, watch: runs.Stopwatch
+) -> Iterator[runs.ClassSeed]:
+    """Fit the pairs that are this process's turn -> each, once it is kept."""
+    cache = progress.cache
     sources = {split: class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
-    for cell in ledger.turns():
-        ledger.keep(cell, fit_and_keep(ledger.config, cache, cell, sources, watch))
-        yield cell
+    for pair in progress.turns():
+        progress.keep(pair, fit_and_keep(progress.config, cache, pair, sources, watch))
+        yield pair
 
 
 class Task(NamedTuple):
-    """A cell for a process of its own."""
+    """A pair for a process of its own."""
 
-    cell: runs.Cell
+    pair: runs.ClassSeed
     config: Config
     identity: feature_cache.CacheIdentity
     threads: int
@@ -102,60 +106,60 @@ class Task(NamedTuple):
 
 
 def in_parallel(
-    ledger: runs.Ledger, at_once: int, watch: runs.Stopwatch, drawn: Drawn
-) -> Iterator[runs.Cell]:
-    """Fit what is missing, so many cells at a time -> each, once it is kept, its pictures in ``drawn``. All
-    have the same number of threads, on two cores one: what a cell comes to does not depend on how many are
+    progress: runs.Progress, at_once: int, watch: runs.Stopwatch, drawn: Drawn
+) -> Iterator[runs.ClassSeed]:
+    """Fit what is missing, so many pairs at a time -> each, once it is kept, its pictures in ``drawn``. All
+    have the same number of threads, on two cores one: what a pair comes to does not depend on how many are
     missing."""
-    cache, threads = ledger.cache, max(1, torch.get_num_threads() // at_once)
+    cache, threads = progress.cache, max(1, torch.get_num_threads() // at_once)
     identity = feature_cache.CacheIdentity(cache.folder, cache.manifest.fields)
-    tasks = (Task(cell, ledger.config, identity, threads, watch.since) for cell in ledger.missing())
-    for cell, result, pictures in in_processes(at_once, fit_task, tasks, threads):
-        ledger.keep(cell, result)
-        drawn |= {cell.class_name: pictures} if pictures else {}
-        yield cell
+    tasks = (Task(pair, progress.config, identity, threads, watch.since) for pair in progress.missing())
+    for pair, result, pictures in in_processes(at_once, fit_task, tasks, threads):
+        progress.keep(pair, result)
+        drawn |= {pair.class_name: pictures} if pictures else {}
+        yield pair
 
 
-def fit_task(task: Task) -> tuple[runs.Cell, dict, list[figures.Picture]]:
-    """Fit and keep a cell in a process of its own -> the cell, its result and its pictures; those that are
+def fit_task(task: Task) -> tuple[runs.ClassSeed, dict, list[figures.Picture]]:
+    """Fit and keep a pair in a process of its own -> the pair, its result and its pictures; those that are
     not drawn here are left to the report."""
     device = utils.set_up("cpu", task.threads)
     cache = feature_cache.FeatureCache(task.identity)
     sources = {split: class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
-    config, cell, pictures = task.config, task.cell, []
-    result = fit_and_keep(config, cache, cell, sources, runs.Stopwatch(task.since))
-    if config.keep == "all" and cell.seed == config.seed and "reason" not in result:
+    config, pair, pictures = task.config, task.pair, []
+    result = fit_and_keep(config, cache, pair, sources, runs.Stopwatch(task.since))
+    if config.keep == "all" and pair.seed == config.seed and "reason" not in result:
         with contextlib.suppress(UserError):  # of which the report tells, once for all classes
             images, folder = figures.raw_images(config, cache), checkpoints.run_folder(config)
-            pictures = figures.draw_class(config, cache, images, cell.class_name, folder)
-    return cell, result, pictures
+            pictures = figures.draw_class(config, cache, images, pair.class_name, folder)
+    return pair, result, pictures
 
 
 def fit_and_keep(
     config: Config,
     cache: feature_cache.FeatureCache,
-    cell: runs.Cell,
+    pair: runs.ClassSeed,
     sources: dict[str, class_data.TokenSource],
     watch: runs.Stopwatch,
 ) -> dict:
-    """Fit a cell and save what came of it -> its result."""
-    outcome = fit(config, cache, cell, sources)
+    """Fit a pair and save what came of it -> its result."""
+    outcome = fit(config, cache, pair, sources)
     if isinstance(outcome, Failed):
         result = outcome.result() | watch.share()
-        runs.keep_failure(config, cache, cell, result)
+        runs.keep_failure(config, cache, pair, result)
         return result
     outcome.result |= watch.share()
     checkpoints.save_fitted(config, cache, outcome)
     return outcome.result
 
 
-def announce(ledger: runs.Ledger, cell: runs.Cell, number: int, how: str) -> None:
+def announce(progress: runs.Progress, pair: runs.ClassSeed, number: int, how: str) -> None:
     """Say what a class has come to."""
-    result = ledger.results[cell]
+    result = progress.results[pair]
     tested = f"AUROC {tables.number(result['auroc'])}" if result.get("n_test") else "no test images"
     told = result.get("reason") or f"{tested}  {how}"
-    name = " ".join(cell.class_name.split())  # one line, whatever a folder is called
-    print(f"[{number}/{len(ledger.cells)}] {name} seed {cell.seed}: {told}", flush=True)
+    name = " ".join(pair.class_name.split())  # one line, whatever a folder is called
+    print(f"[{number}/{len(progress.pairs)}] {name} seed {pair.seed}: {told}", flush=True)
 
 
 def took(result: dict, left: int, each: float) -> str:
@@ -167,14 +171,14 @@ def took(result: dict, left: int, each: float) -> str:
 def fit(
     config: Config,
     cache: feature_cache.FeatureCache,
-    cell: runs.Cell,
+    pair: runs.ClassSeed,
     sources: dict[str, class_data.TokenSource],
 ) -> checkpoints.Fitted | Failed:
     """Fit one class with one seed."""
     try:
-        return train.make_trainer(config, cache, *cell, sources["train"], sources["test"]).run()
+        return train.make_trainer(config, cache, *pair, sources["train"], sources["test"]).run()
     except ClassError as mistake:
-        return Failed(cell, str(mistake).removeprefix(f"class {cell.class_name}: "))
+        return Failed(pair, str(mistake).removeprefix(f"class {pair.class_name}: "))
 
 
 def compare_with_simple_detectors(config: Config, classes: list[str]) -> dict[str, dict]:
@@ -255,25 +259,25 @@ def run(config: Config) -> dict | None:
         cache = extractor.ensure_features(config, device, functools.partial(detector.Detector, config))
         classes = datasets.choose_classes(cache.labels, config.class_name)
         runs.settle(config, cache)
-        cells = [runs.Cell(class_name, seed) for seed in seeds_of(config) for class_name in classes]
-        ledger = runs.Ledger(config, cache, cells)
+        pairs = [runs.ClassSeed(class_name, seed) for seed in seeds_of(config) for class_name in classes]
+        progress = runs.Progress(config, cache, pairs)
         try:
-            drawn = run_cells(ledger, device, watch)
+            drawn = fit_pairs(progress, device, watch)
         except Interrupted as interrupted:
-            interrupted.told = ledger.go_on()
+            interrupted.told = progress.go_on()
             raise
-        if not ledger.report_is_mine():
-            print(f"rank {ledger.ranks.rank} is done; another one reports", flush=True)
+        if not progress.report_is_mine():
+            print(f"rank {progress.ranks.rank} is done; another one reports", flush=True)
             return None
-        ledger.tidy()
-        return write_report(ledger, classes, watch, drawn)
+        progress.tidy()
+        return write_report(progress, classes, watch, drawn)
 
 
-def write_report(ledger: runs.Ledger, classes: list[str], watch: runs.Stopwatch, drawn: Drawn) -> dict:
-    """Baselines, table and pictures of a run whose cells are all done -> its summary."""
-    config, cache, folder = ledger.config, ledger.cache, checkpoints.run_folder(ledger.config)
+def write_report(progress: runs.Progress, classes: list[str], watch: runs.Stopwatch, drawn: Drawn) -> dict:
+    """Baselines, table and pictures of a run whose pairs are all done -> its summary."""
+    config, cache, folder = progress.config, progress.cache, checkpoints.run_folder(progress.config)
     print("all classes are done: writing the report", flush=True)
-    results = [ledger.results[cell] for cell in ledger.cells]
+    results = [progress.results[pair] for pair in progress.pairs]
     failing = {result["class"] for result in results if "reason" in result}
     whole = [class_name for class_name in classes if class_name not in failing]
     table = compare_with_simple_detectors(config, whole) if config.baselines else {}

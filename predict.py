@@ -93,8 +93,8 @@ def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
     device = utils.set_up(arguments.device, arguments.threads)
     loaded: list[PictureDetector] = []
     for path in find_checkpoints(arguments.checkpoint, arguments.class_name, arguments.seed):
-        eye = loaded[0].eye if loaded else None
-        loaded.append(load_picture_detector(path, device, rate, eye, arguments.weights_path))
+        backbone = loaded[0].backbone if loaded else None
+        loaded.append(load_picture_detector(path, device, rate, backbone, arguments.weights_path))
         if loaded[-1].record["features"] != loaded[0].record["features"]:
             raise UserError(
                 f"the classes in {arguments.checkpoint} were fitted to different features; name one class"
@@ -108,7 +108,7 @@ def calibrate(detectors: list[PictureDetector], folder: Path) -> list[str]:
     scores: list[list[float]] = [[] for _ in detectors]
     unreadable = []
     files = images_below(folder) if folder.is_dir() else []
-    for rows in progress(detectors[0].eye.rows(files), len(files), "calibrating", True):
+    for rows in progress(detectors[0].backbone.rows(files), len(files), "calibrating", True):
         if isinstance(rows, Unreadable):
             unreadable.append(rows.reason)
         else:

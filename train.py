@@ -109,7 +109,7 @@ class Trainer:
         self.history.append(found.entry)
         if loss is None:
             self.before_training = found.flow_scores
-        if self.config.verbose:
+        if utils.is_first_process():
             tqdm.write(f"{self.data.class_name}  {found}")
         self.since_best += 1
         if last or self.best is None or found.held_out_loss < self.best.held_out_loss:
@@ -121,7 +121,8 @@ class Trainer:
     def fitted(self, seconds: float) -> checkpoints.Fitted:
         """The detector of the best epoch, its scores, and how they came about."""
         assert self.best is not None, "evaluate comes first"
-        scores, held_scores = evaluation.go_back(self.prepared, self.best)
+        evaluation.go_back(self.prepared, self.best)
+        scores, held_scores = self.best.scores["test"], self.best.scores["held"]
         if not (np.isfinite(scores).all() and np.isfinite(held_scores).all()):
             raise self.not_finite("scores are not finite", self.step - 1)
         before = {f"{name}, before training": values for name, values in self.before_training.items()}
@@ -178,15 +179,15 @@ def main(config: Config) -> None:
         if more:
             raise UserError(advice)
         runs.settle(config, cache)
-        cell = runs.Cell(class_name, config.seed)
-        result, kept = runs.finished(config, cache, cell), "kept from an earlier run"
+        pair = runs.ClassSeed(class_name, config.seed)
+        result, kept = runs.finished(config, cache, pair), "kept from an earlier run"
         if result is None:
             train, test = (TokenSource(cache.arrays(split), device) for split in datasets.SPLITS)
-            fitted = make_trainer(config, cache, *cell, train, test).run()
+            fitted = make_trainer(config, cache, *pair, train, test).run()
             fitted.result |= watch.share()
             checkpoints.save_fitted(config, cache, fitted)
             result, kept = fitted.result, "kept"
-    path = checkpoints.checkpoint_path(config, *cell)
+    path = checkpoints.checkpoint_path(config, *pair)
     print(f"{class_name}: {evaluation.outcome(result)}  {result['seconds']:.0f} s  {kept} in {path}.json")
     if threshold := calibration.of_record(checkpoints.read_record(path)):
         print(threshold)

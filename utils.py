@@ -85,11 +85,16 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, KEPT_FREE)
 
 
+def is_first_process() -> bool:
+    """Whether this is none of several processes that fit a class each, whose lines would run together."""
+    return multiprocessing.parent_process() is None
+
+
 def no_bar() -> bool | None:
     """tqdm's ``disable``: True in one of several processes, whose bars would run together, and where
     TQDM_DISABLE is set; None, which hides it where the output is no terminal, otherwise."""
     hidden = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
-    return True if hidden or multiprocessing.parent_process() is not None else None
+    return True if hidden or not is_first_process() else None
 
 
 def readable_time(seconds: float) -> str:

@@ -82,9 +82,7 @@ class Extraction:
         noise = np.random.RandomState(0).randint(0, 256, (1, 3, *self.img_size), np.uint8)
         images = torch.from_numpy(noise).to(self.device)
         pixels = prepare(images, self.img_size, self.mean, self.std, self.dtype)
-        tokens, maps = (
-            self.backbone.with_maps(pixels, self.depths) if self.depths else (self.backbone(pixels), [])
-        )
+        tokens, maps = self._seen(pixels)
         numbers = [values.float().flatten().cpu().numpy() for values in (tokens, *maps)]
         chosen = [each[np.linspace(0, len(each) - 1, EXAMPLE_NUMBERS).astype(int)] for each in numbers]
         return {
@@ -105,14 +103,21 @@ class Extraction:
 
     def _batch(self, images: Tensor) -> Rows:
         pixels = prepare(images, self.img_size, self.mean, self.std, self.dtype)
-        maps: list[Tensor] = []
-        if self.of_maps:
-            tokens, maps = self.backbone.with_maps(pixels, self.depths)
-        else:
-            tokens = self.backbone(pixels)
+        tokens, maps = self._seen(pixels)
+        if self.config.mirror:  # each is averaged with that of the mirror image, mirrored back
+            other, other_maps = self._seen(pixels.flip(-1))
+            patches = other[:, 1:].unflatten(1, self.full_grid).flip(2).flatten(1, 2)
+            tokens = (tokens + torch.cat([other[:, :1], patches], 1)) / 2
+            maps = [(one + another.flip(-1)) / 2 for one, another in zip(maps, other_maps)]
         rows = {"tokens": self.grid.pool(tokens, self.full_grid)}
         rows |= {name: kept.measure(maps) for name, kept in self.of_maps.items()}
         return {name: values.half() for name, values in rows.items()}
+
+    def _seen(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The tokens (n, 1 + N, C) and, where something of them is kept, the maps of normalised images."""
+        if self.depths:
+            return self.backbone.with_maps(pixels, self.depths)
+        return self.backbone(pixels), []
 
     @torch.inference_mode()
     def seconds_per_image(self, count: int) -> float:

@@ -118,7 +118,7 @@ def sets_of(args: argparse.Namespace, **more) -> Iterator[Pictures]:
     line. more: knobs that win over the suite's. Raises UserError."""
     settings, sets = read_suite(args.suite, args.only)
     asked = parse_values(dict(pair.partition("=")[::2] for pair in args.knobs))
-    quiet = {"verbose": False, "device": "cpu", **more}
+    quiet = {"device": "cpu", **more}
     for entry in sets:
         if left_out := why_left_out(entry):
             print(left_out, flush=True)

@@ -151,7 +151,6 @@ def compare_trainings(args, device):
         fusion="class_attention",
         meta_epochs=1,
         sub_epochs=args.epochs,
-        verbose=False,
     )
     print(
         f"\n{args.classes} classes x {args.epochs} epochs of {args.images} images, C = H = {args.channels}, "

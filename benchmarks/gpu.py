@@ -179,7 +179,7 @@ def digits(job: Job) -> None:
             "weights_path": "random",
             "feature_path": str(job.scratch / f"{device}"),
         }
-        config = knobs.make_config(given | {"verbose": False, "baselines": False} | job.sizes.digits)
+        config = knobs.make_config(given | {"baselines": False} | job.sizes.digits)
         cache = extractor.ensure_features(config, device)
         sources = [class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS]
         found = [train.make_trainer(config, cache, name, 0, *sources).run().result["auroc"] for name in "01"]
@@ -229,7 +229,7 @@ class Noise:
 def trainings(job: Job, **more) -> list[train.Trainer]:
     """A trainer per class on made-up tokens."""
     sizes = job.sizes
-    given = {"fusion": "class_attention", "verbose": False} | more
+    given = {"fusion": "class_attention"} | more
     config = knobs.Config(meta_epochs=1, sub_epochs=sizes.epochs, **given)
     tokens = 1 + sizes.grid**2
     features = {
@@ -294,7 +294,7 @@ def default_job(job: Job) -> None:
             for i in range(count):
                 pixels = generator.integers(0, 255, (32, 32, 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(place / f"{i}.png")
-    given = {"dataset": "folder", "dataset_path": str(folder), "weights_path": "random", "verbose": False}
+    given = {"dataset": "folder", "dataset_path": str(folder), "weights_path": "random"}
     config = knobs.Config(**given, feature_path=str(job.scratch / "features"), **job.sizes.backbone)
     total = job.sizes.classes * job.sizes.folder
     start = time.perf_counter()

@@ -127,7 +127,7 @@ def run_job(args: argparse.Namespace) -> None:
         config = Config(
             **{"dataset": args.dataset, "dataset_path": args.dataset_path, "extractor": args.extractor},
             **{"weights_path": args.weights, "feature_path": f"{scratch}/features", "normalize": "none"},
-            **{"fusion": "class_attention", "verbose": False},
+            **{"fusion": "class_attention"},
         )
         images = subset(datasets.images_of(config), args.images[0])
         start = time.perf_counter()

@@ -98,6 +98,7 @@ class Manifest:
                 )
             content = read_sealed(path)
             del content["format"], content["dtype"], content["checksum"]
+            content["fields"].setdefault("mirror", False)  # versions that mirrored nothing did not say so
             shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
             return cls(**content | {"shapes": shapes})
         except OSError:

@@ -187,15 +187,16 @@ class Detector(nn.Module):
         gain = before - self.leading * self.flow_loss(latents)
         return model.kernel_energy(distances, gain, self.bandwidth, self.channels)
 
-    def score(self, latents: Latents, name: str | None = None, distances: Tensor | None = None) -> Tensor:
-        """The anomaly score ``name`` (model.SCORES; None: the knob's) of images, without places: higher =
-        more anomalous -> (B). distances: as in ``energy``."""
+    def score(self, latents: Latents, name: str | None = None, energy: Tensor | None = None) -> Tensor:
+        """The anomaly score ``name`` (config.SCORES; None: the knob's) of images, without places: higher =
+        more anomalous -> (B). energy (B): theirs, where it is known."""
         name = name or self.score_name
         if name == "latent":
             return latents.z.square().mean(1)
         if name == "latent_knn":
             return model.nearest_neighbours(self.distances(latents.z, latents.outside))
-        energy = self.energy(latents, distances)
+        if energy is None:
+            energy = self.energy(latents)
         if name == "likelihood":
             return model.negative_log_likelihood(energy, self.bandwidth)
         return energy.clamp_min(ENERGY_FLOOR).log()
@@ -343,17 +344,17 @@ def load_picture_detector(
     path: str | Path,
     device: torch.device,
     false_alarms: float | None = None,
-    eye: pictures.Eye | None = None,
+    backbone: pictures.FittedBackbone | None = None,
     weights: str | Path | None = None,
 ) -> PictureDetector:
-    """A fitted class that scores pictures, from its checkpoint; ``eye``: of a detector that was fitted to the
-    same features; ``weights``: the file of a fit with weights_path. Raises UserError as ``load_detector``."""
+    """A fitted class that scores pictures, from its checkpoint. backbone: of a detector that was fitted to
+    the same features; weights: the file of a fit with weights_path. Raises UserError: ``load_detector``."""
     fitted, record = load_detector(Path(path))
     file = None if weights is None else Path(weights)
-    eye = eye or pictures.Eye(
+    backbone = backbone or pictures.FittedBackbone(
         config_of(record), record["features"], device, weights=file, checkpoint=Path(path)
     )
-    return PictureDetector(fitted, record, eye, false_alarms)
+    return PictureDetector(fitted, record, backbone, false_alarms)
 
 
 def place_maps(fitted: Detector, cache: feature_cache.FeatureCache, rows: np.ndarray) -> np.ndarray:

@@ -7,16 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import model
 import utils
 from backbone.arithmetic import products
 from detector import baselines
 from detector.class_data import evenly, in_batches
-from detector.detector import Latents
-from detector.normalization import ENERGY_FLOOR
 from detector.preparation import PLACE_BATCH, PLACE_SAMPLE, PreparedClass
 
-REPORTED = ("latent", "likelihood", "flow")  # scores whose AUROC stands in every epoch's entry of the history
 LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)  # the constant of a Gaussian, nats per channel
 
 
@@ -25,10 +21,10 @@ class Evaluation:
     """What a class has come to after an epoch."""
 
     entry: dict  # of the history: epoch, loss, held_out_loss where images are held out, AUROCs by score
-    latents: dict[str, Latents]  # of held-out and test images
-    reference: Tensor  # latents (n, k) of the images fitted to, for the score latent_knn; else empty
+    scores: dict[str, np.ndarray]  # of held-out and test images, by the knob's score; may not be finite
     flow_scores: dict[str, np.ndarray]  # as ``Fitted.flow_scores``
     finite: bool  # whether all likelihoods are; else the held-out loss is infinite
+    reference: Tensor  # the detector's
     # state of the flow, where it may be gone back to
     flow: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
@@ -41,7 +37,7 @@ class Evaluation:
         loss = self.entry["loss"]
         trained = "before training" if loss is None else f"loss {loss:.4f}"
         held = f"  held-out loss {self.held_out_loss:.4f}" if "held_out_loss" in self.entry else ""
-        tested = f"  AUROC {self.entry['auroc']:.4f}" if len(self.latents["test"].z) else ""
+        tested = f"  AUROC {self.entry['auroc']:.4f}" if len(self.scores["test"]) else ""
         return f"epoch {self.entry['epoch']}  {trained}{held}{tested}"
 
 
@@ -52,11 +48,15 @@ def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluat
     fit = prepared.detector.eval()
     with products("highest", prepared.device):
         latents = {part: prepared.measure(part) for part in ("held", "test")}
-        knn = prepared.config.score == "latent_knn"
-        reference = prepared.measure("fit").z if knn else latents["test"].z[:0]
+        if prepared.config.score == "latent_knn":
+            fit.reference = prepared.measure("fit").z.half()
         energies = {part: fit.energy(each, prepared.near.get(part)) for part, each in latents.items()}
-        nll = {part: model.negative_log_likelihood(each, fit.bandwidth) for part, each in energies.items()}
-        scores = scores_by_name(prepared, latents["test"], energies["test"], nll["test"], reference)
+        nll = {part: fit.score(latents[part], "likelihood", each) for part, each in energies.items()}
+        scores = {
+            part: fit.score(latents[part], None, each) + prepared.unusual_places.get(part, 0.0)
+            for part, each in energies.items()
+        }
+        flow = fit.flow_loss(latents["test"])
     entry: dict = {"epoch": epoch, "loss": loss}
     if len(nll["held"]):
         usual = torch.from_numpy(prepared.usual["held"]).to(prepared.device)
@@ -64,47 +64,23 @@ def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluat
     finite = all(bool(each.isfinite().all()) for each in nll.values())
     if not finite:
         entry["held_out_loss"] = float("inf")
-    by_name = {name: values.cpu().numpy() for name, values in scores.items()}
-    for title, name in [("auroc", prepared.config.score), *((f"{name}_auroc", name) for name in REPORTED)]:
-        entry[title] = utils.auroc(prepared.data.labels, np.nan_to_num(by_name[name]))
+    reported = {"latent": fit.score(latents["test"], "latent"), "likelihood": nll["test"], "flow": flow}
+    by_name = {name: values.cpu().numpy() for name, values in reported.items()}
+    own = {part: values.cpu().numpy() for part, values in scores.items()}
+    titled = {"auroc": own["test"]} | {f"{name}_auroc": values for name, values in by_name.items()}
+    for title, values in titled.items():
+        entry[title] = utils.auroc(prepared.data.labels, np.nan_to_num(values))
     flow_scores = {"likelihood": by_name["likelihood"]}
     if prepared.config.base == "kernel":
         flow_scores["flow alone"] = by_name["flow"]
-    return Evaluation(entry, latents, reference, flow_scores, finite)
+    return Evaluation(entry, own, flow_scores, finite, fit.reference)
 
 
-def scores_by_name(
-    prepared: PreparedClass, latents: Latents, energy: Tensor, nll: Tensor, reference: Tensor
-) -> dict[str, Tensor]:
-    """{name: scores (n)} of the test images, from their latents, energy (n) and likelihood (n): all of
-    model.SCORES that are known, and the flow's own."""
-    scores = {
-        "latent": latents.z.square().mean(1),
-        "likelihood": nll,
-        "flow": prepared.detector.flow_loss(latents),
-    }
-    if len(reference):
-        distances = model.squared_distances(latents.z, reference) + latents.outside.unsqueeze(1)
-        scores["latent_knn"] = model.nearest_neighbours(distances)
-    log_energy = energy.clamp_min(ENERGY_FLOOR).log()
-    return scores | {"joined": log_energy + prepared.unusual_places.get("test", 0.0)}
-
-
-@torch.no_grad()
-def go_back(prepared: PreparedClass, best: Evaluation) -> tuple[np.ndarray, np.ndarray]:
-    """Make the detector that of an evaluation -> its scores of the test images and of the held-out ones;
-    they may not be finite."""
-    fit = prepared.detector
+def go_back(prepared: PreparedClass, best: Evaluation) -> None:
+    """Make the detector that of an evaluation."""
     if best.flow:
-        fit.flow.load_state_dict(best.flow)
-    if prepared.config.score == "latent_knn":
-        fit.reference = best.reference.half()
-    with products("highest", prepared.device):
-        scores = {
-            part: fit.score(each, None, prepared.near.get(part)) + prepared.unusual_places.get(part, 0.0)
-            for part, each in best.latents.items()
-        }
-    return scores["test"].cpu().numpy(), scores["held"].cpu().numpy()
+        prepared.detector.flow.load_state_dict(best.flow)
+    prepared.detector.reference = best.reference
 
 
 def result_of(

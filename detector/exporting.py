@@ -16,7 +16,7 @@ from detector import calibration
 from detector.class_data import Features
 from detector.detector import load_picture_detector
 from detector.picture_detector import PictureDetector
-from detector.pictures import Eye
+from detector.pictures import FittedBackbone
 from images.images import images_below
 from shell.files import whole_file
 
@@ -29,7 +29,7 @@ class Exported(nn.Module):
 
     def __init__(self, detector: PictureDetector):
         super().__init__()
-        self.job = detector.eye.job
+        self.job = detector.backbone.job
         self.backbone, self.fitted = self.job.backbone, detector.fitted.requires_grad_(False)
         held_out = torch.from_numpy(detector.held_out).float()
         known = len(held_out) > 0
@@ -55,8 +55,10 @@ def load(
     UserError."""
     cpu = torch.device("cpu")
     loaded = load_picture_detector(path, cpu, false_alarms, weights=weights)
-    eye = loaded.eye
-    loaded.eye = Eye(eye.config, eye.features, cpu, "float32", eye.weights, eye.checkpoint)
+    backbone = loaded.backbone
+    loaded.backbone = FittedBackbone(
+        backbone.config, backbone.features, cpu, "float32", backbone.weights, backbone.checkpoint
+    )
     if good:
         pictures = images_below(good) if good.is_dir() else []
         if not pictures:
@@ -67,7 +69,7 @@ def load(
 
 def warning(loaded: PictureDetector, calibrated: bool) -> str:
     """What the p-values of the file rest on, where that is not its own arithmetic; else empty."""
-    precision = loaded.eye.features["precision"]
+    precision = loaded.backbone.features["precision"]
     if calibrated or precision == "float32" or not len(loaded.held_out):
         return ""
     return (
@@ -126,7 +128,7 @@ def export(detector: PictureDetector, output: Path, size: tuple[int, int] | None
     UserError when that is too far, and leaves no file then."""
     if output.suffix not in WRITERS:
         raise UserError(f"output: expected a name ending in .onnx or .pt2, got {output}")
-    size = size or detector.eye.job.img_size
+    size = size or detector.backbone.job.img_size
     module, images = Exported(detector).eval(), examples(5, size)
     batch = {"images": {0: torch.export.Dim("batch", min=1, max=2**20)}}
     with torch.no_grad():
@@ -143,8 +145,8 @@ def export(detector: PictureDetector, output: Path, size: tuple[int, int] | None
 
 def detector_scores(detector: PictureDetector, images: Tensor) -> np.ndarray:
     """The detector's own scores (n) of pictures (n, H, W, 3)."""
-    pixels = resize_like_pillow(images.permute(0, 3, 1, 2), detector.eye.job.img_size)
-    return detector.score_rows(detector.eye.job.rows(pixels.to(torch.uint8)))
+    pixels = resize_like_pillow(images.permute(0, 3, 1, 2), detector.backbone.job.img_size)
+    return detector.score_rows(detector.backbone.job.rows(pixels.to(torch.uint8)))
 
 
 def compare(detector: PictureDetector, wanted: np.ndarray, run: Run, images: Tensor) -> float:

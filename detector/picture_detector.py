@@ -19,8 +19,14 @@ class PictureDetector:
     A picture is a path, a Pillow image or an array (H, W, 3) or (H, W) of uint8. held_out: scores of held-out
     normal pictures, which p-values and verdicts rest on; may be empty."""
 
-    def __init__(self, fitted: nn.Module, record: dict, eye: pictures.Eye, false_alarms: float | None = None):
-        self.fitted, self.record, self.eye = fitted.to(eye.device).eval(), record, eye
+    def __init__(
+        self,
+        fitted: nn.Module,
+        record: dict,
+        backbone: pictures.FittedBackbone,
+        false_alarms: float | None = None,
+    ):
+        self.fitted, self.record, self.backbone = fitted.to(backbone.device).eval(), record, backbone
         self.class_name, self.seed = record["result"]["class"], record["result"]["seed"]
         self.held_out = np.array(record["held_out_scores"], float)
         config = config_of(record)
@@ -31,7 +37,7 @@ class PictureDetector:
         UserError on one that cannot be read."""
         several = pictures.are_several(picture)
         scores: list[np.ndarray] = []
-        for rows in self.eye.rows(picture if several else [picture]):
+        for rows in self.backbone.rows(picture if several else [picture]):
             if isinstance(rows, pictures.Unreadable):
                 raise UserError(rows.reason)
             scores.append(self.score_rows(rows))
@@ -39,7 +45,7 @@ class PictureDetector:
         return joined if several else float(joined[0])
 
     def score_rows(self, rows: pictures.Rows) -> np.ndarray:
-        """Scores (n) from rows of features, as ``Eye.rows`` gives them."""
+        """Scores (n) from rows of features, as ``FittedBackbone.rows`` gives them."""
         return self.fitted.score_features(Features.of(rows)).astype(float)
 
     def heat_map(self, picture: Any) -> np.ndarray:
@@ -51,9 +57,12 @@ class PictureDetector:
         pixels = images.pixels_of(picture)
         if not self.fitted.uses_places:
             return heat_map.by_occlusion(self.score, pixels)
-        rows = next(iter(self.eye.rows([pixels])))
+        rows = next(iter(self.backbone.rows([pixels])))
         assert not isinstance(rows, pictures.Unreadable), "pixels can be read"
-        values, grid = self.fitted.place_map(Features.of(rows).places)[0], place_grid_of(self.eye.features)
+        values, grid = (
+            self.fitted.place_map(Features.of(rows).places)[0],
+            place_grid_of(self.backbone.features),
+        )
         return heat_map.of_places(values, grid, pixels.shape[:2])
 
     def p_value(self, score: Any) -> Any:

@@ -37,7 +37,7 @@ def are_several(pictures: Any) -> bool:
     return isinstance(pictures, Iterable) and not isinstance(pictures, one)
 
 
-class Eye:
+class FittedBackbone:
     """The backbone that a detector was fitted with: pictures -> rows of features. It is loaded at the first
     picture. Several classes of a run share one."""
 

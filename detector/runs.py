@@ -1,10 +1,10 @@
 """The folder of a run: who writes it, which of its classes and seeds are finished, which rank takes which.
 
-A cell is one class with one seed. It is finished when its record and weights are whole and were made with
+A pair is one class with one seed. It is finished when its record and weights are whole and were made with
 this very configuration on these very features. Ranks (several processes, on one machine or many with a
-shared folder) claim cells by lock files, and never talk: a rank that dies gives its claims back, and any
+shared folder) claim pairs by lock files, and never talk: a rank that dies gives its claims back, and any
 rank, or the next run, takes them. Layout of runs/<modelname>/: ``run.json`` what the run is,
-``.writer-<rank>-of-<n>`` who writes it, ``classes/`` the cells."""
+``.writer-<rank>-of-<n>`` who writes it, ``classes/`` the pairs."""
 
 import contextlib
 import time
@@ -20,10 +20,10 @@ from shell.command_line import command_line
 from shell.files import as_strict_json, read_sealed, write_sealed
 from shell.locks import Lock
 
-FAILED = ".failed.json"  # the ending of what a cell leaves that cannot be fitted
+FAILED = ".failed.json"  # the ending of what a pair leaves that cannot be fitted
 
 
-class Cell(NamedTuple):
+class ClassSeed(NamedTuple):
     class_name: str
     seed: int
 
@@ -85,7 +85,7 @@ def _sweep_up(folder: Path) -> None:
 
 # ---------------------------------------------------------------- one modelname, one configuration
 def identity(config: Config, cache: feature_cache.FeatureCache) -> dict:
-    """What the outcome of a cell depends on, besides class and seed, as JSON has it."""
+    """What the outcome of a pair depends on, besides class and seed, as JSON has it."""
     values = {name: getattr(config, name) for name in knobs_affecting("features", "fit")}
     return as_strict_json({"config": values, "features": cache.meta})
 
@@ -149,10 +149,10 @@ def drop(config: Config) -> None:
 
 
 # ---------------------------------------------------------------- finished or failed
-def finished(config: Config, cache: feature_cache.FeatureCache, cell: Cell) -> dict | None:
-    """The result of a cell that was finished under this configuration and these features; None when it was
+def finished(config: Config, cache: feature_cache.FeatureCache, pair: ClassSeed) -> dict | None:
+    """The result of a pair that was finished under this configuration and these features; None when it was
     not, or its files are not whole, or lack what is asked for now."""
-    path = checkpoints.checkpoint_path(config, *cell)
+    path = checkpoints.checkpoint_path(config, *pair)
     try:
         record = checkpoints.read_record(path)
         fitted_with = checkpoints.config_of(record)
@@ -161,36 +161,36 @@ def finished(config: Config, cache: feature_cache.FeatureCache, cell: Cell) -> d
     made = {name: getattr(fitted_with, name) for name in knobs_affecting("features", "fit")}
     if as_strict_json({"config": made, "features": record["features"]}) != identity(config, cache):
         return None
-    if (record["result"].get("class"), record["result"].get("seed")) != cell:
+    if (record["result"].get("class"), record["result"].get("seed")) != pair:
         return None
     if config.keep != "results" and checkpoints.weights_fault(record, checkpoints.checkpoint_files(path)[1]):
         return None
-    compared = config.baselines and cell[1] == config.seed
+    compared = config.baselines and pair[1] == config.seed
     if compared and not record["simple_scores"] and len(record["test"]["labels"]):
         return None
     return record["result"]
 
 
-def failure_path(config: Config, cell: Cell) -> Path:
-    path = checkpoints.checkpoint_path(config, *cell)
+def failure_path(config: Config, pair: ClassSeed) -> Path:
+    path = checkpoints.checkpoint_path(config, *pair)
     return path.with_name(path.name + FAILED)
 
 
-def failed(config: Config, cache: feature_cache.FeatureCache, cell: Cell) -> dict | None:
-    """The result of a cell that failed under this configuration and these features: its reason."""
+def failed(config: Config, cache: feature_cache.FeatureCache, pair: ClassSeed) -> dict | None:
+    """The result of a pair that failed under this configuration and these features: its reason."""
     try:
-        record = read_sealed(failure_path(config, cell))
+        record = read_sealed(failure_path(config, pair))
     except (OSError, ValueError):
         return None
     same = {part: record.get(part) for part in ("config", "features")} == identity(config, cache)
     return checkpoints.undefined_as_nan(record["result"]) if same else None
 
 
-def keep_failure(config: Config, cache: feature_cache.FeatureCache, cell: Cell, result: dict) -> None:
-    """Keep why a cell failed, for the other ranks and the report; its checkpoint, if any, is gone."""
-    for path in checkpoints.checkpoint_files(checkpoints.checkpoint_path(config, *cell)):
+def keep_failure(config: Config, cache: feature_cache.FeatureCache, pair: ClassSeed, result: dict) -> None:
+    """Keep why a pair failed, for the other ranks and the report; its checkpoint, if any, is gone."""
+    for path in checkpoints.checkpoint_files(checkpoints.checkpoint_path(config, *pair)):
         path.unlink(missing_ok=True)
-    write_sealed(failure_path(config, cell), identity(config, cache) | {"result": result})
+    write_sealed(failure_path(config, pair), identity(config, cache) | {"result": result})
 
 
 # ---------------------------------------------------------------- how long it took
@@ -224,72 +224,72 @@ def wall_time(results: list[dict]) -> float:
 
 
 # ---------------------------------------------------------------- whose turn it is
-class Ledger:
-    """The cells of a run: which are done, and claims on the others."""
+class Progress:
+    """The pairs of a run: which are done, and claims on the others."""
 
-    def __init__(self, config: Config, cache: feature_cache.FeatureCache, cells: list[Cell]):
-        self.config, self.cache, self.cells = config, cache, cells
+    def __init__(self, config: Config, cache: feature_cache.FeatureCache, pairs: list[ClassSeed]):
+        self.config, self.cache, self.pairs = config, cache, pairs
         self.ranks = utils.ranks(config)
-        self.results: dict[Cell, dict] = {}
-        self.claims: dict[Cell, Lock] = {}
-        for path in () if self.ranks.world_size > 1 else (failure_path(config, cell) for cell in cells):
+        self.results: dict[ClassSeed, dict] = {}
+        self.claims: dict[ClassSeed, Lock] = {}
+        for path in () if self.ranks.world_size > 1 else (failure_path(config, pair) for pair in pairs):
             path.unlink(missing_ok=True)  # a new run tries again
         self.look()
 
-    def look(self) -> list[Cell]:
-        """See what is done, by whomever -> the cells that were not, as far as this rank knew."""
+    def look(self) -> list[ClassSeed]:
+        """See what is done, by whomever -> the pairs that were not, as far as this rank knew."""
         new = []
-        for cell in self.cells:
-            if cell in self.results:
+        for pair in self.pairs:
+            if pair in self.results:
                 continue
-            result = finished(self.config, self.cache, cell) or failed(self.config, self.cache, cell)
+            result = finished(self.config, self.cache, pair) or failed(self.config, self.cache, pair)
             if result:
-                self.results[cell] = result
-                new.append(cell)
+                self.results[pair] = result
+                new.append(pair)
         return new
 
-    def missing(self) -> list[Cell]:
-        return [cell for cell in self.cells if cell not in self.results]
+    def missing(self) -> list[ClassSeed]:
+        return [pair for pair in self.pairs if pair not in self.results]
 
-    def claim(self, cell: Cell) -> bool:
-        """Whether the cell is this process's to fit now: neither done nor another process's."""
-        path = checkpoints.checkpoint_path(self.config, *cell)
+    def claim(self, pair: ClassSeed) -> bool:
+        """Whether the pair is this process's to fit now: neither done nor another process's."""
+        path = checkpoints.checkpoint_path(self.config, *pair)
         lock = Lock(path.with_name(f".{path.name}.claim"))
-        if cell in self.results or not lock.take():
+        if pair in self.results or not lock.take():
             return False
-        self.claims[cell] = lock
+        self.claims[pair] = lock
         self.look()  # another may have finished it just before it was claimed
-        if cell in self.results:
-            self.release(cell)
-        return cell not in self.results
+        if pair in self.results:
+            self.release(pair)
+        return pair not in self.results
 
-    def release(self, cell: Cell) -> None:
-        if cell in self.claims:
-            self.claims.pop(cell).release()
+    def release(self, pair: ClassSeed) -> None:
+        if pair in self.claims:
+            self.claims.pop(pair).release()
 
-    def keep(self, cell: Cell, result: dict) -> None:
-        self.results[cell] = result
-        self.release(cell)
+    def keep(self, pair: ClassSeed, result: dict) -> None:
+        self.results[pair] = result
+        self.release(pair)
 
-    def turns(self) -> Iterator[Cell]:
-        """The cells that this process is to fit, claimed, until none is left to claim. Rank 0 waits for those
+    def turns(self) -> Iterator[ClassSeed]:
+        """The pairs that this process is to fit, claimed, until none is left to claim. Rank 0 waits for those
         that others are at."""
         try:
             while self.missing():
-                for cell in self.ranks.own_first(self.cells):
-                    if self.claim(cell):
-                        yield cell
+                for pair in self.ranks.own_first(self.pairs):
+                    if self.claim(pair):
+                        yield pair
                 if self.missing() and self.ranks.rank:
                     return
                 if self.missing():
                     time.sleep(0.5)
                     self.look()
         finally:
-            for cell in list(self.claims):
-                self.release(cell)
+            for pair in list(self.claims):
+                self.release(pair)
 
     def report_is_mine(self) -> bool:
-        """Whether all cells are done and the report is this rank's to write: rank 0's, or that of any rank
+        """Whether all pairs are done and the report is this rank's to write: rank 0's, or that of any rank
         that sees all done while there is no rank 0."""
         if self.missing():
             return False
@@ -312,5 +312,5 @@ class Ledger:
     def go_on(self) -> str:
         """What an interrupted run has kept, and the command that goes on with it."""
         self.look()
-        done = len(self.cells) - len(self.missing())
-        return f"{done} of {len(self.cells)} classes are kept; go on with: {command_line()}"
+        done = len(self.pairs) - len(self.missing())
+        return f"{done} of {len(self.pairs)} classes are kept; go on with: {command_line()}"

@@ -59,7 +59,7 @@ def _csv(stream) -> WriteRow:
 def rows_of(detectors: list[PictureDetector], files: list[Path]) -> Iterator[list[dict] | Unreadable]:
     """The table's rows, in the order of the files: of some pictures together, or why one cannot be read."""
     waiting = iter(files)
-    for rows in detectors[0].eye.rows(files):
+    for rows in detectors[0].backbone.rows(files):
         if isinstance(rows, Unreadable):
             next(waiting)
             yield rows

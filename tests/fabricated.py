@@ -72,7 +72,6 @@ def settings(**more) -> Config:
             "threads": 1,
             "extractor": "resnet18",
             "weights_path": "random",
-            "verbose": False,
             **more,
         }
     )

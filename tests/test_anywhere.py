@@ -51,7 +51,6 @@ def test_the_notebook_lines_beside_a_utils_and_a_config(tmp_path, monkeypatch):
             device="cpu",
             threads=1,
             workers=0,
-            verbose=False,
         )  # fmt: skip
     )
     (mine / "notebook.py").write_text(NOTEBOOK.format(root=str(ROOT)))

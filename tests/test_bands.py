@@ -168,7 +168,6 @@ def settings(**more) -> Config:
         "batch_size": 16,
         "lr_init": 1e-3,
         "identity_start": True,
-        "verbose": False,
     }
     return Config(**(options | more))
 

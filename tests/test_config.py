@@ -223,9 +223,9 @@ def test_knobs_that_a_script_does_not_read_are_refused(script, name, capsys):
         ("alpha", "1", 1.0),
         ("token_grid", "8", "8"),
         ("class_name", "cat,dog", "cat,dog"),
-        ("verbose", "False", False),
-        ("verbose", "no", False),
-        ("verbose", "0", False),
+        ("baselines", "False", False),
+        ("baselines", "no", False),
+        ("baselines", "0", False),
         ("restart", "true", True),
         ("restart", "YES", True),
         ("restart", "1", True),
@@ -334,7 +334,7 @@ def test_import_starts_nothing(tmp_path):
 
 # ---------------------------------------------------------------- one place for one decision
 FEATURES = """
-    dataset extractor weights_path img_size pixel_norm token_grid precision bands window places
+    dataset extractor weights_path img_size pixel_norm token_grid mirror precision bands window places
 """.split()
 FIT = """
     device n_coupling_blocks fc_internal clamp fusion fusion_tokens flow_channels base alpha

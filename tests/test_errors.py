@@ -186,8 +186,6 @@ def test_loss_that_is_not_finite(run_here, tmp_path):
         "1e30",
         "--batch_size",
         "1",
-        "--verbose",
-        "False",
     )
     assert "1e+30" in one_line(done)
 

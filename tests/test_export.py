@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 RUN = {
     "dataset": "folder", "class_name": "leaf", "extractor": "efficientnet_lite0",
     "img_size": (64, 64), "precision": "float32", "workers": 0, "threads": 1,
-    "fc_internal": 16, "n_coupling_blocks": 2, "verbose": False, "device": "cpu", "holdout": 0.3,
+    "fc_internal": 16, "n_coupling_blocks": 2, "device": "cpu", "holdout": 0.3,
 }  # fmt: skip
 OPTIONS = {
     "joined": {  # as the preset accurate puts the method together

@@ -912,6 +912,30 @@ def test_outline_tells_what_the_backbone_gives(name, options):
     assert all(parameter.is_meta for parameter in outline.parameters())
 
 
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_with_mirror_an_image_and_its_mirror_image_give_mirrored_features(mixed, name):
+    """The mean of both, cell by cell: the semantic token and rings, which have no place, are the same."""
+    config = settings(name, (64, 96), dataset_path=str(mixed), bands=True, places=4)
+    image = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (1, 3, 64, 96), np.uint8))
+    plain, both = job_of(config), job_of(dataclasses.replace(config, mirror=True))
+    one, other = plain.rows(image), plain.rows(image.flip(-1))
+    found, mirrored = both.rows(image), both.rows(image.flip(-1))
+    near = {"atol": 0.02, "rtol": 0.01}  # sums in half precision
+    assert not torch.allclose(one["tokens"][:, 0].float(), other["tokens"][:, 0].float(), **near)
+
+    def on_grid(rows, array):
+        grid = plain.full_grid if array == "tokens" else both.of_maps["places"].grid
+        return rows[array].float()[:, -grid[0] * grid[1] :].unflatten(1, grid)
+
+    for array in ("tokens", "places"):
+        torch.testing.assert_close(on_grid(found, array), on_grid(mirrored, array).flip(2), **near)
+        mean = (on_grid(one, array) + on_grid(other, array).flip(2)) / 2
+        torch.testing.assert_close(on_grid(found, array), mean, **near)
+    semantic = (one["tokens"][:, 0].float() + other["tokens"][:, 0].float()) / 2
+    torch.testing.assert_close(found["tokens"][:, 0].float(), semantic, **near)
+    torch.testing.assert_close(found["bands"], mirrored["bands"], **near)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_features_that_are_not_finite(mixed, tmp_path, workers):
     with pytest.raises(UserError, match="finite"):

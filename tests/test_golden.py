@@ -168,7 +168,6 @@ def test_trainer_takes_the_released_steps(flow_file):
         fusion="class_attention",
         n_coupling_blocks=blocks,
         fc_internal=hidden,
-        verbose=False,
     )
     features = {"n_feat": channels, "grid": grid_of(n), "tokens": 1 + n, "kind": "tokens"}
     prepared = preparation.PreparedClass(settings, data, features, 0, torch.device("cpu"))

@@ -106,7 +106,7 @@ def run(tmp_path_factory):
             dataset="mvtec", dataset_path="textures/brushed", extractor="resnet10t", weights_path="random",
             img_size=(64, 64), precision="float32", threads=1, fc_internal=16, workers=0,
             n_coupling_blocks=1, fusion="none", bands=True, places=6, score="joined",
-            holdout=0.2, device="cpu", verbose=False,
+            holdout=0.2, device="cpu",
             modelname="heat",
         )
     )  # fmt: skip

@@ -154,7 +154,7 @@ def settings(**more) -> Config:
         "bands": True, "places": 5, "score": "joined", "holdout": 0.25, "patience": 3,
         "normalize": "power_l2+whiten", "fusion": "class_attention", "n_coupling_blocks": 2,
         "fc_internal": 16, "batch_size": 16, "lr_init": 1e-3, "identity_start": True,
-        "verbose": False, "whiten_ridge": 1.0,
+        "whiten_ridge": 1.0,
     }  # fmt: skip
     return Config(**(options | more))
 

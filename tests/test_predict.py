@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUN = {
     "dataset": "folder", "dataset_path": "images", "extractor": "resnet18", "weights_path": "random",
     "img_size": (64, 64), "precision": "float32", "workers": 0, "threads": 1,
-    "fc_internal": 16, "verbose": False, "device": "cpu",
+    "fc_internal": 16, "device": "cpu",
 }  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def test_backbone_is_loaded_once_and_late(here, monkeypatch):
 
 def test_pictures_are_read_a_few_at_a_time(here):
     """However many there are: the one that is asked for is not far behind the one that was read."""
-    eye = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1).eye
+    backbone = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1).backbone
     given = 0
 
     def endless():
@@ -161,11 +161,11 @@ def test_pictures_are_read_a_few_at_a_time(here):
             given += 1
             yield path
 
-    rows = eye.rows(endless())
+    rows = backbone.rows(endless())
     for _ in range(3):
         next(rows)
     rows.close()
-    assert given <= 3 * eye.job.batch + pictures.READERS * eye.job.batch + 2
+    assert given <= 3 * backbone.job.batch + pictures.READERS * backbone.job.batch + 2
 
 
 @pytest.mark.parametrize("ending", ["csv", "json", "jsonl"])
@@ -468,7 +468,7 @@ def test_a_weights_file_is_found_by_its_hash_wherever_it_lies(here, tmp_path, mo
 
 def test_another_backbone_is_refused(here):
     loaded = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
-    loaded.eye.features["weights_sha256"] = "of others"
+    loaded.backbone.features["weights_sha256"] = "of others"
     with pytest.raises(UserError, match="weights_sha256"):
         loaded.score(TESTED[0])
 

@@ -153,7 +153,7 @@ def test_what_is_asked_for_later_is_made(run):
     run.fitted.clear()
     assert run(baselines=True)["baselines"] and len(run.fitted) == 3
     run.fitted.clear()
-    run(baselines=True, keep="results", verbose=True, threads=0, class_name="c,a", unreadable="skip")
+    run(baselines=True, keep="results", threads=0, class_name="c,a", unreadable="skip")
     assert run.fitted == [], "knobs that change no outcome do not count"
 
 
@@ -226,22 +226,22 @@ def rewrite(path: str, change) -> None:
 
 def test_a_folder_with_knobs_that_are_gone_is_refused(run):
     run()
-    rewrite("runs/run/run.json", lambda content: content["config"].update(mirror=True, refit=False))
+    rewrite("runs/run/run.json", lambda content: content["config"].update(matmul="high", refit=False))
     with pytest.raises(UserError) as mistake:
         run()
     line = str(mistake.value)
-    assert "mirror True there, None now, refit False there, None now; give another --modelname" in line
+    assert "matmul high there, None now, refit False there, None now; give another --modelname" in line
     assert "\n" not in line
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused(run):
     """One with a knob that is gone, and one whose record had other parts."""
     run(class_name="a,b")
-    rewrite("runs/run/classes/a-seed0.json", lambda content: content["config"].update(mirror=True))
+    rewrite("runs/run/classes/a-seed0.json", lambda content: content["config"].update(refit=True))
     with pytest.raises(UserError) as mistake:
         detector.load_detector("runs/run/classes/a-seed0")
     line = str(mistake.value)
-    assert "a-seed0.json: made with" in line and knobs.FORMER["mirror"] in line and "train it again" in line
+    assert "a-seed0.json: made with" in line and knobs.FORMER["refit"] in line and "train it again" in line
     rewrite("runs/run/classes/b-seed0.json", lambda content: content.pop("simple_scores"))
     with pytest.raises(UserError, match="record of this version: simple_scores is missing"):
         detector.load_detector("runs/run/classes/b-seed0")

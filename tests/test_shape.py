@@ -60,7 +60,7 @@ def settings(**more) -> Config:
     options = {
         "dataset": "mvtec", "dataset_path": "set", "extractor": "resnet10t", "weights_path": "random",
         "img_size": "auto", "precision": "float32", "threads": 1, "workers": 0,
-        "device": "cpu", "verbose": False, "fc_internal": 16, "n_coupling_blocks": 1, "fusion": "none",
+        "device": "cpu", "fc_internal": 16, "n_coupling_blocks": 1, "fusion": "none",
     }  # fmt: skip
     return Config(**(options | more))
 
@@ -224,7 +224,7 @@ def run(folder):
 @pytest.mark.slow
 def test_heat_map_has_the_pictures_shape(run, tmp_path):
     loaded = Detector.load("runs/belt/classes/belt-seed0", "cpu", 1)
-    assert loaded.fitted.uses_places and loaded.eye.job.img_size == SIZE
+    assert loaded.fitted.uses_places and loaded.backbone.job.img_size == SIZE
     good = surface(np.random.RandomState(9))
     values = loaded.heat_map(spoilt(good)) - loaded.heat_map(good)
     assert values.shape == (HEIGHT, WIDTH)

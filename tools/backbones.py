@@ -98,7 +98,7 @@ def settings(extractor: str, side: int, preset: str) -> dict:
     return {
         "preset": preset, "extractor": extractor, "weights_path": "random", "img_size": (side, side),
         "dataset": "folder", "dataset_path": "images", "class_name": "good", "modelname": "small",
-        "device": "cpu", "threads": 1, "workers": 0, "verbose": False,
+        "device": "cpu", "threads": 1, "workers": 0,
         **{name: value for name, value in small.items() if name != "places" or preset == "accurate"},
     }  # fmt: skip
 

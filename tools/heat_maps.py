@@ -29,10 +29,10 @@ KINDS = ("places", "occlusion")
 def heat(detector: PictureDetector, kind: str, pixels: np.ndarray) -> np.ndarray:
     if kind == "occlusion":
         return heat_map.by_occlusion(detector.score, pixels)
-    rows = next(iter(detector.eye.rows([pixels])))
+    rows = next(iter(detector.backbone.rows([pixels])))
     assert not isinstance(rows, pictures.Unreadable)
     values = detector.fitted.place_map(Features.of(rows).places)[0]
-    return heat_map.of_places(values, place_grid_of(detector.eye.features), pixels.shape[:2])
+    return heat_map.of_places(values, place_grid_of(detector.backbone.features), pixels.shape[:2])
 
 
 def chosen(images: datasets.ImageSet, number: int, per_kind: int) -> list[int]:

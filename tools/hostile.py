@@ -39,7 +39,7 @@ MEMORY = 8 << 30  # bytes that a process may take: more is an error, and shall b
 SMALL = (
     "--dataset folder --dataset_path ../images --extractor resnet10t --weights_path random --img_size 32 "
     "--token_grid 1 --fusion none --n_coupling_blocks 1 --fc_internal 8 --threads 1 --workers 0 "
-    "--precision float32 --keep weights --verbose False --normalize power_l2 --holdout 0.2"
+    "--precision float32 --keep weights --normalize power_l2 --holdout 0.2"
 ).split()
 
 NUMBERS = (
