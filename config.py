@@ -188,6 +188,7 @@ PRESETS["quickstart"] = PRESETS["accurate"] | {
 }
 PRESETS["ablation"] = PRESETS["accurate"] | {
     "modelname": "ablation", "extractor": "efficientnet_lite0", "n_seeds": 3, "baselines": False, "keep": "results",
+    "score": "likelihood",  # places have no fusion
     "sweep": "fusion=none,class_attention,hilo,spectral;fusion_tokens=last,middle",
 }
 # fmt: on

@@ -192,6 +192,10 @@ def notes(summary: dict) -> list[str]:
     if not nothing_tested(summary):
         how = f"{reported_epoch(summary)}, {several} {seeds}"
         lines.append(f"AUROC: {how}; oracle: the epoch that is best on the test images.")
+        lines.append(
+            "AUPR and FPR95 (false alarms where 95 % of the anomalies are found): anomalies are the positive "
+            f"class, {anomalous_share(summary)} of a class's test images, which is the AUPR of chance."
+        )
     if summary["baselines"]:
         means = {name: table["mean"]["auroc"] for name, table in summary["baselines"].items()}
         ranked = sorted(means, key=lambda name: -np.nan_to_num(means[name]))
@@ -208,6 +212,13 @@ def notes(summary: dict) -> list[str]:
         shown = utils.first_named(skipped)
         lines.append(f"Left out: {utils.counted(len(skipped), 'unreadable image')}: {shown}.")
     return lines
+
+
+def anomalous_share(summary: dict) -> str:
+    """The share of anomalous test images, or between what shares it lies."""
+    runs = [run for entry in summary["classes"].values() for run in entry["runs"]]
+    shares = sorted(run["n_anomalous"] / run["n_test"] for run in runs if run.get("n_test"))
+    return " to ".join(dict.fromkeys(f"{share:.1%}" for share in (shares[0], shares[-1])))
 
 
 def nothing_tested(summary: dict) -> bool:

@@ -3,6 +3,7 @@ subprocesses."""
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from cache.cache_writer import CacheWriter
 from cache.shards import Shard
 
 torch.set_num_threads(1)
+# Scripts that a test starts inherit this: a shell's background job and pytest-xdist may ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The first backward pass: made after a test has exported something, it would start threads, and tests that
 # fork a process (tools/processes.py) could not train in it any more.
 torch.ones(1, requires_grad=True).sum().backward()

@@ -65,6 +65,14 @@ def test_csv_survives_a_comma_in_a_name(summary, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["mean"]["auroc"] == pytest.approx(0.725)
 
 
+def test_the_positive_class_and_its_share_are_named():
+    told = " ".join(report.notes(report.summarize(Config(n_seeds=2), RESULTS, {}, 12.0, {})))
+    assert "anomalies are the positive class, 66.7% of a class's test images" in told
+    rarer = result("c", 0, 0.5) | {"n_anomalous": 15}
+    told = " ".join(report.notes(report.summarize(Config(), [*RESULTS[::2], rarer], {}, 12.0, {})))
+    assert "25.0% to 66.7% of" in told
+
+
 def test_table_has_every_metric_and_the_margin(summary):
     header, rows = report.make_table(summary)
     for metric in METRICS.values():
