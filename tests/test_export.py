@@ -36,6 +36,7 @@ OPTIONS = {
         "fusion": "class_attention",
         "fusion_tokens": "middle",
         "identity_start": True,
+        "mirror": True,
         "feature_path": "features/joined",
     },
     "latent_knn": {"score": "latent_knn"},
