@@ -194,7 +194,7 @@ def notes(summary: dict) -> list[str]:
         lines.append(f"AUROC: {how}; oracle: the epoch that is best on the test images.")
         lines.append(
             "AUPR and FPR95 (false alarms where 95 % of the anomalies are found): anomalies are the positive "
-            f"class, {anomalous_share(summary)} of a class's test images, which is the AUPR of chance."
+            f"class{anomalous_share(summary)}."
         )
     if summary["baselines"]:
         means = {name: table["mean"]["auroc"] for name, table in summary["baselines"].items()}
@@ -215,10 +215,11 @@ def notes(summary: dict) -> list[str]:
 
 
 def anomalous_share(summary: dict) -> str:
-    """The share of anomalous test images, or between what shares it lies."""
+    """The share of anomalous test images, or between what shares it lies; empty where it is not known."""
     runs = [run for entry in summary["classes"].values() for run in entry["runs"]]
     shares = sorted(run["n_anomalous"] / run["n_test"] for run in runs if run.get("n_test"))
-    return " to ".join(dict.fromkeys(f"{share:.1%}" for share in (shares[0], shares[-1])))
+    told = " to ".join(dict.fromkeys(f"{share:.1%}" for share in (*shares[:1], *shares[-1:])))
+    return f", {told} of a class's test images (the AUPR of chance)" if told else ""
 
 
 def nothing_tested(summary: dict) -> bool:
