@@ -11,7 +11,7 @@ check: $(INSTALLED)  ## the same, and whether its table is the committed one, re
 	.venv/bin/python main.py --preset quickstart --check --restart
 
 test: $(INSTALLED_DEV) lint
-	.venv/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+	.venv/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED_DEV)
 	.venv/bin/ruff check .

@@ -154,8 +154,8 @@ NARROWEST = 0.01  # of a side: a narrower Gaussian weighs one patch, or divides 
 FITS = (  # what has to hold of the knobs together -> the line where it does not
     (lambda c: c.preset in PRESETS, "preset: expected one that config.py names, got {preset!r}"),
     (lambda c: re.fullmatch("full|compact|centre|(released)?(?!0+$)[0-9]{1,4}", c.token_grid), "token_grid: expected full, compact, centre, a number of patches per side, or released and a number, got {token_grid!r}"),
-    (lambda c: not isinstance(c.img_size, tuple) or all(0 < side <= LARGEST_IMAGE for side in c.img_size), "img_size: expected 1 to 4096 pixels a side, got {img_size}"),
-    (lambda c: not c.pixel_norm or all(map(math.isfinite, c.pixel_norm)) and min(c.pixel_norm[3:]) > 0, "pixel_norm: expected three finite numbers and three positive ones, got {pixel_norm}"),
+    (lambda c: not isinstance(c.img_size, tuple) or len(c.img_size) == 2 and all(side in range(1, LARGEST_IMAGE + 1) for side in c.img_size), "img_size: expected a height and a width of 1 to 4096 pixels, got {img_size}"),
+    (lambda c: c.pixel_norm is None or len(c.pixel_norm) == 6 and all(isinstance(x, int | float) and math.isfinite(x) for x in c.pixel_norm) and min(c.pixel_norm[3:]) > 0, "pixel_norm: expected three finite numbers and three positive ones, got {pixel_norm}"),
     (lambda c: not 0 < c.centre_pool < NARROWEST, "centre_pool: expected 0 or at least 0.01 of a side, got {centre_pool:g}"),
     (lambda c: c.token_grid != "centre" or c.centre_pool, "token_grid centre needs centre_pool above 0, say 0.1 (it is 0)"),
     (lambda c: c.base != "kernel" or c.holdout, "base kernel needs held-out normal images: set holdout, say 0.1"),

@@ -429,3 +429,15 @@ def test_bad_sweeps_are_refused(capsys):
         with pytest.raises(UserError):
             parse_sweep(text)
         mistake(capsys, "--sweep", text)  # before the slow imports
+
+
+@pytest.mark.parametrize("size", [(), (224,), (224, 224, 3), (224.0, 1.5), (0, 224), ("a", "b")], ids=str)
+def test_sizes_of_the_wrong_count_or_kind(size):
+    with pytest.raises(UserError, match="img_size: expected a height and a width"):
+        Config(img_size=size)
+
+
+@pytest.mark.parametrize("norm", [(), (0.5, 0.5), (0.5,) * 5, ("a",) * 6, (0.5, 0.5, 0.5, 1, 1, 0)], ids=str)
+def test_norms_of_the_wrong_count_or_kind(norm):
+    with pytest.raises(UserError, match="pixel_norm: expected three finite numbers and three positive"):
+        Config(pixel_norm=norm)

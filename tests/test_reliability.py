@@ -163,7 +163,9 @@ def test_ranks_come_to_the_table_of_one(begin, tmp_path, world_size):
     check_whole()
     log = (tmp_path / "log").read_text()
     assert log.count("another one reports") == world_size - 1
-    fitted = [line for line in log.splitlines() if "AUROC 0" in line or "AUROC 1" in line]
+    fitted = [
+        line for line in log.splitlines() if line.startswith("[") and ("AUROC 0" in line or "AUROC 1" in line)
+    ]
     assert len({line.split("]")[1].split("AUROC")[0] for line in fitted}) == 6
 
 
