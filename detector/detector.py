@@ -33,7 +33,7 @@ def normalization_in_effect(config: Config, features: dict) -> str:
 
 
 LOW_DEPTHS = 2  # how many of the deepest depths give their low band to the joint token
-ALIKE = 0.25  # spread of a class's semantic tokens below which its images show one scene, and places are read
+ALIKE = 0.32  # spread of a class's semantic tokens below which its images show one scene, and places are read
 MOST_UNUSUAL = 0.03  # share of an image's places that the joined score takes the mean of
 USUAL = 3.0  # standard deviations at which a heat map begins
 
