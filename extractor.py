@@ -9,7 +9,6 @@ if __name__ == "__main__":  # parse before the slow imports: -h and mistakes ans
 import functools
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from backbone.storing import check_disk, fill, new_writer, pool_full_cache
 from cache import growth, reuse
 from cache.cache_writer import lost_shards, restore, start_again
 from cache.feature_cache import CacheIdentity, FeatureCache
-from cache.manifest import Manifest
 from cache.shards import REPAIR, Damaged, Shard
 from config import Config, UserError
 
@@ -97,12 +95,12 @@ def ensure_features(
     there = reuse.state(begun, images, identity, thorough)
     if there.manifest and there.what in ("whole", "damaged") and not thorough:
         there.manifest.refuse_others(folder, identity.with_images(images).fields)
-    if there.manifest and there.what == "whole":
-        cache = as_wanted(config, FeatureCache(identity, there.manifest))
+    if there.cache is not None:
+        cache = as_wanted(config, there.cache)
         if thorough:
-            restore(folder, there.manifest)
+            restore(folder, cache.manifest)
             growth.remember(images, folder)
-        said = sound(there.manifest, folder) if thorough else f"reusing the cache {folder}"
+        said = sound(cache) if thorough else f"reusing the cache {folder}"
         print(f"features: {said}", flush=True)
         return cache
     identity = sized(config, images, identity)
@@ -133,12 +131,12 @@ def as_they_are(config: Config, identity: CacheIdentity, thorough: bool) -> Feat
         return cache
     if lost := lost_shards(folder, cache.manifest, None, thorough=True):
         raise Damaged(f"{len(lost)} shards of {folder} are damaged {reuse.listed(lost)}; {REPAIR}")
-    print(f"features: {sound(cache.manifest, folder)}", flush=True)
+    print(f"features: {sound(cache)}", flush=True)
     return cache
 
 
-def sound(manifest: Manifest, folder: Path) -> str:
-    return f"all {len(manifest.shards)} shards of {folder} are sound"
+def sound(cache: FeatureCache) -> str:
+    return f"all {len(cache.manifest.shards)} shards of {cache.folder} are sound"
 
 
 def as_wanted(config: Config, cache: FeatureCache) -> FeatureCache:

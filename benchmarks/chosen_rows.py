@@ -14,7 +14,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from suite import Set, read_suite, why_left_out  # noqa: E402
+from suite import asked, read_suite, why_left_out  # noqa: E402
 
 import config as knobs  # noqa: E402
 import extractor  # noqa: E402
@@ -115,23 +115,18 @@ class Kept:
 
 def sets_of(args: argparse.Namespace, **more) -> Iterator[Pictures]:
     """The sets that the command line asks for, one after the other; one that is not there is left out with a
-    line. more: knobs that win over the suite's. Raises UserError."""
+    line. more: knobs that win over the suite's, not over the command line's. Raises
+    UserError."""
     settings, sets = read_suite(args.suite, args.only)
-    asked = parse_values(dict(pair.partition("=")[::2] for pair in args.knobs))
-    quiet = {"device": "cpu", **more}
+    more = {"device": "cpu", **more, **parse_values(asked(args))}
     for entry in sets:
         if left_out := why_left_out(entry):
             print(left_out, flush=True)
             continue
-        config = knobs.make_config({**settings, **of_set(entry), **quiet, **asked})
+        config = knobs.make_config({**settings, **entry.given, **more})
         print(f"== {entry.name}", flush=True)
         cache = extractor.ensure_features(config, utils.set_up(config.device, config.threads))
         yield Pictures(entry.name, config, cache)
-
-
-def of_set(entry: Set) -> dict:
-    """The knobs of a set."""
-    return {"dataset": entry.dataset, "dataset_path": entry.path, **entry.knobs}
 
 
 def about(script: str, sets: list[Pictures]) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from chosen_rows import Kept, Pictures, about, command_line, sets_of  # noqa: E402
+from suite import auroc_cell  # noqa: E402
 
 import utils  # noqa: E402
 from config import ClassError  # noqa: E402
@@ -118,9 +119,7 @@ class Point(NamedTuple):
         return [*start, counts, *map(self._cell, DETECTORS), self._threshold(cases)]
 
     def _cell(self, name: str) -> str:
-        values = self.aurocs(name)
-        spread = f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else ""
-        return "-" if np.isnan(values).any() else f"{values.mean():.4f}{spread}"
+        return auroc_cell(self.aurocs(name)) or "-"
 
     @staticmethod
     def _threshold(cases: list[Case]) -> str:

@@ -65,6 +65,11 @@ class Set(NamedTuple):
     trial: dict = {}
     development: bool = False
 
+    @property
+    def given(self) -> dict:
+        """The knobs of the set, its images among them."""
+        return {"dataset": self.dataset, "dataset_path": self.path, **self.knobs}
+
 
 def read_suite(path: Path, only: str | None = None) -> tuple[dict, list[Set]]:
     """The preset and the extractor of a suite's file, and its sets, all or those named in ``only``. Raises
@@ -99,6 +104,11 @@ def read_suite(path: Path, only: str | None = None) -> tuple[dict, list[Set]]:
     return {"preset": "paper", "extractor": "efficientnet_lite0"} | content, [sets[name] for name in chosen]
 
 
+def asked(args: argparse.Namespace) -> dict[str, str]:
+    """The further knobs of the command line, as texts."""
+    return dict(pair.partition("=")[::2] for pair in args.knobs)
+
+
 def why_left_out(entry: Set) -> str:
     """Prepare a set that is not there -> in one line, why it still is not; empty where it is."""
     if entry.path is None or Path(entry.path).exists():
@@ -114,7 +124,7 @@ def why_left_out(entry: Set) -> str:
 
 def command_of(entry: Set, settings: dict, name: str, seeds: int, more: dict) -> list[str]:
     """The command that runs a set. more: knobs that win over the set's."""
-    given = {**settings, "dataset": entry.dataset, "dataset_path": entry.path, **entry.knobs, **more}
+    given = {**settings, **entry.given, **more}
     given |= {"modelname": f"{name}-{entry.name}", "n_seeds": seeds, "baselines": True, "keep": "results"}
     pairs = ((f"--{knob}", str(value)) for knob, value in given.items() if value is not None)
     return [sys.executable, str(ROOT / "main.py"), *(part for pair in pairs for part in pair)]
@@ -232,7 +242,7 @@ def main(args: argparse.Namespace) -> None:
     settings, sets = read_suite(args.suite, args.only)
     if args.preset:
         settings["preset"] = args.preset
-    more = dict(pair.partition("=")[::2] for pair in args.knobs)
+    more = asked(args)
     found, notes, failures, summaries = {}, [], [], []
     for entry in sets:
         if left_out := why_left_out(entry):

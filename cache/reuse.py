@@ -10,7 +10,7 @@ import datasets
 import utils
 from cache import growth
 from cache.cache_writer import CHANGED, lost_shards, reopen
-from cache.feature_cache import CacheIdentity, FeatureCache, labels_damage
+from cache.feature_cache import CacheIdentity, FeatureCache
 from cache.manifest import Manifest, has_features
 from cache.shards import Damaged, Shard, shards_of
 from config import UserError
@@ -30,6 +30,7 @@ class State(NamedTuple):
     manifest: Manifest | None = None
     lost: dict[Shard, str] = {}  # what has to be made again of a finished cache, and why
     known: growth.KnownFeatures | None = None  # of a grown one: the features of the images that it had
+    cache: FeatureCache | None = None  # a whole one, opened once it is known to be of these images
 
 
 def begun(identity: CacheIdentity) -> State:
@@ -53,8 +54,10 @@ def state(found: State, images: datasets.ImageSet, identity: CacheIdentity, thor
     folder, manifest = identity.folder, found.manifest
     if found.what != "whole" or manifest is None:
         return found
+    cache = None  # of damaged labels or files it stays so
     with contextlib.suppress(Damaged):
-        known = growth.known_before(images, FeatureCache(identity, manifest))
+        cache = FeatureCache(identity, manifest)
+        known = growth.known_before(images, cache)
         if known is not None:
             counts = {split: len(images.labels.split(split).names) for split in datasets.SPLITS}
             kept = shards_of(counts, manifest.shard_rows)
@@ -68,8 +71,9 @@ def state(found: State, images: datasets.ImageSet, identity: CacheIdentity, thor
             f"--feature_path, or python extractor.py --restart to replace them"
         )
     relabelled = manifest.fields["image_list"] != images.fingerprint()
-    damaged = lost or relabelled or labels_damage(folder, manifest)
-    return State("damaged" if damaged else "whole", manifest, lost)
+    if lost or relabelled or cache is None:
+        return State("damaged", manifest, lost)
+    return State("whole", manifest, cache=cache)
 
 
 def reopen_lost(folder: Path, there: State) -> None:
