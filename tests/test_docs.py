@@ -1,9 +1,13 @@
-"""The commands that the documents give can be run: their scripts are there and read the options named."""
+"""The commands that the documents give can be run: their scripts are there and read the options named. The
+README's first table has the figures of results/."""
 
+import collections
+import csv
 import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from config import Config
@@ -59,3 +63,44 @@ def test_what_the_reading_guide_names_is_there():
         code = "\n".join((ROOT / file).read_text() for file in re.split("[;,] ", files))
         for part in re.findall(r"[\w.]+", names.replace("`", "")):
             assert re.search(rf"\b(?:def|class) {part.split('.')[-1]}\b", code), f"{part} is not in {files}"
+
+
+SETS = ("digits", "textures", "cells", "surfaces", "signs", "cifar10")
+DETECTORS = {  # how a row of the README's table begins -> table in results/ and the detector there
+    "**`accurate`, whole score**": ("suite", "whole score"),
+    "`accurate`, likelihood alone": ("suite", "likelihood"),
+    "the same before training: kernels alone": ("suite", "likelihood, before training"),
+    "the flow alone, on its 256 directions": ("suite", "flow alone"),
+    "the same before training |": ("suite", "flow alone, before training"),
+    "**`paper`**": ("paper", "whole score"),
+    "`paper`: likelihood": ("paper", "likelihood"),
+    "kNN, joint token": ("suite", "kNN, flow's input"),
+    "Gaussian, joint token": ("suite", "Gaussian, flow's input"),
+    "kNN, semantic token (power + L2)": ("suite", "kNN, power + L2"),
+    "Gaussian, semantic token (power + L2)": ("suite", "Gaussian, power + L2"),
+    "PatchCore-like, places": ("suite", "PatchCore-like, places"),
+    "PaDiM-like, places": ("suite", "PaDiM-like, places"),
+}
+
+
+def means_of(name: str) -> dict[str, dict[str, float]]:
+    """{detector: {set: mean AUROC over classes and seeds}} of results/NAME.csv."""
+    found: dict = collections.defaultdict(lambda: collections.defaultdict(list))
+    with open(ROOT / "results" / f"{name}.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            found[row["detector"]][row["set"]].append(float(row["auroc"]))
+    return {
+        name: {key: float(np.mean(values)) for key, values in sets.items()} for name, sets in found.items()
+    }
+
+
+@pytest.mark.parametrize("label", DETECTORS)
+def test_the_first_table_has_the_figures_of_results(label):
+    (line,) = re.findall(rf"^\| {re.escape(label)}.*", (ROOT / "README.md").read_text(), re.M)
+    cells = [cell.strip().strip("*()") for cell in line.split("|")[2:9]]
+    table, detector = DETECTORS[label]
+    means = means_of(table)[detector]
+    expected = [means.get(name) for name in SETS]
+    expected.append(float(np.mean(list(means.values()))))
+    for cell, value in zip(cells, expected):
+        assert (float(cell) if cell else None) == (value and pytest.approx(value, abs=6e-5))
