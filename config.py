@@ -88,7 +88,7 @@ class Config:
     worker: str | None = run(None, "which of how many processes that share the work this one is, on one machine or many with a shared folder: 0/16 to 15/16; none: what torchrun sets (RANK, WORLD_SIZE), or 0/1")
     check: bool = run(False, "main.py: compare the AUROCs with the preset's committed table, results/<preset>.csv, and end with exit status 1 where one differs by more than .0005", scripts=MAIN)
     # data
-    dataset: str = features("cifar10", "data set (see README for the folder layouts)", DATASETS)
+    dataset: str = features("cifar10", "data set (docs/data.md has the folder layouts)", DATASETS)
     dataset_path: str | None = run(None, "folder of the raw images; none: data/<dataset>")
     class_name: str = run("all", "normal class: one, several separated by commas, or all; a comma in a name is written \\, (backslash, comma)", scripts=FITTING)
     feature_path: str | None = run(None, "folder of the feature cache; none: features/<dataset>-<extractor>-<size>-<grid>")
@@ -96,7 +96,7 @@ class Config:
     # backbone and extraction
     extractor: str = features("VIT", f"backbone: {', '.join(BACKBONES)} or any timm model name")
     weights_path: str | None = features(None, "local weights instead of the hub's: .pth, .safetensors, .npz where timm reads it; random: untrained")
-    img_size: ImageSize = features(None, "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's; auto: of one's own pictures and of MVTec, VisA, BTAD and MTD in the shape of the training pictures, of 100352 pixels (auto:200000: of so many), fewer where the pictures have fewer, never fewer than of the backbone's own size; of the other sets the backbone's")
+    img_size: ImageSize = features(None, "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's; auto: of one's own pictures and of MVTec, VisA, BTAD, MTD and LBOT in the shape of the training pictures, of 100352 pixels (auto:200000: of so many), fewer where the pictures have fewer, never fewer than of the backbone's own size; of the other sets the backbone's")
     pixel_norm: Six | None = features(None, "mean and standard deviation that pixels are normalised by, six numbers separated by commas; none: the backbone's")
     token_grid: str = features("full", "patch tokens kept: full, a number g (average-pooled to g x g), compact (low and high band per window), or centre (only their mean under the window of centre_pool: the smallest form, for fusion none); releasedg, as in released8: pooled as the released code did, which mixes tokens with channels")
     bands: bool = features(False, "also keep and use a band token: the low band, the ring energies and the peak energy of the backbone's maps at several depths")

@@ -10,7 +10,8 @@ A run's folder scores every picture by every class of its first seed, a row for 
 --class_name names some.
 
 p_value: the share of normal pictures that score as high or higher, from the held-out ones;
-verdict: anomalous where that is at most --false_alarms. Both are empty where none were held out.
+verdict: anomalous where that is at most --false_alarms, or, with too few held-out ones for that
+rate, where the score is above all of theirs. Both are empty where none were held out.
 Pictures that cannot be read are left out, listed at the end, and make the exit status 1.
 
 --watch scores the pictures in a folder, then each that arrives there or is written anew, until

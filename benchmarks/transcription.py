@@ -1,5 +1,5 @@
-"""A plain transcription of the released training step (SPEC 2 and 3), to measure against. Not used by the
-project itself.
+"""A plain transcription of the released training step (docs/method.md, sections 2 and 3), to measure against.
+Not used by the project itself.
 
 As the released code works: tokens are permuted in every block, keys and values are projected for every token,
 every subnet is run a second time for the log-determinant, batches come out of a DataLoader one image at a

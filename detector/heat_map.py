@@ -1,6 +1,6 @@
 """Where is it? Heat maps of pictures, how good they are against masks of the defects, and their overlays.
 
-Two kinds (compared in results/heat_maps.md): of place tokens, how unusual each place is under its own
+Two kinds (compared by tools/heat_maps.py): of place tokens, how unusual each place is under its own
 Gaussian, where the score reads places; else by occlusion, how much the score falls when a part of the
 picture is blurred, which any detector allows."""
 

@@ -70,7 +70,7 @@ DETECTORS = {  # how a row of the README's table begins -> table in results/ and
     "**`accurate`, whole score**": ("suite", "whole score"),
     "`accurate`, likelihood alone": ("suite", "likelihood"),
     "the same before training: kernels alone": ("suite", "likelihood, before training"),
-    "the flow alone, on its 256 directions": ("suite", "flow alone"),
+    "the flow alone, on its leading directions (at most 256)": ("suite", "flow alone"),
     "the same before training |": ("suite", "flow alone, before training"),
     "**`paper`**": ("paper", "whole score"),
     "`paper`: likelihood": ("paper", "likelihood"),

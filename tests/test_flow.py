@@ -1,5 +1,5 @@
 """The coupling layer and the flow: inverse, log-determinant, and equality with the plain transcription of
-SPEC 2."""
+the released step."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The modules against fixtures made by running the released ones (SPEC 8).
+"""The modules against fixtures made by running the released ones.
 
 Every file of $GOLDEN_DIR (default: tests/golden) is checked; its kind is the start of its name, its sizes are
 those of its tensors."""

@@ -8,50 +8,77 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-BOXES = {  # name -> (x, y, width, text, colour)
-    "image": (0.0, 1.0, 1.3, "image", "#eeeeee"),
-    "backbone": (1.9, 1.0, 1.7, "frozen\nbackbone", "#dde7f3"),
-    "semantic": (4.3, 1.7, 2.1, "semantic token y\n+ low bands", "#fbe9cf"),
-    "patches": (4.3, 0.3, 2.1, "patch tokens p", "#fbe9cf"),
-    "fusion": (7.1, 0.3, 2.2, "multi-frequency\nfusion", "#dcefdc"),
-    "flow": (7.1, 1.7, 2.2, "coupling layers\n(semantic flow)", "#dcefdc"),
-    "rings": (4.3, 3.1, 2.1, "rings and peaks\nof frequency", "#fbe9cf"),
-    "texture": (7.1, 3.1, 2.2, "coupling layers\n(texture flow)", "#dcefdc"),
-    "score": (10.1, 2.4, 1.9, "latent z,\nlikelihood\n→ score", "#f3dede"),
+OURS = "dashed"  # the edge of what is this repository's own, not the paper's
+BOXES = {  # name -> (x, y, width, text, colour, edge)
+    "image": (0.0, 1.7, 1.2, "image", "#eeeeee", "solid"),
+    "backbone": (1.7, 1.7, 1.7, "frozen\nbackbone", "#dde7f3", "solid"),
+    "token": (4.0, 3.1, 2.6, "semantic token y\n(+ sub-band energies)", "#fbe9cf", "solid"),
+    "patches": (4.0, 1.7, 2.6, "patch tokens p", "#fbe9cf", "solid"),
+    "places": (4.0, 0.3, 2.6, "place tokens\n(middle depths)", "#fbe9cf", OURS),
+    "flow": (7.2, 3.1, 2.4, "coupling layers", "#dcefdc", "solid"),
+    "fusion": (7.2, 1.7, 2.4, "multi-frequency\nfusion", "#dcefdc", "solid"),
+    "gaussians": (7.2, 0.3, 2.4, "a Gaussian\nfor each place", "#dcefdc", OURS),
+    "latent": (10.2, 3.1, 2.0, "latent z,\nlikelihood", "#f3dede", "solid"),
+    "score": (10.2, 1.7, 2.0, "score", "#f3dede", "solid"),
 }
 ARROWS = [
     ("image", "backbone"),
-    ("backbone", "semantic"),
+    ("backbone", "token"),
     ("backbone", "patches"),
-    ("backbone", "rings"),
-    ("semantic", "flow"),
+    ("backbone", "places"),
+    ("token", "flow"),
     ("patches", "fusion"),
+    ("places", "fusion"),
+    ("places", "gaussians"),
     ("fusion", "flow"),
-    ("rings", "texture"),
-    ("flow", "score"),
-    ("texture", "score"),
+    ("flow", "latent"),
+    ("latent", "score"),
+    ("gaussians", "score"),
 ]
-HEIGHT = 0.9
+HEIGHT, GAP = 0.9, 0.07
+
+
+def ends(start: str, end: str) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Where an arrow begins and ends: straight up or down between boxes of one column, else left to right."""
+    x, y, width = BOXES[start][:3]
+    target_x, target_y = BOXES[end][:2]
+    if x == target_x:
+        middle, up = x + width / 2, target_y > y
+        return (middle, y + HEIGHT + GAP if up else y - GAP), (
+            middle,
+            target_y - GAP if up else target_y + HEIGHT + GAP,
+        )
+    return (x + width + GAP, y + HEIGHT / 2), (target_x - GAP, target_y + HEIGHT / 2)
 
 
 def main() -> None:
-    figure = Figure((10, 3.6), layout="constrained")
+    figure = Figure((10.4, 3.6), layout="constrained")
     axes = figure.subplots()
-    for x, y, width, text, colour in BOXES.values():
+    for x, y, width, text, colour, edge in BOXES.values():
         box = FancyBboxPatch(
-            (x, y), width, HEIGHT, boxstyle="round,pad=0.05", facecolor=colour, edgecolor="#555555"
+            (x, y),
+            width,
+            HEIGHT,
+            boxstyle="round,pad=0.05",
+            facecolor=colour,
+            edgecolor="#555555",
+            linestyle=edge,
         )
         axes.add_patch(box)
         axes.text(x + width / 2, y + HEIGHT / 2, text, ha="center", va="center", fontsize=11)
-    for start, end in ARROWS:
-        x, y, width = BOXES[start][:3]
-        target_x, target_y = BOXES[end][:2]
-        if start == "fusion":  # straight up
-            ends = ((x + width / 2, y + HEIGHT + 0.05), (x + width / 2, target_y - 0.07))
-        else:
-            ends = ((x + width + 0.06, y + HEIGHT / 2), (target_x - 0.07, target_y + HEIGHT / 2))
-        axes.add_patch(FancyArrowPatch(*ends, arrowstyle="-|>", mutation_scale=13, color="#555555"))
-    axes.set(xlim=(-0.2, 12.2), ylim=(0.0, 4.2))
+    for pair in ARROWS:
+        dashed = "places" in pair or "gaussians" in pair
+        axes.add_patch(
+            FancyArrowPatch(
+                *ends(*pair),
+                arrowstyle="-|>",
+                mutation_scale=13,
+                color="#555555",
+                linestyle=OURS if dashed else "solid",
+            )
+        )
+    axes.text(0, 0.3, "dashed: the preset accurate", fontsize=10, color="#555555")
+    axes.set(xlim=(-0.2, 12.4), ylim=(0.0, 4.2))
     axes.axis("off")
     figure.savefig(Path(__file__).resolve().parents[1] / "docs" / "method.png", dpi=130)
 
