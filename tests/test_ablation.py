@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from fabricated import settings
@@ -31,8 +32,14 @@ def swept(cache, tmp_path, monkeypatch):
     return tmp_path / "runs" / "swept"
 
 
+def rows_of(table: str) -> dict[str, list[str]]:
+    lines = table.splitlines()[2:]
+    return {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines}
+
+
 def test_the_table_is_of_the_runs_that_are_there(swept):
-    lines = ablation.table([swept, swept.with_name("nothing")]).splitlines()
+    table, gains = ablation.tables([swept, swept.with_name("nothing")])
+    lines = table.splitlines()
     titles = (
         "swept, the flow's likelihood",
         "swept, mean z²",
@@ -40,7 +47,7 @@ def test_the_table_is_of_the_runs_that_are_there(swept):
         "nothing, mean z²",
     )
     assert lines[0] == f"| | {' | '.join(titles)} |"
-    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines[2:]}
+    rows = rows_of(table)
     assert list(rows) == [row.words for row in ablation.ROWS]
     assert all(cells[2:] == ["not run", "not run"] for cells in rows.values())
     assert rows["hilo, last map"][:2] == ["not run", "not run"]
@@ -56,6 +63,24 @@ def test_the_table_is_of_the_runs_that_are_there(swept):
         for cell, score in zip(rows[words], ("flow", "latent")):
             shown, spread = map(float, cell.split(" ± "))
             assert shown == pytest.approx(mean(run, score, before), abs=1e-4) and 0 < spread < 0.5, words
+    for words, cells in rows_of(gains).items():  # on the mean of the sets nothing, where one was not run
+        assert cells[2:] == ["not run"] * 4
+        if cells[0] != "not run":
+            shown = float(cells[0].split(" ± ")[0])
+            assert shown == pytest.approx(
+                float(rows[words][0][:6]) - float(rows["no fusion"][0][:6]), abs=2e-4
+            )
+
+
+def test_gains_are_paired_by_seed():
+    """Seeds that differ much, and a gain that does not."""
+    those = {0: np.array([0.5, 0.6]), 1: np.array([0.9, 0.8]), 2: np.array([0.1, 0.1])}
+    these = {seed: values + 0.01 for seed, values in those.items() if seed != 2}
+    gains = ablation.less(these, those)
+    assert ablation.cells(gains, "{:+.4f}") == ["+0.0100 ± 0.0000"] * 2
+    double = {seed: 3 * values for seed, values in gains.items()}
+    assert ablation.cells(ablation.mean_over([gains, double]), "{:+.3f}") == ["+0.020 ± 0.0000"] * 2
+    assert ablation.mean_over([gains, {}]) == {}
 
 
 def test_rows_are_runs_of_the_preset():

@@ -1,11 +1,12 @@
-"""What fusion and training add: a Markdown table of sweeps by the preset ablation, one per data set.
+"""What fusion and training add: two Markdown tables of sweeps by the preset ablation, one per data set.
 
 python main.py --preset ablation --dataset digits --modelname ablation-digits
 python main.py --preset ablation --dataset mvtec --dataset_path data/textures --modelname ablation-textures
 python tools/ablation.py runs/ablation-digits runs/ablation-textures
 
-Every row has the AUROC of the flow's likelihood and of its mean z^2, without places, at the epoch that was
-chosen: means over classes and seeds, ± the standard deviation over seeds of the mean over classes."""
+The first has the AUROC of the flow's likelihood and of its mean z^2, without places, at the epoch that was
+chosen: means over classes and seeds, ± the standard deviation over seeds of the mean over classes. The second
+has what a row has more than the flow without fusion of the same seed, and that on the mean of the sets."""
 
 import argparse
 import sys
@@ -31,9 +32,10 @@ class Row(NamedTuple):
 
 
 # Without fusion there are no patch tokens to choose.
+NO_FUSION = Row("no fusion", "none-last")
 ROWS = (
     Row("before training", "none-last", before=True),
-    Row("no fusion", "none-last"),
+    NO_FUSION,
     Row("class attention, last map", "class_attention-last"),
     Row("class attention, middle depths", "class_attention-middle"),
     Row("hilo, last map", "hilo-last"),
@@ -56,23 +58,44 @@ def aurocs(folder: Path, before: bool) -> dict[int, np.ndarray]:
     return {seed: np.mean(classes, 0) for seed, classes in found.items()}
 
 
-def cells(seeds: dict[int, np.ndarray]) -> list[str]:
+def cells(seeds: dict[int, np.ndarray], form: str = "{:.4f}") -> list[str]:
     """A cell for each score."""
     if not seeds:
         return ["not run"] * len(SCORES)
     means = np.array(list(seeds.values()))
     spread = [f" ± {value:.4f}" for value in means.std(0, ddof=1)] if len(means) > 1 else [""] * len(SCORES)
-    return [f"{mean:.4f}{more}" for mean, more in zip(means.mean(0), spread)]
+    return [f"{form.format(mean)}{more}" for mean, more in zip(means.mean(0), spread)]
 
 
-def table(sweeps: list[Path]) -> str:
-    """The Markdown table of the runs that are there."""
-    titles = [f"{sweep.name}, {score}" for sweep in sweeps for score in SCORES.values()]
-    lines = [f"| | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
-    for row in ROWS:
-        found = [cell for sweep in sweeps for cell in cells(aurocs(sweep / row.run, row.before))]
-        lines.append(f"| {row.words} | {' | '.join(found)} |")
-    return "\n".join(lines)
+def less(these: dict[int, np.ndarray], those: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """The differences of the seeds that both have."""
+    return {seed: these[seed] - those[seed] for seed in these if seed in those}
+
+
+def mean_over(sets: list[dict[int, np.ndarray]]) -> dict[int, np.ndarray]:
+    """The means over the sets of the seeds that all have."""
+    common = set.intersection(*map(set, sets))
+    return {seed: np.mean([values[seed] for values in sets], 0) for seed in sorted(common)}
+
+
+def markdown(titles: list[str], rows: dict[str, list[str]]) -> str:
+    heads = [f"{title}, {score}" for title in titles for score in SCORES.values()]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    return "\n".join([*lines, *(f"| {words} | {' | '.join(found)} |" for words, found in rows.items())])
+
+
+def tables(sweeps: list[Path]) -> tuple[str, str]:
+    """The Markdown tables of the runs that are there: AUROC, and gains over the flow without fusion."""
+    found = {row: [aurocs(sweep / row.run, row.before) for sweep in sweeps] for row in ROWS}
+    without, names = found[NO_FUSION], [sweep.name for sweep in sweeps]
+    first = {row.words: [cell for seeds in sets for cell in cells(seeds)] for row, sets in found.items()}
+    second = {}
+    for row, sets in found.items():
+        gains = [less(these, those) for these, those in zip(sets, without)]
+        if row != NO_FUSION:
+            shown = [*gains, mean_over(gains)]
+            second[row.words] = [cell for seeds in shown for cell in cells(seeds, "{:+.4f}")]
+    return markdown(names, first), markdown([*names, "mean"], second)
 
 
 def main() -> None:
@@ -80,7 +103,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sweeps", type=Path, nargs="+", help="folders of sweeps by the preset ablation")
-    print(table(parser.parse_args().sweeps))
+    print(*tables(parser.parse_args().sweeps), sep="\n\n")
 
 
 if __name__ == "__main__":
