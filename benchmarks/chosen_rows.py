@@ -3,9 +3,7 @@ are fitted to chosen pictures of its training and test split alike."""
 
 import argparse
 import dataclasses
-import datetime
 import json
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +12,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from suite import asked, read_suite, why_left_out  # noqa: E402
+from suite import asked, made_by, read_suite, why_left_out  # noqa: E402
 
 import config as knobs  # noqa: E402
 import extractor  # noqa: E402
@@ -133,14 +131,10 @@ def about(script: str, sets: list[Pictures]) -> str:
     """How a table came about. Raises UserError where there is no set."""
     if not sets:
         raise knobs.UserError("none of the sets is there")
-    versions, config = utils.versions(), sets[0].config
-    told = [f"`{shlex.join(['python', f'benchmarks/{script}', *sys.argv[1:]])}`"]
-    told += [f"preset {config.preset}", config.extractor]
-    told += [f"{name} {versions[name]}" for name in ("commit", "torch", "timm")]
-    told += [versions["machine"], f"{config.threads or 'all'} threads"]
-    precisions = dict.fromkeys(str(pictures.cache.meta.get("precision")) for pictures in sets)
-    told += [f"features in {' and '.join(precisions)}", str(datetime.date.today())]
-    return ", ".join(told) + "."
+    config = sets[0].config
+    settings = {"preset": config.preset, "extractor": config.extractor}
+    precisions = [str(pictures.cache.meta.get("precision")) for pictures in sets]
+    return made_by(script, settings, precisions, f"{config.threads or 'all'} threads")
 
 
 def command_line(doc: str, name: str) -> argparse.ArgumentParser:

@@ -224,17 +224,22 @@ def as_csv(found: dict[str, list[Problem] | None], seeds: list[int]) -> str:
     return text.getvalue()
 
 
-def about(settings: dict, sets: list[Set], summaries: list[dict]) -> str:
-    """How the table came about."""
+def made_by(script: str, settings: dict, precisions: list[str], *more: str) -> str:
+    """How a table came about: the command, and what its figures depend on."""
     versions = utils.versions()
-    precisions = dict.fromkeys(str(summary["features"].get("precision")) for summary in summaries)
-    development = ", ".join(entry.name for entry in sets if entry.development) or "none"
-    told = [f"`{shlex.join(['python', 'benchmarks/suite.py', *sys.argv[1:]])}`"]
-    told += [f"preset {settings['preset']}", settings["extractor"]]
-    told += [f"seeds {', '.join(map(str, summaries[0]['seeds']))}"]
+    told = [f"`{shlex.join(['python', f'benchmarks/{script}', *sys.argv[1:]])}`"]
+    told += [f"preset {settings['preset']}", settings["extractor"], *more]
     told += [f"{name} {versions[name]}" for name in ("commit", "torch", "timm")]
-    told += [versions["machine"], f"features in {' and '.join(precisions)}", f"{datetime.date.today()}"]
-    return f"{', '.join(told)}. Development sets (settings were chosen on their test images): {development}."
+    told += [versions["machine"], f"features in {' and '.join(dict.fromkeys(precisions))}"]
+    return f"{', '.join(told)}, {datetime.date.today()}."
+
+
+def about(settings: dict, sets: list[Set], summaries: list[dict]) -> str:
+    precisions = [str(summary["features"].get("precision")) for summary in summaries]
+    seeds = f"seeds {', '.join(map(str, summaries[0]['seeds']))}"
+    development = ", ".join(entry.name for entry in sets if entry.development) or "none"
+    told = made_by("suite.py", settings, precisions, seeds)
+    return f"{told} Development sets (settings were chosen on their test images): {development}."
 
 
 def main(args: argparse.Namespace) -> None:
