@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -161,15 +162,16 @@ class ImageSet:
         size = self.size and partial(_at_row, self.size, rows)
         return ImageSet(labels, read, identify, self.from_files, masks, size)
 
-    def sizes(self, most: int) -> list[tuple[int, int]]:
-        """Height and width of training images, at most so many, evenly spaced, without those that cannot be
-        read; none of arrays."""
-        count, found = len(self.labels.train.names), []
+    def sizes(self, most: int) -> dict[str, list[tuple[int, int]]]:
+        """Height and width of training images by class, of at most so many, evenly spaced, without those that
+        cannot be read; none of arrays."""
+        train, found = self.labels.train, defaultdict(list)
         if self.size is not None:
-            for i in np.linspace(0, count - 1, min(most, count)).astype(int):
+            for i in np.linspace(0, len(train.names) - 1, min(most, len(train.names))).astype(int):
                 with contextlib.suppress(UserError):
-                    found.append(self.size("train", int(i)))
-        return found
+                    size = self.size("train", int(i))
+                    found[self.labels.classes[train.category[i]]].append(size)
+        return dict(found)
 
     def part_key(self, split: str, start: int, stop: int) -> str:
         """A hash of names, labels and content of the images start..stop of a split, where there are any."""

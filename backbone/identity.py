@@ -73,6 +73,7 @@ def cache_identity(config: Config) -> CacheIdentity:
 
 # ---------------------------------------------------------------- the size of the images
 SIZES_READ = 200  # training pictures whose sizes decide
+ANOTHER_SHAPE = math.log(1.5)  # so much longer or shorter: a class is told of
 
 
 def by_pictures(config: Config) -> bool:
@@ -112,11 +113,24 @@ def size_for(config: Config, images: datasets.ImageSet) -> tuple[int, int]:
     if not found:
         return own
     backbone = backbones.outline(dataclasses.replace(config, img_size=None))
-    size = size_in_shape(np.array(found), auto_pixels(config.img_size) or 0, own, backbone.stride)
+    every = np.concatenate(list(found.values()))
+    size = size_in_shape(every, auto_pixels(config.img_size) or 0, own, backbone.stride)
     if not backbones.takes(config, size):
         print(f"img_size auto: {config.extractor} takes {own[0]}x{own[1]} only", flush=True)
         return own
+    if others := of_another_shape(found, size):
+        print(
+            f"img_size auto: pictures of {', '.join(others)} are squeezed into {size[0]}x{size[1]}; a class "
+            "of another shape keeps it in a data set of its own",
+            flush=True,
+        )
     return size
+
+
+def of_another_shape(sizes: dict[str, list[tuple[int, int]]], size: tuple[int, int]) -> list[str]:
+    """The classes whose median shape is quite another than that of ``size``."""
+    found = {name: np.median([height / width for height, width in own]) for name, own in sizes.items()}
+    return [name for name, ratio in found.items() if abs(math.log(ratio * size[1] / size[0])) > ANOTHER_SHAPE]
 
 
 def size_in_shape(sizes: np.ndarray, pixels: int, own_size: tuple[int, int], stride: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """img_size auto: pictures keep their shape, from extraction to heat map and exported file."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -128,9 +129,23 @@ def test_a_few_pictures_of_all_parts_are_measured_and_unreadable_ones_passed_ove
             write_image(tmp_path / f"train/{name}/{i}.png", np.zeros((10 + ord(name), 20, 3), np.uint8))
     (tmp_path / "train/b/2.png").write_bytes(b"")
     found = datasets.load_images("folder", str(tmp_path))
-    assert len(found.sizes(100)) == 14
-    assert found.sizes(3) == [(10 + ord("a"), 20), (10 + ord("c"), 20)]
-    assert datasets.load_images("digits", None).sizes(100) == []
+    assert {name: len(own) for name, own in found.sizes(100).items()} == {"a": 5, "b": 4, "c": 5}
+    assert found.sizes(3) == {"a": [(10 + ord("a"), 20)], "c": [(10 + ord("c"), 20)]}
+    assert datasets.load_images("digits", None).sizes(100) == {}
+
+
+def test_classes_of_another_shape_are_told(tmp_path, capsys):
+    """Two long and one square class: the square one is squeezed, and said to be."""
+    for name, width in (("belt", 40), ("board", 100), ("rail", 110)):
+        for i in range(3):
+            write_image(tmp_path / f"train/{name}/{i}.png", np.zeros((40, width, 3), np.uint8))
+    height, width = size_for(settings(dataset="folder"), datasets.load_images("folder", str(tmp_path)))
+    assert width / height > 2
+    told = f"img_size auto: pictures of belt are squeezed into {height}x{width}; a class of another"
+    assert told in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "train/belt")
+    size_for(settings(dataset="folder"), datasets.load_images("folder", str(tmp_path)))
+    assert "squeezed" not in capsys.readouterr().out
 
 
 def test_published_small_images_stay_square(monkeypatch):
