@@ -61,8 +61,9 @@ class Detector(nn.Module):
     """Normaliser and fused flow: cached tokens -> latent z and log-determinant -> anomaly score.
 
     The flow moves the leading directions of one token: the semantic one, with ``bands`` joined by the
-    sub-band energies of several depths. Under the score "joined" the image's log-energy and its most unusual
-    places are added (docs/method.md, eq. 14), where the class's normal images show one scene."""
+    sub-band energies of several depths. The score "joined" is the image's log-energy; where the class's
+    normal images show one scene, its most unusual places are added, and the flow counts for more
+    (docs/method.md, eq. 14)."""
 
     def __init__(self, config: Config, features: dict, n_images: int | None = None):
         """features: the sidecar of the cache; n_feat, grid (rows, columns), tokens, kind (map or tokens) and,
@@ -95,7 +96,7 @@ class Detector(nn.Module):
             count = math.prod(self.place_grid)
             self.n_unusual = max(1, round(MOST_UNUSUAL * count))
         self.register_buffer("alike", torch.zeros((), dtype=torch.bool))
-        self.uses_places = False
+        self.one_scene = self.uses_places = False
 
     def _size_joint_token(
         self, config: Config, features: dict, whitened: bool, n_images: int | None
@@ -183,9 +184,21 @@ class Detector(nn.Module):
             return model.normal_energy(z, log_det, outside, self.channels)
         if distances is None:
             distances = self.distances(tokens, outside)
-        before = 0.5 * tokens[:, : self.leading].square().sum(1)
-        gain = before - self.leading * self.flow_loss(latents)
-        return model.kernel_energy(distances, gain, self.bandwidth, self.channels)
+        return model.kernel_energy(distances, self.gain(latents), self.bandwidth, self.channels)
+
+    def gain(self, latents: Latents) -> Tensor:
+        """The flow's log-likelihood of its directions less that of the normal density it starts from (B)."""
+        before = 0.5 * latents.tokens[:, : self.leading].square().sum(1)
+        return before - self.leading * self.flow_loss(latents)
+
+    def log_energy(self, latents: Latents, energy: Tensor) -> Tensor:
+        """The image's part of the score "joined" (B): the logarithm of its energy. Where the normal images
+        show one scene, the flow's gain counts as under its own base density (docs/method.md, eq. 14)."""
+        if self.base == "normal" or not self.one_scene:
+            return energy.clamp_min(ENERGY_FLOOR).log()
+        gain = 2 * self.gain(latents) / self.channels
+        kernels = energy + self.bandwidth * gain
+        return kernels.clamp_min(ENERGY_FLOOR).log() - gain / self.bandwidth
 
     def score(self, latents: Latents, name: str | None = None, energy: Tensor | None = None) -> Tensor:
         """The anomaly score ``name`` (config.SCORES; None: the knob's) of images, without places: higher =
@@ -199,7 +212,7 @@ class Detector(nn.Module):
             energy = self.energy(latents)
         if name == "likelihood":
             return model.negative_log_likelihood(energy, self.bandwidth)
-        return energy.clamp_min(ENERGY_FLOOR).log()
+        return self.log_energy(latents, energy)
 
     def unusual_places(self, places: Tensor) -> Tensor:
         """How unusual an image's most unusual places are, on average, from raw place tokens (B, P, E) ->
@@ -244,7 +257,8 @@ class Detector(nn.Module):
     def read_places_if(self, alike: bool) -> None:
         """Whether the score reads places: where the class's normal images show one scene."""
         self.alike.fill_(alike)
-        self.uses_places = bool(alike) and self.places is not None
+        self.one_scene = bool(alike)
+        self.uses_places = self.one_scene and self.places is not None
 
     def read(self, source: TokenSource, rows: np.ndarray) -> Features:
         """All that scoring the images ``rows`` takes: the places, too, where they are read."""

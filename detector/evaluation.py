@@ -52,10 +52,8 @@ def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluat
             fit.reference = prepared.measure("fit").z.half()
         energies = {part: fit.energy(each, prepared.near.get(part)) for part, each in latents.items()}
         nll = {part: fit.score(latents[part], "likelihood", each) for part, each in energies.items()}
-        scores = {
-            part: fit.score(latents[part], None, each) + prepared.unusual_places.get(part, 0.0)
-            for part, each in energies.items()
-        }
+        image = {part: fit.score(latents[part], None, each) for part, each in energies.items()}
+        scores = {part: each + prepared.unusual_places.get(part, 0.0) for part, each in image.items()}
         flow = fit.flow_loss(latents["test"])
     entry: dict = {"epoch": epoch, "loss": loss}
     if len(nll["held"]):
@@ -64,7 +62,8 @@ def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluat
     finite = all(bool(each.isfinite().all()) for each in nll.values())
     if not finite:
         entry["held_out_loss"] = float("inf")
-    reported = {"latent": fit.score(latents["test"], "latent"), "likelihood": nll["test"], "flow": flow}
+    likelihood = image["test"] if prepared.config.score == "joined" else nll["test"]
+    reported = {"latent": fit.score(latents["test"], "latent"), "likelihood": likelihood, "flow": flow}
     by_name = {name: values.cpu().numpy() for name, values in reported.items()}
     own = {part: values.cpu().numpy() for part, values in scores.items()}
     titled = {"auroc": own["test"]} | {f"{name}_auroc": values for name, values in by_name.items()}

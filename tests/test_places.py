@@ -220,6 +220,37 @@ def test_the_joined_score_adds_log_energy_and_places(surface):
     assert parts.score_features(features) == pytest.approx(fitted.scores, rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.parametrize("width", [0.1, 4.0], ids=["one scene", "several"])
+def test_the_flow_counts_as_under_its_own_density_where_one_scene_is_shown(tmp_path, width):
+    """log e - g / h, e of the kernels alone and g the flow's gain per channel; else log(e - h g)."""
+    trainer, fitted = fit(
+        fabricate(tmp_path / "c", width),
+        base="kernel",
+        patience=0,
+        meta_epochs=4,
+        flow_channels=8,
+        lr_init=1e-2,
+    )
+    parts, h = fitted.detector, fitted.detector.bandwidth
+    with torch.no_grad():
+        latents = trainer.prepared.measure("test")
+        squares = (latents.tokens[:, None] - parts.reference.float()).square().sum(2) + latents.outside[
+            :, None
+        ]
+        kernels = -2 * h * torch.exp(-squares / (2 * h)).mean(1).log() / parts.channels
+        moved, log_det = latents.z[:, :8], latents.log_det
+        gain = latents.tokens[:, :8].square().sum(1) - moved.square().sum(1) + 2 * log_det
+    gain = gain / parts.channels
+    assert gain.abs().max() > 1e-3 and gain.std() > 1e-3
+    wanted = kernels.log() - gain / h if width == 0.1 else (kernels - h * gain).log()
+    image = fitted.flow_scores["likelihood"]
+    assert image == pytest.approx(wanted.numpy(), rel=1e-3, abs=1e-4)
+    unusual = trainer.prepared.unusual_places.get("test", torch.zeros(()))
+    assert fitted.scores == pytest.approx(image + unusual.numpy(), abs=1e-4)
+    loaded = parts.score_features(parts.read(trainer.data.test, fitted.test_rows))
+    assert loaded == pytest.approx(fitted.scores, rel=1e-3, abs=1e-3)
+
+
 def test_the_map_of_an_image_is_unusual_where_the_defect_is(surface):
     trainer, fitted = surface
     places = trainer.data.test.one("places", fitted.test_rows)
