@@ -248,6 +248,7 @@ def main(args: argparse.Namespace) -> None:
     if args.preset:
         settings["preset"] = args.preset
     more = asked(args)
+    settings |= {name: value for name, value in more.items() if name in settings}
     found, notes, failures, summaries = {}, [], [], []
     for entry in sets:
         if left_out := why_left_out(entry):

@@ -243,11 +243,11 @@ def test_sets_that_fail_or_are_missing_stop_no_other(tmp_path, monkeypatch, caps
     finished = {"one": "exit(0)", "broken": "exit(2)"}
     monkeypatch.setattr(suite, "command_of", lambda entry, *_: [sys.executable, "-c", finished[entry.name]])
     with pytest.raises(UserError, match="failed: broken, main.py ended with status 2"):
-        suite.main(arguments(tmp_path / "suite.toml"))
+        suite.main(arguments(tmp_path / "suite.toml", knobs=["extractor=resnet10t"]))
     assert "left out: away, no/such is not there" in capsys.readouterr().out
     text = (tmp_path / "results/s.md").read_text()
     for told in ("| detector | one | broken | mean |", "left out: away, no/such", "failed: broken", "float32",
-                 "preset paper", "seeds 0", "torch", "chosen on their test images): one."):  # fmt: skip
+                 "preset paper, resnet10t,", "seeds 0", "torch", "chosen on their test images): one."):  # fmt: skip
         assert told in text, told
     lines = (tmp_path / "results/s.csv").read_text().splitlines()
     assert lines[0] == "detector,set,class,seed,auroc" and len(lines) == 7
