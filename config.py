@@ -337,7 +337,8 @@ def make_config(given):
     if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(unknown("preset", preset, PRESETS))
     chosen = {**PRESETS[preset], **given}
-    return Config(**{**OF_DATASET.get(chosen.get("dataset"), {}), **chosen})
+    of_dataset = OF_DATASET.get(chosen.get("dataset", Config.dataset), {})
+    return Config(**{**of_dataset, **chosen})
 
 
 def changed(config):

@@ -42,6 +42,7 @@ if __name__ == "__main__":  # parse before the slow imports
 import sys
 
 import utils
+from config import LARGEST_IMAGE, UserError
 from detector.exporting import OUTPUTS, export, load, warning
 
 
@@ -51,6 +52,8 @@ def main(arguments: argparse.Namespace) -> None:
     size = None
     if arguments.size:
         size = parse_values({"img_size": arguments.size})["img_size"]
+        if not isinstance(size, tuple) or not all(0 < side <= LARGEST_IMAGE for side in size):
+            raise UserError(f"size: expected height x width, as in 384x256, got {arguments.size!r}")
     off = export(loaded, arguments.output, size)
     (height, width), written = size or loaded.backbone.job.img_size, arguments.output.stat().st_size
     print(

@@ -334,7 +334,9 @@ def committed_table(config: Config) -> dict[str, float]:
     if config.sweep or not path.exists():
         raise UserError(f"check: there is no committed table of {'a sweep' if config.sweep else path.name}")
     with path.open(encoding="utf-8", newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["method"] == "flow"]
+        rows = [row for row in csv.DictReader(stream) if row.get("method") == "flow"]
+    if not rows:  # the suite's, of several data sets
+        raise UserError(f"check: {path.name} is no table of a run of main.py")
     return {row["class"]: float(row["auroc"]) for row in rows}
 
 

@@ -89,8 +89,6 @@ from reporting.scores import rows_arriving, rows_of, table, tell_counts, tell_th
 def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
     """The detectors asked for; classes of one run share the backbone. Raises UserError."""
     rate = arguments.false_alarms
-    if rate is not None and not 0 < rate <= 0.5:
-        raise UserError(f"false_alarms: expected a share above 0 and up to 0.5, got {rate}")
     device = utils.set_up(arguments.device, arguments.threads)
     loaded: list[PictureDetector] = []
     for path in find_checkpoints(arguments.checkpoint, arguments.class_name, arguments.seed):

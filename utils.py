@@ -44,7 +44,7 @@ def set_up(device_name: str, threads: int) -> torch.device:
     are float32, not TF32. Of several processes on one machine (torchrun's LOCAL_RANK) each takes a GPU of its
     own. Raises UserError on an absent device, or on more threads than the machine has use for."""
     cores = cpu_count()
-    if threads > THREADS_PER_CORE * cores:
+    if not 0 <= threads <= THREADS_PER_CORE * cores:
         raise UserError(
             f"threads: this machine has {cores} cores; expected at most {THREADS_PER_CORE * cores}, or 0 for "
             f"all cores, got {threads}"

@@ -16,6 +16,9 @@ from config import Config, UserError, make_config
 from detector import records
 from shell.files import file_name, sha256_of_file, whole_file, write_sealed
 
+# Of the formulas that scores are made by: kept with what they made, and raised with every change of them.
+SCORING = 2
+
 
 @dataclasses.dataclass
 class Fitted:
@@ -63,6 +66,7 @@ def save_fitted(config: Config, cache: feature_cache.FeatureCache, fitted: Fitte
         "history": fitted.history,
         "config": dataclasses.asdict(config),
         "features": cache.meta,
+        "scoring": SCORING,
         "weights": fingerprint(weights) if config.keep != "results" else None,
         "test": {
             "rows": fitted.test_rows.tolist(),

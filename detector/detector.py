@@ -17,7 +17,7 @@ from backbone.token_grid import Bands, TokenGrid, centred_window, place_grid_of
 from cache import feature_cache
 from config import Config, UserError
 from detector import memory, pictures
-from detector.checkpoints import checkpoint_files, config_of, read_record, weights_fault
+from detector.checkpoints import SCORING, checkpoint_files, config_of, read_record, weights_fault
 from detector.class_data import EVAL_BATCH, Features, TokenSource, in_batches
 from detector.normalization import ENERGY_FLOOR, JointNormalizer, PatchNormalizer, PlaceGaussians
 from detector.picture_detector import PictureDetector
@@ -335,6 +335,8 @@ def load_detector(path: Path) -> tuple[Detector, dict]:
     except (OSError, ValueError) as error:
         raise UserError(f"{expected} ({error})") from None
     fault = weights_fault(record, weights)
+    if not fault and record.get("scoring") != SCORING:
+        fault = "it was fitted by a version whose scores are others"
     if fault:
         raise UserError(f"{expected}: {fault}; train it again")
     try:

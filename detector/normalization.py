@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from backbone.arithmetic import is_traced
 
 EPS = 1e-12
+NO_VARIANCE = 1e-12  # of a direction, in units of the largest
 RIDGE = 1e-6  # in units of the mean eigenvalue, where the knob asks for none
 
 # The normalisations by name, as the steps they take in this order.
@@ -47,7 +48,9 @@ def principal_directions(centred: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(a @ a.T / n)
     values, vectors = values.flip(0)[: n - 1].clamp_min(0), vectors.flip(1)[:, : n - 1]
     directions = a.T @ vectors
-    return values, directions / torch.linalg.vector_norm(directions, dim=0).clamp_min(EPS)
+    # an image that is there twice leaves a direction of no variance, whose sum is rounding alone
+    real = values > NO_VARIANCE * values[:1]
+    return values * real, directions / torch.linalg.vector_norm(directions, dim=0).clamp_min(EPS) * real
 
 
 class JointNormalizer(nn.Module):

@@ -31,6 +31,8 @@ class PictureDetector:
         self.held_out = np.array(record["held_out_scores"], float)
         config = config_of(record)
         self.false_alarms = config.false_alarms if false_alarms is None else false_alarms
+        if not 0 < self.false_alarms <= 0.5:
+            raise UserError(f"false_alarms: expected a share above 0 and up to 0.5, got {self.false_alarms}")
 
     def score(self, picture: Any) -> Any:
         """The anomaly score of a picture (float), or of several (n): higher is more anomalous. Raises

@@ -57,7 +57,7 @@ class FittedBackbone:
             config,
             device=str(device),
             compile=False,
-            precision=precision or config.precision,
+            precision=precision or features["precision"],
             img_size=tuple(features["img_size"]),  # of the fit, where the pictures decided it
         )
         self.features, self.device, self.weights, self.checkpoint = features, device, weights, checkpoint

@@ -87,7 +87,7 @@ def _sweep_up(folder: Path) -> None:
 def identity(config: Config, cache: feature_cache.FeatureCache) -> dict:
     """What the outcome of a pair depends on, besides class and seed, as JSON has it."""
     values = {name: getattr(config, name) for name in knobs_affecting("features", "fit")}
-    return as_strict_json({"config": values, "features": cache.meta})
+    return as_strict_json({"config": values, "features": cache.meta, "scoring": checkpoints.SCORING})
 
 
 def settle(config: Config, cache: feature_cache.FeatureCache) -> None:
@@ -129,6 +129,8 @@ def differences(found: dict, wanted: dict) -> str:
             if old.get(name) != new.get(name) and name not in told:
                 told.append(name)
                 told[-1:] = [f"{name} {_short(old.get(name))} there, {_short(new.get(name))} now"]
+    if found.get("scoring") != wanted["scoring"]:
+        told.append("scores are made by other formulas there")
     return ", ".join(dict.fromkeys(told))
 
 
@@ -159,7 +161,8 @@ def finished(config: Config, cache: feature_cache.FeatureCache, pair: ClassSeed)
     except (OSError, ValueError, UserError):
         return None
     made = {name: getattr(fitted_with, name) for name in knobs_affecting("features", "fit")}
-    if as_strict_json({"config": made, "features": record["features"]}) != identity(config, cache):
+    kept = {"config": made} | {part: record.get(part) for part in ("features", "scoring")}
+    if as_strict_json(kept) != identity(config, cache):
         return None
     if (record["result"].get("class"), record["result"].get("seed")) != pair:
         return None
@@ -182,7 +185,8 @@ def failed(config: Config, cache: feature_cache.FeatureCache, pair: ClassSeed) -
         record = read_sealed(failure_path(config, pair))
     except (OSError, ValueError):
         return None
-    same = {part: record.get(part) for part in ("config", "features")} == identity(config, cache)
+    wanted = identity(config, cache)
+    same = {part: record.get(part) for part in wanted} == wanted
     return checkpoints.undefined_as_nan(record["result"]) if same else None
 
 

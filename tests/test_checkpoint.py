@@ -94,6 +94,11 @@ def refused(path) -> str:
     return str(mistake.value)
 
 
+def test_a_fit_of_other_formulas_is_refused(kept, monkeypatch):
+    monkeypatch.setattr(detector, "SCORING", checkpoints.SCORING + 1)
+    assert "fitted by a version whose scores are others; train it again" in refused(kept[0])
+
+
 @pytest.mark.parametrize(
     "part, name, value",
     [

@@ -158,3 +158,12 @@ def test_mistakes(fitted, tmp_path, monkeypatch):
         exporting.write_onnx(None, tmp_path / "x.onnx")
     with pytest.raises(UserError, match="img_size"):
         export.main(export.parse_arguments(["runs/latent_knn/classes/leaf-seed0", "x.pt2", "--size", "big"]))
+    for option, value in (
+        ("--size", "auto"),
+        ("--size", "0x4"),
+        ("--false_alarms", "2"),
+        ("--threads", "-1"),
+    ):
+        with pytest.raises(UserError, match=f"{option[2:]}: "):
+            arguments = ["runs/latent_knn/classes/leaf-seed0", "x.pt2", option, value]
+            export.main(export.parse_arguments(arguments))

@@ -68,9 +68,12 @@ def test_rate_that_the_pictures_support(good, capsys):
     assert len(record["held_out_scores"]) == 4, "a fifth needs four"
 
 
-def test_own_folders_hold_some_out():
+def test_own_folders_hold_some_out(monkeypatch):
     assert knobs.make_config({"dataset": "folder"}).holdout == 0.1
     assert knobs.make_config({"dataset": "folder", "holdout": 0.0}).holdout == 0
+    with monkeypatch.context() as edited:
+        edited.setattr(Config, "dataset", "folder")  # the default
+        assert knobs.make_config({}).holdout == 0.1
     assert knobs.make_config({"dataset": "cifar10"}).holdout == knobs.make_config({}).holdout == 0
 
 

@@ -60,6 +60,21 @@ def test_principal_directions_are_those_of_the_covariance(n):
     assert torch.allclose(directions.T @ directions, torch.eye(len(values)).double(), atol=1e-6)
 
 
+@pytest.mark.parametrize("copies", [1, 5])
+def test_an_image_that_is_there_twice_leaves_no_direction_of_rounding(copies):
+    """Of fewer images than channels: unseen ones are as far as they were without the copies."""
+    generator = torch.Generator().manual_seed(2)
+    tokens, unseen = (torch.rand(n, 60, generator=generator) for n in (20, 30))
+
+    def lengths(known):
+        fitted = JointNormalizer("power_l2+whiten", [range(60)], len(known) - 1, len(known) - 1, 0.0)
+        inside, _ = fitted.fit(known).forward(unseen)
+        return inside.square().sum(1)
+
+    once, again = lengths(tokens), lengths(torch.cat([tokens, tokens[:copies]]))
+    assert again.median() < 3 * once.median()
+
+
 @pytest.mark.parametrize("name", NORMALIZATIONS)
 def test_constant_channel_stays_finite(name):
     tokens = correlated(50)

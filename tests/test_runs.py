@@ -133,6 +133,16 @@ DAMAGE = {
 }
 
 
+def test_what_other_formulas_made_is_not_mixed_in(run, cache, monkeypatch):
+    run()
+    config, pair = settings(modelname="run", keep="weights"), runs.ClassSeed("b", 0)
+    assert runs.finished(config, cache, pair) is not None
+    monkeypatch.setattr(checkpoints, "SCORING", checkpoints.SCORING + 1)
+    assert runs.finished(config, cache, pair) is None
+    with pytest.raises(UserError, match="scores are made by other formulas there"):
+        run()
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_what_is_damaged_is_not_finished(run, damage):
     whole = run()
@@ -429,6 +439,9 @@ def test_a_run_is_checked_against_the_committed_table(run, tmp_path, monkeypatch
     capsys.readouterr()
     run(check=True)
     assert "equal within ± .0005" in capsys.readouterr().out
+    (tmp_path / "tables/paper.csv").write_text("detector,set,class,seed,auroc\nwhole score,digits,0,0,.9\n")
+    with pytest.raises(UserError, match="paper.csv is no table of a run"):
+        run(check=True)
     lines = text.splitlines(keepends=True)
     place = lines[0].split(",").index("auroc")
     fields = lines[1].split(",")
