@@ -25,21 +25,23 @@ from cache.feature_cache import CacheIdentity, FeatureCache
 from cache.shards import REPAIR, Damaged, Shard
 from config import Config, UserError
 
+ABSENT = reuse.State("absent")
+
 
 def extract(
     config: Config,
     images: datasets.ImageSet,
     identity: CacheIdentity,
     device: torch.device,
-    known: growth.KnownFeatures | None = None,
+    there: reuse.State = ABSENT,
 ) -> FeatureCache:
-    """Extract what is missing of the images of a data set into their cache, but for those whose features are
-    known. Raises UserError; finished shards are kept."""
+    """Extract what is missing of the images of a data set into their cache, but for those whose features
+    ``there`` knows. Raises UserError; finished shards are kept."""
     config = at_size(config, identity)
     shapes, _ = what_is_kept(config, backbones.outline(config))
     check_disk(identity.folder, images.labels, shapes)
     job = Extraction(config, images, identity, device)
-    writer = new_writer(config, images, identity.folder, job.fields, shapes)
+    writer = new_writer(config, images, identity.folder, job.fields, shapes, there)
     missing = writer.missing()
     count = sum(shard.stop - shard.start for shard in missing)
     size = "{}x{}".format(*job.img_size) + (" (img_size auto)" if "img_pixels" in identity.fields else "")
@@ -59,7 +61,7 @@ def extract(
             for rows in arriving(job.features(part.split, part.start, part.stop, skipped), device):
                 yield {name: values.numpy() for name, values in rows.items()}
 
-        return compute(shard) if known is None else known.features(images, shard, compute)
+        return compute(shard) if there.known is None else there.known.features(images, shard, compute)
 
     start = time.perf_counter()
     fill(config, writer, features, count, job.shards_at_once)
@@ -106,9 +108,8 @@ def ensure_features(
     identity = sized(config, images, identity)
     if check is not None:
         check(what_is_kept(config, backbones.outline(at_size(config, identity)))[1])
-    reuse.reopen_lost(folder, there)
-    pooled = pool_full_cache(config, images, identity)
-    return pooled or extract(config, images, identity, device, there.known)
+    pooled = pool_full_cache(config, images, identity, there)
+    return pooled or extract(config, images, identity, device, there)
 
 
 def images_of(config: Config, identity: CacheIdentity, begun: reuse.State) -> datasets.ImageSet:

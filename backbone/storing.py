@@ -16,7 +16,7 @@ from backbone.identity import cache_identity, token_grid
 from cache import growth
 from cache.cache_writer import CacheWriter, Features
 from cache.feature_cache import CacheIdentity, FeatureCache
-from cache.reuse import part_key
+from cache.reuse import State, part_key, reopen_lost
 from cache.shards import Shard
 from config import Config, UserError
 from shell.command_line import command_line
@@ -32,8 +32,10 @@ def new_writer(
     folder: Path,
     fields: dict,
     shapes: dict[str, tuple[int, ...]],
+    there: State,
 ) -> CacheWriter:
-    """A writer of these images' cache."""
+    """A writer of these images' cache, of which ``there`` is what is there already. Raises UserError."""
+    reopen_lost(folder, there, fields)
     skip = config.unreadable == "skip"
     writer = CacheWriter(folder, fields, images.labels, shapes, SHARD_ROWS, part_key(images), skip)
     growth.remember(images, folder)  # before the last shard makes the cache whole
@@ -68,7 +70,7 @@ def check_disk(folder: Path, labels: datasets.Labels, shapes: dict[str, tuple[in
 
 
 def pool_full_cache(
-    config: Config, images: datasets.ImageSet, identity: CacheIdentity
+    config: Config, images: datasets.ImageSet, identity: CacheIdentity, there: State
 ) -> FeatureCache | None:
     """Make a smaller grid's cache out of the same images' full-grid cache, without the backbone; None without
     one."""
@@ -86,7 +88,7 @@ def pool_full_cache(
     shapes = source.shapes | {"tokens": (n_tokens, source.channels)}
     check_disk(identity.folder, images.labels, shapes)
     fields = source.manifest.fields | identity.fields | {"grid": shape, "tokens": n_tokens}
-    writer = new_writer(config, images, identity.folder, fields, shapes)
+    writer = new_writer(config, images, identity.folder, fields, shapes, there)
     missing = writer.missing()
     print(
         f"features: pooling {full.folder} to {n_tokens} tokens per image, "

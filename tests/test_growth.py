@@ -131,6 +131,19 @@ def test_an_unreadable_newcomer_is_named_and_left_out_on_request(folder, extract
     assert anew.labels.train.names == cache.labels.train.names
 
 
+def test_growth_that_cannot_be_made_leaves_the_cache_whole(folder, capsys):
+    """Features of another precision serve as they are, but none can be added to them."""
+    extractor.ensure_features(settings(precision="bfloat16"), CPU)
+    add(folder, "train/a/zz.png")
+    for _ in range(2):
+        with pytest.raises(UserError, match="precision is bfloat16 there, float32 is wanted"):
+            extractor.ensure_features(settings(precision="auto"), CPU)
+    (folder / "train/a/zz.png").unlink()
+    capsys.readouterr()
+    extractor.ensure_features(settings(precision="auto"), CPU)
+    assert "reusing the cache" in capsys.readouterr().out
+
+
 def test_the_list_is_written_under_the_lock_of_the_folder(folder, monkeypatch):
     """A process that finishes the cache at that moment removes half-written files, under the same lock."""
     plain, free = write_sealed, []
