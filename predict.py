@@ -88,12 +88,13 @@ from reporting.scores import rows_arriving, rows_of, table, tell_counts, tell_th
 # ---------------------------------------------------------------- what is asked for
 def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
     """The detectors asked for; classes of one run share the backbone. Raises UserError."""
-    rate = arguments.false_alarms
     device = utils.set_up(arguments.device, arguments.threads)
     loaded: list[PictureDetector] = []
     for path in find_checkpoints(arguments.checkpoint, arguments.class_name, arguments.seed):
         backbone = loaded[0].backbone if loaded else None
-        loaded.append(load_picture_detector(path, device, rate, backbone, arguments.weights_path))
+        loaded.append(
+            load_picture_detector(path, device, arguments.false_alarms, backbone, arguments.weights_path)
+        )
         if loaded[-1].record["features"] != loaded[0].record["features"]:
             raise UserError(
                 f"the classes in {arguments.checkpoint} were fitted to different features; name one class"

@@ -113,8 +113,7 @@ class Kept:
 
 def sets_of(args: argparse.Namespace, **more) -> Iterator[Pictures]:
     """The sets that the command line asks for, one after the other; one that is not there is left out with a
-    line. more: knobs that win over the suite's, not over the command line's. Raises
-    UserError."""
+    line. more: knobs that win over the suite's, not over the command line's. Raises UserError."""
     settings, sets = read_suite(args.suite, args.only)
     more = {"device": "cpu", **more, **parse_values(asked(args))}
     for entry in sets:

@@ -79,12 +79,11 @@ def state(found: State, images: datasets.ImageSet, identity: CacheIdentity, thor
 def reopen_lost(folder: Path, there: State, wanted: dict) -> None:
     """Make a grown or damaged cache one that lacks what is lost of it, to be made again as the fields
     ``wanted`` say. Raises UserError, and leaves it as it is, where the rest was made otherwise."""
-    if there.what not in ("grown", "damaged"):
+    if there.manifest is None or there.what not in ("grown", "damaged"):
         return
-    if there.manifest:
-        of_features = {name: value for name, value in wanted.items() if name != "image_list"}
-        there.manifest.refuse_others(folder, of_features)
-    if there.manifest and there.what == "damaged":
+    of_features = {name: value for name, value in wanted.items() if name != "image_list"}
+    there.manifest.refuse_others(folder, of_features)
+    if there.what == "damaged":
         lost, all_shards = there.lost, len(there.manifest.shards)
         again = f"{len(lost)} of {all_shards} shards are made again {listed(lost)}"
         kept = "all shards are kept, the labels are written again"

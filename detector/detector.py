@@ -96,7 +96,7 @@ class Detector(nn.Module):
             count = math.prod(self.place_grid)
             self.n_unusual = max(1, round(MOST_UNUSUAL * count))
         self.register_buffer("alike", torch.zeros((), dtype=torch.bool))
-        self.one_scene = self.uses_places = False
+        self.uses_places = False
 
     def _size_joint_token(
         self, config: Config, features: dict, whitened: bool, n_images: int | None
@@ -193,8 +193,9 @@ class Detector(nn.Module):
 
     def log_energy(self, latents: Latents, energy: Tensor) -> Tensor:
         """The image's part of the score "joined" (B): the logarithm of its energy. Where the normal images
-        show one scene, the flow's gain counts as under its own base density (docs/method.md, eq. 14)."""
-        if self.base == "normal" or not self.one_scene:
+        show one scene, so that places are read, the flow's gain counts as under its own base density
+        (docs/method.md, eq. 14)."""
+        if self.base == "normal" or not self.uses_places:
             return energy.clamp_min(ENERGY_FLOOR).log()
         gain = 2 * self.gain(latents) / self.channels
         kernels = energy + self.bandwidth * gain
@@ -257,8 +258,7 @@ class Detector(nn.Module):
     def read_places_if(self, alike: bool) -> None:
         """Whether the score reads places: where the class's normal images show one scene."""
         self.alike.fill_(alike)
-        self.one_scene = bool(alike)
-        self.uses_places = self.one_scene and self.places is not None
+        self.uses_places = bool(alike) and self.places is not None
 
     def read(self, source: TokenSource, rows: np.ndarray) -> Features:
         """All that scoring the images ``rows`` takes: the places, too, where they are read."""

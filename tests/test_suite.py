@@ -247,7 +247,8 @@ def test_sets_that_fail_or_are_missing_stop_no_other(tmp_path, monkeypatch, caps
     assert "left out: away, no/such is not there" in capsys.readouterr().out
     text = (tmp_path / "results/s.md").read_text()
     for told in ("| detector | one | broken | mean |", "left out: away, no/such", "failed: broken", "float32",
-                 "seeds 0", "preset paper, resnet10t,", "torch", "on their test images): one."):  # fmt: skip
+                 "seeds 0", "preset paper, resnet10t,", "torch",
+                 "chosen on their test images): one."):  # fmt: skip
         assert told in text, told
     lines = (tmp_path / "results/s.csv").read_text().splitlines()
     assert lines[0] == "detector,set,class,seed,auroc" and len(lines) == 7
