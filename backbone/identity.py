@@ -66,7 +66,7 @@ def cache_identity(config: Config) -> CacheIdentity:
         del fields["precision"]
     if config.bands or config.places:
         fields["of_maps"] = OF_MAPS
-    parts = {"bands": config.bands, f"places{config.places}": config.places}
+    parts = {"bands": config.bands, f"places{config.places}": config.places, "mirror": config.mirror}
     grid_key = "-".join([grid.key, *(name for name, kept in parts.items() if kept)])
     return CacheIdentity(cache_folder(config, size, grid_key), fields)
 

@@ -17,7 +17,7 @@ from cache import growth
 from cache.cache_writer import CacheWriter, Features
 from cache.feature_cache import CacheIdentity, FeatureCache
 from cache.reuse import State, part_key, reopen_lost
-from cache.shards import Shard
+from cache.shards import Damaged, Shard
 from config import Config, UserError
 from shell.command_line import command_line
 from shell.signals import Interrupted
@@ -73,7 +73,7 @@ def pool_full_cache(
     config: Config, images: datasets.ImageSet, identity: CacheIdentity, there: State
 ) -> FeatureCache | None:
     """Make a smaller grid's cache out of the same images' full-grid cache, without the backbone; None without
-    one."""
+    one that is sound."""
     full = cache_identity(dataclasses.replace(config, token_grid="full", feature_path=None))
     if config.token_grid == "full":
         return None
@@ -107,5 +107,9 @@ def pool_full_cache(
             tokens = grid.pool(torch.from_numpy(rows["tokens"]).float(), source.grid).half()
             yield rows | {"tokens": tokens.numpy()}
 
-    fill(config, writer, pooled, sum(shard.stop - shard.start for shard in missing))
+    try:
+        fill(config, writer, pooled, sum(shard.stop - shard.start for shard in missing))
+    except Damaged as damage:  # found as its rows are read
+        print(f"features: not pooled: {damage}", flush=True)
+        return None
     return FeatureCache(identity)

@@ -74,9 +74,10 @@ class CacheWriter:
         if found is None:
             self._refuse_others(new)
             return new
-        images_may_change = () if found.finished else ("image_list",)
-        expected = {name: value for name, value in new.fields.items() if name not in images_may_change}
-        found.refuse_others(self.folder, expected)
+        if found.finished or finished_records(self.folder):
+            images_may_change = () if found.finished else ("image_list",)
+            expected = {name: value for name, value in new.fields.items() if name not in images_may_change}
+            found.refuse_others(self.folder, expected)
         if found.finished:
             return found
         joined = dataclasses.replace(new, shard_rows=found.shard_rows)
@@ -92,7 +93,7 @@ class CacheWriter:
         """Raise UserError when there are finished shards, but none of these features and of the images as
         they are now: the folder, or the images, may be the wrong ones."""
         there = [shard for shard in joined.shards if self._recorded(shard, joined) is not None]
-        recorded = [path for path in self.folder.iterdir() if RECORD.fullmatch(path.name)]
+        recorded = finished_records(self.folder)
         if recorded and not there:
             raise UserError(
                 f"the {len(recorded)} finished shards in {self.folder} are of other images than those now "
@@ -248,6 +249,11 @@ class CacheWriter:
                 dataclasses.replace(self.manifest, records=records, finished=True).write(self.folder)
 
 
+def finished_records(folder: Path) -> list[Path]:
+    """The records of shards, of whatever features."""
+    return [path for path in folder.iterdir() if RECORD.fullmatch(path.name)]
+
+
 def _append_all(writers: dict[str, ArrayWriter], features: Iterator[dict[str, np.ndarray]]) -> int:
     """Append features to the files -> the number of rows. Writing overlaps with computing: one write may be
     pending. Raises ValueError when the arrays differ in their rows."""
@@ -321,12 +327,12 @@ def restore_records(folder: Path, manifest: Manifest) -> None:
             write_sealed(path, record)
 
 
-def reopen(folder: Path, lost: Iterable[Shard]) -> None:
-    """Make a finished cache an unfinished one that lacks some of its shards. Their files stay until new ones
-    take their place."""
+def reopen(folder: Path, seen: Manifest, lost: Iterable[Shard]) -> None:
+    """Make a finished cache, as it was ``seen``, an unfinished one that lacks some of its shards. Their files
+    stay until new ones take their place."""
     with Lock(folder / ".lock"):
         manifest = Manifest.read(folder)
-        if not manifest.finished:  # another process was quicker
+        if manifest != seen:  # another process was quicker
             return
         restore_records(folder, manifest)
         for shard in lost:
@@ -346,6 +352,5 @@ def start_again(folder: Path) -> None:
         with contextlib.suppress(Damaged):
             manifest = Manifest.read(folder)
             dataclasses.replace(manifest, records={}, finished=False).write(folder)
-        for path in folder.iterdir():
-            if RECORD.fullmatch(path.name):
-                path.unlink()
+        for path in finished_records(folder):
+            path.unlink()

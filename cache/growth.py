@@ -1,6 +1,7 @@
 """Images added to a data set whose features are cached: those that were there keep their features."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -64,9 +65,9 @@ def known_before(images: ImageSet, cache: FeatureCache) -> KnownFeatures | None:
     keys = _remembered(cache.folder)
     if keys is None or not images.from_files:
         return None
-    before = {key for split in SPLITS for key in keys[split]}
-    now = {key for split in SPLITS for key in images.keys(split)}
+    before = Counter(key for split in SPLITS for key in keys[split])
+    now = Counter(key for split in SPLITS for key in images.keys(split))
     if not before < now or cache.manifest.size(cache.manifest.shards) > MOST:
         return None
-    print(f"features: {len(now - before)} new images, {len(before)} keep theirs", flush=True)
+    print(f"features: {(now - before).total()} new images, {before.total()} keep theirs", flush=True)
     return KnownFeatures(cache, keys)

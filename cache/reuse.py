@@ -88,7 +88,7 @@ def reopen_lost(folder: Path, there: State, wanted: dict) -> None:
         again = f"{len(lost)} of {all_shards} shards are made again {listed(lost)}"
         kept = "all shards are kept, the labels are written again"
         print(f"features: {again if lost else kept}", flush=True)
-    reopen(folder, there.lost)
+    reopen(folder, there.manifest, there.lost)
 
 
 def listed(lost: dict[Shard, str]) -> str:

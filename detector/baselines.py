@@ -68,6 +68,7 @@ def semantic_scores(train: Tensor, test: Tensor) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------- on place tokens
 POOL, MEMORY, REWEIGHTED = 20_000, 1_000, 9  # places drawn from, places kept, neighbours that reweight
 CHOSEN, RIDGE = 100, 0.01  # PaDiM's channels for a ResNet-18, and what it adds to its covariances
+LEAST_RIDGE = 1e-5  # of the mean variance: what float32 needs to factorise them
 
 
 def greedy_coreset(tokens: Tensor, size: int) -> Tensor:
@@ -112,7 +113,8 @@ def place_gaussians(reference: Tensor) -> Callable[[Tensor], Tensor]:
     tokens = reference[..., chosen].transpose(0, 1)  # (P, n, E')
     mean = tokens.mean(1, keepdim=True)
     covariance = (tokens - mean).transpose(1, 2) @ (tokens - mean) / max(tokens.shape[1] - 1, 1)
-    factor = torch.linalg.cholesky(covariance + RIDGE * torch.eye(len(chosen)))
+    ridge = max(RIDGE, LEAST_RIDGE * float(covariance.diagonal(dim1=1, dim2=2).mean()))
+    factor = torch.linalg.cholesky(covariance + ridge * torch.eye(len(chosen)))
 
     def score(places: Tensor) -> Tensor:
         away = places[..., chosen].transpose(0, 1) - mean

@@ -53,6 +53,10 @@ def _check(path: Path, part: dict, shape: dict) -> None:
 def find_checkpoints(path: Path, class_name: str | None, seed: int | None) -> list[Path]:
     """The checkpoints of a run's folder, or the one that is named. Raises UserError when there are none."""
     if not path.is_dir():
+        if class_name is not None or seed is not None:
+            raise UserError(
+                f"{path} is one class and seed already; leave --class_name and --seed out, or give the run's folder"
+            )
         return [path]
     records = sorted(path.glob("classes/*.json"))
     parts = [(file, *file.stem.rpartition("-seed")[::2]) for file in records]
@@ -63,7 +67,7 @@ def find_checkpoints(path: Path, class_name: str | None, seed: int | None) -> li
     found = {name: file for file, name, number in numbered if number == first}
     if not found:
         raise UserError(f"{path} holds no class of seed {seed}")
-    if class_name is None:
+    if class_name in (None, "all"):
         return list(found.values())
     chosen = [name.strip() for name in class_names(class_name)]
     for name in chosen:

@@ -86,8 +86,15 @@ def _sweep_up(folder: Path) -> None:
 # ---------------------------------------------------------------- one modelname, one configuration
 def identity(config: Config, cache: feature_cache.FeatureCache) -> dict:
     """What the outcome of a pair depends on, besides class and seed, as JSON has it."""
-    values = {name: getattr(config, name) for name in knobs_affecting("features", "fit")}
-    return as_strict_json({"config": values, "features": cache.meta, "scoring": checkpoints.SCORING})
+    parts = {"config": fitted_by(config), "features": cache.meta, "scoring": checkpoints.SCORING}
+    return as_strict_json(parts)
+
+
+def fitted_by(config: Config) -> dict:
+    """The knobs that a fit depends on; of a folder of one's own, the false-alarm rate is one of them: it says
+    how many pictures are held out."""
+    held_out_for = ("false_alarms",) if config.dataset == "folder" else ()
+    return {name: getattr(config, name) for name in (*knobs_affecting("features", "fit"), *held_out_for)}
 
 
 def settle(config: Config, cache: feature_cache.FeatureCache) -> None:
@@ -160,8 +167,7 @@ def finished(config: Config, cache: feature_cache.FeatureCache, pair: ClassSeed)
         fitted_with = checkpoints.config_of(record)
     except (OSError, ValueError, UserError):
         return None
-    made = {name: getattr(fitted_with, name) for name in knobs_affecting("features", "fit")}
-    kept = {"config": made} | {part: record.get(part) for part in ("features", "scoring")}
+    kept = {"config": fitted_by(fitted_with)} | {part: record.get(part) for part in ("features", "scoring")}
     if as_strict_json(kept) != identity(config, cache):
         return None
     if (record["result"].get("class"), record["result"].get("seed")) != pair:

@@ -3,10 +3,13 @@ subprocesses."""
 
 import gc
 import os
+import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +30,7 @@ import model
 from cache import feature_cache
 from cache.cache_writer import CacheWriter
 from cache.shards import Shard
+from tools import processes
 
 torch.set_num_threads(1)
 # Scripts that a test starts inherit this: a shell's background job and pytest-xdist may ignore Ctrl-C.
@@ -98,13 +102,42 @@ def tree(root: Path, *names: str) -> Path:
 
 
 def script(
-    name: str, *arguments, cwd: Path, code_root: Path = ROOT, timeout: float = 120, **environment
+    name: str, *arguments, cwd: Path, timeout: float = 120, **environment
 ) -> subprocess.CompletedProcess:
     """Run a script of the repository in the folder ``cwd``, where features/ and runs/ then go, with one
-    thread and no network."""
+    thread and no network: in a process forked from this one, so that nothing slow is imported again."""
+    path = str(ROOT / name)
+
+    def run() -> None:
+        os.environ.update({"COLUMNS": "100"} | environment)
+        sys.path.insert(0, str(Path(path).parent))
+        runpy.run_path(path, run_name="__main__")
+
+    return forked(run, [path, *map(str, arguments)], cwd, timeout)
+
+
+def forked(
+    run: Callable[[], object], command: list[str], cwd: Path, timeout: float = 120
+) -> subprocess.CompletedProcess:
+    """Run a function in a process of its own, in the folder ``cwd``, ``command`` in sys.argv."""
+
+    def begin() -> None:
+        os.chdir(cwd)
+        sys.argv = command
+        warnings.resetwarnings()  # of pytest's own
+        run()
+
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder) / "output", Path(folder) / "errors"
+        status = processes.wait(processes.start(begin, output, errors), timeout)
+        return subprocess.CompletedProcess(command, status, output.read_text(), errors.read_text())
+
+
+def new_process(name: str, *arguments, cwd: Path, code_root: Path = ROOT, **environment):
+    """The same by a new interpreter: where it matters what is imported, or of which code."""
     env = os.environ | {"COLUMNS": "100"} | environment
     command = [sys.executable, str(code_root / name), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import script
+from conftest import new_process, script
 from test_report import result
 
 import utils
@@ -154,7 +154,7 @@ def test_script_ends_a_mistake_with_one_line(tmp_path):
     (no_numpy / "numpy").mkdir(parents=True)
     (no_numpy / "numpy/__init__.py").write_text("raise ImportError")
     for arguments, told in ((("-h",), "RUN_A RUN_B"), (("a", "b", "c"), "two runs at most")):
-        done = script("report.py", *arguments, cwd=tmp_path, PYTHONPATH=str(no_numpy))
+        done = new_process("report.py", *arguments, cwd=tmp_path, PYTHONPATH=str(no_numpy))
         assert told in done.stdout + done.stderr, "before the slow imports"
         assert done.stderr.count("\n") <= 1
     done = script("report.py", "two", cwd=tmp_path)

@@ -1,14 +1,13 @@
 """The knobs: on the command line, in presets, checked, read by some script, and edited in the file itself."""
 
 import dataclasses
-import os
 import re
 import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, forked, new_process, script
 from test_imports import FILES, reached_from
 
 import config
@@ -67,7 +66,7 @@ def test_help_is_quick(name, tmp_path):
     for slow in ("torch", "numpy", "timm", "sklearn"):
         (tmp_path / f"{slow}.py").write_text("raise SystemExit('slow import')\n")
     for arguments, status in ((["-h"], 0), (["--lr_init", "fast"], 2)):
-        done = script(name, *arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+        done = new_process(name, *arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
         assert done.returncode == status and "slow import" not in done.stdout + done.stderr
 
 
@@ -87,7 +86,7 @@ def test_edited_default_shows(tmp_path):
     edited, count = re.subn(r"(?m)^(    lr_init: float = fit\()[^,]+,", r"\g<1>0.0123,", text)
     assert count == 1
     (tmp_path / "config.py").write_text(edited)
-    shown = script("main.py", "-h", cwd=tmp_path, code_root=tmp_path).stdout
+    shown = new_process("main.py", "-h", cwd=tmp_path, code_root=tmp_path).stdout
     assert "[0.0123]" in shown[shown.rindex("--lr_init ") :].split("--lr_schedule")[0]
     code = "import config; print(config.make_config({}).lr_init)"
     assert (
@@ -321,14 +320,13 @@ def test_whole_numbers_are_numbers():
 
 def test_import_starts_nothing(tmp_path):
     """Importing main, and with it every other script, neither parses the command line nor runs anything."""
-    code = "import sys; sys.argv = ['x', '--nonsense']; import main, train, extractor"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+
+    def anew() -> None:
+        for name in ("main", "train", "extractor", "config"):
+            sys.modules.pop(name, None)
+        import main  # noqa: F401
+
+    done = forked(anew, ["x", "--nonsense"], tmp_path)
     assert done.returncode == 0 and done.stdout == "" and list(tmp_path.iterdir()) == [], done.stderr
 
 

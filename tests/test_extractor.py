@@ -831,7 +831,7 @@ def test_a_pooled_cache_goes_on(mixed, monkeypatch):
     monkeypatch.setattr(extractor, "extract", None)
     folder = extractor.ensure_features(config, CPU).folder
     before = contents(folder)
-    reopen(folder, Manifest.read(folder).shards[1:3])
+    reopen(folder, seen := Manifest.read(folder), seen.shards[1:3])
     extractor.ensure_features(config, CPU)
     assert contents(folder) == before
 
@@ -855,7 +855,7 @@ def test_other_images_altogether_are_refused(mixed, finished):
     config = small(mixed, feature_path="kept")
     extractor.main(config)
     if not finished:
-        reopen(Path("kept"), Manifest.read(Path("kept")).shards[:1])
+        reopen(Path("kept"), seen := Manifest.read(Path("kept")), seen.shards[:1])
     before = contents(Path("kept"))
     other = make_folder(Path("other images"), classes=("a", "b"), n_train=5, n_test=3, seed=7)
     config = dataclasses.replace(config, dataset_path=str(other))
@@ -886,7 +886,7 @@ def test_features_of_other_settings_are_refused_before_any_work(mixed, monkeypat
     monkeypatch.setattr(datasets, "images_of", lambda config: pytest.fail("images were looked at"))
     for reopened in (False, True):
         if reopened:
-            reopen(Path("kept"), Manifest.read(Path("kept")).shards)
+            reopen(Path("kept"), seen := Manifest.read(Path("kept")), seen.shards)
         for way_in in (extractor.main, lambda config: extractor.ensure_features(config, CPU)):
             with pytest.raises(UserError, match="kept.*token_grid is full there"):
                 way_in(dataclasses.replace(config, token_grid="1"))

@@ -16,9 +16,9 @@ SMALL = (
 )
 
 
-def test_ten_kills_and_the_other_faults():
+def test_kills_and_the_other_faults():
     """Nothing lost, nothing wrong; how long a machine takes to obey a signal is not this test's matter."""
-    done = script("tools/faults.py", "--times", "10", "--longest", "30", cwd=ROOT, timeout=600)
+    done = script("tools/faults.py", "--times", "4", "--longest", "30", cwd=ROOT, timeout=600)
     rows = re.findall(r"^\| (.+) \| (\d+) \| (\d+) \| (\d+) \|$", done.stdout, re.M)
     assert done.returncode == 0 and len(rows) >= 5, done.stdout + done.stderr
     assert {(lost, wrong) for _, _, lost, wrong in rows} == {("0", "0")}, done.stdout

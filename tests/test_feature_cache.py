@@ -405,7 +405,7 @@ def test_foreign_files_stay(folder):
     for path in mine:
         path.write_text("mine")
     flip(folder / "train-tokens-00000.npy", -1)
-    reopen(folder, lost_shards(folder, Manifest.read(folder), None, thorough=True))
+    reopen(folder, seen := Manifest.read(folder), lost_shards(folder, seen, None, thorough=True))
     write_cache(folder)
     start_again(folder)
     write_cache(folder)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import tree
+from conftest import script, tree
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -40,10 +40,6 @@ RUN = {
     "img_size": (64, 64), "precision": "float32", "workers": 0, "threads": 1,
     "fc_internal": 16, "device": "cpu",
 }  # fmt: skip
-
-
-def run(folder, *command):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -428,14 +424,18 @@ def test_classes_of_any_name_can_be_named(tmp_path):
     found = records.find_checkpoints(tmp_path, "a\\,b,-odd\tname", None)
     assert [path.name for path in found] == ["a,b-seed0.json", f"{file_name(names[2])}-seed0.json"]
     assert len(records.find_checkpoints(tmp_path, None, None)) == 3
+    assert len(records.find_checkpoints(tmp_path, "all", None)) == 3
+    for chosen in (("plain", None), (None, 0)):
+        with pytest.raises(UserError, match="is one class and seed already"):
+            records.find_checkpoints(tmp_path / "classes/plain-seed0", *chosen)
 
 
 def test_the_script_ends_with_a_line_and_a_status(fitted):
-    outcome = run(fitted, ROOT / "predict.py", "runs/held", "nowhere")
+    outcome = script("predict.py", "runs/held", "nowhere", cwd=fitted)
     assert outcome.returncode == 2
     assert outcome.stderr.startswith("error: ") and outcome.stderr.count("\n") == 1
     no_picture = "runs/held/classes/a-seed0.json"
-    outcome = run(fitted, ROOT / "predict.py", "runs/held", TESTED[0], no_picture, "--threads", "1")
+    outcome = script("predict.py", "runs/held", TESTED[0], no_picture, "--threads", "1", cwd=fitted)
     assert outcome.returncode == 1 and outcome.stdout.count("\n") == 2
     assert no_picture in outcome.stderr.splitlines()[-1]
 

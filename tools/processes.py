@@ -9,18 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def start(function: Callable[[], object], log: Path) -> int:
-    """Run ``function`` in a forked process, its output in ``log`` -> its id. Its exit status is 0, what
-    SystemExit says, or 1 after an error."""
+def start(function: Callable[[], object], log: Path, errors: Path | None = None) -> int:
+    """Run ``function`` in a forked process, its output in ``log``, its errors beside it or in a file of their
+    own -> its id. Its exit status is 0, what SystemExit says, or 1 after an error."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
+        for number, path in ((1, log), (2, errors or log)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
         sys.stdout, sys.stderr = (open(number, "w", closefd=False, buffering=1) for number in (1, 2))
         for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(kind, signal.default_int_handler if kind == signal.SIGINT else signal.SIG_DFL)
