@@ -55,7 +55,7 @@ def find_checkpoints(path: Path, class_name: str | None, seed: int | None) -> li
     if not path.is_dir():
         if class_name is not None or seed is not None:
             raise UserError(
-                f"{path} is one class and seed already; leave --class_name and --seed out, or give the run's folder"
+                f"{path} is one class and seed already: leave --class_name and --seed out, or give its run"
             )
         return [path]
     records = sorted(path.glob("classes/*.json"))

@@ -1123,6 +1123,8 @@ def test_identity_is_that_of_caches_made_before():
     identity = cache_identity(settings("resnet18", (32, 32), pixel_norm=(0.1, 0.2, 0.3, 1, 2, 3), **options))
     assert former.items() <= identity.fields.items()
     assert identity.folder.name == "CIFAR100-fine-resnet18-32x32-8-bands-places3"
+    mirrored = cache_identity(settings("resnet18", (32, 32), mirror=True))
+    assert mirrored.folder.name.endswith("-mirror"), "as beside the others in a sweep"
     plain = cache_identity(settings("resnet18", (32, 32))).fields
     of_maps = ("rings", "low_sigma", "band_depths", "place_channels")
     assert all(plain[name] is None for name in of_maps) and plain["fine_classes"] is False
@@ -1201,6 +1203,17 @@ def test_derived_cache_equals_an_extracted_one(mixed, monkeypatch, token_grid):
     np.testing.assert_allclose(
         derived.tokens("train")[0:10].astype(float), rows.astype(float), rtol=4e-3, atol=2e-3
     )
+
+
+def test_a_damaged_full_cache_is_not_pooled(mixed, capsys):
+    """Its images are extracted instead."""
+    full = extractor.ensure_features(small(mixed), CPU)
+    path = full.folder / "test-tokens-00000.npy"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    pooled = extractor.ensure_features(small(mixed, token_grid="1"), CPU)
+    assert "not pooled: " in (told := capsys.readouterr().out) and "extracting 6 images" in told
+    assert len(pooled.tokens("test")[:]) == 6
 
 
 def test_pooling_a_full_cache_asks_for_the_disk_too(mixed, monkeypatch):

@@ -547,8 +547,8 @@ def test_a_flipped_bit_is_found_and_its_shard_alone_made_again(folder, name, at)
     flip(folder / name, at)
     with pytest.raises(Damaged, match=rf"{name} are damaged.*python extractor.py with the same settings"):
         read_all(folder)
-    lost = lost_shards(folder, Manifest.read(folder), None, thorough=True)
-    reopen(folder, lost)
+    lost = lost_shards(folder, seen := Manifest.read(folder), None, thorough=True)
+    reopen(folder, seen, lost)
     writer(folder).fill(lambda shard, skipped: (made.append(shard.name), rows_of(shard))[1])
     assert made == [s.name for s in lost] and len(made) == 1 and content(folder) == before
 
@@ -651,7 +651,7 @@ def test_sidecars_of_other_content(folder, name, text):
         with pytest.raises(UserError):
             cached(folder)
         if name == "labels.json":
-            reopen(folder, [])
+            reopen(folder, Manifest.read(folder), [])
         elif text == '{"format": [2]}':
             return  # another version's: not to be touched
         writer(folder).fill(lambda shard, skipped: pytest.fail("made again"))
@@ -677,6 +677,18 @@ def test_reversed_labels_and_permuted_classes_are_noticed(folder):
         cached(folder)
 
 
+def test_a_cache_that_was_finished_meanwhile_is_not_reopened(folder):
+    """By a process that saw an earlier state of it."""
+    seen = Manifest.read(folder)
+    first = seen.shards[0]
+    reopen(folder, seen, [first])
+    key = {first: "other images"}
+    writer(folder, part_key=lambda shard: key.get(shard, "")).fill(lambda shard, skipped: rows_of(shard))
+    before = content(folder)
+    reopen(folder, seen, seen.shards)
+    assert content(folder) == before and Manifest.read(folder).finished
+
+
 def test_a_changed_kind_is_noticed(folder):
     """Sealed again without the fields' own knowledge, a changed field is one that does not fit."""
     path = folder / "manifest.json"
@@ -690,9 +702,9 @@ def test_changed_images_cost_their_shards_only(tmp_path):
     place, made = tmp_path / "cache", []
     write_cache(place, part_key=lambda shard: keys[shard.name])
     keys["train-00001"] = "other"
-    lost = lost_shards(place, Manifest.read(place), lambda shard: keys[shard.name], thorough=False)
+    lost = lost_shards(place, seen := Manifest.read(place), lambda shard: keys[shard.name], thorough=False)
     assert lost == {cached(place).manifest.shards[1]: cache_writer.CHANGED}
-    reopen(place, lost)
+    reopen(place, seen, lost)
     writer(place, part_key=lambda shard: keys[shard.name]).fill(
         lambda shard, skipped: (made.append(shard.name), rows_of(shard))[1]
     )

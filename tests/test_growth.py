@@ -144,6 +144,25 @@ def test_growth_that_cannot_be_made_leaves_the_cache_whole(folder, capsys):
     assert "reusing the cache" in capsys.readouterr().out
 
 
+def test_a_copy_of_a_picture_is_a_new_one(folder, extracted):
+    config = settings()
+    before = extractor.ensure_features(config, CPU).tokens("train")[:]
+    extracted.clear()
+    shutil.copy(folder / "train/a/04.png", folder / "train/a/05.png")
+    rows = extractor.ensure_features(config, CPU).tokens("train")[:]
+    assert len(rows) == 11 and not extracted and np.array_equal(rows[5], before[4])
+
+
+def test_restart_takes_other_features(folder):
+    """What was chosen for the machine, or came with another timm, is no reason to keep the old ones."""
+    extractor.main(settings(precision="bfloat16"))
+    (folder / "train/a/mine.txt").write_text("no picture")
+    Path("kept/mine.txt").write_text("no feature")
+    extractor.main(settings(precision="auto", restart=True))
+    cache = extractor.ensure_features(settings(precision="float32"), CPU)
+    assert cache.meta["precision"] == "float32" and Path("kept/mine.txt").read_text() == "no feature"
+
+
 def test_the_list_is_written_under_the_lock_of_the_folder(folder, monkeypatch):
     """A process that finishes the cache at that moment removes half-written files, under the same lock."""
     plain, free = write_sealed, []

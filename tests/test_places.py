@@ -349,3 +349,10 @@ def test_place_gaussians_equal_scipys():
             distances.append(mahalanobis(image[p], tokens.mean(0), precision))
         wanted.append(max(distances))
     assert np.allclose(baselines.place_gaussians(reference)(query).numpy(), wanted, rtol=1e-3)
+
+
+def test_place_gaussians_of_tokens_of_any_size():
+    """Too few images for covariances of full rank, tokens whose variance is far above the ridge."""
+    generator = torch.Generator().manual_seed(0)
+    reference, query = (3e4 * torch.randn(n, 4, 90, generator=generator) for n in (30, 5))
+    assert baselines.place_gaussians(reference)(query).isfinite().all()

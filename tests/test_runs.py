@@ -202,6 +202,17 @@ def test_another_configuration_is_refused(run, change):
     assert len(run.fitted) == 6
 
 
+def test_the_rate_of_false_alarms_holds_pictures_out_of_folders(run):
+    """Of one's own: with another rate others are held out, and the fits are others."""
+    run(dataset="folder", holdout=0.1)
+    with pytest.raises(UserError, match="false_alarms 0.05 there, 0.2 now"):
+        run(dataset="folder", holdout=0.1, false_alarms=0.2)
+    run(modelname="published", dataset="mvtec", holdout=0.1)
+    run.fitted.clear()
+    run(modelname="published", dataset="mvtec", holdout=0.1, false_alarms=0.2)
+    assert run.fitted == []
+
+
 def again(cache) -> FeatureCache:
     """The same cache, opened once more: to be changed by a test."""
     return FeatureCache(CacheIdentity(cache.folder, {}))
