@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from backbone import storing
 from cache.feature_cache import CacheIdentity, FeatureCache
 from config import Config, UserError
 from shell.command_line import run_script
+from tools.processes import start
 
 storing.SHARD_ROWS = 7  # many small shards
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -50,23 +52,8 @@ class Child:
     def __init__(self, config: Config, log: Path):
         self.log = log
         self.status: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._run(config)
-
-    def _run(self, config: Config) -> None:
-        status = 1
-        try:
-            output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            run_script(extractor.main, config)
-            status = 0
-        except SystemExit as stopped:
-            status = int(stopped.code or 0)
-        finally:  # also of a traceback: 1
-            sys.stdout.flush()
-            os._exit(status)
+        log.unlink(missing_ok=True)
+        self.pid = start(partial(run_script, extractor.main, config), log)
 
     def wait(self, seconds: float = 60) -> int | None:
         """The exit status, negative for a signal; None when it still runs after so many seconds."""
