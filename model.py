@@ -131,7 +131,7 @@ class FusedCoupling(Fm.InvertibleModule):
     def _affine(self, out: Tensor) -> tuple[Tensor, Tensor]:
         """Subnet output (B, 2 d') -> log-scale with the soft clamp (docs/method.md, eq. 3; 0.636 stands for 2
         / pi) and shift, (B, d') each."""
-        s, t = out.float().chunk(2, 1) if out.dtype == torch.bfloat16 else out.chunk(2, 1)
+        s, t = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(2, 1)  # bfloat16 is too coarse
         return self.clamp * 0.636 * torch.atan(s / self.clamp), t
 
     def output_dims(self, input_dims):

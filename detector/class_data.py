@@ -156,9 +156,10 @@ def class_data(
     fit_rows, held_rows = np.sort(shuffled[n_held:]), np.sort(shuffled[:n_held])
     if len(fit_rows) < FEWEST or not (len(test_rows) or len(held_rows)):
         counts = f"{len(fit_rows)} training, {len(held_rows)} held-out and {len(test_rows)} test images"
+        advice = "give more normal ones" if len(fit_rows) < FEWEST else "--holdout 0.1 holds some out"
         raise ClassError(
             f"class {class_name}: {counts}; expected at least {FEWEST} to train on and one of the others "
-            "(--holdout 0.1 holds some out)"
+            f"({advice})"
         )
     rows = (fit_rows, held_rows, test_rows)
     data = ClassData(class_name, train, test, *rows, test_labels, labels.per_category)

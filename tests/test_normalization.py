@@ -60,6 +60,15 @@ def test_principal_directions_are_those_of_the_covariance(n):
     assert torch.allclose(directions.T @ directions, torch.eye(len(values)).double(), atol=1e-6)
 
 
+def test_no_direction_is_lost_because_all_variances_are_small():
+    """Few images in many channels, variances 1e-3 and 1e-10."""
+    tokens = torch.zeros(3, 5, dtype=torch.float64)
+    tokens[:, 0] = torch.tensor([1.0, -1.0, 0.0]) * 1e-3**0.5
+    tokens[:, 1] = torch.tensor([1.0, 1.0, -2.0]) * 1e-10**0.5
+    values, directions = principal_directions(tokens)
+    assert (values > 0).all() and torch.allclose(directions[:2].abs(), torch.eye(2).double(), atol=1e-4)
+
+
 @pytest.mark.parametrize("copies", [1, 5])
 def test_an_image_that_is_there_twice_leaves_no_direction_of_rounding(copies):
     """Of fewer images than channels: unseen ones are as far as they were without the copies."""
