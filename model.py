@@ -131,7 +131,7 @@ class FusedCoupling(Fm.InvertibleModule):
     def _affine(self, out: Tensor) -> tuple[Tensor, Tensor]:
         """Subnet output (B, 2 d') -> log-scale with the soft clamp (docs/method.md, eq. 3; 0.636 stands for 2
         / pi) and shift, (B, d') each."""
-        s, t = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(2, 1)  # bfloat16 is too coarse
+        s, t = out.chunk(2, 1)
         return self.clamp * 0.636 * torch.atan(s / self.clamp), t
 
     def output_dims(self, input_dims):
@@ -235,12 +235,3 @@ def best_bandwidth(distances: Tensor, channels: int) -> Tensor:
     tried = [start * 1.12**-i for i in range(BANDWIDTHS)]
     losses = [negative_log_likelihood(kernel_energy(distances, gain, h, channels), h).mean() for h in tried]
     return tried[int(torch.stack(losses).argmin())]
-
-
-# The scores by name: what they are called in a table.
-SCORES = {
-    "latent": "mean z²",
-    "likelihood": "negative log-likelihood",
-    "latent_knn": "nearest neighbours in latent space",
-    "joined": "likelihood of the image, joined with its places",
-}

@@ -75,8 +75,7 @@ from tqdm import tqdm
 import utils
 from backbone.resizing import Unreadable
 from config import UserError
-from detector.detector import load_picture_detector
-from detector.picture_detector import PictureDetector
+from detector.picture_detector import PictureDetector, load_picture_detector
 from detector.records import find_checkpoints
 from images import watch
 from images.given import find_images

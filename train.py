@@ -18,7 +18,7 @@ import datasets
 import extractor
 import model
 import utils
-from backbone.arithmetic import forward_precision, products
+from backbone.arithmetic import products
 from cache.feature_cache import FeatureCache
 from config import ClassError, Config, UserError
 from detector import calibration, checkpoints, evaluation, runs
@@ -31,11 +31,7 @@ LOSS_CHECK = 64  # steps between two looks at the loss on a GPU, where reading i
 
 
 class Trainer:
-    """Trains the flow of one class. ``run`` is the whole course; the other methods are its steps.
-
-    matmul: how products are computed in training: highest (float32), tf32 (on a GPU) or bfloat16."""
-
-    matmul = "highest"
+    """Trains the flow of one class. ``run`` is the whole course; the other methods are its steps."""
 
     def __init__(self, prepared: PreparedClass):
         self.prepared, self.data, self.detector = prepared, prepared.data, prepared.detector
@@ -79,7 +75,7 @@ class Trainer:
             leave=False,
             disable=utils.no_bar(),
         )
-        with products(self.matmul, self.prepared.device):
+        with products(self.prepared.device):
             losses = [self.train_step(batch) for batch in batches]
         return torch.stack(losses).mean().item()
 
@@ -92,9 +88,8 @@ class Trainer:
         if self.config.feature_noise:
             noise = torch.randn(tokens.shape, generator=self.noise, device=tokens.device)
             tokens = tokens + self.config.feature_noise * noise
-        with forward_precision(self.matmul, self.prepared.device):
-            z, log_det = self.flow(tokens, [inputs.patches])
-            loss = model.loss_per_image(z, log_det).mean()
+        z, log_det = self.flow(tokens, [inputs.patches])
+        loss = model.loss_per_image(z, log_det).mean()
         self.optimizer.backward_and_step(loss)
         self.check_loss(loss.detach())
         self.step += 1

@@ -1,8 +1,8 @@
 """How products of matrices are computed, and whether the code is being traced.
 
 On AMD processors oneDNN's float32 products are about twice as quick, for the sizes of a flow, as those of the
-library that PyTorch takes by itself (benchmarks/RESULTS.md). PyTorch takes oneDNN's where products are
-allowed fewer digits than float32 has; on processors without bfloat16 tiles (AMX) they keep them all."""
+library that PyTorch takes by itself (benchmarks/RESULTS.md). PyTorch uses oneDNN when the precision of
+products is "medium"; on processors without bfloat16 tiles (AMX) they stay full float32 all the same."""
 
 import functools
 from collections.abc import Iterator
@@ -37,15 +37,6 @@ def _allowed(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def products(matmul: str, device: torch.device) -> AbstractContextManager:
-    """What float32 products of the detector run under, by ``matmul`` (highest, tf32 or bfloat16): in TF32 on
-    a GPU that is told so; on a CPU by oneDNN, where that costs no digits."""
-    if device.type == "cuda" and matmul == "tf32":
-        return _allowed("high")
+def products(device: torch.device) -> AbstractContextManager:
+    """What float32 products of the detector run under: on a CPU by oneDNN, where that costs no digits."""
     return _allowed("medium") if device.type == "cpu" and exact_by_onednn() else nullcontext()
-
-
-def forward_precision(matmul: str, device: torch.device) -> AbstractContextManager:
-    """What the forward pass of a training step runs under: bfloat16 products where ``matmul`` says so, of
-    weights that stay float32."""
-    return torch.autocast(device.type, torch.bfloat16) if matmul == "bfloat16" else nullcontext()

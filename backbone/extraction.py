@@ -19,6 +19,7 @@ from backbone.identity import maps_kept, token_grid, what_is_kept
 from backbone.resizing import ImageRows, Unreadable, prepare
 from cache.feature_cache import CacheIdentity
 from cache.manifest import EXAMPLE
+from cache.shards import NOT_FINITE
 from config import Config, UserError
 
 BATCH = {"cpu": 8, "cuda": 64}  # images per backbone pass: a CPU's caches hold the maps of these
@@ -28,10 +29,6 @@ MOST_READERS = 32  # threads: no device takes more images than they decode
 SHARDS_AT_ONCE = 4  # on a GPU
 PIXEL = 100  # bytes per pixel of a batch, at least: the picture and the first maps of a small backbone
 EXAMPLE_NUMBERS = 64  # of each array that are kept of the fixed picture
-NOT_FINITE = (
-    "the backbone gave features that are not finite or exceed float16; try --precision float32, and check "
-    "its weights"
-)
 LONG_JOB = 1000  # images from which the time is estimated before the start in any case
 
 Rows = dict[str, Tensor]  # of some images: tokens (n, 1 + N, C), bands (n, D), places (n, P, E)

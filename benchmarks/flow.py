@@ -20,19 +20,18 @@ import datasets
 import model
 import train
 import utils
-from backbone.arithmetic import forward_precision, products
+from backbone.arithmetic import products
 from cache import feature_cache
 from cache.cache_writer import CacheWriter
 from config import Config
 from detector import class_data, optimization
 
 
-def our_step(flow, optimizer, features, matmul="highest"):
+def our_step(flow, optimizer, features):
     """A step as train.Trainer takes it, on the semantic and the patch tokens as Features.of gives them."""
     semantic, patches = features
-    with products(matmul, semantic.device):
-        with forward_precision(matmul, semantic.device):
-            loss = model.loss_per_image(*flow(semantic, [patches])).mean()
+    with products(semantic.device):
+        loss = model.loss_per_image(*flow(semantic, [patches])).mean()
         optimizer.backward_and_step(loss)
     return loss.item()
 
@@ -104,8 +103,6 @@ def compare_steps(args, device):
             "theirs": lambda: step(theirs, theirs_adam, tokens),
             "ours": lambda: our_step(ours, ours_adam, features),
         }
-        if args.bfloat16:
-            jobs["bfloat16"] = lambda: our_step(ours, ours_adam, features, "bfloat16")
         seconds = medians(
             jobs,
             args.repeats,
@@ -117,8 +114,7 @@ def compare_steps(args, device):
             f"{batch:5d}  {1e3 * seconds['theirs']:16.1f}  {1e3 * seconds['ours']:7.1f}  "
             f"{seconds['theirs'] / seconds['ours']:5.2f}  "
             f"{batch / seconds['ours']:13.0f}  {rate / 1e9:12.0f}  {rate / peak:13.0%}  {dz:8.1e}  "
-            f"{abs(losses[0] - losses[1]) / abs(losses[1]):11.1e}"
-            + (f"  ours with bfloat16 products {1e3 * seconds['bfloat16']:.1f} ms" if args.bfloat16 else ""),
+            f"{abs(losses[0] - losses[1]) / abs(losses[1]):11.1e}",
             flush=True,
         )
     print(f"float32 matmul peak {peak / 1e9:.0f} GFLOP/s")
@@ -187,7 +183,6 @@ def main():
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--channels", type=int, default=768)
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64, 128])
-    parser.add_argument("--bfloat16", action="store_true", help="also ours with bfloat16 products")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--classes", type=int, default=0, help="also fit this many classes")
     parser.add_argument("--epochs", type=int, default=1)

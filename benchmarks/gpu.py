@@ -147,28 +147,25 @@ def correctness(job: Job) -> None:
 
 
 def steps(job: Job) -> None:
-    """Training steps with the same parameters and tokens on both sides, by each kind of products."""
-    sizes = job.sizes
-    for matmul in ("highest", "tf32", "bfloat16"):
-        found = []
-        for device in (CPU, job.device):
-            torch.manual_seed(0)
-            flow, _ = same_flows(sizes.channels, sizes.channels, CPU)
-            semantic, patches = in_parts(torch.randn(32, 1 + sizes.grid**2, sizes.channels).to(device))
-            flow, losses = flow.to(device), []
-            optimizer = optimization.SubnetAdam(flow, knobs.Config())
-            kind = "highest" if device is CPU else matmul
-            for _ in range(10):
-                losses.append(our_step(flow, optimizer, (semantic, patches), kind))
-            with torch.no_grad():
-                z, _ = flow(semantic, [patches])
-            found.append((losses, z.square().mean(1).cpu()))
-        (wanted, scores), (got, other) = found
-        apart = [abs(a - b) / abs(a) for a, b in zip(wanted, got)]
-        job.tell(
-            f"loss apart after 1 and 10 steps, scores after 10, matmul {matmul}",
-            f"{apart[0]:.1e}, {apart[-1]:.1e}, {((scores - other).abs() / scores).max():.1e}",
-        )
+    """Training steps with the same parameters and tokens on both sides."""
+    sizes, found = job.sizes, []
+    for device in (CPU, job.device):
+        torch.manual_seed(0)
+        flow, _ = same_flows(sizes.channels, sizes.channels, CPU)
+        semantic, patches = in_parts(torch.randn(32, 1 + sizes.grid**2, sizes.channels).to(device))
+        flow, losses = flow.to(device), []
+        optimizer = optimization.SubnetAdam(flow, knobs.Config())
+        for _ in range(10):
+            losses.append(our_step(flow, optimizer, (semantic, patches)))
+        with torch.no_grad():
+            z, _ = flow(semantic, [patches])
+        found.append((losses, z.square().mean(1).cpu()))
+    (wanted, scores), (got, other) = found
+    apart = [abs(a - b) / abs(a) for a, b in zip(wanted, got)]
+    job.tell(
+        "loss apart after 1 and 10 steps, scores after 10",
+        f"{apart[0]:.1e}, {apart[-1]:.1e}, {((scores - other).abs() / scores).max():.1e}",
+    )
 
 
 def digits(job: Job) -> None:
@@ -261,9 +258,8 @@ def training(job: Job) -> None:
         job.tell(f"{sizes.classes} classes x {sizes.epochs} epochs, {name}", f"{seconds:.1f} s ({measured})")
         return seconds
 
-    def one_by_one(matmul: str = "highest", **more) -> float:
+    def one_by_one(**more) -> float:
         trainer = trainings(job, **more)[0]
-        trainer.matmul = matmul
         trainer.train_epoch()
         return job.seconds(trainer.train_epoch) * share
 
@@ -275,9 +271,8 @@ def training(job: Job) -> None:
         * share
     )
     tell("transcription", plain, f"from {len(tokens)} images")
-    for matmul in ("highest", "tf32", "bfloat16"):
-        ours = tell(f"ours, matmul {matmul}", one_by_one(matmul=matmul), "from an epoch of a class")
-        job.tell(f"transcription / ours, matmul {matmul}", f"{plain / ours:.1f}")
+    ours = tell("ours", one_by_one(), "from an epoch of a class")
+    job.tell("transcription / ours", f"{plain / ours:.1f}")
     job.tell("peak memory", peak_memory(job.device))
     if job.device.type == "cuda":
         ours = tell("ours, compiled", one_by_one(compile=True), "from an epoch of a class")

@@ -265,13 +265,8 @@ def _append_all(writers: dict[str, ArrayWriter], features: Iterator[dict[str, np
             writers[name].append(values)
 
     with utils.thread_pool(1) as pool:
-        pending = None
-        for rows in features:
-            if pending is not None:
-                pending.result()  # raises what the write raised
-            pending = pool.submit(append, rows)
-        if pending is not None:
-            pending.result()
+        for _ in utils.in_order(pool, append, features, 1):
+            pass
     return next(iter(writers.values())).rows
 
 

@@ -29,6 +29,10 @@ def rows_per_shard(shapes: dict[str, tuple[int, ...]]) -> int:
     return 2 ** int(math.log2(min(MOST_ROWS, max(1, SHARD_BYTES // largest))))
 
 
+NOT_FINITE = (
+    "the backbone gave features that are not finite or exceed float16; try --precision float32, and check "
+    "its weights"
+)
 REPAIR = "python extractor.py with the same settings mends that and leaves the rest as it is"
 
 
@@ -87,10 +91,7 @@ class ArrayWriter:
             raise ValueError(f"expected float16 rows of {self.shape}, got {values.dtype} {values.shape[1:]}")
         data = np.ascontiguousarray(values)
         if not finite(data):
-            raise UserError(
-                "the backbone gave features that are not finite or exceed float16; try --precision float32, "
-                "and check its weights"
-            )
+            raise UserError(NOT_FINITE)
         content = data.reshape(-1).view(np.uint8).data
         self._crc = zlib.crc32(content, self._crc)
         self._stream.write(content)

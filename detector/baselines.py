@@ -72,9 +72,8 @@ LEAST_RIDGE = 1e-5  # of the mean variance: what float32 needs to factorise them
 
 
 def greedy_coreset(tokens: Tensor, size: int) -> Tensor:
-    """Of tokens (n, E) so many that leave none far away: each next one is the farthest from those chosen
-    (n, E) -> (size, E). Distances are taken in 64 random directions (PatchCore, arXiv 2106.08265, algorithm
-    1)."""
+    """A greedy coreset of tokens, (n, E) -> (size, E): each next one is the farthest from those chosen.
+    Distances are taken in 64 random directions (PatchCore, arXiv 2106.08265, algorithm 1)."""
     directions = torch.randn(tokens.shape[1], 64, generator=torch.Generator().manual_seed(0))
     shadows = tokens @ directions
     chosen, nearest = [0], (shadows - shadows[0]).square().sum(1)

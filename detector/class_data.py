@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,9 +41,6 @@ class Features(NamedTuple):
         return [Features(*part) for part in zip(*parts)]
 
 
-Index: TypeAlias = np.ndarray | Tensor  # row numbers
-
-
 class TokenSource:
     """Rows of a cached split by index: read out of the mapped files, or out of the device's memory where they
     fit there."""
@@ -66,18 +63,13 @@ class TokenSource:
             resident[rows].copy_(torch.from_numpy(array[rows]))
         return resident
 
-    def index(self, rows: np.ndarray) -> Index:
-        """Row numbers as ``[...]`` takes them without a copy to the device: to be made once an epoch."""
-        return rows if self.resident is None else torch.from_numpy(rows).to(self.device)
-
-    def _rows(self, name: str, index: Index) -> Tensor:
+    def _rows(self, name: str, index: np.ndarray) -> Tensor:
         """The rows ``index`` of an array, float16, on the device."""
         if self.resident is None:
-            return torch.from_numpy(self.arrays[name][np.asarray(index)]).to(self.device)
-        chosen = self.index(index) if isinstance(index, np.ndarray) else index
-        return self.resident[name].index_select(0, chosen)
+            return torch.from_numpy(self.arrays[name][index]).to(self.device)
+        return self.resident[name].index_select(0, torch.from_numpy(index).to(self.device))
 
-    def __getitem__(self, index: Index) -> Features:
+    def __getitem__(self, index: np.ndarray) -> Features:
         """The features of the images ``index``, on the device, but for the places: few classes need them."""
         return Features.of({name: self._rows(name, index) for name in self.arrays if name != "places"})
 
@@ -90,11 +82,11 @@ class TokenSource:
         read once."""
         return self._semantic[torch.from_numpy(index)].float()
 
-    def patches(self, index: Index) -> Tensor:
+    def patches(self, index: np.ndarray) -> Tensor:
         """The patch tokens (n, N, C) of the images ``index``, float32, on the device, without gaps."""
         return self._rows("tokens", index)[:, 1:].float()
 
-    def one(self, name: str, index: Index) -> Tensor:
+    def one(self, name: str, index: np.ndarray) -> Tensor:
         """One array of the images ``index``, float32, on the device, without reading the rest."""
         return self._rows(name, index).float()
 
@@ -113,7 +105,7 @@ def fits_beside_training(size: int, free: int, total: int) -> bool:
     return size <= free - LEFT_FREE * total
 
 
-def in_batches(index: Index, size: int) -> list:
+def in_batches(index: np.ndarray, size: int) -> list:
     """Row numbers cut into consecutive batches, ``size`` long but the last; of none, one empty batch."""
     return [index[i : i + size] for i in range(0, max(1, len(index)), size)]
 

@@ -11,16 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import model
-import utils
 from backbone.arithmetic import products
 from backbone.token_grid import Bands, TokenGrid, centred_window, place_grid_of
 from cache import feature_cache
 from config import Config, UserError
-from detector import memory, pictures
+from detector import memory
 from detector.checkpoints import SCORING, checkpoint_files, config_of, read_record, weights_fault
-from detector.class_data import EVAL_BATCH, Features, TokenSource, in_batches
+from detector.class_data import EVAL_BATCH, Features, in_batches
 from detector.normalization import ENERGY_FLOOR, JointNormalizer, PatchNormalizer, PlaceGaussians
-from detector.picture_detector import PictureDetector
 
 
 def normalization_in_effect(config: Config, features: dict) -> str:
@@ -161,13 +159,6 @@ class Detector(nn.Module):
             z = torch.cat([z, inputs.tokens[:, self.leading :]], 1)
         return Latents(z, log_det, inputs.tokens, inputs.outside)
 
-    def forward(
-        self, semantic: Tensor, patches: Tensor, bands: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Raw tokens -> z (B, k) and log-determinant (B), where the fusion takes the last map."""
-        latents = self.latents(self.inputs(Features(semantic, patches, bands)))
-        return latents.z, latents.log_det
-
     def distances(self, rows: Tensor, outside: Tensor) -> Tensor:
         """Squared distances (B, n) of tokens or latents (B, k) to the reference."""
         return model.squared_distances(rows, self.reference.float()) + outside.unsqueeze(1)
@@ -232,7 +223,7 @@ class Detector(nn.Module):
     @torch.no_grad()
     def score_features(self, features: Features) -> np.ndarray:
         """The same, each image by itself. Raises UserError when a score is not finite."""
-        with products("highest", features.semantic.device):
+        with products(features.semantic.device):
             return self._finite(self.scores(features).cpu().numpy())
 
     @torch.no_grad()
@@ -240,7 +231,7 @@ class Detector(nn.Module):
         """How unusual every place is (B, P), in standard deviations of the place's own log-energy beyond
         the three that few places of a normal picture reach, from raw place tokens (B, P, E)."""
         assert self.places is not None
-        with products("highest", places.device):
+        with products(places.device):
             return (self.places(places) - USUAL).cpu().numpy()
 
     @staticmethod
@@ -259,28 +250,6 @@ class Detector(nn.Module):
         """Whether the score reads places: where the class's normal images show one scene."""
         self.alike.fill_(alike)
         self.uses_places = bool(alike) and self.places is not None
-
-    def read(self, source: TokenSource, rows: np.ndarray) -> Features:
-        """All that scoring the images ``rows`` takes: the places, too, where they are read."""
-        features = source[rows]
-        if self.uses_places or self.middle:
-            features = features._replace(places=source.one("places", rows))
-        return features
-
-    @staticmethod
-    def load(
-        path: str | Path,
-        device: str = "auto",
-        threads: int = 0,
-        false_alarms: float | None = None,
-        weights_path: str | Path | None = None,
-    ) -> PictureDetector:
-        """A fitted class that scores pictures, from its checkpoint: ``Detector.load(path).score(picture)``.
-
-        false_alarms: the share of normal pictures that ``verdict`` may call anomalous; None: the run's knob.
-        weights_path: the file that a fit with weights_path took; None: looked for where it was and beside the
-        checkpoint. Raises UserError when the checkpoint or the device is not there."""
-        return load_picture_detector(path, utils.set_up(device, threads), false_alarms, weights=weights_path)
 
     def load_saved(self, state: dict[str, Tensor]) -> None:
         """Load a state dict, whose reference and whitening of places may have any number of rows."""
@@ -354,23 +323,6 @@ def load_detector(path: Path) -> tuple[Detector, dict]:
     if broken:
         raise UserError(f"{weights} holds weights that are not finite ({broken[0]}): train it again")
     return detector.eval(), record
-
-
-def load_picture_detector(
-    path: str | Path,
-    device: torch.device,
-    false_alarms: float | None = None,
-    backbone: pictures.FittedBackbone | None = None,
-    weights: str | Path | None = None,
-) -> PictureDetector:
-    """A fitted class that scores pictures, from its checkpoint. backbone: of a detector that was fitted to
-    the same features; weights: the file of a fit with weights_path. Raises UserError: ``load_detector``."""
-    fitted, record = load_detector(Path(path))
-    file = None if weights is None else Path(weights)
-    backbone = backbone or pictures.FittedBackbone(
-        config_of(record), record["features"], device, weights=file, checkpoint=Path(path)
-    )
-    return PictureDetector(fitted, record, backbone, false_alarms)
 
 
 def place_maps(fitted: Detector, cache: feature_cache.FeatureCache, rows: np.ndarray) -> np.ndarray:

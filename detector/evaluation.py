@@ -45,16 +45,16 @@ class Evaluation:
 def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluation:
     """Measure the held-out normals and the test images as the flow now is. loss: of the epoch, None before
     training."""
-    fit = prepared.detector.eval()
-    with products("highest", prepared.device):
+    detector = prepared.detector.eval()
+    with products(prepared.device):
         latents = {part: prepared.measure(part) for part in ("held", "test")}
         if prepared.config.score == "latent_knn":
-            fit.reference = prepared.measure("fit").z.half()
-        energies = {part: fit.energy(each, prepared.near.get(part)) for part, each in latents.items()}
-        nll = {part: fit.score(latents[part], "likelihood", each) for part, each in energies.items()}
-        image = {part: fit.score(latents[part], None, each) for part, each in energies.items()}
+            detector.reference = prepared.measure("fit").z.half()
+        energies = {part: detector.energy(each, prepared.near.get(part)) for part, each in latents.items()}
+        nll = {part: detector.score(latents[part], "likelihood", each) for part, each in energies.items()}
+        image = {part: detector.score(latents[part], None, each) for part, each in energies.items()}
         scores = {part: each + prepared.unusual_places.get(part, 0.0) for part, each in image.items()}
-        flow = fit.flow_loss(latents["test"])
+        flow = detector.flow_loss(latents["test"])
     entry: dict = {"epoch": epoch, "loss": loss}
     if len(nll["held"]):
         usual = torch.from_numpy(prepared.usual["held"]).to(prepared.device)
@@ -63,7 +63,7 @@ def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluat
     if not finite:
         entry["held_out_loss"] = float("inf")
     likelihood = image["test"] if prepared.config.score == "joined" else nll["test"]
-    reported = {"latent": fit.score(latents["test"], "latent"), "likelihood": likelihood, "flow": flow}
+    reported = {"latent": detector.score(latents["test"], "latent"), "likelihood": likelihood, "flow": flow}
     by_name = {name: values.cpu().numpy() for name, values in reported.items()}
     own = {part: values.cpu().numpy() for part, values in scores.items()}
     titled = {"auroc": own["test"]} | {f"{name}_auroc": values for name, values in by_name.items()}
@@ -72,7 +72,7 @@ def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluat
     flow_scores = {"likelihood": by_name["likelihood"]}
     if prepared.config.base == "kernel":
         flow_scores["flow alone"] = by_name["flow"]
-    return Evaluation(entry, own, flow_scores, finite, fit.reference)
+    return Evaluation(entry, own, flow_scores, finite, detector.reference)
 
 
 def go_back(prepared: PreparedClass, best: Evaluation) -> None:
@@ -131,7 +131,7 @@ def simple_scores(prepared: PreparedClass) -> dict[str, np.ndarray]:
         scores["kNN, flow's input"] = baselines.neighbours(train, test)
     if prepared.detector.uses_places:
         reference = data.train.one_on_cpu("places", evenly(normal, PLACE_SAMPLE))
-        for name, fit in baselines.PLACES.items():
-            score, batches = fit(reference), in_batches(data.test_rows, PLACE_BATCH)
+        for name, fitted_to in baselines.PLACES.items():
+            score, batches = fitted_to(reference), in_batches(data.test_rows, PLACE_BATCH)
             scores[name] = torch.cat([score(data.test.one_on_cpu("places", b)) for b in batches]).numpy()
     return scores

@@ -14,8 +14,7 @@ from backbone.resizing import resize_like_pillow
 from config import UserError
 from detector import calibration
 from detector.class_data import Features
-from detector.detector import load_picture_detector
-from detector.picture_detector import PictureDetector
+from detector.picture_detector import PictureDetector, load_picture_detector
 from detector.pictures import FittedBackbone
 from images.images import images_below
 from shell.files import whole_file

@@ -1,15 +1,18 @@
 """A fitted class as it is used: pictures in; scores, p-values, verdicts and heat maps out."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
 
+import utils
 from backbone.token_grid import place_grid_of
 from config import UserError
 from detector import calibration, heat_map, pictures
 from detector.checkpoints import config_of
 from detector.class_data import Features
+from detector.detector import Detector, load_detector
 from images import images
 
 
@@ -21,7 +24,7 @@ class PictureDetector:
 
     def __init__(
         self,
-        fitted: nn.Module,
+        fitted: Detector,
         record: dict,
         backbone: pictures.FittedBackbone,
         false_alarms: float | None = None,
@@ -33,6 +36,21 @@ class PictureDetector:
         self.false_alarms = config.false_alarms if false_alarms is None else false_alarms
         if not 0 < self.false_alarms <= 0.5:
             raise UserError(f"false_alarms: expected a share above 0 and up to 0.5, got {self.false_alarms}")
+
+    @staticmethod
+    def load(
+        path: str | Path,
+        device: str = "auto",
+        threads: int = 0,
+        false_alarms: float | None = None,
+        weights_path: str | Path | None = None,
+    ) -> "PictureDetector":
+        """A fitted class, from its checkpoint: ``PictureDetector.load(path).score(picture)``.
+
+        false_alarms: the share of normal pictures that ``verdict`` may call anomalous; None: the run's knob.
+        weights_path: the file that a fit with weights_path took; None: looked for where it was and beside the
+        checkpoint. Raises UserError when the checkpoint or the device is not there."""
+        return load_picture_detector(path, utils.set_up(device, threads), false_alarms, weights=weights_path)
 
     def score(self, picture: Any) -> Any:
         """The anomaly score of a picture (float), or of several (n): higher is more anomalous. Raises
@@ -94,3 +112,20 @@ class PictureDetector:
         """The same, from the pictures' scores (n)."""
         self.held_out = np.array(scores, float)
         return self.threshold
+
+
+def load_picture_detector(
+    path: str | Path,
+    device: torch.device,
+    false_alarms: float | None = None,
+    backbone: pictures.FittedBackbone | None = None,
+    weights: str | Path | None = None,
+) -> PictureDetector:
+    """A fitted class that scores pictures, from its checkpoint. backbone: of a detector that was fitted to
+    the same features; weights: the file of a fit with weights_path. Raises UserError: ``load_detector``."""
+    fitted, record = load_detector(Path(path))
+    file = None if weights is None else Path(weights)
+    backbone = backbone or pictures.FittedBackbone(
+        config_of(record), record["features"], device, weights=file, checkpoint=Path(path)
+    )
+    return PictureDetector(fitted, record, backbone, false_alarms)

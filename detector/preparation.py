@@ -87,26 +87,28 @@ class PreparedClass:
 
     def _joint(self, part: str) -> Tensor:
         """The joint tokens (n, D) of the images of a part, on the CPU."""
-        source, fit = self.sources[part], self.detector
+        source, detector = self.sources[part], self.detector
         batches = in_batches(self.rows[part], POOL_BATCH)
-        return torch.cat([fit.joint(source.on_cpu(batch)).clone() for batch in batches])
+        return torch.cat([detector.joint(source.on_cpu(batch)).clone() for batch in batches])
 
     def _fit_patches(self) -> None:
-        fit, rows = self.detector, evenly(self.data.fit_rows, PATCH_SAMPLE)
-        if fit.patch_normalizer is not None and (fit.patch_normalizer.steps or fit.patch_normalizer.reduces):
+        detector, rows = self.detector, evenly(self.data.fit_rows, PATCH_SAMPLE)
+        if detector.patch_normalizer is not None and (
+            detector.patch_normalizer.steps or detector.patch_normalizer.reduces
+        ):
             features = self.data.train.on_cpu(rows)
-            if fit.middle:
+            if detector.middle:
                 features = features._replace(places=self.data.train.one_on_cpu("places", rows))
-            fit.patch_normalizer.fit(fit.raw_patches(features).flatten(0, 1))
+            detector.patch_normalizer.fit(detector.raw_patches(features).flatten(0, 1))
 
     def _fit_places(self) -> None:
-        fit, source = self.detector, self.data.train
-        if fit.places is None:
+        detector, source = self.detector, self.data.train
+        if detector.places is None:
             return
         alike = spread(source.semantic(self.data.fit_rows)) < ALIKE
-        fit.read_places_if(alike)
+        detector.read_places_if(alike)
         if alike:
-            fit.places.fit(source.one_on_cpu("places", evenly(self.data.fit_rows, PLACE_SAMPLE)))
+            detector.places.fit(source.one_on_cpu("places", evenly(self.data.fit_rows, PLACE_SAMPLE)))
 
     def _usual(self, part: str) -> np.ndarray:
         """The numbers of the images of a part whose tokens are not of extreme length. One that is (a damaged
@@ -138,37 +140,42 @@ class PreparedClass:
     @torch.no_grad()
     def _set_kernels(self) -> None:
         """Centres and bandwidth of the kernel density of the tokens, which training leaves as they are."""
-        fit = self.detector
-        with products("highest", self.device):
+        detector = self.detector
+        with products(self.device):
             tokens = {part: self._all_tokens(part) for part in self.rows}
-            fit.reference = (model.DRAWN * tokens["fit"][0]).half()
-            self.near = {part: fit.distances(*tokens[part]) for part in ("held", "test")}
+            detector.reference = (model.DRAWN * tokens["fit"][0]).half()
+            self.near = {part: detector.distances(*tokens[part]) for part in ("held", "test")}
             usual = torch.from_numpy(self.usual["held"]).to(self.device)
-            fit.bandwidth.copy_(model.best_bandwidth(self.near["held"][usual], fit.channels))
+            detector.bandwidth.copy_(model.best_bandwidth(self.near["held"][usual], detector.channels))
 
     def _all_tokens(self, part: str) -> tuple[Tensor, Tensor]:
         """Tokens (n, k) and outside (n) of all images of a part."""
         if part in self.tokens:
             return self.tokens[part]
-        source, fit = self.sources[part], self.detector
-        found = [fit.normalizer(fit.joint(source[b])) for b in in_batches(self.rows[part], POOL_BATCH)]
+        source, detector = self.sources[part], self.detector
+        found = [
+            detector.normalizer(detector.joint(source[b])) for b in in_batches(self.rows[part], POOL_BATCH)
+        ]
         return torch.cat([tokens for tokens, _ in found]), torch.cat([outside for _, outside in found])
 
     # ------------------------------------------------------------ what training and evaluation take
     def inputs(self, part: str, batch: np.ndarray) -> Inputs:
         """What the flow takes of images of a part, by their numbers (B) in it."""
-        source, rows, fit = self.sources[part], self.rows[part][batch], self.detector
+        source, rows, detector = self.sources[part], self.rows[part][batch], self.detector
         with torch.no_grad():
             if part not in self.tokens:
                 features = source[rows]
-                if fit.middle:
+                if detector.middle:
                     features = features._replace(places=source.one("places", rows))
-                return fit.inputs(features)
+                return detector.inputs(features)
             tokens, outside = (values[torch.from_numpy(batch)] for values in self.tokens[part])
-            if fit.patch_normalizer is None:
-                return Inputs(tokens, outside, tokens.new_zeros(len(tokens), 0, fit.leading))
-            raw = fit.middle_patches(source.one("places", rows)) if fit.middle else source.patches(rows)
-            return Inputs(tokens, outside, fit.patch_normalizer(raw))
+            if detector.patch_normalizer is None:
+                return Inputs(tokens, outside, tokens.new_zeros(len(tokens), 0, detector.leading))
+            if detector.middle:
+                raw = detector.middle_patches(source.one("places", rows))
+            else:
+                raw = source.patches(rows)
+            return Inputs(tokens, outside, detector.patch_normalizer(raw))
 
     @torch.no_grad()
     def measure(self, part: str) -> Latents:
@@ -176,8 +183,7 @@ class PreparedClass:
         found = []
         for batch in in_batches(np.arange(len(self.rows[part])), EVAL_BATCH[self.device.type]):
             inputs = self.inputs(part, batch)
-            none = Latents(inputs.tokens, inputs.outside, inputs.tokens, inputs.outside)
-            found.append(self.detector.latents(inputs) if len(batch) else none)
+            found.append(self.detector.latents(inputs))
         return Latents(*(torch.cat(parts) for parts in zip(*found)))
 
     def extremes(self) -> np.ndarray:

@@ -36,6 +36,6 @@ def _names_lent() -> Iterator[None]:
 
 with _names_lent():
     from config import UserError
-    from detector.detector import Detector
+    from detector.picture_detector import PictureDetector as Detector
 
 __all__ = ["Detector", "UserError"]

@@ -105,7 +105,8 @@ def script(
     name: str, *arguments, cwd: Path, timeout: float = 120, **environment
 ) -> subprocess.CompletedProcess:
     """Run a script of the repository in the folder ``cwd``, where features/ and runs/ then go, with one
-    thread and no network: in a process forked from this one, so that nothing slow is imported again."""
+    thread and no network: in a process forked from this one, so that nothing slow is imported again. One that
+    takes more threads needs a new process: OpenMP's do not survive a fork."""
     path = str(ROOT / name)
 
     def run() -> None:
@@ -134,7 +135,8 @@ def forked(
 
 
 def new_process(name: str, *arguments, cwd: Path, code_root: Path = ROOT, **environment):
-    """The same by a new interpreter: where it matters what is imported, or of which code."""
+    """The same by a new interpreter: where it matters what is imported, of which code, or by how many
+    threads."""
     env = os.environ | {"COLUMNS": "100"} | environment
     command = [sys.executable, str(code_root / name), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)

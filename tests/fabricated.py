@@ -104,3 +104,15 @@ def fit(cache, class_name: str = "a", seed: int = 0, **more) -> checkpoints.Fitt
 
 
 CHOOSING = {"holdout": 0.25, "patience": 3, "lr_init": 0.02}
+
+
+def all_of(source: class_data.TokenSource, rows: np.ndarray) -> class_data.Features:
+    """All features of the images ``rows``, with their places where the cache has them."""
+    places = source.one("places", rows) if "places" in source.arrays else None
+    return source[rows]._replace(places=places)
+
+
+def latents_of(detector, source: class_data.TokenSource, rows: np.ndarray):
+    """z (n, k) and log-determinant (n) of the images ``rows``."""
+    latents = detector.latents(detector.inputs(all_of(source, rows)))
+    return latents.z, latents.log_det

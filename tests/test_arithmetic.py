@@ -40,21 +40,13 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    "matmul, device, exact, expected",
-    [
-        ("highest", CPU, True, "medium"),
-        ("bfloat16", CPU, True, "medium"),
-        ("highest", CPU, False, "highest"),
-        ("tf32", CPU, False, "highest"),
-        ("tf32", CUDA, True, "high"),
-        ("highest", CUDA, True, "highest"),
-        ("bfloat16", CUDA, True, "highest"),
-    ],
+    "device, exact, expected",
+    [(CPU, True, "medium"), (CPU, False, "highest"), (CUDA, True, "highest")],
 )
-def test_products(monkeypatch, matmul, device, exact, expected):
+def test_products(monkeypatch, device, exact, expected):
     """A CPU whose oneDNN gives up digits when it may is not allowed to; what was set before comes back."""
     monkeypatch.setattr(arithmetic, "exact_by_onednn", lambda: exact)
-    with pytest.raises(RuntimeError), arithmetic.products(matmul, device):
+    with pytest.raises(RuntimeError), arithmetic.products(device):
         assert torch.get_float32_matmul_precision() == expected
         raise RuntimeError
     assert torch.get_float32_matmul_precision() == "highest"
@@ -70,7 +62,7 @@ def test_products_keep_their_digits(threads, stacked):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with arithmetic.products("highest", CPU):
+        with arithmetic.products(CPU):
             found = a @ b if stacked else torch.stack([x @ y for x, y in zip(a, b)])
             found.sum().backward()
     finally:
@@ -91,12 +83,3 @@ def test_a_product_that_loses_digits_is_seen(monkeypatch, kind):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", coarse)
     assert not arithmetic.exact_by_onednn.__wrapped__()
-
-
-def test_bfloat16_forward_takes_bfloat16_products():
-    layer, x = nn.Linear(300, 4), torch.randn(5, 300)
-    with arithmetic.forward_precision("bfloat16", CPU):
-        assert layer(x).dtype == torch.bfloat16
-    for matmul in ("highest", "tf32"):
-        with arithmetic.forward_precision(matmul, CPU):
-            assert layer(x).dtype == torch.float32

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, new_process, script
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -73,15 +73,15 @@ def test_both_jobs_at_a_tiny_size(tmp_path, texture_folder):
 
 @pytest.mark.slow
 def test_extraction_and_flow_at_a_tiny_size(tmp_path, texture_folder):
-    done = script("benchmarks/extraction.py", "--dataset", "folder", "--dataset_path", texture_folder,
+    done = new_process("benchmarks/extraction.py", "--dataset", "folder", "--dataset_path", texture_folder,
                   "--extractor", "test_resnet", "--weights", "random", "--images", 18, "--repeats", 1,
                   "--device", "cpu", "--threads", 2, "--busy", 1, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all threads on one batch") == 2 and "of it" in done.stdout
     done = script("benchmarks/flow.py", "--device", "cpu", "--threads", 1, "--channels", 32, "--batches", 2,
-                  "--repeats", 1, "--classes", 2, "--images", 8, "--bfloat16", cwd=tmp_path)  # fmt: skip
+                  "--repeats", 1, "--classes", 2, "--images", 8, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "x the transcription" in done.stdout and "ours with bfloat16 products" in done.stdout
+    assert "x the transcription" in done.stdout
 
 
 @pytest.mark.slow

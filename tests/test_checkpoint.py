@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from fabricated import CHOOSING, JOINED, fit, make, settings
+from fabricated import CHOOSING, JOINED, all_of, fit, make, settings
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -39,8 +39,8 @@ def test_checkpoint_gives_the_same_scores(cache, tmp_path, monkeypatch, options)
     for suffix in (".json", ".safetensors"):
         loaded, content = detector.load_detector(path.with_name(path.name + suffix))
         with torch.no_grad():
-            again = loaded.score_features(loaded.read(trainer.data.test, fitted.test_rows))
-            held = loaded.score_features(loaded.read(trainer.data.train, trainer.data.held_rows))
+            again = loaded.score_features(all_of(trainer.data.test, fitted.test_rows))
+            held = loaded.score_features(all_of(trainer.data.train, trainer.data.held_rows))
         assert np.allclose(again, fitted.scores, rtol=1e-4, atol=1e-4)
         assert np.allclose(held, fitted.held_scores, rtol=1e-4, atol=1e-4)
         assert loaded.uses_places == ("places" in options) == content["result"]["reads_places"]

@@ -393,11 +393,9 @@ def test_names_are_those_of_the_registries():
     from detector.normalization import NORMALIZATIONS
     from freq_fusion import FUSIONS
     from images import layouts, published
-    from model import SCORES
 
     assert sorted(config.DATASETS) == sorted(["digits", *published.FORMS, *layouts.READERS])
     assert set(config.FUSIONS) == set(FUSIONS)
-    assert set(config.SCORES) == set(SCORES)
     assert set(config.NORMALIZATIONS) == {"auto", *NORMALIZATIONS}
 
 

@@ -15,7 +15,7 @@ import train
 from backbone.resizing import resize_like_pillow
 from config import Config, UserError
 from detector import calibration, exporting
-from detector.detector import Detector
+from detector.picture_detector import PictureDetector
 
 pytestmark = pytest.mark.slow
 RUN = {
@@ -116,7 +116,7 @@ def test_p_values_rest_on_the_files_own_arithmetic(fitted, tmp_path, capsys):
         detector.score(sorted(good.iterdir()))
         for detector in (
             exporting.load("runs/bf/classes/leaf-seed0", 0.2),
-            Detector.load("runs/bf/classes/leaf-seed0", "cpu", 1),
+            PictureDetector.load("runs/bf/classes/leaf-seed0", "cpu", 1),
         )
     ]
     assert held_out == pytest.approx(scores[0], rel=1e-6) and held_out != pytest.approx(scores[1], rel=1e-3)

@@ -196,7 +196,7 @@ def test_coupling_contract():
     ],
 )
 def test_coupling_refuses_wrong_sizes(dims_in, dims_c):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="FusedCoupling takes one .* of shape .*, got "):
         coupling(dims_in, dims_c)
 
 

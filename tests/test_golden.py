@@ -19,7 +19,7 @@ import config
 import model
 import train
 from backbone.token_grid import TokenGrid
-from detector import class_data, detector, preparation
+from detector import class_data, preparation
 from freq_fusion import HiLo, SpectralGate
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
@@ -176,10 +176,11 @@ def test_trainer_takes_the_released_steps(flow_file):
     losses = torch.stack([trainer.train_step(batch) for batch in rows.reshape(len(semantic), -1)])
     assert_close(losses, golden["train.losses"], TRAINED, "train.losses")
     with torch.no_grad():
-        z, log_det = trainer.detector.eval()(semantic[0], patches[0])
-    assert_close(z, golden["train.z_after"], TRAINED, "train.z_after")
+        taken = trainer.detector.eval().inputs(class_data.Features(semantic[0], patches[0]))
+        latents = trainer.detector.latents(taken)
+    assert_close(latents.z, golden["train.z_after"], TRAINED, "train.z_after")
     assert_close(
-        trainer.detector.score(detector.Latents(z, log_det, z, torch.zeros(len(z)))),
+        trainer.detector.score(latents),
         golden["train.z_after"].square().mean(1),
         TRAINED,
         "score afterwards",

@@ -14,7 +14,7 @@ import main
 import predict
 from config import Config
 from detector import heat_map
-from detector.detector import Detector
+from detector.picture_detector import PictureDetector
 from reporting import overlays
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -124,7 +124,7 @@ def test_run_says_where_the_defects_are(run):
 
 @pytest.mark.slow
 def test_heat_map_of_a_picture(run, tmp_path, capsys):
-    loaded = Detector.load("runs/heat/classes/brushed-seed0", "cpu", 1)
+    loaded = PictureDetector.load("runs/heat/classes/brushed-seed0", "cpu", 1)
     assert loaded.fitted.uses_places
     path = next(Path("textures/brushed/test/good").glob("*.png"))
     picture = np.asarray(Image.open(path).convert("RGB"))
@@ -152,7 +152,7 @@ def test_heat_map_of_a_picture(run, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_detector_without_places_blurs(run):
-    loaded = Detector.load("runs/heat/classes/brushed-seed0", "cpu", 1)
+    loaded = PictureDetector.load("runs/heat/classes/brushed-seed0", "cpu", 1)
     loaded.fitted.read_places_if(False)
     path = next(Path("textures/brushed/test/good").glob("*.png"))
     picture = np.asarray(Image.open(path).convert("RGB"))

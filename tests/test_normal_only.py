@@ -12,7 +12,7 @@ import main
 import train
 from config import Config, UserError
 from detector import calibration
-from detector.detector import Detector
+from detector.picture_detector import PictureDetector
 
 RUN = {
     "dataset": "folder", "dataset_path": "good", "extractor": "resnet10t", "weights_path": "random",
@@ -46,7 +46,7 @@ def test_train_on_good_pictures_alone(good, capsys, options):
     assert record["result"]["n_train"] == 24 and record["test"]["scores"] == []
     assert "fitted to 24 normal images, no test images" in said and "nan" not in said
     assert str(calibration.threshold(np.array(held), 0.05)) in said and "warning: a false-alarm rate" in said
-    loaded = Detector.load("runs/foad_mfff/classes/good-seed0", "cpu", 1)
+    loaded = PictureDetector.load("runs/foad_mfff/classes/good-seed0", "cpu", 1)
     scores = loaded.score([texture(kind, np.random.RandomState(1), 48) for kind in (0, 2)])
     assert loaded.verdict(scores).tolist() == ["normal", "anomalous"]
 

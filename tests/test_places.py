@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_cache
+from fabricated import all_of
 from torch.nn import functional as F
 
 import train
@@ -216,7 +217,7 @@ def test_the_joined_score_adds_log_energy_and_places(surface):
         energy = parts.energy(trainer.prepared.measure("test")).log()
     worst = parts.places(trainer.data.test.one("places", trainer.data.test_rows)).amax(1)
     assert fitted.scores == pytest.approx((energy + worst).numpy(), rel=1e-3, abs=1e-3)
-    features = parts.read(trainer.data.test, fitted.test_rows)
+    features = all_of(trainer.data.test, fitted.test_rows)
     assert parts.score_features(features) == pytest.approx(fitted.scores, rel=1e-3, abs=1e-3)
 
 
@@ -247,7 +248,7 @@ def test_the_flow_counts_as_under_its_own_density_where_one_scene_is_shown(tmp_p
     assert image == pytest.approx(wanted.numpy(), rel=1e-3, abs=1e-4)
     unusual = trainer.prepared.unusual_places.get("test", torch.zeros(()))
     assert fitted.scores == pytest.approx(image + unusual.numpy(), abs=1e-4)
-    loaded = parts.score_features(parts.read(trainer.data.test, fitted.test_rows))
+    loaded = parts.score_features(all_of(trainer.data.test, fitted.test_rows))
     assert loaded == pytest.approx(fitted.scores, rel=1e-3, abs=1e-3)
 
 
@@ -268,7 +269,7 @@ def test_the_fusion_reads_middle_tokens(tmp_path, options):
     parts = trainer.detector.eval()
     assert parts.fusion_grid == (3, 3)
     rows = trainer.prepared.rows["test"][:4]
-    features = parts.read(trainer.data.test, rows)
+    features = all_of(trainer.data.test, rows)
     pooled = parts.raw_patches(features)
     maps = features.places.transpose(1, 2).unflatten(2, (5, 5))
     assert torch.allclose(pooled, F.adaptive_avg_pool2d(maps, 3).flatten(2).transpose(1, 2))
@@ -291,7 +292,7 @@ def test_training_moves_the_fusion_of_middle_tokens(tmp_path, monkeypatch):
     start = {name: parameter.detach().clone() for name, parameter in fusion.items()}
     fitted = trainer.run()
     assert fusion and not any(torch.equal(start[name], parameter) for name, parameter in fusion.items())
-    features = fitted.detector.read(trainer.data.test, fitted.test_rows)
+    features = all_of(trainer.data.test, fitted.test_rows)
     got = fitted.detector.score_features(features)
     assert got == pytest.approx(fitted.scores, rel=1e-3, abs=1e-3)
     moved = fitted.detector.score_features(features._replace(places=features.places.flip(0)))

@@ -26,7 +26,7 @@ import predict
 import train
 from config import Config, UserError
 from detector import exporting, pictures, records
-from detector.detector import Detector
+from detector.picture_detector import PictureDetector
 from images import given, images, watch
 from reporting import overlays, scores
 from shell.files import file_name, write_text
@@ -114,7 +114,7 @@ def test_scores_are_those_of_the_run(here, capsys, name):
 
 
 def test_three_lines_in_a_notebook(here):
-    loaded = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
+    loaded = PictureDetector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
     wanted = record_of("held")["test"]["scores"]
     arrays = [np.asarray(Image.open(path)) for path in TESTED]
     score = loaded.score(TESTED[3])
@@ -139,7 +139,7 @@ def test_three_lines_in_a_notebook(here):
 def test_backbone_is_loaded_once_and_late(here, monkeypatch):
     loaded, real = [], pictures.extraction.Extraction
     monkeypatch.setattr(pictures.extraction, "Extraction", lambda *a: loaded.append(1) or real(*a))
-    found = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
+    found = PictureDetector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
     assert not loaded
     found.score(TESTED[:2])
     found.score(TESTED[0])
@@ -148,7 +148,7 @@ def test_backbone_is_loaded_once_and_late(here, monkeypatch):
 
 def test_pictures_are_read_a_few_at_a_time(here):
     """However many there are: the one that is asked for is not far behind the one that was read."""
-    backbone = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1).backbone
+    backbone = PictureDetector.load("runs/held/classes/a-seed0", device="cpu", threads=1).backbone
     given = 0
 
     def endless():
@@ -213,7 +213,7 @@ def test_a_name_without_a_file(here, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", listed(f"{TESTED[0]}\nnowhere.png\n".encode()))
     _, said, status = predicted(capsys, "runs/held", "-")
     assert status == 1 and said.splitlines()[-1] == "skipped: no image nowhere.png: there is no such file"
-    loaded = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
+    loaded = PictureDetector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
     for ask in (loaded.score, loaded.heat_map):
         with pytest.raises(UserError, match="no image nowhere.png"):
             ask("nowhere.png")
@@ -451,23 +451,25 @@ def test_a_weights_file_is_found_by_its_hash_wherever_it_lies(here, tmp_path, mo
     options = {"extractor": name, "weights_path": str(kept), "img_size": (32, 32), "class_name": "a"}
     train.main(Config(**RUN | options, modelname="file", holdout=0.3))
     checkpoint = Path("runs/file/classes/a-seed0")
-    wanted = Detector.load(checkpoint, "cpu", 1).score(TESTED[0])
+    wanted = PictureDetector.load(checkpoint, "cpu", 1).score(TESTED[0])
     moved = kept.rename(tmp_path / "moved.safetensors")
     for place, told in ((None, "fitted with kept.safetensors .*classes.*give it"), (other, "that very file")):
         with pytest.raises(UserError, match=told):
-            Detector.load(checkpoint, "cpu", 1, weights_path=place).score(TESTED[0])
-    assert Detector.load(checkpoint, "cpu", 1, weights_path=moved).score(TESTED[0]) == wanted
+            PictureDetector.load(checkpoint, "cpu", 1, weights_path=place).score(TESTED[0])
+    assert PictureDetector.load(checkpoint, "cpu", 1, weights_path=moved).score(TESTED[0]) == wanted
     arguments = [str(checkpoint), TESTED[0], "--weights_path", str(moved), "--device", "cpu"]
     assert predict.main(predict.parse_arguments(arguments)) == 0
     assert exporting.load(checkpoint, None, None, moved).score(TESTED[0]) == pytest.approx(wanted, rel=1e-3)
     moved.rename(checkpoint.with_name("kept.safetensors"))
-    assert Detector.load(checkpoint, "cpu", 1).score(TESTED[0]) == wanted
+    assert PictureDetector.load(checkpoint, "cpu", 1).score(TESTED[0]) == wanted
     with pytest.raises(UserError, match="no file; leave it out"):
-        Detector.load(here / "runs/held/classes/a-seed0", "cpu", 1, weights_path=other).score(TESTED[0])
+        PictureDetector.load(here / "runs/held/classes/a-seed0", "cpu", 1, weights_path=other).score(
+            TESTED[0]
+        )
 
 
 def test_another_backbone_is_refused(here):
-    loaded = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
+    loaded = PictureDetector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
     loaded.backbone.features["weights_sha256"] = "of others"
     with pytest.raises(UserError, match="weights_sha256"):
         loaded.score(TESTED[0])
@@ -478,6 +480,6 @@ def test_a_backbone_that_gives_something_else_is_refused(here, monkeypatch):
     wanted = timm.models.ResNet.forward_features
     monkeypatch.setattr(timm, "__version__", "9.9")
     monkeypatch.setattr(timm.models.ResNet, "forward_features", lambda *_: wanted(*_).tanh())
-    loaded = Detector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
+    loaded = PictureDetector.load("runs/held/classes/a-seed0", device="cpu", threads=1)
     with pytest.raises(UserError, match=r"with timm [0-9.]+ the backbone gave other.*timm 9.9 now"):
         loaded.score(TESTED[0])

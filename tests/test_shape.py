@@ -19,7 +19,7 @@ from backbone.identity import cache_identity, size_for, size_in_shape
 from cache.manifest import Manifest
 from config import Config, UserError, make_config
 from detector import exporting
-from detector.detector import Detector
+from detector.picture_detector import PictureDetector
 from images import images
 
 CPU = torch.device("cpu")
@@ -238,7 +238,7 @@ def run(folder):
 
 @pytest.mark.slow
 def test_heat_map_has_the_pictures_shape(run, tmp_path):
-    loaded = Detector.load("runs/belt/classes/belt-seed0", "cpu", 1)
+    loaded = PictureDetector.load("runs/belt/classes/belt-seed0", "cpu", 1)
     assert loaded.fitted.uses_places and loaded.backbone.job.img_size == SIZE
     good = surface(np.random.RandomState(9))
     values = loaded.heat_map(spoilt(good)) - loaded.heat_map(good)

@@ -15,9 +15,11 @@ from fabricated import (
     N_TEST,
     N_TRAIN,
     C,
+    all_of,
     by_score,
     fabricate,
     fit,
+    latents_of,
     make,
     settings,
 )
@@ -190,7 +192,7 @@ def test_holdout(cache):
     assert set(make(cache, "b", seed=1, holdout=0.23).data.held_rows.tolist()) != held
     fitted = trainer.run()
     with torch.no_grad():
-        z, log_det = fitted.detector(*trainer.data.train[trainer.data.held_rows][:3])
+        z, log_det = latents_of(fitted.detector, trainer.data.train, trainer.data.held_rows)
     assert fitted.result["held_out_loss"] == pytest.approx(
         model.loss_per_image(z, log_det).mean().item(), rel=1e-5
     )
@@ -209,8 +211,8 @@ def test_scores_are_what_they_are_called(cache):
         trainer = make(cache, score=score)
         fitted = trainer.run()
         with torch.no_grad():
-            z, log_det = fitted.detector(*trainer.data.test[fitted.test_rows][:3])
-            known, _ = fitted.detector(*trainer.data.train[trainer.data.fit_rows][:3])
+            z, log_det = latents_of(fitted.detector, trainer.data.test, fitted.test_rows)
+            known, _ = latents_of(fitted.detector, trainer.data.train, trainer.data.fit_rows)
         if score == "latent":
             wanted = (z**2).mean(1)
         elif score == "likelihood":
@@ -306,7 +308,7 @@ def test_chosen_epoch_is_the_detectors(cache, options):
     trainer = make(cache, **(CHOOSING | options | {"patience": 2}), meta_epochs=14)
     fitted = trainer.run()
     assert fitted.result["epoch"] < len(fitted.history)
-    again = fitted.detector.score_features(fitted.detector.read(trainer.data.test, fitted.test_rows))
+    again = fitted.detector.score_features(all_of(trainer.data.test, fitted.test_rows))
     assert np.allclose(again, fitted.scores, rtol=1e-4, atol=1e-4)
     loss = model.negative_log_likelihood(
         fitted.detector.energy(trainer.prepared.measure("held")), fitted.detector.bandwidth
@@ -398,16 +400,14 @@ def test_features_that_cannot_be_normalised_are_the_classes_fault(cache, monkeyp
 
 
 def test_tokens_on_the_device_are_those_in_the_files(cache):
-    """A source whose arrays were copied to the device reads there, by row numbers from either side."""
+    """A source whose arrays were copied to the device reads there."""
     files, there = (class_data.TokenSource(cache.arrays("train"), torch.device("cpu")) for _ in range(2))
     there.make_resident()
     there.arrays = dict.fromkeys(there.arrays)  # the files are not asked any more
     rows = np.array([5, 0, 117, 5])
-    assert isinstance(there.index(rows), torch.Tensor) and files.index(rows) is rows
-    for index in (rows, there.index(rows)):
-        for wanted, got in zip(files[rows][:3], there[index]):
-            assert torch.equal(wanted, got)
-        assert torch.equal(files.one_on_cpu("bands", rows), there.one("bands", index))
+    for wanted, got in zip(files[rows][:3], there[rows]):
+        assert torch.equal(wanted, got)
+    assert torch.equal(files.one_on_cpu("bands", rows), there.one("bands", rows))
     assert torch.equal(files.one("bands", rows), files.one_on_cpu("bands", rows))
 
 

@@ -20,8 +20,7 @@ import utils
 from backbone.token_grid import place_grid_of
 from detector import heat_map, pictures
 from detector.class_data import Features
-from detector.detector import load_picture_detector
-from detector.picture_detector import PictureDetector
+from detector.picture_detector import PictureDetector, load_picture_detector
 
 KINDS = ("places", "occlusion")
 
