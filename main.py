@@ -258,8 +258,8 @@ def run(config: Config) -> dict | None:
     with runs.writing(config):
         cache = extractor.ensure_features(config, device, functools.partial(detector.Detector, config))
         classes = datasets.choose_classes(cache.labels, config.class_name)
-        runs.settle(config, cache)
         pairs = [runs.ClassSeed(class_name, seed) for seed in seeds_of(config) for class_name in classes]
+        runs.settle(config, cache, pairs)
         progress = runs.Progress(config, cache, pairs)
         try:
             drawn = fit_pairs(progress, device, watch)
@@ -283,7 +283,10 @@ def write_report(progress: runs.Progress, classes: list[str], watch: runs.Stopwa
     table = compare_with_simple_detectors(config, whole) if config.baselines else {}
     defects = defect_aurocs(config, cache, whole)
     seconds = runs.wall_time(results) + watch.lap()
-    thresholds = {name: calibration.of_record(r) for name, r in checkpoints.trained_records(config, whole)}
+    thresholds = {
+        name: calibration.of_record(record, config.false_alarms)
+        for name, record in checkpoints.trained_records(config, whole)
+    }
     summary = report.summarize(config, results, table, seconds, cache.meta, defects, thresholds)
     summary["localisation"] = localisations(config, cache, whole)
     print("\n" + report.write_results(folder, summary))

@@ -46,7 +46,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--output", type=Path, metavar="FILE", help="write .csv, .json or .jsonl instead of CSV to the screen"
     )
     parser.add_argument(
-        "--false_alarms", type=float, help="share of normal pictures that may be called anomalous [the run's]"
+        "--false_alarms", type=float, help="share of normal pictures that may be called anomalous [the fit's]"
     )
     parser.add_argument(
         "--calibrate", type=Path, metavar="FOLDER", help="fresh good pictures: p-values and verdicts by them"
@@ -78,7 +78,7 @@ from config import UserError
 from detector.picture_detector import PictureDetector, load_picture_detector
 from detector.records import find_checkpoints
 from images import watch
-from images.given import find_images
+from images.given import find_images, refuse_among
 from images.images import images_below
 from reporting.overlays import draw_heat_maps
 from reporting.scores import rows_arriving, rows_of, table, tell_counts, tell_thresholds
@@ -138,6 +138,8 @@ def main(arguments: argparse.Namespace) -> int:
     """Score the pictures -> the exit status: 1 where some could not be read."""
     arrivals = watch.Arrivals(arguments.watch) if arguments.watch else None
     files = [] if arrivals else find_images(arguments.images)
+    if arguments.heat_maps:
+        refuse_among(arguments.heat_maps, arguments.images, arguments.watch)
     detectors = load_all(arguments)
     unreadable = calibrate(detectors, arguments.calibrate) if arguments.calibrate else []
     failed = len(unreadable)

@@ -118,8 +118,6 @@ class Trainer:
         assert self.best is not None, "evaluate comes first"
         evaluation.go_back(self.prepared, self.best)
         scores, held_scores = self.best.scores["test"], self.best.scores["held"]
-        if not (np.isfinite(scores).all() and np.isfinite(held_scores).all()):
-            raise self.not_finite("scores are not finite", self.step - 1)
         before = {f"{name}, before training": values for name, values in self.before_training.items()}
         return checkpoints.Fitted(
             self.detector,
@@ -173,8 +171,8 @@ def main(config: Config) -> None:
         class_name, *more = datasets.choose_classes(cache.labels, config.class_name)
         if more:
             raise UserError(advice)
-        runs.settle(config, cache)
         pair = runs.ClassSeed(class_name, config.seed)
+        runs.settle(config, cache, [pair])
         result, kept = runs.finished(config, cache, pair), "kept from an earlier run"
         if result is None:
             train, test = (TokenSource(cache.arrays(split), device) for split in datasets.SPLITS)
@@ -184,7 +182,7 @@ def main(config: Config) -> None:
             result, kept = fitted.result, "kept"
     path = checkpoints.checkpoint_path(config, *pair)
     print(f"{class_name}: {evaluation.outcome(result)}  {result['seconds']:.0f} s  {kept} in {path}.json")
-    if threshold := calibration.of_record(checkpoints.read_record(path)):
+    if threshold := calibration.of_record(checkpoints.read_record(path), config.false_alarms):
         print(threshold)
         if threshold.warning:
             print(f"warning: {threshold.warning}")

@@ -174,6 +174,9 @@ def reachable(url: str, seconds: float = 3.0) -> bool:
 
 
 # ---------------------------------------------------------------- memory
+CGROUP = Path("/sys/fs/cgroup")
+
+
 def available_memory() -> float:
     """Bytes that this process may still take: what the system has free, or what its container may have; inf
     where neither is told."""
@@ -181,8 +184,12 @@ def available_memory() -> float:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+        cached = sum(
+            int(line.split()[1]) for line in lines if line.startswith(("active_file", "inactive_file"))
+        )
+        free = min(free, limit - used + cached)  # what is cached of files is given back when it is wanted
     except (OSError, StopIteration, ValueError):  # no Linux, no container, or a container without a limit
         pass
     return free

@@ -80,10 +80,7 @@ def threshold(held_out: np.ndarray, false_alarms: float) -> Threshold:
     return Threshold(float(ordered[above]), (above + 1) / (n + 1), low, high, n, false_alarms)
 
 
-def of_record(record: dict) -> Threshold | None:
-    """The threshold of a fitted class, from its record: at the rate of its knob false_alarms. None where no
-    pictures were held out."""
+def of_record(record: dict, false_alarms: float) -> Threshold | None:
+    """The threshold of a fitted class, from its record. None where no pictures were held out."""
     held_out = record.get("held_out_scores")
-    if not held_out:
-        return None
-    return threshold(np.array(held_out, float), record.get("config", {}).get("false_alarms", 0.05))
+    return threshold(np.array(held_out, float), false_alarms) if held_out else None

@@ -59,7 +59,7 @@ def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluat
     if len(nll["held"]):
         usual = torch.from_numpy(prepared.usual["held"]).to(prepared.device)
         entry["held_out_loss"] = nll["held"][usual].mean().item() - LOG_ROOT_2PI
-    finite = all(bool(each.isfinite().all()) for each in nll.values())
+    finite = all(bool(each.isfinite().all()) for each in (*nll.values(), *scores.values()))
     if not finite:
         entry["held_out_loss"] = float("inf")
     likelihood = image["test"] if prepared.config.score == "joined" else nll["test"]

@@ -97,13 +97,18 @@ def fitted_by(config: Config) -> dict:
     return {name: getattr(config, name) for name in (*knobs_affecting("features", "fit"), *held_out_for)}
 
 
-def settle(config: Config, cache: feature_cache.FeatureCache) -> None:
-    """Make the folder this configuration's, or find that it is. Raises UserError, with the knobs that differ,
-    when it holds the classes of another one: they are neither mixed nor overwritten."""
+def settle(config: Config, cache: feature_cache.FeatureCache, pairs: list[ClassSeed]) -> None:
+    """Make the folder this configuration's, or find that it is; with ``restart``, without what it holds of
+    the pairs. Raises UserError, with the knobs that differ, when it holds the classes of another
+    configuration: they are neither mixed nor overwritten, but dropped by ``restart``, all of them."""
     folder = checkpoints.run_folder(config)
     path, wanted = folder / "run.json", identity(config, cache)
     advice = "give another --modelname, or drop what is there with --restart"
     if config.restart:
+        with contextlib.suppress(OSError, ValueError):
+            if not differences(read_sealed(path), wanted):
+                drop(config, pairs)
+                return
         drop(config)
         write_sealed(path, wanted)
         return
@@ -145,15 +150,21 @@ def _short(value) -> str:
     return text if len(text := str(value)) < 40 else f"{text[:36]}..."
 
 
-def drop(config: Config) -> None:
-    """Remove what earlier runs of this name left: files of this program's own making, by name and mark."""
+def drop(config: Config, pairs: list[ClassSeed] | None = None) -> None:
+    """Remove what earlier runs of this name left, of some pairs or (None) of all, the identity, too: files of
+    this program's own making, by name and mark."""
     folder = checkpoints.run_folder(config)
-    for path in (folder / "classes").glob("*-seed*.json"):
+    paths = [*(folder / "classes").glob("*-seed*.json")]
+    if pairs is not None:
+        chosen = {checkpoints.checkpoint_path(config, *pair).name for pair in pairs}
+        paths = [path for path in paths if path.name.removesuffix(FAILED).removesuffix(".json") in chosen]
+    for path in paths:
         with contextlib.suppress(ValueError):
             read_sealed(path)  # anything else is left alone
             for file in (path, path.with_name(f"{path.name.removesuffix('.json')}.safetensors")):
                 file.unlink(missing_ok=True)
-    for name in ("run.json", "results.json", "results.csv", "results.md", "report.html"):
+    tables = ("results.json", "results.csv", "results.md", "report.html")
+    for name in tables if pairs is not None else ("run.json", *tables):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -31,6 +31,17 @@ def find_images(names: list[str]) -> list[Path]:
     return images
 
 
+def refuse_among(folder: Path, names: list[str], watched: Path | None) -> None:
+    """Raise UserError where PNGs written to ``folder`` would replace pictures that are given, or be taken for
+    some of them the next time."""
+    place = folder.resolve()
+    given = [Path(name) for name in names if name != "-"] + ([watched] if watched else [])
+    for path in given:
+        inside = path.is_dir() and place.is_relative_to(path.resolve())
+        if inside or path.is_file() and path.resolve().parent == place:
+            raise UserError(f"expected a folder apart from the pictures in {path}, got {folder}")
+
+
 def lines_of(content: bytes) -> list[str]:
     """The lines of a list of names, in UTF-8 or, with its mark, UTF-16, ended as on any system; empty ones
     left out. Raises UserError on what is no such list."""

@@ -250,7 +250,7 @@ def bounded(image: Image.Image) -> None:
     if width * height <= MOST_PIXELS:
         return
     scale = next((s for s in (2, 4, 8) if width * height <= MOST_PIXELS * s * s), None)
-    if image.format == "JPEG" and scale and not image.info.get("progressive"):
+    if image.format in ("JPEG", "MPO") and scale and not image.info.get("progressive"):
         image.draft(None, (width // scale, height // scale))
     if image.size[0] * image.size[1] > MOST_PIXELS:
         raise ValueError(f"{width} x {height} pixels, more than the {MOST_PIXELS // 10**6} million taken")

@@ -152,16 +152,25 @@ def folders(root: Path) -> Listing:
         for split, folder, names in zip(SPLITS, (train, test), (classes, tested))
     }
     search.tell()
+    for folder in (train, test):
+        if folder.is_dir() and (beside := pictures_in(folder, Counter())):
+            images.note(f"only the folders in {folder} are taken, not the {len(beside)} pictures beside them")
     return Listing(root, classes, entries)
+
+
+def pictures_in(folder: Path, skipped: Counter) -> list[Path]:
+    """The image files in a folder itself, sorted; ``skipped`` counts the others by ending."""
+    here = [entry for entry in images.searched(folder) if not images.is_folder(entry)]
+    skipped.update(reason for entry in here if (reason := images.why_skipped(entry)))
+    return [folder / entry.name for entry in here if not images.why_skipped(entry)]
 
 
 def normal_only(root: Path, name: str | None = None) -> Listing:
     """Pictures of one thing that lie in a folder itself, all normal: one class of the folder's name (or of
     ``name``), and an empty test split. Subfolders are not searched. Raises UserError when no pictures lie
     there."""
-    here = [entry for entry in images.searched(root) if not images.is_folder(entry)]
-    skipped = Counter(reason for entry in here if (reason := images.why_skipped(entry)))
-    pictures = [root / entry.name for entry in here if not images.why_skipped(entry)]
+    skipped: Counter = Counter()
+    pictures = pictures_in(root, skipped)
     if not pictures:
         raise UserError(
             f"dataset_path: expected images as {root}/{{train,test}}/<class>/*, or normal pictures in {root} "
@@ -398,7 +407,10 @@ def read_mask(path: Path) -> np.ndarray:
     try:
         with Image.open(path, formats=images.formats()) as image:
             images.bounded(image)
-            one = image.mode in ("1", "L", "P", "F") or image.mode.startswith("I")
+            if image.mode == "P":  # by the colour; of a palette of blacks by the number
+                coloured = np.asarray(image.convert("RGB")).max(2) > 0
+                return coloured if coloured.any() else np.asarray(image) > 0
+            one = image.mode in ("1", "L", "F") or image.mode.startswith("I")
             return np.asarray(image if one else image.convert("L")) > 0
     except Exception as error:  # every format fails in its own way
         raise UserError(f"unreadable mask {path} ({type(error).__name__})") from None

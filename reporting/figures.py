@@ -21,6 +21,7 @@ from backbone.token_grid import place_grid_of
 from cache import feature_cache
 from config import Config, UserError
 from detector import calibration, checkpoints, detector, heat_map
+from detector.calibration import Threshold
 from reporting import overlays, report
 from reporting.tables import shorten
 from shell.files import file_name, whole_file
@@ -105,7 +106,8 @@ def draw_class(
     record, pictures = checkpoints.read_record(checkpoints.checkpoint_path(config, name, seed)), []
     if record["test"]["scores"] or record["held_out_scores"]:
         path = figures / f"scores-{file_name(name)}.png"
-        draw_histogram(name, record, seed, BINS, path)
+        found = calibration.of_record(record, config.false_alarms)
+        draw_histogram(name, record, seed, BINS, found, path)
         pictures.append(Picture(path, f"Scores of {name}, seed {seed}", name))
     if images and record["test"]["scores"]:
         try:
@@ -159,10 +161,12 @@ def legend(owner: Axes | Figure, handles: list, labels: list[str], **options) ->
         text.set_parse_math(False)
 
 
-def draw_histogram(name: str, record: dict, seed: int, bins: tuple[int, int], path: Path) -> None:
+def draw_histogram(
+    name: str, record: dict, seed: int, bins: tuple[int, int], found: Threshold | None, path: Path
+) -> None:
     """Counts of the scores of normal and anomalous test images (of the held-out normal ones where there is no
-    test), with the threshold where one was set. Where the anomalous images' scores run away from the normal
-    ones', the axis is logarithmic far from those.
+    test), with the threshold ``found`` where one was set. Where the anomalous images' scores run away from
+    the normal ones', the axis is logarithmic far from those.
 
     bins: of the normal and of the anomalous images, over the same range."""
     scores, labels = np.array(record["test"]["scores"]), np.array(record["test"]["labels"])
@@ -170,7 +174,6 @@ def draw_histogram(name: str, record: dict, seed: int, bins: tuple[int, int], pa
     if not tested:
         scores = np.array(record["held_out_scores"])
         labels = np.zeros(len(scores))
-    found = calibration.of_record(record)
     limit = found.score if found else None
     figure = Figure((7, 4.8), layout="constrained")
     axes = figure.subplots()

@@ -28,7 +28,7 @@ def draw(pixels: np.ndarray, values: np.ndarray, path: Path, title: str) -> None
     figure.colorbar(shown, ax=right, label="how unusual this place is")
     for axes in (left, right):
         axes.axis("off")
-    figure.suptitle(title, parse_math=False, fontsize="small")
+    figure.suptitle(title.encode(errors="replace").decode(), parse_math=False, fontsize="small")
     save(figure, path)
 
 

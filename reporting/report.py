@@ -55,7 +55,8 @@ def summarize(
         for name, metrics in entry["metrics"].items():
             simple.setdefault(name, {})[class_name] = metrics
     rows = {
-        name: {"classes": per_class, "mean": _mean_metrics(per_class)} for name, per_class in simple.items()
+        name: {"classes": per_class, "mean": _mean_metrics([per_class.get(c) for c in baseline_table])}
+        for name, per_class in simple.items()
     }
     margins = {name: entry["margin"] | {"best": entry["best"]} for name, entry in baseline_table.items()}
     return {
@@ -101,12 +102,13 @@ def _over_seeds(groups: list[list[dict]]) -> dict:
     return summary
 
 
-def _mean_metrics(per_class: dict[str, dict]) -> dict:
-    """The mean over the classes for which a metric is defined; NaN where none is."""
+def _mean_metrics(entries: list[dict | None]) -> dict:
+    """The mean of a simple detector over the classes for which a metric is defined; NaN where none is, and
+    for a detector that some class lacks: the mean of others is no match for that of all."""
     means = {}
     for metric in METRICS:
-        values = [entry[metric] for entry in per_class.values() if not undefined(entry[metric])]
-        means[metric] = float(np.mean(values)) if values else float("nan")
+        values = [entry[metric] for entry in entries if entry and not undefined(entry[metric])]
+        means[metric] = float(np.mean(values)) if values and all(entries) else float("nan")
     return means
 
 
@@ -122,7 +124,7 @@ def per_defect(records: list[dict], kinds: Sequence[str]) -> dict[str, dict]:
         test = record["test"]
         labels, scores = np.array(test["labels"]), np.array(test["scores"])
         own = np.array([kinds[row] for row in test["rows"]], dtype=object)
-        for kind in sorted(set(own[labels == 1])):
+        for kind in sorted(set(own[labels == 1]) - {""}):  # "": another class
             chosen = (labels == 0) | (own == kind)
             found.setdefault(kind, []).append(utils.auroc(labels[chosen], scores[chosen]))
             counts[kind] = int(((labels == 1) & (own == kind)).sum())
@@ -197,9 +199,10 @@ def notes(summary: dict) -> list[str]:
         )
     if summary["baselines"]:
         means = {name: table["mean"]["auroc"] for name, table in summary["baselines"].items()}
-        ranked = sorted(means, key=lambda name: -np.nan_to_num(means[name]))
+        ranked = sorted((name for name in means if not undefined(means[name])), key=lambda n: -means[n])
         listed = "; ".join(f"{name} {number(means[name])}" for name in ranked)
-        lines.append(f"simple: the best simple detector of each class; as means over the classes: {listed}.")
+        listed = f"; as means over the classes: {listed}" if ranked else ""
+        lines.append(f"simple: the best simple detector of each class{listed}.")
     reasons: dict[str, list[str]] = {}
     for name, values in summary["classes"].items():
         if values.get("undefined"):

@@ -32,7 +32,10 @@ def table(output: Path | None, at_once: bool = False) -> Iterator[WriteRow]:
     if output.suffix not in (".csv", ".json", ".jsonl"):
         raise UserError(f"output: expected a name ending in .csv, .json or .jsonl, got {output}")
     place = contextlib.nullcontext(output) if at_once else whole_file(output)
-    with place as path, open(path, "w", encoding="utf-8", newline="") as stream:
+    with (
+        place as path,
+        open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as stream,  # any name
+    ):
         if output.suffix == ".csv":
             yield _csv(stream)
         elif output.suffix == ".jsonl":

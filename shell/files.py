@@ -54,7 +54,7 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # of names that are no UTF-8
 
 
 def write_json(path: Path, content) -> None:
@@ -84,7 +84,11 @@ def file_name(name: str, longest: int = LONGEST_NAME) -> str:
     plain = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in name)
     plain = f"_{plain[1:]}" if plain[:1] in ".-" else plain
     short = plain.encode()[:longest].decode(errors="ignore")
-    return short if short == name else f"{short}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return (
+        short
+        if short == name
+        else f"{short}~{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
+    )
 
 
 def checksum(content: dict) -> str:

@@ -8,6 +8,7 @@ from test_report import RESULTS, SIMPLE
 
 import datasets
 from config import Config
+from detector import calibration
 from reporting import figures, overlays, report
 
 
@@ -31,7 +32,7 @@ def texts_of(legend) -> list[str]:
 # ---------------------------------------------------------------- histograms
 def test_histogram_colours_mean_what_the_legend_says(drawn, tmp_path):
     kept = record([0.0, 1.0, 2.0, 9.0, 9.5], [0, 0, 0, 1, 1], held_out_scores=[0.0, 1.0, 1.5])
-    figures.draw_histogram("cat", kept, 7, (10, 10), tmp_path / "h.png")
+    figures.draw_histogram("cat", kept, 7, (10, 10), calibration.of_record(kept, 0.05), tmp_path / "h.png")
     axes, legend = drawn[0].axes[0], drawn[0].legends[0]
     assert axes.get_title() == "normal class: cat, seed 7"
     for container, text, at, above in zip(axes.containers, texts_of(legend), (1, 9), ("33.3%", "100.0%")):
@@ -43,7 +44,7 @@ def test_histogram_colours_mean_what_the_legend_says(drawn, tmp_path):
 
 
 def test_histogram_without_a_threshold_or_a_label(drawn, tmp_path):
-    figures.draw_histogram("cat", record([1.0, 1.0], [0, 0]), 0, (5, 5), tmp_path / "h.png")
+    figures.draw_histogram("cat", record([1.0, 1.0], [0, 0]), 0, (5, 5), None, tmp_path / "h.png")
     axes = drawn[0].axes[0]
     assert not axes.lines and len(axes.containers) == 1
     assert texts_of(drawn[0].legends[0]) == ["normal: 2 images"]
@@ -51,7 +52,7 @@ def test_histogram_without_a_threshold_or_a_label(drawn, tmp_path):
 
 def test_histogram_of_held_out_images_where_there_is_no_test(drawn, tmp_path):
     kept = record([], [], held_out_scores=[0.0, 1.0, 2.0])
-    figures.draw_histogram("cat", kept, 0, (5, 5), tmp_path / "h.png")
+    figures.draw_histogram("cat", kept, 0, (5, 5), calibration.of_record(kept, 0.05), tmp_path / "h.png")
     first, threshold = texts_of(drawn[0].legends[0])
     assert first.startswith("held-out normal: 3 images") and threshold.startswith("threshold")
 
@@ -61,13 +62,15 @@ def test_scores_that_run_away_get_a_logarithmic_axis(drawn, tmp_path, shift):
     """No score falls out of the bins, and the normal images fill more than one of them."""
     normal = np.linspace(0, 1, 40) + shift
     scores, labels = [*normal, *np.geomspace(1, 1e6, 40)], [0] * 40 + [1] * 40
-    figures.draw_histogram("cat", record(scores, labels), 0, (40, 40), tmp_path / "h.png")
+    figures.draw_histogram("cat", record(scores, labels), 0, (40, 40), None, tmp_path / "h.png")
     axes = drawn[0].axes[0]
     assert axes.get_xscale() == "function" and "logarithmic" in axes.get_xlabel()
     for container in axes.containers:
         heights = [bar.get_height() for bar in container]
         assert sum(heights) == 40 and max(heights) < 30
-    figures.draw_histogram("cat", record([*normal, *normal + 2], labels), 0, (40, 40), tmp_path / "h.png")
+    figures.draw_histogram(
+        "cat", record([*normal, *normal + 2], labels), 0, (40, 40), None, tmp_path / "h.png"
+    )
     assert drawn[1].axes[0].get_xscale() == "linear"
 
 
@@ -114,7 +117,7 @@ def test_names_are_no_formulas(tmp_path):
     """Names that begin with _ or hold $ are drawn as they are."""
     for name in ("_hidden", "$x$", "$\\frac{1}$", "a\nb"):
         kept = record([0.0, 1.0], [0, 1], history=history())
-        figures.draw_histogram(name, kept, 0, (5, 5), tmp_path / "h.png")
+        figures.draw_histogram(name, kept, 0, (5, 5), None, tmp_path / "h.png")
         figures.draw_curves({name: kept}, 0, tmp_path / "c.png")
         assert figures.draw_roc({name: kept}, 0, tmp_path / "r.png")
         defects = {name: {name: {"n": 1, "auroc": 0.5, "auroc_std": 0.0}}}

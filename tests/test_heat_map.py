@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 from scipy import ndimage
+from sklearn.metrics import roc_auc_score
 
 import main
 import predict
@@ -52,20 +53,26 @@ def test_aupro_is_the_plain_one(levels, most_false):
         np.zeros((9, 9), bool)
     ]
     maps = [np.round((generator.rand(*mask.shape) + 0.5 * mask) * levels) for mask in masks]
-    assert heat_map.aupro(maps, masks, most_false) == pytest.approx(
-        plain_aupro(maps, masks, most_false), abs=1e-9
-    )
+    counts = heat_map.count_pixels(maps, masks)
+    assert heat_map.aupro(counts, most_false) == pytest.approx(plain_aupro(maps, masks, most_false), abs=1e-9)
+    labels, values = (np.concatenate([each.ravel() for each in all_of]) for all_of in (masks, maps))
+    assert heat_map.pixel_auroc(counts) == pytest.approx(roc_auc_score(labels, values), abs=1e-9)
 
 
 def test_aupro_by_hand():
     mask = np.zeros((10, 10), bool)
     mask[:2, :2] = mask[7:, 7:] = True
-    assert heat_map.aupro([mask.astype(float)], [mask]) == pytest.approx(1)
-    assert heat_map.aupro([np.zeros((10, 10))], [mask]) == pytest.approx(0.15), "chance: half of 0.3"
+
+    def aupro(values, mask):
+        return heat_map.localisation([values], [mask])["aupro"]
+
+    assert aupro(mask.astype(float), mask) == pytest.approx(1)
+    assert aupro(np.zeros((10, 10)), mask) == pytest.approx(0.15), "chance: half of 0.3"
     one = mask.copy()
     one[7:, 7:] = False  # one region of two is found, whatever its size
-    assert heat_map.aupro([one.astype(float)], [mask]) == pytest.approx(0.5 + 0.5 * 0.15)
-    assert np.isnan(heat_map.aupro([np.zeros((4, 4))], [np.zeros((4, 4), bool)]))
+    assert aupro(one.astype(float), mask) == pytest.approx(0.5 + 0.5 * 0.15)
+    found = heat_map.localisation([np.zeros((4, 4))], [np.zeros((4, 4), bool)])
+    assert np.isnan(list(found.values())).all()
 
 
 def test_map_of_places_keeps_its_places():
@@ -89,6 +96,7 @@ def test_occlusion_finds_the_part_that_the_score_comes_from():
 
 
 def test_overlay_is_written(tmp_path):
+    overlays.draw(np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9)), tmp_path / "y.png", "M\udcfcller.png")
     overlays.draw(np.zeros((30, 50, 3), np.uint8), np.random.rand(30, 50), tmp_path / "a" / "x.png", "a_$b$")
     assert Image.open(tmp_path / "a" / "x.png").size[0] > 500
 

@@ -272,6 +272,8 @@ def test_too_many_pixels(tmp_path, monkeypatch):
     for side, got in ((101, 51), (201, 51), (400, 100), (800, 100)):
         pixels = images.read_image(bomb(tmp_path / "a.jpg", side))
         assert pixels.shape == (got, got, 3) and (np.abs(pixels.astype(int) - 77) <= 1).all()
+    several = {"format": "MPO", "save_all": True, "append_images": [Image.new("L", (9, 9))]}
+    assert images.read_image(bomb(tmp_path / "phone.jpg", 400, **several)).shape == (100, 100, 3)
     for path in (
         bomb(tmp_path / "b.jpg", 801),
         bomb(tmp_path / "c.jpg", 101, progressive=True),

@@ -298,3 +298,22 @@ def test_where_it_lies_instead(tmp_path, dataset):
     for root in (tmp_path, tmp_path / "un/packed/empty"):
         assert f"--dataset_path {tmp_path / 'un/packed'}" in refused(dataset, root)
     assert "--dataset_path" not in refused(dataset, tmp_path / "un/packed/empty/absent")
+
+
+@pytest.mark.parametrize("palette", [(0, 0, 0, 255, 255, 255), (255, 255, 255, 0, 0, 0), (0, 0, 0, 0, 0, 0)])
+def test_a_mask_with_a_palette_is_read_by_its_colours(tmp_path, palette):
+    """Whatever their order; of blacks alone by their numbers."""
+    marked = np.zeros((5, 4), bool)
+    marked[2, 3] = True
+    image = Image.fromarray((marked != (palette[0] == 255)).astype(np.uint8), "P")
+    image.putpalette(palette)
+    image.save(tmp_path / "mask.png")
+    assert np.array_equal(layouts.read_mask(tmp_path / "mask.png"), marked)
+
+
+def test_pictures_beside_the_folders_of_classes_are_told_of(tmp_path, capsys):
+    root = tree(tmp_path, "train/a/1.png", "train/2.png", "train/3.png", "test/a/4.png")
+    assert counts(load_images("folder", str(root)).labels, "train") == {"a": 1}
+    told = capsys.readouterr().err
+    assert f"only the folders in {root / 'train'} are taken, not the 2 pictures beside them" in told
+    assert str(root / "test") not in told

@@ -13,7 +13,7 @@ import utils
 from backbone import extraction
 from backbone.identity import cache_identity
 from config import Config, UserError
-from detector import memory
+from detector import class_data, memory
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,22 @@ def test_memory_is_found():
     assert utils.available_memory() > 1e6
 
 
+def test_what_a_container_caches_of_files_is_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 300000\ninactive_file 500000\nactive_file 50000\nfile 7\n")
+    assert utils.available_memory() == 650_000
+
+
 def test_wide_windows_are_the_whole_grid(cache):
     """A window wider than the grid holds no more patches than the grid, and takes no more memory."""
     wide, whole = (make(cache, fusion="hilo", window=window).detector for window in (1000, 3))
-    rows = torch.randn(4, C), torch.randn(4, 9, C)
+    rows = class_data.Features(torch.randn(4, C), torch.randn(4, 9, C))
     wide.load_state_dict(whole.state_dict())
     with torch.no_grad():
-        assert torch.equal(wide(*rows)[0], whole(*rows)[0])
+        found, wanted = (detector.latents(detector.inputs(rows)) for detector in (wide, whole))
+    assert torch.equal(found.z, wanted.z)
     assert sum(buffer.numel() for buffer in wide.buffers()) < 10_000
 
 

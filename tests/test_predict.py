@@ -430,6 +430,32 @@ def test_classes_of_any_name_can_be_named(tmp_path):
             records.find_checkpoints(tmp_path / "classes/plain-seed0", *chosen)
 
 
+@pytest.mark.parametrize("folder", ["shots", "shots/maps", "."])
+def test_heat_maps_do_not_come_among_the_pictures(tmp_path, monkeypatch, folder):
+    """They would take the place of some, or be scored as pictures the next time."""
+    monkeypatch.chdir(tmp_path)
+    tree(Path(), "shots/a.png", "b.png", "other/c.png")
+    Path("shots/maps").mkdir()
+    names = ["b.png"] if folder == "." else ["other", "shots"]
+    for given_names, watched in ((names, None), ([], Path("shots"))):
+        if folder == "." and watched:
+            continue
+        with pytest.raises(UserError, match="expected a folder apart from the pictures in"):
+            given.refuse_among(Path(folder), given_names, watched)
+    given.refuse_among(Path("maps"), ["other", "shots", "b.png", "-"], Path("shots"))
+
+
+@pytest.mark.parametrize("ending", ["csv", "json", "jsonl"])
+def test_a_name_that_is_no_text_is_written_all_the_same(tmp_path, ending):
+    row = {"image": "M\udcfcller.png", "class": "a", "score": 1.0, "p_value": 0.5, "verdict": "normal"}
+    with scores.table(tmp_path / f"x.{ending}") as put:
+        put(row)
+    text = (tmp_path / f"x.{ending}").read_text(encoding="utf-8")
+    assert "M\\udcfcller.png" in text
+    if ending != "csv":
+        assert json.loads(text)[0] == row if ending == "json" else json.loads(text) == row
+
+
 def test_the_script_ends_with_a_line_and_a_status(fitted):
     outcome = script("predict.py", "runs/held", "nowhere", cwd=fitted)
     assert outcome.returncode == 2

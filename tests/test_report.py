@@ -225,6 +225,35 @@ def test_per_defect_auroc():
     assert report.per_defect(records, ["good", "good", "hole", "hole", "hole", ""]) == {}, "one kind only"
 
 
+def test_images_of_another_class_are_no_kind_of_defect():
+    test = {"rows": [0, 1, 2, 3], "labels": [0, 1, 1, 1], "scores": [0.0, 1.0, 2.0, 3.0]}
+    assert list(report.per_defect([{"test": test}], ["", "", "hole", "scratch"])) == ["hole", "scratch"]
+
+
+def test_the_mean_of_a_detector_is_over_all_classes_or_none(tmp_path):
+    """One that only an easy class has is not the best of all."""
+
+    def entry(**aurocs):
+        metrics = {name: dict.fromkeys(METRICS, auroc) for name, auroc in aurocs.items()}
+        return {"metrics": metrics, "best": max(aurocs), "margin": SIMPLE["b"]["margin"]}
+
+    simple = {"easy": entry(kNN=0.97, PaDiM=0.99), "hard": entry(kNN=0.6)}
+    summary = report.summarize(Config(), [result("easy", 0, 0.9), result("hard", 0, 0.7)], simple, 1.0, {})
+    assert report.best_simple(summary, None) == ("kNN", pytest.approx(0.785))
+    assert report.best_simple(summary, "easy") == ("PaDiM", 0.99)
+    assert "PaDiM" not in report.write_results(tmp_path, summary)
+
+
+def test_a_run_whose_simple_detectors_have_no_auroc_is_shown_again(tmp_path):
+    """Of a test of one label: results.json has null where the run had NaN."""
+    nothing = {"metrics": {"kNN": dict.fromkeys(METRICS, math.nan)}, "best": "kNN", "margin": {}}
+    nothing["margin"] = dict.fromkeys(("difference", "low", "high"), math.nan)
+    summary = report.summarize(Config(), [undefined("a", n_anomalous=0)], {"a": nothing}, 1.0, {})
+    text = report.write_results(tmp_path, summary)
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert report.terminal_table(again) == report.terminal_table(summary) and "kNN" not in text
+
+
 def test_defects_stand_in_the_markdown():
     defects = {"b": {"hole": {"n": 7, "auroc": 0.75, "auroc_std": 0.1}}}
     summary = report.summarize(Config(n_seeds=2), RESULTS, {}, 1.0, {}, defects)

@@ -180,6 +180,25 @@ def test_restart(run):
         run(restart=True, worker="0/2")
 
 
+def test_restart_of_one_class_keeps_the_others(run):
+    run()
+    run.fitted.clear()
+    run(restart=True, class_name="b")
+    assert run.fitted == [("b", 0)] and {name[0] for name in files()} == {"a", "b", "c"}
+    run.fitted.clear()
+    run()
+    assert run.fitted == []
+    run(restart=True, class_name="b", lr_init=2e-3)
+    assert {name[0] for name in files()} == {"b"}, "the others are of another configuration"
+
+
+def test_thresholds_are_at_the_rate_that_is_asked_for(run):
+    """Of classes that are kept, too."""
+    for rate in (0.05, 0.2):
+        thresholds = run(dataset="mvtec", holdout=0.5, false_alarms=rate)["thresholds"]
+        assert {found["asked"] for found in thresholds.values()} == {rate} and len(thresholds) == 3
+
+
 # ---------------------------------------------------------------- one configuration
 @pytest.mark.parametrize(
     "change",

@@ -337,6 +337,26 @@ def test_loss_that_is_not_finite(tmp_path, meta_epochs, lr):
     )
 
 
+@pytest.mark.parametrize("patience", [0, 3])
+def test_scores_that_are_not_finite(cache, patience):
+    """Are told with their epoch where the last one counts; else the best before them is kept."""
+    trainer = make(cache, patience=patience, meta_epochs=4, holdout=0.2)
+    trainer.evaluate(0, None)
+    trainer.step = 2 * trainer.steps // 4  # as after the second epoch
+    with torch.no_grad():
+        next(trainer.detector.flow.parameters()).fill_(torch.nan)
+    if patience:
+        trainer.evaluate(2, 0.1)
+        assert trainer.best.entry["epoch"] == 0 and trainer.since_best == 1
+        assert np.isfinite(trainer.fitted(0.0).scores).all()
+    else:
+        told = (
+            "class a: scores are not finite in epoch 2 at learning rate 0.001; try a lower lr_init, max_grad"
+        )
+        with pytest.raises(ClassError, match=told):
+            trainer.evaluate(2, 0.1)
+
+
 def test_too_few_images(cache):
     category = np.zeros(3 * N_TRAIN, int)
     category[0] = 1
