@@ -114,7 +114,7 @@ class HiLo(nn.Module):
         self.low = int(heads * alpha)
         self.high = heads - self.low
         low_out = hidden * self.low // heads
-        if self.low and not low_out or self.high and low_out == hidden:
+        if self.low and not low_out:
             raise ValueError(
                 f"hilo with {heads} heads and alpha {alpha} needs a wider subnet than fc_internal {hidden}"
             )
@@ -122,21 +122,17 @@ class HiLo(nn.Module):
             if count:
                 inner = count * self.width
                 self.add_module(f"{name}_q", nn.Linear(d, inner, bias=False))
-                self.add_module(
-                    f"{name}_kv", nn.Linear(d, 2 * inner, bias=False)
-                )  # rows ordered (2, heads, width)
+                # its rows: (2, heads, width)
+                self.add_module(f"{name}_kv", nn.Linear(d, 2 * inner, bias=False))
                 self.add_module(f"{name}_proj", nn.Linear(inner, out))
         if not bands:
             members = window_members(grid, min(window, max(grid)))  # a wider window holds no more patches
             sizes = (members >= 0).sum(1)
             flat = members.flatten()
-            self.register_buffer(
-                "members", flat.clamp(min=0), persistent=False
-            )  # (W * window^2) patches, window by window
+            # (W * window^2) patches, window by window; (N) patch -> its place there
+            self.register_buffer("members", flat.clamp(min=0), persistent=False)
             self.register_buffer("padding", flat < 0, persistent=False)
-            self.register_buffer(
-                "place", torch.argsort(flat)[(flat < 0).sum() :], persistent=False
-            )  # (N) patch -> its place there
+            self.register_buffer("place", torch.argsort(flat)[(flat < 0).sum() :], persistent=False)
             averaging = F.one_hot(window_of(grid, window), len(sizes)).double() / sizes  # (N, W)
             self.register_buffer("averaging", averaging, persistent=False)
             self.n_windows = len(sizes)
@@ -205,9 +201,8 @@ class SpectralGate(nn.Module):
         if min(grid) < 6:
             raise ValueError(f"spectral fusion needs a token grid of at least 6x6, got {grid[0]}x{grid[1]}")
         self.grid = grid
-        frequency = (
-            torch.arange(channels) * len(TOP16) // channels
-        )  # (C) which of the sixteen a channel takes
+        # (C) which of the sixteen a channel takes
+        frequency = torch.arange(channels) * len(TOP16) // channels
         filters = torch.stack([dct_filter(u * (grid[0] // 6), v * (grid[1] // 6), grid) for u, v in TOP16])
         self.dct_layer = nn.Module()
         self.dct_layer.register_buffer("weight", filters[frequency].float())  # (C, rows, columns)

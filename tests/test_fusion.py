@@ -103,6 +103,32 @@ def test_sizes_that_do_not_fit(name, d, grid, options, told):
         make_fusion(name, d, 16, grid, **options)
 
 
+def test_a_subnet_too_narrow_for_its_heads_is_refused():
+    with pytest.raises(ValueError, match="hilo with 8 heads and alpha 0.5 needs a wider subnet.* 1$"):
+        make_fusion("hilo", 16, 1, (6, 6), heads=8)
+
+
+@pytest.mark.parametrize("name", ["class_attention", "hilo", "spectral"])
+def test_only_what_is_learnt_is_saved(name):
+    """And the released gate's weights, which are in its checkpoints."""
+    module = make_fusion(name, 16, 16, (6, 6))
+    kept = set(module.state_dict()) - set(dict(module.named_parameters()))
+    assert {key.rpartition(".")[2] for key in kept} == ({"weight"} if name == "spectral" else set())
+
+
+def test_widths_that_are_chosen_by_themselves():
+    """hilo takes eight heads where the channels allow it; a gate of 16 channels is squeezed to one."""
+    shapes = [
+        {
+            key: values.shape
+            for key, values in make_fusion("hilo", 72, 16, (6, 6), heads=heads).state_dict().items()
+        }
+        for heads in (0, 8)
+    ]
+    assert shapes[0] == shapes[1]
+    assert sum(parameter.numel() for parameter in freq_fusion.SpectralGate(16, (6, 6)).parameters()) == 2 * 16
+
+
 # ---------------------------------------------------------------- windows and bands
 GRIDS = [((6, 6), 3), ((7, 5), 3), ((1, 4), 3), ((4, 7), 2), ((2, 2), 5), ((3, 2), 1)]
 
