@@ -20,7 +20,7 @@ from images import images, layouts, published
 from images.layouts import OTHER, SPLITS, Listing
 from shell.values import class_names
 
-READERS = 8  # threads that hash files: a shared folder answers many at a time
+HASHING_THREADS = 8  # threads that hash files: a shared folder answers many at a time
 
 
 # ---------------------------------------------------------------- labels
@@ -147,9 +147,9 @@ class ImageSet:
     size: Callable[[str, int], tuple[int, int]] | None = None
 
     def keys(self, split: str) -> list[str]:
-        """The content hash of every image of a split, in order; READERS files are read at a time."""
-        parts = np.array_split(np.arange(len(self.labels.split(split).names)), READERS)
-        with ThreadPoolExecutor(READERS) as pool:
+        """The content hash of every image of a split, in order; HASHING_THREADS files are read at a time."""
+        parts = np.array_split(np.arange(len(self.labels.split(split).names)), HASHING_THREADS)
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
             found = pool.map(lambda rows: [self.identify(split, int(i)) for i in rows], parts)
             return [key for keys in found for key in keys]
 

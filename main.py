@@ -305,15 +305,9 @@ def write_report(progress: runs.Progress, classes: list[str], watch: runs.Stopwa
 def run_sweep(config: Config) -> list[dict]:
     """Run every combination of the values that the knob ``sweep`` lists, then the table of them all -> their
     summaries."""
-    start, sweep, folder = (
-        time.perf_counter(),
-        parse_sweep(config.sweep),
-        checkpoints.run_folder(config),
-    )
-    configs = {}
-    for values in itertools.product(
-        *sweep.values()
-    ):  # all of them first: a mistake shows before the first run
+    start, sweep = time.perf_counter(), parse_sweep(config.sweep)
+    folder, configs = checkpoints.run_folder(config), {}
+    for values in itertools.product(*sweep.values()):  # all first: a mistake shows before the first run
         parsed = parse_values(dict(zip(sweep, values)))
         name = file_name("-".join(values), knobs.LONGEST_NAME - 10)
         configs[values] = dataclasses.replace(

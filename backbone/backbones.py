@@ -253,9 +253,7 @@ def _create(name: str, img_size: tuple[int, int], extractor: str, from_hub: bool
         ) from None
 
 
-LEAST_TIMM = (
-    "1.0.22"  # as in requirements.txt: earlier ones build no transformer without memory (``outline``)
-)
+LEAST_TIMM = "1.0.22"  # as in requirements.txt: earlier ones build none without memory (``outline``)
 
 
 def too_old() -> str:

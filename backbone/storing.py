@@ -14,7 +14,7 @@ import datasets
 import utils
 from backbone.identity import cache_identity, token_grid
 from cache import growth
-from cache.cache_writer import CacheWriter, Features
+from cache.cache_writer import CacheWriter, ShardFeatures
 from cache.feature_cache import CacheIdentity, FeatureCache
 from cache.reuse import State, part_key, reopen_lost
 from cache.shards import Damaged, Shard
@@ -42,7 +42,7 @@ def new_writer(
     return writer
 
 
-def fill(config: Config, writer: CacheWriter, features: Features, count: int, at_once: int = 1) -> None:
+def fill(config: Config, writer: CacheWriter, features: ShardFeatures, count: int, at_once: int = 1) -> None:
     """Write what is missing, so many shards at once; say what is kept when that is stopped or the disk is
     full."""
     try:

@@ -28,7 +28,7 @@ from shell.files import (
 )
 from shell.locks import Lock
 
-Features = Callable[[Shard, list[int]], Iterator[dict[str, np.ndarray]]]
+ShardFeatures = Callable[[Shard, list[int]], Iterator[dict[str, np.ndarray]]]
 
 
 class CacheWriter:
@@ -149,7 +149,7 @@ class CacheWriter:
     # ------------------------------------------------------------ making it
     def fill(
         self,
-        features: Features,
+        features: ShardFeatures,
         ranks: utils.Ranks = utils.ALONE,
         advance: Callable[[int], object] = lambda images: None,
         at_once: int = 1,
@@ -179,7 +179,7 @@ class CacheWriter:
                 time.sleep(0.2)
         self.finish()
 
-    def _work(self, shard: Shard, features: Features, advance: Callable[[int], object]) -> bool:
+    def _work(self, shard: Shard, features: ShardFeatures, advance: Callable[[int], object]) -> bool:
         """Write a shard that no other process has written meanwhile. False: another one has it in work."""
         lock = self._lock(shard)
         if self._record(shard) is None:

@@ -25,7 +25,7 @@ from config import Config, UserError
 from images import images
 from shell.files import as_strict_json
 
-READERS = 2  # threads that decode pictures ahead of the backbone
+DECODING_THREADS = 2  # threads that decode pictures ahead of the backbone
 
 
 def are_several(pictures: Any) -> bool:
@@ -130,8 +130,10 @@ class FittedBackbone:
 
     def _read(self, pictures: Iterable) -> Iterator[Tensor | Unreadable]:
         """The pictures as the device takes them, in order, read a little ahead."""
-        with utils.thread_pool(READERS) as pool:
-            yield from utils.in_order(pool, self._read_one, enumerate(pictures), READERS * self.job.batch)
+        with utils.thread_pool(DECODING_THREADS) as pool:
+            yield from utils.in_order(
+                pool, self._read_one, enumerate(pictures), DECODING_THREADS * self.job.batch
+            )
 
     def _read_one(self, numbered: tuple[int, Any]) -> Tensor | Unreadable:
         number, picture = numbered

@@ -75,10 +75,12 @@ def _finite(content):
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-LONGEST_NAME = 150  # bytes of a class's name in a file's name: seed, ending and a partial's mark come on top
+LONGEST_FILE_NAME = (
+    150  # bytes of a class's name in a file's name: seed, ending and a partial's mark come on top
+)
 
 
-def file_name(name: str, longest: int = LONGEST_NAME) -> str:
+def file_name(name: str, longest: int = LONGEST_FILE_NAME) -> str:
     """A class's name as part of a file's name: as it is where it is plain, otherwise with what a file system
     or a terminal may stumble over replaced, cut to a length, and told apart by a hash of the whole name."""
     plain = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in name)

@@ -161,7 +161,7 @@ def test_pictures_are_read_a_few_at_a_time(here):
     for _ in range(3):
         next(rows)
     rows.close()
-    assert given <= 3 * backbone.job.batch + pictures.READERS * backbone.job.batch + 2
+    assert given <= 3 * backbone.job.batch + pictures.DECODING_THREADS * backbone.job.batch + 2
 
 
 @pytest.mark.parametrize("ending", ["csv", "json", "jsonl"])
