@@ -197,7 +197,7 @@ def test_a_run_goes_on_where_it_ended(run_folder, texture_folder, tmp_path, monk
     again = in_process(whole(texture_folder), run_folder, tmp_path, monkeypatch)
     assert seen == [("leaf", 0)] and metrics(again) == metrics(first)
     seen.clear()
-    more = whole(texture_folder, false_alarms=0.1, class_name="sky")
+    more = whole(texture_folder, unreadable="skip", class_name="sky")
     in_process(more, run_folder, tmp_path, monkeypatch)
     assert seen == [], "knobs that change no outcome do not count"
     in_process(dataclasses.replace(more, n_seeds=2), run_folder, tmp_path, monkeypatch)
