@@ -214,17 +214,19 @@ def localisations(config: Config, cache: feature_cache.FeatureCache, classes: li
     and whose test images have masks (ground_truth folders); needs the raw images and the kept weights."""
     if config.pretrained or config.keep == "results" or not config.places:
         return {}
+    found = {}
     try:
         images = datasets.images_of(config)
-        images = images.kept({split: cache.image_rows(split) for split in datasets.SPLITS})
-        return {
-            name: found
-            for name in classes
-            if (found := _localisation(config, cache, images, name)) is not None
-        }
     except UserError as mistake:
         print(f"no pixel AUROC: {mistake}")
         return {}
+    images = images.kept({split: cache.image_rows(split) for split in datasets.SPLITS})
+    for name in classes:
+        try:
+            found[name] = _localisation(config, cache, images, name)
+        except UserError as mistake:  # a mask that cannot be read
+            print(f"no pixel AUROC of {name}: {mistake}")
+    return {name: each for name, each in found.items() if each is not None}
 
 
 def _localisation(

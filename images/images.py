@@ -67,9 +67,7 @@ def images_below(folder: Path, skipped: Counter | None = None) -> list[Path]:
     files = searched_whole(folder, counted)
     if not files:
         others = f"; there are {tell_skipped(counted)}" if counted else ""
-        raise UserError(
-            f"dataset_path: no images in {folder}{others}; expected files such as .png, .jpg, .tif or .webp"
-        )
+        raise UserError(f"no images in {folder}{others}; expected files such as .png, .jpg, .tif or .webp")
     if skipped is None and counted:
         note(f"passed over in {folder}: {tell_skipped(counted)}")
     return files

@@ -74,6 +74,8 @@ DETECTORS = {  # how a row of the README's table begins -> table in results/ and
     "the same before training |": ("suite", "flow alone, before training"),
     "**`paper`**": ("paper", "whole score"),
     "`paper`: likelihood": ("paper", "likelihood"),
+    "`released` on this backbone: mean z²": ("released", "whole score"),
+    "`released`: likelihood": ("released", "likelihood"),
     "kNN, joint token": ("suite", "kNN, flow's input"),
     "Gaussian, joint token": ("suite", "Gaussian, flow's input"),
     "kNN, semantic token (power + L2)": ("suite", "kNN, power + L2"),

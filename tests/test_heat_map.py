@@ -1,5 +1,6 @@
 """Where is it: maps at the picture's size, AUPRO against a plain transcription, overlays on disk."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -102,6 +103,14 @@ def test_overlay_is_written(tmp_path):
 
 
 # ---------------------------------------------------------------- of a run
+CONFIG = Config(
+    dataset="mvtec", dataset_path="textures/brushed", extractor="resnet10t", weights_path="random",
+    img_size=(64, 64), precision="float32", threads=1, fc_internal=16, workers=0,
+    n_coupling_blocks=1, fusion="none", bands=True, places=6, score="joined",
+    holdout=0.2, device="cpu", modelname="heat",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A texture with defects, their masks, and a run on it whose score reads places."""
@@ -109,15 +118,7 @@ def run(tmp_path_factory):
     textures.generate(folder / "textures", 20, 3, 1, 0)
     patch = pytest.MonkeyPatch()
     patch.chdir(folder)
-    main.main(
-        Config(
-            dataset="mvtec", dataset_path="textures/brushed", extractor="resnet10t", weights_path="random",
-            img_size=(64, 64), precision="float32", threads=1, fc_internal=16, workers=0,
-            n_coupling_blocks=1, fusion="none", bands=True, places=6, score="joined",
-            holdout=0.2, device="cpu",
-            modelname="heat",
-        )
-    )  # fmt: skip
+    main.main(CONFIG)
     yield folder
     patch.undo()
 
@@ -128,6 +129,18 @@ def test_run_says_where_the_defects_are(run):
     assert 0 < found["pixel_auroc"] < 1 and 0 <= found["aupro"] <= 1
     drawn = sorted(path.name for path in Path("runs/heat/figures").glob("heat-*.png"))
     assert drawn == [f"heat-brushed-{i}.png" for i in range(1, 5)]
+
+
+@pytest.mark.slow
+def test_a_mask_that_cannot_be_read_costs_its_class(run, capsys):
+    """Its pixel AUROC, and nothing else of the report."""
+    mask = next(Path("textures/brushed/ground_truth").rglob("*.png"))
+    content = mask.read_bytes()
+    mask.write_bytes(b"no picture")
+    main.main(dataclasses.replace(CONFIG, keep="weights"))
+    assert f"no pixel AUROC of brushed: unreadable mask {mask}" in capsys.readouterr().out
+    assert json.loads(Path("runs/heat/results.json").read_text())["localisation"] == {}
+    mask.write_bytes(content)
 
 
 @pytest.mark.slow
