@@ -139,7 +139,8 @@ def main(arguments: argparse.Namespace) -> int:
     arrivals = watch.Arrivals(arguments.watch) if arguments.watch else None
     files = [] if arrivals else find_images(arguments.images)
     if arguments.heat_maps:
-        refuse_among(arguments.heat_maps, arguments.images, arguments.watch)
+        named = map(Path, [arguments.watch] if arrivals else arguments.images)
+        refuse_among(arguments.heat_maps, [path for path in named if path.is_dir()], files)
     detectors = load_all(arguments)
     unreadable = calibrate(detectors, arguments.calibrate) if arguments.calibrate else []
     failed = len(unreadable)

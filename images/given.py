@@ -31,15 +31,14 @@ def find_images(names: list[str]) -> list[Path]:
     return images
 
 
-def refuse_among(folder: Path, names: list[str], watched: Path | None) -> None:
-    """Raise UserError where PNGs written to ``folder`` would replace pictures that are given, or be taken for
-    some of them the next time."""
+def refuse_among(folder: Path, searched: list[Path], files: list[Path]) -> None:
+    """Raise UserError where PNGs written to ``folder`` would replace one of the files, or be taken for a
+    picture the next time that the folders ``searched`` are."""
     place = folder.resolve()
-    given = [Path(name) for name in names if name != "-"] + ([watched] if watched else [])
-    for path in given:
-        inside = path.is_dir() and place.is_relative_to(path.resolve())
-        if inside or path.is_file() and path.resolve().parent == place:
-            raise UserError(f"expected a folder apart from the pictures in {path}, got {folder}")
+    among = [path for path in searched if place.is_relative_to(path.resolve())]
+    among += [path for path in {file.parent for file in files} if path.resolve() == place]
+    if among:
+        raise UserError(f"expected a folder apart from the pictures in {among[0]}, got {folder}")
 
 
 def lines_of(content: bytes) -> list[str]:

@@ -436,13 +436,17 @@ def test_heat_maps_do_not_come_among_the_pictures(tmp_path, monkeypatch, folder)
     monkeypatch.chdir(tmp_path)
     tree(Path(), "shots/a.png", "b.png", "other/c.png")
     Path("shots/maps").mkdir()
-    names = ["b.png"] if folder == "." else ["other", "shots"]
-    for given_names, watched in ((names, None), ([], Path("shots"))):
-        if folder == "." and watched:
+    searched = [] if folder == "." else [Path("other"), Path("shots")]
+    files = {"shots": [Path("shots/a.png")], ".": [Path("b.png")]}
+    for asked in ((searched, []), ([], files.get(folder, []))):
+        if not any(asked):
             continue
         with pytest.raises(UserError, match="expected a folder apart from the pictures in"):
-            given.refuse_among(Path(folder), given_names, watched)
-    given.refuse_among(Path("maps"), ["other", "shots", "b.png", "-"], Path("shots"))
+            given.refuse_among(Path(folder), *asked)
+    given.refuse_among(Path("maps"), [Path("other"), Path("shots")], [Path("b.png")])
+    asked = ["runs/x", "shots/*.png", "--heat_maps", "shots"]
+    with pytest.raises(UserError, match="expected a folder apart from the pictures in shots, got shots"):
+        predict.main(predict.parse_arguments(asked))
 
 
 @pytest.mark.parametrize("ending", ["csv", "json", "jsonl"])
