@@ -22,15 +22,15 @@ def exact_by_onednn() -> bool:
     exact as ever on this CPU: asked once, with small ones."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(4, 8, 300, generator=generator), torch.randn(4, 300, 50, generator=generator)
-    with _allowed("medium"):
+    with _by_onednn():
         error = max((x @ y - x.double() @ y.double()).abs().max().item() for x, y in ((a, b), (a[0], b[0])))
     return error < 1e-4  # of values about 17; bfloat16 would be off by 0.1
 
 
 @contextmanager
-def _allowed(precision: str) -> Iterator[None]:
+def _by_onednn() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
@@ -39,4 +39,4 @@ def _allowed(precision: str) -> Iterator[None]:
 
 def products(device: torch.device) -> AbstractContextManager:
     """What float32 products of the detector run under: on a CPU by oneDNN, where that costs no digits."""
-    return _allowed("medium") if device.type == "cpu" and exact_by_onednn() else nullcontext()
+    return _by_onednn() if device.type == "cpu" and exact_by_onednn() else nullcontext()

@@ -74,12 +74,11 @@ class CacheWriter:
         if found is None:
             self._refuse_others(new)
             return new
-        if found.finished or finished_records(self.folder):
-            images_may_change = () if found.finished else ("image_list",)
-            expected = {name: value for name, value in new.fields.items() if name not in images_may_change}
-            found.refuse_others(self.folder, expected)
         if found.finished:
+            found.refuse_others(self.folder, new.fields)
             return found
+        if finished_records(self.folder):  # without one there is nothing that others could be mixed into
+            found.refuse_other_features(self.folder, new.fields)
         joined = dataclasses.replace(new, shard_rows=found.shard_rows)
         self._refuse_others(joined)
         for shard in set(found.shards) - set(joined.shards):

@@ -160,6 +160,10 @@ class Manifest:
                 f"{_short(value)} is wanted; {advice}"
             )
 
+    def refuse_other_features(self, folder: Path, expected: dict) -> None:
+        """As ``refuse_others``, of whatever images."""
+        self.refuse_others(folder, {name: value for name, value in expected.items() if name != "image_list"})
+
 
 def without_images(fields: dict) -> dict:
     """The fields that say what the features are, of whatever images, made on whatever machine."""

@@ -81,8 +81,7 @@ def reopen_lost(folder: Path, there: State, wanted: dict) -> None:
     ``wanted`` say. Raises UserError, and leaves it as it is, where the rest was made otherwise."""
     if there.manifest is None or there.what not in ("grown", "damaged"):
         return
-    of_features = {name: value for name, value in wanted.items() if name != "image_list"}
-    there.manifest.refuse_others(folder, of_features)
+    there.manifest.refuse_other_features(folder, wanted)
     if there.what == "damaged":
         lost, all_shards = there.lost, len(there.manifest.shards)
         again = f"{len(lost)} of {all_shards} shards are made again {listed(lost)}"

@@ -71,7 +71,8 @@ def count_pixels(maps: list[np.ndarray], masks: list[np.ndarray]) -> Counts:
         regions, count = ndimage.label(mask, np.ones((3, 3)))
         region = regions.ravel()
         share = 1 / np.maximum(np.bincount(region, minlength=count + 1), 1)
-        for row, weights in enumerate((region == 0, region > 0, np.where(region > 0, share[region], 0.0))):
+        share[0] = 0.0
+        for row, weights in enumerate((region == 0, region > 0, share[region])):
             counts[row] += np.bincount(level, weights, LEVELS)
         n_regions += count
     normal, defective, overlap = counts[:, counts[:2].any(0)]

@@ -93,13 +93,12 @@ class PreparedClass:
 
     def _fit_patches(self) -> None:
         detector, rows = self.detector, evenly(self.data.fit_rows, PATCH_SAMPLE)
-        if detector.patch_normalizer is not None and (
-            detector.patch_normalizer.steps or detector.patch_normalizer.reduces
-        ):
+        normalizer = detector.patch_normalizer
+        if normalizer is not None and (normalizer.steps or normalizer.reduces):
             features = self.data.train.on_cpu(rows)
             if detector.middle:
                 features = features._replace(places=self.data.train.one_on_cpu("places", rows))
-            detector.patch_normalizer.fit(detector.raw_patches(features).flatten(0, 1))
+            normalizer.fit(detector.raw_patches(features).flatten(0, 1))
 
     def _fit_places(self) -> None:
         detector, source = self.detector, self.data.train
@@ -182,8 +181,7 @@ class PreparedClass:
         """What the flow makes of all images of a part."""
         found = []
         for batch in in_batches(np.arange(len(self.rows[part])), EVAL_BATCH[self.device.type]):
-            inputs = self.inputs(part, batch)
-            found.append(self.detector.latents(inputs))
+            found.append(self.detector.latents(self.inputs(part, batch)))
         return Latents(*(torch.cat(parts) for parts in zip(*found)))
 
     def extremes(self) -> np.ndarray:

@@ -105,11 +105,11 @@ def settle(config: Config, cache: feature_cache.FeatureCache, pairs: list[ClassS
     path, wanted = folder / "run.json", identity(config, cache)
     advice = "give another --modelname, or drop what is there with --restart"
     if config.restart:
-        with contextlib.suppress(OSError, ValueError):
-            if not differences(read_sealed(path), wanted):
-                drop(config, pairs)
-                return
-        drop(config)
+        try:
+            same = not differences(read_sealed(path), wanted)
+        except (OSError, ValueError):
+            same = False
+        drop(config, pairs if same else None)
         write_sealed(path, wanted)
         return
     alone = utils.ranks(config).world_size == 1
@@ -154,17 +154,19 @@ def drop(config: Config, pairs: list[ClassSeed] | None = None) -> None:
     """Remove what earlier runs of this name left, of some pairs or (None) of all, the identity, too: files of
     this program's own making, by name and mark."""
     folder = checkpoints.run_folder(config)
-    paths = [*(folder / "classes").glob("*-seed*.json")]
-    if pairs is not None:
-        chosen = {checkpoints.checkpoint_path(config, *pair).name for pair in pairs}
-        paths = [path for path in paths if path.name.removesuffix(FAILED).removesuffix(".json") in chosen]
+    names = ["results.json", "results.csv", "results.md", "report.html"]
+    if pairs is None:
+        paths = [*(folder / "classes").glob("*-seed*.json")]
+        names.append("run.json")
+    else:
+        records = [checkpoints.checkpoint_files(checkpoints.checkpoint_path(config, *p))[0] for p in pairs]
+        paths = records + [failure_path(config, pair) for pair in pairs]
     for path in paths:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(FileNotFoundError, ValueError):
             read_sealed(path)  # anything else is left alone
             for file in (path, path.with_name(f"{path.name.removesuffix('.json')}.safetensors")):
                 file.unlink(missing_ok=True)
-    tables = ("results.json", "results.csv", "results.md", "report.html")
-    for name in tables if pairs is not None else ("run.json", *tables):
+    for name in names:
         (folder / name).unlink(missing_ok=True)
 
 

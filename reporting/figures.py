@@ -21,7 +21,6 @@ from backbone.token_grid import place_grid_of
 from cache import feature_cache
 from config import Config, UserError
 from detector import calibration, checkpoints, detector, heat_map
-from detector.calibration import Threshold
 from reporting import overlays, report
 from reporting.tables import shorten
 from shell.files import file_name, whole_file
@@ -162,7 +161,7 @@ def legend(owner: Axes | Figure, handles: list, labels: list[str], **options) ->
 
 
 def draw_histogram(
-    name: str, record: dict, seed: int, bins: tuple[int, int], found: Threshold | None, path: Path
+    name: str, record: dict, seed: int, bins: tuple[int, int], found: calibration.Threshold | None, path: Path
 ) -> None:
     """Counts of the scores of normal and anomalous test images (of the held-out normal ones where there is no
     test), with the threshold ``found`` where one was set. Where the anomalous images' scores run away from

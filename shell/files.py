@@ -75,9 +75,8 @@ def _finite(content):
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-LONGEST_FILE_NAME = (
-    150  # bytes of a class's name in a file's name: seed, ending and a partial's mark come on top
-)
+# Bytes of a class's name in a file's name: seed, ending and a partial's mark come on top.
+LONGEST_FILE_NAME = 150
 
 
 def file_name(name: str, longest: int = LONGEST_FILE_NAME) -> str:
@@ -86,11 +85,9 @@ def file_name(name: str, longest: int = LONGEST_FILE_NAME) -> str:
     plain = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in name)
     plain = f"_{plain[1:]}" if plain[:1] in ".-" else plain
     short = plain.encode()[:longest].decode(errors="ignore")
-    return (
-        short
-        if short == name
-        else f"{short}~{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
-    )
+    if short == name:
+        return name
+    return f"{short}~{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
 def checksum(content: dict) -> str:

@@ -135,7 +135,7 @@ def forked(
 
 
 def new_process(name: str, *arguments, cwd: Path, code_root: Path = ROOT, **environment):
-    """The same by a new interpreter: where it matters what is imported, of which code, or by how many
+    """Run a script by a new interpreter: where it matters what is imported, of which code, or by how many
     threads."""
     env = os.environ | {"COLUMNS": "100"} | environment
     command = [sys.executable, str(code_root / name), *map(str, arguments)]

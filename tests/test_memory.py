@@ -74,13 +74,6 @@ def test_wide_windows_are_the_whole_grid(cache):
     assert sum(buffer.numel() for buffer in wide.buffers()) < 10_000
 
 
-def test_threads_that_no_machine_has():
-    before = torch.get_num_threads()
-    with pytest.raises(UserError, match="threads: this machine has"):
-        utils.set_up("cpu", 1000)
-    assert torch.get_num_threads() == before
-
-
 @pytest.mark.parametrize(
     "values",
     [

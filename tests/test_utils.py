@@ -173,10 +173,12 @@ def test_devices_that_are_not_there(name):
         utils.set_up(name, 1)
 
 
-@pytest.mark.parametrize("threads", [-1, 10**6])
+@pytest.mark.parametrize("threads", [-1, 1000, 10**6])
 def test_threads_that_no_machine_has(threads):
-    with pytest.raises(UserError, match=f"threads: .* got {threads}"):
+    before = torch.get_num_threads()
+    with pytest.raises(UserError, match=f"threads: this machine has .* got {threads}"):
         utils.set_up("cpu", threads)
+    assert torch.get_num_threads() == before
 
 
 def test_devices_and_threads():
