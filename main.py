@@ -192,7 +192,7 @@ def compare_with_simple_detectors(config: Config, classes: list[str]) -> dict[st
         labels = np.array(record["test"]["labels"])
         metrics = {name: utils.detection_metrics(labels, values) for name, values in scores.items()}
         best = max(metrics, key=lambda name: metrics[name]["auroc"])
-        margin = utils.paired_bootstrap(labels, np.array(record["test"]["scores"]), scores[best])
+        margin = utils.paired_difference(labels, np.array(record["test"]["scores"]), scores[best])
         table[class_name] = {"metrics": metrics, "best": best, "margin": margin}
     return table
 

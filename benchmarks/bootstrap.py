@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
+import common  # noqa: F401  the repository on the path
 import numpy as np
+
+import utils
 
 CHUNK = 250  # draws in memory at once
 
@@ -16,17 +19,6 @@ class Problem(NamedTuple):
     labels: np.ndarray
     scores: dict[str, np.ndarray]
     aurocs: dict[str, list[float]]
-
-
-def placements(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Of an anomalous image the share of normal ones below it, of a normal one the share of anomalous ones
-    above it, ties counted half: (n), (n) -> (n). The mean over the images of either label is the AUROC."""
-    found = np.empty(len(scores))
-    for label, sign in ((1, 1.0), (0, -1.0)):
-        own, others = sign * scores[labels == label], np.sort(sign * scores[labels != label])
-        below = np.searchsorted(others, own, "left") + np.searchsorted(others, own, "right")
-        found[labels == label] = below / (2 * len(others))
-    return found
 
 
 def resampled(problems: list[Problem], detectors: list[str], draws: int, seed) -> np.ndarray:
@@ -46,7 +38,7 @@ def resampled(problems: list[Problem], detectors: list[str], draws: int, seed) -
         for j, (i, order) in enumerate(zip(members, orders)):
             for k, title in enumerate(detectors):
                 if title in problems[i].scores:
-                    placed = placements(labels[j], problems[i].scores[title][order])
+                    placed = utils.placements(labels[j], problems[i].scores[title][order])
                     aurocs[j, k] = placed[labels[j] == 1].mean()
                     terms[:, j, k] = (placed - aurocs[j, k]) / np.bincount(labels[j])[labels[j]]
         terms = terms[np.argsort(strata, kind="stable")].reshape(n, -1)  # stratum by stratum

@@ -83,6 +83,8 @@ def aupro(counts: Counts, most_false: float = MOST_FALSE) -> float:
     """Area under the mean overlap of the defective regions over the false positive rate, up to ``most_false``
     and divided by it: 1 at best; each region counts alike. NaN without a defective or without a normal
     pixel."""
+    from sklearn.metrics import auc  # slow to import; predict.py needs none
+
     if counts.n_regions == 0 or not counts.normal.any():
         return float("nan")
     false = np.append(0, np.cumsum(counts.normal) / counts.normal.sum())
@@ -90,7 +92,7 @@ def aupro(counts: Counts, most_false: float = MOST_FALSE) -> float:
     inside = false <= most_false
     x = np.append(false[inside], most_false)
     y = np.append(overlap[inside], np.interp(most_false, false, overlap))
-    return float(np.trapezoid(y, x) / most_false)
+    return float(auc(x, y) / most_false)
 
 
 def pixel_auroc(counts: Counts) -> float:

@@ -146,9 +146,7 @@ def notes(a: Run, b: Run, shared: list[str]) -> list[str]:
     seed = first_seed(a, b)
     lines = ["mean: over the classes that both have."]
     if seed is not None:
-        lines = [
-            f"B - A: seed {seed}, on the same test images, with its paired bootstrap interval; {lines[0]}"
-        ]
+        lines = [f"B - A: seed {seed}, on the same test images, with its 95 % interval (DeLong); {lines[0]}"]
     for run in (a, b):
         alone = [name for name in run.summary["classes"] if name not in shared]
         lines += [f"only in {run.name}: {', '.join(alone)}."] if alone else []
@@ -161,7 +159,7 @@ def first_seed(a: Run, b: Run) -> int | None:
 
 
 def paired(a: Run, b: Run, name: str) -> dict:
-    """AUROC of B minus that of A on a class's test images, with its interval (utils.paired_bootstrap), for
+    """AUROC of B minus that of A on a class's test images, with its interval (utils.paired_difference), for
     the first seed of both; {"missing": the reason} where they cannot be paired."""
     seed, kept = first_seed(a, b), []
     if seed is None:
@@ -178,9 +176,7 @@ def paired(a: Run, b: Run, name: str) -> dict:
     precisions = [record["features"].get("precision") for record in kept]
     if precisions[0] != precisions[1]:  # which alone moves AUROC by more than most knobs do
         return {"missing": f"features in {precisions[0]}, {precisions[1]}"}
-    return utils.paired_bootstrap(
-        np.array(ours["labels"]), np.array(ours["scores"]), np.array(theirs["scores"])
-    )
+    return utils.paired_difference(*map(np.array, (ours["labels"], ours["scores"], theirs["scores"])))
 
 
 def differences(a: Run, b: Run) -> str:

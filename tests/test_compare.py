@@ -78,12 +78,12 @@ def test_list_tells_classes_that_are_newer_than_the_table(tmp_path):
 
 
 def test_compare_pairs_each_class(tmp_path):
-    """The difference and its interval are those of the paired bootstrap, B minus A."""
+    """The difference and its interval are those of utils.paired_difference, B minus A."""
     weak, strong = scores_of(0.5), scores_of(4.0, 1)
     write_run(tmp_path, "a", {"x": weak, "y": strong, "z": weak}, clamp=2.0)
     write_run(tmp_path, "b", {"y": strong, "x": strong}, clamp=2.5)
     text = compare.compare("a", "b", tmp_path)
-    wanted = utils.paired_bootstrap(np.array(LABELS), np.array(strong), np.array(weak))
+    wanted = utils.paired_difference(np.array(LABELS), np.array(strong), np.array(weak))
     assert wanted["low"] > 0
     lines = lines_of(text)
     assert report.margin_cell({"x": wanted}, "x") in lines["x"]

@@ -49,10 +49,10 @@ def shared(n=30, kinds=3):
 
 def test_placements_are_the_shares_of_images_on_the_right_side():
     labels, scores = np.array([0, 1, 0, 1, 1]), np.array([1.0, 1.0, 2.0, 3.0, 0.0])
-    assert bootstrap.placements(labels, scores).tolist() == [0.5, 0.25, 1 / 3, 1.0, 0.0]
+    assert utils.placements(labels, scores).tolist() == [0.5, 0.25, 1 / 3, 1.0, 0.0]
     labels = np.arange(60) % 3 // 2
     for label in (0, 1):
-        placed = bootstrap.placements(labels, noisy(labels, 0.7, 1))[labels == label]
+        placed = utils.placements(labels, noisy(labels, 0.7, 1))[labels == label]
         assert np.isclose(placed.mean(), pairs_won(labels, noisy(labels, 0.7, 1)))
 
 

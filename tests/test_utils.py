@@ -205,21 +205,38 @@ def test_versions_name_the_machine():
     )
 
 
-def test_paired_bootstrap():
+def test_paired_difference():
     """The same images in both: equal scores leave no interval, a clear gain stays above zero, and
     scikit-learn agrees."""
     generator = np.random.RandomState(0)
     labels = np.arange(400) % 2
     weak = labels + 2.0 * generator.randn(400)
     strong = weak + labels
-    same = utils.paired_bootstrap(labels, weak, weak)
+    same = utils.paired_difference(labels, weak, weak)
     assert same == {"difference": 0.0, "low": 0.0, "high": 0.0}
-    gain = utils.paired_bootstrap(labels, strong, weak)
+    gain = utils.paired_difference(labels, strong, weak)
     assert gain["difference"] == pytest.approx(roc_auc_score(labels, strong) - roc_auc_score(labels, weak))
     assert 0 < gain["low"] < gain["difference"] < gain["high"] < 0.4
-    chance = utils.paired_bootstrap(labels, generator.randn(400), generator.randn(400))
+    chance = utils.paired_difference(labels, generator.randn(400), generator.randn(400))
     assert chance["low"] < 0 < chance["high"]
-    assert math.isnan(utils.paired_bootstrap(np.zeros(4), np.ones(4), np.ones(4))["low"])
+    assert math.isnan(utils.paired_difference(np.zeros(4), np.ones(4), np.ones(4))["low"])
+    lone = utils.paired_difference(np.array([0, 1, 1]), np.array([0.5, 1.0, 0.0]), np.zeros(3))
+    assert lone["low"] < 0 < lone["high"]  # of a single normal image no variance is known
+
+
+def test_interval_of_a_difference_is_delongs():
+    """The variance by the covariances of DeLong, DeLong and Clarke-Pearson 1988, eq. 5 to 7, over all
+    pairs."""
+    generator = np.random.RandomState(0)
+    labels = np.repeat([0, 1], [40, 70])
+    scores = [np.round(labels + k * generator.randn(110), 1) for k in (0.7, 1.5)]  # with ties
+    pairs = [np.sign(s[labels == 1][:, None] - s[labels == 0]) / 2 + 0.5 for s in scores]
+    of_anomalous, of_normal = (np.cov([each.mean(axis) for each in pairs]) for axis in (1, 0))
+    covariance = of_anomalous / 70 + of_normal / 40
+    half = 1.96 * math.sqrt(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
+    found = utils.paired_difference(labels, *scores)
+    assert found["high"] - found["difference"] == pytest.approx(half)
+    assert found["difference"] - found["low"] == pytest.approx(half)
 
 
 def test_readable_times():
