@@ -19,18 +19,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 import datasets
 import extractor
 import train
 import utils
-from backbone.token_grid import place_grid_of
 from cache import feature_cache
 from config import ClassError, Config, UserError
-from detector import calibration, checkpoints, class_data, detector, heat_map, memory, runs
-from reporting import figures, report, tables, webpage
+from detector import calibration, checkpoints, class_data, detector, memory, runs
+from reporting import figures, findings, report, tables, webpage
 from shell.values import parse_sweep, parse_values
 from shell.workers import in_processes
 
@@ -181,77 +179,6 @@ def fit(
         return Failed(pair, str(mistake).removeprefix(f"class {pair.class_name}: "))
 
 
-def compare_with_simple_detectors(config: Config, classes: list[str]) -> dict[str, dict]:
-    """{class: its simple detectors}: metrics of each, and the flow's margin over the best of them, from the
-    records of the first seed."""
-    table = {}
-    for class_name, record in checkpoints.trained_records(config, classes):
-        scores = {name: np.array(values) for name, values in record["simple_scores"].items()}
-        if not scores:
-            continue
-        labels = np.array(record["test"]["labels"])
-        metrics = {name: utils.detection_metrics(labels, values) for name, values in scores.items()}
-        best = max(metrics, key=lambda name: metrics[name]["auroc"])
-        margin = utils.paired_difference(labels, np.array(record["test"]["scores"]), scores[best])
-        table[class_name] = {"metrics": metrics, "best": best, "margin": margin}
-    return table
-
-
-def defect_aurocs(config: Config, cache: feature_cache.FeatureCache, classes: list[str]) -> dict[str, dict]:
-    """{class: {kind of defect: its AUROC}} over all seeds, of a data set that has kinds of defect."""
-    kinds = cache.labels.test.kind
-    if not any(kinds):
-        return {}
-    table = {}
-    for class_name in classes:
-        paths = (checkpoints.checkpoint_path(config, class_name, seed) for seed in seeds_of(config))
-        table[class_name] = report.per_defect([checkpoints.read_record(path) for path in paths], kinds)
-    return {name: defects for name, defects in table.items() if defects}
-
-
-def localisations(config: Config, cache: feature_cache.FeatureCache, classes: list[str]) -> dict[str, dict]:
-    """{class: pixel AUROC and AUPRO of its first seed's heat maps}, of the classes whose score reads places
-    and whose test images have masks (ground_truth folders); needs the raw images and the kept weights."""
-    if config.pretrained or config.keep == "results" or not config.places:
-        return {}
-    found = {}
-    try:
-        images = datasets.images_of(config)
-    except UserError as mistake:
-        print(f"no pixel AUROC: {mistake}")
-        return {}
-    images = images.kept({split: cache.image_rows(split) for split in datasets.SPLITS})
-    for name in classes:
-        try:
-            found[name] = _localisation(config, cache, images, name)
-        except UserError as mistake:  # a mask that cannot be read
-            print(f"no pixel AUROC of {name}: {mistake}")
-    return {name: each for name, each in found.items() if each is not None}
-
-
-def _localisation(
-    config: Config, cache: feature_cache.FeatureCache, images: datasets.ImageSet, class_name: str
-) -> dict | None:
-    """Pixel AUROC and AUPRO of one class, from the cached places of its test images; a normal image's mask is
-    empty, an anomalous one without a mask is left out."""
-    fitted, record = detector.load_detector(checkpoints.checkpoint_path(config, class_name, config.seed))
-    rows, labels = (np.array(record["test"][key], int) for key in ("rows", "labels"))
-    marked = {row: mask for row in rows if (mask := images.mask(int(row))) is not None}
-    if not marked or not fitted.uses_places:
-        return None
-    size = next(iter(marked.values())).shape
-    kept = [row for row, label in zip(rows, labels) if row in marked or not label]
-    masks = [marked.get(row, np.zeros(size, bool)) for row in kept]
-    maps = detector.place_maps(fitted, cache, np.array(kept))
-    grid = place_grid_of(cache.manifest.fields)
-    sized = [heat_map.of_places(values, grid, mask.shape) for values, mask in zip(maps, masks)]
-    return heat_map.localisation(sized, masks)
-
-
-def seeds_of(config: Config) -> range:
-    return range(config.seed, config.seed + config.n_seeds)
-
-
 def run(config: Config) -> dict | None:
     """The whole course of one configuration: features, classes, baselines, report -> its summary; None where
     another rank writes the report."""
@@ -260,7 +187,7 @@ def run(config: Config) -> dict | None:
     with runs.writing(config):
         cache = extractor.ensure_features(config, device, functools.partial(detector.Detector, config))
         classes = datasets.choose_classes(cache.labels, config.class_name)
-        pairs = [runs.ClassSeed(class_name, seed) for seed in seeds_of(config) for class_name in classes]
+        pairs = [runs.ClassSeed(class_name, seed) for seed in runs.seeds_of(config) for class_name in classes]
         runs.settle(config, cache, pairs)
         progress = runs.Progress(config, cache, pairs)
         try:
@@ -282,15 +209,15 @@ def write_report(progress: runs.Progress, classes: list[str], watch: runs.Stopwa
     results = [progress.results[pair] for pair in progress.pairs]
     failing = {result["class"] for result in results if "reason" in result}
     whole = [class_name for class_name in classes if class_name not in failing]
-    table = compare_with_simple_detectors(config, whole) if config.baselines else {}
-    defects = defect_aurocs(config, cache, whole)
+    table = findings.simple_detectors(config, whole) if config.baselines else {}
+    defects = findings.defect_aurocs(config, cache, whole)
     seconds = runs.wall_time(results) + watch.lap()
     thresholds = {
         name: calibration.of_record(record, config.false_alarms)
         for name, record in checkpoints.trained_records(config, whole)
     }
     summary = report.summarize(config, results, table, seconds, cache.meta, defects, thresholds)
-    summary["localisation"] = localisations(config, cache, whole)
+    summary["localisation"] = findings.localisations(config, cache, whole)
     print("\n" + report.write_results(folder, summary))
     for name, found in summary["localisation"].items():
         print(

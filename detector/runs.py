@@ -28,6 +28,10 @@ class ClassSeed(NamedTuple):
     seed: int
 
 
+def seeds_of(config: Config) -> range:
+    return range(config.seed, config.seed + config.n_seeds)
+
+
 # ---------------------------------------------------------------- one modelname, one writer
 @contextlib.contextmanager
 def writing(config: Config) -> Iterator[None]:

@@ -4,7 +4,6 @@
 import csv
 import dataclasses
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,8 +39,8 @@ def summarize(
     """results.json: per class the mean and standard deviation over seeds, and their mean over the classes for
     which they are defined (std of the seeds' means).
 
-    defects: what ``per_defect`` gives of each class that has kinds of defect. thresholds: of each class's
-    first seed, None where nothing was held out."""
+    defects: of each class that has kinds of defect (findings.py). thresholds: of each class's first seed,
+    None where nothing was held out."""
     classes = list(dict.fromkeys(result["class"] for result in results))
     by_class = {name: _over_seeds([[r for r in results if r["class"] == name]]) for name in classes}
     seeds = sorted({result["seed"] for result in results})
@@ -110,34 +109,6 @@ def _mean_metrics(entries: list[dict | None]) -> dict:
         values = [entry[metric] for entry in entries if entry and not undefined(entry[metric])]
         means[metric] = float(np.mean(values)) if values and all(entries) else float("nan")
     return means
-
-
-def per_defect(records: list[dict], kinds: Sequence[str]) -> dict[str, dict]:
-    """Of one class, {kind of defect: number of images n, AUROC of the normal test images against them, its
-    standard deviation over the seeds}; empty where the anomalous images are of one kind or none.
-
-    records: the class's checkpoint records, one per seed. kinds: the kind of defect of every image of the
-    test split."""
-    found: dict[str, list[float]] = {}
-    counts: dict[str, int] = {}
-    for record in records:
-        test = record["test"]
-        labels, scores = np.array(test["labels"]), np.array(test["scores"])
-        own = np.array([kinds[row] for row in test["rows"]], dtype=object)
-        for kind in sorted(set(own[labels == 1]) - {""}):  # "": another class
-            chosen = (labels == 0) | (own == kind)
-            found.setdefault(kind, []).append(utils.auroc(labels[chosen], scores[chosen]))
-            counts[kind] = int(((labels == 1) & (own == kind)).sum())
-    if len(found) < 2:
-        return {}
-    return {
-        kind: {
-            "n": counts[kind],
-            "auroc": float(np.mean(values)),
-            "auroc_std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
-        }
-        for kind, values in found.items()
-    }
 
 
 # ---------------------------------------------------------------- the table

@@ -8,7 +8,7 @@ import pytest
 
 from config import Config
 from detector.calibration import Threshold
-from reporting import report, tables
+from reporting import findings, report, tables
 from utils import METRICS
 
 
@@ -215,19 +215,19 @@ def test_per_defect_auroc():
         {"test": {"rows": rows, "labels": labels, "scores": scores}}
         for scores in ([1.0, 2.0, 3.0, 1.5, 3.0], [1.0, 2.0, 0.0, 1.5, 3.0])
     ]
-    table = report.per_defect(records, kinds)
+    table = findings.per_defect(records, kinds)
     assert table["hole"] == {
         "n": 2,
         "auroc": pytest.approx(0.75),
         "auroc_std": pytest.approx(0.5 / 2**0.5),
     }
     assert table["scratch"] == {"n": 1, "auroc": 0.5, "auroc_std": 0.0}
-    assert report.per_defect(records, ["good", "good", "hole", "hole", "hole", ""]) == {}, "one kind only"
+    assert findings.per_defect(records, ["good", "good", "hole", "hole", "hole", ""]) == {}, "one kind only"
 
 
 def test_images_of_another_class_are_no_kind_of_defect():
     test = {"rows": [0, 1, 2, 3], "labels": [0, 1, 1, 1], "scores": [0.0, 1.0, 2.0, 3.0]}
-    assert list(report.per_defect([{"test": test}], ["", "", "hole", "scratch"])) == ["hole", "scratch"]
+    assert list(findings.per_defect([{"test": test}], ["", "", "hole", "scratch"])) == ["hole", "scratch"]
 
 
 def test_the_mean_of_a_detector_is_over_all_classes_or_none(tmp_path):
