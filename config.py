@@ -130,7 +130,7 @@ class Config:
     lr_schedule: str = fit("constant", "learning rate over the run: constant or cosine (to zero)", ("constant", "cosine"))
     max_grad_norm: float = fit(0.0, "clip the gradient to this norm; 0: no clipping, as in the released code", low=0.0, high=1e+30)
     feature_noise: float = fit(0.0, "standard deviation of Gaussian noise added to the normalised semantic token in training", low=0.0, high=1000000.0)
-    holdout: float = fit(0.0, "share of the normal training images held out to measure likelihood, and for thresholds", low=0.0, high=0.5)
+    holdout: float | None = fit(None, "share of the normal training images held out to measure likelihood, and for thresholds; none: a tenth of own folders, whose pictures get verdicts, 0 of other data sets", low=0.0, high=0.5)
     patience: int = fit(0, "report the epoch that is best on the held-out normals, and end training so many meta epochs behind it; 0: report the last epoch", low=0, high=10**6)
     # scoring
     score: str = fit("latent", "anomaly score: latent (mean z^2), likelihood (negative log-likelihood), latent_knn (neighbours in latent space), joined (likelihood, with the least likely places where the class shows one scene)", SCORES)
@@ -149,7 +149,6 @@ class Config:
                 values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
                 raise UserError(line.format(**values))
 
-
 NARROWEST = 0.01  # of a side: a narrower Gaussian weighs one patch, or divides by nothing
 FITS = (  # what has to hold of the knobs together -> the line where it does not
     (lambda c: c.preset in PRESETS, "preset: expected one that config.py names, got {preset!r}"),
@@ -158,8 +157,8 @@ FITS = (  # what has to hold of the knobs together -> the line where it does not
     (lambda c: c.pixel_norm is None or len(c.pixel_norm) == 6 and all(isinstance(x, int | float) and math.isfinite(x) for x in c.pixel_norm) and min(c.pixel_norm[3:]) > 0, "pixel_norm: expected three finite numbers and three positive ones, got {pixel_norm}"),
     (lambda c: not 0 < c.centre_pool < NARROWEST, "centre_pool: expected 0 or at least 0.01 of a side, got {centre_pool:g}"),
     (lambda c: c.token_grid != "centre" or c.centre_pool, "token_grid centre needs centre_pool above 0, say 0.1 (it is 0)"),
-    (lambda c: c.base != "kernel" or c.holdout, "base kernel needs held-out normal images: set holdout, say 0.1"),
-    (lambda c: not c.patience or c.holdout, "patience needs held-out normal images: set holdout, say 0.1"),
+    (lambda c: c.base != "kernel" or held_share(c.holdout, c.dataset), "base kernel needs held-out normal images: set holdout, say 0.1"),
+    (lambda c: not c.patience or held_share(c.holdout, c.dataset), "patience needs held-out normal images: set holdout, say 0.1"),
     (lambda c: c.score != "latent_knn" or c.base != "kernel", "score latent_knn asks for no density: take base normal, or score likelihood"),
     (lambda c: c.fusion_tokens != "middle" or c.places, "fusion_tokens middle needs place tokens: set places, say 14 (it is 0)"),
 )
@@ -192,10 +191,6 @@ PRESETS["ablation"] = PRESETS["accurate"] | {
     "sweep": "fusion=none,class_attention,hilo,spectral;fusion_tokens=last,middle",
 }
 # fmt: on
-
-# Defaults that a data set changes, unless the preset or the command line says otherwise: one's own pictures
-# get verdicts, which rest on held-out normal ones.
-OF_DATASET = {"folder": {"holdout": 0.1}}
 
 # Knobs of earlier versions -> what to do instead.
 FORMER = {
@@ -326,9 +321,14 @@ def knobs_affecting(*roles: str) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(Config) if field.metadata["affects"] in roles)
 
 
+def held_share(holdout, dataset):
+    """The share that is held out: the knob ``holdout``, or where it is None, a tenth of one's own folder."""
+    return (0.1 if dataset == "folder" else 0.0) if holdout is None else holdout
+
+
 def make_config(given):
-    """The configuration of ``given`` {knob: value}: defaults, then those of the data set, then the preset's,
-    then the given ones. Raises UserError."""
+    """The configuration of ``given`` {knob: value}: defaults, then the preset's, then the given ones.
+    Raises UserError."""
     names = [field.name for field in dataclasses.fields(Config)]
     for name in given:
         if name not in names:
@@ -336,9 +336,7 @@ def make_config(given):
     preset = given.get("preset", Config.preset)
     if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(unknown("preset", preset, PRESETS))
-    chosen = {**PRESETS[preset], **given}
-    of_dataset = OF_DATASET.get(chosen.get("dataset", Config.dataset), {})
-    return Config(**{**of_dataset, **chosen})
+    return Config(**{**PRESETS[preset], **given})
 
 
 def changed(config):

@@ -27,7 +27,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="a class: runs/<modelname>/classes/<class>-seed<n>")
     parser.add_argument("output", type=Path, help="the file to write: .onnx or .pt2 (torch.export)")
     parser.add_argument("--size", help="height x width of the pictures, as in 480x640 [the backbone's]")
-    parser.add_argument("--false_alarms", type=float, help="as of predict.py [the run's]")
+    parser.add_argument("--false_alarms", type=float, help="as of predict.py [the fit's]")
     parser.add_argument(
         "--calibrate", type=Path, metavar="FOLDER", help="fresh good pictures: p-values and verdicts by them"
     )

@@ -187,7 +187,8 @@ def run(config: Config) -> dict | None:
     with runs.writing(config):
         cache = extractor.ensure_features(config, device, functools.partial(detector.Detector, config))
         classes = datasets.choose_classes(cache.labels, config.class_name)
-        pairs = [runs.ClassSeed(class_name, seed) for seed in runs.seeds_of(config) for class_name in classes]
+        seeds = range(config.seed, config.seed + config.n_seeds)
+        pairs = [runs.ClassSeed(class_name, seed) for seed in seeds for class_name in classes]
         runs.settle(config, cache, pairs)
         progress = runs.Progress(config, cache, pairs)
         try:
@@ -210,7 +211,7 @@ def write_report(progress: runs.Progress, classes: list[str], watch: runs.Stopwa
     failing = {result["class"] for result in results if "reason" in result}
     whole = [class_name for class_name in classes if class_name not in failing]
     table = findings.simple_detectors(config, whole) if config.baselines else {}
-    defects = findings.defect_aurocs(config, cache, whole)
+    defects = findings.defect_aurocs(config, cache, whole, sorted({pair.seed for pair in progress.pairs}))
     seconds = runs.wall_time(results) + watch.lap()
     thresholds = {
         name: calibration.of_record(record, config.false_alarms)

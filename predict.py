@@ -81,7 +81,7 @@ from images import watch
 from images.given import find_images, refuse_among
 from images.images import images_below
 from reporting.overlays import draw_heat_maps
-from reporting.scores import rows_arriving, rows_of, table, tell_counts, tell_thresholds
+from reporting.scores import check_output, rows_arriving, rows_of, table, tell_counts, tell_thresholds
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -106,6 +106,11 @@ def calibrate(detectors: list[PictureDetector], folder: Path) -> list[str]:
     UserError when none can."""
     scores: list[list[float]] = [[] for _ in detectors]
     unreadable = []
+    if len(detectors) > 1:
+        raise UserError(
+            f"calibrate: {folder} holds good pictures of one class, {len(detectors)} are asked for; name it "
+            "with --class_name"
+        )
     files = images_below(folder) if folder.is_dir() else []
     for rows in progress(detectors[0].backbone.rows(files), len(files), "calibrating", True):
         if isinstance(rows, Unreadable):
@@ -136,6 +141,7 @@ def _count(part) -> int:
 
 def main(arguments: argparse.Namespace) -> int:
     """Score the pictures -> the exit status: 1 where some could not be read."""
+    check_output(arguments.output, at_once=arguments.watch is not None)
     arrivals = watch.Arrivals(arguments.watch) if arguments.watch else None
     files = [] if arrivals else find_images(arguments.images)
     if arguments.heat_maps:

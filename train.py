@@ -164,7 +164,7 @@ def main(config: Config) -> None:
     device = utils.set_up(config.device, config.threads)
     given = f"give it with --class_name (now {config.class_name!r})"
     advice = f"train.py fits one class: {given}; main.py fits several"
-    if config.class_name == "all" and not is_one_class(config):
+    if config.class_name == "all" and not config.pretrained and not is_one_class(config):
         raise UserError(advice)
     with runs.writing(config):
         cache = extractor.ensure_features(config, device, functools.partial(Detector, config))

@@ -287,12 +287,13 @@ def placements(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 def paired_difference(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     """AUROC of ``ours`` minus that of ``theirs`` on the same test images, with its 95 % interval (low, high)
-    by DeLong's variance (DeLong, DeLong and Clarke-Pearson 1988). NaN with one label only."""
-    if len(np.unique(labels)) < 2:
+    by DeLong's variance (DeLong, DeLong and Clarke-Pearson 1988). NaN with fewer than two images of
+    either label."""
+    if min(np.sum(labels == label) for label in (0, 1)) < 2:
         return dict.fromkeys(("difference", "low", "high"), float("nan"))
     gains = placements(labels, ours) - placements(labels, theirs)
     kinds = [gains[labels == label] for label in (0, 1)]
-    variance = sum(kind.var(ddof=min(1, len(kind) - 1)) / len(kind) for kind in kinds)
+    variance = sum(kind.var(ddof=1) / len(kind) for kind in kinds)
     difference, half = auroc(labels, ours) - auroc(labels, theirs), 1.96 * math.sqrt(variance)
     return {"difference": difference, "low": difference - half, "high": difference + half}
 

@@ -19,7 +19,7 @@ from cache.feature_cache import CacheIdentity, FeatureCache
 from cache.reuse import State, part_key, reopen_lost
 from cache.shards import Damaged, Shard
 from config import Config, UserError
-from shell.command_line import command_line
+from shell.command_line import to_go_on
 from shell.signals import Interrupted
 
 SHARD_ROWS = 0  # images per file of a new cache; 0: files of 128 to 256 MB
@@ -49,11 +49,11 @@ def fill(config: Config, writer: CacheWriter, features: ShardFeatures, count: in
         with tqdm(total=count, unit="img", disable=utils.no_bar(), smoothing=0.05) as bar:
             writer.fill(features, utils.ranks(config), bar.update, at_once)
     except Interrupted as interrupted:
-        interrupted.told = f"{writer.kept()}; to go on: {command_line()}"
+        interrupted.told = f"{writer.kept()}; to go on: {to_go_on()}"
         raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"{reason} ({writer.folder}): {writer.kept()}; then run the same again") from None
+        raise UserError(f"{reason} ({writer.folder}): {writer.kept()}; then: {to_go_on()}") from None
 
 
 def check_disk(folder: Path, labels: datasets.Labels, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -27,7 +27,7 @@ from detector.class_data import evenly  # noqa: E402
 from reporting import tables  # noqa: E402
 from reporting.figures import Figure  # noqa: E402
 from shell.files import whole_file, write_text  # noqa: E402
-from shell.signals import guarded  # noqa: E402
+from shell.signals import KEPT, guarded  # noqa: E402
 
 ALL = 0  # a number of pictures: all there are
 SIZES = (5, 10, 20, 50, 100, ALL)
@@ -207,4 +207,4 @@ if __name__ == "__main__":
     parser.add_argument("--knobs", nargs="*", default=[], metavar="KNOB=VALUE", help="knobs for all sets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="[0 1 2]")
     parser.add_argument("--classes", type=int, default=3, help="most classes of a set, evenly spaced [3]")
-    guarded(main, parser.parse_args())
+    guarded(main, parser.parse_args(), told=KEPT)

@@ -22,7 +22,7 @@ from chosen_rows import Kept, Pictures, about, command_line, sets_of  # noqa: E4
 from detector import calibration  # noqa: E402
 from reporting import tables  # noqa: E402
 from shell.files import write_text  # noqa: E402
-from shell.signals import guarded  # noqa: E402
+from shell.signals import KEPT, guarded  # noqa: E402
 
 RATES = (0.01, 0.05, 0.1)
 FEWEST = 20  # pictures to fit to, and to measure on
@@ -123,4 +123,4 @@ if __name__ == "__main__":
     parser.add_argument("--knobs", nargs="*", default=[], metavar="KNOB=VALUE", help="knobs for all sets")
     parser.add_argument("--held_out", type=int, nargs="+", default=[20, 100, 500], metavar="N")
     parser.add_argument("--splits", type=int, default=200, help="for each N [200]")
-    guarded(main, parser.parse_args())
+    guarded(main, parser.parse_args(), told=KEPT)

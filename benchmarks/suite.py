@@ -30,7 +30,7 @@ import utils  # noqa: E402
 from detector import checkpoints  # noqa: E402
 from reporting import compare, tables  # noqa: E402
 from shell.files import write_text  # noqa: E402
-from shell.signals import guarded  # noqa: E402
+from shell.signals import KEPT, guarded  # noqa: E402
 
 WHOLE, LIKELIHOOD, START = "whole score", "likelihood", "likelihood, before training"
 ALONE, ALONE_START = "flow alone", "flow alone, before training"
@@ -294,4 +294,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("--name", default="suite", help="the runs are runs/NAME-SET [suite]")
     parser.add_argument("--out", type=Path, help="where the table goes [results/NAME.md]")
-    guarded(main, parser.parse_args())
+    guarded(main, parser.parse_args(), told=KEPT)

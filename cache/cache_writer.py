@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -230,6 +231,8 @@ class CacheWriter:
         for shard in missing:
             for i in read_json(self._note(shard)):
                 names.append(self.labels.split(shard.split).names[i])
+        if len(names) > utils.MOST_NAMED:  # more than one line holds
+            print(*names, sep="\n", file=sys.stderr)
         shown = utils.first_named(names)
         count = utils.counted(len(names), "unreadable image")
         return (

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import datasets
 from cache import feature_cache
-from config import ClassError, Config
+from config import ClassError, Config, held_share
 from detector import calibration
 
 EVAL_BATCH = {"cpu": 100, "cuda": 500}  # images per forward pass in evaluation: a CPU's caches hold these
@@ -142,7 +142,7 @@ def class_data(
     a fifth."""
     train_rows, test_rows, test_labels = labels.one_class(class_name)
     shuffled = np.random.RandomState(seed).permutation(train_rows)
-    n_held = math.ceil(config.holdout * len(shuffled))
+    n_held = math.ceil(held_share(config.holdout, config.dataset) * len(shuffled))
     if config.dataset == "folder" and n_held:
         n_held = max(n_held, min(calibration.needed(config.false_alarms), len(shuffled) // 5))
     fit_rows, held_rows = np.sort(shuffled[n_held:]), np.sort(shuffled[:n_held])

@@ -115,8 +115,8 @@ def outcome(result: dict) -> str:
 @torch.no_grad()
 def simple_scores(prepared: PreparedClass) -> dict[str, np.ndarray]:
     """Scores of simple detectors (baselines.py) on the test images, fitted to all normal training images:
-    on the semantic token, on the joint token that the flow starts from, and on places where they are
-    read."""
+    on the semantic token, on the joint token that the flow starts from (nearest neighbours there: of the
+    images that the flow is fitted to, as its kernels), and on places where they are read."""
     data = prepared.data
     normal = np.sort(np.concatenate([data.fit_rows, data.held_rows]))
     scores = baselines.semantic_scores(data.train.semantic(normal), data.test.semantic(data.test_rows))

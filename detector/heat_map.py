@@ -4,7 +4,7 @@ Two kinds (compared by tools/heat_maps.py): of place tokens, how unusual each pl
 Gaussian, where the score reads places; else by occlusion, how much the score falls when a part of the
 picture is blurred, which any detector allows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from PIL import Image, ImageFilter
 from scipy import ndimage
 from torch.nn import functional as F
 
+HOT = 3.0  # standard deviations that the colours of a map span at least
 SIDE = 8  # parts of a picture's side that occlusion blurs one after the other
 LEVELS = 2**20  # between the coldest and the hottest pixel of a class
 MOST_FALSE = 0.3  # false positive rate up to which AUPRO counts (Bergmann et al. 2019, MVTec AD)
@@ -30,13 +31,19 @@ def of_places(scores: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) 
     return resized(scores.reshape(grid), size)
 
 
-def by_occlusion(score: Callable[[list[np.ndarray]], np.ndarray], pixels: np.ndarray) -> np.ndarray:
+def by_occlusion(score: Callable[[Iterator[np.ndarray]], np.ndarray], pixels: np.ndarray) -> np.ndarray:
     """How much the score of a picture (H, W, 3) falls when a part of it is blurred -> (H, W). SIDE x SIDE
-    parts, each with half of its neighbours: SIDE^2 + 1 pictures are scored."""
+    parts, each with half of its neighbours: SIDE^2 + 1 pictures are scored, made as they are asked for."""
+    whole, *parts = score(_hidden(pixels))
+    return resized((whole - np.array(parts)).reshape(SIDE, SIDE), pixels.shape[:2])
+
+
+def _hidden(pixels: np.ndarray) -> Iterator[np.ndarray]:
+    """The picture, and with each of its parts blurred."""
+    yield pixels
     height, width = pixels.shape[:2]
     radius = max(height, width) / SIDE
     blurred = np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
-    hidden = [pixels]
     for i in range(SIDE):
         for j in range(SIDE):
             rows, columns = (
@@ -45,9 +52,7 @@ def by_occlusion(score: Callable[[list[np.ndarray]], np.ndarray], pixels: np.nda
             )
             picture = pixels.copy()
             picture[rows, columns] = blurred[rows, columns]
-            hidden.append(picture)
-    whole, *parts = score(hidden)
-    return resized((whole - np.array(parts)).reshape(SIDE, SIDE), (height, width))
+            yield picture
 
 
 # ---------------------------------------------------------------- how good they are

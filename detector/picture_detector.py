@@ -85,6 +85,14 @@ class PictureDetector:
         )
         return heat_map.of_places(values, grid, pixels.shape[:2])
 
+    @property
+    def least_heat(self) -> float:
+        """What a heat map's colours span at least, in standard deviations: of a place's own, or, by
+        occlusion, of the held-out scores; 0 where none were held out."""
+        if self.fitted.uses_places:
+            return heat_map.HOT
+        return heat_map.HOT * float(self.held_out.std()) if len(self.held_out) else 0.0
+
     def p_value(self, score: Any) -> Any:
         """How many normal pictures score as high or higher, as a share, of a score or an array of them; NaN
         where none were held out (calibration.p_values)."""

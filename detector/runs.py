@@ -16,7 +16,7 @@ import utils
 from cache import feature_cache
 from config import Config, UserError, knobs_affecting
 from detector import checkpoints
-from shell.command_line import command_line
+from shell.command_line import to_go_on
 from shell.files import as_strict_json, read_sealed, write_sealed
 from shell.locks import Lock
 
@@ -26,10 +26,6 @@ FAILED = ".failed.json"  # the ending of what a pair leaves that cannot be fitte
 class ClassSeed(NamedTuple):
     class_name: str
     seed: int
-
-
-def seeds_of(config: Config) -> range:
-    return range(config.seed, config.seed + config.n_seeds)
 
 
 # ---------------------------------------------------------------- one modelname, one writer
@@ -340,4 +336,4 @@ class Progress:
         """What an interrupted run has kept, and the command that goes on with it."""
         self.look()
         done = len(self.pairs) - len(self.missing())
-        return f"{done} of {len(self.pairs)} classes are kept; go on with: {command_line()}"
+        return f"{done} of {len(self.pairs)} classes are kept; go on with: {to_go_on()}"

@@ -10,6 +10,7 @@ Pixels always come as (H, W, 3) uint8, turned as the camera held it (EXIF), in t
   of so many pixels is refused before it is decoded, and so is a progressive JPEG, which is decoded whole
   first."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin
 
 from config import UserError
 
@@ -100,7 +101,7 @@ def searched(folder: str | Path) -> list[os.DirEntry]:
             kept = [e for e in entries if not e.name.startswith(".") and e.name != NOT_SEARCHED]
     except OSError as error:
         raise UserError(
-            f"dataset_path: the folder {folder} cannot be read ({error.strerror}); allow it, or take it out"
+            f"the folder {folder} cannot be read ({error.strerror}); allow it, or take it out"
         ) from None
     return sorted(kept, key=lambda entry: entry.name)
 
@@ -162,7 +163,7 @@ def read_image(path: Path) -> np.ndarray:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("no regular file")
-        with Image.open(path, formats=formats()) as image:
+        with opened(path) as image:
             return _decoded(image, path)
     except MemoryError:
         raise
@@ -205,11 +206,22 @@ def _kind_and_reason(error: Exception, reason: str) -> str:
     return f"{type(error).__name__}: {reason.splitlines()[0][:120] if reason else ''}"
 
 
+def opened(path: Path) -> Image.Image:
+    """An image file, opened. A JPEG may have more pixels than Pillow opens by itself: ``bounded`` looks to
+    that."""
+    try:
+        return Image.open(path, formats=formats())
+    except Image.DecompressionBombError:
+        with contextlib.suppress(SyntaxError):  # no JPEG
+            return JpegImagePlugin.JpegImageFile(path)
+        raise
+
+
 def size_of(path: Path) -> tuple[int, int]:
     """Height and width of an image file as ``read_image`` turns it, from its head alone. Raises UserError
     when that cannot be read."""
     try:
-        with Image.open(path, formats=formats()) as image:
+        with opened(path) as image:
             # PNG's own getexif decodes the whole image; a TIFF's size is turned already
             exif = {} if image.format == "TIFF" else Image.Image.getexif(image)
             width, height = image.size

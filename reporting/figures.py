@@ -141,7 +141,7 @@ def draw_heat_maps(
     for number, (row, places) in enumerate(zip(rows, detector.place_maps(fitted, cache, rows)), 1):
         path, pixels = figures / f"heat-{file_name(name)}-{number}.png", images.read("test", int(row))
         values = heat_map.of_places(places, place_grid_of(cache.manifest.fields), pixels.shape[:2])
-        overlays.draw(pixels, values, path, images.labels.test.names[int(row)])
+        overlays.draw(pixels, values, heat_map.HOT, path, images.labels.test.names[int(row)])
         caption = f"Where test image {number} of {name}, by its score, is unusual, seed {config.seed}"
         pictures.append(Picture(path, caption, name))
     return pictures

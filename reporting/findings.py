@@ -10,7 +10,7 @@ import utils
 from backbone.token_grid import place_grid_of
 from cache import feature_cache
 from config import Config, UserError
-from detector import checkpoints, detector, heat_map, runs
+from detector import checkpoints, detector, heat_map
 
 
 def simple_detectors(config: Config, classes: list[str]) -> dict[str, dict]:
@@ -29,14 +29,16 @@ def simple_detectors(config: Config, classes: list[str]) -> dict[str, dict]:
     return table
 
 
-def defect_aurocs(config: Config, cache: feature_cache.FeatureCache, classes: list[str]) -> dict[str, dict]:
-    """{class: {kind of defect: its AUROC}} over all seeds, of a data set that has kinds of defect."""
+def defect_aurocs(
+    config: Config, cache: feature_cache.FeatureCache, classes: list[str], seeds: Sequence[int]
+) -> dict[str, dict]:
+    """{class: {kind of defect: its AUROC}} over the seeds, of a data set that has kinds of defect."""
     kinds = cache.labels.test.kind
     if not any(kinds):
         return {}
     table = {}
     for class_name in classes:
-        paths = (checkpoints.checkpoint_path(config, class_name, seed) for seed in runs.seeds_of(config))
+        paths = (checkpoints.checkpoint_path(config, class_name, seed) for seed in seeds)
         table[class_name] = per_defect([checkpoints.read_record(path) for path in paths], kinds)
     return {name: defects for name, defects in table.items() if defects}
 

@@ -10,21 +10,18 @@ from detector.picture_detector import PictureDetector
 from images.images import pixels_of
 from shell.files import file_name, whole_file
 
-LEAST_SCALE = 3.0  # standard deviations that the colours span at least
 
-
-def draw(pixels: np.ndarray, values: np.ndarray, path: Path, title: str) -> None:
+def draw(pixels: np.ndarray, values: np.ndarray, least: float, path: Path, title: str) -> None:
     """The picture, and beside it the map (H, W) laid over it with its scale: a PNG. The scale begins at 0 and
-    ends at 3 or at the greatest value, so that a normal picture stays dark."""
+    ends at ``least`` or at the greatest value, so that a normal picture stays dark."""
     from matplotlib.figure import Figure  # slow to import, and needed by few
 
     figure = Figure((8.4, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.imshow(pixels)
     right.imshow(pixels)
-    shown = right.imshow(
-        values, cmap="inferno", alpha=0.55, vmin=0, vmax=max(LEAST_SCALE, float(values.max()))
-    )
+    hottest = max(least, float(values.max()), 1e-9)
+    shown = right.imshow(values, cmap="inferno", alpha=0.55, vmin=0, vmax=hottest)
     figure.colorbar(shown, ax=right, label="how unusual this place is")
     for axes in (left, right):
         axes.axis("off")
@@ -52,7 +49,7 @@ def draw_heat_maps(
         drawn.add(path)
         told = f"{row['image']}  score {row['score']:.3g}  {row['verdict'] or ''}"
         try:
-            draw(pixels_of(row["image"]), fitted.heat_map(row["image"]), path, told)
+            draw(pixels_of(row["image"]), fitted.heat_map(row["image"]), fitted.least_heat, path, told)
         except UserError as gone:  # or changed since it was scored
             drawn.remove(path)
             print(f"no heat map: {gone}", file=sys.stderr)

@@ -21,23 +21,31 @@ COLUMNS = ("image", "class", "score", "p_value", "verdict")
 WriteRow = Callable[[dict], None]
 
 
-@contextlib.contextmanager
-def table(output: Path | None, at_once: bool = False) -> Iterator[WriteRow]:
-    """What takes the rows, {column: value}, one by one: CSV on the screen, or a file that is there, whole,
-    when the block ends well, or ``at_once``, row by row. Raises UserError on an ending that is none of the
-    three."""
+def check_output(output: Path | None, at_once: bool) -> None:
+    """Raise UserError on a file that ``table`` cannot write."""
     if output is None:
-        yield _csv(sys.stdout)
         return
     if output.suffix not in (".csv", ".json", ".jsonl"):
         raise UserError(f"output: expected a name ending in .csv, .json or .jsonl, got {output}")
+    if at_once and output.suffix == ".json" and output.exists():
+        raise UserError(f"output: {output} exists, and a list in JSON cannot be added to; take .jsonl")
+
+
+@contextlib.contextmanager
+def table(output: Path | None, at_once: bool = False) -> Iterator[WriteRow]:
+    """What takes the rows, {column: value}, one by one: CSV on the screen, or a file that is there, whole,
+    when the block ends well, or ``at_once``, row by row, behind those that it has."""
+    if output is None:
+        yield _csv(sys.stdout, headed=False)
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
     place = contextlib.nullcontext(output) if at_once else whole_file(output)
     with (
         place as path,
-        open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as stream,  # any name
+        open(path, "a", encoding="utf-8", errors="backslashreplace", newline="") as stream,  # any name
     ):
         if output.suffix == ".csv":
-            yield _csv(stream)
+            yield _csv(stream, headed=stream.tell() > 0)
         elif output.suffix == ".jsonl":
             yield lambda row: print(json.dumps(row, ensure_ascii=False), file=stream, flush=True)
         else:
@@ -48,9 +56,10 @@ def table(output: Path | None, at_once: bool = False) -> Iterator[WriteRow]:
             print(next(comma, "") + "\n]", file=stream)
 
 
-def _csv(stream) -> WriteRow:
+def _csv(stream, headed: bool) -> WriteRow:
     writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    if not headed:
+        writer.writeheader()
 
     def put(row: dict) -> None:
         writer.writerow(row | {"score": f"{row['score']:.6g}"})

@@ -3,12 +3,13 @@
 import argparse
 import dataclasses
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
 
 from config import Config, UserError, changed, make_config, unknown_knob
-from shell.signals import end_at_once_on_signals, guarded, show_any_name, stop
+from shell.signals import KEPT, end_at_once_on_signals, guarded, show_any_name, stop
 from shell.values import parse_sweep, parse_values
 
 # The knobs that a first run needs, at the head of the help.
@@ -133,9 +134,14 @@ def run_script(main, config):
     show_any_name()
     settings = ", ".join(f"{name} {value}" for name, value in changed(config).items() if name != "preset")
     print(f"preset {config.preset}" + (f"; {settings}" if settings else ""), flush=True)
-    guarded(main, config)
+    guarded(main, config, told=KEPT)
 
 
 def command_line() -> str:
     """The command that runs this script as it was run, for a shell."""
     return "python " + shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
+def to_go_on() -> str:
+    """The command that goes on with what is kept: the same without ``--restart``, which would drop it."""
+    return re.sub(r" --restart([ =]\w+)?(?= -|$)", "", command_line())

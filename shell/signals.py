@@ -19,9 +19,10 @@ KEPT = (
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, or a signal that asks a script to end. told: what is kept, and how to go on."""
+    """Ctrl-C, or a signal that asks a script to end. told: what is kept, and how to go on, where that is
+    known."""
 
-    def __init__(self, number=signal.SIGINT, told=KEPT):
+    def __init__(self, number=signal.SIGINT, told=""):
         super().__init__(told)
         self.number, self.told = number, told
 
@@ -61,13 +62,13 @@ def show_any_name() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def guarded(main, *arguments) -> None:
+def guarded(main, *arguments, told="no file is left half-written") -> None:
     """Run ``main(*arguments)``; a user's mistake, a full disk, Ctrl-C or a signal to end stops the script
-    with one line."""
+    with one line. told: what is said of an interruption that does not say it itself."""
     show_any_name()
     try:
         catch_signals()
-        with ended_in_time():
+        with ended_in_time(told):
             main(*arguments)
     except UserError as mistake:
         stop(mistake)
@@ -76,12 +77,12 @@ def guarded(main, *arguments) -> None:
     except UnicodeEncodeError as error:  # the name of a file, on its way to the screen
         stop(f"a name is not valid UTF-8: {error.object[:200]!r}; rename it")
     except Interrupted as interrupted:
-        print(f"interrupted: {interrupted.told}", file=sys.stderr)
+        print(f"interrupted: {interrupted.told or told}", file=sys.stderr)
         end_now(128 + interrupted.number)
 
 
 @contextlib.contextmanager
-def ended_in_time():
+def ended_in_time(told):
     """In the block, a signal to end does so after LATEST seconds even where the main thread is in one long
     call, a decomposition say, and cannot answer."""
     reader, writer = socket.socketpair()
@@ -93,7 +94,7 @@ def ended_in_time():
         reader.close()
         if number:
             time.sleep(LATEST)
-            print(f"interrupted: {Interrupted(number).told}", file=sys.stderr)
+            print(f"interrupted: {told}", file=sys.stderr)
             end_now(128 + number)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from test_imports import FILES, reached_from
 
 import config
 from config import PRESETS, Config, UserError, make_config
+from shell import command_line
 from shell.command_line import MOST_USED, build_parser, from_command_line
 from shell.values import parse_sweep, parse_values
 
@@ -95,6 +97,22 @@ def test_edited_default_shows(tmp_path):
         ).stdout.strip()
         == "0.0123"
     )
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        ("--restart", ""),
+        ("--restart --seed 3", "--seed 3"),
+        ("--seed 3 --restart True --window 2", "--seed 3 --window 2"),
+        ("--restart=True --modelname x", "--modelname x"),
+        ("--modelname --restart", "--modelname"),
+        ("--modelname 'a --restartb'", "--modelname 'a --restartb'"),
+    ],
+)
+def test_the_command_that_goes_on_drops_nothing(given, wanted, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/x/main.py", *shlex.split(given)])
+    assert command_line.to_go_on() == f"python main.py {wanted}".strip()
 
 
 # ---------------------------------------------------------------- precedence

@@ -460,11 +460,18 @@ def with_bad(shard, skipped):
     return rows_of(shard, skipped)
 
 
-def test_unreadable_images_are_all_named_and_the_rest_is_kept(tmp_path):
+def test_unreadable_images_are_all_named_and_the_rest_is_kept(tmp_path, monkeypatch, capsys):
+    """In the one line of the mistake, or, where they are more, a line each before it."""
+    names = "train/dög/0.png", "train/dög/3.png", "test/cat/1.png"
     with pytest.raises(UserError, match="3 unreadable images") as stopped:
         writer(tmp_path / "cache").fill(with_bad)
-    for name in ("train/dög/0.png", "train/dög/3.png", "test/cat/1.png", "1 of 4 shards are kept"):
+    for name in (*names, "1 of 4 shards are kept"):
         assert name in str(stopped.value)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(utils, "MOST_NAMED", 2)
+    with pytest.raises(UserError, match="3 unreadable images: .* and others"):
+        writer(tmp_path / "other").fill(with_bad)
+    assert set(capsys.readouterr().err.splitlines()) == set(names)
 
 
 def test_repaired_images_cost_their_shards_only(tmp_path, folder):

@@ -97,9 +97,22 @@ def test_occlusion_finds_the_part_that_the_score_comes_from():
 
 
 def test_overlay_is_written(tmp_path):
-    overlays.draw(np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9)), tmp_path / "y.png", "M\udcfcller.png")
-    overlays.draw(np.zeros((30, 50, 3), np.uint8), np.random.rand(30, 50), tmp_path / "a" / "x.png", "a_$b$")
+    overlays.draw(np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9)), 3.0, tmp_path / "y.png", "M\udcfcller.png")
+    overlays.draw(
+        np.zeros((30, 50, 3), np.uint8), np.random.rand(30, 50), 0.0, tmp_path / "a" / "x.png", "a_$b$"
+    )
     assert Image.open(tmp_path / "a" / "x.png").size[0] > 500
+
+
+def test_a_map_is_as_bright_as_it_is_hot(tmp_path):
+    """In units of what its colours span at least: a weak one stays dark."""
+    picture, values = np.zeros((30, 30, 3), np.uint8), np.full((30, 30), 0.5)
+    brightness = []
+    for least in (0.0, 0.5, 5.0):
+        overlays.draw(picture, values, least, tmp_path / "x.png", "")
+        with Image.open(tmp_path / "x.png") as drawn:
+            brightness.append(np.asarray(drawn.convert("L"))[200:300, 600:700].mean())
+    assert brightness[0] == brightness[1] > 2 * brightness[2]
 
 
 # ---------------------------------------------------------------- of a run
@@ -179,3 +192,4 @@ def test_detector_without_places_blurs(run):
     picture = np.asarray(Image.open(path).convert("RGB"))
     wanted = heat_map.by_occlusion(loaded.score, picture)
     assert np.array_equal(loaded.heat_map(path), wanted) and wanted.std() > 0
+    assert loaded.least_heat == pytest.approx(3 * np.std(loaded.record["held_out_scores"]))

@@ -284,6 +284,17 @@ def test_too_many_pixels(tmp_path, monkeypatch):
             images.read_image(path)
 
 
+def test_a_jpeg_may_have_more_pixels_than_pillow_opens(tmp_path, monkeypatch):
+    """As of a phone of 200 megapixels; other files of so many are refused, as before."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50 * 50)
+    for name in ("a.jpg", "b.png"):
+        bomb(tmp_path / name, 100)
+    assert images.read_image(tmp_path / "a.jpg").shape == (100, 100, 3)
+    assert images.size_of(tmp_path / "a.jpg") == (100, 100)
+    with pytest.raises(UserError, match="b.png.*DecompressionBombError"):
+        images.read_image(tmp_path / "b.png")
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the memory from")
 @pytest.mark.slow
 def test_a_bomb_takes_bounded_memory(tmp_path):

@@ -1,5 +1,6 @@
 """A folder of good pictures and nothing else: a fit, a threshold, no metrics and no empty pictures."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -68,18 +69,27 @@ def test_rate_that_the_pictures_support(good, capsys):
     assert len(record["held_out_scores"]) == 4, "a fifth needs four"
 
 
-def test_own_folders_hold_some_out(monkeypatch):
-    assert knobs.make_config({"dataset": "folder"}).holdout == 0.1
-    assert knobs.make_config({"dataset": "folder", "holdout": 0.0}).holdout == 0
-    with monkeypatch.context() as edited:
-        edited.setattr(Config, "dataset", "folder")  # the default
-        assert knobs.make_config({}).holdout == 0.1
-    assert knobs.make_config({"dataset": "cifar10"}).holdout == knobs.make_config({}).holdout == 0
+def test_own_folders_hold_some_out():
+    """Unless a share is given, or edited in config.py; in a sweep over data sets, too."""
+    assert knobs.held_share(None, "folder") == 0.1 and knobs.held_share(None, "mvtec") == 0
+    assert knobs.held_share(0.0, "folder") == 0 and knobs.held_share(0.2, "folder") == 0.2
+    patient = knobs.make_config({"dataset": "folder", "patience": 3})
+    with pytest.raises(UserError, match="set holdout"):
+        dataclasses.replace(patient, dataset="mvtec")
 
 
 def test_without_any_held_out_there_is_nothing_to_say(good):
     with pytest.raises(UserError, match="--holdout 0.1"):
         train.main(Config(**RUN | {"holdout": 0.0}))
+
+
+def test_features_are_enough_for_a_class_of_ones_own(good):
+    train.main(Config(**RUN, modelname="seen"))
+    (good / "good").rename(good / "away")
+    train.main(Config(**RUN, modelname="unseen", pretrained=True))
+    records = [Path(f"runs/{name}/classes/good-seed0.json").read_text() for name in ("seen", "unseen")]
+    held = [json.loads(record)["held_out_scores"] for record in records]
+    assert held[0] == held[1]
 
 
 def test_several_classes_need_a_name(tmp_path, monkeypatch):

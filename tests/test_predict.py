@@ -58,7 +58,7 @@ def fitted(tmp_path_factory):
     try:
         for name, options in (
             ("held", {"holdout": 0.3, "score": "latent_knn"}),
-            ("plain", {"score": "likelihood"}),
+            ("plain", {"holdout": 0.0, "score": "likelihood"}),
             ("joined", {"holdout": 0.3, "bands": True, "score": "joined", "base": "kernel"}),
         ):
             train.main(Config(**RUN, class_name="a", modelname=name, **options))
@@ -273,6 +273,13 @@ def test_calibrate_on_fresh_pictures(here, capsys):
     assert "from 10 held-out" in said and "warning" not in said
 
 
+def test_good_pictures_are_of_one_class(here, capsys):
+    with pytest.raises(UserError, match="2 are asked for; name it with --class_name"):
+        predicted(capsys, "runs/two", "images/test/b", "--calibrate", "images/test/a")
+    asked = ["--calibrate", "images/test/a", "--class_name", "a"]
+    assert predicted(capsys, "runs/two", "images/test/b", *asked)[0][0]["p_value"]
+
+
 def test_a_run_scores_by_every_class(here, capsys):
     arguments = ["images/test/a/0.png", "images/test/b/0.png"]
     rows, _, _ = predicted(capsys, "runs/two", *arguments)
@@ -363,6 +370,16 @@ def test_rows_of_arrivals_are_in_the_file_at_once(here, capsys, tmp_path, monkey
     else:
         written = json.loads(text) if ending == "json" else [json.loads(line) for line in text.splitlines()]
     assert sorted(row["image"] for row in written) == TESTED[:10]
+    again = ["runs/held", "--watch", "images/test/a", "--output", target]
+    if ending == "json":
+        with pytest.raises(UserError, match=r"exists.*take \.jsonl"):
+            predicted(capsys, *again)
+        return
+    monkeypatch.setattr(scores.time, "sleep", slept)
+    predicted(capsys, *again)
+    lines = target.read_text().splitlines()
+    assert target.read_text().startswith(text) and len(lines) == len(text.splitlines()) + 10
+    assert sum(line.startswith("image,") for line in lines) == (ending == "csv"), "one header"
 
 
 def test_what_stays_unreadable_is_told_and_counted(here, capsys, tmp_path, no_waiting):
@@ -387,6 +404,7 @@ def test_a_heat_map_of_what_has_gone_is_a_line(here, capsys, tmp_path, monkeypat
         ["runs/held", "images", "--class_name", "zebra"],
         ["runs/held", "images", "--seed", "7"],
         ["runs/held", "images", "--output", "x.txt"],
+        ["runs/held", "images", "--output", "x.txt", "--calibrate", "nowhere"],
         ["runs/held", "images", "--false_alarms", "2"],
         ["runs/held", "images", "--calibrate", "nowhere"],
         ["images", "images"],

@@ -9,6 +9,7 @@ and out of focus, with the noise of a camera. Defects come in sizes from a few p
 side, and in contrasts from faint to plain."""
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -221,6 +222,7 @@ def write_set(args: argparse.Namespace) -> None:
     if args.folder.exists():
         raise knobs.UserError(f"{args.folder} exists; give a folder that does not")
     partial = args.folder.with_name(args.folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was ended
     count = generate(partial, args.train, args.good, args.defect, args.seed)
     partial.rename(args.folder)
     print(f"{count} images of {len(TEXTURES)} textures in {args.folder}")
