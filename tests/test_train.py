@@ -324,6 +324,20 @@ def test_best_on_test_never_chooses(cache):
     assert fitted.result["epoch"] == 6 and fitted.result["auroc"] == fitted.history[-1]["auroc"]
 
 
+def test_noise_is_of_the_size_that_is_asked_for(cache):
+    """On the tokens that the flow is trained on, and on these alone."""
+    trainer = make(cache, feature_noise=0.25, meta_epochs=1)
+    batch = trainer.prepared.usual["fit"][:16]
+    seen, flow = [], trainer.flow
+    trainer.flow = lambda tokens, patches: (seen.append(tokens), flow(tokens, patches))[1]
+    clean = trainer.prepared.inputs("fit", batch).tokens
+    for _ in range(20):
+        trainer.train_step(batch)
+    noise = torch.stack(seen) - clean
+    assert noise.std().item() == pytest.approx(0.25, rel=0.05) and abs(noise.mean().item()) < 0.02
+    assert torch.equal(trainer.prepared.inputs("fit", batch).tokens, clean)
+
+
 # ---------------------------------------------------------------- mistakes
 @pytest.mark.parametrize("meta_epochs, lr", [(1, 1e30), (3, 1e30)])
 def test_loss_that_is_not_finite(tmp_path, meta_epochs, lr):
@@ -335,6 +349,27 @@ def test_loss_that_is_not_finite(tmp_path, meta_epochs, lr):
     assert re.search(r"\bepoch 1\b", line) and "1e+30" in line and "class a" in line and "lr_init" in line, (
         line
     )
+
+
+def test_when_the_loss_is_looked_at(cache):
+    """On a CPU at every step; on a GPU, which would wait for it, now and then and at the last step; never
+    where an earlier epoch is kept."""
+
+    def looks(trainer, kind):
+        trainer.prepared.device, found = torch.device(kind), []
+        for step in range(trainer.steps):
+            trainer.step = step
+            try:
+                trainer.check_loss(torch.tensor(torch.nan))
+            except ClassError:
+                found.append(step)
+        return found
+
+    trainer = make(cache, meta_epochs=1, least_steps=150)
+    assert looks(trainer, "cpu") == list(range(trainer.steps))
+    assert looks(trainer, "cuda") == [63, 127, trainer.steps - 1]
+    assert looks(make(cache, patience=3, holdout=0.2), "cpu") == []
+    trainer.check_loss(torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("patience", [0, 3])
