@@ -74,7 +74,7 @@ DETECTORS = {  # how a row of the README's table begins -> table in results/ and
     "the same before training |": ("suite", "flow alone, before training"),
     "**`paper`**": ("paper", "whole score"),
     "`paper`: likelihood": ("paper", "likelihood"),
-    "`released` on this backbone: mean z²": ("released", "whole score"),
+    "`released` on this backbone (7 x 7 grid): mean z²": ("released", "whole score"),
     "`released`: likelihood": ("released", "likelihood"),
     "kNN, joint token": ("suite", "kNN, flow's input"),
     "Gaussian, joint token": ("suite", "Gaussian, flow's input"),
