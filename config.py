@@ -149,6 +149,7 @@ class Config:
                 values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
                 raise UserError(line.format(**values))
 
+
 NARROWEST = 0.01  # of a side: a narrower Gaussian weighs one patch, or divides by nothing
 FITS = (  # what has to hold of the knobs together -> the line where it does not
     (lambda c: c.preset in PRESETS, "preset: expected one that config.py names, got {preset!r}"),

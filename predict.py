@@ -102,28 +102,25 @@ def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
 
 
 def calibrate(detectors: list[PictureDetector], folder: Path) -> list[str]:
-    """Let the detectors' p-values rest on the good pictures of a folder -> those that cannot be read. Raises
-    UserError when none can."""
-    scores: list[list[float]] = [[] for _ in detectors]
-    unreadable = []
+    """Let the one detector's p-values rest on the good pictures of a folder -> those that cannot be read.
+    Raises UserError when none can, and where there are several detectors: the pictures are of one class."""
     if len(detectors) > 1:
         raise UserError(
             f"calibrate: {folder} holds good pictures of one class, {len(detectors)} are asked for; name it "
             "with --class_name"
         )
+    fitted, scores, unreadable = detectors[0], [], []
     files = images_below(folder) if folder.is_dir() else []
-    for rows in progress(detectors[0].backbone.rows(files), len(files), "calibrating", True):
+    for rows in progress(fitted.backbone.rows(files), len(files), "calibrating", True):
         if isinstance(rows, Unreadable):
             unreadable.append(rows.reason)
         else:
-            for known, fitted in zip(scores, detectors):
-                known += fitted.score_rows(rows).tolist()
-    if not scores[0]:
+            scores += fitted.score_rows(rows).tolist()
+    if not scores:
         raise UserError(
             f"calibrate: expected a folder of good pictures, found none that can be read in {folder}"
         )
-    for known, fitted in zip(scores, detectors):
-        fitted.calibrate_to(known)
+    fitted.calibrate_to(scores)
     return unreadable
 
 

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import common  # noqa: F401  the repository on the path
 import numpy as np
 
 import utils
