@@ -137,7 +137,7 @@ class ImageSet:
     read(split, i) -> (H, W, 3) uint8; raises UserError that names an unreadable image. identify(split, i):
     a hash of the image's content, of a file's bytes or of pixels; it does not depend on names and places.
     masks: where the defect of each test image is marked, or None; () without any. size(split, i): height and
-    width of an image in a file, quickly; raises UserError."""
+    width of an image without reading it, where that can be had; raises UserError."""
 
     labels: Labels
     read: Callable[[str, int], np.ndarray]
@@ -164,13 +164,12 @@ class ImageSet:
 
     def sizes(self, most: int) -> dict[str, list[tuple[int, int]]]:
         """Height and width of training images by class, of at most so many, evenly spaced, without those that
-        cannot be read; none of arrays."""
+        cannot be read."""
         train, found = self.labels.train, defaultdict(list)
-        if self.size is not None:
-            for i in np.linspace(0, len(train.names) - 1, min(most, len(train.names))).astype(int):
-                with contextlib.suppress(UserError):
-                    size = self.size("train", int(i))
-                    found[self.labels.classes[train.category[i]]].append(size)
+        for i in np.linspace(0, len(train.names) - 1, min(most, len(train.names))).astype(int):
+            with contextlib.suppress(UserError):
+                size = self.size("train", int(i)) if self.size else self.read("train", int(i)).shape[:2]
+                found[self.labels.classes[train.category[i]]].append(size)
         return dict(found)
 
     def part_key(self, split: str, start: int, stop: int) -> str:

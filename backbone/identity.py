@@ -13,7 +13,6 @@ from backbone.token_grid import OF_MAPS, PLACE_CHANNELS, Bands, Places, TokenGri
 from cache.feature_cache import CacheIdentity, cache_folder
 from cache.manifest import Manifest
 from config import LARGEST_IMAGE, Config, UserError, auto_pixels, knobs_affecting
-from images.layouts import OF_ANY_SHAPE
 
 
 # ---------------------------------------------------------------- what is extracted
@@ -55,7 +54,7 @@ def cache_identity(config: Config) -> CacheIdentity:
         "band_depths": "auto" if config.bands or config.places else None,
         **grid.fields(),
     }
-    if by_pictures(config):
+    if auto_pixels(config.img_size):
         del fields["img_size"]
         fields["img_pixels"] = auto_pixels(config.img_size)
         size = f"auto{fields['img_pixels']}"
@@ -74,11 +73,8 @@ def cache_identity(config: Config) -> CacheIdentity:
 # ---------------------------------------------------------------- the size of the images
 SIZES_READ = 200  # training pictures whose sizes decide
 ANOTHER_SHAPE = math.log(1.5)  # so much longer or shorter: a class is told of
-
-
-def by_pictures(config: Config) -> bool:
-    """Whether the pictures decide the size that is fed to the backbone."""
-    return bool(auto_pixels(config.img_size)) and config.dataset in OF_ANY_SHAPE
+ENLARGED = 5  # times at most, a side of small pictures; results/choosing.md
+LEAST_SIDE = 96  # pixels of a square: a backbone sees nothing in smaller ones
 
 
 def shape_fields(config: Config, img_size: tuple[int, int]) -> dict:
@@ -137,9 +133,11 @@ def size_in_shape(sizes: np.ndarray, pixels: int, own_size: tuple[int, int], str
     """Height and width in multiples of ``stride``, in the median shape of pictures of the ``sizes`` (n, 2).
 
     About so many pixels, but no more than the median picture has (enlarging adds nothing), and in any case
-    as many as the backbone's own size."""
+    as many as the backbone's own size, or where the pictures are small, as many as they have when they are
+    enlarged ENLARGED times, or those of a square of LEAST_SIDE."""
     ratio, area = np.median(sizes[:, 0] / sizes[:, 1]), np.median(np.prod(sizes.astype(float), 1))
-    area = max(min(pixels, area), math.prod(own_size))
+    least = min(math.prod(own_size), max(ENLARGED**2 * area, LEAST_SIDE**2))
+    area = max(min(pixels, area), least)
     sides = (math.sqrt(area * ratio), math.sqrt(area / ratio))
     height, width = (min(max(1, round(side / stride)), LARGEST_IMAGE // stride) * stride for side in sides)
     return height, width

@@ -435,4 +435,3 @@ READERS: dict[str, Callable[[Path], Listing]] = {
     "VisA": visa,
     "MTD": magnetic_tiles,
 }
-OF_ANY_SHAPE = READERS.keys() - {"CatsvsDogs"}  # pictures whose own shape and size matter

@@ -15,7 +15,7 @@ import extractor
 import predict
 import train
 from backbone import backbones
-from backbone.identity import cache_identity, size_for, size_in_shape
+from backbone.identity import size_for, size_in_shape
 from cache.manifest import Manifest
 from config import Config, UserError, make_config
 from detector import exporting
@@ -81,8 +81,12 @@ PLACES = {
         ([(1024, 1024)], 2 * 224**2, (320, 320)),
         ([(1024, 1024)], 224**2, (224, 224)),
         ([(300, 300)], 448**2, (288, 288)),  # enlarging adds nothing
-        ([(32, 32)], 2 * 224**2, (224, 224)),  # but for what the backbone was made for
-        ([(20, 80)], 2 * 224**2, (128, 448)),
+        ([(64, 64)], 2 * 224**2, (224, 224)),  # but for what the backbone was made for
+        ([(45, 45)], 2 * 224**2, (224, 224)),
+        ([(32, 32)], 2 * 224**2, (160, 160)),  # small ones five times
+        ([(32, 32)], 1, (160, 160)),
+        ([(8, 8)], 2 * 224**2, (96, 96)),  # at least
+        ([(20, 60)], 2 * 224**2, (96, 288)),
         ([(1024, 1024)], 1, (224, 224)),
         ([(3000, 1), (3000, 1)], 224**2, (4096, 32)),
         ([(400, 200), (400, 200), (90, 900)], 224**2, (320, 160)),  # the median, not the mean
@@ -131,7 +135,9 @@ def test_a_few_pictures_of_all_parts_are_measured_and_unreadable_ones_passed_ove
     found = datasets.load_images("folder", str(tmp_path))
     assert {name: len(own) for name, own in found.sizes(100).items()} == {"a": 5, "b": 4, "c": 5}
     assert found.sizes(3) == {"a": [(10 + ord("a"), 20)], "c": [(10 + ord("c"), 20)]}
-    assert datasets.load_images("digits", None).sizes(100) == {}
+    digits = datasets.load_images("digits", None).sizes(100)
+    assert {size for own in digits.values() for size in own} == {(8, 8)}
+    assert sum(map(len, digits.values())) == 100
 
 
 def test_classes_of_another_shape_are_told(tmp_path, capsys):
@@ -148,14 +154,17 @@ def test_classes_of_another_shape_are_told(tmp_path, capsys):
     assert "squeezed" not in capsys.readouterr().out
 
 
-def test_published_small_images_stay_square(monkeypatch):
-    """By name and place they are those of img_size none."""
-    for dataset in ("digits", "cifar10", "CIFAR100", "fashion", "STL10", "CatsvsDogs"):
-        auto, none = (
-            cache_identity(settings(dataset=dataset, dataset_path=None, img_size=size))
-            for size in ("auto", None)
-        )
-        assert auto == none and auto.fields["img_size"] == (176, 176)
+def test_small_images_are_enlarged_five_times(tmp_path):
+    """Of every data set, in files or arrays; a backbone that takes one size only keeps it."""
+    for i in range(3):
+        write_image(tmp_path / f"train/cat/{i}.png", np.zeros((28, 28, 3), np.uint8))
+        write_image(tmp_path / f"test/cat/{i}.png", np.zeros((28, 28, 3), np.uint8))
+    cifar10 = settings(dataset="cifar10", dataset_path=str(tmp_path))
+    assert size_for(cifar10, datasets.images_of(cifar10)) == (128, 128)
+    digits = settings(dataset="digits", dataset_path=None)
+    assert size_for(digits, datasets.images_of(digits)) == (96, 96)
+    fixed = settings(dataset="digits", dataset_path=None, extractor="levit_128s")
+    assert size_for(fixed, datasets.images_of(fixed)) == (224, 224)
 
 
 def test_the_presets_of_the_paper_stay_square():
