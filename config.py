@@ -96,7 +96,7 @@ class Config:
     # backbone and extraction
     extractor: str = features("VIT", f"backbone: {', '.join(BACKBONES)} or any timm model name")
     weights_path: str | None = features(None, "local weights instead of the hub's: .pth, .safetensors, .npz where timm reads it; random: untrained")
-    img_size: ImageSize = features(None, "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's; auto: in the shape of the training pictures, of 100352 pixels (auto:200000: of so many), fewer where the pictures have fewer, but at least of the backbone's own size, or of small pictures enlarged 5 times and of 96x96")
+    img_size: ImageSize = features(None, "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's; auto: in the shape of the training pictures, of 100352 pixels (auto:200000: of so many), fewer where the pictures have fewer, but at least of the backbone's own size; small pictures go into a CNN enlarged 5 times (at least 96x96) where that is less")
     pixel_norm: Six | None = features(None, "mean and standard deviation that pixels are normalised by, six numbers separated by commas; none: the backbone's")
     token_grid: str = features("full", "patch tokens kept: full, a number g (average-pooled to g x g), compact (low and high band per window), or centre (only their mean under the window of centre_pool: the smallest form, for fusion none); releasedg, as in released8: pooled as the released code did, which mixes tokens with channels")
     bands: bool = features(False, "also keep and use a band token: the low band, the ring energies and the peak energy of the backbone's maps at several depths")
@@ -188,6 +188,7 @@ PRESETS["quickstart"] = PRESETS["accurate"] | {
 PRESETS["ablation"] = PRESETS["accurate"] | {
     "modelname": "ablation", "extractor": "efficientnet_lite0", "n_seeds": 3, "baselines": False, "keep": "results",
     "score": "likelihood",  # places have no fusion
+    "img_size": None,  # of small pictures auto leaves fewer than the 6 x 6 patches that spectral fusion needs
     "sweep": "fusion=none,class_attention,hilo,spectral;fusion_tokens=last,middle",
 }
 # fmt: on

@@ -137,7 +137,7 @@ class ImageSet:
     read(split, i) -> (H, W, 3) uint8; raises UserError that names an unreadable image. identify(split, i):
     a hash of the image's content, of a file's bytes or of pixels; it does not depend on names and places.
     masks: where the defect of each test image is marked, or None; () without any. size(split, i): height and
-    width of an image without reading it, where that can be had; raises UserError."""
+    width of an image in a file, without its pixels; raises UserError."""
 
     labels: Labels
     read: Callable[[str, int], np.ndarray]

@@ -73,8 +73,7 @@ def cache_identity(config: Config) -> CacheIdentity:
 # ---------------------------------------------------------------- the size of the images
 SIZES_READ = 200  # training pictures whose sizes decide
 ANOTHER_SHAPE = math.log(1.5)  # so much longer or shorter: a class is told of
-ENLARGED = 5  # times at most, a side of small pictures; results/choosing.md
-LEAST_SIDE = 96  # pixels of a square: a backbone sees nothing in smaller ones
+ENLARGED, LEAST_SIDE = 5, 96  # small pictures for a CNN: so many times as large, so many pixels at least
 
 
 def shape_fields(config: Config, img_size: tuple[int, int]) -> dict:
@@ -110,7 +109,8 @@ def size_for(config: Config, images: datasets.ImageSet) -> tuple[int, int]:
         return own
     backbone = backbones.outline(dataclasses.replace(config, img_size=None))
     every = np.concatenate(list(found.values()))
-    size = size_in_shape(every, auto_pixels(config.img_size) or 0, own, backbone.stride)
+    enlarged = ENLARGED if backbone.is_map else math.inf  # a transformer's positions are of its own size
+    size = size_in_shape(every, auto_pixels(config.img_size) or 0, own, backbone.stride, enlarged)
     if not backbones.takes(config, size):
         print(f"img_size auto: {config.extractor} takes {own[0]}x{own[1]} only", flush=True)
         return own
@@ -129,14 +129,16 @@ def of_another_shape(sizes: dict[str, list[tuple[int, int]]], size: tuple[int, i
     return [name for name, ratio in found.items() if abs(math.log(ratio * size[1] / size[0])) > ANOTHER_SHAPE]
 
 
-def size_in_shape(sizes: np.ndarray, pixels: int, own_size: tuple[int, int], stride: int) -> tuple[int, int]:
+def size_in_shape(
+    sizes: np.ndarray, pixels: int, own_size: tuple[int, int], stride: int, enlarged: float
+) -> tuple[int, int]:
     """Height and width in multiples of ``stride``, in the median shape of pictures of the ``sizes`` (n, 2).
 
-    About so many pixels, but no more than the median picture has (enlarging adds nothing), and in any case
-    as many as the backbone's own size, or where the pictures are small, as many as they have when they are
-    enlarged ENLARGED times, or those of a square of LEAST_SIDE."""
+    About so many ``pixels``, but no more than the median picture has. At least those of the backbone's own
+    size, or where that is less, those of the median picture ``enlarged`` so many times, of a square of
+    LEAST_SIDE if they are still fewer."""
     ratio, area = np.median(sizes[:, 0] / sizes[:, 1]), np.median(np.prod(sizes.astype(float), 1))
-    least = min(math.prod(own_size), max(ENLARGED**2 * area, LEAST_SIDE**2))
+    least = min(math.prod(own_size), max(enlarged**2 * area, LEAST_SIDE**2))
     area = max(min(pixels, area), least)
     sides = (math.sqrt(area * ratio), math.sqrt(area / ratio))
     height, width = (min(max(1, round(side / stride)), LARGEST_IMAGE // stride) * stride for side in sides)

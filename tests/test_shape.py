@@ -93,7 +93,7 @@ PLACES = {
     ],
 )
 def test_size_in_the_pictures_shape(sizes, pixels, size):
-    assert size_in_shape(np.array(sizes), pixels, (224, 224), 32) == size
+    assert size_in_shape(np.array(sizes), pixels, (224, 224), 32, 5) == size
 
 
 @pytest.mark.parametrize(
@@ -154,8 +154,9 @@ def test_classes_of_another_shape_are_told(tmp_path, capsys):
     assert "squeezed" not in capsys.readouterr().out
 
 
-def test_small_images_are_enlarged_five_times(tmp_path):
-    """Of every data set, in files or arrays; a backbone that takes one size only keeps it."""
+def test_small_images_are_enlarged_for_a_cnn_alone(tmp_path):
+    """Of every data set, in files or arrays, five times (28 pixels: 128 is the nearest), at least to 96 x 96;
+    a transformer has them at its own size."""
     for i in range(3):
         write_image(tmp_path / f"train/cat/{i}.png", np.zeros((28, 28, 3), np.uint8))
         write_image(tmp_path / f"test/cat/{i}.png", np.zeros((28, 28, 3), np.uint8))
@@ -163,14 +164,16 @@ def test_small_images_are_enlarged_five_times(tmp_path):
     assert size_for(cifar10, datasets.images_of(cifar10)) == (128, 128)
     digits = settings(dataset="digits", dataset_path=None)
     assert size_for(digits, datasets.images_of(digits)) == (96, 96)
-    fixed = settings(dataset="digits", dataset_path=None, extractor="levit_128s")
-    assert size_for(fixed, datasets.images_of(fixed)) == (224, 224)
+    transformer = settings(dataset="digits", dataset_path=None, extractor="vit_tiny_patch16_224")
+    assert size_for(transformer, datasets.images_of(transformer)) == (224, 224)
 
 
 def test_the_presets_of_the_paper_stay_square():
     for preset in ("paper", "paper_L", "released"):
         assert make_config({"preset": preset}).img_size is None
-    assert make_config({"preset": "accurate"}).img_size == "auto"
+    assert make_config({"preset": "ablation"}).img_size is None
+    for preset in ("accurate", "quickstart"):
+        assert make_config({"preset": preset}).img_size == "auto"
 
 
 # ---------------------------------------------------------------- extraction
