@@ -314,7 +314,7 @@ def test_the_committed_suite():
 
 # ---------------------------------------------------------------- solar cells
 def test_cells_become_a_set_of_two_categories(tmp_path):
-    """Good is a probability of 0, four fifths of them for training, the same ones every time."""
+    """Good is a probability of 0, four fifths of them for training, the same ones with the same seed."""
     lines = [
         f"images/{kind}{i}.png {p} {kind}"
         for kind in cells.KINDS
@@ -322,7 +322,7 @@ def test_cells_become_a_set_of_two_categories(tmp_path):
     ]
     source = tree(tmp_path / "source", *(line.split()[0] for line in lines))
     (source / "labels.csv").write_text("\n".join(lines) + "\n")
-    cells.write_set(tmp_path / "cells", source)
+    cells.write_set(tmp_path / "cells", source, 0)
     labels = datasets.load_images("mvtec", str(tmp_path / "cells")).labels
     assert set(labels.classes) == {"mono", "poly"}
     train, test, anomalous = labels.one_class("poly")
@@ -330,5 +330,9 @@ def test_cells_become_a_set_of_two_categories(tmp_path):
     first = np.random.RandomState(0).permutation(10)[:8]
     kept = {path.name for path in (tmp_path / "cells/mono/train/good").iterdir()}
     assert kept == {f"mono{i}.png" for i in first}
+    cells.write_set(tmp_path / "other", source, 1)
+    assert kept != {path.name for path in (tmp_path / "other/mono/train/good").iterdir()}
     with pytest.raises(UserError, match="exists"):
-        cells.write_set(tmp_path / "cells", source)
+        cells.write_set(tmp_path / "cells", source, 0)
+    with pytest.raises(UserError, match="--seed: expected a whole number from 0, got -1"):
+        cells.write_set(tmp_path / "third", source, -1)

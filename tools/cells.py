@@ -5,7 +5,7 @@ python tools/cells.py data/cells
 python main.py --preset accurate --dataset mvtec --dataset_path data/cells --extractor efficientnet_lite0
 
 Good is a cell whose probability of a defect is 0, all others are defective. Of the good ones of a kind 80 %
-are for training, by NumPy's RandomState(0)."""
+are for training, by NumPy's RandomState(seed)."""
 
 import argparse
 import importlib.util
@@ -30,13 +30,13 @@ def package_data() -> Path:
     return Path(found.submodule_search_locations[0]) / "data"
 
 
-def places(lines: list[str]) -> dict[str, str]:
+def places(lines: list[str], seed: int) -> dict[str, str]:
     """Lines "path probability kind" of labels.csv -> {path: the folder it belongs in}."""
     cells = [line.split() for line in lines if line.strip()]
     found: dict[str, str] = {}
     for kind in KINDS:
         good = [path for path, probability, own in cells if own == kind and float(probability) == 0]
-        order = np.random.RandomState(0).permutation(len(good))
+        order = np.random.RandomState(seed).permutation(len(good))
         train = {good[i] for i in order[: int(0.8 * len(good))]}
         found |= {path: f"{kind}/{'train' if path in train else 'test'}/good" for path in good}
         bad = (path for path, probability, own in cells if own == kind and float(probability) > 0)
@@ -44,12 +44,14 @@ def places(lines: list[str]) -> dict[str, str]:
     return found
 
 
-def write_set(folder: Path, source: Path) -> None:
+def write_set(folder: Path, source: Path, seed: int) -> None:
     """Write the set beside its folder, then move it there whole. Raises UserError where it exists."""
     if folder.exists():
         raise knobs.UserError(f"{folder} exists; give a folder that does not")
+    if seed < 0:
+        raise knobs.UserError(f"--seed: expected a whole number from 0, got {seed}")
     partial = folder.with_name(folder.name + ".partial")
-    found = places((source / "labels.csv").read_text().splitlines())
+    found = places((source / "labels.csv").read_text().splitlines(), seed)
     for path, place in found.items():
         (partial / place).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, partial / place / Path(path).name)
@@ -58,7 +60,7 @@ def write_set(folder: Path, source: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    write_set(args.folder, package_data())
+    write_set(args.folder, package_data(), args.seed)
 
 
 if __name__ == "__main__":
@@ -66,4 +68,5 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="where to write; must not exist")
+    parser.add_argument("--seed", type=int, default=0, help="of the split [0]")
     guarded(main, parser.parse_args())

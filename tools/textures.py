@@ -221,6 +221,8 @@ def write_set(args: argparse.Namespace) -> None:
     """Write the set beside its folder, then move it there whole."""
     if args.folder.exists():
         raise knobs.UserError(f"{args.folder} exists; give a folder that does not")
+    if args.seed < 0:
+        raise knobs.UserError(f"--seed: expected a whole number from 0, got {args.seed}")
     partial = args.folder.with_name(args.folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was ended
     count = generate(partial, args.train, args.good, args.defect, args.seed)
