@@ -54,10 +54,10 @@ def cache_identity(config: Config) -> CacheIdentity:
         "band_depths": "auto" if config.bands or config.places else None,
         **grid.fields(),
     }
-    if auto_pixels(config.img_size):
+    if pixels := auto_pixels(config.img_size):
         del fields["img_size"]
-        fields["img_pixels"] = auto_pixels(config.img_size)
-        size = f"auto{fields['img_pixels']}"
+        fields["img_pixels"] = pixels
+        size = f"auto{pixels}"
     else:
         fields |= shape_fields(config, backbones.image_size(config))
         size = "{}x{}".format(*fields["img_size"])

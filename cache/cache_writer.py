@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -165,7 +166,7 @@ class CacheWriter:
         while missing := self.missing():
             todo = [shard for shard in missing if not self._note(shard).exists()]
             if not todo:
-                raise UserError(self._unreadable(missing))
+                self._refuse_unreadable(missing)
             work, mine = partial(self._work, features=features, advance=advance), ranks.own_first(todo)
             if at_once == 1:
                 worked = [work(shard) for shard in mine]
@@ -226,16 +227,18 @@ class CacheWriter:
             for writer in writers.values():
                 writer.abandon()
 
-    def _unreadable(self, missing: list[Shard]) -> str:
+    def _refuse_unreadable(self, missing: list[Shard]) -> NoReturn:
+        """Raise UserError that names the unreadable images of these shards; all of them are listed before it
+        where they are more than its line holds."""
         names = []
         for shard in missing:
             for i in read_json(self._note(shard)):
                 names.append(self.labels.split(shard.split).names[i])
-        if len(names) > utils.MOST_NAMED:  # more than one line holds
+        if len(names) > utils.MOST_NAMED:
             print(*names, sep="\n", file=sys.stderr)
         shown = utils.first_named(names)
         count = utils.counted(len(names), "unreadable image")
-        return (
+        raise UserError(
             f"{count}: {shown}; repair them or take them out, or leave them out with "
             f"--unreadable skip; {self.kept()}"
         )

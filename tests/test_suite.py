@@ -330,7 +330,9 @@ def test_cells_become_a_set_of_two_categories(tmp_path):
     first = np.random.RandomState(0).permutation(10)[:8]
     kept = {path.name for path in (tmp_path / "cells/mono/train/good").iterdir()}
     assert kept == {f"mono{i}.png" for i in first}
+    tree(tmp_path / "other.partial", "mono/train/good/of an ended run.png")
     cells.write_set(tmp_path / "other", source, 1)
+    assert len(datasets.load_images("mvtec", str(tmp_path / "other")).labels.one_class("mono")[0]) == 8
     assert kept != {path.name for path in (tmp_path / "other/mono/train/good").iterdir()}
     with pytest.raises(UserError, match="exists"):
         cells.write_set(tmp_path / "cells", source, 0)

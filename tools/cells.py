@@ -18,6 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import config as knobs
 from shell.signals import guarded
+from tools.new_set import new_set
 
 KINDS = ("mono", "poly")
 
@@ -45,17 +46,12 @@ def places(lines: list[str], seed: int) -> dict[str, str]:
 
 
 def write_set(folder: Path, source: Path, seed: int) -> None:
-    """Write the set beside its folder, then move it there whole. Raises UserError where it exists."""
-    if folder.exists():
-        raise knobs.UserError(f"{folder} exists; give a folder that does not")
-    if seed < 0:
-        raise knobs.UserError(f"--seed: expected a whole number from 0, got {seed}")
-    partial = folder.with_name(folder.name + ".partial")
-    found = places((source / "labels.csv").read_text().splitlines(), seed)
-    for path, place in found.items():
-        (partial / place).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / path, partial / place / Path(path).name)
-    partial.rename(folder)
+    """Write the set, whole or not at all (``new_set``)."""
+    with new_set(folder, seed) as partial:
+        found = places((source / "labels.csv").read_text().splitlines(), seed)
+        for path, place in found.items():
+            (partial / place).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / path, partial / place / Path(path).name)
     print(f"{len(found)} images of {len(KINDS)} kinds of cells in {folder}")
 
 

@@ -9,7 +9,6 @@ and out of focus, with the noise of a camera. Defects come in sizes from a few p
 side, and in contrasts from faint to plain."""
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import config as knobs
 from shell.signals import guarded
+from tools.new_set import new_set
 
 SIZE = 224  # pixels
 ROWS, COLUMNS = np.mgrid[:SIZE, :SIZE].astype(float)
@@ -218,15 +217,9 @@ def main() -> None:
 
 
 def write_set(args: argparse.Namespace) -> None:
-    """Write the set beside its folder, then move it there whole."""
-    if args.folder.exists():
-        raise knobs.UserError(f"{args.folder} exists; give a folder that does not")
-    if args.seed < 0:
-        raise knobs.UserError(f"--seed: expected a whole number from 0, got {args.seed}")
-    partial = args.folder.with_name(args.folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was ended
-    count = generate(partial, args.train, args.good, args.defect, args.seed)
-    partial.rename(args.folder)
+    """Write the set, whole or not at all (``new_set``)."""
+    with new_set(args.folder, args.seed) as partial:
+        count = generate(partial, args.train, args.good, args.defect, args.seed)
     print(f"{count} images of {len(TEXTURES)} textures in {args.folder}")
 
 
