@@ -85,7 +85,7 @@ class Config:
     keep: str = run("all", "what a run keeps beside the figures: all; weights of every class and seed (safetensors), but no pictures (score histograms, ROC, curves over epochs, contact sheets); or results alone", ("all", "weights", "results"), scripts=FITTING)
     sweep: str | None = run(None, "main.py: run every combination, as in fusion=none,hilo;dataset=digits,cifar10, and make one table", scripts=MAIN)
     restart: bool = run(False, "do again what is finished (extractor.py: the features; main.py and train.py: the classes) instead of going on where the last run ended")
-    worker: str | None = run(None, "which of how many processes that share the work this one is, on one machine or many with a shared folder: 0/16 to 15/16; none: what torchrun sets (RANK, WORLD_SIZE), or 0/1")
+    cluster: str | None = run(None, "main.py: fit on the workers of a Dask cluster, given by its scheduler's address (tcp://host:8786) or file (docs/scale.md); none: on this machine", scripts=MAIN)
     check: bool = run(False, "main.py: compare the AUROCs with the preset's committed table, results/<preset>.csv, and end with exit status 1 where one differs by more than .0005", scripts=MAIN)
     # data
     dataset: str = features("cifar10", "data set (docs/data.md has the folder layouts)", DATASETS)
@@ -142,8 +142,6 @@ class Config:
             check(field, getattr(self, field.name))
         for part in self.modelname.split("/"):  # a sweep's runs lie in a folder of their own
             check_folder_name("modelname", part)
-        if self.worker:
-            parse_worker(self.worker)
         for holds, line in FITS:
             if not holds(self):
                 values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -201,9 +199,12 @@ FORMER = {
     "spread_at_balance": "there is one joint token: leave it out",
     "spread_of_surfaces": "places are weighed by their own variance: leave it out",
     "refit": "it is gone: the held-out images stay held out",
-    "train_together": "it is gone: classes are fitted one by one, or by several processes (--worker)",
+    "train_together": "it is gone: classes are fitted one by one, or by several processes (--threads, --cluster)",
     "validate": "it is gone: settings are judged by benchmarks/suite.py",
-    **dict.fromkeys(("rank", "world_size"), "--worker 3/16 is rank 3 of world_size 16"),
+    **dict.fromkeys(
+        ("worker", "rank", "world_size"),
+        "--cluster has a Dask cluster's workers share the classes (docs/scale.md)",
+    ),
     "compile_flow": "--compile compiles backbone and flow",
     "pooling": "--token_grid released8 pools to 8 x 8 as pooling released did",
     "fine_classes": "--dataset CIFAR100_fine has the 100 classes",
@@ -285,14 +286,6 @@ def auto_pixels(img_size):
         return 2 * 224 * 224
     found = re.fullmatch(r"auto:([1-9][0-9]{0,7})", img_size) if isinstance(img_size, str) else None
     return int(found[1]) if found and int(found[1]) <= LARGEST_IMAGE**2 else None
-
-
-def parse_worker(text):
-    """``3/16`` -> (3, 16): which of how many processes. Raises UserError."""
-    found = re.fullmatch(r"([0-9]{1,6})/([1-9][0-9]{0,5})", text)
-    if not found or int(found[1]) >= int(found[2]):
-        raise UserError(f"worker: expected which of how many, as in 0/16 to 15/16, got {text!r}")
-    return int(found[1]), int(found[2])
 
 
 def plain_type(annotation):

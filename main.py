@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Iterator
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,135 +29,134 @@ from cache import feature_cache
 from config import ClassError, Config, UserError
 from detector import calibration, checkpoints, class_data, detector, memory, runs
 from reporting import figures, findings, report, tables, webpage
+from shell import engine
 from shell.values import parse_sweep, parse_values
-from shell.workers import in_processes
 
 PROCESS_BYTES = 1e9  # of a process of its own, beside the training
 TABLES = Path(__file__).resolve().parent / "results"  # committed ones, a preset each
 TOLERANCE = 5e-4  # of an AUROC, between two machines
-Drawn = dict[str, list[figures.Picture]]  # class -> its pictures
 
 
 # ---------------------------------------------------------------- running
-class Failed(NamedTuple):
-    """Stands for a class that could not be fitted."""
+class Fitting(NamedTuple):
+    """What the fits of a run have in common."""
 
-    pair: runs.ClassSeed
-    reason: str
-
-    def result(self) -> dict:
-        """A result without figures."""
-        nothing = dict.fromkeys(report.COLUMNS, float("nan"))
-        return {"class": self.pair.class_name, "seed": self.pair.seed, **nothing, "reason": self.reason}
-
-
-def fit_pairs(progress: runs.Progress, device: torch.device, watch: runs.Stopwatch) -> Drawn:
-    """Fit every class with every seed that is not finished and that no other rank is at. Each is saved as
-    soon as it is there, with its share of the wall time. A class that cannot be fitted stops no other ->
-    pictures that are drawn already."""
-    for number, pair in enumerate(progress.results, 1):
-        announce(progress, pair, number, "kept")
-    missing, at_once = len(progress.missing()), processes(progress, device)
-    told = f", {at_once} at a time" if at_once > 1 else ""
-    print(f"fitting {missing} flows of {len(progress.pairs)} (classes x seeds) on {device}{told}", flush=True)
-    start, drawn = time.perf_counter(), Drawn()
-    fitted = (
-        in_parallel(progress, at_once, watch, drawn) if at_once > 1 else one_by_one(progress, device, watch)
-    )
-    for number, pair in enumerate(fitted, 1):
-        each, left = (time.perf_counter() - start) / number, len(progress.missing())
-        announce(progress, pair, len(progress.results), took(progress.results[pair], left, each))
-        watch.lap()  # waiting for other ranks is nobody's share
-    return drawn
-
-
-def processes(progress: runs.Progress, device: torch.device) -> int:
-    """How many classes are fitted at a time, each by a process of its own: on a CPU as many as there are
-    threads, or as the memory holds; 1 where ranks share the work already."""
-    if device.type != "cpu" or progress.ranks.world_size > 1:
-        return 1
-    config, features = progress.config, progress.cache.meta
-    each = PROCESS_BYTES + memory.training_bytes(config, features, config.batch_size)
-    held = int(min(utils.available_memory() / each, len(progress.pairs)))
-    return max(1, min(torch.get_num_threads(), held))
-
-
-def one_by_one(
-    progress: runs.Progress, device: torch.device, watch: runs.Stopwatch
-) -> Iterator[runs.ClassSeed]:
-    """Fit the pairs that are this process's turn -> each, once it is kept."""
-    cache = progress.cache
-    sources = {split: class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
-    for pair in progress.turns():
-        progress.keep(pair, fit_and_keep(progress.config, cache, pair, sources, watch))
-        yield pair
-
-
-class Task(NamedTuple):
-    """A pair for a process of its own."""
-
-    pair: runs.ClassSeed
     config: Config
-    identity: feature_cache.CacheIdentity
-    threads: int
-    since: float  # when its share of the wall time began
+    threads: int  # of each; 0: all cores
+    began: float  # the run, in s since 1970
 
 
-def in_parallel(
-    progress: runs.Progress, at_once: int, watch: runs.Stopwatch, drawn: Drawn
-) -> Iterator[runs.ClassSeed]:
-    """Fit what is missing, so many pairs at a time -> each, once it is kept, its pictures in ``drawn``. All
-    have the same number of threads, on two cores one: what a pair comes to does not depend on how many are
-    missing."""
-    cache, threads = progress.cache, max(1, torch.get_num_threads() // at_once)
-    identity = feature_cache.CacheIdentity(cache.folder, cache.manifest.fields)
-    tasks = (Task(pair, progress.config, identity, threads, watch.since) for pair in progress.missing())
-    for pair, result, pictures in in_processes(at_once, fit_task, tasks, threads):
-        progress.keep(pair, result)
-        drawn |= {pair.class_name: pictures} if pictures else {}
-        yield pair
+class Outcome(NamedTuple):
+    """What came of a pair: its result, and the pictures of it that are drawn."""
+
+    result: dict
+    pictures: list[figures.Picture]
 
 
-def fit_task(task: Task) -> tuple[runs.ClassSeed, dict, list[figures.Picture]]:
-    """Fit and keep a pair in a process of its own -> the pair, its result and its pictures; those that are
-    not drawn here are left to the report."""
-    device = utils.set_up("cpu", task.threads)
-    cache = feature_cache.FeatureCache(task.identity)
-    sources = {split: class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
-    config, pair, pictures = task.config, task.pair, []
-    result = fit_and_keep(config, cache, pair, sources, runs.Stopwatch(task.since))
-    if config.keep == "all" and pair.seed == config.seed and "reason" not in result:
-        with contextlib.suppress(UserError):  # of which the report tells, once for all classes
-            images, folder = figures.raw_images(config, cache), checkpoints.run_folder(config)
-            pictures = figures.draw_class(config, cache, images, pair.class_name, folder)
-    return pair, result, pictures
+Outcomes = dict[runs.ClassSeed, Outcome]
 
 
-def fit_and_keep(
-    config: Config,
+def fit_pairs(
+    fitting: Fitting,
     cache: feature_cache.FeatureCache,
-    pair: runs.ClassSeed,
+    pairs: list[runs.ClassSeed],
+    device: torch.device,
+    cluster: Executor | None,
+) -> Outcomes:
+    """Fit every class with every seed that is not finished. Each is kept as soon as it is there. A class that
+    cannot be fitted stops no other."""
+    config = fitting.config
+    done = {pair: Outcome(result, []) for pair, result in runs.all_finished(config, cache, pairs).items()}
+    for number, (pair, kept) in enumerate(done.items(), 1):
+        announce(pair, kept.result, f"{number}/{len(pairs)}", "kept")
+    missing = [pair for pair in pairs if pair not in done]
+    at_once = 1 if cluster else processes(config, cache.meta, device, len(pairs))
+    told = f", {at_once} at a time" if at_once > 1 else ""
+    where = f"{device}{told}" if cluster is None else config.cluster
+    print(f"fitting {len(missing)} flows of {len(pairs)} (classes x seeds) on {where}", flush=True)
+    start = time.perf_counter()
+    threads = fitting.threads if cluster else max(1, torch.get_num_threads() // at_once)
+    with engine.in_processes(at_once, threads) as executor:
+        executor = executor or cluster
+        if executor is None:
+            task = functools.partial(fit_pair, fitting, cache, token_sources(cache, device))
+        else:
+            identity = feature_cache.CacheIdentity(cache.folder, cache.manifest.fields)
+            task = functools.partial(fit_there, fitting._replace(threads=threads), identity)
+        for number, (pair, outcome) in enumerate(engine.outcomes(executor, task, missing), 1):
+            done[pair] = outcome
+            each = (time.perf_counter() - start) / number
+            how = took(outcome.result, len(missing) - number, each)
+            announce(pair, outcome.result, f"{len(done)}/{len(pairs)}", how)
+    return done
+
+
+def processes(config: Config, features: dict, device: torch.device, pairs: int) -> int:
+    """How many classes are fitted at a time, each by a process of its own: on a CPU as many as there are
+    threads, or as the memory holds."""
+    if device.type != "cpu":
+        return 1
+    each = PROCESS_BYTES + memory.training_bytes(config, features, config.batch_size)
+    return max(1, min(torch.get_num_threads(), int(min(utils.available_memory() / each, pairs))))
+
+
+def token_sources(
+    cache: feature_cache.FeatureCache, device: torch.device
+) -> dict[str, class_data.TokenSource]:
+    return {split: class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
+
+
+def fit_there(fitting: Fitting, identity: feature_cache.CacheIdentity, pair: runs.ClassSeed) -> Outcome:
+    """``fit_pair`` in another process, perhaps of another machine."""
+    device = utils.set_up(fitting.config.device, fitting.threads)
+    cache = feature_cache.FeatureCache(identity)
+    runs.check_settled(fitting.config, cache)
+    outcome = fit_pair(fitting, cache, token_sources(cache, device), pair)
+    return (
+        outcome
+        if "reason" in outcome.result
+        else outcome._replace(pictures=draw(fitting.config, cache, pair))
+    )
+
+
+def fit_pair(
+    fitting: Fitting,
+    cache: feature_cache.FeatureCache,
     sources: dict[str, class_data.TokenSource],
-    watch: runs.Stopwatch,
-) -> dict:
-    """Fit a pair and save what came of it -> its result."""
-    outcome = fit(config, cache, pair, sources)
-    if isinstance(outcome, Failed):
-        result = outcome.result() | watch.share()
-        runs.keep_failure(config, cache, pair, result)
-        return result
-    outcome.result |= watch.share()
-    checkpoints.save_fitted(config, cache, outcome)
-    return outcome.result
+    pair: runs.ClassSeed,
+) -> Outcome:
+    """Fit one class with one seed and keep what comes of it; one that cannot be fitted has a result with the
+    reason and without figures."""
+    config = fitting.config
+    try:
+        fitted = train.make_trainer(config, cache, *pair, sources["train"], sources["test"]).run()
+    except ClassError as mistake:
+        reason = str(mistake).removeprefix(f"class {pair.class_name}: ")
+        nothing = dict.fromkeys(report.COLUMNS, float("nan"))
+        result = {"class": pair.class_name, "seed": pair.seed, **nothing, "reason": reason}
+        return Outcome(result | runs.times(fitting.began), [])
+    fitted.result |= runs.times(fitting.began)
+    checkpoints.save_fitted(config, cache, fitted)
+    return Outcome(fitted.result, [])
 
 
-def announce(progress: runs.Progress, pair: runs.ClassSeed, number: int, how: str) -> None:
+def draw(config: Config, cache: feature_cache.FeatureCache, pair: runs.ClassSeed) -> list[figures.Picture]:
+    """The pictures of a class, drawn where it was fitted: the processes share that, too. Those that are not
+    are left to the report."""
+    if config.keep != "all" or pair.seed != config.seed:
+        return []
+    with contextlib.suppress(UserError):  # of which the report tells, once for all classes
+        images, folder = figures.raw_images(config, cache), checkpoints.run_folder(config)
+        return figures.draw_class(config, cache, images, pair.class_name, folder)
+    return []
+
+
+def announce(pair: runs.ClassSeed, result: dict, number: str, how: str) -> None:
     """Say what a class has come to."""
-    result = progress.results[pair]
     tested = f"AUROC {tables.number(result['auroc'])}" if result.get("n_test") else "no test images"
     told = result.get("reason") or f"{tested}  {how}"
     name = " ".join(pair.class_name.split())  # one line, whatever a folder is called
-    print(f"[{number}/{len(progress.pairs)}] {name} seed {pair.seed}: {told}", flush=True)
+    print(f"[{number}] {name} seed {pair.seed}: {told}", flush=True)
 
 
 def took(result: dict, left: int, each: float) -> str:
@@ -166,53 +165,36 @@ def took(result: dict, left: int, each: float) -> str:
     return f"{told}, about {utils.readable_time(left * each)} for {left} more" if left else told
 
 
-def fit(
-    config: Config,
-    cache: feature_cache.FeatureCache,
-    pair: runs.ClassSeed,
-    sources: dict[str, class_data.TokenSource],
-) -> checkpoints.Fitted | Failed:
-    """Fit one class with one seed."""
-    try:
-        return train.make_trainer(config, cache, *pair, sources["train"], sources["test"]).run()
-    except ClassError as mistake:
-        return Failed(pair, str(mistake).removeprefix(f"class {pair.class_name}: "))
-
-
-def run(config: Config) -> dict | None:
-    """The whole course of one configuration: features, classes, baselines, report -> its summary; None where
-    another rank writes the report."""
-    watch = runs.Stopwatch()
+def run(config: Config) -> dict:
+    """The whole course of one configuration: features, classes, baselines, report -> its summary."""
+    began = time.time()
     device = utils.set_up(config.device, config.threads)
-    with runs.writing(config):
+    with runs.writing(config), engine.on_cluster(config.cluster) as cluster:
         cache = extractor.ensure_features(config, device, functools.partial(detector.Detector, config))
         classes = datasets.choose_classes(cache.labels, config.class_name)
         seeds = range(config.seed, config.seed + config.n_seeds)
         pairs = [runs.ClassSeed(class_name, seed) for seed in seeds for class_name in classes]
         runs.settle(config, cache, pairs)
-        progress = runs.Progress(config, cache, pairs)
         try:
-            drawn = fit_pairs(progress, device, watch)
+            done = fit_pairs(Fitting(config, config.threads, began), cache, pairs, device, cluster)
         except Interrupted as interrupted:
-            interrupted.told = progress.go_on()
+            interrupted.told = runs.go_on(config, cache, pairs)
             raise
-        if not progress.report_is_mine():
-            print(f"rank {progress.ranks.rank} is done; another one reports", flush=True)
-            return None
-        progress.tidy()
-        return write_report(progress, classes, watch, drawn)
+        runs.sweep_up(config)
+        return write_report(config, cache, {pair: done[pair] for pair in pairs}, began)
 
 
-def write_report(progress: runs.Progress, classes: list[str], watch: runs.Stopwatch, drawn: Drawn) -> dict:
+def write_report(config: Config, cache: feature_cache.FeatureCache, done: Outcomes, began: float) -> dict:
     """Baselines, table and pictures of a run whose pairs are all done -> its summary."""
-    config, cache, folder = progress.config, progress.cache, checkpoints.run_folder(progress.config)
+    folder = checkpoints.run_folder(config)
     print("all classes are done: writing the report", flush=True)
-    results = [progress.results[pair] for pair in progress.pairs]
+    results = [outcome.result for outcome in done.values()]
     failing = {result["class"] for result in results if "reason" in result}
-    whole = [class_name for class_name in classes if class_name not in failing]
+    whole = list(dict.fromkeys(pair.class_name for pair in done if pair.class_name not in failing))
+    drawn = {pair.class_name: outcome.pictures for pair, outcome in done.items() if outcome.pictures}
     table = findings.simple_detectors(config, whole) if config.baselines else {}
-    defects = findings.defect_aurocs(config, cache, whole, sorted({pair.seed for pair in progress.pairs}))
-    seconds = runs.wall_time(results) + watch.lap()
+    defects = findings.defect_aurocs(config, cache, whole, sorted({pair.seed for pair in done}))
+    seconds = runs.wall_time(results, began)
     thresholds = {
         name: calibration.of_record(record, config.false_alarms)
         for name, record in checkpoints.trained_records(config, whole)
@@ -246,10 +228,7 @@ def run_sweep(config: Config) -> list[dict]:
     summaries: dict[tuple, dict] = {}
     for values, combination in configs.items():
         print(f"\n=== {' '.join(f'{knob} {value}' for knob, value in zip(sweep, values))}", flush=True)
-        if summary := run(combination):
-            summaries[values] = summary
-    if len(summaries) < len(configs):  # another rank reports
-        return list(summaries.values())
+        summaries[values] = run(combination)
     print("\n" + report.write_sweep(folder, sweep, summaries, time.perf_counter() - start))
     print(f"\nresults in {folder}/sweep.json and sweep.md")
     return list(summaries.values())
@@ -285,12 +264,12 @@ def main(config: Config) -> None:
     1 when ``check`` finds a difference."""
     wanted = committed_table(config) if config.check else None
     summaries = run_sweep(config) if config.sweep else [run(config)]
-    classes = [entry for summary in summaries if summary for entry in summary["classes"].values()]
+    classes = [entry for summary in summaries for entry in summary["classes"].values()]
     failures = [bad[0] for e in classes if (bad := [run for run in e["runs"] if "reason" in run])]
     if failures:
         first = f"class {failures[0]['class']}: {failures[0]['reason']}"
         raise UserError(f"{len(failures)} of {len(classes)} classes could not be fitted: {first}")
-    if wanted and summaries[0]:
+    if wanted:
         different = differences(summaries[0], wanted)
         print("\n".join(different) or f"equal within ± {TOLERANCE:.4f}".replace("0.", "."))
         if different:
@@ -298,4 +277,6 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, CONFIG)
+    from main import main as by_name  # other processes know the tasks by this module's name
+
+    run_script(by_name, CONFIG)

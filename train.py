@@ -104,8 +104,7 @@ class Trainer:
         self.history.append(found.entry)
         if loss is None:
             self.before_training = found.flow_scores
-        if utils.is_first_process():
-            tqdm.write(f"{self.data.class_name}  {found}")
+        tqdm.write(f"{self.data.class_name}  {found}")
         self.since_best += 1
         if last or self.best is None or found.held_out_loss < self.best.held_out_loss:
             self.best, self.since_best = found, 0
@@ -160,7 +159,7 @@ def make_trainer(
 
 
 def main(config: Config) -> None:
-    watch = runs.Stopwatch()
+    began = time.time()
     device = utils.set_up(config.device, config.threads)
     given = f"give it with --class_name (now {config.class_name!r})"
     advice = f"train.py fits one class: {given}; main.py fits several"
@@ -177,7 +176,7 @@ def main(config: Config) -> None:
         if result is None:
             train, test = (TokenSource(cache.arrays(split), device) for split in datasets.SPLITS)
             fitted = make_trainer(config, cache, *pair, train, test).run()
-            fitted.result |= watch.share()
+            fitted.result |= runs.times(began)
             checkpoints.save_fitted(config, cache, fitted)
             result, kept = fitted.result, "kept"
     path = checkpoints.checkpoint_path(config, *pair)

@@ -3,7 +3,6 @@
 import ctypes
 import hashlib
 import math
-import multiprocessing
 import os
 import platform
 import random
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from joblib import cpu_count  # knows a container's share of the machine
 
-from config import Config, UserError, parse_worker
+from config import Config, UserError
 from shell.signals import Interrupted
 
 
@@ -41,8 +40,8 @@ MOST_NAMED = 20  # images or shards in one line
 
 def set_up(device_name: str, threads: int) -> torch.device:
     """The device of a name (auto, cpu, cuda, cuda:N), and torch's threads set; float32 convolutions on a GPU
-    are float32, not TF32. Of several processes on one machine (torchrun's LOCAL_RANK) each takes a GPU of its
-    own. Raises UserError on an absent device, or on more threads than the machine has use for."""
+    are float32, not TF32. Raises UserError on an absent device, or on more threads than the machine has use
+    for."""
     cores = cpu_count()
     if not 0 <= threads <= THREADS_PER_CORE * cores:
         raise UserError(
@@ -50,11 +49,8 @@ def set_up(device_name: str, threads: int) -> torch.device:
             f"all cores, got {threads}"
         )
     torch.set_num_threads(threads or cores)
-    local = _from_environment("LOCAL_RANK", 0)
     if device_name == "auto":
         device_name = "cuda" if torch.cuda.is_available() else "cpu"
-    if device_name == "cuda" and local and torch.cuda.device_count():
-        device_name = f"cuda:{local % torch.cuda.device_count()}"
     try:
         device = torch.device(device_name)
     except RuntimeError:
@@ -85,16 +81,10 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, KEPT_FREE)
 
 
-def is_first_process() -> bool:
-    """Whether this is none of several processes that fit a class each, whose lines would run together."""
-    return multiprocessing.parent_process() is None
-
-
 def no_bar() -> bool | None:
-    """tqdm's ``disable``: True in one of several processes, whose bars would run together, and where
-    TQDM_DISABLE is set; None, which hides it where the output is no terminal, otherwise."""
-    hidden = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
-    return True if hidden or not is_first_process() else None
+    """tqdm's ``disable``: True where TQDM_DISABLE is set; None, which hides a bar where the output is no
+    terminal, otherwise."""
+    return os.environ.get("TQDM_DISABLE", "0") not in ("", "0") or None
 
 
 def readable_time(seconds: float) -> str:
@@ -119,14 +109,13 @@ def counted(number: int, what: str) -> str:
 
 
 class Ranks(NamedTuple):
-    """Which of how many processes this is: they share the work over a folder, without talking."""
+    """Which of how many processes this is."""
 
     rank: int
     world_size: int
 
     def own_first(self, items: Sequence) -> list:
-        """All items, those of this rank (every world_size-th) first: ranks begin at different ones, and each
-        can finish what another has left."""
+        """All items, those of this rank (every world_size-th) first."""
         turns = range(self.rank, self.rank + self.world_size)
         return [item for turn in turns for item in items[turn % self.world_size :: self.world_size]]
 
@@ -135,20 +124,7 @@ ALONE = Ranks(0, 1)
 
 
 def ranks(config: Config) -> Ranks:
-    """The knob worker, or what torchrun set (RANK, WORLD_SIZE), or 0 of 1. Raises UserError."""
-    if config.worker:
-        return Ranks(*parse_worker(config.worker))
-    rank, size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
-    if rank >= size:
-        raise UserError(f"RANK {rank} in the environment: expected 0 to {size - 1}, below WORLD_SIZE")
-    return Ranks(rank, size)
-
-
-def _from_environment(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise UserError(f"{name} in the environment: expected a whole number, got {text!r}")
-    return int(text)
+    return ALONE
 
 
 def reachable(url: str, seconds: float = 3.0) -> bool:

@@ -1,26 +1,23 @@
-"""The folder of a run: who writes it, which of its classes and seeds are finished, which rank takes which.
+"""The folder of a run: who writes it, and which of its classes and seeds are finished.
 
 A pair is one class with one seed. It is finished when its record and weights are whole and were made with
-this very configuration on these very features. Ranks (several processes, on one machine or many with a
-shared folder) claim pairs by lock files, and never talk: a rank that dies gives its claims back, and any
-rank, or the next run, takes them. Layout of runs/<modelname>/: ``run.json`` what the run is,
-``.writer-<rank>-of-<n>`` who writes it, ``classes/`` the pairs."""
+this very configuration on these very features. Layout of runs/<modelname>/: ``run.json`` what the run is,
+``.writer`` which script writes it, ``classes/`` the pairs."""
 
 import contextlib
+import os
+import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-import utils
+from filelock import FileLock, Timeout
+
 from cache import feature_cache
 from config import Config, UserError, knobs_affecting
 from detector import checkpoints
 from shell.command_line import to_go_on
 from shell.files import as_strict_json, read_sealed, write_sealed
-from shell.locks import Lock
-
-FAILED = ".failed.json"  # the ending of what a pair leaves that cannot be fitted
 
 
 class ClassSeed(NamedTuple):
@@ -31,53 +28,39 @@ class ClassSeed(NamedTuple):
 # ---------------------------------------------------------------- one modelname, one writer
 @contextlib.contextmanager
 def writing(config: Config) -> Iterator[None]:
-    """Hold the run's folder as its only writer, or as one of the ranks that share it. Raises UserError when
-    it cannot be written, or another run is at it; what was made for nothing is taken away again."""
-    folder, ranks = checkpoints.run_folder(config), utils.ranks(config)
-    if config.restart and ranks.world_size > 1:
-        raise UserError(
-            "restart: one process at a time; drop the old run with one, or give another --modelname"
-        )
-    lock = Lock(folder / f".writer-{ranks.rank}-of-{ranks.world_size}")
+    """Hold the run's folder as the only script that writes it, with its tasks. Raises UserError when it
+    cannot be written, or another run is at it; what was made for nothing is taken away again."""
+    folder = checkpoints.run_folder(config)
+    path = folder / ".writer"
+    lock = FileLock(path)
     try:
         try:
-            _take(lock, folder)
-            (folder / "classes").mkdir(exist_ok=True)
-            if ranks.world_size == 1:
-                _sweep_up(folder)
+            (folder / "classes").mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            sweep_up(config)
+        except Timeout:
+            raise UserError(
+                f"{folder} is being written by {path.read_text() or 'another process'}; wait for its end, or "
+                "give another --modelname"
+            ) from None
         except OSError as error:
             raise UserError(
                 f"{folder} cannot be written ({error.strerror}); start in another folder"
             ) from None
         yield
     finally:
-        lock.release()
+        if lock.is_locked:
+            path.unlink()
+            lock.release()
         for made in (folder / "classes", folder, *folder.parents[:-1]):
             with contextlib.suppress(OSError):
                 made.rmdir()  # where nothing was written into it
 
 
-def _take(lock: Lock, folder: Path) -> None:
-    for _ in range(10):  # another rank may be looking whether this lock is held
-        if lock.take():
-            break
-        time.sleep(0.1)
-    else:
-        raise UserError(_busy(folder, lock))
-    world = lock.path.name.rpartition("-")[2]
-    for path in folder.glob(".writer-*"):
-        other = Lock(path)
-        if path.name.rpartition("-")[2] != world and not other.take():
-            raise UserError(_busy(folder, other))
-        other.release()
-
-
-def _busy(folder: Path, lock: Lock) -> str:
-    return f"{folder} is being written by {lock.owner()}; wait for its end, or give another --modelname"
-
-
-def _sweep_up(folder: Path) -> None:
-    """Remove what killed runs left half-written."""
+def sweep_up(config: Config) -> None:
+    """Remove what killed processes left half-written."""
+    folder = checkpoints.run_folder(config)
     for place in (folder, folder / "classes", folder / "figures"):
         for path in place.glob(".*.partial"):
             path.unlink(missing_ok=True)
@@ -112,8 +95,7 @@ def settle(config: Config, cache: feature_cache.FeatureCache, pairs: list[ClassS
         drop(config, pairs if same else None)
         write_sealed(path, wanted)
         return
-    alone = utils.ranks(config).world_size == 1
-    kept = [path for path in (folder / "classes").glob("*-seed*.json") if not path.name.endswith(FAILED)]
+    kept = any((folder / "classes").glob("*-seed*.json"))
     try:
         found = read_sealed(path)
     except FileNotFoundError:
@@ -126,10 +108,24 @@ def settle(config: Config, cache: feature_cache.FeatureCache, pairs: list[ClassS
     except ValueError as error:
         raise UserError(f"{error}; {advice}") from None
     differing = differences(found, wanted)
-    if differing and not kept and alone:  # nothing to lose
+    if differing and not kept:  # nothing to lose
         write_sealed(path, wanted)
     elif differing:
         raise UserError(f"{folder} holds classes of another configuration: {differing}; {advice}")
+
+
+def check_settled(config: Config, cache: feature_cache.FeatureCache) -> None:
+    """Raise UserError in a process that does not see the run's folder as ``settle`` has left it."""
+    folder = checkpoints.run_folder(config)
+    try:
+        if not differences(read_sealed(folder / "run.json"), identity(config, cache)):
+            return
+    except (OSError, ValueError):
+        pass
+    raise UserError(
+        f"{socket.gethostname()} does not see {folder.resolve()} as the machine does that started the run; "
+        "both need the same folder there"
+    )
 
 
 def differences(found: dict, wanted: dict) -> str:
@@ -159,8 +155,7 @@ def drop(config: Config, pairs: list[ClassSeed] | None = None) -> None:
         paths = [*(folder / "classes").glob("*-seed*.json")]
         names.append("run.json")
     else:
-        records = [checkpoints.checkpoint_files(checkpoints.checkpoint_path(config, *p))[0] for p in pairs]
-        paths = records + [failure_path(config, pair) for pair in pairs]
+        paths = [checkpoints.checkpoint_files(checkpoints.checkpoint_path(config, *p))[0] for p in pairs]
     for path in paths:
         with contextlib.suppress(FileNotFoundError, ValueError):
             read_sealed(path)  # anything else is left alone
@@ -170,7 +165,7 @@ def drop(config: Config, pairs: list[ClassSeed] | None = None) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------- finished or failed
+# ---------------------------------------------------------------- what is finished
 def finished(config: Config, cache: feature_cache.FeatureCache, pair: ClassSeed) -> dict | None:
     """The result of a pair that was finished under this configuration and these features; None when it was
     not, or its files are not whole, or lack what is asked for now."""
@@ -193,147 +188,29 @@ def finished(config: Config, cache: feature_cache.FeatureCache, pair: ClassSeed)
     return record["result"]
 
 
-def failure_path(config: Config, pair: ClassSeed) -> Path:
-    path = checkpoints.checkpoint_path(config, *pair)
-    return path.with_name(path.name + FAILED)
+def all_finished(config: Config, cache: feature_cache.FeatureCache, pairs: list[ClassSeed]) -> dict:
+    """{pair: result} of those that are finished."""
+    return {pair: result for pair in pairs if (result := finished(config, cache, pair))}
 
 
-def failed(config: Config, cache: feature_cache.FeatureCache, pair: ClassSeed) -> dict | None:
-    """The result of a pair that failed under this configuration and these features: its reason."""
-    try:
-        record = read_sealed(failure_path(config, pair))
-    except (OSError, ValueError):
-        return None
-    wanted = identity(config, cache)
-    same = {part: record.get(part) for part in wanted} == wanted
-    return checkpoints.undefined_as_nan(record["result"]) if same else None
-
-
-def keep_failure(config: Config, cache: feature_cache.FeatureCache, pair: ClassSeed, result: dict) -> None:
-    """Keep why a pair failed, for the other ranks and the report; its checkpoint, if any, is gone."""
-    for path in checkpoints.checkpoint_files(checkpoints.checkpoint_path(config, *pair)):
-        path.unlink(missing_ok=True)
-    write_sealed(failure_path(config, pair), identity(config, cache) | {"result": result})
+def go_on(config: Config, cache: feature_cache.FeatureCache, pairs: list[ClassSeed]) -> str:
+    """What an interrupted run has kept, and the command that goes on with it."""
+    done = len(all_finished(config, cache, pairs))
+    return f"{done} of {len(pairs)} classes are kept; go on with: {to_go_on()}"
 
 
 # ---------------------------------------------------------------- how long it took
-class Stopwatch:
-    """Hands out the time since it was last asked, at first since ``since`` (time.perf_counter(), which all
-    processes of a machine share)."""
-
-    def __init__(self, since: float | None = None) -> None:
-        self.since = time.perf_counter() if since is None else since
-
-    def lap(self) -> float:
-        now, since = time.perf_counter(), self.since
-        self.since = now
-        return round(now - since, 3)
-
-    def share(self) -> dict:
-        """The same as a result keeps it: its share of the wall time, and when that ended (s since 1970)."""
-        return {"wall_time_s": self.lap(), "ended": round(time.time(), 3)}
+def times(began: float) -> dict:
+    """When the run that made a result began, and that it has the result now, as it keeps them (s since
+    1970)."""
+    return {"began": began, "ended": time.time()}
 
 
-def wall_time(results: list[dict]) -> float:
-    """The seconds in which at least one of the results was worked at: those of ranks that work at the same
-    time count once, where it is known when they ended."""
-    total, until = sum(result["wall_time_s"] for result in results if "ended" not in result), 0.0
-    timed = [result for result in results if "ended" in result]
-    for result in sorted(timed, key=lambda result: result["ended"] - result["wall_time_s"]):
-        start = max(result["ended"] - result["wall_time_s"], until)
-        total += max(0.0, result["ended"] - start)
-        until = max(until, result["ended"])
+def wall_time(results: list[dict], began: float) -> float:
+    """The seconds in which this run, begun at ``began``, or those that made its results were at work: what
+    was done at the same time counts once, pauses between runs do not."""
+    total, until = 0.0, 0.0
+    for start, end in sorted([*((r["began"], r["ended"]) for r in results), (began, time.time())]):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
     return total
-
-
-# ---------------------------------------------------------------- whose turn it is
-class Progress:
-    """The pairs of a run: which are done, and claims on the others."""
-
-    def __init__(self, config: Config, cache: feature_cache.FeatureCache, pairs: list[ClassSeed]):
-        self.config, self.cache, self.pairs = config, cache, pairs
-        self.ranks = utils.ranks(config)
-        self.results: dict[ClassSeed, dict] = {}
-        self.claims: dict[ClassSeed, Lock] = {}
-        for path in () if self.ranks.world_size > 1 else (failure_path(config, pair) for pair in pairs):
-            path.unlink(missing_ok=True)  # a new run tries again
-        self.look()
-
-    def look(self) -> list[ClassSeed]:
-        """See what is done, by whomever -> the pairs that were not, as far as this rank knew."""
-        new = []
-        for pair in self.pairs:
-            if pair in self.results:
-                continue
-            result = finished(self.config, self.cache, pair) or failed(self.config, self.cache, pair)
-            if result:
-                self.results[pair] = result
-                new.append(pair)
-        return new
-
-    def missing(self) -> list[ClassSeed]:
-        return [pair for pair in self.pairs if pair not in self.results]
-
-    def claim(self, pair: ClassSeed) -> bool:
-        """Whether the pair is this process's to fit now: neither done nor another process's."""
-        path = checkpoints.checkpoint_path(self.config, *pair)
-        lock = Lock(path.with_name(f".{path.name}.claim"))
-        if pair in self.results or not lock.take():
-            return False
-        self.claims[pair] = lock
-        self.look()  # another may have finished it just before it was claimed
-        if pair in self.results:
-            self.release(pair)
-        return pair not in self.results
-
-    def release(self, pair: ClassSeed) -> None:
-        if pair in self.claims:
-            self.claims.pop(pair).release()
-
-    def keep(self, pair: ClassSeed, result: dict) -> None:
-        self.results[pair] = result
-        self.release(pair)
-
-    def turns(self) -> Iterator[ClassSeed]:
-        """The pairs that this process is to fit, claimed, until none is left to claim. Rank 0 waits for those
-        that others are at."""
-        try:
-            while self.missing():
-                for pair in self.ranks.own_first(self.pairs):
-                    if self.claim(pair):
-                        yield pair
-                if self.missing() and self.ranks.rank:
-                    return
-                if self.missing():
-                    time.sleep(0.5)
-                    self.look()
-        finally:
-            for pair in list(self.claims):
-                self.release(pair)
-
-    def report_is_mine(self) -> bool:
-        """Whether all pairs are done and the report is this rank's to write: rank 0's, or that of any rank
-        that sees all done while there is no rank 0."""
-        if self.missing():
-            return False
-        first = Lock(checkpoints.run_folder(self.config) / f".writer-0-of-{self.ranks.world_size}")
-        if self.ranks.rank == 0:
-            return True
-        alone = first.take()
-        first.release()
-        return alone
-
-    def tidy(self) -> None:
-        """Once all is done: remove the locks and half-written files of ranks that were killed."""
-        folder = checkpoints.run_folder(self.config)
-        for path in (*folder.glob(".writer-*"), *(folder / "classes").glob(".*.claim")):
-            lock = Lock(path)  # one that is held stays
-            lock.take()
-            lock.release()
-        _sweep_up(folder)
-
-    def go_on(self) -> str:
-        """What an interrupted run has kept, and the command that goes on with it."""
-        self.look()
-        done = len(self.pairs) - len(self.missing())
-        return f"{done} of {len(self.pairs)} classes are kept; go on with: {to_go_on()}"

@@ -9,7 +9,7 @@ import numpy as np
 
 import utils
 from config import UserError
-from detector import checkpoints, runs
+from detector import checkpoints
 from reporting import tables
 from reporting.tables import cell, margin_cell, number
 from shell.files import file_name
@@ -46,8 +46,7 @@ def open_run(folder: Path, name: str) -> Run:
             raise ValueError("it holds no results of a run")
     except (OSError, ValueError, TypeError) as error:
         summary, fault = {}, f"{path} cannot be read: {error}"
-    kept = (path for path in (folder / "classes").glob("*.json") if not path.name.endswith(runs.FAILED))
-    return Run(name, folder, summary, sorted(kept), fault)
+    return Run(name, folder, summary, sorted((folder / "classes").glob("*.json")), fault)
 
 
 # ---------------------------------------------------------------- the list

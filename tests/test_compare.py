@@ -14,7 +14,7 @@ import utils
 from config import Config, UserError
 from report import main as show_runs
 from reporting import compare, report
-from shell.files import file_name, write_json, write_sealed
+from shell.files import file_name, write_sealed
 
 ROWS = list(range(40))
 IMAGES = {"image_list": "i", "skipped": [], "precision": "float32"}
@@ -58,7 +58,6 @@ def test_list_says_what_every_run_is(tmp_path):
     write_run(tmp_path, "done", {"a": scores_of(9.0)}, dataset="digits", extractor="efficientnet_lite0")
     os.utime(write_run(tmp_path, "sweep/one", {"a": scores_of(0.0)}) / "results.json", (2e9, 2e9))
     (write_run(tmp_path, "begun", {"a": scores_of(0.0)}) / "results.json").unlink()
-    write_json(tmp_path / "begun/classes/b-seed0.failed.json", {})  # no class that is fitted
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/results.json").write_text("[]")
     text = compare.list_runs(tmp_path)

@@ -8,9 +8,9 @@ import time
 
 import pytest
 from conftest import ROOT
+from shell.workers import in_processes
 
 from config import ClassError, UserError
-from shell.workers import in_processes
 
 pytestmark = pytest.mark.slow
 

@@ -51,10 +51,9 @@ def aurocs(folder: Path, before: bool) -> dict[int, np.ndarray]:
     record that is damaged or of another version."""
     found: dict[int, list] = defaultdict(list)
     for path in sorted((folder / "classes").glob("*-seed*.json")):
-        if not path.name.endswith(".failed.json"):
-            record = checkpoints.read_record(path)
-            entry = record["history"][0] if before else record["result"]
-            found[record["result"]["seed"]].append([entry[f"{name}_auroc"] for name in SCORES])
+        record = checkpoints.read_record(path)
+        entry = record["history"][0] if before else record["result"]
+        found[record["result"]["seed"]].append([entry[f"{name}_auroc"] for name in SCORES])
     return {seed: np.mean(classes, 0) for seed, classes in found.items()}
 
 

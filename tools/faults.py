@@ -112,7 +112,7 @@ class Bench:
             "device": "cpu",
             "feature_path": str(folder),
         }
-        return Child(Config(**settings | more), self.root / f"log-{more.get('worker', '0/1')[0]}")
+        return Child(Config(**settings | more), self.root / "log")
 
     def finish(self, folder: Path, **more) -> str:
         """Run an extraction to its end -> what it printed. Raises RuntimeError when it fails."""
@@ -203,43 +203,6 @@ def shards_of(bench: Bench) -> int:
     return sum(name.endswith(".npy") for name in bench.reference)
 
 
-def ranks(bench: Bench, times: int) -> Row:
-    """Two, three or five ranks at once, or two processes that know nothing of each other; one is killed: the
-    others finish its shards."""
-    lost = wrong = 0
-    for turn in range(times):
-        folder, size = bench.new_folder(), (2, 3, 5, 2)[turn % 4]
-        alone = turn % 4 == 3
-        children = [bench.start(folder, **({} if alone else {"worker": f"{r}/{size}"})) for r in range(size)]
-        victim = bench.rng.randrange(size)
-        children[victim].wait(bench.moment())
-        before = finished(folder)
-        for rank, child in enumerate(children):
-            if rank == victim:
-                child.kill()
-            else:
-                wrong += child.wait() != 0
-        lost, wrong = lost + lost_of(before, folder), wrong + bench.wrong(folder)
-        shutil.rmtree(folder)
-    return Row("one of 2, 3 or 5 processes killed", times, lost, wrong)
-
-
-def all_ranks(bench: Bench, times: int) -> Row:
-    """All ranks killed together, as when a machine is switched off: the next run goes on."""
-    lost = wrong = 0
-    for _ in range(times):
-        folder = bench.new_folder()
-        children = [bench.start(folder, worker=f"{rank}/3") for rank in range(3)]
-        children[0].wait(bench.moment())
-        for child in children:
-            child.kill()
-        before = finished(folder)
-        bench.finish(folder)
-        lost, wrong = lost + lost_of(before, folder), wrong + bench.wrong(folder)
-        shutil.rmtree(folder)
-    return Row("all of three ranks killed at once", times, lost, wrong)
-
-
 def flips(bench: Bench, times: int) -> Row:
     """One bit anywhere in any file of a finished cache: found, and only its shard made again."""
     lost = wrong = 0
@@ -320,8 +283,6 @@ def plan(times: int) -> dict[Callable[[Bench, int], Row], int]:
     faults: dict[Callable[[Bench, int], Row], int] = {
         kills: times,
         asked_to_end: max(3, part),
-        ranks: max(4, part),
-        all_ranks: part,
         flips: max(5, part),
     }
     return faults | ({full_disk: part} if can_mount() else {})

@@ -141,7 +141,7 @@ MORE = {  # what only one knob's reader would stumble over
     "modelname": ("a/../b", "runs", "classes", "x/", "~", "NUL", "a" * 255),
     "feature_path": ("a/../b", "images/x", "x/" * 200),
     "centre_pool": ("1e-320", "1e-9", "0.01", "1e99"),
-    "worker": ("0", "0/0", "1/1", "2/1", "0/9999999", "/", "-1/2", "1/2/3"),
+    "cluster": ("0", "tcp://", "tcp://127.0.0.1:99999", "ucx://x:1", "/", "host:-1", "ftp://127.0.0.1:1"),
 }
 NOT_HOSTILE = {
     "compile": ("True", "1", "yes", "true"),  # they only take their time

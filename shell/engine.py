@@ -1,0 +1,212 @@
+"""Where tasks are computed: here, in processes of this machine, or by the workers of a Dask cluster.
+
+Tasks go to a ``concurrent.futures.Executor``: a function that can be imported, and its arguments, pickled.
+What they find out they write themselves, whole or not at all, to folders that all see."""
+
+import contextlib
+import errno
+import functools
+import hashlib
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from typing import TypeVar
+
+from config import UserError
+from shell.signals import ENDING
+
+ROOT = Path(__file__).resolve().parents[1]
+CONNECTING = 10  # seconds until a scheduler has to answer
+LOST = (
+    "a process that fitted a class was ended from outside, for want of memory perhaps; finished classes are "
+    "kept, --threads 1 goes on with one at a time"
+)
+KILLED = (
+    "cluster: a task was lost with several workers, one after another, for want of memory perhaps; finished "
+    "classes are kept, fewer workers (or dask worker --memory-limit 0) go on with the others"
+)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def outcomes(
+    executor: Executor | None, function: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[tuple[Item, Result]]:
+    """Every item with function(item), as they come; by this process, in order, where there is no executor.
+    Raises what a task raises."""
+    if executor is None:
+        yield from ((item, function(item)) for item in items)
+        return
+    futures = {executor.submit(function, item): item for item in items}
+    for future in as_completed(futures):
+        yield futures[future], future.result()
+
+
+# ---------------------------------------------------------------- processes of this machine
+@contextlib.contextmanager
+def in_processes(count: int, threads: int) -> Iterator[Executor | None]:
+    """An executor of ``count`` processes (spawned), each with so many threads for linear algebra; none for
+    one process. They end with this one, however it ends, and are ended at once when the block raises, Ctrl-C,
+    too. Raises UserError when one of them is killed."""
+    if count == 1:
+        yield None
+        return
+    pool = _Processes(count, threads)
+    try:
+        yield pool
+        pool.shutdown()
+    except BaseException as error:
+        for child in multiprocessing.active_children():
+            child.kill()
+        pool.shutdown(wait=False, cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            raise UserError(LOST) from None
+        raise
+
+
+class _Processes(ProcessPoolExecutor):
+    """Processes that inherit their number of threads, leave the signals that end a script to this one (a
+    terminal sends Ctrl-C to all), and write neither bars nor to standard output."""
+
+    def __init__(self, count: int, threads: int):
+        super().__init__(count, multiprocessing.get_context("spawn"), _begin)
+        self.inherited = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+
+    def submit(self, *task, **named) -> Future:  # starts a process where one is missing
+        before = {name: os.environ.get(name) for name in self.inherited}
+        os.environ.update(self.inherited)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        try:
+            return super().submit(*task, **named)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _begin() -> None:
+    sys.stdout = open(os.devnull, "w")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait_for([parent.sentinel])
+    os._exit(1)
+
+
+# ---------------------------------------------------------------- a Dask cluster
+@contextlib.contextmanager
+def on_cluster(scheduler: str | None) -> Iterator[Executor | None]:
+    """An executor of the workers of a Dask cluster, given by the scheduler's address or its file; none
+    without one. What a worker had in work when it was killed is computed again by another. When the block
+    raises, tasks that are in work come to their end, and no others begin. Raises UserError."""
+    if scheduler is None:
+        yield None
+        return
+    try:
+        from distributed import Client, KilledWorker
+    except ImportError:
+        raise UserError("cluster: needs Dask's package distributed: pip install distributed") from None
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what it tells is told here, in one line
+    given = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
+    try:
+        client = Client(**given, timeout=CONNECTING)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cluster: expected the address of a running Dask scheduler, as in tcp://host:8786, or the file "
+            f"that it has written; {scheduler}: {error}"
+        ) from None
+    try:
+        if count := len(client.nthreads()):
+            print(f"cluster {scheduler}: {count} worker{'' if count == 1 else 's'}", flush=True)
+        else:
+            print(f"cluster {scheduler}: waiting for a worker (dask worker --nthreads 1)", flush=True)
+        yield _Workers(client)
+    except KilledWorker:
+        raise UserError(KILLED) from None
+    except CancelledError:
+        raise UserError(
+            f"cluster: {scheduler} has dropped what it was to do; finished classes are kept"
+        ) from None
+    except ImportError as error:
+        raise UserError(f"cluster: a worker lacks what this script has installed: {error}") from None
+    finally:
+        client.close(timeout=1)
+
+
+class _Workers(Executor):
+    """The workers of a cluster. They need nothing but the same packages and folders: a task brings where the
+    code is, and where this script was started."""
+
+    def __init__(self, client):
+        self.executor = client.get_executor()
+        self.run = _anywhere(str(ROOT), os.getcwd(), code())
+
+    def submit(self, function, /, *arguments, **named) -> Future:
+        task = pickle.dumps(functools.partial(function, *arguments, **named))
+        return self.executor.submit(self.run, task)
+
+
+def _anywhere(root: str, folder: str, made_of: str) -> Callable[[bytes], object]:
+    """A function that Dask sends as it is: workers, and the scheduler, need not know this module."""
+
+    def run(task: bytes) -> object:
+        import os
+        import sys
+
+        if not os.path.isdir(root):
+            raise FileNotFoundError(2, "cluster: a worker does not see the folder of this repository", root)
+        if sys.path[0] != root:
+            sys.path.insert(0, root)
+        from shell import engine
+
+        return engine.work(task, folder, made_of)
+
+    return run
+
+
+def work(task: bytes, folder: str, made_of: str) -> object:
+    """Do a pickled task in the ``folder`` in which its script was started. Raises UserError in a worker that
+    cannot."""
+    from distributed import get_worker
+
+    worker = get_worker()
+    if worker.state.nthreads != 1:
+        raise UserError(
+            f"cluster: the worker {worker.address} has {worker.state.nthreads} threads and would do as many "
+            "tasks at once in one process; start it with --nthreads 1, and --nworkers for several"
+        )
+    if code() != made_of:
+        raise UserError(
+            f"cluster: the worker {worker.address} runs other code than this script, from before a change or "
+            "of another folder; start it again"
+        )
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        reason = os.strerror(error.errno or errno.ENOENT)
+        raise UserError(
+            f"cluster: the worker {worker.address} cannot enter {folder} ({reason}); all machines "
+            "need to have it at the same place"
+        ) from None
+    return pickle.loads(task)()
+
+
+@functools.cache
+def code() -> str:
+    """A hash of the repository's sources as this process found them first."""
+    packages = sorted(path.parent for path in ROOT.glob("*/__init__.py"))
+    files = [path for folder in (ROOT, *packages) for path in sorted(folder.glob("*.py"))]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
