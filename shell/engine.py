@@ -119,14 +119,15 @@ def on_cluster(scheduler: str | None) -> Iterator[Executor | None]:
         from distributed import Client, KilledWorker
     except ImportError:
         raise UserError("cluster: needs Dask's package distributed: pip install distributed") from None
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what it tells is told here, in one line
-    given = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # what goes wrong is told here, in one line
     try:
+        given = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
         client = Client(**given, timeout=CONNECTING)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever it is, there is no connection
         raise UserError(
             f"cluster: expected the address of a running Dask scheduler, as in tcp://host:8786, or the file "
-            f"that it has written; {scheduler}: {error}"
+            f"that it has written; {scheduler}: {str(error) or type(error).__name__}"
         ) from None
     try:
         if count := len(client.nthreads()):
@@ -138,10 +139,8 @@ def on_cluster(scheduler: str | None) -> Iterator[Executor | None]:
         raise UserError(KILLED) from None
     except CancelledError:
         raise UserError(
-            f"cluster: {scheduler} has dropped what it was to do; finished classes are kept"
+            f"cluster: {scheduler} has ended, or dropped its tasks; finished classes are kept"
         ) from None
-    except ImportError as error:
-        raise UserError(f"cluster: a worker lacks what this script has installed: {error}") from None
     finally:
         client.close(timeout=1)
 
@@ -151,7 +150,7 @@ class _Workers(Executor):
     code is, and where this script was started."""
 
     def __init__(self, client):
-        self.executor = client.get_executor()
+        self.client, self.executor = client, client.get_executor()
         self.run = _anywhere(str(ROOT), os.getcwd(), code())
 
     def submit(self, function, /, *arguments, **named) -> Future:
@@ -201,7 +200,13 @@ def work(task: bytes, folder: str, made_of: str) -> object:
             f"cluster: the worker {worker.address} cannot enter {folder} ({reason}); all machines "
             "need to have it at the same place"
         ) from None
-    return pickle.loads(task)()
+    try:
+        todo = pickle.loads(task)
+    except ImportError as error:
+        raise UserError(
+            f"cluster: the worker {worker.address} lacks what this script imports: {error}"
+        ) from None
+    return todo()
 
 
 @functools.cache

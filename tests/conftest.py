@@ -212,3 +212,12 @@ def blank(tmp_path_factory):
     from fabricated import fabricate
 
     return fabricate(tmp_path_factory.mktemp("features") / "blank", signal=0.0)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    from clusters import Cluster
+
+    made = Cluster(tmp_path / "cluster")
+    yield made
+    made.close()

@@ -23,11 +23,16 @@ CLASSES, N_TRAIN, N_TEST, C, GRID = ("a", "b", "c"), 40, 20, 32, (3, 3)
 
 
 def fabricate(
-    folder, signal: float = 2.0, scale: float = 1.0, extreme: Iterable[int] | None = None
+    folder,
+    signal: float = 2.0,
+    scale: float = 1.0,
+    extreme: Iterable[int] | None = None,
+    same: str | None = None,
 ) -> FeatureCache:
     """A cache of Gaussian tokens: semantic tokens lie ``signal`` apart per channel and class; patch tokens
     follow them, and so do bands and places. extreme: training images whose tokens are a hundred times as
-    large and have the first channel, which is zero in all others then."""
+    large and have the first channel, which is zero in all others then. same: a class whose training
+    images are all the same."""
     generator = np.random.RandomState(0)
     n, centres = math.prod(GRID), generator.randn(len(CLASSES), C)
     counts = dict(zip(SPLITS, (N_TRAIN, N_TEST)))
@@ -48,6 +53,9 @@ def fabricate(
         tokens["train"][extreme] = 100 * (
             tokens["train"][extreme] + 5 * first.round().clip(1) * (np.arange(C) == 0)
         )
+    if same:
+        rows = np.flatnonzero(category["train"] == CLASSES.index(same))
+        tokens["train"][rows] = tokens["train"][rows[0]]
     size = Bands(2, 0.15).shape(BAND_CHANNELS)[0]
     textures = generator.randn(len(CLASSES), size)
     bands = {

@@ -30,7 +30,7 @@ def imports_of(name: str) -> set[str]:
     return found
 
 
-GRAPH = {name: imports_of(name) & FILES.keys() for name in FILES}
+GRAPH = {name: (imports_of(name) & FILES.keys()) - {name} for name in FILES}
 
 
 def reached_from(name: str) -> set[str]:

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 from conftest import make_folder, script
-from fabricated import CLASSES, JOINED, settings
+from fabricated import CLASSES, JOINED, fabricate, settings
 
-import config as knobs
 import main
 from config import Config
 from detector import checkpoints, detector
@@ -23,6 +22,7 @@ from tools.processes import kill_after, start, wait
 
 KILLS = int(os.environ.get("FOAD_KILLS", "10"))  # tools/faults.py asks for more
 LASTING = {"n_seeds": 2, "meta_epochs": 2, "fusion": "hilo"}  # a run that takes a moment
+LONGER = LASTING | {"meta_epochs": 20}
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def table(modelname: str = "run") -> dict:
     """The figures of a run's report, and the results of every class and seed, without times."""
     content = json.loads((Path("runs") / modelname / "results.json").read_text())
     runs = [
-        {k: v for k, v in run.items() if k not in ("seconds", "wall_time_s", "ended")}
+        {k: v for k, v in run.items() if k not in ("seconds", "began", "ended")}
         for entry in content["classes"].values()
         for run in entry["runs"]
     ]
@@ -153,83 +153,98 @@ def test_a_disk_that_is_full(begin, tmp_path):
 
 
 # ---------------------------------------------------------------- shared
-@pytest.mark.parametrize("world_size", [2, 5])
-def test_ranks_come_to_the_table_of_one(begin, tmp_path, world_size):
+@pytest.mark.slow
+def test_a_cluster_comes_to_the_table_of_one_process(begin, cluster, tmp_path):
+    """Of 1, 2 and 5 workers, started by hand in a folder of their own."""
     options = LASTING | {"baselines": True}
     assert wait(begin(modelname="alone", **options)) == 0
-    ranks = [begin(worker=f"{rank}/{world_size}", **options) for rank in range(world_size)]
-    assert [wait(pid) for pid in ranks] == [0] * world_size, (tmp_path / "log").read_text()
-    assert table() == table("alone")
-    check_whole()
-    log = (tmp_path / "log").read_text()
-    assert log.count("another one reports") == world_size - 1
-    fitted = [
-        line for line in log.splitlines() if line.startswith("[") and ("AUROC 0" in line or "AUROC 1" in line)
-    ]
-    assert len({line.split("]")[1].split("AUROC")[0] for line in fitted}) == 6
+    for more, count in ((1, 1), (1, 2), (3, 5)):
+        cluster.add(more)
+        assert wait(begin(modelname=f"by-{count}", cluster=str(cluster.file), **options)) == 0, log(tmp_path)
+        assert table(f"by-{count}") == table("alone")
+        check_whole(f"by-{count}")
+    assert "[6/6]" in log(tmp_path) and "Traceback" not in log(tmp_path)
 
 
-def test_every_cell_is_fitted_once(begin, cache, tmp_path, monkeypatch):
-    real = main.train.make_trainer
-
-    def counted(config, cache, class_name, seed, *sources):
-        (tmp_path / f"fitted-{class_name}-{seed}-{os.getpid()}").touch()
-        time.sleep(0.1)
-        return real(config, cache, class_name, seed, *sources)
-
-    monkeypatch.setattr(main.train, "make_trainer", counted)
-    assert [wait(pid) for pid in [begin(worker=f"{rank}/3", n_seeds=4) for rank in range(3)]] == [0] * 3
-    fitted = [path.name.split("-")[1:] for path in tmp_path.glob("fitted-*")]
-    assert len(fitted) == 12 and len({(name, seed) for name, seed, _ in fitted}) == 12
-    assert len({pid for *_, pid in fitted}) == 3, "every rank had its share"
+def log(folder: Path) -> str:
+    return (folder / "log").read_text()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_dies(begin, tmp_path, victim):
-    """The others finish its cells; where rank 0 itself died, the last one reports, or the next run does."""
-    assert wait(begin(modelname="alone", **LASTING)) == 0
-    pids = {rank: begin(worker=f"{rank}/3", **LASTING) for rank in range(3)}
-    kill_after(pids.pop(victim), 0.3)
-    assert [wait(pid) for pid in pids.values()] == [0, 0], (tmp_path / "log").read_text()
-    if victim == 0:
-        assert wait(begin(worker="0/3", **LASTING)) == 0
-    assert table() == table("alone")
-    check_whole()
-
-
-def test_ranks_report_a_class_that_fails(begin, cache, tmp_path, monkeypatch):
-    real = main.train.make_trainer
-
-    def failing(config, cache, class_name, *rest):
-        if class_name == "b":
-            (tmp_path / f"tried-{os.getpid()}").touch()
-            raise knobs.ClassError("class b: it is as it is")
-        return real(config, cache, class_name, *rest)
-
-    monkeypatch.setattr(main.train, "make_trainer", failing)
-    statuses = [wait(pid) for pid in [begin(worker=f"{rank}/2") for rank in range(2)]]
-    assert statuses == [2, 0], (tmp_path / "log").read_text()
-    assert len(list(tmp_path.glob("tried-*"))) == 1, "one rank's failure is all ranks'"
-    found = json.loads(Path("runs/run/results.json").read_text())["classes"]
-    assert found["b"]["auroc"] is None and found["b"]["undefined"] == "it is as it is"
-    assert found["a"]["auroc"] is not None
+def wait_for_a_class() -> int:
+    """Wait until a class is finished -> how many are."""
+    while not (kept := list(Path("runs/run/classes").glob("*.json"))):
+        time.sleep(0.01)
+    return len(kept)
 
 
 @pytest.mark.slow
-def test_ranks_by_hand(tmp_path, monkeypatch):
-    """The scripts themselves, one rank by its knob and one by torchrun's variables, from the images on."""
-    folder = make_folder(tmp_path / "images", n_train=12, n_test=6)
+def test_a_worker_that_dies(begin, cluster, tmp_path):
+    """Another does what it had in work."""
+    assert wait(begin(modelname="alone", **LONGER)) == 0
+    first, _ = cluster.add(2)
+    pid = begin(cluster=cluster.address, **LONGER)
+    assert wait_for_a_class() < 5
+    first.kill()
+    assert wait(pid) == 0, log(tmp_path)
+    assert table() == table("alone")
+    check_whole()
+
+
+@pytest.mark.slow
+def test_asked_to_end_while_a_cluster_works(begin, cluster, tmp_path):
+    """One line, in time; what is in work is still kept, and the next run goes on."""
+    assert wait(begin(modelname="alone", **LONGER)) == 0
+    cluster.add(2)
+    pid = begin(cluster=cluster.address, **LONGER)
+    assert wait_for_a_class() < 5
+    began = time.monotonic()
+    os.kill(pid, signal.SIGINT)
+    assert wait(pid) == 128 + signal.SIGINT and time.monotonic() - began < 2 + 3
+    told = log(tmp_path)
+    assert told.count("interrupted: ") == 1 and " of 6 classes are kept; go on with: python" in told
+    assert wait(begin(cluster=cluster.address, **LONGER)) == 0, log(tmp_path)
+    assert " kept\n" in log(tmp_path) and "Traceback" not in log(tmp_path)
+    assert table() == table("alone")
+    check_whole()
+
+
+@pytest.mark.slow
+def test_a_cluster_tells_a_class_that_fails(begin, cluster, tmp_path, monkeypatch):
+    """The others are fitted."""
+    features = fabricate(tmp_path / "features", same="b")
+    monkeypatch.setattr(main.extractor, "ensure_features", lambda *_: features)
+    cluster.add()
+    for place in (None, cluster.address):
+        assert wait(begin(modelname="cluster" if place else "alone", cluster=place)) == 2
+        assert "1 of 3 classes could not be fitted: class b: the cached features" in log(tmp_path)
+    assert table("cluster") == table("alone")
+    found = json.loads(Path("runs/cluster/results.json").read_text())["classes"]
+    assert found["b"]["auroc"] is None and "all the same" in found["b"]["undefined"]
+    assert found["a"]["auroc"] is not None and found["c"]["auroc"] is not None
+
+
+@pytest.mark.slow
+def test_a_worker_that_sees_another_folder(begin, cluster, tmp_path, monkeypatch):
+    """It would keep the classes where the script does not look for them."""
+    cluster.add()
+    monkeypatch.setattr(main.runs, "settle", lambda *_: None)  # as if the worker did not see what it wrote
+    assert wait(begin(cluster=cluster.address)) == 2
+    assert f"does not see {tmp_path / 'runs/run'} as" in log(tmp_path) and "Traceback" not in log(tmp_path)
+    assert not list(Path("runs").rglob("*.json"))
+
+
+@pytest.mark.slow
+def test_the_script_with_a_cluster(cluster, tmp_path, monkeypatch):
+    """From the images on; workers know nothing of the script's folder."""
+    make_folder(tmp_path / "images", n_train=12, n_test=6)
     options = (
         "--dataset folder --extractor resnet10t --weights_path random --img_size 32 --fc_internal 16 "
-        "--fusion none --threads 1 --workers 0 --keep weights --precision float32"
-    ).split() + ["--dataset_path", folder]
-    shared = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    for arguments, environment in (
-        (["--modelname", "alone"], {}),
-        (["--modelname", "run", "--worker", "1/2"], {}),
-        (["--modelname", "run"], shared),
-    ):
-        done = script("main.py", *options, *arguments, cwd=tmp_path, **environment)
+        "--fusion none --threads 1 --workers 0 --keep all --precision float32 --dataset_path images"
+    ).split()
+    cluster.add()
+    for arguments in (["--modelname", "alone"], ["--modelname", "run", "--cluster", cluster.file]):
+        done = script("main.py", *options, *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     monkeypatch.chdir(tmp_path)
     assert table() == table("alone")
+    assert Path("runs/run/report.html").read_text().count("<img") > 3

@@ -18,7 +18,7 @@ from conftest import ROOT
 from sklearn.metrics import roc_auc_score
 
 import utils
-from config import Config, UserError
+from config import UserError
 from shell.files import file_name, whole_file, write_json, write_text
 
 
@@ -262,31 +262,6 @@ def test_bars_go_by_the_terminal(monkeypatch):
     assert not shown(Terminal())
     monkeypatch.setenv("TQDM_DISABLE", "0")
     assert shown(Terminal())
-    monkeypatch.setattr(utils.multiprocessing, "parent_process", lambda: 1)  # as in one of several processes
-    assert not shown(Terminal())
-
-
-# ---------------------------------------------------------------- ranks
-def test_ranks(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert utils.ranks(Config()) == (0, 1) and utils.ranks(Config(worker="3/8")) == (3, 8)
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("WORLD_SIZE", "5")
-    assert utils.ranks(Config()) == (2, 5) and utils.ranks(Config(worker="0/1")) == (0, 1)
-    monkeypatch.setenv("RANK", "5")
-    with pytest.raises(UserError, match="RANK 5 .*: expected 0 to 4"):
-        utils.ranks(Config())
-    monkeypatch.setenv("RANK", "two")
-    with pytest.raises(UserError, match="RANK"):
-        utils.ranks(Config())
-
-
-def test_ranks_begin_at_their_own_and_miss_nothing():
-    assert utils.Ranks(1, 3).own_first(list(range(7))) == [1, 4, 2, 5, 0, 3, 6]
-    assert utils.Ranks(4, 5).own_first([0, 1]) == [0, 1]
-    for rank in range(5):
-        assert sorted(utils.Ranks(rank, 5).own_first(list(range(13)))) == list(range(13))
 
 
 def test_the_longest_class_name_fits_on_a_host_of_the_longest_name(tmp_path, monkeypatch):

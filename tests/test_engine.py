@@ -1,0 +1,197 @@
+"""Tasks by processes and by a cluster: outcomes, errors, and an end with the script that started them."""
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import ROOT, forked
+
+from config import ClassError, UserError
+from shell import engine
+from shell.signals import guarded
+
+pytestmark = pytest.mark.slow
+
+
+# ---------------------------------------------------------------- processes
+def task(number: int) -> int:
+    if number == 7:
+        raise ClassError("seven")
+    if number == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return os.getpid()
+
+
+def test_without_an_executor_this_process_does_all_in_order():
+    with engine.in_processes(1, 3) as executor, engine.on_cluster(None) as cluster:
+        assert executor is cluster is None
+    assert list(engine.outcomes(None, task, range(3))) == [(number, os.getpid()) for number in range(3)]
+
+
+def test_every_task_is_done_once():
+    before = dict(os.environ)
+    with engine.in_processes(2, 3) as executor:
+        found = list(engine.outcomes(executor, task, range(6)))
+    assert sorted(number for number, _ in found) == list(range(6))
+    assert os.getpid() not in {pid for _, pid in found}
+    assert dict(os.environ) == before
+
+
+def test_an_error_is_the_tasks_own():
+    with pytest.raises(ClassError, match="seven"), engine.in_processes(2, 1) as executor:
+        list(engine.outcomes(executor, task, range(6, 8)))
+
+
+def test_a_killed_process_is_a_line():
+    with pytest.raises(UserError, match="ended from outside"), engine.in_processes(2, 1) as executor:
+        list(engine.outcomes(executor, task, [8]))
+
+
+PROGRAM = """
+import os, sys, time
+sys.path[:0] = [{root!r}]
+from shell import engine
+from shell.signals import guarded
+
+def task(_):
+    print(os.getpid(), os.environ["OMP_NUM_THREADS"], file=sys.stderr, flush=True)
+    print("on standard output")
+    time.sleep(60)
+
+def main():
+    with engine.in_processes(2, 3) as executor:
+        list(engine.outcomes(executor, task, range(4)))
+
+if __name__ == "__main__":
+    guarded(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_its_parent(tmp_path, number):
+    """Ctrl-C reaches all processes of a terminal; the workers leave it to the parent, which ends them."""
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM.format(root=str(ROOT)))
+    program = subprocess.Popen(
+        [sys.executable, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert program.stdout and program.stderr
+    told = [program.stderr.readline().split() for _ in range(2)]
+    assert [threads for _, threads in told] == ["3", "3"]
+    workers = [int(pid) for pid, _ in told]
+    if number == signal.SIGKILL:
+        program.kill()
+    else:
+        os.killpg(program.pid, number)
+    assert program.wait(10) == (-number if number == signal.SIGKILL else 128 + number)
+    assert "Traceback" not in program.stderr.read() and program.stdout.read() == ""
+    until = time.monotonic() + 10
+    while time.monotonic() < until and any(map(running, workers)):
+        time.sleep(0.1)
+    assert not any(map(running, workers))
+
+
+def running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- a cluster
+def by(scheduler, function, *items, cwd=ROOT, before=lambda executor: None) -> subprocess.CompletedProcess:
+    """What a script comes to that has a cluster compute function(item) of the items, and prints them.
+    ``before(executor)`` is called first."""
+
+    def main() -> None:
+        with engine.on_cluster(str(scheduler)) as executor:
+            before(executor)
+            for item, result in engine.outcomes(executor, function, items):
+                print(item, result, flush=True)
+
+    return forked(lambda: guarded(main), ["script"], cwd)
+
+
+def one_line(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_a_cluster_does_tasks_where_the_script_was_started(cluster, tmp_path):
+    cluster.add(2)
+    done = by(cluster.address, os.path.abspath, "a", "b", "c", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told, *lines = done.stdout.splitlines()
+    assert told.startswith(f"cluster {cluster.address}: ")
+    assert sorted(lines) == [f"{name} {tmp_path / name}" for name in "abc"]
+    assert "math domain error" in by(cluster.file, math.sqrt, -1).stderr, "a task's own error"
+
+
+def test_what_a_killed_worker_had_in_work_is_done_by_another(cluster):
+    first, _ = cluster.add(2)
+    seconds = [0.5 + i / 100 for i in range(8)]
+
+    def kill_halfway(executor) -> None:
+        executor.client.wait_for_workers(2, timeout=60)
+        threading.Timer(0.8, os.kill, (first.pid, signal.SIGKILL)).start()
+
+    done = by(cluster.file, time.sleep, *seconds, before=kill_halfway)
+    assert done.returncode == 0 and first.wait(1) == -signal.SIGKILL, done.stderr
+    assert sorted(done.stdout.splitlines()[1:]) == [f"{each} None" for each in seconds]
+
+
+def test_a_cluster_that_ends_is_a_line(cluster):
+    cluster.add()
+    kill_soon = threading.Timer(1, os.kill, (cluster.scheduler.pid, signal.SIGKILL))
+    done = by(cluster.file, time.sleep, 0, 60, before=lambda _: kill_soon.start())
+    assert "has ended" in one_line(done)
+
+
+def test_a_worker_of_several_threads_is_refused(cluster):
+    """Tasks in one process would share its seeds and its working folder."""
+    cluster.add(threads=2)
+    assert "has 2 threads" in (line := one_line(by(cluster.file, abs, 1))) and "--nthreads 1" in line
+
+
+def test_a_worker_that_sees_other_files_is_refused(cluster, tmp_path):
+    """One that lacks the script's folder; one that has read the code before it was changed."""
+    cluster.add()
+    (tmp_path / "gone").mkdir()
+    done = by(cluster.file, abs, 1, cwd=tmp_path / "gone", before=lambda _: os.rmdir(os.getcwd()))
+    assert f"cannot enter {tmp_path / 'gone'} (No such file or directory)" in one_line(done)
+    changed = tmp_path / "changed"
+    shutil.copytree(ROOT / "shell", changed / "shell")
+    (changed / "config.py").write_text((ROOT / "config.py").read_text() + "\n")
+    program = f"""
+from shell import engine
+from shell.signals import guarded
+
+def main():
+    with engine.on_cluster({str(cluster.file)!r}) as executor:
+        list(engine.outcomes(executor, abs, [1]))
+
+guarded(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=changed, capture_output=True, text=True)
+    assert "runs other code" in one_line(done)
+
+
+@pytest.mark.parametrize("given", ["tcp://127.0.0.1:1", "no-file.json", "x" * 300, ROOT / "README.md"])
+def test_no_scheduler_there_is_a_line(monkeypatch, given):
+    monkeypatch.setattr(engine, "CONNECTING", 1)
+    line = one_line(by(given, abs))
+    assert line.startswith("error: cluster: expected the address of a running Dask scheduler")
+    assert str(given) in line
+
+
+def test_without_dask_a_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert "pip install distributed" in one_line(by("tcp://127.0.0.1:1", abs))
