@@ -1,3 +1,4 @@
-"""What stands between a script and the system: its command line, its end, its files, locks and processes.
+"""What stands between a script and the system: its command line, its end, its files, locks and tasks.
 
-Owns no knowledge of images or models. May import config and the standard library; filelock for the locks."""
+Owns no knowledge of images or models. May import config and the standard library; filelock for the locks,
+distributed for a cluster."""

@@ -148,6 +148,12 @@ def test_what_a_killed_worker_had_in_work_is_done_by_another(cluster):
     assert sorted(done.stdout.splitlines()[1:]) == [f"{each} None" for each in seconds]
 
 
+def test_a_task_that_kills_every_worker_is_a_line(cluster):
+    cluster.add(4)
+    done = by(cluster.file, exec, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert "lost with several workers" in one_line(done)
+
+
 def test_a_cluster_that_ends_is_a_line(cluster):
     cluster.add()
     kill_soon = threading.Timer(1, os.kill, (cluster.scheduler.pid, signal.SIGKILL))

@@ -313,9 +313,7 @@ if __name__ == "__main__":
     parser.add_argument("--times", type=int, default=100, help="kills; a tenth of it of most other faults")
     parser.add_argument("--longest", type=float, default=2.0, help="seconds in which a signal must be obeyed")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--only", default="", help="faults whose name holds this word: kills, ranks, flips ..."
-    )
+    parser.add_argument("--only", default="", help="faults whose name holds this word: kills, flips ...")
     parser.add_argument(
         "--folder", default=None, help="where to work; the system's temporary folder otherwise"
     )
