@@ -4,9 +4,9 @@ alone, both before training, and every simple detector, with differences by a jo
 python benchmarks/suite.py benchmarks/suite.toml
 python benchmarks/suite.py benchmarks/suite.toml --trial --only digits,cells --name try --knobs fusion=none
 
-Run it in the repository's folder; --knobs cluster=tcp://host:8786 has a Dask cluster fit the classes. A set is a run of main.py in runs/NAME-SET, whose finished classes are
-kept; a set that is not there is left out with a line. The table goes to results/NAME.md, its figures per
-class to NAME.csv beside it."""
+Run it in the repository's folder; with --knobs cluster=tcp://host:8786 a Dask cluster fits the classes. A set
+is a run of main.py in runs/NAME-SET, whose finished classes are kept; a set that is not there is left out
+with a line. The table goes to results/NAME.md, its figures per class to NAME.csv beside it."""
 
 import argparse
 import csv
