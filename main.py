@@ -38,14 +38,6 @@ TOLERANCE = 5e-4  # of an AUROC, between two machines
 
 
 # ---------------------------------------------------------------- running
-class Fitting(NamedTuple):
-    """What the fits of a run have in common."""
-
-    config: Config
-    threads: int  # of each; 0: all cores
-    began: float  # the run, in s since 1970
-
-
 class Outcome(NamedTuple):
     """What came of a pair: its result, and the pictures of it that are drawn."""
 
@@ -54,35 +46,35 @@ class Outcome(NamedTuple):
 
 
 Outcomes = dict[runs.ClassSeed, Outcome]
+Sources = dict[str, class_data.TokenSource]  # by split
 
 
 def fit_pairs(
-    fitting: Fitting,
+    config: Config,
     cache: feature_cache.FeatureCache,
     pairs: list[runs.ClassSeed],
     device: torch.device,
     cluster: Executor | None,
+    began: float,
 ) -> Outcomes:
     """Fit every class with every seed that is not finished. Each is kept as soon as it is there. A class that
-    cannot be fitted stops no other."""
-    config = fitting.config
+    cannot be fitted stops no other. began: the run, in s since 1970."""
     done = {pair: Outcome(result, []) for pair, result in runs.all_finished(config, cache, pairs).items()}
     for number, (pair, kept) in enumerate(done.items(), 1):
         announce(pair, kept.result, f"{number}/{len(pairs)}", "kept")
     missing = [pair for pair in pairs if pair not in done]
     at_once = 1 if cluster else processes(config, cache.meta, device, len(pairs))
-    told = f", {at_once} at a time" if at_once > 1 else ""
-    where = f"{device}{told}" if cluster is None else config.cluster
+    threads = config.threads or 1 if cluster else max(1, torch.get_num_threads() // at_once)
+    where = config.cluster if cluster else f"{device}, {at_once} at a time" if at_once > 1 else device
     print(f"fitting {len(missing)} flows of {len(pairs)} (classes x seeds) on {where}", flush=True)
     start = time.perf_counter()
-    threads = fitting.threads if cluster else max(1, torch.get_num_threads() // at_once)
     with engine.in_processes(at_once, threads) as executor:
         executor = executor or cluster
-        if executor is None:
-            task = functools.partial(fit_pair, fitting, cache, token_sources(cache, device))
-        else:
+        if executor:
             identity = feature_cache.CacheIdentity(cache.folder, cache.manifest.fields)
-            task = functools.partial(fit_there, fitting._replace(threads=threads), identity)
+            task = functools.partial(fit_there, config, identity, threads, began)
+        else:
+            task = functools.partial(fit_here, config, cache, token_sources(cache, device), began)
         for number, (pair, outcome) in enumerate(engine.outcomes(executor, task, missing), 1):
             done[pair] = outcome
             each = (time.perf_counter() - start) / number
@@ -100,55 +92,45 @@ def processes(config: Config, features: dict, device: torch.device, pairs: int) 
     return max(1, min(torch.get_num_threads(), int(min(utils.available_memory() / each, pairs))))
 
 
-def token_sources(
-    cache: feature_cache.FeatureCache, device: torch.device
-) -> dict[str, class_data.TokenSource]:
+def token_sources(cache: feature_cache.FeatureCache, device: torch.device) -> Sources:
     return {split: class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
 
 
-def fit_there(fitting: Fitting, identity: feature_cache.CacheIdentity, pair: runs.ClassSeed) -> Outcome:
-    """``fit_pair`` in another process, perhaps of another machine."""
-    device = utils.set_up(fitting.config.device, fitting.threads)
-    cache = feature_cache.FeatureCache(identity)
-    runs.check_settled(fitting.config, cache)
-    outcome = fit_pair(fitting, cache, token_sources(cache, device), pair)
-    return (
-        outcome
-        if "reason" in outcome.result
-        else outcome._replace(pictures=draw(fitting.config, cache, pair))
-    )
-
-
-def fit_pair(
-    fitting: Fitting,
-    cache: feature_cache.FeatureCache,
-    sources: dict[str, class_data.TokenSource],
+def fit_there(
+    config: Config,
+    identity: feature_cache.CacheIdentity,
+    threads: int,
+    began: float,
     pair: runs.ClassSeed,
 ) -> Outcome:
-    """Fit one class with one seed and keep what comes of it; one that cannot be fitted has a result with the
-    reason and without figures."""
-    config = fitting.config
+    """Fit one class with one seed in another process, perhaps on another machine, and draw it there, too."""
+    device = utils.set_up(config.device, threads)
+    torch.cuda.empty_cache()  # of the pair before: tokens stay on a GPU where they fit into what is free
+    cache = feature_cache.FeatureCache(identity)
+    runs.check_settled(config, cache)
+    outcome = fit_here(config, cache, token_sources(cache, device), began, pair)
+    if config.keep == "all" and pair.seed == config.seed and "reason" not in outcome.result:
+        with contextlib.suppress(UserError):  # of which the report tells, once for all classes
+            images, folder = figures.raw_images(config, cache), checkpoints.run_folder(config)
+            outcome.pictures[:] = figures.draw_class(config, cache, images, pair.class_name, folder)
+    return outcome
+
+
+def fit_here(
+    config: Config, cache: feature_cache.FeatureCache, sources: Sources, began: float, pair: runs.ClassSeed
+) -> Outcome:
+    """Fit one class with one seed and keep what comes of it; its pictures are left to the report. One that
+    cannot be fitted has a result with the reason and without figures."""
     try:
         fitted = train.make_trainer(config, cache, *pair, sources["train"], sources["test"]).run()
     except ClassError as mistake:
         reason = str(mistake).removeprefix(f"class {pair.class_name}: ")
         nothing = dict.fromkeys(report.COLUMNS, float("nan"))
         result = {"class": pair.class_name, "seed": pair.seed, **nothing, "reason": reason}
-        return Outcome(result | runs.times(fitting.began), [])
-    fitted.result |= runs.times(fitting.began)
+        return Outcome(result | runs.times(began), [])
+    fitted.result |= runs.times(began)
     checkpoints.save_fitted(config, cache, fitted)
     return Outcome(fitted.result, [])
-
-
-def draw(config: Config, cache: feature_cache.FeatureCache, pair: runs.ClassSeed) -> list[figures.Picture]:
-    """The pictures of a class, drawn where it was fitted: the processes share that, too. Those that are not
-    are left to the report."""
-    if config.keep != "all" or pair.seed != config.seed:
-        return []
-    with contextlib.suppress(UserError):  # of which the report tells, once for all classes
-        images, folder = figures.raw_images(config, cache), checkpoints.run_folder(config)
-        return figures.draw_class(config, cache, images, pair.class_name, folder)
-    return []
 
 
 def announce(pair: runs.ClassSeed, result: dict, number: str, how: str) -> None:
@@ -176,11 +158,11 @@ def run(config: Config) -> dict:
         pairs = [runs.ClassSeed(class_name, seed) for seed in seeds for class_name in classes]
         runs.settle(config, cache, pairs)
         try:
-            done = fit_pairs(Fitting(config, config.threads, began), cache, pairs, device, cluster)
+            done = fit_pairs(config, cache, pairs, device, cluster, began)
         except Interrupted as interrupted:
             interrupted.told = runs.go_on(config, cache, pairs)
             raise
-        runs.sweep_up(config)
+        runs.sweep_up(config)  # which lists the folders, too: NFS may not show what others wrote before that
         return write_report(config, cache, {pair: done[pair] for pair in pairs}, began)
 
 
