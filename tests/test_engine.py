@@ -60,7 +60,8 @@ from shell import engine
 from shell.signals import guarded
 
 def task(_):
-    print(os.getpid(), os.environ["OMP_NUM_THREADS"], file=sys.stderr, flush=True)
+    inherited = os.environ["OMP_NUM_THREADS"], os.environ["TQDM_DISABLE"]
+    print(os.getpid(), *inherited, file=sys.stderr, flush=True)
     print("on standard output")
     time.sleep(60)
 
@@ -84,8 +85,8 @@ def test_no_process_outlives_its_parent(tmp_path, number):
     )  # fmt: skip
     assert program.stdout and program.stderr
     told = [program.stderr.readline().split() for _ in range(2)]
-    assert [threads for _, threads in told] == ["3", "3"]
-    workers = [int(pid) for pid, _ in told]
+    assert [inherited for _, *inherited in told] == [["3", "1"]] * 2
+    workers = [int(pid) for pid, *_ in told]
     if number == signal.SIGKILL:
         program.kill()
     else:
