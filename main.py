@@ -98,7 +98,7 @@ class Task(NamedTuple):
 
     pair: runs.ClassSeed
     config: Config
-    identity: feature_cache.CacheIdentity
+    cache: feature_cache.FeatureCache
     threads: int
     since: float  # when its share of the wall time began
 
@@ -110,8 +110,7 @@ def in_parallel(
     have the same number of threads, on two cores one: what a pair comes to does not depend on how many are
     missing."""
     cache, threads = progress.cache, max(1, torch.get_num_threads() // at_once)
-    identity = feature_cache.CacheIdentity(cache.folder, cache.manifest.fields)
-    tasks = (Task(pair, progress.config, identity, threads, watch.since) for pair in progress.missing())
+    tasks = (Task(pair, progress.config, cache, threads, watch.since) for pair in progress.missing())
     for pair, result, pictures in in_processes(at_once, fit_task, tasks, threads):
         progress.keep(pair, result)
         drawn |= {pair.class_name: pictures} if pictures else {}
@@ -122,7 +121,7 @@ def fit_task(task: Task) -> tuple[runs.ClassSeed, dict, list[figures.Picture]]:
     """Fit and keep a pair in a process of its own -> the pair, its result and its pictures; those that are
     not drawn here are left to the report."""
     device = utils.set_up("cpu", task.threads)
-    cache = feature_cache.FeatureCache(task.identity)
+    cache = task.cache
     sources = {split: class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
     config, pair, pictures = task.config, task.pair, []
     result = fit_and_keep(config, cache, pair, sources, runs.Stopwatch(task.since))

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from cache.cache_writer import CacheWriter
 from common import print_machine
 
 from cache import shards
-from cache.cache_writer import CacheWriter
 from cache.feature_cache import CacheIdentity, FeatureCache
 from datasets import Labels, Split
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cache.cache_writer import CacheWriter
 from common import matmul_peak, medians, print_machine
 from torch.utils.flop_counter import FlopCounterMode
 from transcription import Flow, fit, make_optimizer, step
@@ -22,7 +23,6 @@ import train
 import utils
 from backbone.arithmetic import products
 from cache import feature_cache
-from cache.cache_writer import CacheWriter
 from config import Config
 from detector import class_data, optimization
 

@@ -105,6 +105,6 @@ def _localisation(
     kept = [row for row, label in zip(rows, labels) if row in marked or not label]
     masks = [marked.get(row, np.zeros(size, bool)) for row in kept]
     maps = detector.place_maps(fitted, cache, np.array(kept))
-    grid = place_grid_of(cache.manifest.fields)
+    grid = place_grid_of(cache.fields)
     sized = [heat_map.of_places(values, grid, mask.shape) for values, mask in zip(maps, masks)]
     return heat_map.localisation(sized, masks)

@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from cache.cache_writer import reopen
+from cache.manifest import Manifest
 from conftest import make_folder, texture, write_image
 from PIL import Image
 from safetensors.torch import save_file
@@ -30,8 +32,6 @@ import extractor
 from backbone import backbones, extraction, resizing, storing
 from backbone.identity import cache_identity, maps_kept, token_grid, what_is_kept
 from backbone.token_grid import TokenGrid
-from cache.cache_writer import reopen
-from cache.manifest import Manifest
 from config import BACKBONES, Config, UserError
 from datasets import SPLITS, Labels, Split
 
