@@ -114,8 +114,8 @@ def as_wanted(config: Config, cache: FeatureCache) -> FeatureCache:
             if len(cache.skipped) > utils.MOST_NAMED:
                 print(*cache.skipped, sep="\n", file=sys.stderr)
             raise UserError(
-                f"{told}; repair them or take them out, or leave them out with --unreadable skip; the features "
-                f"of the others are kept in {cache.folder}"
+                f"{told}; repair them or take them out, or leave them out with --unreadable skip; the "
+                f"features of the others are kept in {cache.folder}"
             )
         print(f"features: left out, {told}", flush=True)
     return cache

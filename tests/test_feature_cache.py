@@ -1,4 +1,4 @@
-"""Stores of features: rows by the images' hashes, everything that is refused, and what is noticed of damage."""
+"""Stores of features: rows by the images' hashes, all that is refused, and what is noticed of damage."""
 
 import json
 import pickle
@@ -294,7 +294,11 @@ def test_damage_is_found_before_a_row_is_used(folder, at):
     shard = opened(folder).shards[0]
     flip(shard.files["tokens"].path, at)
     cache = cached(folder)
-    for read in (lambda tokens: tokens[:], lambda tokens: tokens[np.arange(len(tokens))[::-1]], CachedArray.semantic):
+    for read in (
+        lambda tokens: tokens[:],
+        lambda tokens: tokens[np.arange(len(tokens))[::-1]],
+        CachedArray.semantic,
+    ):
         with pytest.raises(Damaged, match="checksum differs.*python extractor.py with the same settings"):
             for split in SPLITS:
                 read(cache.tokens(split))

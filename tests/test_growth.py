@@ -64,7 +64,7 @@ def assert_as_anew(config: Config) -> None:
 
 @pytest.mark.parametrize("way", ["train", "extractor"])
 def test_a_folder_that_changes_in_every_way(folder, extracted, way):
-    """Pictures are removed, renamed, copied, moved to the other split, added: the added ones are extracted."""
+    """Pictures are removed, renamed, copied, moved to the other split, added: those are extracted."""
     config = settings()
     extractor.ensure_features(config, CPU)
     extracted.clear()
@@ -161,7 +161,7 @@ def test_a_picture_that_changes_while_it_is_extracted_is_no_other_one(folder, mo
 
 # ---------------------------------------------------------------- img_size auto
 def test_a_folder_that_grows_keeps_its_size(folder, extracted):
-    """The one that its first pictures asked for; of other pictures altogether, and with restart, a new one."""
+    """The one that its first pictures asked for; of other pictures altogether, with restart, a new one."""
     config = settings(img_size="auto", unreadable="skip")
     size = extractor.ensure_features(config, CPU).meta["img_size"]
     for i in range(20):
