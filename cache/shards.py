@@ -8,8 +8,8 @@ Shards are never changed. Their names are drawn at random, so that any number of
 write into one store; a row that two of them have written is there twice, which does no harm."""
 
 import functools
-import io
 import itertools
+import json
 import math
 import os
 import uuid
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from config import UserError
-from shell.files import read_sealed, sync, whole_file, write_sealed
+from shell.files import checksum, read_sealed, sync, whole_file
 
 DTYPE = np.dtype("<f2")
 RECORD = "record.json"
@@ -51,7 +51,7 @@ class File(NamedTuple):
             size = self.path.stat().st_size
             if size != self.size:
                 return f"{size} bytes, expected {self.size}"
-            changed = thorough and zlib.crc32(self.path.read_bytes()) != self.crc32
+            changed = thorough and crc_of(self.path) != self.crc32
         except OSError as error:
             return error.strerror or str(error)
         return "its checksum differs: the file has been changed" if changed else None
@@ -81,15 +81,18 @@ def write_shard(store: Path, of: str, images: list[str], arrays: dict[str, np.nd
         raise UserError(NOT_FINITE)
     with whole_file(store / uuid.uuid4().hex[:16]) as partial:
         partial.mkdir()
-        files = {}
+        record: dict = {"of": of, "images": images, "files": {}}
         for name, values in arrays.items():
-            buffer = io.BytesIO()
-            np.save(buffer, values)
-            content, path = buffer.getbuffer(), partial / f"{name}.npy"
-            path.write_bytes(content)
+            path = partial / f"{name}.npy"
+            np.save(path, values)
             sync(path)
-            files[name] = {"bytes": len(content), "crc32": zlib.crc32(content)}
-        write_sealed(partial / RECORD, {"of": of, "images": images, "files": files})
+            record["files"][name] = {"bytes": path.stat().st_size, "crc32": crc_of(path)}
+        (partial / RECORD).write_text(json.dumps(record | {"checksum": checksum(record)}))
+        sync(partial / RECORD)
+
+
+def crc_of(path: Path) -> int:
+    return zlib.crc32(path.read_bytes())
 
 
 def finite(values: np.ndarray) -> bool:
@@ -173,9 +176,10 @@ class CachedArray:
 
     def semantic(self) -> np.ndarray:
         """Of tokens (n, 1 + N, C): the semantic ones of all images (n, C), without reading the others."""
-        tokens = np.empty((len(self), self.shape[2]), DTYPE)
-        for token, shard, row in zip(tokens, self._shard.tolist(), self._row.tolist()):
-            self._read(shard, row, token)
+        tokens, order = np.empty((len(self), self.shape[2]), DTYPE), np.argsort(self._shard, kind="stable")
+        numbers, starts = np.unique(self._shard[order], return_index=True)
+        for shard, wanted in zip(numbers.tolist(), np.split(order, starts[1:])):
+            tokens[wanted] = np.load(self._open(shard).path, mmap_mode="r")[self._row[wanted], 0]
         return tokens
 
     def _read(self, shard: int, row: int, into: np.ndarray) -> None:
