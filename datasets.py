@@ -167,11 +167,15 @@ class ImageSet:
                 found[self.labels.classes[train.category[i]]].append(size)
         return dict(found)
 
-    def listed(self, chosen: Sequence[tuple[str, int]]) -> "ImageSet":
-        """The images ``chosen`` (split, number), of both splits, as one training split without labels."""
-        names = [self.labels.split(split).names[i] for split, i in chosen]
-        labels = Labels((), Split.of(names, [OTHER] * len(names)), Split.of([], []))
-        read, identify = (partial(_of_list, take, chosen) for take in (self.read, self.identify))
+    def listed(self, chosen: Sequence[tuple[str, str]]) -> "ImageSet":
+        """The images ``chosen`` (split, name), of both splits, as one training split without labels. Raises
+        UserError on one that is not there."""
+        rows = {(s, name): (s, i) for s in SPLITS for i, name in enumerate(self.labels.split(s).names)}
+        if gone := [name for split, name in chosen if (split, name) not in rows]:
+            raise UserError(f"{gone[0]} has gone since the images were listed; run it again")
+        labels = Labels((), Split.of([name for _, name in chosen], [OTHER] * len(chosen)), Split.of([], []))
+        listed = [rows[image] for image in chosen]
+        read, identify = (partial(_of_list, take, listed) for take in (self.read, self.identify))
         return ImageSet(labels, read, identify, self.from_files)
 
     def mask(self, i: int) -> np.ndarray | None:

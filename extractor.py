@@ -70,8 +70,9 @@ def ensure_features(
         store.remove(store.damaged)
         if restart:
             store.remove(shard.folder for shard in store.holding(listed.all_hashes()))
-        absent = absent_from(store, listed)
-        missing = [image for image in absent if may_be_read(config, images, listed, image)]
+        missing = absent_from(store, listed)
+        if config.unreadable == "skip":
+            missing = not_given_up(images, missing, set(listed.unreadable))
         if missing and check is not None:
             check(what_is_kept(asked, backbones.outline(asked))[1])
         if missing:
@@ -137,20 +138,24 @@ def absent_from(store: Store, listed: ImageList) -> list[Wanted]:
     """The images without features, each content once."""
     absent: dict[str, Wanted] = {}
     for split in SPLITS:
-        hashes = listed.hashes[split]
+        hashes, names = listed.hashes[split], listed.labels.split(split).names
         for i in np.flatnonzero(store.find(hashes).shard < 0):
-            absent.setdefault(hashes[i], Wanted(split, int(i), hashes[i]))
+            absent.setdefault(hashes[i], Wanted(split, names[i], hashes[i]))
     return list(absent.values())
 
 
-def may_be_read(config: Config, images: datasets.ImageSet, listed: ImageList, image: Wanted) -> bool:
-    """Whether to extract an image: not one that could not be read before, cannot now, and may be skipped."""
-    if config.unreadable == "skip" and image.hash in listed.unreadable:
+def not_given_up(images: datasets.ImageSet, absent: list[Wanted], unreadable: set[str]) -> list[Wanted]:
+    """The same without those that could not be read before and still cannot."""
+
+    def can_read(number: int) -> bool:
         try:
-            images.read(image.split, image.number)
+            tried.read("train", number)
+            return True
         except UserError:
             return False
-    return True
+
+    tried = images.listed([image[:2] for image in absent])
+    return [image for i, image in enumerate(absent) if image.hash not in unreadable or can_read(i)]
 
 
 # ---------------------------------------------------------------- what is missing

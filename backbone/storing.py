@@ -28,10 +28,10 @@ Batch = tuple[list[int], dict[str, np.ndarray]]  # numbers of images, and their 
 
 
 class Wanted(NamedTuple):
-    """An image whose features are missing: its split, its number there, the hash of its content."""
+    """An image whose features are missing: its split, its name there, the hash of its content."""
 
     split: str
-    number: int
+    name: str
     hash: str
 
 
@@ -116,7 +116,7 @@ def extract_images(
     """Compute the features of images and write them while the next are computed -> those that cannot be read.
     advance: called with the number of images done. Raises UserError, also on an image that has changed since
     it was hashed."""
-    images = job.images.listed([(image.split, image.number) for image in wanted])
+    images = job.images.listed([image[:2] for image in wanted])
     unreadable: list[int] = []
 
     def batches() -> Iterator[Batch]:
@@ -131,7 +131,7 @@ def extract_images(
         numbers, arrays = shard
         for i in numbers:
             if images.identify("train", i) != wanted[i].hash:
-                name = images.labels.train.names[i]
+                name = wanted[i].name
                 raise UserError(f"{name} has changed while its features were extracted; run it again")
         write_shard(store.folder, store.of, [wanted[i].hash for i in numbers], arrays)
 

@@ -40,11 +40,41 @@ class ImageList:
 
     @classmethod
     def of(cls, images: ImageSet, before: "ImageList | None" = None) -> "ImageList":
-        """The list of these images; what was found out ``before`` holds while one of them is the same."""
+        """The list of these images; what was found out ``before`` holds while one of them is the same. If all
+        are, but for their names, they keep their order: what was fitted to them stays what it is."""
         listed = cls(images.labels, {split: images.hashes(split) for split in SPLITS})
         if before is None or set(before.all_hashes()).isdisjoint(listed.all_hashes()):
             return listed
+        if (rows := before.rows_in(listed)) is not None:
+            listed = listed.kept(rows)
         return dataclasses.replace(listed, sizes=dict(before.sizes), unreadable=list(before.unreadable))
+
+    def rows_in(self, other: "ImageList") -> dict[str, np.ndarray] | None:
+        """The number in another list of each image of a split, of the same content and labels; None where the
+        two are not of the same images."""
+        found = {}
+        for split in SPLITS:
+            ours, theirs = self._known_by(split), other._known_by(split)
+            if sorted(ours) != sorted(theirs):
+                return None
+            found[split] = np.empty(len(ours), np.int64)
+            found[split][sorted(range(len(ours)), key=ours.__getitem__)] = sorted(
+                range(len(ours)), key=theirs.__getitem__
+            )
+        return found
+
+    def _known_by(self, split: str) -> list[tuple]:
+        """All that is listed of each image of a split but its name."""
+        labels, classes = self.labels.split(split), (*self.labels.classes, "")
+        names = [classes[category] for category in labels.category]
+        return list(zip(self.hashes[split], names, labels.defect.tolist(), labels.kind))
+
+    def kept(self, rows: dict[str, np.ndarray]) -> "ImageList":
+        """These images of each split, in the order of ``rows``."""
+        train, test = (self.labels.split(split).kept(rows[split]) for split in SPLITS)
+        labels = dataclasses.replace(self.labels, train=train, test=test)
+        hashes = {split: [self.hashes[split][i] for i in rows[split]] for split in SPLITS}
+        return dataclasses.replace(self, labels=labels, hashes=hashes)
 
     @classmethod
     def read(cls, path: Path) -> "ImageList | None":
@@ -69,10 +99,8 @@ class ImageList:
 
     def fingerprint(self) -> str:
         """A hash of the images and their labels, whatever their names are."""
-        labels = self.labels.as_json()
-        for split in SPLITS:
-            del labels[split]["names"]
-        return checksum({"labels": labels, "images": self.hashes})[:16]
+        of = {"per_category": self.labels.per_category, "classes": self.labels.classes}
+        return checksum(as_strict_json(of | {split: self._known_by(split) for split in SPLITS}))[:16]
 
 
 class FeatureCache:
@@ -123,13 +151,13 @@ class FeatureCache:
         """The shape of each array, per image."""
         return {name: tuple(shape) for name, shape in self.fields["shapes"].items()}
 
-    def image_rows(self, split: str) -> np.ndarray:
-        """The number of each row's image among all images of its split: unreadable ones have no row."""
-        return self._rows[split]
-
-    def is_of(self, images: ImageSet) -> bool:
-        """Whether these are the images of the features, in the same order."""
-        return all(images.hashes(split) == self.images.hashes[split] for split in SPLITS)
+    def in_rows(self, images: ImageSet) -> ImageSet:
+        """The images of the rows, in their order. Raises UserError where they are other ones than those that
+        were extracted."""
+        numbers = self.images.rows_in(ImageList.of(images))
+        if numbers is None:
+            raise UserError("the images have changed since they were extracted")
+        return images.kept({split: numbers[split][self._rows[split]] for split in SPLITS})
 
     def arrays(self, split: str) -> dict[str, CachedArray]:
         """Every array of a split, read from the files by index."""

@@ -85,10 +85,7 @@ def raw_images(config: Config, cache: feature_cache.FeatureCache) -> datasets.Im
     UserError where they are not those that were extracted."""
     if config.pretrained:
         return None
-    images = datasets.images_of(config)
-    if not cache.is_of(images):
-        raise UserError("the images have changed since they were extracted")
-    return images.kept({split: cache.image_rows(split) for split in datasets.SPLITS})
+    return cache.in_rows(datasets.images_of(config))
 
 
 def draw_class(

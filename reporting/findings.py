@@ -78,11 +78,10 @@ def localisations(config: Config, cache: feature_cache.FeatureCache, classes: li
         return {}
     found = {}
     try:
-        images = datasets.images_of(config)
+        images = cache.in_rows(datasets.images_of(config))
     except UserError as mistake:
         print(f"no pixel AUROC: {mistake}")
         return {}
-    images = images.kept({split: cache.image_rows(split) for split in datasets.SPLITS})
     for name in classes:
         try:
             found[name] = _localisation(config, cache, images, name)

@@ -351,11 +351,14 @@ def test_hashes_of_arrays():
 
 def test_listed_images_are_those_of_both_splits(texture_folder):
     whole, chosen = load_images("folder", str(texture_folder)), [("test", 5), ("train", 0), ("train", 9)]
-    listed = whole.listed(chosen)
-    assert listed.labels.train.names == [whole.labels.split(split).names[i] for split, i in chosen]
+    names = [(split, whole.labels.split(split).names[i]) for split, i in chosen]
+    listed = whole.listed(names)
+    assert listed.labels.train.names == [name for _, name in names]
     for row, image in enumerate(chosen):
         assert (listed.read("train", row) == whole.read(*image)).all()
         assert listed.identify("train", row) == whole.identify(*image)
+    with pytest.raises(UserError, match="train/sky/x.png has gone"):
+        whole.listed([("train", "train/sky/x.png")])
 
 
 def test_name_tells_two_products_apart(tmp_path, monkeypatch):

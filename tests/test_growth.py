@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import make_folder, texture, write_image
 
+import datasets
 import extractor
 import predict
 import train
@@ -40,7 +41,7 @@ def extracted(monkeypatch):
     plain = storing.extract_images
 
     def extract_images(job, store, wanted, *more):
-        seen.extend(job.images.labels.split(image.split).names[image.number] for image in wanted)
+        seen.extend(image.name for image in wanted)
         return plain(job, store, wanted, *more)
 
     monkeypatch.setattr(storing, "extract_images", extract_images)
@@ -90,6 +91,22 @@ def test_a_picture_of_two_data_sets_is_extracted_once(folder, extracted):
     assert extracted == ["more.png"] and len(cache.tokens("train")) == 6
 
 
+def test_a_renamed_picture_keeps_its_place(folder, extracted):
+    """What was fitted to the features stays what it is: its rows are of the same pictures."""
+    before = extractor.ensure_features(settings(), CPU)
+    (folder / "test/a/00.png").rename(folder / "test/a/zz.png")
+    renamed = extractor.ensure_features(settings(), CPU)
+    assert renamed.meta == before.meta and renamed.labels.test.names[0] == "test/a/zz.png"
+    assert (renamed.tokens("test")[:] == before.tokens("test")[:]).all()
+    for cache in (before, renamed):
+        rows = cache.in_rows(datasets.images_of(settings()))
+        assert rows.labels.test.names[:2] == ["test/a/zz.png", "test/a/01.png"]
+    (folder / "test/a/zz.png").unlink()
+    with pytest.raises(UserError, match="the images have changed since they were extracted"):
+        renamed.in_rows(datasets.images_of(settings()))
+    assert extractor.ensure_features(settings(), CPU).meta["content"] != before.meta["content"]
+
+
 def test_other_settings_have_a_store_of_their_own(folder):
     changes = [{}, {"token_grid": "1"}, {"seed": 1}, {"img_size": (64, 64)}, {"mirror": True}, {"places": 3}]
     for change in changes:
@@ -128,7 +145,7 @@ def test_unreadable_pictures_are_named_and_left_out_on_request(folder, extracted
     for pretrained in (False, True):
         cache = extractor.ensure_features(settings(unreadable="skip", pretrained=pretrained), CPU)
         assert cache.skipped == ["train/a/99.png", "train/a/zz.png"] and len(cache.labels.train.names) == 10
-        assert cache.image_rows("train").tolist() == [0, 1, 2, 3, 4, *range(7, 12)]
+        assert cache.in_rows(datasets.images_of(settings())).labels.as_json() == cache.labels.as_json()
         assert "left out, 2 unreadable images: train/a/99.png, train/a/zz.png" in capsys.readouterr().out
     assert not extracted
     with pytest.raises(UserError, match="2 unreadable images"):
