@@ -60,23 +60,18 @@ def ensure_features(
     assert listed is not None
     restart, chosen = thorough and config.restart, f"{config.extractor} {config.img_size}"
     asked = settled(config, device, images, None if restart else listed.sizes.get(chosen))
-    store = Store(cache_identity(asked))
-    if thorough:
-        store.look(verified=listed.all_hashes())
+    store = Store(cache_identity(asked), verified=listed.all_hashes() if thorough else ())
     if images is None or config.pretrained:
         refuse_missing(store, listed)
         print(f"features: {store.folder} (pretrained True: taken as they are)", flush=True)
     else:
-        store.remove(store.damaged)
-        if restart:
-            store.remove(shard.folder for shard in store.holding(listed.all_hashes()))
+        again = set(listed.all_hashes()) if restart else set[str]()
+        store.remove(store.damaged + [s.folder for s in store.shards if not again.isdisjoint(s.images)])
         missing = absent_from(store, listed)
         if config.unreadable == "skip":
             missing = not_given_up(images, missing, set(listed.unreadable))
-        if missing and check is not None:
-            check(what_is_kept(asked, backbones.outline(asked))[1])
         if missing:
-            extract(asked, images, store, missing, device, executor)
+            extract(asked, images, store, missing, device, check, executor)
         else:
             print(f"features: {'all sound' if thorough else 'reusing the cache'}: {store.folder}", flush=True)
         if auto_pixels(config.img_size):
@@ -165,18 +160,21 @@ def extract(
     store: Store,
     missing: list[Wanted],
     device: torch.device,
+    check: Callable[[dict], object] | None = None,
     executor: Executor | None = None,
 ) -> None:
-    """Extract what is missing, of a settled configuration, but for images that cannot be read. Raises
-    UserError; what is done is kept."""
+    """Extract what is missing, of a settled configuration, but for images that cannot be read; the rest as
+    for ``ensure_features``. Raises UserError; what is done is kept."""
     shapes, fields = what_is_kept(config, backbones.outline(config))
+    if check is not None:
+        check(fields)
     count, size = len(missing), len(missing) * DTYPE.itemsize * sum(map(math.prod, shapes.values()))
     height, width = backbones.image_size(config)
     check_disk(store.folder, size)
     store.sweep()
     job, where, told = None, "by other processes", ""
     if executor is None:
-        job, where = Extraction(config, images, cache_identity(config), device), f"on {device}"
+        job, where = Extraction(config, images, store.identity, device), f"on {device}"
         store.begin(job.fields)
         if count >= LONG_JOB:
             seconds = utils.readable_time(count * job.seconds_per_image(count))

@@ -51,9 +51,9 @@ class Store:
     fields: which features these are, flat; empty where there are none yet. shards: the sound ones. damaged:
     the folders of the others. Raises UserError on a store of other features or of another version."""
 
-    def __init__(self, identity: CacheIdentity):
+    def __init__(self, identity: CacheIdentity, verified: Iterable[str] = ()):
         self.identity, self.folder = identity, identity.folder
-        self.look()
+        self.look(verified)
 
     def look(self, verified: Iterable[str] = ()) -> None:
         """See what there is: sizes of files are checked, of the shards that hold any of the images
@@ -90,11 +90,6 @@ class Store:
         found.shard[there], found.row[there] = self._shard[at], self._row[at]
         return found
 
-    def holding(self, images: Iterable[str]) -> list[Shard]:
-        """The shards that hold features of any of these images."""
-        wanted = set(images)
-        return [shard for shard in self.shards if not wanted.isdisjoint(shard.images)]
-
     def begin(self, fields: dict) -> None:
         """Make an empty store one of these features. Raises UserError where it is one of others."""
         if self.fields:
@@ -104,12 +99,13 @@ class Store:
         write_sealed(self.folder / IDENTITY, {"format": FORMAT, "fields": fields})
         self.look()  # the identity may have been lost alone
 
-    def remove(self, folders: Iterable[Path]) -> None:
+    def remove(self, folders: list[Path]) -> None:
         """Remove shards; with the last one, the store's identity."""
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-        self.look()
-        if not self.shards and not self.damaged:
+        if folders:
+            self.look()
+        if folders and not self.shards and not self.damaged:
             (self.folder / IDENTITY).unlink(missing_ok=True)
             self.fields = {}
 

@@ -365,7 +365,7 @@ def test_foreign_files_stay(folder):
     found = opened(folder)
     assert len(found.shards) == 3
     found.sweep()
-    found.remove(shard.folder for shard in found.shards)
+    found.remove([shard.folder for shard in found.shards])
     assert sorted(folder.iterdir()) == sorted(mine)
 
 
