@@ -48,7 +48,7 @@ BASES = ("normal", "kernel")
 FUSION_TOKENS = ("last", "middle")
 
 SCRIPTS = ("extractor.py", "train.py", "main.py")
-FITTING, MAIN = SCRIPTS[1:], SCRIPTS[2:]
+EXTRACTING, FITTING, MAIN = SCRIPTS[:1], SCRIPTS[1:], SCRIPTS[2:]
 # A knob affects the cached features, what is fitted to them, or only how a run goes.
 ROLES = ("features", "fit", "run")
 
@@ -91,7 +91,8 @@ class Config:
     dataset: str = features("cifar10", "data set (docs/data.md has the folder layouts)", DATASETS)
     dataset_path: str | None = run(None, "folder of the raw images; none: data/<dataset>")
     class_name: str = run("all", "normal class: one, several separated by commas, or all; a comma in a name is written \\, (backslash, comma)", scripts=FITTING)
-    feature_path: str | None = run(None, "folder of the feature cache; none: features/<dataset>-<extractor>-<size>-<grid>")
+    feature_path: str | None = run(None, "folder of the features of all data sets and backbones; none: features")
+    prune: str | None = run(None, "list: tell what the features of each backbone and data set take of the disk; names of data sets, as in digits,cifar10: drop all others' features", scripts=EXTRACTING)
     pretrained: bool = run(False, "True: the features are already extracted, stop if they are not (extractor.py: check every row of them, the images need not be there); False: extract what is missing")
     # backbone and extraction
     extractor: str = features("VIT", f"backbone: {', '.join(BACKBONES)} or any timm model name")

@@ -6,7 +6,6 @@ data sets by images/published.py, scikit-learn's digits here (README, "Your own 
 import contextlib
 import dataclasses
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -121,10 +120,6 @@ class Labels:
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"expected labels, got other content ({error!r})") from None
 
-    def fingerprint(self) -> str:
-        """A hash of the names and labels, in order."""
-        return _hash(self.as_json())
-
 
 def _nothing(split: str, i: int) -> str:
     return ""
@@ -146,12 +141,12 @@ class ImageSet:
     masks: tuple[Path | None, ...] = ()
     size: Callable[[str, int], tuple[int, int]] | None = None
 
-    def keys(self, split: str) -> list[str]:
+    def hashes(self, split: str) -> list[str]:
         """The content hash of every image of a split, in order; HASHING_THREADS files are read at a time."""
         parts = np.array_split(np.arange(len(self.labels.split(split).names)), HASHING_THREADS)
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
             found = pool.map(lambda rows: [self.identify(split, int(i)) for i in rows], parts)
-            return [key for keys in found for key in keys]
+            return [image for hashes in found for image in hashes]
 
     def kept(self, rows: dict[str, np.ndarray]) -> "ImageSet":
         """These images of each split, in the order of ``rows``."""
@@ -172,15 +167,16 @@ class ImageSet:
                 found[self.labels.classes[train.category[i]]].append(size)
         return dict(found)
 
-    def part_key(self, split: str, start: int, stop: int) -> str:
-        """A hash of names, labels and content of the images start..stop of a split, where there are any."""
-        labels = self.labels.split(split)
-        rows = range(len(labels.names))[start:stop]
-        return _hash(labels.kept(rows).as_json(), [self.identify(split, i) for i in rows])
-
-    def fingerprint(self) -> str:
-        """A hash of names, labels and content: equal for the same images, whatever folder they lie in."""
-        return _hash(self.labels.fingerprint(), [self.keys(split) for split in SPLITS])
+    def listed(self, chosen: Sequence[tuple[str, str]]) -> "ImageSet":
+        """The images ``chosen`` (split, name), of both splits, as one training split without labels. Raises
+        UserError on one that is not there."""
+        rows = {(s, name): (s, i) for s in SPLITS for i, name in enumerate(self.labels.split(s).names)}
+        if gone := [name for split, name in chosen if (split, name) not in rows]:
+            raise UserError(f"{gone[0]} has gone since the images were listed; run it again")
+        labels = Labels((), Split.of([name for _, name in chosen], [OTHER] * len(chosen)), Split.of([], []))
+        listed = [rows[image] for image in chosen]
+        read, identify = (partial(_of_list, take, listed) for take in (self.read, self.identify))
+        return ImageSet(labels, read, identify, self.from_files)
 
     def mask(self, i: int) -> np.ndarray | None:
         """Where the defect of test image i is, (H, W) bool; None where the data set does not say. Raises
@@ -192,8 +188,8 @@ def _at_row(take: Callable, rows: dict[str, np.ndarray], split: str, i: int):
     return take(split, int(rows[split][i]))
 
 
-def _hash(*contents) -> str:
-    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
+def _of_list(take: Callable, chosen: Sequence[tuple[str, int]], split: str, i: int):
+    return take(*chosen[i])
 
 
 def choose_classes(labels: Labels, class_name: str) -> list[str]:
@@ -242,18 +238,16 @@ def images_of(config: Config) -> ImageSet:
     return load_images(config.dataset, config.dataset_path)
 
 
-def slug(config: Config) -> str:
-    """What tells the images of two configurations of one data set apart in the name of a cache: for image
-    folders the folder's name and a hash of its place, but for the default folder; for CIFAR-100 whether its
-    classes are the fine ones."""
-    if config.dataset == "digits" or config.dataset in published.FORMS:
-        return "" if config.dataset == collection(config.dataset) else "fine"
-    default = Path(f"data/{config.dataset}").resolve()
+def name_of(config: Config) -> str:
+    """What the images of a configuration are called beside those of others: the data set, and for image
+    folders elsewhere than in their default place, the folder's name and a hash of its place."""
+    name = config.dataset
+    default = Path(f"data/{name}").resolve()
     place = Path(config.dataset_path).resolve() if config.dataset_path else default
-    if place == default:
-        return ""
-    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in place.name)[:40]
-    return f"{name}-{hashlib.sha256(str(place).encode(errors='surrogateescape')).hexdigest()[:6]}"
+    if name == "digits" or name in published.FORMS or place == default:
+        return name
+    folder = "".join(c if c.isalnum() or c in "-_" else "_" for c in place.name)[:40]
+    return f"{name}-{folder}-{hashlib.sha256(str(place).encode(errors='surrogateescape')).hexdigest()[:6]}"
 
 
 def _digits() -> ImageSet:
@@ -278,10 +272,10 @@ def _array_set(
     names = {split: [f"{split}/{i}" for i in range(len(pixels[split]))] for split in SPLITS}
     train, test = (Split.of(names[split], category[split]) for split in SPLITS)
     labels = Labels(tuple(classes), train, test)
-    return ImageSet(labels, partial(_from_array, pixels), partial(_array_key, pixels), from_files=False)
+    return ImageSet(labels, partial(_from_array, pixels), partial(_array_hash, pixels), from_files=False)
 
 
-def _array_key(pixels: dict[str, np.ndarray], split: str, i: int) -> str:
+def _array_hash(pixels: dict[str, np.ndarray], split: str, i: int) -> str:
     return hashlib.sha256(np.ascontiguousarray(pixels[split][i]).data).hexdigest()[:32]
 
 
@@ -303,7 +297,7 @@ def _file_set(listing: Listing) -> ImageSet:
         )
     labels = Labels(tuple(listing.classes), **splits, per_category=listing.per_category)
     masks = tuple(entry.mask for entry in listing.entries["test"])
-    read, identify, size = partial(_from_file, files), partial(_file_key, files), partial(_file_size, files)
+    read, identify, size = partial(_from_file, files), partial(_file_hash, files), partial(_file_size, files)
     return ImageSet(labels, read, identify, masks=masks, size=size)
 
 
@@ -311,8 +305,8 @@ def _from_file(files: dict[str, list[Path]], split: str, i: int) -> np.ndarray:
     return images.read_image(files[split][i])
 
 
-def _file_key(files: dict[str, list[Path]], split: str, i: int) -> str:
-    return images.content_key(files[split][i])
+def _file_hash(files: dict[str, list[Path]], split: str, i: int) -> str:
+    return images.content_hash(files[split][i])
 
 
 def _file_size(files: dict[str, list[Path]], split: str, i: int) -> tuple[int, int]:
@@ -323,4 +317,4 @@ def unlabelled(files: list[Path]) -> ImageSet:
     """Image files without labels, as a test split."""
     labels = Labels((), Split.of([], []), Split.of([str(path) for path in files], [OTHER] * len(files)))
     listed: dict[str, list[Path]] = {"train": [], "test": files}
-    return ImageSet(labels, partial(_from_file, listed), partial(_file_key, listed))
+    return ImageSet(labels, partial(_from_file, listed), partial(_file_hash, listed))

@@ -71,8 +71,7 @@ def fit_pairs(
     with engine.in_processes(at_once, threads) as executor:
         executor = executor or cluster
         if executor:
-            identity = feature_cache.CacheIdentity(cache.folder, cache.manifest.fields)
-            task = functools.partial(fit_there, config, identity, threads, began)
+            task = functools.partial(fit_there, config, cache, threads, began)
         else:
             task = functools.partial(fit_here, config, cache, token_sources(cache, device), began)
         for number, (pair, outcome) in enumerate(engine.outcomes(executor, task, missing), 1):
@@ -98,7 +97,7 @@ def token_sources(cache: feature_cache.FeatureCache, device: torch.device) -> So
 
 def fit_there(
     config: Config,
-    identity: feature_cache.CacheIdentity,
+    cache: feature_cache.FeatureCache,
     threads: int,
     began: float,
     pair: runs.ClassSeed,
@@ -106,7 +105,6 @@ def fit_there(
     """Fit one class with one seed in another process, perhaps on another machine, and draw it there, too."""
     device = utils.set_up(config.device, threads)
     torch.cuda.empty_cache()  # of the pair before: tokens stay on a GPU where they fit into what is free
-    cache = feature_cache.FeatureCache(identity)
     runs.check_settled(config, cache)
     outcome = fit_here(config, cache, token_sources(cache, device), began, pair)
     if config.keep == "all" and pair.seed == config.seed and "reason" not in outcome.result:
@@ -152,7 +150,8 @@ def run(config: Config) -> dict:
     began = time.time()
     device = utils.set_up(config.device, config.threads)
     with runs.writing(config), engine.on_cluster(config.cluster) as cluster:
-        cache = extractor.ensure_features(config, device, functools.partial(detector.Detector, config))
+        check = functools.partial(detector.Detector, config)
+        cache = extractor.ensure_features(config, device, check, executor=cluster)
         classes = datasets.choose_classes(cache.labels, config.class_name)
         seeds = range(config.seed, config.seed + config.n_seeds)
         pairs = [runs.ClassSeed(class_name, seed) for seed in seeds for class_name in classes]

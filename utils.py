@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from joblib import cpu_count  # knows a container's share of the machine
 
-from config import Config, UserError
+from config import UserError
 from shell.signals import Interrupted
 
 
@@ -106,25 +106,6 @@ def first_named(names: Sequence[str], separator: str = ", ") -> str:
 def counted(number: int, what: str) -> str:
     """As in "1 image" and "2 images"."""
     return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-class Ranks(NamedTuple):
-    """Which of how many processes this is."""
-
-    rank: int
-    world_size: int
-
-    def own_first(self, items: Sequence) -> list:
-        """All items, those of this rank (every world_size-th) first."""
-        turns = range(self.rank, self.rank + self.world_size)
-        return [item for turn in turns for item in items[turn % self.world_size :: self.world_size]]
-
-
-ALONE = Ranks(0, 1)
-
-
-def ranks(config: Config) -> Ranks:
-    return ALONE
 
 
 def reachable(url: str, seconds: float = 3.0) -> bool:

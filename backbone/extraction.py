@@ -17,9 +17,8 @@ from backbone import backbones
 from backbone.arithmetic import is_traced
 from backbone.identity import maps_kept, token_grid, what_is_kept
 from backbone.resizing import ImageRows, Unreadable, prepare
-from cache.feature_cache import CacheIdentity
-from cache.manifest import EXAMPLE
 from cache.shards import NOT_FINITE
+from cache.store import EXAMPLE, CacheIdentity
 from config import Config, UserError
 
 BATCH = {"cpu": 8, "cuda": 64}  # images per backbone pass: a CPU's caches hold the maps of these
@@ -52,7 +51,7 @@ class Extraction:
         self.fields |= {
             "precision": str(self.dtype).removeprefix("torch."),
             "weights_sha256": utils.sha256_of_tensors(backbone.state_dict()),
-            "image_list": images.fingerprint(),
+            "shapes": self.shapes,
         }
         self.backbone = backbones.speed_up(backbone, device, self.dtype, fuse=not config.compile)
         self.mean, self.std = (
@@ -132,14 +131,19 @@ class Extraction:
         return (time.perf_counter() - start) / (len(blank) * at_once)
 
     def features(
-        self, split: str, start: int = 0, stop: int | None = None, unreadable: list[int] | None = None
+        self,
+        split: str,
+        start: int = 0,
+        stop: int | None = None,
+        unreadable: list[int] | None = None,
+        images: datasets.ImageSet | None = None,
     ) -> Iterator[Rows]:
-        """What is kept of the images start..stop of a split (all), in order, on the device (see ``rows``).
-        Batches begin at ``start``: the outcome does not depend on what was extracted before.
+        """What is kept of the images start..stop of a split (all), of the job's images or of others, in
+        order, on the device (see ``rows``).
 
         An unreadable image is left out and its index added to the list ``unreadable``; without a list, it
         raises UserError. So do features that are not finite, at the latest after the last rows."""
-        everything = ImageRows(self.images, split, self.img_size)
+        everything = ImageRows(images or self.images, split, self.img_size)
         chosen = range(len(everything))[start:stop]
         found = (self._by_threads if self.threads else self._by_one_thread)(everything, chosen)
         for rows in found:

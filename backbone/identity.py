@@ -1,17 +1,17 @@
 """Which features a configuration asks for, found without loading the backbone: the fields and the folder of
-their cache, the size of the images, the shape of each array."""
+their store, the size of the images, the shape of each array."""
 
-import contextlib
 import dataclasses
 import math
 
 import numpy as np
+import torch
 
 import datasets
 from backbone import backbones
 from backbone.token_grid import OF_MAPS, PLACE_CHANNELS, Bands, Places, TokenGrid, place_grid
-from cache.feature_cache import CacheIdentity, cache_folder
-from cache.manifest import Manifest
+from cache.feature_cache import feature_folder
+from cache.store import CacheIdentity, identity_hash
 from config import LARGEST_IMAGE, Config, UserError, auto_pixels, knobs_affecting
 
 
@@ -31,74 +31,67 @@ def maps_kept(config: Config, img_size: tuple[int, int]) -> dict[str, Bands | Pl
     return kept
 
 
+def settled(
+    config: Config, device: torch.device, images: datasets.ImageSet | None, size: list[int] | None = None
+) -> Config:
+    """The configuration with what the machine and the pictures decide put in: precision, and size of the
+    images, which is ``size`` where that was decided before. Raises UserError where there are no images to
+    decide it."""
+    precision = str(backbones.choose_precision(config.precision, device)).removeprefix("torch.")
+    img_size = config.img_size
+    if auto_pixels(img_size) and size:
+        img_size = (size[0], size[1])
+    elif auto_pixels(img_size) and images is not None:
+        img_size = size_for(config, images)
+    elif auto_pixels(img_size):
+        raise UserError(
+            f"img_size auto: no features of {config.extractor} are there; run python extractor.py"
+        )
+    return dataclasses.replace(config, precision=precision, img_size=img_size)
+
+
 def cache_identity(config: Config) -> CacheIdentity:
-    """Which features a configuration asks for, found without loading the backbone. Raises UserError.
+    """Which features a ``settled`` configuration asks for, found without loading the backbone. Raises
+    UserError.
 
     The fields are the knobs that affect the features, with what the backbone decides put in for those left
-    open. A size that the pictures decide is left open (``sized``)."""
+    open; precision is none of them while it is open."""
     defaults, grid = backbones.timm_defaults(config.extractor), token_grid(config)
     fields = {name: getattr(config, name) for name in knobs_affecting("features")}
     del fields["weights_path"]  # recorded by content, as "weights"
     del fields["pixel_norm"]
+    del fields["dataset"]
     norm, bands = config.pixel_norm or (*defaults.mean, *defaults.std), Bands()
+    img_size = backbones.image_size(config)
+    places = (config.places, config.places)
+    if config.places:
+        places = place_grid(config.places, img_size, backbones.own_size(config.extractor))
     fields |= {
         "timm_model": backbones.timm_name(config.extractor),
         "weights": backbones.weights_source(config),
+        "img_size": img_size,
         "norm_mean": tuple(norm[:3]),
         "norm_std": tuple(norm[3:]),
-        "dataset": datasets.collection(config.dataset),
-        "fine_classes": config.dataset != datasets.collection(config.dataset),
         "rings": bands.rings if config.bands else None,
         "low_sigma": bands.sigma if config.bands else None,
         "place_channels": PLACE_CHANNELS if config.places else None,
-        "band_depths": "auto" if config.bands or config.places else None,
+        "place_grid": None if places == (config.places, config.places) else places,  # a square goes without
         **grid.fields(),
     }
-    if pixels := auto_pixels(config.img_size):
-        del fields["img_size"]
-        fields["img_pixels"] = pixels
-        size = f"auto{pixels}"
-    else:
-        fields |= shape_fields(config, backbones.image_size(config))
-        size = "{}x{}".format(*fields["img_size"])
-    if config.precision == "auto":  # whatever the machine chose is accepted
+    if config.precision == "auto":
         del fields["precision"]
     if config.bands or config.places:
         fields["of_maps"] = OF_MAPS
-    parts = {"bands": config.bands, f"places{config.places}": config.places, "mirror": config.mirror}
-    grid_key = "-".join([grid.key, *(name for name, kept in parts.items() if kept)])
-    return CacheIdentity(cache_folder(config, size, grid_key), fields)
+    kept = {"bands": config.bands, f"places{config.places}": config.places, "mirror": config.mirror}
+    name = config.extractor.replace("/", "_").replace(":", "_")
+    parts = [name, "{}x{}".format(*img_size), grid.key, *(part for part, there in kept.items() if there)]
+    return CacheIdentity(feature_folder(config) / "-".join([*parts, identity_hash(fields)[:8]]), fields)
 
 
 # ---------------------------------------------------------------- the size of the images
 SIZES_READ = 200  # training pictures whose sizes decide
 ANOTHER_SHAPE = math.log(1.5)  # so much longer or shorter: a class is told of
 ENLARGED, LEAST_SIDE = 5, 96  # small pictures for a CNN: so many times as large, so many pixels at least
-
-
-def shape_fields(config: Config, img_size: tuple[int, int]) -> dict:
-    """What a cache records of the shape of its images; a square grid of places needs no telling."""
-    grid = (config.places, config.places)
-    if config.places:
-        grid = place_grid(config.places, img_size, backbones.own_size(config.extractor))
-    return {"img_size": img_size, "place_grid": None if grid == (config.places, config.places) else grid}
-
-
-def sized(config: Config, images: datasets.ImageSet, identity: CacheIdentity) -> CacheIdentity:
-    """The same with the size of the images where the pictures decide it: that of the features that are there,
-    so that a folder may grow, or the one that the training pictures ask for."""
-    if "img_size" in identity.fields:
-        return identity
-    size = None
-    with contextlib.suppress(UserError):
-        size = Manifest.read(identity.folder).fields.get("img_size")
-    fields = shape_fields(config, tuple(size) if size else size_for(config, images))
-    return CacheIdentity(identity.folder, identity.fields | fields)
-
-
-def at_size(config: Config, identity: CacheIdentity) -> Config:
-    """The configuration with the size of the images as a knob."""
-    return dataclasses.replace(config, img_size=identity.fields["img_size"])
 
 
 def size_for(config: Config, images: datasets.ImageSet) -> tuple[int, int]:

@@ -1,66 +1,70 @@
-"""Tokens -> cache: the writer of a data set's features, and smaller grids made out of a full one."""
+"""Images whose features are missing -> shards of a store, by this process or by those of an executor."""
 
-import dataclasses
-import math
+import functools
+import itertools
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import datasets
 import utils
-from backbone.identity import cache_identity, token_grid
-from cache import growth
-from cache.cache_writer import CacheWriter, ShardFeatures
-from cache.feature_cache import CacheIdentity, FeatureCache
-from cache.reuse import State, part_key, reopen_lost
-from cache.shards import Damaged, Shard
+from backbone.extraction import Extraction, arriving
+from backbone.identity import cache_identity
+from cache.shards import write_shard
+from cache.store import Store
 from config import Config, UserError
 from shell.command_line import to_go_on
 from shell.signals import Interrupted
 
-SHARD_ROWS = 0  # images per file of a new cache; 0: files of 128 to 256 MB
-CHUNK = 64  # images of a full cache that are pooled at a time
+SHARD_ROWS, SHARD_SECONDS = 256, 30.0  # of one shard, at most: what a kill costs
+
+Batch = tuple[list[int], dict[str, np.ndarray]]  # numbers of images, and their rows of each array
 
 
-def new_writer(
-    config: Config,
-    images: datasets.ImageSet,
-    folder: Path,
-    fields: dict,
-    shapes: dict[str, tuple[int, ...]],
-    there: State,
-) -> CacheWriter:
-    """A writer of these images' cache, of which ``there`` is what is there already. Raises UserError."""
-    reopen_lost(folder, there, fields)
-    skip = config.unreadable == "skip"
-    writer = CacheWriter(folder, fields, images.labels, shapes, SHARD_ROWS, part_key(images), skip)
-    growth.remember(images, folder)  # before the last shard makes the cache whole
-    return writer
+class Wanted(NamedTuple):
+    """An image whose features are missing: its split, its name there, the hash of its content."""
+
+    split: str
+    name: str
+    hash: str
 
 
-def fill(config: Config, writer: CacheWriter, features: ShardFeatures, count: int, at_once: int = 1) -> None:
-    """Write what is missing, so many shards at once; say what is kept when that is stopped or the disk is
-    full."""
-    try:
-        with tqdm(total=count, unit="img", disable=utils.no_bar(), smoothing=0.05) as bar:
-            writer.fill(features, utils.ranks(config), bar.update, at_once)
-    except Interrupted as interrupted:
-        interrupted.told = f"{writer.kept()}; to go on: {to_go_on()}"
-        raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{reason} ({writer.folder}): {writer.kept()}; then: {to_go_on()}") from None
+class Task(NamedTuple):
+    """Images for one call of ``extract_shard``. config: ``settled``."""
+
+    config: Config
+    wanted: list[Wanted]
 
 
-def check_disk(folder: Path, labels: datasets.Labels, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise UserError when the part of a cache that is not there yet would not fit on the disk."""
-    size = 2 * labels.count() * sum(math.prod(shape) for shape in shapes.values())
+def tasks_of(config: Config, wanted: list[Wanted]) -> list[Task]:
+    """The images of a settled configuration as tasks of a shard each."""
+    return [Task(config, wanted[i : i + SHARD_ROWS]) for i in range(0, len(wanted), SHARD_ROWS)]
+
+
+def extract_shard(task: Task) -> list[Wanted]:
+    """Compute and write the features of a task's images, in whatever process -> those that cannot be read.
+    Raises UserError."""
+    return extract_images(*_backbone_and_store(task.config), task.wanted)
+
+
+@functools.lru_cache(maxsize=1)
+def _backbone_and_store(config: Config) -> tuple[Extraction, Store]:
+    """Kept from one task to the next."""
+    identity, device = cache_identity(config), utils.set_up(config.device, config.threads)
+    job, store = Extraction(config, datasets.images_of(config), identity, device), Store(identity)
+    store.begin(job.fields)
+    return job, store
+
+
+def check_disk(folder: Path, size: int) -> None:
+    """Raise UserError when so many bytes of features would not fit on the disk."""
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-    size -= sum(path.stat().st_size for path in folder.glob("*.npy"))
     free = shutil.disk_usage(existing).free
     if size > free:
         raise UserError(
@@ -69,47 +73,99 @@ def check_disk(folder: Path, labels: datasets.Labels, shapes: dict[str, tuple[in
         )
 
 
-def pool_full_cache(
-    config: Config, images: datasets.ImageSet, identity: CacheIdentity, there: State
-) -> FeatureCache | None:
-    """Make a smaller grid's cache out of the same images' full-grid cache, without the backbone; None without
-    one that is sound."""
-    full = cache_identity(dataclasses.replace(config, token_grid="full", feature_path=None))
-    if config.token_grid == "full":
-        return None
-    of_this_size = {name: identity.fields[name] for name in ("img_size", "place_grid")}
+def extract_missing(
+    store: Store, wanted: list[Wanted], config: Config, job: Extraction | None, executor: Executor | None
+) -> list[Wanted]:
+    """Compute and write the features of images by ``job`` or, without one, by an executor's processes ->
+    those that cannot be read. Says what is kept when it is stopped or the disk is full."""
     try:
-        source = FeatureCache(CacheIdentity(full.folder, full.fields | of_this_size).with_images(images))
-    except UserError:
-        return None
-    grid = token_grid(config)
-    shape = grid.cached_shape(source.grid)
-    n_tokens = 1 + grid.n_tokens(shape)
-    shapes = source.shapes | {"tokens": (n_tokens, source.channels)}
-    check_disk(identity.folder, images.labels, shapes)
-    fields = source.manifest.fields | identity.fields | {"grid": shape, "tokens": n_tokens}
-    writer = new_writer(config, images, identity.folder, fields, shapes, there)
-    missing = writer.missing()
-    print(
-        f"features: pooling {full.folder} to {n_tokens} tokens per image, "
-        f"{writer.manifest.size(missing) / 1e9:.2f} GB in {identity.folder}",
-        flush=True,
-    )
-    rows_of = {split: source.image_rows(split) for split in datasets.SPLITS}
+        with tqdm(total=len(wanted), unit="img", disable=utils.no_bar(), smoothing=0.05) as bar:
+            if job is None:
+                assert executor is not None
+                futures = {executor.submit(extract_shard, task): task for task in tasks_of(config, wanted)}
+                unreadable: list[Wanted] = []
+                for future in as_completed(futures):
+                    unreadable += future.result()
+                    bar.update(len(futures[future].wanted))
+                return unreadable
+            size = -(-len(wanted) // job.shards_at_once)
+            parts = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+            with utils.thread_pool(len(parts)) as pool:
+                in_turn = map if len(parts) == 1 else pool.map
+                found = in_turn(lambda part: extract_images(job, store, part, bar.update), parts)
+                return [image for part in found for image in part]
+    except Interrupted as interrupted:
+        store.sweep()
+        interrupted.told = f"{kept(store, wanted)}; to go on: {to_go_on()}"
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{reason} ({store.folder}): {kept(store, wanted)}; then: {to_go_on()}") from None
 
-    def pooled(shard: Shard, skipped: list[int]) -> Iterator[dict[str, np.ndarray]]:
-        arrays = source.arrays(shard.split)
-        first, last = np.searchsorted(rows_of[shard.split], (shard.start, shard.stop))
-        there = set(rows_of[shard.split][first:last].tolist())
-        skipped += [i for i in range(shard.start, shard.stop) if i not in there]
-        for start in range(first, last, CHUNK):
-            rows = {name: array[start : min(start + CHUNK, last)] for name, array in arrays.items()}
-            tokens = grid.pool(torch.from_numpy(rows["tokens"]).float(), source.grid).half()
-            yield rows | {"tokens": tokens.numpy()}
 
-    try:
-        fill(config, writer, pooled, sum(shard.stop - shard.start for shard in missing))
-    except Damaged as damage:  # found as its rows are read
-        print(f"features: not pooled: {damage}", flush=True)
-        return None
-    return FeatureCache(identity)
+def kept(store: Store, wanted: list[Wanted]) -> str:
+    """How many of the images that were missing have features now, in words."""
+    store.look()
+    there = int((store.find([image.hash for image in wanted]).shard >= 0).sum())
+    return f"{there} of {utils.counted(len(wanted), 'image')} are kept in {store.folder}"
+
+
+def extract_images(
+    job: Extraction, store: Store, wanted: list[Wanted], advance: Callable[[int], object] = lambda count: None
+) -> list[Wanted]:
+    """Compute the features of images and write them while the next are computed -> those that cannot be read.
+    advance: called with the number of images done. Raises UserError, also on an image that has changed since
+    it was hashed."""
+    images = job.images.listed([image[:2] for image in wanted])
+    unreadable: list[int] = []
+
+    def batches() -> Iterator[Batch]:
+        readable = _others(len(wanted), unreadable)
+        for rows in arriving(job.features("train", unreadable=unreadable, images=images), job.device):
+            arrays = {name: values.numpy() for name, values in rows.items()}
+            numbers = list(itertools.islice(readable, len(arrays["tokens"])))
+            yield numbers, arrays
+            advance(len(numbers))
+
+    def write(shard: Batch) -> None:
+        numbers, arrays = shard
+        for i in numbers:
+            if images.identify("train", i) != wanted[i].hash:
+                name = wanted[i].name
+                raise UserError(f"{name} has changed while its features were extracted; run it again")
+        write_shard(store.folder, store.of, [wanted[i].hash for i in numbers], arrays)
+
+    with ThreadPoolExecutor(1) as pool:  # what it has begun is ended, however this ends
+        for _ in utils.in_order(pool, write, in_shards(batches()), 1):
+            pass
+    return [wanted[i] for i in unreadable]
+
+
+def _others(count: int, left_out: list[int]) -> Iterator[int]:
+    """The numbers below ``count`` but for those in a list that may grow, in order, ahead of them."""
+    passed = 0
+    for i in range(count):
+        if passed < len(left_out) and left_out[passed] == i:
+            passed += 1
+        else:
+            yield i
+
+
+def in_shards(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same images put together: SHARD_ROWS at a time, fewer where they take longer than SHARD_SECONDS."""
+    numbers: list[int] = []
+    parts: list[dict[str, np.ndarray]] = []
+    began = time.monotonic()
+    for more, rows in batches:
+        numbers, parts = numbers + more, [*parts, rows]
+        while len(numbers) >= SHARD_ROWS or numbers and time.monotonic() - began > SHARD_SECONDS:
+            arrays = _joined(parts)
+            yield numbers[:SHARD_ROWS], {name: values[:SHARD_ROWS] for name, values in arrays.items()}
+            numbers, parts = numbers[SHARD_ROWS:], [{n: v[SHARD_ROWS:] for n, v in arrays.items()}]
+            began = time.monotonic()
+    if numbers:
+        yield numbers, _joined(parts)
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

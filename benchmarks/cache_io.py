@@ -6,6 +6,8 @@ Every way is timed in turn, ``--repeats`` times over; the table gives the median
 in the system's cache when they are read; with ``--cold`` (Linux) the first reading comes from the disk."""
 
 import argparse
+import functools
+import mmap
 import os
 import shutil
 import statistics
@@ -17,9 +19,10 @@ from pathlib import Path
 import numpy as np
 from common import print_machine
 
+from backbone.storing import SHARD_ROWS
 from cache import shards
-from cache.cache_writer import CacheWriter
-from cache.feature_cache import CacheIdentity, FeatureCache
+from cache.feature_cache import FeatureCache, ImageList
+from cache.store import CacheIdentity, Store
 from datasets import Labels, Split
 
 TOKENS, CHANNELS, CHUNK = 65, 768, 64  # an image's row; rows that are written together
@@ -28,7 +31,7 @@ BATCH, BATCHES = 32, 300  # rows that are read together in training, and how man
 
 
 class Plain:
-    """What was read before there were shards: one memory-mapped .npy, its pages given back after a read."""
+    """One memory-mapped .npy, its pages given back after a read."""
 
     def __init__(self, path: Path):
         self._map = np.load(path, mmap_mode="r")
@@ -38,27 +41,34 @@ class Plain:
 
     def __getitem__(self, index):
         rows = np.array(self._map[index]) if isinstance(index, slice) else np.asarray(self._map[index])
-        shards.release(self._map)
+        self._map._mmap.madvise(mmap.MADV_DONTNEED)
         return rows
 
     def semantic(self) -> np.ndarray:
         found = np.empty((len(self), CHANNELS), np.float16)
         for start in range(0, len(self), 1000):
             found[start : start + 1000] = self._map[start : start + 1000, 0]
-            shards.release(self._map)
+            self._map._mmap.madvise(mmap.MADV_DONTNEED)
         return found
 
 
 def chunks(count: int):
     """The same rows for both."""
-    block = np.random.default_rng(0).standard_normal((CHUNK, TOKENS, CHANNELS), np.float32).astype(np.float16)
+    block = _block()
     for start in range(0, count, CHUNK):
         yield block[: min(CHUNK, count - start)]
 
 
+@functools.cache
+def _block() -> np.ndarray:
+    values = np.random.default_rng(0).standard_normal((CHUNK, TOKENS, CHANNELS), np.float32)
+    return values.astype(np.float16)
+
+
 def write_plain(path: Path, count: int) -> None:
+    header = {"descr": "<f2", "fortran_order": False, "shape": (count, TOKENS, CHANNELS)}
     with open(path, "wb") as stream:
-        stream.write(shards.npy_header(count, (TOKENS, CHANNELS)))
+        np.lib.format.write_array_header_1_0(stream, header)
         for rows in chunks(count):
             stream.write(rows.data)
         stream.flush()
@@ -66,9 +76,16 @@ def write_plain(path: Path, count: int) -> None:
 
 
 def write_sharded(folder: Path, count: int) -> None:
-    labels = Labels(("a",), Split.of(map(str, range(count)), np.zeros(count)), Split.of([], []))
-    writer = CacheWriter(folder, {"n_feat": CHANNELS, "grid": (8, 8)}, labels, {"tokens": (TOKENS, CHANNELS)})
-    writer.fill(lambda shard, skipped: ({"tokens": rows} for rows in chunks(shard.stop - shard.start)))
+    store = Store(CacheIdentity(folder, {}))
+    store.begin({"n_feat": CHANNELS, "grid": (8, 8), "shapes": {"tokens": (TOKENS, CHANNELS)}})
+    for start in range(0, count, SHARD_ROWS):
+        names = images(count)[start : start + SHARD_ROWS]
+        rows = np.concatenate(list(chunks(len(names))))
+        shards.write_shard(folder, store.of, names, {"tokens": rows})
+
+
+def images(count: int) -> list[str]:
+    return [f"{i:032d}" for i in range(count)]
 
 
 def in_order(array) -> None:
@@ -87,7 +104,10 @@ def semantic(array) -> None:
 
 
 def opened(folder: Path):
-    return FeatureCache(CacheIdentity(folder, {})).tokens("train")
+    store = Store(CacheIdentity(folder, {}))
+    names = [image for shard in store.shards for image in shard.images]
+    labels = Labels(("a",), Split.of(names, np.zeros(len(names))), Split.of([], []))
+    return FeatureCache(store, ImageList(labels, {"train": sorted(names), "test": []})).tokens("train")
 
 
 def first_reading(folder: Path) -> None:

@@ -10,8 +10,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import extractor  # noqa: E402
 import utils  # noqa: E402
 from backbone import arithmetic  # noqa: E402
+from backbone.identity import cache_identity, settled  # noqa: E402
+from cache.feature_cache import FeatureCache, ImageList  # noqa: E402
+from cache.store import Store  # noqa: E402
+from config import Config  # noqa: E402
+from datasets import ImageSet  # noqa: E402
+
+
+def extracted(config: Config, images: ImageSet, device: torch.device) -> FeatureCache:
+    """The features of images that may have no place on the disk, extracted into the store of a
+    configuration."""
+    config, listed = settled(config, device, images), ImageList.of(images)
+    store = Store(cache_identity(config))
+    extractor.extract(config, images, store, extractor.absent_from(store, listed), device)
+    return FeatureCache(store, listed)
 
 
 def wait(device: torch.device) -> None:

@@ -11,19 +11,24 @@ import torch
 from common import print_machine
 
 from backbone.token_grid import split_bands, window_of
-from cache import feature_cache
+from cache.feature_cache import FeatureCache, ImageList
+from cache.store import CacheIdentity, Store
+from datasets import OTHER, Labels, Split
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--feature_path", type=Path, required=True)
+    parser.add_argument("--store", type=Path, required=True, help="a folder of features of the full grid")
     parser.add_argument("--window", type=int, default=3)
     parser.add_argument("--images", type=int, default=2000)
     args = parser.parse_args()
     print_machine()
-    cache = feature_cache.FeatureCache(feature_cache.CacheIdentity(args.feature_path, {"token_grid": "full"}))
+    store = Store(CacheIdentity(args.store, {"token_grid": "full"}))
+    images = [image for shard in store.shards for image in shard.images]
+    labels = Labels((), Split.of(images, [OTHER] * len(images)), Split.of([], []))
+    cache = FeatureCache(store, ImageList(labels, {"train": images, "test": []}))
     tokens = cache.tokens("train")
     rows = np.linspace(0, len(tokens) - 1, min(args.images, len(tokens))).astype(int)
     owner = window_of(cache.grid, args.window)
@@ -39,14 +44,13 @@ def main():
         between += (sizes * (low - grand_mean).square()).sum().item()
         within += (patches - low[:, owner]).square().sum().item()
     n_full, n_compact = cache.meta["tokens"], 1 + 2 * len(sizes)
-    images = sum(cache.meta["count"].values())
     print(
-        f"\n{args.feature_path}: {images} images, grid {cache.grid[0]}x{cache.grid[1]}, window "
+        f"\n{args.store}: {len(images)} images, grid {cache.grid[0]}x{cache.grid[1]}, window "
         f"{args.window}, {cache.channels} channels"
     )
     for name, n in (("full", n_full), ("compact", n_compact)):
         print(
-            f"{name:8s} {n:4d} tokens per image, {2 * n * cache.channels * images / 1e9:6.2f} GB, "
+            f"{name:8s} {n:4d} tokens per image, {2 * n * cache.channels * len(images) / 1e9:6.2f} GB, "
             f"{n / n_full:.0%}"
         )
     print(

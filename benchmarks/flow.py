@@ -21,8 +21,9 @@ import model
 import train
 import utils
 from backbone.arithmetic import products
-from cache import feature_cache
-from cache.cache_writer import CacheWriter
+from backbone.storing import SHARD_ROWS
+from cache import feature_cache, store
+from cache.shards import write_shard
 from config import Config
 from detector import class_data, optimization
 
@@ -127,17 +128,17 @@ def write_random_cache(folder, classes, images, channels):
         name: datasets.Split.of(map(str, range(n)), np.arange(n) % classes) for name, n in counts.items()
     }
     labels = datasets.Labels(tuple(map(str, range(classes))), **splits)
-    meta = {"n_feat": channels, "kind": "tokens", "grid": (8, 8), "tokens": 65}
-    rng = np.random.default_rng(0)
-    writer = CacheWriter(folder, meta, labels, {"tokens": (65, channels)})
-
-    def rows(shard, skipped):
-        for start in range(shard.start, shard.stop, 500):
-            size = (min(start + 500, shard.stop) - start, 65, channels)
-            yield {"tokens": rng.standard_normal(size, dtype=np.float32).astype(np.float16)}
-
-    writer.fill(rows)
-    return feature_cache.FeatureCache(feature_cache.CacheIdentity(folder, {}))
+    shapes = {"tokens": (65, channels)}
+    rng, found = np.random.default_rng(0), store.Store(store.CacheIdentity(folder, {}))
+    found.begin({"n_feat": channels, "kind": "tokens", "grid": (8, 8), "tokens": 65, "shapes": shapes})
+    images = {name: [f"{name}-{i}" for i in range(n)] for name, n in counts.items()}
+    for names in images.values():
+        for start in range(0, len(names), SHARD_ROWS):
+            part = names[start : start + SHARD_ROWS]
+            rows = rng.standard_normal((len(part), 65, channels), dtype=np.float32).astype(np.float16)
+            write_shard(folder, found.of, part, {"tokens": rows})
+    found.look()
+    return feature_cache.FeatureCache(found, feature_cache.ImageList(labels, images))
 
 
 def compare_trainings(args, device):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from common import matmul_peak, wait
+from common import extracted, matmul_peak, wait
 from flow import in_parts, our_step, same_flows
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
@@ -109,7 +109,7 @@ def random_images(count: int, size: int = 32) -> datasets.ImageSet:
     pixels = (ramp + generator.uniform(0, 63, (min(count, 500), size, size, 3))).astype(np.uint8)
     split = datasets.Split.of(map(str, range(count)), np.zeros(count, int))
     labels = datasets.Labels(("0",), split, datasets.Split.of([], []))
-    return datasets.ImageSet(labels, lambda _, i: pixels[i % len(pixels)])
+    return datasets.ImageSet(labels, lambda _, i: pixels[i % len(pixels)], lambda _, i: str(i))
 
 
 def extraction_of(job: Job, device: torch.device, count: int, **more) -> Extraction:
@@ -197,10 +197,8 @@ def extraction(job: Job) -> None:
     job.tell("images/s, tokens left on the device", f"{count / seconds:.0f}")
     peak = matmul_peak(job.device, found.dtype, n=None if job.sizes is WHOLE else 256)
     job.tell("of the measured peak", f"{rate / 1e12:.3g} TFLOP/s, {rate / peak:.0%}")
-    identity = cache_identity(
-        knobs.Config(weights_path="random", feature_path=str(job.scratch / "cache"), **job.sizes.backbone)
-    )
-    seconds = job.seconds(lambda: extractor.extract(found.config, found.images, identity, job.device))
+    config = knobs.Config(weights_path="random", feature_path=str(job.scratch / "f"), **job.sizes.backbone)
+    seconds = job.seconds(lambda: extracted(config, found.images, job.device))
     job.tell("images/s, to the disk, start included", f"{count / seconds:.0f}")
     job.tell("peak memory", peak_memory(job.device))
 

@@ -21,14 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import print_machine
+from common import extracted, print_machine
 from extraction import PlainImages
 from scipy.optimize import nnls
 from torch.utils.data import DataLoader, Subset
 from transcription import fit
 
 import datasets
-import extractor
 import train
 import utils
 from backbone import backbones
@@ -69,7 +68,7 @@ class Watch:
 def ours(config: Config, images: datasets.ImageSet, classes: list[str], device: torch.device) -> dict:
     """{class: AUROC} by this repository, and the seconds of each phase."""
     watch, found = Watch(), {}
-    cache = extractor.extract(config, images, cache_identity(config), device)
+    cache = extracted(config, images, device)
     watch.done("extraction")
     sources = [class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS]
     for name in classes:

@@ -1,3 +1,3 @@
-"""The feature cache: its files and their checksums, its writer, its growth, and whether it can be used again.
+"""Features by content: a store per backbone, its shards, and data sets as look-ups from images to rows.
 
 The only owner of the format. May import datasets, images, utils, shell and config."""

@@ -1,130 +1,171 @@
-"""The feature cache of a configuration: where it lies, which features are meant, and reading it."""
+"""The features of a data set: its images in order, each looked up in a store."""
 
 import dataclasses
-import json
+import functools
 from pathlib import Path
 
 import numpy as np
 
-import datasets
-from cache.manifest import CACHE_FORMAT, Manifest
-from cache.shards import REPAIR, CachedArray, Damaged
+from cache.shards import CachedArray
+from cache.store import Found, Store
 from config import Config, UserError
 from datasets import SPLITS, ImageSet, Labels
-from shell.files import as_strict_json, checksum, sha256_of_text
-
-LABELS = "labels.json"
+from shell.files import as_strict_json, checksum, read_sealed, write_sealed
 
 
-def cache_folder(config: Config, size: str, grid_key: str) -> Path:
-    """Where the features of a configuration lie: feature_path, or a folder named after data set, the place of
-    its images where that tells two sets apart, backbone, size (as in 224x224) and grid."""
-    if config.feature_path:
-        return Path(config.feature_path)
-    extractor = config.extractor.replace("/", "_").replace(":", "_")
-    slug = datasets.slug(config)
-    place = f"-{slug}" if slug else ""
-    return Path("features") / f"{datasets.collection(config.dataset)}{place}-{extractor}-{size}-{grid_key}"
+def feature_folder(config: Config) -> Path:
+    """The folder of all stores. Raises UserError when it is a file."""
+    folder = Path(config.feature_path or "features")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"feature_path: expected a folder, {folder} is a file")
+    return folder
+
+
+def list_file(root: Path, name: str) -> Path:
+    """Where the list of images of a data set is kept (datasets.name_of)."""
+    return root / "datasets" / f"{name}.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class CacheIdentity:
-    """Which features are meant: the folder of their cache, and the manifest's fields that must be found
-    there."""
+class ImageList:
+    """The images of a data set, without the images: what is kept of it beside the stores.
 
-    folder: Path
-    fields: dict
+    hashes: of each image of a split, in order. sizes: by backbone, the size of the images that img_size auto
+    has chosen. unreadable: the hashes of those that could not be read."""
 
-    def with_images(self, images: ImageSet) -> "CacheIdentity":
-        """The same, of these very images."""
-        return CacheIdentity(self.folder, self.fields | {"image_list": images.fingerprint()})
+    labels: Labels
+    hashes: dict[str, list[str]]
+    sizes: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    unreadable: list[str] = dataclasses.field(default_factory=list)
 
+    @classmethod
+    def of(cls, images: ImageSet, before: "ImageList | None" = None) -> "ImageList":
+        """The list of these images; what was found out ``before`` holds while one of them is the same. If all
+        are, but for their names, they keep their order: what was fitted to them stays what it is."""
+        listed = cls(images.labels, {split: images.hashes(split) for split in SPLITS})
+        if before is None or set(before.all_hashes()).isdisjoint(listed.all_hashes()):
+            return listed
+        if (rows := before.rows_in(listed)) is not None:
+            listed = listed.kept(rows)
+        return dataclasses.replace(listed, sizes=dict(before.sizes), unreadable=list(before.unreadable))
 
-# ---------------------------------------------------------------- reading
-class FeatureCache:
-    """A finished cache, checked against the fields that are expected: sizes and headers of its files now,
-    each file's rows when they are first read. Raises UserError that says what differs or is damaged.
-
-    manifest: the folder's, where it has been read."""
-
-    def __init__(self, identity: CacheIdentity, manifest: Manifest | None = None):
-        self.folder, self.manifest = identity.folder, manifest or Manifest.read(identity.folder)
-        self.manifest.refuse_others(self.folder, identity.fields)
-        if not self.manifest.finished:
-            raise UserError(
-                f"the features in {self.folder} are not finished; python extractor.py with the same settings "
-                f"goes on with them"
-            )
-        self.all_labels = self._read_labels()
-        train, test = (self.all_labels.split(split).kept(self.image_rows(split)) for split in SPLITS)
-        self.labels = dataclasses.replace(self.all_labels, train=train, test=test)
-        self.skipped = [
-            self.all_labels.split(split).names[i] for split in SPLITS for i in self.manifest.skipped(split)
-        ]
+    def rows_in(self, other: "ImageList") -> dict[str, np.ndarray] | None:
+        """The number in another list of each image of a split, of the same content and labels; None where the
+        two are not of the same images."""
+        found = {}
         for split in SPLITS:
-            self.arrays(split)
+            ours, theirs = self._known_by(split), other._known_by(split)
+            if sorted(ours) != sorted(theirs):
+                return None
+            found[split] = np.empty(len(ours), np.int64)
+            found[split][sorted(range(len(ours)), key=ours.__getitem__)] = sorted(
+                range(len(ours)), key=theirs.__getitem__
+            )
+        return found
 
-    @property
+    def _known_by(self, split: str) -> list[tuple]:
+        """All that is listed of each image of a split but its name."""
+        labels, classes = self.labels.split(split), (*self.labels.classes, "")
+        names = [classes[category] for category in labels.category]
+        return list(zip(self.hashes[split], names, labels.defect.tolist(), labels.kind))
+
+    def kept(self, rows: dict[str, np.ndarray]) -> "ImageList":
+        """These images of each split, in the order of ``rows``."""
+        train, test = (self.labels.split(split).kept(rows[split]) for split in SPLITS)
+        labels = dataclasses.replace(self.labels, train=train, test=test)
+        hashes = {split: [self.hashes[split][i] for i in rows[split]] for split in SPLITS}
+        return dataclasses.replace(self, labels=labels, hashes=hashes)
+
+    @classmethod
+    def read(cls, path: Path) -> "ImageList | None":
+        """The list in a file; None without one, or where it is damaged: the images tell it again."""
+        try:
+            content = read_sealed(path)
+            labels = Labels.from_json(content["labels"])
+            return cls(labels, content["hashes"], content["sizes"], content["unreadable"])
+        except (OSError, ValueError, KeyError, UserError):
+            return None
+
+    def write(self, path: Path) -> None:
+        write_sealed(path, self.content())
+
+    def content(self) -> dict:
+        """What ``write`` writes, made of lists."""
+        rest = {"hashes": self.hashes, "sizes": self.sizes, "unreadable": self.unreadable}
+        return {"labels": self.labels.as_json()} | rest
+
+    def all_hashes(self) -> list[str]:
+        return [image for split in SPLITS for image in self.hashes[split]]
+
+    def fingerprint(self) -> str:
+        """A hash of the images and their labels, whatever their names are."""
+        of = {"per_category": self.labels.per_category, "classes": self.labels.classes}
+        return checksum(as_strict_json(of | {split: self._known_by(split) for split in SPLITS}))[:16]
+
+
+class FeatureCache:
+    """The features of a data set's images as they are in a store; an image that is not there is left out, its
+    name in ``skipped``. Files are opened when rows are read, in whatever process: a cache can be pickled."""
+
+    def __init__(self, store: Store, images: ImageList):
+        self.folder, self.fields, self.of, self.images = store.folder, store.fields, store.of, images
+        self._files = [shard.files for shard in store.shards]
+        self._rows: dict[str, np.ndarray] = {}
+        self._found: dict[str, Found] = {}
+        self.skipped: list[str] = []
+        for split in SPLITS:
+            found, names = store.find(images.hashes[split]), images.labels.split(split).names
+            self.skipped += [names[i] for i in np.flatnonzero(found.shard < 0)]
+            self._rows[split] = rows = np.flatnonzero(found.shard >= 0)
+            self._found[split] = Found(found.shard[rows], found.row[rows])
+        train, test = (images.labels.split(split).kept(self._rows[split]) for split in SPLITS)
+        self.labels = dataclasses.replace(images.labels, train=train, test=test)
+
+    @functools.cached_property
     def meta(self) -> dict:
-        """What the features are, flat: the fields, and count, shapes and skipped images; content changes with
-        any row."""
+        """What the features are, flat: the fields, count and skipped images; image_list is of the images and
+        their labels, content also of what was computed of them."""
+        image_list = self.images.fingerprint()
         return as_strict_json(
-            self.manifest.fields
+            self.fields
             | {
-                "count": {split: len(self.labels.split(split).names) for split in SPLITS},
-                "shapes": self.manifest.shapes,
-                "dtype": "float16",
-                "format": CACHE_FORMAT,
+                "count": {split: len(rows) for split, rows in self._rows.items()},
                 "skipped": self.skipped,
-                "content": checksum(self.manifest.records),
+                "image_list": image_list,
+                "content": checksum({"features": self.of, "images": image_list})[:16],
             }
         )
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the patch tokens (of the windows, when compact)."""
-        rows, columns = self.manifest.fields["grid"]
+        rows, columns = self.fields["grid"]
         return rows, columns
 
     @property
     def channels(self) -> int:
-        return self.manifest.fields["n_feat"]
+        return self.fields["n_feat"]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each array, per image."""
-        return self.manifest.shapes
+        return {name: tuple(shape) for name, shape in self.fields["shapes"].items()}
 
-    def image_rows(self, split: str) -> np.ndarray:
-        """The number of each row's image among all images of its split: unreadable ones have no row."""
-        return np.delete(np.arange(self.manifest.images[split]), self.manifest.skipped(split))
+    def in_rows(self, images: ImageSet) -> ImageSet:
+        """The images of the rows, in their order. Raises UserError where they are other ones than those that
+        were extracted."""
+        numbers = self.images.rows_in(ImageList.of(images))
+        if numbers is None:
+            raise UserError("the images have changed since they were extracted")
+        return images.kept({split: numbers[split][self._rows[split]] for split in SPLITS})
 
     def arrays(self, split: str) -> dict[str, CachedArray]:
-        """Every array of a split, memory-mapped."""
-        stored = [
-            self.manifest.stored(self.folder, shard, self.manifest.records[shard.name])
-            for shard in self.manifest.shards
-            if shard.split == split
-        ]
+        """Every array of a split, read from the files by index."""
         return {
-            name: CachedArray([files[name] for files in stored], shape) for name, shape in self.shapes.items()
+            name: CachedArray([files[name] for files in self._files], *self._found[split], shape)
+            for name, shape in self.shapes.items()
         }
 
     def tokens(self, split: str) -> CachedArray:
-        """The tokens (n, 1 + N, C) of a split, memory-mapped."""
+        """The tokens (n, 1 + N, C) of a split."""
         return self.arrays(split)["tokens"]
-
-    def _read_labels(self) -> Labels:
-        if damage := labels_damage(self.folder, self.manifest):
-            raise Damaged(f"the labels in {self.folder / LABELS} are damaged ({damage}); {REPAIR}")
-        return Labels.from_json(json.loads((self.folder / LABELS).read_text(encoding="utf-8")))
-
-
-def labels_damage(folder: Path, manifest: Manifest) -> str | None:
-    """What is wrong with the file of labels; None where nothing is."""
-    try:
-        text = (folder / LABELS).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        return str(error)
-    same = sha256_of_text(text) == manifest.labels_sha256
-    return None if same else "its checksum differs: the file has been changed"

@@ -1,11 +1,18 @@
-"""Float16 arrays in shards of a fixed number of rows: each file is written whole or not at all, has a
-checksum, and is read memory-mapped."""
+"""Shards: the features of up to 256 images, a folder each, written whole or not at all.
+
+    tokens.npy  float16 (images, 1 + N, C): the semantic token, then the patch tokens
+    bands.npy   float16 (images, D): the band token, where one is kept; likewise places.npy
+    record.json which features of which images these are, size and checksum of each file; sealed
+
+Shards are never changed. Their names are drawn at random, so that any number of processes and machines may
+write into one store; a row that two of them have written is there twice, which does no harm."""
 
 import functools
-import io
+import itertools
+import json
 import math
-import mmap
 import os
+import uuid
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,108 +21,78 @@ from typing import NamedTuple
 import numpy as np
 
 from config import UserError
-from shell.files import partial_of
+from shell.files import checksum, read_sealed, sync, whole_file
 
 DTYPE = np.dtype("<f2")
-SHARD_BYTES = 256 << 20  # of the largest array of a shard, where the number of rows is left open
-MOST_ROWS = 4096  # and at most so many rows: what a killed run does again is minutes of a slow backbone
-BLOCK = 4 << 20  # bytes read at a time when a file is checked
-OPEN_SHARDS = 256  # memory-mapped at a time per array: each holds a file handle
-
-
-def rows_per_shard(shapes: dict[str, tuple[int, ...]]) -> int:
-    """A power of two of rows that makes files of about 128 to 256 MB, at most MOST_ROWS."""
-    largest = max(DTYPE.itemsize * math.prod(shape) for shape in shapes.values())
-    return 2 ** int(math.log2(min(MOST_ROWS, max(1, SHARD_BYTES // largest))))
-
+RECORD = "record.json"
+OPEN_FILES = 256  # of each array, kept open between two reads
 
 NOT_FINITE = (
     "the backbone gave features that are not finite or exceed float16; try --precision float32, and check "
     "its weights"
 )
-REPAIR = "python extractor.py with the same settings mends that and leaves the rest as it is"
 
 
 class Damaged(UserError):
-    """A file of a cache that is not what was written."""
+    """A file that is not what was written."""
+
+
+class File(NamedTuple):
+    """One array of a shard on the disk: its rows, its size in bytes and the CRC-32 of all of them."""
+
+    path: Path
+    rows: int
+    size: int
+    crc32: int
+
+    def damage(self, thorough: bool) -> str | None:
+        """What is wrong with the file, by its size or, thorough, by its checksum; None where nothing is."""
+        try:
+            size = self.path.stat().st_size
+            if size != self.size:
+                return f"{size} bytes, expected {self.size}"
+            changed = thorough and crc_of(self.path) != self.crc32
+        except OSError as error:
+            return error.strerror or str(error)
+        return "its checksum differs: the file has been changed" if changed else None
 
 
 class Shard(NamedTuple):
-    """The images start..stop of a split."""
+    """A shard as its record has it. of: which features these are. images: the hash of each row's image."""
 
-    split: str
-    number: int
-    start: int
-    stop: int
+    folder: Path
+    of: str
+    images: list[str]
+    files: dict[str, File]
 
-    @property
-    def name(self) -> str:
-        return f"{self.split}-{self.number:05d}"
-
-    def file(self, folder: Path, array: str) -> Path:
-        return folder / f"{self.split}-{array}-{self.number:05d}.npy"
+    def damage(self, thorough: bool = False) -> str | None:
+        """What is wrong with the first damaged file; None where nothing is."""
+        told = ((name, file.damage(thorough)) for name, file in self.files.items())
+        return next((f"{name}.npy: {damage}" for name, damage in told if damage), None)
 
 
-def shards_of(counts: dict[str, int], rows: int) -> list[Shard]:
-    """The shards of splits of so many images, in order."""
-    return [
-        Shard(split, number, start, min(start + rows, count))
-        for split, count in counts.items()
-        for number, start in enumerate(range(0, count, rows))
-    ]
+# ---------------------------------------------------------------- writing and finding
+def write_shard(store: Path, of: str, images: list[str], arrays: dict[str, np.ndarray]) -> None:
+    """Add rows, float16 (n, ...) of each array, of images (n) to a store. Raises UserError on values that are
+    not finite."""
+    if any(len(values) != len(images) or values.dtype != DTYPE for values in arrays.values()):
+        raise ValueError(f"expected {len(images)} rows of float16, got {[v.shape for v in arrays.values()]}")
+    if not all(finite(values) for values in arrays.values()):
+        raise UserError(NOT_FINITE)
+    with whole_file(store / uuid.uuid4().hex[:16]) as partial:
+        partial.mkdir()
+        record: dict = {"of": of, "images": images, "files": {}}
+        for name, values in arrays.items():
+            path = partial / f"{name}.npy"
+            np.save(path, values)
+            sync(path)
+            record["files"][name] = {"bytes": path.stat().st_size, "crc32": crc_of(path)}
+        (partial / RECORD).write_text(json.dumps(record | {"checksum": checksum(record)}))
+        sync(partial / RECORD)
 
 
-def npy_header(rows: int, shape: tuple[int, ...]) -> bytes:
-    """The header of a .npy file of float16 rows of a shape. NumPy leaves room in it: its length does not
-    depend on the number of rows."""
-    buffer = io.BytesIO()
-    content = {"descr": DTYPE.str, "fortran_order": False, "shape": (rows, *shape)}
-    np.lib.format.write_array_header_1_0(buffer, content)
-    return buffer.getvalue()
-
-
-# ---------------------------------------------------------------- writing
-class ArrayWriter:
-    """One array of one shard: rows are appended to a file beside its place; ``flush``, then ``put``
-    puts it there."""
-
-    def __init__(self, path: Path, shape: tuple[int, ...]):
-        self.path, self.shape, self.rows, self._crc = path, shape, 0, 0
-        self._partial = partial_of(path)
-        self._stream = open(self._partial, "wb")
-        self._stream.write(npy_header(0, shape))
-
-    def append(self, values: np.ndarray) -> None:
-        """Raises ValueError on rows of another shape or type, UserError on values that are not finite."""
-        if values.shape[1:] != self.shape or values.dtype != DTYPE:
-            raise ValueError(f"expected float16 rows of {self.shape}, got {values.dtype} {values.shape[1:]}")
-        data = np.ascontiguousarray(values)
-        if not finite(data):
-            raise UserError(NOT_FINITE)
-        content = data.reshape(-1).view(np.uint8).data
-        self._crc = zlib.crc32(content, self._crc)
-        self._stream.write(content)
-        self.rows += len(data)
-
-    def flush(self) -> dict:
-        """Everything on the disk, still beside its place -> what a reader checks the file against."""
-        self._stream.seek(0)
-        self._stream.write(npy_header(self.rows, self.shape))
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        return {"bytes": self._partial.stat().st_size, "crc32": f"{self._crc:08x}"}
-
-    def put(self) -> None:
-        os.replace(self._partial, self.path)
-
-    def abandon(self) -> None:
-        """Close and remove the partial file, if it is still there."""
-        try:
-            self._stream.close()
-        except OSError:  # a full disk: what was not written yet cannot be
-            pass
-        self._partial.unlink(missing_ok=True)
+def crc_of(path: Path) -> int:
+    return zlib.crc32(path.read_bytes())
 
 
 def finite(values: np.ndarray) -> bool:
@@ -124,138 +101,93 @@ def finite(values: np.ndarray) -> bool:
     return not bits.size or bool(bits.max() < 0x7C00 and bits.view(np.uint16).max() < 0xFC00)
 
 
-# ---------------------------------------------------------------- reading
-class StoredArray(NamedTuple):
-    """One array of one shard as the manifest has it."""
-
-    path: Path
-    shape: tuple[int, ...]  # (rows, *shape of a row)
-    size: int  # of the file, in bytes
-    crc32: str
-
-    def damage(self) -> str | None:
-        """What is wrong with the file without reading its rows: it is missing, or has another size or header;
-        None where nothing is."""
-        header = npy_header(self.shape[0], self.shape[1:])
-        try:
-            with open(self.path, "rb") as stream:
-                size, found = os.fstat(stream.fileno()).st_size, stream.read(len(header))
-        except OSError as error:
-            return error.strerror or str(error)
-        if size != self.size:
-            return f"{size} bytes, expected {self.size}"
-        return None if found == header else f"its header is not that of float16 {self.shape}"
-
-    def full_damage(self) -> str | None:
-        """What is wrong with the file and its rows: the checksum, or values that are not finite; None where
-        nothing is."""
-        if damage := self.damage():
-            return damage
-        crc, sound = 0, True
-        with open(self.path, "rb", buffering=0) as stream:
-            stream.seek(len(npy_header(self.shape[0], self.shape[1:])))
-            while block := stream.read(BLOCK):
-                crc = zlib.crc32(block, crc)
-                sound = sound and finite(np.frombuffer(block, DTYPE))
-        if f"{crc:08x}" != self.crc32:
-            return "its checksum differs: the file has been changed"
-        return None if sound else "it holds values that are not finite (NaN)"
-
-    def open(self) -> np.memmap:
-        """The rows, memory-mapped, checked the first time in a process. Raises Damaged."""
-        try:
-            status = os.stat(self.path)
-            damage = _checked(self, status.st_ino, status.st_mtime_ns)
-        except OSError as error:
-            damage = error.strerror
-        if damage:
-            raise damaged(self.path, damage)
-        offset = len(npy_header(self.shape[0], self.shape[1:]))
-        return np.memmap(self.path, DTYPE, "r", offset, self.shape)
+def read_shard(folder: Path) -> Shard:
+    """The shard in a folder, by its record alone. Raises Damaged."""
+    try:
+        record = read_sealed(folder / RECORD)
+        files = {
+            name: File(folder / f"{name}.npy", len(record["images"]), file["bytes"], file["crc32"])
+            for name, file in record["files"].items()
+        }
+        return Shard(folder, record["of"], record["images"], files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{RECORD}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def damaged(path: Path, damage: str) -> Damaged:
-    return Damaged(f"the features in {path} are damaged ({damage}); {REPAIR}")
+# ---------------------------------------------------------------- reading rows
+class OpenFile:
+    """A file that is open for as long as somebody holds it."""
+
+    def __init__(self, path: Path):
+        self.path, self.handle = path, os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            os.close(self.handle)
 
 
 @functools.cache
-def _checked(stored: StoredArray, inode: int, changed: int) -> str | None:
-    """``full_damage``, once per file in a process; a file that is replaced or written to is another one."""
-    return stored.full_damage()
+def _checked(file: File, inode: int, changed: int) -> str | None:
+    """``File.damage``, once in a process; a file that is replaced or written to is another one."""
+    return file.damage(thorough=True)
 
 
-def release(mapped: np.memmap) -> None:
-    """Give the pages of a mapped file back to the system's cache: resident memory stays small."""
-    if hasattr(mmap, "MADV_DONTNEED"):
-        mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+def opened(file: File) -> OpenFile:
+    """A file of rows, checked the first time in a process. Raises Damaged."""
+    try:
+        found = os.stat(file.path)
+        damage = _checked(file, found.st_ino, found.st_mtime_ns)
+        if not damage:
+            return OpenFile(file.path)
+    except OSError as error:
+        damage = error.strerror
+    raise Damaged(
+        f"the features in {file.path} are damaged ({damage}); python extractor.py with the same settings "
+        "mends that and leaves the rest as it is"
+    )
 
 
 class CachedArray:
-    """An array of a split over its shards, memory-mapped: ``array[index]`` copies the rows, float16, out of
-    the files. Raises Damaged on a damaged file: by size and header at once, by its rows when it is first
-    read."""
+    """One array of a data set's images: ``array[index]`` reads their rows, float16, out of the shards' files.
+    Raises Damaged on a damaged file when a row of it is first read.
 
-    def __init__(self, stored: Sequence[StoredArray], row_shape: tuple[int, ...]):
-        for part in stored:
-            if damage := part.damage():
-                raise damaged(part.path, damage)
-        self._starts = np.cumsum([0, *(part.shape[0] for part in stored)])
-        self.shape = (int(self._starts[-1]), *row_shape)
-        self._open = functools.lru_cache(OPEN_SHARDS)(lambda number: stored[number].open())
+    files: of the shards. shard, row (n): in which of them, and where in it, each image's row is. row_shape:
+    of one image."""
+
+    def __init__(self, files: Sequence[File], shard: np.ndarray, row: np.ndarray, row_shape: tuple[int, ...]):
+        self.shape = (len(row), *row_shape)
+        self._shard, self._row, self._numbers = shard, row, np.arange(len(row))
+        self._row_size = DTYPE.itemsize * math.prod(row_shape)
+        self._first = [file.size - file.rows * self._row_size for file in files]  # behind the header
+        self._open = functools.lru_cache(OPEN_FILES)(lambda number: opened(files[number]))
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: np.ndarray | slice | int) -> np.ndarray:
-        if isinstance(index, slice):
-            return self._range(*index.indices(len(self)))
-        wanted = np.arange(len(self))[index] if np.ndim(index) == 0 else np.asarray(index)
-        if wanted.dtype == bool:
-            wanted = np.flatnonzero(wanted)
-        return self._gather(wanted.reshape(-1)).reshape(*wanted.shape, *self.shape[1:])
-
-    def _range(self, start: int, stop: int, step: int) -> np.ndarray:
-        if step != 1:
-            return self._gather(np.arange(start, stop, step))
-        rows = np.empty((max(0, stop - start), *self.shape[1:]), DTYPE)
-        at = start
-        while at < stop:
-            number = int(np.searchsorted(self._starts, at, "right")) - 1
-            end = min(stop, int(self._starts[number + 1]))
-            mapped, first = self._open(number), int(self._starts[number])
-            rows[at - start : end - start] = mapped[at - first : end - first]
-            release(mapped)
-            at = end
-        return rows
-
-    def _gather(self, index: np.ndarray) -> np.ndarray:
-        index = np.where(index < 0, index + len(self), index)
-        if len(index) and not 0 <= index.min() <= index.max() < len(self):
-            raise IndexError(f"rows {index.min()} to {index.max()} of {len(self)}")
-        rows = np.empty((len(index), *self.shape[1:]), DTYPE)
-        numbers = np.searchsorted(self._starts, index, "right") - 1
-        for number in np.unique(numbers):
-            mapped = self._open(int(number))
-            values, first = np.asarray(mapped), self._starts[number]
-            for i in np.flatnonzero(numbers == number):  # each row is copied once
-                rows[i] = values[index[i] - first]
-            release(mapped)
-        return rows
+        wanted = np.asarray(self._numbers[index])
+        rows = np.empty((wanted.size, *self.shape[1:]), DTYPE)
+        shard, row = self._shard[wanted.reshape(-1)], self._row[wanted.reshape(-1)]
+        ends = np.flatnonzero((np.diff(shard) != 0) | (np.diff(row) != 1)) + 1  # of runs, each read at once
+        for start, stop in itertools.pairwise([0, *ends.tolist(), wanted.size]):
+            if start < stop:
+                self._read(int(shard[start]), int(row[start]), rows[start:stop])
+        return rows.reshape(*wanted.shape, *self.shape[1:])
 
     def semantic(self) -> np.ndarray:
-        """Of tokens (n, 1 + N, C): the semantic ones of all images (n, C), without keeping the patch tokens
-        in memory."""
-        semantic = np.empty((self.shape[0], self.shape[2]), DTYPE)
-        for number, first in enumerate(self._starts[:-1]):
-            mapped = self._open(number)
-            for start in range(0, len(mapped), 1000):
-                part = mapped[start : start + 1000, 0]
-                semantic[first + start : first + start + len(part)] = part
-                release(mapped)
-        return semantic
+        """Of tokens (n, 1 + N, C): the semantic ones of all images (n, C), without reading the others."""
+        tokens, order = np.empty((len(self), self.shape[2]), DTYPE), np.argsort(self._shard, kind="stable")
+        numbers, starts = np.unique(self._shard[order], return_index=True)
+        for shard, wanted in zip(numbers.tolist(), np.split(order, starts[1:])):
+            tokens[wanted] = np.load(self._open(shard).path, mmap_mode="r")[self._row[wanted], 0]
+        return tokens
 
-
-def remove_partials(folder: Path, name: str) -> None:
-    """Remove what killed writers of a file left beside it."""
-    for partial in folder.glob(f".{name}.*.partial"):
-        partial.unlink(missing_ok=True)
+    def _read(self, shard: int, row: int, into: np.ndarray) -> None:
+        """Fill an array from a shard's file, from the beginning of a row on."""
+        file, at = self._open(shard), self._first[shard] + row * self._row_size
+        left = into.reshape(-1).view(np.uint8).data
+        while left:
+            count = os.preadv(file.handle, [left], at)
+            if not count:
+                raise Damaged(f"the features in {file.path} have been cut while they were read")
+            left, at = left[count:], at + count

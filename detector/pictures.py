@@ -20,7 +20,7 @@ from backbone import backbones, extraction
 from backbone.extraction import Rows
 from backbone.identity import cache_identity
 from backbone.resizing import Unreadable, stack_rows, to_device_size
-from cache.manifest import EXAMPLE, example_fault
+from cache.store import EXAMPLE, example_fault
 from config import Config, UserError
 from images import images
 from shell.files import as_strict_json
@@ -61,7 +61,7 @@ class FittedBackbone:
             img_size=tuple(features["img_size"]),  # of the fit, where the pictures decided it
         )
         self.features, self.device, self.weights, self.checkpoint = features, device, weights, checkpoint
-        self.unchecked = {"dataset"} | ({"precision"} if precision else set())
+        self.unchecked = {"precision"} if precision else set()
 
     @functools.cached_property
     def job(self) -> extraction.Extraction:
@@ -71,7 +71,7 @@ class FittedBackbone:
         self._check({k: v for k, v in identity.fields.items() if k not in self.unchecked})
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be a table of scores
             job = extraction.Extraction(self.config, datasets.unlabelled([]), identity, self.device)
-        unchecked = {*identity.fields, "precision", "image_list", EXAMPLE}
+        unchecked = {*identity.fields, "precision", EXAMPLE}
         self._check({name: value for name, value in job.fields.items() if name not in unchecked})
         if fault := example_fault(self.features.get(EXAMPLE), job.fields[EXAMPLE]):
             raise UserError(f"the detector does not fit: {fault}")

@@ -132,7 +132,7 @@ def tell_skipped(skipped: Counter) -> str:
 
 
 # ---------------------------------------------------------------- the same files?
-def content_key(path: Path) -> str:
+def content_hash(path: Path) -> str:
     """A hash of all bytes of a file: 32 hexadecimal digits of its SHA-256; "unreadable" where it cannot be
     read.
 

@@ -85,10 +85,7 @@ def raw_images(config: Config, cache: feature_cache.FeatureCache) -> datasets.Im
     UserError where they are not those that were extracted."""
     if config.pretrained:
         return None
-    images = datasets.images_of(config)
-    if images.fingerprint() != cache.meta["image_list"]:
-        raise UserError("the images have changed since they were extracted")
-    return images.kept({split: cache.image_rows(split) for split in datasets.SPLITS})
+    return cache.in_rows(datasets.images_of(config))
 
 
 def draw_class(
@@ -140,7 +137,7 @@ def draw_heat_maps(
     pictures = []
     for number, (row, places) in enumerate(zip(rows, detector.place_maps(fitted, cache, rows)), 1):
         path, pixels = figures / f"heat-{file_name(name)}-{number}.png", images.read("test", int(row))
-        values = heat_map.of_places(places, place_grid_of(cache.manifest.fields), pixels.shape[:2])
+        values = heat_map.of_places(places, place_grid_of(cache.fields), pixels.shape[:2])
         overlays.draw(pixels, values, heat_map.HOT, path, images.labels.test.names[int(row)])
         caption = f"Where test image {number} of {name}, by its score, is unusual, seed {config.seed}"
         pictures.append(Picture(path, caption, name))

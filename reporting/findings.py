@@ -78,11 +78,10 @@ def localisations(config: Config, cache: feature_cache.FeatureCache, classes: li
         return {}
     found = {}
     try:
-        images = datasets.images_of(config)
+        images = cache.in_rows(datasets.images_of(config))
     except UserError as mistake:
         print(f"no pixel AUROC: {mistake}")
         return {}
-    images = images.kept({split: cache.image_rows(split) for split in datasets.SPLITS})
     for name in classes:
         try:
             found[name] = _localisation(config, cache, images, name)
@@ -105,6 +104,6 @@ def _localisation(
     kept = [row for row, label in zip(rows, labels) if row in marked or not label]
     masks = [marked.get(row, np.zeros(size, bool)) for row in kept]
     maps = detector.place_maps(fitted, cache, np.array(kept))
-    grid = place_grid_of(cache.manifest.fields)
+    grid = place_grid_of(cache.fields)
     sized = [heat_map.of_places(values, grid, mask.shape) for values, mask in zip(maps, masks)]
     return heat_map.localisation(sized, masks)

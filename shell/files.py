@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,8 @@ def partial_of(path: Path) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to beside ``path``; it takes its place, on the disk, only when the block ends without
-    an error. It has the mode of an ordinary new file, whoever writes it."""
+    """A path to write to beside ``path``, a file or a new folder; it takes its place, on the disk, only when
+    the block ends without an error. A file has the mode of an ordinary new one, whoever writes it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
@@ -37,7 +38,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
         sync(path.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 subprocesses."""
 
 import gc
+import hashlib
 import os
 import runpy
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,8 +29,8 @@ import datasets
 import freq_fusion
 import model
 from cache import feature_cache
-from cache.cache_writer import CacheWriter
-from cache.shards import Shard
+from cache.shards import write_shard
+from cache.store import CacheIdentity, Store
 from tools import processes
 
 torch.set_num_threads(1)
@@ -188,16 +189,26 @@ def make_cache(
     """A cache of made-up tokens {split: (n, 1 + N, C)} and, if given, band tokens {split: (n, D)} and place
     tokens {split: (n, P, E)}; its grid is one row unless ``fields`` says otherwise."""
     row = tokens["train"].shape[1:]
-    meta = {"n_feat": row[1], "grid": (1, row[0] - 1), "tokens": row[0], "kind": "tokens"} | fields
     arrays = {"tokens": tokens} | ({"bands": bands} if bands else {}) | ({"places": places} if places else {})
     shapes = {name: splits["train"].shape[1:] for name, splits in arrays.items()}
+    meta = {"n_feat": row[1], "grid": (1, row[0] - 1), "tokens": row[0], "kind": "tokens", "shapes": shapes}
+    listed = feature_cache.ImageList(labels, {s: hashes_of(labels.split(s).names) for s in datasets.SPLITS})
+    store = Store(CacheIdentity(folder, {}))
+    store.begin(meta | fields)
+    for split, hashes in listed.hashes.items():
+        write_shard(
+            folder,
+            store.of,
+            hashes,
+            {name: splits[split].astype(np.float16) for name, splits in arrays.items()},
+        )
+    store.look()
+    return feature_cache.FeatureCache(store, listed)
 
-    def rows(shard: Shard, skipped: list[int]) -> Iterator[dict[str, np.ndarray]]:
-        here = slice(shard.start, shard.stop)
-        yield {name: splits[shard.split][here].astype(np.float16) for name, splits in arrays.items()}
 
-    CacheWriter(folder, meta, labels, shapes).fill(rows)
-    return feature_cache.FeatureCache(feature_cache.CacheIdentity(folder, {}))
+def hashes_of(names: list[str]) -> list[str]:
+    """What images of these names might be known by."""
+    return [hashlib.sha256(name.encode()).hexdigest()[:32] for name in names]
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """A fabricated cache of three classes, a small flow that learns in a moment, and what makes a trainer of
 them."""
 
+import copy
 import math
 from collections.abc import Iterable
 
@@ -109,6 +110,13 @@ def make(cache, class_name: str = "a", seed: int = 0, **more) -> train.Trainer:
 
 def fit(cache, class_name: str = "a", seed: int = 0, **more) -> checkpoints.Fitted:
     return make(cache, class_name, seed, **more).run()
+
+
+def again(cache: FeatureCache) -> FeatureCache:
+    """The same features once more: to be changed by a test."""
+    other = copy.copy(cache)
+    vars(other).pop("meta", None)  # made when it is first asked for
+    return other
 
 
 CHOOSING = {"holdout": 0.25, "patience": 3, "lr_init": 0.02}

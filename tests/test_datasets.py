@@ -1,6 +1,5 @@
 """Labels of every layout, and what labels and images are known by."""
 
-import dataclasses
 import json
 import re
 import unicodedata
@@ -31,7 +30,7 @@ def test_digits_split():
     assert len(seen) == len({image.tobytes() for image in digits.images}), (
         "every digit is in one of the halves"
     )
-    assert load_images("digits", None).labels.fingerprint() == labels.fingerprint()
+    assert load_images("digits", None).labels.as_json() == labels.as_json()
 
 
 def test_digits_images():
@@ -190,9 +189,9 @@ def test_nested_hidden_and_other_files(tmp_path):
 
 def test_any_dataset_name_takes_folders(texture_folder):
     """Image folders serve for a data set that torchvision knows, too."""
-    wanted = load_images("folder", str(texture_folder)).labels.fingerprint()
+    wanted = load_images("folder", str(texture_folder)).labels.as_json()
     for name in ("cifar10", "STL10", "CatsvsDogs"):
-        assert load_images(name, str(texture_folder)).labels.fingerprint() == wanted
+        assert load_images(name, str(texture_folder)).labels.as_json() == wanted
 
 
 # ---------------------------------------------------------------- MVTec
@@ -329,47 +328,47 @@ def test_split_of_other_content(change):
         Split.from_json({"names": []})
 
 
-def test_fingerprint_follows_content(tmp_path):
+def test_hashes_follow_content(tmp_path):
     """An image replaced by another of the same size is noticed; a copy of the whole folder elsewhere is the
     same."""
     for place in ("a", "b"):
         make_folder(tmp_path / place, n_train=2, n_test=1, size=4)
     first, second = (load_images("folder", str(tmp_path / place)) for place in "ab")
-    assert first.fingerprint() == second.fingerprint() and first.keys("train") == second.keys("train")
+    assert first.hashes("train") == second.hashes("train")
     changed = tmp_path / "b/train/leaf/01.png"
     content = bytearray(changed.read_bytes())
     content[-1] ^= 1
     changed.write_bytes(content)
-    assert second.fingerprint() != first.fingerprint()
-    differing = [a != b for a, b in zip(first.keys("train"), second.keys("train"))]
+    differing = [a != b for a, b in zip(first.hashes("train"), second.hashes("train"))]
     assert differing == [name == "train/leaf/01.png" for name in first.labels.train.names]
 
 
-def test_keys_of_arrays():
+def test_hashes_of_arrays():
     digits = load_images("digits", None)
-    keys = digits.keys("test")
-    assert len(set(keys)) == len({digits.read("test", i).tobytes() for i in range(len(keys))})
+    hashes = digits.hashes("test")
+    assert len(set(hashes)) == len({digits.read("test", i).tobytes() for i in range(len(hashes))})
 
 
-def test_slug_tells_two_products_apart(tmp_path, monkeypatch):
+def test_listed_images_are_those_of_both_splits(texture_folder):
+    whole, chosen = load_images("folder", str(texture_folder)), [("test", 5), ("train", 0), ("train", 9)]
+    names = [(split, whole.labels.split(split).names[i]) for split, i in chosen]
+    listed = whole.listed(names)
+    assert listed.labels.train.names == [name for _, name in names]
+    for row, image in enumerate(chosen):
+        assert (listed.read("train", row) == whole.read(*image)).all()
+        assert listed.identify("train", row) == whole.identify(*image)
+    with pytest.raises(UserError, match="train/sky/x.png has gone"):
+        whole.listed([("train", "train/sky/x.png")])
+
+
+def test_name_tells_two_products_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def slug(dataset, path):
-        return datasets.slug(Config(dataset=dataset, dataset_path=path))
+    def name(dataset, path):
+        return datasets.name_of(Config(dataset=dataset, dataset_path=path))
 
-    first, second = (slug("folder", str(tmp_path / place / "pro duct")) for place in "ab")
-    assert first != second and first.startswith("pro_duct-") and len(first) == len("pro_duct-") + 6
-    assert slug("folder", "a/pro duct") == slug("folder", "a/../a/pro duct/") == first
-    assert slug("mvtec", None) == slug("mvtec", "data/mvtec") == ""
-    assert slug("cifar10", "/anywhere") == slug("digits", "/anywhere") == ""
-
-
-def test_fingerprint_follows_names_and_labels(tmp_path):
-    first = load_images("folder", str(make_folder(tmp_path / "a", n_train=2, n_test=1, size=4))).labels
-    same = load_images("folder", str(make_folder(tmp_path / "b", n_train=2, n_test=1, size=4))).labels
-    assert first.fingerprint() == same.fingerprint(), "the folder's own name does not matter"
-    (tmp_path / "b" / "test" / "sky" / "00.png").rename(tmp_path / "b" / "test" / "sky" / "07.png")
-    assert load_images("folder", str(tmp_path / "b")).labels.fingerprint() != first.fingerprint()
-    for split in SPLITS:
-        flipped = dataclasses.replace(first.split(split), defect=~first.split(split).defect)
-        assert dataclasses.replace(first, **{split: flipped}).fingerprint() != first.fingerprint()
+    first, second = (name("folder", str(tmp_path / place / "pro duct")) for place in "ab")
+    assert first != second and first.startswith("folder-pro_duct-")
+    assert name("folder", "a/pro duct") == name("folder", "a/../a/pro duct/") == first
+    assert name("mvtec", None) == name("mvtec", "data/mvtec") == "mvtec"
+    assert name("cifar10", "/anywhere") == "cifar10" and name("digits", "/anywhere") == "digits"

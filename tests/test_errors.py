@@ -8,6 +8,7 @@ import importlib
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_folder, write_image
@@ -144,31 +145,22 @@ def test_images_that_are_not_there(run_here, tmp_path):
     broken.write_bytes(b"no image")
     for workers in (0, 1):
         line = one_line(run_here("main.py", *arguments, "--workers", workers))
-        assert "test/b/00.png" in line and "1 of 2 shards are kept" in line
-    assert "not finished" in one_line(run_here("main.py", *arguments, "--pretrained"))
-
-
-def test_cache_of_another_backbone(run_here, tmp_path):
-    folder = folder_of(tmp_path)
-    arguments = ("--dataset", "folder", "--dataset_path", folder, *SMALL, "--feature_path", "kept")
-    assert run_here("extractor.py", *arguments).returncode == 0
-    before = (tmp_path / "kept" / "test-tokens-00000.npy").read_bytes()
-    for script in ("main.py", "extractor.py"):
-        line = one_line(run_here(script, *arguments, "--extractor", "resnet10t"))
-        assert "kept" in line and "extractor is resnet18" in line and "resnet10t" in line
-    assert (tmp_path / "kept" / "test-tokens-00000.npy").read_bytes() == before, "it is not replaced"
+        assert "1 unreadable image: test/b/00.png" in line and "others are kept in features/" in line
+    write_image(broken, np.zeros((9, 9, 3), np.uint8))
+    assert "extracting 1 images" in run_here("extractor.py", *arguments).stdout
 
 
 def test_broken_cache(run_here, tmp_path):
     folder = folder_of(tmp_path)
     arguments = ("--dataset", "folder", "--dataset_path", folder, *SMALL, "--feature_path", "kept")
     assert run_here("extractor.py", *arguments).returncode == 0
-    tokens = tmp_path / "kept" / "train-tokens-00000.npy"
-    whole = tokens.read_bytes()
-    tokens.write_bytes(whole[:-100])
-    assert "train-tokens-00000.npy" in one_line(run_here("main.py", *arguments, "--pretrained"))
-    assert "train-00000: train-tokens-00000.npy: " in run_here("extractor.py", *arguments).stdout
-    assert tokens.read_bytes() == whole
+    tokens = next((tmp_path / "kept").glob("*/*/tokens.npy"))
+    tokens.write_bytes(tokens.read_bytes()[:-100])
+    assert "12 of 12 images have no features" in one_line(run_here("main.py", *arguments, "--pretrained"))
+    told = run_here("extractor.py", *arguments).stdout
+    assert f"({tokens.parent.name}/tokens.npy: " in told and "extracting 12 images" in told
+    (tmp_path / "kept" / "file").write_text("")
+    assert "is a file" in one_line(run_here("main.py", *arguments, "--feature_path", "kept/file"))
 
 
 def test_loss_that_is_not_finite(run_here, tmp_path):

@@ -7,6 +7,7 @@ import itertools
 import math
 import pathlib
 import pickle
+import re
 import shutil
 import threading
 import time
@@ -30,10 +31,9 @@ import extractor
 from backbone import backbones, extraction, resizing, storing
 from backbone.identity import cache_identity, maps_kept, token_grid, what_is_kept
 from backbone.token_grid import TokenGrid
-from cache.cache_writer import reopen
-from cache.manifest import Manifest
 from config import BACKBONES, Config, UserError
 from datasets import SPLITS, Labels, Split
+from shell.files import read_sealed, write_sealed
 
 CPU = torch.device("cpu")
 
@@ -615,15 +615,8 @@ def mixed(tmp_path, monkeypatch):
     return tmp_path / "images"
 
 
-@pytest.fixture(autouse=True)
-def shards_of_any_size(monkeypatch):
-    monkeypatch.setattr(storing, "SHARD_ROWS", 0)
-
-
-def small(folder, shard_rows: int = 0, **more) -> Config:
-    """New caches have ``shard_rows`` images per file from now on; 0: as many as they have by themselves."""
-    storing.SHARD_ROWS = shard_rows
-    return settings("resnet18", (32, 48), dataset_path=str(folder), **more)
+def small(folder, **more) -> Config:
+    return settings("resnet18", (32, 48), dataset_path=str(folder), device="cpu", **more)
 
 
 @pytest.mark.parametrize(
@@ -646,7 +639,7 @@ def test_cache_holds_the_backbones_tokens(mixed, options):
     cache = extractor.ensure_features(config, CPU)
     backbone, images = load_backbone(config), datasets.load_images("folder", str(mixed))
     mean, std = (torch.tensor(cache.meta[key]).view(3, 1, 1) for key in ("norm_mean", "norm_std"))
-    assert cache.labels.fingerprint() == images.labels.fingerprint()
+    assert cache.labels.as_json() == images.labels.as_json()
     for split in SPLITS:
         tokens = cache.tokens(split)
         assert len(tokens) == len(images.labels.split(split).names)
@@ -659,241 +652,168 @@ def test_cache_holds_the_backbones_tokens(mixed, options):
             assert error < (0.05 if "precision" in options else 0.01), (split, i)
 
 
-def test_sidecar_describes_the_cache(mixed):
-    cache = extractor.ensure_features(small(mixed), CPU)
-    meta = cache.meta
-    assert (
-        meta["n_feat"] == 512
-        and tuple(meta["grid"]) == (1, 2)
-        and meta["tokens"] == 3
-        and meta["count"] == {"train": 10, "test": 6}
-    )
-    assert (
-        meta["precision"] == "float32" and meta["dtype"] == "float16" and meta["weights"] == "random, seed 0"
-    )
+def test_meta_describes_the_features(mixed):
+    one, other = (extractor.ensure_features(small(mixed, seed=seed), CPU).meta for seed in (0, 1))
+    assert one["n_feat"] == 512 and one["grid"] == [1, 2] and one["tokens"] == 3
+    assert one["count"] == {"train": 10, "test": 6} and one["precision"] == "float32"
+    assert one["weights"] == "random, seed 0" and one["weights_sha256"] != other["weights_sha256"]
 
 
 def test_features_are_extracted_once(mixed, monkeypatch, capsys):
-    extractor.ensure_features(small(mixed), CPU)
+    extractor.ensure_features(small(mixed, precision="auto"), CPU)
     monkeypatch.setattr(extractor, "extract", lambda *_: pytest.fail("extracted again"))
     extractor.ensure_features(small(mixed), CPU)
     assert "reusing" in capsys.readouterr().out
+    with pytest.raises(pytest.fail.Exception, match="extracted again"):
+        extractor.ensure_features(small(mixed, precision="bfloat16"), CPU)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"pixel_norm": (0.1, 0.1, 0.1, 0.5, 0.5, 0.5)},
-        {"seed": 1},
-        {"token_grid": "1"},
-        {"precision": "bfloat16"},
-        {"img_size": (32, 32)},
-    ],
-    ids=str,
-)
-def test_other_settings_are_refused(mixed, change):
-    extractor.ensure_features(small(mixed, feature_path="kept"), CPU)
-    field = {"seed": "weights", "pixel_norm": "norm_mean"}.get(*change, next(iter(change)))
-    with pytest.raises(UserError, match=f"kept.*{field} is"):
-        extractor.ensure_features(Config(**{**vars(small(mixed, feature_path="kept")), **change}), CPU)
-
-
-def test_changed_images_are_refused(mixed):
-    extractor.ensure_features(small(mixed), CPU)
-    (mixed / "train" / "a" / "00.png").unlink()
-    with pytest.raises(UserError, match="other images"):
-        extractor.ensure_features(small(mixed), CPU)
-
-
-def test_pretrained(mixed, monkeypatch):
-    """True: the cache serves without the raw images; and is demanded."""
-    with pytest.raises(UserError, match="no features"):
+def test_pretrained(mixed, capsys):
+    """True: the features serve without the raw images; and are demanded."""
+    with pytest.raises(UserError, match="no features in features/resnet18.*python extractor.py"):
         extractor.ensure_features(small(mixed, pretrained=True), CPU)
-    wanted = extractor.ensure_features(small(mixed), CPU).tokens("test")[np.arange(6)]
+    wanted = extractor.ensure_features(small(mixed), CPU).tokens("test")[:]
+    write_image(mixed / "test/b/new.png", texture(1, np.random.RandomState(9)))
+    assert len(extractor.ensure_features(small(mixed, pretrained=True), CPU).tokens("test")) == 6
     shutil.rmtree(mixed)
-    assert (
-        extractor.ensure_features(small(mixed, pretrained=True), CPU).tokens("test")[np.arange(6)] == wanted
-    ).all()
+    extractor.main(small(mixed, pretrained=True))
+    assert (extractor.ensure_features(small(mixed, pretrained=True), CPU).tokens("test")[:] == wanted).all()
     with pytest.raises(UserError, match="--pretrained True"):
         extractor.ensure_features(small(mixed), CPU)
+    flip(next(Path("features").glob("*/*/tokens.npy")))
+    with pytest.raises(UserError, match="16 of 16 images have no features"):
+        extractor.main(small(mixed, pretrained=True))
+    assert "tokens.npy: its checksum differs" in capsys.readouterr().out
 
 
-def test_an_unreadable_image_costs_its_shard_only(mixed):
-    """The others are there when it is repaired, or taken out, or left out."""
-    broken = mixed / "test" / "b" / "02.png"
-    whole = broken.read_bytes()
-    broken.write_bytes(b"broken")
-    for workers in (0, 1, 3):
-        with pytest.raises(UserError, match="1 unreadable image: test/b/02.png;.*5 of 6 shards are kept"):
-            extractor.ensure_features(small(mixed, workers=workers, shard_rows=3), CPU)
-    broken.write_bytes(whole)
-    cache = extractor.ensure_features(small(mixed, shard_rows=3), CPU)
-    straight = extractor.ensure_features(small(mixed, shard_rows=3, feature_path="other"), CPU)
-    assert cache.meta == straight.meta and cache.meta["count"] == {"train": 10, "test": 6}
+def flip(path: Path, at: int = -1) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
 
 
-def test_unreadable_images_are_left_out_on_request(mixed):
-    (mixed / "train" / "a" / "03.png").write_bytes(b"broken")
-    config = small(mixed, unreadable="skip")
-    cache = extractor.ensure_features(config, CPU)
-    assert cache.skipped == ["train/a/03.png"] and "train/a/03.png" not in cache.labels.train.names
-    assert len(cache.tokens("train")) == len(cache.labels.train.names) == 9
-    extractor.ensure_features(config, CPU)
-    pooled = extractor.ensure_features(dataclasses.replace(config, token_grid="1"), CPU)
-    assert pooled.skipped == cache.skipped
-    assert (pooled.tokens("train").semantic() == cache.tokens("train").semantic()).all()
-    with pytest.raises(UserError, match="leave out 1 unreadable image, train/a/03.png first; --unreadable"):
+def shards() -> dict[Path, int]:
+    """The shards that are there: {folder: its inode}."""
+    return {path: path.stat().st_ino for path in Path("features").glob("resnet18-*/[!.]*/")}
+
+
+def test_work_that_is_stopped_goes_on(mixed, monkeypatch, capsys):
+    """From the last shard that is whole; they are no longer than SHARD_ROWS images or SHARD_SECONDS."""
+    monkeypatch.setattr(storing, "SHARD_ROWS", 3)
+    plain = extraction.Extraction.features
+
+    def features(self, *arguments, **more):
+        done = 0
+        for rows in plain(self, *arguments, **more):
+            if done >= 6:
+                raise OSError(28, "No space left on device")
+            yield rows
+            done += len(rows["tokens"])
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(extraction.Extraction, "features", features)
+        with pytest.raises(
+            UserError, match="No space left.*: 6 of 16 images are kept in features/.*; then: "
+        ):
+            extractor.ensure_features(small(mixed, extract_batch=2), CPU)
+    before = shards()
+    assert len(before) == 2
+    monkeypatch.setattr(storing, "SHARD_SECONDS", 0.0)
+    cache = extractor.ensure_features(small(mixed, extract_batch=2), CPU)
+    assert "extracting 10 images" in capsys.readouterr().out
+    assert before.items() <= shards().items() and len(shards()) >= 2 + 5, "a shard a batch"
+    assert_rows_of_one_run(cache, small(mixed))
+
+
+def assert_rows_of_one_run(cache, config: Config) -> None:
+    whole = extractor.ensure_features(dataclasses.replace(config, feature_path="whole"), CPU)
+    for split in SPLITS:
+        got, wanted = (c.tokens(split)[:].astype(float) for c in (cache, whole))
+        assert np.allclose(got, wanted, rtol=1e-2, atol=1e-2)
+
+
+def test_damage_costs_its_shard_alone(mixed, monkeypatch, capsys):
+    """extractor.py reads every byte; before training, what is cut or gone is seen, the rest when it is
+    read."""
+    monkeypatch.setattr(storing, "SHARD_ROWS", 4)
+    extractor.main(small(mixed))
+    before = shards()
+    flip(first := sorted(before)[0] / "tokens.npy")
+    with pytest.raises(UserError, match="checksum"):
+        for split in SPLITS:
+            extractor.ensure_features(small(mixed), CPU).tokens(split)[:]
+    extractor.main(small(mixed))
+    told = capsys.readouterr().out
+    assert f"1 damaged shard in {first.parents[1]} ({first.parent.name}/" in told
+    assert "extracting 4 images" in told and set(before) - set(shards()) == {first.parent}
+    (second := sorted(before)[1] / "record.json").unlink()
+    cache = extractor.ensure_features(small(mixed), CPU)
+    assert set(before) - set(shards()) == {first.parent, second.parent}
+    assert_rows_of_one_run(cache, small(mixed))
+    capsys.readouterr()
+    extractor.main(small(mixed))
+    assert "all sound" in capsys.readouterr().out
+
+
+def test_a_disk_that_loses_what_was_written_ends_the_work(mixed, monkeypatch):
+    """Instead of training on the rest."""
+    monkeypatch.setattr(storing, "write_shard", lambda *_: None)
+    with pytest.raises(UserError, match="not there as they were written; check the disk"):
         extractor.ensure_features(small(mixed), CPU)
 
 
-def contents(folder) -> dict:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def test_other_weights_of_the_same_name_are_refused(mixed):
+    cache = extractor.ensure_features(small(mixed), CPU)
+    identity = read_sealed(cache.folder / "identity.json")
+    identity["fields"]["weights_sha256"] = "other"
+    write_sealed(cache.folder / "identity.json", identity)
+    with pytest.raises(UserError, match="weights_sha256 is other there"):
+        extractor.ensure_features(small(mixed), CPU)
 
 
-def flip_last(path) -> None:
-    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+def test_features_of_earlier_versions_are_not_read(mixed, capsys):
+    for place in ("features/cifar10-VIT-384x384-full", "features"):
+        Path(place).mkdir(parents=True, exist_ok=True)
+        (Path(place) / "manifest.json").write_text("{}")
+    extractor.ensure_features(small(mixed), CPU)
+    told = capsys.readouterr().out.splitlines()[0]
+    names = "features, features/cifar10-VIT-384x384-full"
+    assert told == f"features: {names}: of an earlier version, not read; delete them"
 
 
-def test_extractor_mends_the_damaged_shard_alone(mixed, capsys):
-    config = small(mixed, shard_rows=4, feature_path="kept")
-    extractor.main(config)
-    before = contents(Path("kept"))
-    flip_last(Path("kept") / "train-tokens-00001.npy")
-    (Path("kept") / "test-00000.json").unlink()
-    extractor.main(config)
-    assert "1 of 5 shards are made again (train-00001: " in capsys.readouterr().out
-    assert contents(Path("kept")) == before
-    extractor.main(config)
-    assert "all 5 shards of kept are sound" in capsys.readouterr().out
+def test_an_executor_gives_the_same_features(mixed, monkeypatch, capsys):
+    """Each task, which can be sent anywhere, is a shard; unreadable images are named as by one process."""
+    monkeypatch.setattr(storing, "SHARD_ROWS", 5)
+    (mixed / "test/a/01.png").write_bytes(b"broken")
+
+    class Elsewhere(ThreadPoolExecutor):
+        def submit(self, task, argument):
+            return super().submit(*pickle.loads(pickle.dumps((task, argument))))
+
+    storing._backbone_and_store.cache_clear()
+    config = small(mixed, unreadable="skip")
+    with Elsewhere(1) as executor:
+        cache = extractor.ensure_features(config, CPU, executor=executor)
+    assert cache.skipped == ["test/a/01.png"] and len(shards()) == 4
+    assert "extracting 16 images with resnet18 at 32x48 by other processes" in capsys.readouterr().out
+    assert_rows_of_one_run(cache, config)
 
 
-def test_before_training_a_file_that_is_cut_or_gone_is_seen(mixed, capsys):
-    """Rows are checked when they are read; extractor.py mends them."""
-    config = small(mixed, shard_rows=4, feature_path="kept")
-    extractor.main(config)
-    before = contents(Path("kept"))
-    flip_last(Path("kept") / "train-tokens-00001.npy")
-    cache = extractor.ensure_features(config, CPU)
-    with pytest.raises(UserError, match="checksum"):
-        cache.tokens("train")[:]
-    extractor.main(config)
-    extractor.ensure_features(config, CPU).tokens("train")[:]
-    assert contents(Path("kept")) == before
-    (Path("kept") / "test-tokens-00000.npy").unlink()
-    extractor.ensure_features(config, CPU)
-    assert contents(Path("kept")) == before
+def test_as_with_a_gpu_shards_at_once_and_readers(mixed, monkeypatch):
+    """Three parts in work at a time, each with two threads that read for the one that computes."""
+    monkeypatch.setattr(extraction.Extraction, "readers", 2)
+    monkeypatch.setattr(extraction.Extraction, "shards_at_once", 3)
+    reading, read = set(), resizing.ImageRows.stacks
 
+    def slow(rows, batch):
+        reading.add(threading.current_thread().name)
+        time.sleep(0.05 * (batch[0] % 4 == 0))
+        return read(rows, batch)
 
-def test_pretrained_features_are_checked_without_the_images(mixed, capsys):
-    extractor.main(small(mixed, feature_path="kept"))
-    mixed.rename("elsewhere")
-    with pytest.raises(UserError, match="dataset_path"):
-        extractor.main(small(mixed, feature_path="kept"))
-    config = small(mixed, feature_path="kept", pretrained=True)
-    extractor.main(config)
-    assert "all 2 shards of kept are sound" in capsys.readouterr().out
-    flip_last(Path("kept") / "test-tokens-00000.npy")
-    with pytest.raises(UserError, match=r"1 shards of kept are damaged \(test-00000: .*extractor.py"):
-        extractor.main(config)
-
-
-def test_changed_images_cost_their_shards_only(mixed, capsys):
-    """For extractor.py; training refuses the features first. Labels come along."""
-    config = small(mixed, shard_rows=4, feature_path="kept")
-    extractor.main(config)
-    write_image(mixed / "train" / "a" / "04.png", texture(2, np.random.RandomState(9)))
-    write_image(mixed / "test" / "b" / "03.png", texture(2, np.random.RandomState(9)))
-    with pytest.raises(UserError, match="other images.*python extractor.py extracts those that have changed"):
-        extractor.ensure_features(config, CPU)
-    extractor.main(config)
-    assert "1 of 5 shards are made again (train-00001: its images have changed)" in capsys.readouterr().out
-    straight = extractor.ensure_features(dataclasses.replace(config, feature_path="other"), CPU)
-    assert extractor.ensure_features(config, CPU).meta == straight.meta
-    assert contents(Path("kept")) == contents(Path("other"))
-
-
-def test_damaged_labels_cost_no_shard_and_are_told(mixed, capsys):
-    config = small(mixed, feature_path="kept")
-    extractor.main(config)
-    before = contents(Path("kept"))
-    flip_last(Path("kept") / "labels.json")
-    capsys.readouterr()
-    extractor.main(config)
-    told = capsys.readouterr().out
-    assert "all shards are kept, the labels are written again" in told and "made again" not in told
-    assert contents(Path("kept")) == before
-
-
-def test_a_pooled_cache_goes_on(mixed, monkeypatch):
-    """From the full one, without the backbone, with the bytes of an uninterrupted one."""
-    config = small(mixed, shard_rows=4, token_grid="1")
-    extractor.ensure_features(small(mixed, shard_rows=4), CPU)
-    monkeypatch.setattr(extractor, "extract", None)
-    folder = extractor.ensure_features(config, CPU).folder
-    before = contents(folder)
-    reopen(folder, seen := Manifest.read(folder), seen.shards[1:3])
-    extractor.ensure_features(config, CPU)
-    assert contents(folder) == before
-
-
-def test_images_taken_away(mixed):
-    """The shards before them stay; those that are left over go."""
-    config = small(mixed, shard_rows=2, feature_path="kept")
-    extractor.main(config)
-    for name in ("train/b/03.png", "train/b/04.png", "test/b/00.png"):
-        (mixed / name).unlink()
-    inode = (Path("kept") / "train-tokens-00000.npy").stat().st_ino
-    extractor.main(config)
-    extractor.main(dataclasses.replace(config, feature_path="other"))
-    assert contents(Path("kept")) == contents(Path("other"))
-    assert (Path("kept") / "train-tokens-00000.npy").stat().st_ino == inode
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_other_images_altogether_are_refused(mixed, finished):
-    """The folder, or the images, may be the wrong ones: nothing is replaced without restart."""
-    config = small(mixed, feature_path="kept")
-    extractor.main(config)
-    if not finished:
-        reopen(Path("kept"), seen := Manifest.read(Path("kept")), seen.shards[:1])
-    before = contents(Path("kept"))
-    other = make_folder(Path("other images"), classes=("a", "b"), n_train=5, n_test=3, seed=7)
-    config = dataclasses.replace(config, dataset_path=str(other))
-    with pytest.raises(UserError, match="other images.*restart"):
-        extractor.main(config)
-    assert contents(Path("kept")) == before
-    extractor.main(dataclasses.replace(config, restart=True))
-    assert (
-        extractor.ensure_features(config, CPU).meta["image_list"] == datasets.images_of(config).fingerprint()
-    )
-
-
-def test_restart_extracts_everything_again(mixed, capsys):
-    config = small(mixed, feature_path="kept", restart=True)
-    extractor.main(config)
-    before = contents(Path("kept"))
-    capsys.readouterr()
-    extractor.main(config)
-    assert "extracting 16 images" in capsys.readouterr().out and contents(Path("kept")) == before
-    with pytest.raises(UserError, match="restart: expected one process"):
-        extractor.main(dataclasses.replace(config, worker="0/2"))
-
-
-def test_features_of_other_settings_are_refused_before_any_work(mixed, monkeypatch):
-    """Finished or not, by both ways in, before images are read or a backbone is built."""
-    config = small(mixed, feature_path="kept")
-    extractor.main(config)
-    monkeypatch.setattr(datasets, "images_of", lambda config: pytest.fail("images were looked at"))
-    for reopened in (False, True):
-        if reopened:
-            reopen(Path("kept"), seen := Manifest.read(Path("kept")), seen.shards)
-        for way_in in (extractor.main, lambda config: extractor.ensure_features(config, CPU)):
-            with pytest.raises(UserError, match="kept.*token_grid is full there"):
-                way_in(dataclasses.replace(config, token_grid="1"))
-            Path("mine").mkdir(exist_ok=True)
-            (Path("mine") / "thesis.txt").write_text("mine")
-            with pytest.raises(UserError, match="mine is there and holds no features"):
-                way_in(dataclasses.replace(config, feature_path="mine"))
+    monkeypatch.setattr(resizing.ImageRows, "stacks", slow)
+    cache = extractor.ensure_features(small(mixed, extract_batch=2), CPU)
+    assert len(reading) > 2
+    assert_rows_of_one_run(cache, small(mixed))
 
 
 def test_the_disk_is_checked_before_the_backbone_is_built(mixed, monkeypatch):
@@ -1008,30 +928,6 @@ def test_how_many_threads_and_readers(mixed, monkeypatch):
     assert (job.threads, job.readers) == (0, 0)
 
 
-def test_as_with_a_gpu_shards_at_once_and_readers(mixed, monkeypatch):
-    """Three shards in work at a time, each with two threads that read for the one that computes: the cache's
-    bytes are those of one after the other."""
-    plain, busy = (small(mixed, shard_rows=2, feature_path=name) for name in ("plain", "busy"))
-    extractor.ensure_features(plain, CPU)
-    monkeypatch.setattr(extraction.Extraction, "readers", 2)
-    monkeypatch.setattr(extraction.Extraction, "shards_at_once", 3)
-    reading, read = set(), resizing.ImageRows.stacks
-
-    def slow(rows, batch):
-        reading.add(threading.current_thread().name)
-        time.sleep(0.05 * (batch[0] % 4 == 0))
-        return read(rows, batch)
-
-    monkeypatch.setattr(resizing.ImageRows, "stacks", slow)
-    extractor.ensure_features(busy, CPU)
-    assert len(reading) > 2
-    files = sorted(path.name for path in Path("plain").iterdir())
-    assert files == sorted(path.name for path in Path("busy").iterdir())
-    for name in files:
-        if name.endswith(".npy"):
-            assert Path("plain", name).read_bytes() == Path("busy", name).read_bytes()
-
-
 def test_rows_arrive_in_order_and_copied(monkeypatch):
     """From a GPU, by a stand-in for it: three batches are on their way before the first is waited for; each
     is handed on once its copy has ended, and kept from reuse until then."""
@@ -1072,13 +968,6 @@ def test_a_device_resizes_as_pillow_does(monkeypatch):
     assert resizing.prepare(images, (24, 16), one, one, torch.float32).shape == (2, 3, 24, 16)
 
 
-def test_full_disk(mixed, tmp_path, monkeypatch):
-    monkeypatch.setattr(storing.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(UserError, match="free"):
-        extractor.ensure_features(small(mixed), CPU)
-    assert not list(tmp_path.glob("features/*"))
-
-
 def test_unknown_class_shows_before_extraction(mixed, tmp_path):
     with pytest.raises(UserError, match="unknown class"):
         extractor.ensure_features(small(mixed, class_name="c"), CPU)
@@ -1103,7 +992,6 @@ def test_grid_from_the_number_of_tokens(size, grid):
         ({}, {"bands": True}),
         ({}, {"places": 3}),
         ({}, {"pixel_norm": (0.5,) * 6}),
-        ({"dataset": "CIFAR100"}, {"dataset": "CIFAR100_fine"}),
     ],
     ids=str,
 )
@@ -1112,36 +1000,17 @@ def test_identity_follows_what_changes_the_features(base, change):
     assert first.fields != second.fields
 
 
-def test_identity_is_that_of_caches_made_before():
-    """Fields that were knobs once are still recorded, and still checked."""
-    former = {
-        "pooling": "released", "token_grid": "8", "fine_classes": True, "dataset": "CIFAR100",
-        "norm_mean": (0.1, 0.2, 0.3), "norm_std": (1, 2, 3), "rings": 2, "low_sigma": 0.15,
-        "band_depths": "auto", "place_channels": 192,
-    }  # fmt: skip
-    options = {"token_grid": "released8", "dataset": "CIFAR100_fine", "bands": True, "places": 3}
-    identity = cache_identity(settings("resnet18", (32, 32), pixel_norm=(0.1, 0.2, 0.3, 1, 2, 3), **options))
-    assert former.items() <= identity.fields.items()
-    assert identity.folder.name == "CIFAR100-fine-resnet18-32x32-8-bands-places3"
-    mirrored = cache_identity(settings("resnet18", (32, 32), mirror=True))
-    assert mirrored.folder.name.endswith("-mirror"), "as beside the others in a sweep"
-    plain = cache_identity(settings("resnet18", (32, 32))).fields
-    of_maps = ("rings", "low_sigma", "band_depths", "place_channels")
-    assert all(plain[name] is None for name in of_maps) and plain["fine_classes"] is False
+def test_a_store_has_a_name_that_can_be_read():
+    options = {"token_grid": "released8", "bands": True, "places": 3, "mirror": True}
+    folder = cache_identity(settings("resnet18", (32, 48), **options)).folder
+    assert re.fullmatch("features/resnet18-32x48-8-bands-places3-mirror-[0-9a-f]{8}", str(folder))
+    assert cache_identity(settings("resnet18", feature_path="/x/y")).folder.parent == Path("/x/y")
 
 
 def test_identity_ignores_what_changes_nothing():
     plain = cache_identity(settings("resnet18", (32, 32)))
-    for change in ({"window": 5}, {"fusion": "none"}, {"centre_pool": 0.2}):
+    for change in ({"window": 5}, {"fusion": "none"}, {"centre_pool": 0.2}, {"dataset": "CIFAR100"}):
         assert cache_identity(settings("resnet18", (32, 32), **change)) == plain, change
-
-
-def test_sidecar_knows_the_weights(mixed):
-    one, same, other = (
-        extractor.ensure_features(small(mixed, seed=seed, feature_path=path), CPU).meta["weights_sha256"]
-        for seed, path in ((0, "a"), (0, "b"), (1, "c"))
-    )
-    assert one == same != other
 
 
 def test_bands_in_the_cache_are_those_of_the_maps(mixed):
@@ -1184,44 +1053,6 @@ def test_band_depths(name):
     tokens, maps = backbone.with_maps(torch.zeros(1, 3, *backbone.img_size), (1, 3))
     assert [m.shape[1] for m in maps] == list(backbone.channels_of((1, 3)))
     assert torch.allclose(tokens, backbone(torch.zeros(1, 3, *backbone.img_size)), atol=1e-5)
-
-
-@pytest.mark.parametrize("token_grid", ["2", "compact"])
-def test_derived_cache_equals_an_extracted_one(mixed, monkeypatch, token_grid):
-    """Pooling the full-grid cache gives what pooling during extraction gives, up to float16, and the same
-    sidecar."""
-    full = settings("resnet18", (128, 128), dataset_path=str(mixed), window=2)
-    pooled = dataclasses.replace(full, token_grid=token_grid)
-    extracted = extractor.ensure_features(pooled, CPU)
-    rows, meta = extracted.tokens("train")[0:10], extracted.meta
-    shutil.rmtree(extracted.folder)
-    extractor.ensure_features(full, CPU)
-    monkeypatch.setattr(extractor, "extract", None)  # from here on nothing can be extracted
-    derived = extractor.ensure_features(pooled, CPU)
-    rounded = derived.meta
-    assert rounded.pop("content") != meta.pop("content") and rounded == meta
-    np.testing.assert_allclose(
-        derived.tokens("train")[0:10].astype(float), rows.astype(float), rtol=4e-3, atol=2e-3
-    )
-
-
-def test_a_damaged_full_cache_is_not_pooled(mixed, capsys):
-    """Its images are extracted instead."""
-    full = extractor.ensure_features(small(mixed), CPU)
-    path = full.folder / "test-tokens-00000.npy"
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    pooled = extractor.ensure_features(small(mixed, token_grid="1"), CPU)
-    assert "not pooled: " in (told := capsys.readouterr().out) and "extracting 6 images" in told
-    assert len(pooled.tokens("test")[:]) == 6
-
-
-def test_pooling_a_full_cache_asks_for_the_disk_too(mixed, monkeypatch):
-    extractor.ensure_features(small(mixed), CPU)
-    monkeypatch.setattr(storing.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    monkeypatch.setattr(extractor, "extract", lambda *_: pytest.fail("extracted"))
-    with pytest.raises(UserError, match="free"):
-        extractor.ensure_features(small(mixed, token_grid="1"), CPU)
 
 
 # ---------------------------------------------------------------- the resize by matrices

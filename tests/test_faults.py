@@ -43,18 +43,19 @@ def test_a_signal_ends_an_extraction_with_one_line(tmp_path):
     """Which says what is kept and how to go on; what it names does so."""
     number = signal.SIGTERM
     running = started(*SMALL, cwd=tmp_path, code=SHARDS_OF_100)
-    while not (tmp_path / "kept" / "train-00000.json").exists():
+    while not list(tmp_path.glob("kept/resnet10t-*/*/record.json")):
         assert running.poll() is None, running.communicate()
         time.sleep(0.01)
     running.send_signal(number)
     _, errors = running.communicate(timeout=60)
-    told = re.fullmatch(r"interrupted: (\d+) of 18 shards are kept in kept; to go on: python (.+)\n", errors)
+    line = r"interrupted: (\d+) of 1797 images are kept in kept/resnet10t-\S+; to go on: python (.+)\n"
+    told = re.fullmatch(line, errors)
     assert running.returncode == 128 + number and told, errors
-    assert len(list((tmp_path / "kept").glob("t*-?????.json"))) == int(told[1]) >= 1
-    assert not list((tmp_path / "kept").glob(".*"))
+    assert 100 * len(list(tmp_path.glob("kept/resnet10t-*/*/record.json"))) == int(told[1]) >= 100
+    assert not list(tmp_path.glob("kept/*/.*"))
     name, *arguments = told[2].split()
     done = script(name, *arguments, cwd=tmp_path)
-    assert done.returncode == 0 and f"extracting {1797 - 100 * int(told[1])} images" in done.stdout
+    assert done.returncode == 0 and f"extracting {1797 - int(told[1])} images" in done.stdout
 
 
 def test_a_signal_while_modules_are_imported(tmp_path):

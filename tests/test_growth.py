@@ -1,4 +1,4 @@
-"""Pictures added to a folder whose features are cached."""
+"""Pictures that come, go, are renamed, copied, shared: what is missing is extracted, and nothing else."""
 
 import dataclasses
 import shutil
@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import make_folder, texture, write_image
 
+import datasets
 import extractor
+import predict
+import train
 from backbone import extraction, storing
-from cache import growth, manifest
 from config import Config, UserError
 from datasets import SPLITS
-from shell.files import write_sealed
-from shell.locks import Lock
 
 CPU = torch.device("cpu")
 
@@ -29,22 +29,22 @@ def folder(tmp_path, monkeypatch):
 def settings(**more) -> Config:
     options = {
         "dataset": "folder", "dataset_path": "images", "extractor": "resnet10t", "img_size": (32, 32),
-        "weights_path": "random", "precision": "float32", "feature_path": "kept",
+        "weights_path": "random", "precision": "float32", "threads": 1, "device": "cpu",
     }  # fmt: skip
     return Config(**(options | more))
 
 
 @pytest.fixture
 def extracted(monkeypatch):
-    """The images (split, row) that the backbone sees."""
-    seen = []
-    plain = extraction.Extraction.features
+    """The names of the images that the backbone sees."""
+    seen: list[str] = []
+    plain = storing.extract_images
 
-    def features(self, split, start=0, stop=None, unreadable=None):
-        seen.extend((split, i) for i in range(start, stop))
-        return plain(self, split, start, stop, unreadable)
+    def extract_images(job, store, wanted, *more):
+        seen.extend(image.name for image in wanted)
+        return plain(job, store, wanted, *more)
 
-    monkeypatch.setattr(extraction.Extraction, "features", features)
+    monkeypatch.setattr(storing, "extract_images", extract_images)
     return seen
 
 
@@ -53,127 +53,187 @@ def add(folder: Path, *names: str) -> None:
         write_image(folder / name, texture(2, np.random.RandomState(90 + seed)))
 
 
-def test_a_folder_of_good_pictures_grows_at_its_end(folder, extracted):
-    """All shards that there were stay as they are, and none is among those that are wanted."""
-    config = settings(dataset_path="images/train/a")
-    before = extractor.ensure_features(config, CPU).tokens("train")[:]
-    extracted.clear()
-    add(folder, "train/a/later.png")
-    grown = extractor.ensure_features(config, CPU)
-    assert extracted == [("train", 5)] and np.array_equal(grown.tokens("train")[:5], before)
+def assert_as_anew(config: Config) -> None:
+    """The features of a configuration are those of a store made anew."""
+    cache = extractor.ensure_features(config, CPU)
+    anew = extractor.ensure_features(dataclasses.replace(config, feature_path="anew"), CPU)
+    assert cache.labels.as_json() == anew.labels.as_json() and cache.meta == anew.meta
+    for split in SPLITS:
+        got, wanted = (c.tokens(split)[:].astype(float) for c in (cache, anew))
+        assert np.allclose(got, wanted, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("way", ["train", "extractor"])
-@pytest.mark.parametrize("shard_rows", [0, 4])
-def test_only_new_pictures_are_extracted(folder, extracted, monkeypatch, way, shard_rows):
-    """In between and behind, in both splits; all rows are those of a cache made anew."""
-    monkeypatch.setattr(storing, "SHARD_ROWS", shard_rows)
+def test_a_folder_that_changes_in_every_way(folder, extracted, way):
+    """Pictures are removed, renamed, copied, moved to the other split, added: those are extracted."""
     config = settings()
     extractor.ensure_features(config, CPU)
     extracted.clear()
-    add(folder, "train/a/01b.png", "train/b/99.png", "test/a/00a.png")
-    if way == "train":
-        cache = extractor.ensure_features(config, CPU)
-    else:
-        extractor.main(config)
-        cache = extractor.ensure_features(config, CPU)
-    assert sorted(extracted) == [("test", 1), ("train", 2), ("train", 11)]
-    anew = extractor.ensure_features(dataclasses.replace(config, feature_path="anew"), CPU)
-    assert cache.labels.fingerprint() == anew.labels.fingerprint()
-    for split in SPLITS:
-        n = len(anew.labels.split(split).names)
-        got, wanted = (c.tokens(split)[np.arange(n)].astype(float) for c in (cache, anew))
-        assert np.allclose(got, wanted, rtol=2e-3, atol=2e-3)
-    extracted.clear()
-    extractor.ensure_features(config, CPU)
-    assert not extracted, "it is whole now"
-
-
-@pytest.mark.parametrize("change", ["changed", "gone"])
-def test_a_picture_that_changed_or_went_is_no_growth(folder, extracted, monkeypatch, change):
-    monkeypatch.setattr(storing, "SHARD_ROWS", 4)
-    config = settings()
-    extractor.ensure_features(config, CPU)
-    add(folder, "train/b/99.png")
     (folder / "train/a/00.png").unlink()
-    if change == "changed":
-        add(folder, "train/a/00.png")
-    with pytest.raises(UserError, match="other images"):
-        extractor.ensure_features(config, CPU)
-
-
-def test_without_the_list_of_images_or_room_nothing_is_carried_over(folder, monkeypatch):
-    config = settings()
-    extractor.ensure_features(config, CPU)
-    add(folder, "train/b/99.png")
-    room = growth.MOST
-    monkeypatch.setattr(growth, "MOST", 10)
-    with pytest.raises(UserError, match="other images"):
-        extractor.ensure_features(config, CPU)
-    monkeypatch.setattr(growth, "MOST", room)
-    whole = Path("kept/images.json").read_text()
-    Path("kept/images.json").write_text(whole.replace("0", "1", 1))  # its checksum no longer fits
-    with pytest.raises(UserError, match="other images"):
-        extractor.ensure_features(config, CPU)
-    Path("kept/images.json").write_text(whole)
-    extractor.ensure_features(config, CPU)
-
-
-def test_an_unreadable_newcomer_is_named_and_left_out_on_request(folder, extracted):
-    config = settings(unreadable="skip")
-    extractor.ensure_features(config, CPU)
-    (folder / "train/a/zz.png").write_bytes(b"no picture")
-    add(folder, "train/a/99.png")
-    cache = extractor.ensure_features(config, CPU)
-    assert len(cache.labels.train.names) == 11 and cache.skipped == ["train/a/zz.png"]
-    shutil.rmtree("kept")
-    anew = extractor.ensure_features(config, CPU)
-    assert anew.labels.train.names == cache.labels.train.names
-
-
-def test_growth_that_cannot_be_made_leaves_the_cache_whole(folder, capsys):
-    """Features of another precision serve as they are, but none can be added to them."""
-    extractor.ensure_features(settings(precision="bfloat16"), CPU)
-    add(folder, "train/a/zz.png")
-    for _ in range(2):
-        with pytest.raises(UserError, match="precision is bfloat16 there, float32 is wanted"):
-            extractor.ensure_features(settings(precision="auto"), CPU)
-    (folder / "train/a/zz.png").unlink()
-    capsys.readouterr()
-    extractor.ensure_features(settings(precision="auto"), CPU)
-    assert "reusing the cache" in capsys.readouterr().out
-
-
-def test_a_copy_of_a_picture_is_a_new_one(folder, extracted):
-    config = settings()
-    before = extractor.ensure_features(config, CPU).tokens("train")[:]
+    (folder / "train/a/01.png").rename(folder / "train/a/zz.png")
+    (folder / "train/b/01.png").rename(folder / "test/b/01b.png")
+    shutil.copy(folder / "train/b/02.png", folder / "train/b/02 copy.png")
+    add(folder, "train/a/01b.png", "train/b/99.png", "test/a/00a.png")
+    extractor.ensure_features(config, CPU) if way == "train" else extractor.main(config)
+    assert sorted(extracted) == ["test/a/00a.png", "train/a/01b.png", "train/b/99.png"]
+    assert_as_anew(config)
     extracted.clear()
-    shutil.copy(folder / "train/a/04.png", folder / "train/a/05.png")
-    rows = extractor.ensure_features(config, CPU).tokens("train")[:]
-    assert len(rows) == 11 and not extracted and np.array_equal(rows[5], before[4])
+    extractor.ensure_features(config, CPU)
+    assert not extracted
 
 
-def test_restart_takes_other_features(folder):
-    """What was chosen for the machine, or came with another timm, is no reason to keep the old ones."""
-    extractor.main(settings(precision="bfloat16"))
-    (folder / "train/a/mine.txt").write_text("no picture")
-    Path("kept/mine.txt").write_text("no feature")
-    extractor.main(settings(precision="auto", restart=True))
-    cache = extractor.ensure_features(settings(precision="float32"), CPU)
-    assert cache.meta["precision"] == "float32" and Path("kept/mine.txt").read_text() == "no feature"
-
-
-def test_the_list_is_written_under_the_lock_of_the_folder(folder, monkeypatch):
-    """A process that finishes the cache at that moment removes half-written files, under the same lock."""
-    plain, free = write_sealed, []
-
-    def write(path, content):
-        if path.name == manifest.IMAGES:
-            lock = Lock(path.with_name(".lock"))
-            free.append(lock.take())
-            lock.release()
-        plain(path, content)
-
-    monkeypatch.setattr(growth, "write_sealed", write)
+def test_a_picture_of_two_data_sets_is_extracted_once(folder, extracted):
     extractor.ensure_features(settings(), CPU)
-    assert free == [False]
+    extracted.clear()
+    shutil.copytree(folder / "train/a", "product")
+    add(Path("product"), "more.png")
+    cache = extractor.ensure_features(settings(dataset_path="product"), CPU)
+    assert extracted == ["more.png"] and len(cache.tokens("train")) == 6
+
+
+def test_a_renamed_picture_keeps_its_place(folder, extracted):
+    """What was fitted to the features stays what it is: its rows are of the same pictures."""
+    before = extractor.ensure_features(settings(), CPU)
+    (folder / "test/a/00.png").rename(folder / "test/a/zz.png")
+    renamed = extractor.ensure_features(settings(), CPU)
+    assert renamed.meta == before.meta and renamed.labels.test.names[0] == "test/a/zz.png"
+    assert (renamed.tokens("test")[:] == before.tokens("test")[:]).all()
+    for cache in (before, renamed):
+        rows = cache.in_rows(datasets.images_of(settings()))
+        assert rows.labels.test.names[:2] == ["test/a/zz.png", "test/a/01.png"]
+    (folder / "test/a/zz.png").unlink()
+    with pytest.raises(UserError, match="the images have changed since they were extracted"):
+        renamed.in_rows(datasets.images_of(settings()))
+    assert extractor.ensure_features(settings(), CPU).meta["content"] != before.meta["content"]
+
+
+def test_other_settings_have_a_store_of_their_own(folder):
+    changes = [{}, {"token_grid": "1"}, {"seed": 1}, {"img_size": (64, 64)}, {"mirror": True}, {"places": 3}]
+    for change in changes:
+        extractor.ensure_features(settings(**change), CPU)
+    assert len(list(Path("features").glob("resnet10t-*/identity.json"))) == len(changes)
+
+
+def test_pictures_change_and_training_and_predict_go_on(folder, extracted, capsys):
+    """Of 20 normal pictures, one is removed, ten are renamed, three copied, five added."""
+    product = make_folder(Path("good"), classes=("x",), n_train=20, n_test=1, seed=3) / "train/x"
+    config = settings(dataset_path=str(product), fc_internal=16, fusion="none", modelname="before")
+    train.main(config)
+    extracted.clear()
+    files = sorted(product.iterdir())
+    files[0].unlink()
+    for i, file in enumerate(files[1:11]):
+        file.rename(product / f"renamed {9 - i}.png")
+    for file in files[11:14]:
+        shutil.copy(file, product / f"copy of {file.name}")
+    add(product, *(f"new {i}.png" for i in range(5)))
+    train.main(dataclasses.replace(config, modelname="after"))
+    assert sorted(extracted) == [f"new {i}.png" for i in range(5)]
+    assert predict.main(predict.parse_arguments(["runs/after", "images", "--threads", "1"])) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 16
+
+
+def test_unreadable_pictures_are_named_and_left_out_on_request(folder, extracted, capsys):
+    """In every run, without trying to extract them again; until they can be read."""
+    good = (folder / "train/a/00.png").read_bytes()
+    (folder / "train/a/zz.png").write_bytes(b"no picture")
+    (folder / "train/a/99.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="2 unreadable images: train/a/99.png, train/a/zz.png; repair.*kept"):
+        extractor.ensure_features(settings(), CPU)
+    assert len(extracted) == 16 + 1, "the same bytes once"
+    extracted.clear()
+    for pretrained in (False, True):
+        cache = extractor.ensure_features(settings(unreadable="skip", pretrained=pretrained), CPU)
+        assert cache.skipped == ["train/a/99.png", "train/a/zz.png"] and len(cache.labels.train.names) == 10
+        assert cache.in_rows(datasets.images_of(settings())).labels.as_json() == cache.labels.as_json()
+        assert "left out, 2 unreadable images: train/a/99.png, train/a/zz.png" in capsys.readouterr().out
+    assert not extracted
+    with pytest.raises(UserError, match="2 unreadable images"):
+        extractor.ensure_features(settings(pretrained=True), CPU)
+    (folder / "train/a/zz.png").write_bytes(good)
+    cache = extractor.ensure_features(settings(unreadable="skip"), CPU)
+    assert cache.skipped == ["train/a/99.png"] and len(cache.tokens("train")) == 11
+
+
+def test_many_unreadable_pictures_are_listed_a_line_each(folder, monkeypatch, capsys):
+    monkeypatch.setattr(extractor.utils, "MOST_NAMED", 2)
+    for name in "xyz":
+        (folder / f"test/a/{name}.png").write_bytes(name.encode())
+    with pytest.raises(UserError, match="3 unreadable images: .* and others"):
+        extractor.ensure_features(settings(), CPU)
+    assert capsys.readouterr().err.splitlines()[-3:] == [f"test/a/{name}.png" for name in "xyz"]
+
+
+def test_a_picture_that_changes_while_it_is_extracted_is_no_other_one(folder, monkeypatch):
+    plain = extraction.Extraction.features
+
+    def features(*arguments, **more):
+        write_image(folder / "train/b/00.png", texture(1, np.random.RandomState(5)))
+        yield from plain(*arguments, **more)
+
+    monkeypatch.setattr(extraction.Extraction, "features", features)
+    with pytest.raises(UserError, match="train/b/00.png has changed while its features were extracted"):
+        extractor.ensure_features(settings(), CPU)
+
+
+# ---------------------------------------------------------------- img_size auto
+def test_a_folder_that_grows_keeps_its_size(folder, extracted):
+    """The one that its first pictures asked for; of other pictures altogether, with restart, a new one."""
+    config = settings(img_size="auto", unreadable="skip")
+    size = extractor.ensure_features(config, CPU).meta["img_size"]
+    for i in range(20):
+        write_image(folder / f"train/a/long {i}.png", np.full((20, 200, 3), i, np.uint8))
+    extracted.clear()
+    grown = extractor.ensure_features(config, CPU)
+    assert grown.meta["img_size"] == size and len(extracted) == 20
+    extractor.main(dataclasses.replace(config, restart=True))
+    assert (anew := extractor.ensure_features(config, CPU).meta["img_size"]) != size
+    shutil.rmtree(folder)
+    make_folder(folder, classes=("a", "b"), n_train=5, n_test=3, seed=5)
+    assert extractor.ensure_features(config, CPU).meta["img_size"] == size != anew
+
+
+def test_the_size_of_features_without_images(folder):
+    size = extractor.ensure_features(settings(img_size="auto"), CPU).meta["img_size"]
+    shutil.rmtree(folder)
+    assert extractor.ensure_features(settings(img_size="auto", pretrained=True), CPU).meta["img_size"] == size
+    with pytest.raises(UserError, match="img_size auto: no features of resnet18 are there"):
+        extractor.ensure_features(settings(img_size="auto", pretrained=True, extractor="resnet18"), CPU)
+
+
+# ---------------------------------------------------------------- restart and prune
+def test_restart_extracts_the_images_of_the_data_set_again(folder, extracted):
+    shutil.copytree(folder / "test", "other/train")
+    extractor.main(settings(dataset_path="other"))
+    extractor.main(settings())
+    extracted.clear()
+    extractor.main(settings(restart=True))
+    assert len(extracted) == 16, "those that it shares with others, too"
+    assert_as_anew(settings())
+
+
+def test_prune_drops_what_no_named_data_set_has(folder, extracted, capsys):
+    config = settings()
+    extractor.main(config)
+    shutil.copytree("images/train/a", "product")
+    add(Path("product"), "more.png")
+    product = settings(dataset_path="product")
+    extractor.main(product)
+    extractor.main(dataclasses.replace(product, token_grid="1"))
+    capsys.readouterr()
+    extractor.main(settings(prune="list"))
+    told = capsys.readouterr().out
+    name = next(Path("features/datasets").glob("folder-product-*.json")).stem
+    images = next(Path("features/datasets").glob("folder-images-*.json")).stem
+    assert f"MB ({images} 5, {name} 6)\n" in told and f"MB ({images} 16, {name} 6)\n" in told
+    with pytest.raises(UserError, match="unknown data set 'other'"):
+        extractor.main(settings(prune=f"{name},other"))
+    extracted.clear()
+    extractor.main(settings(prune=name))
+    extractor.main(product)
+    assert not extracted
+    assert {path.stem for path in Path("features/datasets").iterdir()} == {name}
+    extractor.main(config)
+    assert len(extracted) == 11
+    extractor.main(settings(prune=images))
+    assert len(list(Path("features").glob("resnet10t-*"))) == 2, "a store without shards has no identity"

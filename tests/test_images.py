@@ -322,7 +322,7 @@ def test_a_pipe_is_no_image(tmp_path):
     }
     with pytest.raises(UserError, match="b.jpg.*no regular file"):
         images.read_image(tmp_path / "b.jpg")
-    assert images.content_key(tmp_path / "b.jpg") == "unreadable"
+    assert images.content_hash(tmp_path / "b.jpg") == "unreadable"
 
 
 # ---------------------------------------------------------------- which files
@@ -385,18 +385,18 @@ def test_no_images(tmp_path):
 
 # ---------------------------------------------------------------- the same files?
 @pytest.mark.parametrize("size", [100, 200_000])
-def test_content_key(tmp_path, size):
+def test_content_hash(tmp_path, size):
     """Any other byte is noticed, at once and with the same size; place and time are not."""
     content = bytearray(GENERATOR.bytes(size))
     path, copy = tmp_path / "a.png", tmp_path / "deep.png"
     path.write_bytes(content)
-    before = images.content_key(path)
+    before = images.content_hash(path)
     copy.write_bytes(content)
     os.utime(copy, (1, 1))
-    assert images.content_key(copy) == before and len(before) == 32
+    assert images.content_hash(copy) == before and len(before) == 32
     for place in (0, size // 2, size - 1):
         changed = bytearray(content)
         changed[place] ^= 1
         copy.write_bytes(changed)
-        assert images.content_key(copy) != before
-    assert images.content_key(tmp_path / "absent") == "unreadable"
+        assert images.content_hash(copy) != before
+    assert images.content_hash(tmp_path / "absent") == "unreadable"

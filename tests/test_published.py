@@ -222,7 +222,7 @@ def test_fine_classes(tmp_path, monkeypatch, form):
     assert read("CIFAR100", tmp_path).labels.classes == published.SUPERCLASSES
     configs = [Config(dataset=name, dataset_path=str(tmp_path)) for name in ("CIFAR100", "CIFAR100_fine")]
     assert len({datasets.images_of(config).labels.classes for config in configs}) == 2
-    assert len({datasets.slug(config) for config in configs}) == 2
+    assert len({datasets.name_of(config) for config in configs}) == 2
 
 
 def test_superclasses():

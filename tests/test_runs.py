@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_cache
-from fabricated import CLASSES, JOINED, N_TRAIN, fit, settings
+from fabricated import CLASSES, JOINED, N_TRAIN, again, fit, settings
 
 import config as knobs
 import main
 import train
 import utils
-from cache.feature_cache import CacheIdentity, FeatureCache
+from cache.feature_cache import FeatureCache
 from config import Config, UserError
 from datasets import Labels, Split
 from detector import checkpoints, detector, runs
@@ -228,15 +228,10 @@ def test_the_rate_of_false_alarms_holds_pictures_out_of_folders(run):
     assert run.fitted == []
 
 
-def again(cache) -> FeatureCache:
-    """The same cache, opened once more: to be changed by a test."""
-    return FeatureCache(CacheIdentity(cache.folder, {}))
-
-
 def test_other_features_are_refused(run):
     run()
     run.cache = again(run.cache)
-    run.cache.manifest.fields["weights_sha256"] = "other"
+    run.cache.fields = run.cache.fields | {"weights_sha256": "other"}
     with pytest.raises(UserError, match="weights_sha256 None there, other now"):
         run()
 

@@ -16,7 +16,6 @@ import predict
 import train
 from backbone import backbones
 from backbone.identity import size_for, size_in_shape
-from cache.manifest import Manifest
 from config import Config, UserError, make_config
 from detector import exporting
 from detector.picture_detector import PictureDetector
@@ -177,53 +176,14 @@ def test_the_presets_of_the_paper_stay_square():
 
 
 # ---------------------------------------------------------------- extraction
-def test_the_size_is_kept_with_the_features(folder, tmp_path, capsys):
-    """The training pictures decide; said in one line with what it costs; others that come later are fed at
-    the same size, and so is everything else of these features."""
-    generator = np.random.RandomState(5)
-    for i in range(6):
-        write_image(tmp_path / f"own/train/belt/{i}.png", surface(generator))
-    config = settings(dataset="folder", dataset_path=str(tmp_path / "own"), feature_path=str(tmp_path / "f"))
-    cache = extractor.ensure_features(config, CPU)
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("extracting"))
-    assert "at 96x288 (img_size auto)" in line and " GB in " in line and line.endswith("machine, once")
-    assert tuple(cache.meta["img_size"]) == SIZE and cache.grid == (3, 9)
-    before = cache.tokens("train")[:]
-    for i in range(20):
-        write_image(tmp_path / f"own/train/belt/tall{i}.png", surface(generator, (WIDTH, HEIGHT)))
-    grown = extractor.ensure_features(config, CPU)
-    assert grown.grid == (3, 9) and len(grown.tokens("train")) == 26
-    assert np.array_equal(grown.tokens("train")[:6], before)
-    assert extractor.ensure_features(settings(feature_path=str(tmp_path / "f"), dataset="folder",
-                                              pretrained=True), CPU).grid == (3, 9)  # fmt: skip
-    extractor.main(settings(**vars_of(config), restart=True))
-    assert tuple(Manifest.read(tmp_path / "f").fields["img_size"]) == SIZE
-
-
-def vars_of(config: Config) -> dict:
-    return {name: getattr(config, name) for name in ("dataset", "dataset_path", "feature_path")}
-
-
-def test_features_are_those_of_the_size_named(folder, tmp_path):
+def test_features_are_those_of_the_size_named(folder, capsys):
+    """The training pictures decide; who names their size finds the same features."""
     auto = extractor.ensure_features(settings(**PLACES), CPU)
-    assert "auto100352" in auto.folder.name
-    named = extractor.ensure_features(
-        settings(**PLACES | {"feature_path": str(tmp_path)}, img_size=SIZE), CPU
-    )
-    for name, array in auto.arrays("train").items():
-        assert np.array_equal(array[:], named.arrays("train")[name][:])
+    assert "at 96x288" in capsys.readouterr().out and "96x288" in auto.folder.name
+    named = extractor.ensure_features(settings(**PLACES, img_size=SIZE), CPU)
+    assert named.meta == auto.meta and "reusing" in capsys.readouterr().out
+    assert tuple(auto.meta["img_size"]) == SIZE and auto.grid == (3, 9)
     assert tuple(auto.meta["place_grid"]) == (3, 10) and auto.shapes["places"][0] == 30
-    extractor.ensure_features(settings(**PLACES, img_size=SIZE, feature_path=str(auto.folder)), CPU)
-    with pytest.raises(UserError, match="img_pixels is 100352 there, 9 is wanted"):
-        extractor.ensure_features(settings(**PLACES, img_size="auto:9", feature_path=str(auto.folder)), CPU)
-    with pytest.raises(UserError, match="img_pixels is absent there, 100352 is wanted"):
-        extractor.ensure_features(settings(**PLACES | {"feature_path": str(tmp_path)}), CPU)
-
-
-def test_a_smaller_grid_is_pooled_of_features_of_the_same_size_only(folder, tmp_path, capsys):
-    full = extractor.ensure_features(settings(), CPU)
-    pooled = extractor.ensure_features(settings(token_grid="2"), CPU)
-    assert f"pooling {full.folder}" in capsys.readouterr().out and tuple(pooled.meta["img_size"]) == SIZE
 
 
 def test_a_transformer_takes_any_shape(folder):

@@ -15,6 +15,7 @@ from fabricated import (
     N_TEST,
     N_TRAIN,
     C,
+    again,
     all_of,
     by_score,
     fabricate,
@@ -27,7 +28,6 @@ from fabricated import (
 import config as knobs
 import model
 import utils
-from cache.feature_cache import CacheIdentity, FeatureCache
 from config import ClassError, UserError
 from datasets import Split
 from detector import class_data, detector, optimization
@@ -395,7 +395,7 @@ def test_scores_that_are_not_finite(cache, patience):
 def test_too_few_images(cache):
     category = np.zeros(3 * N_TRAIN, int)
     category[0] = 1
-    cache_of_few = FeatureCache(CacheIdentity(cache.folder, {}))
+    cache_of_few = again(cache)
     cache_of_few.labels = dataclasses.replace(
         cache.labels, train=Split.of(cache.labels.train.names, category)
     )

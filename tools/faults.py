@@ -5,9 +5,9 @@ python tools/faults.py --times 1000     the same with 1,000
 python tools/faults.py --times 10 --seed 3
 
 Each extraction is a process of its own (forked: what it imports is loaded once), over generated images with
-a small untrained backbone. Lost: finished shards that had to be made again. Wrong: finished caches whose
-bytes are not those of an uninterrupted run, unfinished ones that read as finished, and processes that end
-otherwise than they should: with a traceback, too late, or not at all."""
+a small untrained backbone. Lost: finished shards that had to be made again. Wrong: features that are not
+those of an uninterrupted run, also of an unfinished one, and processes that end otherwise than they should:
+with a traceback, too late, or not at all."""
 
 import argparse
 import os
@@ -30,8 +30,9 @@ from PIL import Image
 
 import extractor
 from backbone import storing
-from cache.feature_cache import CacheIdentity, FeatureCache
-from config import Config, UserError
+from cache.feature_cache import ImageList
+from cache.store import CacheIdentity, Store
+from config import Config
 from shell.command_line import run_script
 from tools.processes import start
 
@@ -76,7 +77,7 @@ class Child:
 
 
 class Bench:
-    """Generated images, their cache as an uninterrupted run makes it, and how long that takes.
+    """Generated images, their features as an uninterrupted run makes them, and how long that takes.
 
     longest: seconds in which a process that is asked to end must do so."""
 
@@ -94,13 +95,13 @@ class Bench:
         shutil.rmtree(folder)
         start = time.monotonic()
         self.finish(folder)
-        self.seconds, self.reference = time.monotonic() - start, content(folder)
+        self.seconds, self.reference = time.monotonic() - start, rows_of(folder)
 
     def new_folder(self) -> Path:
         self.count += 1
         return self.root / "caches" / str(self.count)
 
-    def start(self, folder: Path, **more) -> Child:
+    def start(self, folder: Path, log: int = 0) -> Child:
         settings: dict[str, Any] = {
             "dataset": "folder",
             "dataset_path": str(self.root / "images"),
@@ -112,11 +113,11 @@ class Bench:
             "device": "cpu",
             "feature_path": str(folder),
         }
-        return Child(Config(**settings | more), self.root / "log")
+        return Child(Config(**settings), self.root / f"log-{log}")
 
-    def finish(self, folder: Path, **more) -> str:
+    def finish(self, folder: Path) -> str:
         """Run an extraction to its end -> what it printed. Raises RuntimeError when it fails."""
-        child = self.start(folder, **more)
+        child = self.start(folder)
         if (status := child.wait()) != 0:
             raise RuntimeError(f"status {status}: {child.log.read_text()}")
         return child.log.read_text()
@@ -126,26 +127,32 @@ class Bench:
         return self.rng.uniform(0, 1.2 * self.seconds)
 
     def wrong(self, folder: Path) -> int:
-        """1 if a cache is finished and not as it should be, leftovers included."""
-        return int(content(folder) != self.reference)
+        """1 if features that should be whole are not as they should be."""
+        return int(rows_of(folder).keys() != self.reference.keys() or self.misread(folder))
 
     def misread(self, folder: Path) -> int:
-        """1 if a cache, whatever has happened to it, can be read and has other rows than it should."""
-        try:
-            FeatureCache(CacheIdentity(folder, {}))
-        except UserError:
-            return 0
-        found = content(folder)
-        return int(any(found[name] != wanted for name, wanted in self.reference.items()))
+        """1 if any image has other features than it should, whatever has happened to the store."""
+        found = rows_of(folder)
+        return int(any(not np.allclose(found[image], self.reference[image], 1e-2, 1e-2) for image in found))
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
+def stores(folder: Path) -> list[Store]:
+    return [Store(CacheIdentity(path, {})) for path in folder.glob("test_resnet-*")]
+
+
+def rows_of(folder: Path) -> dict[str, np.ndarray]:
+    """{hash of an image: its tokens} of all sound shards."""
+    found: dict[str, np.ndarray] = {}
+    for store in stores(folder):
+        for shard in store.shards:
+            if not shard.damage(thorough=True):
+                found |= zip(shard.images, np.load(shard.files["tokens"].path).astype(np.float32))
+    return found
 
 
 def finished(folder: Path) -> dict[str, int]:
-    """The shards that are done: {record: its inode}; one that is written again has another."""
-    return {path.name: path.stat().st_ino for path in folder.glob("t*-?????.json")}
+    """The shards that are done: {name: inode of the record}; one that is written again has another."""
+    return {path.parent.name: path.stat().st_ino for path in folder.glob("test_resnet-*/[!.]*/record.json")}
 
 
 def lost_of(before: dict[str, int], folder: Path) -> int:
@@ -191,7 +198,7 @@ def asked_to_end(bench: Bench, times: int) -> Row:
                 wrong += 1
             done += 1
         lost, wrong = lost + lost_of(before, folder), wrong + bench.misread(folder)
-        if len(finished(folder)) == shards_of(bench):
+        if rows_of(folder).keys() == bench.reference.keys():
             bench.finish(folder)
             wrong += bench.wrong(folder)
             shutil.rmtree(folder)
@@ -199,18 +206,49 @@ def asked_to_end(bench: Bench, times: int) -> Row:
     return Row("SIGTERM, SIGINT or SIGHUP at a random moment", times, lost, wrong + bench.wrong(folder))
 
 
-def shards_of(bench: Bench) -> int:
-    return sum(name.endswith(".npy") for name in bench.reference)
+def together(bench: Bench, times: int) -> Row:
+    """Two, three or five processes at once, which know nothing of each other; one is killed."""
+    lost = wrong = 0
+    for turn in range(times):
+        folder, size = bench.new_folder(), (2, 3, 5)[turn % 3]
+        children = [bench.start(folder, number) for number in range(size)]
+        victim = bench.rng.randrange(size)
+        children[victim].wait(bench.moment())
+        before = finished(folder)
+        for number, child in enumerate(children):
+            if number == victim:
+                child.kill()
+            else:
+                wrong += child.wait() != 0
+        lost, wrong = lost + lost_of(before, folder), wrong + bench.wrong(folder)
+        shutil.rmtree(folder)
+    return Row("one of 2, 3 or 5 processes killed", times, lost, wrong)
+
+
+def all_together(bench: Bench, times: int) -> Row:
+    """All processes killed together, as when a machine is switched off: the next run goes on."""
+    lost = wrong = 0
+    for _ in range(times):
+        folder = bench.new_folder()
+        children = [bench.start(folder, number) for number in range(3)]
+        children[0].wait(bench.moment())
+        for child in children:
+            child.kill()
+        before = finished(folder)
+        bench.finish(folder)
+        lost, wrong = lost + lost_of(before, folder), wrong + bench.wrong(folder)
+        shutil.rmtree(folder)
+    return Row("all of three processes killed at once", times, lost, wrong)
 
 
 def flips(bench: Bench, times: int) -> Row:
-    """One bit anywhere in any file of a finished cache: found, and only its shard made again."""
+    """One bit anywhere in any file: found, and only its shard made again."""
     lost = wrong = 0
     folder = bench.new_folder()
     bench.finish(folder)
     for turn in range(times):
-        names = sorted(bench.reference)
-        path = folder / names[turn % len(names)]
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        path = files[turn % len(files)]
         data = bytearray(path.read_bytes())
         data[bench.rng.randrange(len(data))] ^= 1 << bench.rng.randrange(8)
         path.write_bytes(data)
@@ -219,23 +257,19 @@ def flips(bench: Bench, times: int) -> Row:
             bench.finish(folder)
         except RuntimeError:
             wrong += 1
-        again = lost_of(before, folder)
-        lost += max(0, again - path.name.endswith((".npy", f"{path.stem}.json")))
-        if bench.wrong(folder):
-            wrong += 1
-            shutil.rmtree(folder)
-            bench.finish(folder)
+        lost += max(0, lost_of(before, folder) - (path.parent.name in before))
+        listed = next(iter(ImageList.read(file) for file in folder.glob("datasets/*.json")))
+        wrong += bench.wrong(folder) or listed is None or any(store.damaged for store in stores(folder))
     return Row("one bit flipped in a file, every file in turn", times, lost, wrong)
 
 
 def full_disk(bench: Bench, times: int) -> Row:
     """A small tmpfs that fills up while the extraction writes; then there is room again."""
     lost = wrong = 0
-    size = 3 * sum(map(len, bench.reference.values()))
     for _ in range(times):
         place = bench.new_folder()
         place.mkdir(parents=True)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", place], check=True)
         try:
             folder = place / "cache"
             child = bench.start(folder)
@@ -283,6 +317,8 @@ def plan(times: int) -> dict[Callable[[Bench, int], Row], int]:
     faults: dict[Callable[[Bench, int], Row], int] = {
         kills: times,
         asked_to_end: max(3, part),
+        together: max(3, part),
+        all_together: part,
         flips: max(5, part),
     }
     return faults | ({full_disk: part} if can_mount() else {})
@@ -294,8 +330,10 @@ def main(arguments: argparse.Namespace) -> int:
     total = 0
     with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
         bench, start = Bench(Path(root), random.Random(arguments.seed), arguments.longest), time.monotonic()
-        count = shards_of(bench)
-        print(f"{count} shards, an uninterrupted run takes {bench.seconds:.2f} s; seed {arguments.seed}\n")
+        print(
+            f"{len(bench.reference)} images, {storing.SHARD_ROWS} a shard; an uninterrupted run takes "
+            f"{bench.seconds:.2f} s; seed {arguments.seed}\n"
+        )
         print("| fault | times | lost | wrong |\n|---|---|---|---|", flush=True)
         for fault, times in plan(arguments.times).items():
             if arguments.only in fault.__name__:
@@ -313,7 +351,9 @@ if __name__ == "__main__":
     parser.add_argument("--times", type=int, default=100, help="kills; a tenth of it of most other faults")
     parser.add_argument("--longest", type=float, default=2.0, help="seconds in which a signal must be obeyed")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="faults whose name holds this word: kills, flips ...")
+    parser.add_argument(
+        "--only", default="", help="faults whose name holds this word: kills, together, flips ..."
+    )
     parser.add_argument(
         "--folder", default=None, help="where to work; the system's temporary folder otherwise"
     )

@@ -1,0 +1,176 @@
+"""A store: the features that one backbone gives, of whatever images, in a folder of shards.
+
+    features/                            the knob feature_path
+        datasets/<data set>.json         the images of each data set (cache/feature_cache.py)
+        <backbone, size, grid>-<hash>/   a store; the hash is of all that the features depend on
+            identity.json                which features these are; sealed
+            <random name>/               a shard (cache/shards.py)
+
+An image is known by the hash of its bytes, and its features depend on it and on the identity alone. So what
+is missing is what no shard names: growth, renaming, removal, copies, a second data set of the same pictures
+and going on after a kill are no cases of their own. A damaged shard counts as missing."""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import utils
+from cache.shards import Damaged, Shard, read_shard
+from config import UserError
+from shell.files import as_strict_json, checksum, partial_of, read_sealed, write_sealed
+
+FORMAT = 4
+IDENTITY = "identity.json"
+EXAMPLE = "example"  # the field that holds what the backbone gave of a fixed picture
+FARTHEST = {True: 0.02, False: 0.1}  # of its size, that machines may move it, where both compute in float32
+ABANDONED = 3600  # seconds after which what a killed process has left half written is removed
+
+
+class CacheIdentity(NamedTuple):
+    """Which features are meant: the folder of their store, and the fields that must be found there."""
+
+    folder: Path
+    fields: dict
+
+
+class Found(NamedTuple):
+    """Where the features of images are: the number of the shard, and the row in it (n each); -1: nowhere."""
+
+    shard: np.ndarray
+    row: np.ndarray
+
+
+class Store:
+    """A store as it was when it was last looked at (``look``).
+
+    fields: which features these are, flat; empty where there are none yet. shards: the sound ones. damaged:
+    the folders of the others. Raises UserError on a store of other features or of another version."""
+
+    def __init__(self, identity: CacheIdentity, verified: Iterable[str] = ()):
+        self.identity, self.folder = identity, identity.folder
+        self.look(verified)
+
+    def look(self, verified: Iterable[str] = ()) -> None:
+        """See what there is: sizes of files are checked, of the shards that hold any of the images
+        ``verified`` every byte. Damaged shards are told of."""
+        self.fields = _fields_of(self.identity)
+        self.of, self.shards, damaged, wanted = identity_hash(self.fields), list[Shard](), {}, set(verified)
+        for folder in sorted(path for path in self.folder.glob("[!.]*") if path.is_dir()):
+            try:
+                shard = read_shard(folder)
+                damage = shard.damage(thorough=not wanted.isdisjoint(shard.images))
+            except Damaged as mistake:
+                damage = str(mistake)
+            if damage:
+                damaged[folder] = f"{folder.name}/{damage}"
+            elif shard.of == self.of:
+                self.shards.append(shard)
+        self.damaged = list(damaged)
+        if damaged:
+            told = utils.first_named(list(damaged.values()), "; ")
+            count = utils.counted(len(damaged), "damaged shard")
+            print(f"features: {count} in {self.folder} ({told}): the images count as missing", flush=True)
+        counts = [len(shard.images) for shard in self.shards]
+        images = np.array([image for shard in self.shards for image in shard.images], "S32")
+        order = np.argsort(images, kind="stable")
+        self._images, self._shard = images[order], np.repeat(np.arange(len(counts)), counts)[order]
+        self._row = np.concatenate([np.arange(0), *map(np.arange, counts)])[order]
+
+    def find(self, images: list[str]) -> Found:
+        """Where the features of images are, by the images' hashes."""
+        wanted = np.array(images, "S32")
+        there = np.isin(wanted, self._images)
+        at = np.searchsorted(self._images, wanted[there])
+        found = Found(np.full(len(wanted), -1), np.full(len(wanted), -1))
+        found.shard[there], found.row[there] = self._shard[at], self._row[at]
+        return found
+
+    def begin(self, fields: dict) -> None:
+        """Make an empty store one of these features. Raises UserError where it is one of others."""
+        if self.fields:
+            refuse_others(self.folder, self.fields, fields)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_sealed(self.folder / IDENTITY, {"format": FORMAT, "fields": fields})
+        self.look()  # the identity may have been lost alone
+
+    def remove(self, folders: list[Path]) -> None:
+        """Remove shards; with the last one, the store's identity."""
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        if folders:
+            self.look()
+        if folders and not self.shards and not self.damaged:
+            (self.folder / IDENTITY).unlink(missing_ok=True)
+            self.fields = {}
+
+    def sweep(self) -> None:
+        """Remove what this process, or another one long ago, has left half written."""
+        own = partial_of(self.folder / "x").name.removeprefix(".x")
+        for path in self.folder.glob(".*.partial"):
+            with contextlib.suppress(OSError):  # whoever writes it has finished it
+                if path.name.endswith(own) or time.time() - path.stat().st_mtime > ABANDONED:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _fields_of(identity: CacheIdentity) -> dict:
+    """The fields of the store in a folder; none where there is none, or they are damaged, which is told."""
+    path = identity.folder / IDENTITY
+    try:
+        content = read_sealed(path)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        print(f"features: {path} is damaged ({error}); the next extraction mends it", flush=True)
+        return {}
+    if content.get("format") != FORMAT:
+        raise UserError(
+            f"the features in {identity.folder} are in format {content.get('format')}, this version reads "
+            f"{FORMAT}; delete that folder or give another --feature_path"
+        )
+    refuse_others(identity.folder, content["fields"], identity.fields)
+    return content["fields"]
+
+
+def identity_hash(fields: dict) -> str:
+    """Which features these are, on whatever machine they were made."""
+    return checksum(as_strict_json({name: fields[name] for name in fields if name != EXAMPLE}))[:16]
+
+
+def refuse_others(folder: Path, recorded: dict, expected: dict) -> None:
+    """Raise UserError that names the first of the ``expected`` fields that is another one in the store."""
+    advice = "delete that folder or give another --feature_path"
+    for field, value in expected.items():
+        if field == EXAMPLE:
+            if fault := example_fault(recorded.get(field), value):
+                raise UserError(f"the features in {folder} do not fit: {fault}; {advice}")
+        elif recorded.get(field) != as_strict_json(value):
+            there, wanted = ("absent" if v is None else v for v in (recorded.get(field), value))
+            raise UserError(
+                f"the features in {folder} do not fit: {field} is {there} there, {wanted} is wanted; {advice}"
+            )
+
+
+def example_fault(recorded: dict | None, now: dict) -> str | None:
+    """How far what the backbone gives of the fixed picture is from what it gave, where that is more than
+    rounding; None where it is not, and where none was recorded."""
+    if recorded is None:
+        return None
+    before, after = (np.array(example["values"], float) for example in (recorded, now))  # (arrays, numbers)
+    exact = all(example["precision"] == "float32" for example in (recorded, now))
+    if after.shape == before.shape:
+        sizes = np.linalg.norm(before, axis=1).clip(1e-9)
+        far = (np.linalg.norm(after - before, axis=1) / sizes).max()
+    else:
+        far = np.inf
+    if far <= FARTHEST[exact]:
+        return None
+    return (
+        f"with timm {recorded['timm']} the backbone gave other features of a fixed picture than with timm "
+        f"{now['timm']} now ({far:.0%} off): install timm {recorded['timm']}, or make the features again"
+    )
