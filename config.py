@@ -85,7 +85,7 @@ class Config:
     keep: str = run("all", "what a run keeps beside the figures: all; weights of every class and seed (safetensors), but no pictures (score histograms, ROC, curves over epochs, contact sheets); or results alone", ("all", "weights", "results"), scripts=FITTING)
     sweep: str | None = run(None, "main.py: run every combination, as in fusion=none,hilo;dataset=digits,cifar10, and make one table", scripts=MAIN)
     restart: bool = run(False, "do again what is finished (extractor.py: the features; main.py and train.py: the classes) instead of going on where the last run ended")
-    cluster: str | None = run(None, "main.py: fit on the workers of a Dask cluster, given by its scheduler's address (tcp://host:8786) or file (docs/scale.md); none: on this machine", scripts=MAIN)
+    cluster: str | None = run(None, "extract and fit on the workers of a Dask cluster, given by its scheduler's address (tcp://host:8786) or file (docs/scale.md); none: on this machine", scripts=("extractor.py", "main.py"))
     check: bool = run(False, "main.py: compare the AUROCs with the preset's committed table, results/<preset>.csv, and end with exit status 1 where one differs by more than .0005", scripts=MAIN)
     # data
     dataset: str = features("cifar10", "data set (docs/data.md has the folder layouts)", DATASETS)

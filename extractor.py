@@ -33,6 +33,7 @@ from cache.shards import DTYPE
 from cache.store import Store
 from config import Config, UserError, auto_pixels
 from datasets import SPLITS
+from shell import engine
 
 OLD = ("manifest.json", "meta.json")  # what a folder of features of earlier versions holds
 
@@ -200,7 +201,9 @@ def main(config: Config) -> None:
         prune(feature_folder(config), config.prune)
         return
     device = utils.set_up(config.device, config.threads)
-    ensure_features(config, device, functools.partial(memory.check_features, config), thorough=True)
+    check = functools.partial(memory.check_features, config)
+    with engine.on_cluster(config.cluster) as cluster:
+        ensure_features(config, device, check, thorough=True, executor=cluster)
 
 
 if __name__ == "__main__":

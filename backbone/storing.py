@@ -1,11 +1,13 @@
 """Images whose features are missing -> shards of a store, by this process or by those of an executor."""
 
+import dataclasses
 import functools
 import itertools
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ from cache.shards import write_shard
 from cache.store import Store
 from config import Config, UserError
 from shell.command_line import to_go_on
+from shell.engine import outcomes
 from shell.signals import Interrupted
 
 SHARD_ROWS, SHARD_SECONDS = 256, 30.0  # of one shard, at most: what a kill costs
@@ -36,25 +39,29 @@ class Wanted(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Images for one call of ``extract_shard``. config: ``settled``."""
+    """Images for one call of ``extract_shard``. config: ``settled``. job: which job they are of: another one
+    may find other images, of the same configuration."""
 
     config: Config
+    job: str
     wanted: list[Wanted]
 
 
 def tasks_of(config: Config, wanted: list[Wanted]) -> list[Task]:
-    """The images of a settled configuration as tasks of a shard each."""
-    return [Task(config, wanted[i : i + SHARD_ROWS]) for i in range(0, len(wanted), SHARD_ROWS)]
+    """The images of a settled configuration as tasks of a shard each, of one thread unless ``threads`` says
+    more."""
+    config, job = dataclasses.replace(config, threads=config.threads or 1), uuid.uuid4().hex
+    return [Task(config, job, wanted[i : i + SHARD_ROWS]) for i in range(0, len(wanted), SHARD_ROWS)]
 
 
 def extract_shard(task: Task) -> list[Wanted]:
     """Compute and write the features of a task's images, in whatever process -> those that cannot be read.
     Raises UserError."""
-    return extract_images(*_backbone_and_store(task.config), task.wanted)
+    return extract_images(*_backbone_and_store(task.config, task.job), task.wanted)
 
 
 @functools.lru_cache(maxsize=1)
-def _backbone_and_store(config: Config) -> tuple[Extraction, Store]:
+def _backbone_and_store(config: Config, of: str) -> tuple[Extraction, Store]:
     """Kept from one task to the next."""
     identity, device = cache_identity(config), utils.set_up(config.device, config.threads)
     job, store = Extraction(config, datasets.images_of(config), identity, device), Store(identity)
@@ -81,12 +88,10 @@ def extract_missing(
     try:
         with tqdm(total=len(wanted), unit="img", disable=utils.no_bar(), smoothing=0.05) as bar:
             if job is None:
-                assert executor is not None
-                futures = {executor.submit(extract_shard, task): task for task in tasks_of(config, wanted)}
                 unreadable: list[Wanted] = []
-                for future in as_completed(futures):
-                    unreadable += future.result()
-                    bar.update(len(futures[future].wanted))
+                for task, left_out in outcomes(executor, extract_shard, tasks_of(config, wanted)):
+                    unreadable += left_out
+                    bar.update(len(task.wanted))
                 return unreadable
             size = -(-len(wanted) // job.shards_at_once)
             parts = [wanted[i : i + size] for i in range(0, len(wanted), size)]

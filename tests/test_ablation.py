@@ -22,7 +22,7 @@ from shell.values import parse_sweep
 def swept(cache, tmp_path, monkeypatch):
     """A sweep on a fabricated cache: two runs of two classes and seeds."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(main.extractor, "ensure_features", lambda *_: cache)
+    monkeypatch.setattr(main.extractor, "ensure_features", lambda *_, **__: cache)
     main.main(
         settings(
             modelname="swept", sweep="fusion=none,class_attention;fusion_tokens=last", class_name="a,b",

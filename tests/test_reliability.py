@@ -7,15 +7,19 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import make_folder, script
+import torch
+from conftest import ROOT, make_folder, script, texture, write_image
 from fabricated import CLASSES, JOINED, fabricate, settings
 
 import main
 from config import Config
+from datasets import SPLITS
 from detector import checkpoints, detector
 from shell.signals import LATEST, guarded
 from tools.processes import kill_after, start, wait
@@ -29,7 +33,7 @@ LONGER = LASTING | {"meta_epochs": 20}
 def begin(cache, tmp_path, monkeypatch):
     """begin(knob=value, ...) -> the id of a process that runs main.py's course on a fabricated cache."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(main.extractor, "ensure_features", lambda *_: cache)
+    monkeypatch.setattr(main.extractor, "ensure_features", lambda *_, **__: cache)
 
     def go(**more) -> int:
         config = settings(**{"modelname": "run", "keep": "weights", **more})
@@ -212,7 +216,7 @@ def test_asked_to_end_while_a_cluster_works(begin, cluster, tmp_path):
 def test_a_cluster_tells_a_class_that_fails(begin, cluster, tmp_path, monkeypatch):
     """The others are fitted."""
     features = fabricate(tmp_path / "features", same="b")
-    monkeypatch.setattr(main.extractor, "ensure_features", lambda *_: features)
+    monkeypatch.setattr(main.extractor, "ensure_features", lambda *_, **__: features)
     cluster.add()
     for place in (None, cluster.address):
         assert wait(begin(modelname="cluster" if place else "alone", cluster=place)) == 2
@@ -233,18 +237,47 @@ def test_a_worker_that_sees_another_folder(begin, cluster, tmp_path, monkeypatch
     assert not list(Path("runs").rglob("*.json"))
 
 
+SMALL = "--extractor resnet10t --weights_path random --img_size 32 --threads 1 --precision float32"
+
+
 @pytest.mark.slow
 def test_the_script_with_a_cluster(cluster, tmp_path, monkeypatch):
     """From the images on; workers know nothing of the script's folder."""
     make_folder(tmp_path / "images", n_train=12, n_test=6)
-    options = (
-        "--dataset folder --extractor resnet10t --weights_path random --img_size 32 --fc_internal 16 "
-        "--fusion none --threads 1 --workers 0 --keep all --precision float32 --dataset_path images"
-    ).split()
+    options = f"{SMALL} --dataset folder --dataset_path images --fc_internal 16 --fusion none".split()
+    shared = ["--modelname", "run", "--feature_path", "shared", "--cluster", cluster.file]
     cluster.add()
-    for arguments in (["--modelname", "alone"], ["--modelname", "run", "--cluster", cluster.file]):
+    for arguments in (["--modelname", "alone"], shared):
         done = script("main.py", *options, *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     monkeypatch.chdir(tmp_path)
     assert table() == table("alone")
     assert Path("runs/run/report.html").read_text().count("<img") > 3
+    write_image(tmp_path / "images/train/apple/new.png", texture(0, np.random.RandomState(9)))
+    done = script("main.py", *options, *shared, "--restart", cwd=tmp_path)  # workers look for images again
+    assert done.returncode == 0 and "extracting 1 images" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_extraction_by_a_cluster_one_of_whose_workers_dies(cluster, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = f"{SMALL} --dataset digits --feature_path".split()
+    first, _ = cluster.add(2)
+    arguments = (*options, "shared", "--cluster", cluster.address)
+    command = [sys.executable, ROOT / "extractor.py", *arguments]
+    extracting = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while len(list(Path("shared").glob("*/*/*.json"))) < 2:
+        time.sleep(0.01)
+    first.kill()
+    assert extracting.wait(120) == 0, extracting.communicate()
+    assert script("extractor.py", *options, "alone", cwd=tmp_path).returncode == 0
+    settings = {"dataset": "digits", "extractor": "resnet10t", "weights_path": "random", "img_size": (32, 32)}
+    shared, alone = (
+        main.extractor.ensure_features(
+            Config(**settings, precision="float32", pretrained=True, feature_path=path), torch.device("cpu")
+        )
+        for path in ("shared", "alone")
+    )
+    for split in SPLITS:
+        assert shared.labels.split(split).names == alone.labels.split(split).names
+        assert (shared.tokens(split)[:] == alone.tokens(split)[:]).all()

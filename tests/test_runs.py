@@ -40,7 +40,7 @@ def run(cache, tmp_path, monkeypatch):
 
     go.fitted, go.cache = [], cache
     monkeypatch.setattr(train, "make_trainer", make_trainer)
-    monkeypatch.setattr(main.extractor, "ensure_features", lambda *_: go.cache)
+    monkeypatch.setattr(main.extractor, "ensure_features", lambda *_, **__: go.cache)
     return go
 
 
