@@ -253,9 +253,10 @@ def test_the_script_with_a_cluster(cluster, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert table() == table("alone")
     assert Path("runs/run/report.html").read_text().count("<img") > 3
-    write_image(tmp_path / "images/train/apple/new.png", texture(0, np.random.RandomState(9)))
-    done = script("main.py", *options, *shared, "--restart", cwd=tmp_path)  # workers look for images again
-    assert done.returncode == 0 and "extracting 1 images" in done.stdout, done.stderr
+    for seed in (8, 9):  # workers look for the images again
+        write_image(tmp_path / f"images/train/apple/new{seed}.png", texture(0, np.random.RandomState(seed)))
+        done = script("extractor.py", *options[:-4], *shared[2:], cwd=tmp_path)
+        assert done.returncode == 0 and "extracting 1 images" in done.stdout, done.stderr
 
 
 @pytest.mark.slow
