@@ -221,7 +221,7 @@ FORMER = {
     "rings": "2 rings of frequency per depth: leave it out",
     "low_sigma": "the low band's window is 0.15 of a side: leave it out",
     "place_channels": "a place token has at most 192 channels: leave it out",
-    "shard_rows": "the files of a cache have 128 to 256 MB: leave it out",
+    "shard_rows": "a shard has 256 rows, or half a minute of work: leave it out",
     "verify": "extractor.py checks every row and mends; with --pretrained it needs no images",
     "save_model": "--keep results keeps no weights",
     "plots": "--keep weights draws no pictures",
