@@ -81,7 +81,7 @@ class Config:
     device: str = fit("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N", scripts=SCRIPTS)
     seed: int = run(0, "first random seed; every class starts from it alike", low=0, high=2**31)
     n_seeds: int = run(1, "how many seeds to run: seed, seed + 1, ...; the table gives mean and std", low=1, high=10**6, scripts=MAIN)
-    threads: int = run(0, "CPU threads in all; 0: all cores; main.py shares them out among classes, each in a process of its own; 1: one class after the other", low=0, high=1024)
+    threads: int = run(0, "CPU threads in all; 0: all cores; main.py shares them out among classes, each in a process of its own; 1: one class after the other; with cluster: of each task, 1 unless said", low=0, high=1024)
     keep: str = run("all", "what a run keeps beside the figures: all; weights of every class and seed (safetensors), but no pictures (score histograms, ROC, curves over epochs, contact sheets); or results alone", ("all", "weights", "results"), scripts=FITTING)
     sweep: str | None = run(None, "main.py: run every combination, as in fusion=none,hilo;dataset=digits,cifar10, and make one table", scripts=MAIN)
     restart: bool = run(False, "do again what is finished (extractor.py: the features; main.py and train.py: the classes) instead of going on where the last run ended")
@@ -222,7 +222,7 @@ FORMER = {
     "rings": "2 rings of frequency per depth: leave it out",
     "low_sigma": "the low band's window is 0.15 of a side: leave it out",
     "place_channels": "a place token has at most 192 channels: leave it out",
-    "shard_rows": "the files of a cache have 128 to 256 MB: leave it out",
+    "shard_rows": "a shard has 256 rows, or half a minute of work: leave it out",
     "verify": "extractor.py checks every row and mends; with --pretrained it needs no images",
     "save_model": "--keep results keeps no weights",
     "plots": "--keep weights draws no pictures",

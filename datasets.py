@@ -5,6 +5,7 @@ data sets by images/published.py, scikit-learn's digits here (README, "Your own 
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -170,13 +171,17 @@ class ImageSet:
     def listed(self, chosen: Sequence[tuple[str, str]]) -> "ImageSet":
         """The images ``chosen`` (split, name), of both splits, as one training split without labels. Raises
         UserError on one that is not there."""
-        rows = {(s, name): (s, i) for s in SPLITS for i, name in enumerate(self.labels.split(s).names)}
-        if gone := [name for split, name in chosen if (split, name) not in rows]:
+        if gone := [name for split, name in chosen if (split, name) not in self._numbers]:
             raise UserError(f"{gone[0]} has gone since the images were listed; run it again")
         labels = Labels((), Split.of([name for _, name in chosen], [OTHER] * len(chosen)), Split.of([], []))
-        listed = [rows[image] for image in chosen]
+        listed = [(split, self._numbers[split, name]) for split, name in chosen]
         read, identify = (partial(_of_list, take, listed) for take in (self.read, self.identify))
         return ImageSet(labels, read, identify, self.from_files)
+
+    @functools.cached_property
+    def _numbers(self) -> dict[tuple[str, str], int]:
+        """The number of each image by its split and name."""
+        return {(s, name): i for s in SPLITS for i, name in enumerate(self.labels.split(s).names)}
 
     def mask(self, i: int) -> np.ndarray | None:
         """Where the defect of test image i is, (H, W) bool; None where the data set does not say. Raises

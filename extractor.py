@@ -1,8 +1,8 @@
 """Extract the features of a data set once: frozen backbone -> semantic and patch tokens of every
 image -> a store on disk, in which every data set finds the images that it has.
 
-python extractor.py --dataset folder --dataset_path product   # extracts what is missing, checks the rest
-python extractor.py --prune list                              # tells what the features take of the disk
+python extractor.py --dataset folder --dataset_path product   # what is missing; checks the rest
+python extractor.py --prune list                              # what the features take of the disk
 python extractor.py --prune digits,cifar10                    # drops all that is of neither"""
 
 from shell.command_line import from_command_line, run_script

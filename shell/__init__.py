@@ -1,4 +1,4 @@
-"""What stands between a script and the system: its command line, its end, its files, locks and tasks.
+"""What stands between a script and the system: its command line, its end, its files and tasks.
 
-Owns no knowledge of images or models. May import config and the standard library; filelock for the locks,
-distributed for a cluster."""
+Owns no knowledge of images or models. May import config and the standard library; distributed for a
+cluster."""
