@@ -304,7 +304,7 @@ def test_one_writer(run):
 
 
 def test_nothing_stays_of_a_run_that_did_not_begin(run, tmp_path, monkeypatch):
-    def mistaken(*_):
+    def mistaken(*_, **__):
         raise UserError("no images")
 
     monkeypatch.setattr(main.extractor, "ensure_features", mistaken)
