@@ -28,8 +28,8 @@ class Exported(nn.Module):
 
     def __init__(self, detector: PictureDetector):
         super().__init__()
-        self.job = detector.backbone.job
-        self.backbone, self.fitted = self.job.backbone, detector.fitted.requires_grad_(False)
+        self.img_size, self.features = detector.backbone.job.img_size, detector.backbone.job.module
+        self.fitted = detector.fitted.requires_grad_(False)
         held_out = torch.from_numpy(detector.held_out).float()
         known = len(held_out) > 0
         self.register_buffer("held_out", held_out)
@@ -37,8 +37,8 @@ class Exported(nn.Module):
         self.register_buffer("limit", torch.tensor(limit))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pixels = resize_like_pillow(images.permute(0, 3, 1, 2), self.job.img_size)
-        score = self.fitted.scores(Features.of(self.job.rows(pixels)))
+        levels = resize_like_pillow(images.permute(0, 3, 1, 2), self.img_size)
+        score = self.fitted.scores(Features.of(self.features.rows(self.features(levels))))
         above = (self.held_out >= score.unsqueeze(1)).sum(1)
         p_value = (1 + above) / (1 + len(self.held_out))
         if not len(self.held_out):
