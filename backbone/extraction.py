@@ -167,6 +167,12 @@ class Extraction:
             print(told, file=sys.stderr, flush=True)
             return None
 
+    def __getstate__(self) -> dict:
+        """Of another process: what is compiled stays here, and is made again there."""
+        return {name: value for name, value in vars(self).items() if name != "_compiled"} | {
+            "_full_batch": self.module
+        }
+
     def rows(self, images: Tensor) -> Rows:
         """(n, 3, h, w) uint8, any n -> tokens (n, 1 + N, C) and, where kept, bands (n, D) and places (n, P,
         E), float16 on the device."""

@@ -21,6 +21,10 @@ from shell.files import whole_file
 
 TOLERANCE = 1e-4  # of the largest score, between the file's scores and the detector's
 OUTPUTS = ("score", "p_value", "anomalous")
+PRECISION = (  # in the metadata of an ONNX file
+    "float32, as its p-values and verdicts were made; OpenVINO computes in bfloat16 on newer processors "
+    "unless it is asked for INFERENCE_PRECISION_HINT f32"
+)
 
 
 class Exported(nn.Module):
@@ -103,7 +107,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> Run:
     """Write an ONNX file, its weights inside -> what runs it (onnxruntime). Raises UserError without the
     packages."""
     try:
-        import onnx  # noqa: F401
+        import onnx
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
@@ -112,6 +116,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> Run:
         ) from None
     names = {"input_names": ["images"], "output_names": list(OUTPUTS)}
     made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    onnx.helper.set_model_props(made.model_proto, {"precision": PRECISION})
     path.write_bytes(made.model_proto.SerializeToString())
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # --threads; of its own it takes every core

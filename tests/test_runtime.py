@@ -1,5 +1,8 @@
 """Full batches of larger jobs on a CPU are computed by OpenVINO: what it gives is what PyTorch gives."""
 
+import pickle
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +29,7 @@ def job_of(name: str, size, count: int = 0, **more) -> extraction.Extraction:
     noise = np.random.RandomState(1).randint(0, 256, (max(count, 1), *size, 3), np.uint8)
     train = datasets.Split.of(map(str, range(count)), np.zeros(count, int))
     labels = datasets.Labels(("0",), train, datasets.Split.of([], []))
-    images = datasets.ImageSet(labels, lambda _, i: noise[i])
+    images = datasets.ImageSet(labels, lambda _, i: noise[i]) if count else datasets.unlabelled([])
     return extraction.Extraction(config, images, cache_identity(config), CPU)
 
 
@@ -105,7 +108,7 @@ def test_a_backbone_that_it_cannot_run_goes_to_pytorch(monkeypatch, capsys, modu
 
 def test_without_the_package(monkeypatch, capsys):
     monkeypatch.setattr(extraction, "COMPILED_FROM", 3)
-    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     assert len(rows_of(job_of("resnet18", (32, 32), 3))["tokens"]) == 3
     assert "OpenVINO cannot run resnet18 (import of openvino halted" in capsys.readouterr().err
 
@@ -132,3 +135,16 @@ def test_many_pictures_are_scored_as_few(tmp_path, monkeypatch):
     assert torch.allclose(before, after, rtol=0.01, atol=0.01)
     (unreadable,) = [rows for rows in backbone.rows(files) if not isinstance(rows, dict)]
     assert unreadable.row == 15
+
+
+def test_it_is_made_again_in_another_process():
+    """What is sent there is the backbone; nothing that is compiled."""
+    job = job_of("resnet18", (32, 32))
+    job.compile()
+    images = job._noise(3)
+    sent = pickle.loads(pickle.dumps(job))
+    assert isinstance(job._full_batch, Compiled) and sent._full_batch is sent.module
+    sent.compile()
+    assert isinstance(sent._full_batch, Compiled)
+    with torch.inference_mode():
+        assert torch.allclose(sent.rows(images)["tokens"], job.rows(images)["tokens"])
