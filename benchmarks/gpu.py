@@ -188,7 +188,7 @@ def extraction(job: Job) -> None:
     seconds = job.seconds(lambda: [None for _ in found.features("train")])
     plain = extraction_of(job, CPU, 1, precision="float32")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        plain.backbone(torch.zeros(1, 3, *plain.img_size))
+        plain.module.backbone(torch.zeros(1, 3, *plain.img_size))
     rate = counter.get_total_flops() * count / seconds
     job.tell("images/s, tokens left on the device", f"{count / seconds:.0f}")
     peak = matmul_peak(job.device, found.dtype, n=None if job.sizes is WHOLE else 256)

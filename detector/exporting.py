@@ -115,9 +115,9 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> Run:
             f"ONNX needs packages ({error.name} is missing): pip install onnx onnxscript onnxruntime"
         ) from None
     names = {"input_names": ["images"], "output_names": list(OUTPUTS)}
-    made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    onnx.helper.set_model_props(made.model_proto, {"precision": PRECISION})
-    path.write_bytes(made.model_proto.SerializeToString())
+    made = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
+    onnx.helper.set_model_props(made, {"precision": PRECISION})
+    path.write_bytes(made.SerializeToString())
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # --threads; of its own it takes every core
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
