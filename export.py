@@ -10,7 +10,11 @@ held-out normal pictures (NaN without any) and "anomalous" (n), whether the scor
 threshold at --false_alarms. The file is compared with the detector before it is put in its
 place.
 
-The arithmetic is float32. Held-out scores of a fit in bfloat16 differ from it: --calibrate
+The arithmetic is float32, and whatever runs the file is to keep to it: OpenVINO computes in
+bfloat16 on newer processors unless INFERENCE_PRECISION_HINT is f32, as in
+core.compile_model("cat.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}); scores are a
+hundredth off otherwise, and verdicts near the threshold flip. The ONNX file's metadata say so
+("precision"). Held-out scores of a fit in bfloat16 differ from it: --calibrate
 FOLDER rests p-values and verdicts on fresh good pictures, scored as the file scores them; so
 does a fit with --precision float32."""
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -267,7 +268,8 @@ def sha256_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
 
 def versions() -> dict[str, str]:
     """The versions and the machine behind a result."""
-    packages = ("torch", "torchvision", "timm", "FrEIA", "numpy", "scikit-learn")
+    packages = ["torch", "torchvision", "timm", "FrEIA", "numpy", "scikit-learn"]
+    packages += ["openvino"] if find_spec("openvino") else []  # torch does its work where it is not there
     installed = {name: metadata.version(name) for name in packages}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     machine = f"{cpu_count()} cores, {processor()}, GPU: {gpu}"

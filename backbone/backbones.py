@@ -17,15 +17,13 @@ from pathlib import Path
 import huggingface_hub.constants
 import timm
 import torch
-from timm.layers import BatchNormAct2d, Conv2dSame, get_same_padding
+from timm.layers import BatchNormAct2d
 from timm.models import load_checkpoint
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import config as knobs
 import utils
-from backbone.arithmetic import is_traced
 from config import BACKBONES, SIZES, Config, UserError
 from shell.files import sha256_of_file
 
@@ -354,20 +352,15 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def speed_up(backbone: Backbone, device: torch.device, dtype: torch.dtype, fuse: bool = True) -> Backbone:
+def speed_up(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:
     """The same function, quicker: batch norms folded into convolutions, channels last, moved to device and
-    dtype; with ``fuse``, on the CPU, each convolution takes its activation along."""
-    fused = dtype if fuse and device.type == "cpu" else None
-    folded = fold_batch_norms(backbone.model, backbone.img_size, fused)
-    backbone.model = folded.to(device=device, dtype=dtype)
+    dtype."""
+    backbone.model = fold_batch_norms(backbone.model, backbone.img_size).to(device=device, dtype=dtype)
     return backbone.to(memory_format=torch.channels_last) if backbone.is_map else backbone
 
 
-def fold_batch_norms(
-    model: nn.Module, img_size: tuple[int, int] = (64, 64), fuse: torch.dtype | None = None
-) -> nn.Module:
-    """Fold each BatchNormAct2d that directly follows a convolution into it; with ``fuse``, the type that the
-    model will compute in, its activation too.
+def fold_batch_norms(model: nn.Module, img_size: tuple[int, int] = (64, 64)) -> nn.Module:
+    """Fold each BatchNormAct2d that directly follows a convolution into it.
 
     Neighbours in a module's list need not be neighbours in its forward pass, so the outcome is compared with
     the model on noise, and dropped if it differs."""
@@ -378,77 +371,11 @@ def fold_batch_norms(
         children = list(parent.named_children())
         for (conv_name, conv), (norm_name, norm) in zip(children, children[1:]):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNormAct2d):
-                conv, act = fuse_conv_bn_eval(conv, norm), norm.act
-                if fuse and FusedConvolution.takes(conv, act, fuse):
-                    conv, act = FusedConvolution(conv, act), nn.Identity()
-                setattr(parent, conv_name, conv)
-                setattr(parent, norm_name, act)
+                setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, norm_name, norm.act)
     with torch.inference_mode():
         noise = torch.randn(2, 3, *img_size, generator=torch.Generator().manual_seed(0))
         before, after = model.forward_features(noise), folded.forward_features(noise)
     return (
         folded if torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item()) else model
     )
-
-
-def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding, stride, groups, act, scalars):
-    """Convolution and activation by oneDNN: x (B, C, rows, columns) -> (B, D, rows', columns')."""
-    return torch.ops.mkldnn._convolution_pointwise(
-        x, weight, bias, padding, stride, (1, 1), groups, act, scalars, ""
-    )
-
-
-@functools.cache
-def _convolves(dtype: torch.dtype) -> bool:
-    """Whether the operator, which is private to PyTorch, is there, takes the type on this processor and is
-    right: asked once for each type, with a small map. Without AVX-512 it refuses bfloat16 and float16."""
-    x, weight = (values.to(dtype) / 8 for values in (torch.arange(32.0), torch.arange(-18.0, 18.0)))
-    x, weight = x.view(1, 2, 4, 4), weight.view(2, 2, 3, 3)
-    try:
-        fused = _convolution(x, weight, None, [1, 1], [2, 2], 1, "relu", [])
-        wanted = F.conv2d(x, weight, None, 2, 1).relu()
-        return torch.backends.mkldnn.is_available() and torch.allclose(fused, wanted, rtol=0.02)
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-
-
-class FusedConvolution(nn.Module):
-    """A frozen convolution and its activation as one oneDNN operator, for the CPU: the map is written once
-    instead of twice or three times, which is most of the work of a mobile network (benchmarks/RESULTS.md).
-
-    TensorFlow's "same" padding, wider by one on the far side, is taken in too: the kernel gets a row and a
-    column of zeros in front, and the padding is even then. PyTorch keeps the operator for its compiler;
-    ``takes`` says where it is missing."""
-
-    ACTIVATIONS = {nn.Identity: ("none", []), nn.ReLU: ("relu", []), nn.ReLU6: ("hardtanh", [0.0, 6.0]),
-                   nn.SiLU: ("swish", []), nn.Hardswish: ("hardswish", [])}  # fmt: skip
-
-    def __init__(self, conv: nn.Conv2d, act: nn.Module):
-        super().__init__()
-        self.conv, self.act = conv, act
-        self.same = isinstance(conv, Conv2dSame)
-        self.operation, self.scalars = self.ACTIVATIONS[type(act)]
-
-    @classmethod
-    def takes(cls, conv: nn.Conv2d, act: nn.Module, dtype: torch.dtype) -> bool:
-        """Whether this pair can be fused here, to compute in ``dtype``."""
-        plain = type(conv) in (nn.Conv2d, Conv2dSame) and not isinstance(conv.padding, str)
-        simple = plain and conv.padding_mode == "zeros" and conv.dilation == (1, 1)
-        return simple and type(act) in cls.ACTIVATIONS and _convolves(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if is_traced():  # who exports it wants PyTorch's own operators
-            return self.act(self.conv(x))
-        weight, padding = self.conv.weight, list(self.conv.padding)
-        if self.same:
-            missing = [
-                get_same_padding(side, k, s, d)
-                for side, k, s, d in zip(x.shape[2:], weight.shape[2:], self.conv.stride, self.conv.dilation)
-            ]
-            padding = [(total + 1) // 2 for total in missing]
-            front = [total % 2 for total in missing]
-            weight = F.pad(weight, (front[1], 0, front[0], 0)) if any(front) else weight
-        conv = self.conv
-        return _convolution(
-            x, weight, conv.bias, padding, conv.stride, conv.groups, self.operation, self.scalars
-        )

@@ -1,22 +1,27 @@
 """Images -> tokens: one backbone over one data set, on the threads and the device of this machine."""
 
+import functools
 import math
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import timm
 import torch
 from joblib import cpu_count
-from torch import Tensor
+from torch import Tensor, nn
 
 import datasets
 import utils
 from backbone import backbones
-from backbone.arithmetic import is_traced
+from backbone.backbones import Backbone
 from backbone.identity import maps_kept, token_grid, what_is_kept
-from backbone.resizing import ImageRows, Unreadable, prepare
+from backbone.resizing import ImageRows, Unreadable, resized
+from backbone.runtime import PRECISIONS, Compiled
+from backbone.token_grid import Bands, Places, TokenGrid
 from cache.shards import NOT_FINITE
 from cache.store import EXAMPLE, CacheIdentity
 from config import Config, UserError
@@ -29,8 +34,57 @@ SHARDS_AT_ONCE = 4  # on a GPU
 PIXEL = 100  # bytes per pixel of a batch, at least: the picture and the first maps of a small backbone
 EXAMPLE_NUMBERS = 64  # of each array that are kept of the fixed picture
 LONG_JOB = 1000  # images from which the time is estimated before the start in any case
+COMPILED_FROM = 128  # images of a job on a CPU: of fewer, compiling takes longer than it saves
 
 Rows = dict[str, Tensor]  # of some images: tokens (n, 1 + N, C), bands (n, D), places (n, P, E)
+Read = Callable[[Any], list[Tensor | Unreadable]]  # a batch -> its images (n, 3, h, w), of one size stacked
+
+
+class FeatureExtractor(nn.Module):
+    """From images of the backbone's size to what is kept of them, in one module: whole grey levels 0 to 255
+    (n, 3, H, W) -> tokens (n, 1 + N, C) and, where kept, bands (n, D) and places (n, P, E), float16."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        grid: TokenGrid,
+        of_maps: dict[str, Bands | Places],
+        pixel_norm: tuple[tuple[float, ...], tuple[float, ...]],
+        mirror: bool,
+        dtype: torch.dtype,
+    ):
+        """pixel_norm: mean and deviation of each colour. mirror: what is given of an image is averaged with
+        what is given of its mirror image. dtype: of the backbone."""
+        super().__init__()
+        self.backbone, self.grid, self.of_maps = backbone, grid, of_maps
+        self.depths = backbone.band_depths() if of_maps else ()
+        self.mirror, self.dtype = mirror, dtype
+        mean, deviation = (torch.tensor(numbers).view(3, 1, 1) for numbers in pixel_norm)
+        self.register_buffer("mean", mean)
+        self.register_buffer("deviation", deviation)
+
+    def forward(self, levels: Tensor) -> tuple[Tensor, ...]:
+        levels = levels.contiguous(memory_format=torch.channels_last)
+        pixels = ((levels.float() / 255 - self.mean) / self.deviation).to(self.dtype)
+        tokens, maps = self.seen(pixels)
+        grid = self.backbone.grid
+        if self.mirror:  # mirrored back
+            other, other_maps = self.seen(pixels.flip(-1))
+            patches = other[:, 1:].unflatten(1, grid).flip(2).flatten(1, 2)
+            tokens = (tokens + torch.cat([other[:, :1], patches], 1)) / 2
+            maps = [(one + another.flip(-1)) / 2 for one, another in zip(maps, other_maps)]
+        kept = [self.grid.pool(tokens, grid), *(each.measure(maps) for each in self.of_maps.values())]
+        return tuple(values.half() for values in kept)
+
+    def seen(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The tokens (n, 1 + N, C) and, where something of them is kept, the maps of normalised images."""
+        if self.depths:
+            return self.backbone.with_maps(pixels, self.depths)
+        return self.backbone(pixels), []
+
+    def rows(self, values: tuple[Tensor, ...]) -> Rows:
+        """What ``forward`` gives, by name."""
+        return dict(zip(("tokens", *self.of_maps), values))
 
 
 class Extraction:
@@ -41,27 +95,31 @@ class Extraction:
     ):
         self.config, self.images, self.device = config, images, device
         self.img_size = identity.fields["img_size"]
-        self.grid, self.of_maps = token_grid(config), maps_kept(config, self.img_size)
         backbone = backbones.load_backbone(config, identity.fields["weights"])
         self.dtype = backbones.choose_precision(config.precision, device)
-        self.full_grid = backbone.grid
         self.shapes, kept = what_is_kept(config, backbone)
-        self.depths = kept.get("depths", ())
         self.fields = identity.fields | kept
         self.fields |= {
             "precision": str(self.dtype).removeprefix("torch."),
             "weights_sha256": utils.sha256_of_tensors(backbone.state_dict()),
             "shapes": self.shapes,
         }
-        self.backbone = backbones.speed_up(backbone, device, self.dtype, fuse=not config.compile)
-        self.mean, self.std = (
-            torch.tensor(identity.fields[key], device=device).view(3, 1, 1)
-            for key in ("norm_mean", "norm_std")
-        )
+        self.module = FeatureExtractor(
+            backbones.speed_up(backbone, device, self.dtype),
+            token_grid(config),
+            maps_kept(config, self.img_size),
+            (identity.fields["norm_mean"], identity.fields["norm_std"]),
+            config.mirror,
+            self.dtype,
+        ).to(device)
+        self._full_batch: Callable[[Tensor], tuple[Tensor, ...]] = self.module
         self.fields[EXAMPLE] = self._example()
         if config.compile:
-            used = "forward_intermediates" if self.of_maps else "forward_features"
-            setattr(self.backbone.model, used, torch.compile(getattr(self.backbone.model, used)))
+            model, used = (
+                backbone.model,
+                "forward_intermediates" if self.module.depths else "forward_features",
+            )
+            setattr(model, used, torch.compile(getattr(model, used)))
         self.batch = config.extract_batch or BATCH[device.type]
         at_once = min(self.batch, max(1, images.labels.count()))
         if device.type == "cpu":
@@ -71,14 +129,18 @@ class Extraction:
                 "choose a smaller extract_batch or img_size",
             )
 
+    def _noise(self, count: int) -> Tensor:
+        """Fixed pictures (count, 3, H, W) uint8."""
+        generator = np.random.RandomState(0)
+        return torch.from_numpy(generator.randint(0, 256, (count, 3, *self.img_size), np.uint8))
+
     @torch.inference_mode()
     def _example(self) -> dict:
         """What the backbone gives of a fixed picture, in a few evenly spaced numbers of its tokens and of
         each map: another version of timm may build another network of the same name and weights."""
-        noise = np.random.RandomState(0).randint(0, 256, (1, 3, *self.img_size), np.uint8)
-        images = torch.from_numpy(noise).to(self.device)
-        pixels = prepare(images, self.img_size, self.mean, self.std, self.dtype)
-        tokens, maps = self._seen(pixels)
+        module = self.module
+        pixels = (self._noise(1).to(self.device) / 255 - module.mean) / module.deviation
+        tokens, maps = module.seen(pixels.to(self.dtype))
         numbers = [values.float().flatten().cpu().numpy() for values in (tokens, *maps)]
         chosen = [each[np.linspace(0, len(each) - 1, EXAMPLE_NUMBERS).astype(int)] for each in numbers]
         return {
@@ -87,39 +149,50 @@ class Extraction:
             "values": [[float(f"{value:.6g}") for value in each] for each in chosen],
         }
 
+    def compile(self) -> None:
+        """Have OpenVINO compute full batches from now on, on a CPU, if it can; PyTorch does the rest."""
+        self._full_batch = self._compiled or self.module
+
+    @functools.cached_property
+    def _compiled(self) -> Compiled | None:
+        if self.device.type != "cpu" or self.config.compile or self.dtype not in PRECISIONS:
+            return None
+        try:
+            threads = torch.get_num_threads()
+            return Compiled(self.module, self._noise(self.batch), self.dtype, max(1, self.threads), threads)
+        except Exception as error:  # it fails in many ways, or is not installed
+            reason = " ".join(str(error).split())[-150:]
+            told = f"OpenVINO cannot run {self.config.extractor} ({reason}): PyTorch does, more slowly"
+            print(told, file=sys.stderr, flush=True)
+            return None
+
+    def __getstate__(self) -> dict:
+        """Of another process: what is compiled stays here, and is made again there."""
+        return {name: value for name, value in vars(self).items() if name != "_compiled"} | {
+            "_full_batch": self.module
+        }
+
     def rows(self, images: Tensor) -> Rows:
         """(n, 3, h, w) uint8, any n -> tokens (n, 1 + N, C) and, where kept, bands (n, D) and places (n, P,
         E), float16 on the device."""
-        images = images.to(self.device, non_blocking=True)
-        parts = [images] if is_traced() else images.split(self.batch)
-        batches = [self._batch(batch) for batch in parts]
+        batches = [
+            self._batch(batch) for batch in images.to(self.device, non_blocking=True).split(self.batch)
+        ]
         if len(batches) == 1:
             return batches[0]
         return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
     def _batch(self, images: Tensor) -> Rows:
-        pixels = prepare(images, self.img_size, self.mean, self.std, self.dtype)
-        tokens, maps = self._seen(pixels)
-        if self.config.mirror:  # each is averaged with that of the mirror image, mirrored back
-            other, other_maps = self._seen(pixels.flip(-1))
-            patches = other[:, 1:].unflatten(1, self.full_grid).flip(2).flatten(1, 2)
-            tokens = (tokens + torch.cat([other[:, :1], patches], 1)) / 2
-            maps = [(one + another.flip(-1)) / 2 for one, another in zip(maps, other_maps)]
-        rows = {"tokens": self.grid.pool(tokens, self.full_grid)}
-        rows |= {name: kept.measure(maps) for name, kept in self.of_maps.items()}
-        return {name: values.half() for name, values in rows.items()}
-
-    def _seen(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The tokens (n, 1 + N, C) and, where something of them is kept, the maps of normalised images."""
-        if self.depths:
-            return self.backbone.with_maps(pixels, self.depths)
-        return self.backbone(pixels), []
+        compute = self._full_batch if len(images) == self.batch else self.module
+        return self.module.rows(compute(resized(images, self.img_size)))
 
     @torch.inference_mode()
     def seconds_per_image(self, count: int) -> float:
         """Time of the backbone per image on this machine, for a job of so many, by the second of two passes
         over blank images; reading and decoding come on top."""
         few = self.threads and count < LONG_JOB  # on a CPU two images tell nearly as much as a batch
+        if not few:
+            self.compile()
         blank = torch.zeros(min(2, self.batch) if few else self.batch, 3, *self.img_size, dtype=torch.uint8)
         at_once, threads = max(1, self.threads), torch.get_num_threads()
         torch.set_num_threads(max(1, threads // at_once))  # as one of the threads that extract
@@ -145,8 +218,10 @@ class Extraction:
         raises UserError. So do features that are not finite, at the latest after the last rows."""
         everything = ImageRows(images or self.images, split, self.img_size)
         chosen = range(len(everything))[start:stop]
-        found = (self._by_threads if self.threads else self._by_one_thread)(everything, chosen)
-        for rows in found:
+        if len(chosen) >= self.batch and self.images.labels.count() >= COMPILED_FROM:
+            self.compile()
+        batches = (chosen[first : first + self.batch] for first in range(0, len(chosen), self.batch))
+        for rows in self.computed(everything.stacks, batches):
             if not isinstance(rows, Unreadable):
                 yield rows
             elif unreadable is None:
@@ -179,17 +254,22 @@ class Extraction:
         """Shards in work at a time: on a GPU one is computed while others are read, checked and written."""
         return 1 if self.device.type == "cpu" or self.config.compile else SHARDS_AT_ONCE
 
-    def _by_threads(self, everything: ImageRows, chosen: range) -> Iterator[Rows | Unreadable]:
+    def computed(self, read: Read, batches: Iterable) -> Iterator[Rows | Unreadable]:
+        """What is kept of batches of images, in order. ``read`` makes a batch's images, of one size stacked,
+        or says why one cannot be read. Raises UserError on features that are not finite, at the latest after
+        the last rows."""
+        return (self._by_threads if self.threads else self._by_one_thread)(read, batches)
+
+    def _by_threads(self, read: Read, batches: Iterable) -> Iterator[Rows | Unreadable]:
         """Features by threads, each of which reads and computes whole batches with its share of torch's own
         threads: none waits for another, and a second program on the machine slows down one batch, not every
-        layer of all. PyTorch holds Python's lock between its operators only."""
+        layer of all."""
         threads, workers = torch.get_num_threads(), self.threads
         share = max(1, threads // workers)
 
         @torch.inference_mode()
-        def compute(batch: range) -> list[Rows | Unreadable]:
-            stacks = everything.stacks(batch)
-            return [images if isinstance(images, Unreadable) else checked(images) for images in stacks]
+        def compute(batch) -> list[Rows | Unreadable]:
+            return [images if isinstance(images, Unreadable) else checked(images) for images in read(batch)]
 
         def checked(images: Tensor) -> Rows:
             rows = self.rows(images)
@@ -199,17 +279,17 @@ class Extraction:
 
         try:
             with utils.thread_pool(workers, lambda: torch.set_num_threads(share)) as pool:
-                for found in utils.in_order(pool, compute, self._batches(chosen), 2 * workers):
+                for found in utils.in_order(pool, compute, batches, 2 * workers):
                     yield from found
         finally:
             torch.set_num_threads(threads)  # what threads made from now on start with
 
     @torch.inference_mode()
-    def _by_one_thread(self, everything: ImageRows, chosen: range) -> Iterator[Rows | Unreadable]:
+    def _by_one_thread(self, read: Read, batches: Iterable) -> Iterator[Rows | Unreadable]:
         """Features by this thread, which keeps the device busy, while others read the images. The device says
         at the end whether all was finite: asking earlier would wait for it."""
         finite = torch.ones((), dtype=torch.bool, device=self.device)
-        for images in self._read_ahead(everything, chosen):
+        for images in self._read_ahead(read, batches):
             if isinstance(images, Unreadable):
                 yield images
                 continue
@@ -220,26 +300,23 @@ class Extraction:
         if not finite:
             raise UserError(NOT_FINITE)
 
-    def _read_ahead(self, everything: ImageRows, chosen: range) -> Iterator[Tensor | Unreadable]:
+    def _read_ahead(self, read: Read, batches: Iterable) -> Iterator[Tensor | Unreadable]:
         """The images, stacked batch by batch: read by ``readers`` threads into pinned memory, where there are
         any."""
         if not self.readers:
-            for batch in self._batches(chosen):
-                yield from everything.stacks(batch)
+            for batch in batches:
+                yield from read(batch)
             return
 
-        def read(batch: range) -> list[Tensor | Unreadable]:
-            stacks = everything.stacks(batch)
+        def read_pinned(batch) -> list[Tensor | Unreadable]:
             return [
-                s.pin_memory() if isinstance(s, Tensor) and torch.cuda.is_available() else s for s in stacks
+                s.pin_memory() if isinstance(s, Tensor) and torch.cuda.is_available() else s
+                for s in read(batch)
             ]
 
         with utils.thread_pool(self.readers) as pool:
-            for stacks in utils.in_order(pool, read, self._batches(chosen), self.readers + 1):
+            for stacks in utils.in_order(pool, read_pinned, batches, self.readers + 1):
                 yield from stacks
-
-    def _batches(self, chosen: range) -> list[range]:
-        return [chosen[first : first + self.batch] for first in range(0, len(chosen), self.batch)]
 
 
 def arriving(features: Iterator[Rows], device: torch.device) -> Iterator[Rows]:

@@ -1,4 +1,4 @@
-"""Images on their way to the backbone: read, stacked, resized as Pillow does, normalised."""
+"""Images on their way to the backbone: read, stacked, resized as Pillow does."""
 
 import functools
 from typing import NamedTuple
@@ -113,15 +113,12 @@ def resize_like_pillow(images: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels.float()
 
 
-def prepare(
-    images: Tensor, img_size: tuple[int, int], mean: Tensor, std: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """(n, 3, h, w) uint8 on the device -> (n, 3, H, W), resized (bicubic, antialiased, as Pillow does) and
-    normalised."""
-    images = images.contiguous(memory_format=torch.channels_last)
-    if images.shape[2:] != img_size:
-        if images.device.type == "cpu":  # which resizes uint8 itself, rounding as Pillow does
-            images = F.interpolate(images, img_size, mode="bicubic", antialias=True)
-        else:
-            images = resize_like_pillow(images, img_size).contiguous(memory_format=torch.channels_last)
-    return ((images.float() / 255 - mean) / std).to(dtype)
+def resized(images: Tensor, img_size: tuple[int, int]) -> Tensor:
+    """(n, 3, h, w) uint8 on the device -> (n, 3, H, W) of whole grey levels 0 to 255, resized as Pillow does
+    (bicubic, antialiased): uint8 on a CPU and where the size is that already, float32 otherwise."""
+    if images.shape[2:] == img_size:
+        return images
+    if images.device.type == "cpu":  # which resizes uint8 itself, rounding as Pillow does
+        images = images.contiguous(memory_format=torch.channels_last)
+        return F.interpolate(images, img_size, mode="bicubic", antialias=True)
+    return resize_like_pillow(images, img_size)

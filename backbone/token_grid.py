@@ -215,22 +215,21 @@ class Bands:
         return torch.cat([self._measure_map(features.float()) for features in maps], 1)
 
     def _measure_map(self, features: Tensor) -> Tensor:
-        grid = (features.shape[2], features.shape[3])
+        grid = (int(features.shape[2]), int(features.shape[3]))  # tracing has tensors for them
         mean = features.mean((2, 3))
         deviation = features - mean[..., None, None]
         low = mean
         if self.sigma:
             low = torch.matmul(features.flatten(2), centred_window(grid, self.sigma).to(features.device))
-        energy = self._ring_energies(deviation) / math.prod(grid)
+        energy = self._ring_energies(deviation, grid) / math.prod(grid)
         peak = mean_of_neighbours(deviation.square()).amax((2, 3)).sqrt()
         return torch.cat([low, energy.sqrt().flatten(1), peak], 1)
 
-    def _ring_energies(self, deviation: Tensor) -> Tensor:
-        """Maps without their mean (B, C, rows, columns) -> the energy of each ring (B, rings, C).
+    def _ring_energies(self, deviation: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Maps without their mean (B, C, *grid) -> the energy of each ring (B, rings, C).
 
         Every coefficient is computed: what the other rings leave of the total would be rounding where the
         highest ring is weak."""
-        grid = (deviation.shape[2], deviation.shape[3])
         rows, columns = (dct_matrix(side).to(deviation.device) for side in grid)
         spectrum = torch.matmul(torch.matmul(rows, deviation), columns.t()).square()
         member = ring_of(grid, self.rings).to(deviation.device)
@@ -282,15 +281,26 @@ class Places:
         3 x 3 means, brought to the grid and joined (as PatchCore does, arXiv 2106.08265, section 3.1)."""
         resized = [self._resize(features.float()) for features in self._middle(maps)]
         tokens = torch.cat(resized, 1).flatten(2).transpose(1, 2)
-        if tokens.shape[2] <= self.channels:
-            return tokens
-        return tokens @ rotation(tokens.shape[2], self.channels).to(tokens.device)
+        width = int(tokens.shape[2])
+        return tokens if width <= self.channels else tokens @ rotation(width, self.channels).to(tokens.device)
 
     def _resize(self, features: Tensor) -> Tensor:
-        smooth = mean_of_neighbours(features)
-        if features.shape[2] >= self.grid[0] and features.shape[3] >= self.grid[1]:
-            return F.adaptive_avg_pool2d(smooth, self.grid)
-        return F.interpolate(smooth, self.grid, mode="bilinear", align_corners=False)
+        sides = [int(side) for side in features.shape[2:]]
+        pools = sides[0] >= self.grid[0] and sides[1] >= self.grid[1]
+        rows, columns = (place_weights(*ends, pools).to(features.device) for ends in zip(sides, self.grid))
+        return torch.matmul(torch.matmul(rows, features), columns.t())
+
+
+@functools.lru_cache(maxsize=32)
+def place_weights(before: int, after: int, pools: bool) -> Tensor:
+    """How much each of ``before`` cells in a row counts at each of ``after`` places -> (after, before),
+    float32: 3 x 3 means (``mean_of_neighbours``), averaged where ``pools``, else interpolated. Both take
+    rows and columns in turn."""
+    cells = torch.eye(before).unsqueeze(1)  # (before, 1, before)
+    smooth = F.avg_pool1d(cells, 3, 1, 1, count_include_pad=False)
+    if pools:
+        return F.adaptive_avg_pool1d(smooth, after).squeeze(1).t()
+    return F.interpolate(smooth, after, mode="linear", align_corners=False).squeeze(1).t()
 
 
 @functools.lru_cache(maxsize=4)

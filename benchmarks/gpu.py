@@ -122,11 +122,7 @@ def correctness(job: Job) -> None:
     images = torch.stack([torch.from_numpy(random_images(8).read("train", i)) for i in range(8)]).permute(
         0, 3, 1, 2
     )
-    one = torch.ones(3, 1, 1)
-    resized = [
-        resizing.prepare(images.to(d), (224, 224), 0 * one.to(d), one.to(d), torch.float32).cpu() * 255
-        for d in (CPU, job.device)
-    ]
+    resized = [resizing.resized(images.to(d), (224, 224)).cpu().float() for d in (CPU, job.device)]
     job.tell("resize 32 to 224", f"{(resized[0] - resized[1]).abs().max():.2g} grey levels apart at most")
     for precision in ("float32", "bfloat16"):
         exact, ours = (
@@ -192,7 +188,7 @@ def extraction(job: Job) -> None:
     seconds = job.seconds(lambda: [None for _ in found.features("train")])
     plain = extraction_of(job, CPU, 1, precision="float32")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        plain.backbone(torch.zeros(1, 3, *plain.img_size))
+        plain.module.backbone(torch.zeros(1, 3, *plain.img_size))
     rate = counter.get_total_flops() * count / seconds
     job.tell("images/s, tokens left on the device", f"{count / seconds:.0f}")
     peak = matmul_peak(job.device, found.dtype, n=None if job.sizes is WHOLE else 256)

@@ -21,6 +21,10 @@ from shell.files import whole_file
 
 TOLERANCE = 1e-4  # of the largest score, between the file's scores and the detector's
 OUTPUTS = ("score", "p_value", "anomalous")
+PRECISION = (  # in the metadata of an ONNX file
+    "float32, as its p-values and verdicts were made; OpenVINO computes in bfloat16 on newer processors "
+    "unless it is asked for INFERENCE_PRECISION_HINT f32"
+)
 
 
 class Exported(nn.Module):
@@ -28,8 +32,8 @@ class Exported(nn.Module):
 
     def __init__(self, detector: PictureDetector):
         super().__init__()
-        self.job = detector.backbone.job
-        self.backbone, self.fitted = self.job.backbone, detector.fitted.requires_grad_(False)
+        self.img_size, self.features = detector.backbone.job.img_size, detector.backbone.job.module
+        self.fitted = detector.fitted.requires_grad_(False)
         held_out = torch.from_numpy(detector.held_out).float()
         known = len(held_out) > 0
         self.register_buffer("held_out", held_out)
@@ -37,8 +41,8 @@ class Exported(nn.Module):
         self.register_buffer("limit", torch.tensor(limit))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pixels = resize_like_pillow(images.permute(0, 3, 1, 2), self.job.img_size)
-        score = self.fitted.scores(Features.of(self.job.rows(pixels)))
+        levels = resize_like_pillow(images.permute(0, 3, 1, 2), self.img_size)
+        score = self.fitted.scores(Features.of(self.features.rows(self.features(levels))))
         above = (self.held_out >= score.unsqueeze(1)).sum(1)
         p_value = (1 + above) / (1 + len(self.held_out))
         if not len(self.held_out):
@@ -103,7 +107,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> Run:
     """Write an ONNX file, its weights inside -> what runs it (onnxruntime). Raises UserError without the
     packages."""
     try:
-        import onnx  # noqa: F401
+        import onnx
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
@@ -111,8 +115,9 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> Run:
             f"ONNX needs packages ({error.name} is missing): pip install onnx onnxscript onnxruntime"
         ) from None
     names = {"input_names": ["images"], "output_names": list(OUTPUTS)}
-    made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    path.write_bytes(made.model_proto.SerializeToString())
+    made = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
+    onnx.helper.set_model_props(made, {"precision": PRECISION})
+    path.write_bytes(made.SerializeToString())
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # --threads; of its own it takes every core
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])

@@ -4,6 +4,7 @@ a time: memory does not grow with their number."""
 import contextlib
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 import datasets
 import utils
 from backbone import backbones, extraction
-from backbone.extraction import Rows
+from backbone.extraction import COMPILED_FROM, Rows
 from backbone.identity import cache_identity
 from backbone.resizing import Unreadable, stack_rows, to_device_size
 from cache.store import EXAMPLE, example_fault
@@ -111,29 +112,25 @@ class FittedBackbone:
 
     def rows(self, pictures: Iterable) -> Iterator[Rows | Unreadable]:
         """The features of pictures in order: of consecutive ones together, float16 on the device (see
-        ``Extraction.rows``), or why one cannot be read."""
-        batch: list = []
-        for picture in self._read(pictures):
-            batch.append(picture)
-            if len(batch) == self.job.batch:
-                yield from self._rows(batch)
-                batch = []
-        yield from self._rows(batch)
-
-    def _rows(self, batch: list) -> Iterator[Rows | Unreadable]:
-        for stack in stack_rows(batch):
-            if isinstance(stack, Unreadable):
-                yield stack
-            else:
-                with torch.inference_mode():
-                    yield self.job.rows(stack)
-
-    def _read(self, pictures: Iterable) -> Iterator[Tensor | Unreadable]:
-        """The pictures as the device takes them, in order, read a little ahead."""
+        ``Extraction.rows``), or why one cannot be read. The first ones are computed one batch at a time, by
+        all threads, at once; further ones as extraction does it."""
+        numbered = iter(enumerate(pictures))
         with utils.thread_pool(DECODING_THREADS) as pool:
-            yield from utils.in_order(
-                pool, self._read_one, enumerate(pictures), DECODING_THREADS * self.job.batch
+            few = itertools.islice(numbered, COMPILED_FROM)
+            read = utils.in_order(pool, self._read_one, few, DECODING_THREADS * self.job.batch)
+            for batch in self._batches(read):
+                for stack in stack_rows(batch):
+                    with torch.inference_mode():
+                        yield stack if isinstance(stack, Unreadable) else self.job.rows(stack)
+        if (more := next(numbered, None)) is not None:
+            self.job.compile()
+            batches = self._batches(itertools.chain([more], numbered))
+            yield from self.job.computed(
+                lambda batch: stack_rows([self._read_one(each) for each in batch]), batches
             )
+
+    def _batches(self, pictures: Iterator) -> Iterator[list]:
+        return iter(lambda: list(itertools.islice(pictures, self.job.batch)), [])
 
     def _read_one(self, numbered: tuple[int, Any]) -> Tensor | Unreadable:
         number, picture = numbered

@@ -77,7 +77,9 @@ def test_extraction_and_flow_at_a_tiny_size(tmp_path, texture_folder):
                   "--extractor", "test_resnet", "--weights", "random", "--images", 18, "--repeats", 1,
                   "--device", "cpu", "--threads", 2, "--busy", 1, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("all threads on one batch") == 2 and "of it" in done.stdout
+    assert done.stdout.count("ours, the model alone") == 2 and "of it" in done.stdout
+    off = float(done.stdout.split("off those of the released loop: ")[1])
+    assert off < 0.01
     done = script("benchmarks/flow.py", "--device", "cpu", "--threads", 1, "--channels", 32, "--batches", 2,
                   "--repeats", 1, "--classes", 2, "--images", 8, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr

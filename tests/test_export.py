@@ -90,6 +90,7 @@ def test_exported_file_is_the_detector(fitted, tmp_path, monkeypatch, name, endi
     if ending == "onnx":
         session = runtime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
         score, p_value, anomalous = session.run(["score", "p_value", "anomalous"], {"images": images})
+        assert "INFERENCE_PRECISION_HINT f32" in session.get_modelmeta().custom_metadata_map["precision"]
     else:
         module = torch.export.load(path).module()
         score, p_value, anomalous = (out.numpy() for out in module(torch.from_numpy(images)))

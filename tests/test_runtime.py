@@ -1,0 +1,150 @@
+"""Full batches of larger jobs on a CPU are computed by OpenVINO: what it gives is what PyTorch gives."""
+
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_folder
+from PIL import Image
+from torch import nn
+
+import datasets
+from backbone import extraction
+from backbone.identity import cache_identity
+from backbone.runtime import Compiled
+from config import Config
+from detector import pictures
+
+CPU = torch.device("cpu")
+
+
+def job_of(name: str, size, count: int = 0, **more) -> extraction.Extraction:
+    """An extraction with untrained weights over so many images of noise."""
+    config = Config(
+        extractor=name, img_size=size, weights_path="random", dataset="folder",
+        **{"precision": "float32", "extract_batch": 3, "workers": 2, **more},
+    )  # fmt: skip
+    noise = np.random.RandomState(1).randint(0, 256, (max(count, 1), *size, 3), np.uint8)
+    train = datasets.Split.of(map(str, range(count)), np.zeros(count, int))
+    labels = datasets.Labels(("0",), train, datasets.Split.of([], []))
+    images = datasets.ImageSet(labels, lambda _, i: noise[i]) if count else datasets.unlabelled([])
+    return extraction.Extraction(config, images, cache_identity(config), CPU)
+
+
+def rows_of(job) -> dict[str, torch.Tensor]:
+    parts = list(job.features("train"))
+    return {name: torch.cat([rows[name] for rows in parts]).float() for name in parts[0]}
+
+
+@pytest.mark.parametrize(
+    "name, size, options",
+    [
+        ("resnet18", (64, 96), {"bands": True, "places": 4, "mirror": True}),
+        ("vit_tiny_patch16_224", (64, 96), {"bands": True, "places": 3, "token_grid": "2"}),
+        ("vit_tiny_patch16_224", (64, 64), {"token_grid": "compact"}),
+        ("convnext_atto", (64, 96), {"bands": True, "places": 20}),
+        ("tf_efficientnet_lite0", (64, 64), {"token_grid": "centre", "centre_pool": 0.1, "workers": 0}),
+    ],
+    ids=str,
+)
+def test_gives_what_pytorch_gives(monkeypatch, name, size, options):
+    """Seven images in batches of three: two by OpenVINO, the rest not."""
+    plain = rows_of(job_of(name, size, 7, **options))
+    monkeypatch.setattr(extraction, "COMPILED_FROM", 7)
+    job = job_of(name, size, 7, **options)
+    found = rows_of(job)
+    assert isinstance(job._full_batch, Compiled)
+    for array, wanted in plain.items():
+        assert (found[array] - wanted).norm() < 1e-3 * wanted.norm(), array
+
+
+def test_small_jobs_do_not_wait_for_it(monkeypatch):
+    monkeypatch.setattr(extraction, "Compiled", lambda *_: pytest.fail("compiled"))
+    rows_of(job_of("resnet18", (32, 32), 9))
+    monkeypatch.setattr(extraction, "COMPILED_FROM", 2)
+    rows_of(job_of("resnet18", (32, 32), 2))
+
+
+def test_what_is_not_finite_stays_so():
+    """A number beyond float16 is infinite, not the largest one there is."""
+
+    class Large(nn.Module):
+        def forward(self, images):
+            return ((images.float() * 1e4).half(),)
+
+    images = torch.full((2, 3, 4, 4), 255, dtype=torch.uint8)
+    assert torch.isinf(Compiled(Large(), images, torch.float32, 1, 1)(images)[0]).all()
+
+
+class Factored(nn.Module):
+    """A backbone's stand-in that OpenVINO has no rule for."""
+
+    def forward(self, images):
+        return (torch.linalg.qr(images.float().mean(1))[0].half(),)
+
+
+class Changing(nn.Module):
+    """Gives something else once it is traced."""
+
+    def forward(self, images):
+        return (images.float().mean((1, 2, 3)) * (2 if torch.jit.is_tracing() else 1),)
+
+
+@pytest.mark.parametrize(
+    "module, told", [(Factored(), "No conversion rule"), (Changing(), "it computes other numbers")], ids=str
+)
+def test_a_backbone_that_it_cannot_run_goes_to_pytorch(monkeypatch, capsys, module, told):
+    monkeypatch.setattr(extraction, "COMPILED_FROM", 7)
+    job = job_of("resnet18", (32, 32), 7)
+    module.rows = lambda values: {"tokens": values[0]}
+    job.module = job._full_batch = module
+    assert len(rows_of(job)["tokens"]) == len(rows_of(job)["tokens"]) == 7
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and told in line
+    assert line.startswith("OpenVINO cannot run resnet18 (") and line.endswith("PyTorch does, more slowly\n")
+
+
+def test_without_the_package(monkeypatch, capsys):
+    monkeypatch.setattr(extraction, "COMPILED_FROM", 3)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert len(rows_of(job_of("resnet18", (32, 32), 3))["tokens"]) == 3
+    assert "OpenVINO cannot run resnet18 (import of openvino halted" in capsys.readouterr().err
+
+
+def test_many_pictures_are_scored_as_few(tmp_path, monkeypatch):
+    """Of a job of many pictures the first are computed at once, the others as extraction does it."""
+    make_folder(tmp_path, classes=("a",), n_train=20, n_test=0)
+    files = sorted((tmp_path / "train/a").iterdir())
+    files[15].write_bytes(b"broken")
+    job = job_of("resnet18", (32, 32))
+    backbone = pictures.FittedBackbone.__new__(pictures.FittedBackbone)
+    backbone.job = job
+    wanted = list(backbone.rows(files))
+    monkeypatch.setattr(pictures, "COMPILED_FROM", 7)
+    found = list(
+        backbone.rows(Image.open(file) if i % 2 else file for i, file in enumerate(files) if i != 15)
+    )
+    assert isinstance(job._full_batch, Compiled)
+    assert sum(len(rows["tokens"]) for rows in found) == 19
+    before, after = (
+        torch.cat([rows["tokens"] for rows in part if isinstance(rows, dict)]).float()
+        for part in (wanted, found)
+    )
+    assert torch.allclose(before, after, rtol=0.01, atol=0.01)
+    (unreadable,) = [rows for rows in backbone.rows(files) if not isinstance(rows, dict)]
+    assert unreadable.row == 15
+
+
+def test_it_is_made_again_in_another_process():
+    """What is sent there is the backbone; nothing that is compiled."""
+    job = job_of("resnet18", (32, 32))
+    job.compile()
+    images = job._noise(3)
+    sent = pickle.loads(pickle.dumps(job))
+    assert isinstance(job._full_batch, Compiled) and sent._full_batch is sent.module
+    sent.compile()
+    assert isinstance(sent._full_batch, Compiled)
+    with torch.inference_mode():
+        assert torch.allclose(sent.rows(images)["tokens"], job.rows(images)["tokens"])
