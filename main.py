@@ -185,7 +185,7 @@ def run(config: Config) -> dict | None:
     watch = runs.Stopwatch()
     device = utils.set_up(config.device, config.threads)
     with runs.writing(config):
-        cache = extractor.ensure_features(config, device, functools.partial(detector.Detector, config))
+        cache = extractor.ensure_features(config, device, functools.partial(detector.make_detector, config))
         classes = datasets.choose_classes(cache.labels, config.class_name)
         seeds = range(config.seed, config.seed + config.n_seeds)
         pairs = [runs.ClassSeed(class_name, seed) for seed in seeds for class_name in classes]
