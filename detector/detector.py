@@ -209,9 +209,8 @@ class PlaceFlow(Detector):
     def scores(self, features: Features) -> Tensor:
         score = self.image_part(features)
         if self.uses_places:
-            score = score + self.one_scene * self.places_part(
-                self.places.losses(*self.places.latents(features.places))
-            )
+            latents = self.places.latents(self.places.whiten(features.places))
+            score = score + self.one_scene * self.places_part(self.places.losses(*latents))
         return score
 
     @torch.no_grad()

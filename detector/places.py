@@ -20,8 +20,9 @@ LOG_2PI = math.log(2 * math.pi)
 
 def bands_around(grid: tuple[int, int]) -> Tensor:
     """What a place sees of the other places of its image, as weights (2, P, P) whose rows sum to 1 (to 0
-    where there are none): the low band, the mean of all but the (2 ``NEAR`` + 1)² around it, and the high band, the
-    mean of those of them that are at most ``RING`` away. Its own neighbourhood would tell it itself."""
+    where there are none): the low band, the mean of all but the (2 ``NEAR`` + 1)² around it, and the high
+    band, the mean of those of them that are at most ``RING`` away. Its own neighbourhood would tell it
+    itself."""
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
     along = [(each.flatten()[:, None] - each.flatten()).abs() for each in (rows, columns)]
     distance = torch.maximum(*along)
@@ -76,6 +77,16 @@ class PlaceWhitening(nn.Module):
     def forward(self, places: Tensor) -> Tensor:
         return torch.matmul((places - self.mean).transpose(0, 1), self.whitening).transpose(0, 1)
 
+    @staticmethod
+    def left_out(tokens: Tensor) -> Tensor:
+        """The tokens (n, P, E) of the n images that it was fitted to at the length that they have under
+        Gaussians fitted without their own image, so that they are as those of other images
+        (docs/method.md, eq. 20)."""
+        n, _, channels = tokens.shape
+        energies = tokens.square().sum(2, keepdim=True)
+        own = 1 / (n + channels)  # the weight of an image's own deviation in the covariance of its place
+        return tokens * (n / max(1, n - 1)) / (1 - own * energies).clamp_min(1e-3).sqrt()
+
 
 class PlaceInputs(NamedTuple):
     """What the flow takes of places: tokens (B, E), and what each sees of its image (B, 3, E): low band, high
@@ -103,18 +114,18 @@ class Places(nn.Module):
         self.register_buffer("log_deviation", torch.ones(count))
         self.n_unusual = max(1, round(MOST_UNUSUAL * count))
 
-    def inputs(self, places: Tensor) -> PlaceInputs:
-        """What the flow takes of all places of images, from raw place tokens (B, P, E) -> (B P, ...)."""
-        tokens = self.whiten(places)
+    def inputs(self, tokens: Tensor) -> PlaceInputs:
+        """What the flow takes of all places of images, from whitened tokens (B, P, E) -> (B P, ...)."""
         bands = torch.matmul(self.around, tokens.unsqueeze(1))  # (B, 2, P, E)
         where = self.position.expand(len(tokens), 1, -1, -1)
         seen = torch.cat([bands, where], 1).transpose(1, 2)  # (B, P, 3, E)
         return PlaceInputs(tokens.flatten(0, 1), seen.flatten(0, 1))
 
-    def latents(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """z (B, P, E) and the log-determinants (B, P) of raw place tokens (B, P, E)."""
-        z, log_det = self.flow(*(lambda found: (found.tokens, [found.seen]))(self.inputs(places)))
-        return z.unflatten(0, places.shape[:2]), log_det.unflatten(0, places.shape[:2])
+    def latents(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B, P, E) and the log-determinants (B, P) of whitened tokens (B, P, E)."""
+        inputs = self.inputs(tokens)
+        z, log_det = self.flow(inputs.tokens, [inputs.seen])
+        return z.unflatten(0, tokens.shape[:2]), log_det.unflatten(0, tokens.shape[:2])
 
     @staticmethod
     def losses(z: Tensor, log_det: Tensor) -> Tensor:
@@ -147,4 +158,4 @@ class Places(nn.Module):
 
     def forward(self, places: Tensor) -> Tensor:
         """How unusual each place is (B, P), from raw place tokens (B, P, E)."""
-        return self.unusual(self.losses(*self.latents(places)))
+        return self.unusual(self.losses(*self.latents(self.whiten(places))))

@@ -2,6 +2,7 @@
 them."""
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from detector.normalization import power_groups, spread
 
 PLACE_SAMPLE = 500  # images whose places are fitted to
 PLACE_BATCH = 25  # images whose places are held at once
-PLACE_SCALE = 100  # images by which the scale of each place is taken
+PLACE_SCALE = 150  # images by which the scale of each place is taken
 PATCH_SAMPLE = 256  # images whose patch tokens the normaliser's statistics come from
 POOL_BATCH = 250  # images whose patch tokens are held at once when semantic tokens are re-pooled
 EXTREME = 30.0  # times the median squared length of the tokens: of so much an image is left out of training
@@ -208,8 +209,9 @@ class PreparedPlaces(PreparedClass):
         self.trains = detector.uses_places
         if self.trains:
             sample = data.train.one_on_cpu("places", evenly(data.fit_rows, PLACE_SAMPLE))
-            detector.places.whiten.fit(sample)
-            found = [detector.places.inputs(each) for each in sample.split(PLACE_BATCH)]
+            whiten = detector.places.whiten.fit(sample)
+            self.whitened = whiten.left_out(torch.cat([whiten(each) for each in sample.split(PLACE_BATCH)]))
+            found = [detector.places.inputs(each) for each in self.whitened.split(PLACE_BATCH)]
             self.tokens = torch.cat([each.tokens for each in found]).to(self.device)
             self.seen = torch.cat([each.seen for each in found]).half().to(self.device)
         detector.to(self.device)
@@ -238,30 +240,46 @@ class PreparedPlaces(PreparedClass):
         return super().loss(z, log_det) * z.shape[1]
 
     @torch.no_grad()
-    def _measure(self, part: str, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The losses (n, P) and the mean z² (n) of the places of images, as the flow now is."""
+    def _measure(self, batches: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        """The losses (n, P) and the mean z² (n) of images' places, from batches of whitened tokens, as the
+        flow now is."""
         places, losses, latent = self.detector.places, [], []
-        for batch in in_batches(rows, PLACE_BATCH):
-            z, log_det = places.latents(self.sources[part].one("places", batch))
+        for tokens in batches:
+            z, log_det = places.latents(tokens)
             losses.append(places.losses(z, log_det))
             latent.append(z.square().mean((1, 2)))
         return torch.cat(losses), torch.cat(latent)
+
+    def _measure_part(self, part: str) -> tuple[Tensor, Tensor]:
+        source, whiten = self.sources[part], self.detector.places.whiten
+        batches = in_batches(self.rows[part], PLACE_BATCH)
+        return self._measure(whiten(source.one("places", batch)) for batch in batches)
+
+    def _fit_scales(self) -> tuple[Tensor, Tensor]:
+        """Standardise places by training images, each as if left out, and their sum by held-out ones -> what
+        these were measured to be."""
+        detector = self.detector
+        chosen = torch.from_numpy(evenly(np.arange(len(self.whitened)), PLACE_SCALE))
+        known = (each.to(self.device) for each in self.whitened[chosen].split(PLACE_BATCH))
+        detector.places.fit_scale(self._measure(known)[0])
+        held = self._measure_part("held")
+        detector.place_unit.fit(detector.places.most_unusual(held[0]))
+        return held
 
     def scores(self, part: str) -> dict[str, Tensor]:
         detector, image = self.detector, self.image[part]
         if not detector.uses_places:
             return {WHOLE: image, "image part": image}
-        if part == "held":  # evaluation asks for these first: what places are standardised by
-            detector.places.fit_scale(self._measure("fit", evenly(self.rows["fit"], PLACE_SCALE))[0])
-            known = self._measure("held", self.rows["held"])[0]
-            detector.place_unit.fit(detector.places.most_unusual(known))
-        losses, latent = self._measure(part, self.rows[part])
+        # evaluation asks for the held-out ones first
+        losses, latent = self._fit_scales() if part == "held" else self._measure_part(part)
         places = detector.places_part(losses)
-        likelihood = losses.mean(1) + 0.5 * math.log(2 * math.pi)
-        whole = image + detector.one_scene * places
-        return {
-            WHOLE: whole, "image part": image, "places": places, "likelihood": likelihood, "latent": latent
-        }  # fmt: skip
+        named = {
+            "image part": image,
+            "places": places,
+            "likelihood": losses.mean(1) + 0.5 * math.log(2 * math.pi),
+            "latent": latent,
+        }
+        return {WHOLE: image + detector.one_scene * places, **named}
 
 
 def prepare_data(
