@@ -261,7 +261,7 @@ class Spectral(nn.Module):
 
 
 class BandProjection(nn.Module):
-    """A learned projection of the bands that a place sees of its image (docs/method.md, eq. 21): what is left
+    """A learned projection of the bands that a place sees of its image (docs/method.md, eq. 19): what is left
     of HiLo where each band has one window, so that there is nothing to choose from. ``n_tokens``: N, the
     bands."""
 

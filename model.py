@@ -205,7 +205,7 @@ DRAWN = 0.5  # where kernels are centred between the mean of all tokens (0) and 
 
 
 def kernel_energy(distances: Tensor, bandwidth: Tensor, channels: int) -> Tensor:
-    """The same under a kernel density (docs/method.md, eq. 15), in units of the bandwidth h, the variance of
+    """The same under a kernel density (docs/method.md, eq. 22), in units of the bandwidth h, the variance of
     a kernel: -2 h log mean_i exp(-d_i / 2h) / channels.
 
     distances (B, n): squared, to the kernels' centres, the training images' tokens times ``DRAWN``: kernels

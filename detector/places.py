@@ -43,7 +43,7 @@ def position(grid: tuple[int, int], channels: int) -> Tensor:
 
 class PlaceWhitening(nn.Module):
     """Place tokens (B, P, E) -> (B, P, E), each whitened by its place's own mean and covariance, as far as
-    the data bear them out (docs/method.md, eq. 19). Its buffers are fitted by ``fit``; before, there is no
+    the data bear them out (docs/method.md, eq. 17). Its buffers are fitted by ``fit``; before, there is no
     whitening."""
 
     def __init__(self, places: int, channels: int):
@@ -81,7 +81,7 @@ class PlaceWhitening(nn.Module):
     def left_out(tokens: Tensor) -> Tensor:
         """The tokens (n, P, E) of the n images that it was fitted to at the length that they have under
         Gaussians fitted without their own image, so that they are as those of other images
-        (docs/method.md, eq. 20)."""
+        (docs/method.md, eq. 18)."""
         n, _, channels = tokens.shape
         energies = tokens.square().sum(2, keepdim=True)
         own = 1 / (n + channels)  # the weight of an image's own deviation in the covariance of its place
@@ -99,7 +99,7 @@ class PlaceInputs(NamedTuple):
 class Places(nn.Module):
     """The flow on places: place tokens (B, P, E) -> how unusual each place is (B, P): the logarithm of twice
     its negative log-likelihood per channel, standardised by place over the normal images (docs/method.md, eq.
-    19 to 23).
+    17 to 20).
 
     flow: of E channels, conditioned on three tokens; it starts as the identity, under which a place has its
     own Gaussian."""
