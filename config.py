@@ -41,11 +41,9 @@ BACKBONES = {  # name here -> timm model (the released code's names; any other t
 }
 # Image sizes where those are not timm's: DINOv2 is evaluated at 224, timm has its last training's 518.
 SIZES = {f"dinov2_{letter}": (224, 224) for letter in "sbl"}
-FUSIONS = ("class_attention", "hilo", "spectral", "none")
+FUSIONS = ("class_attention", "hilo", "spectral", "bands", "none")
 NORMALIZATIONS = ("auto", "none", "power_l2", "power_l2+whiten")
 SCORES = ("latent", "likelihood", "latent_knn", "joined")
-BASES = ("normal", "kernel")
-FUSION_TOKENS = ("last", "middle")
 
 SCRIPTS = ("extractor.py", "train.py", "main.py")
 EXTRACTING, FITTING, MAIN = SCRIPTS[:1], SCRIPTS[1:], SCRIPTS[2:]
@@ -113,16 +111,12 @@ class Config:
     fc_internal: int | None = fit(None, "hidden width H of the subnets; none: C, as in the paper", low=1, high=10**6)
     clamp: float = fit(3.0, "soft clamp alpha of the log-scales", low=1e-06, high=1000.0)
     fusion: str = fit("hilo", "multi-frequency fusion module", FUSIONS)
-    fusion_tokens: str = fit("last", "patch tokens that the fusion sees: of the last map, as in the paper, or of middle depths (needs places)", FUSION_TOKENS)
-    flow_channels: int = fit(0, "normalize power_l2+whiten: leading directions of the token that the flow moves; 0: all", low=0, high=10**6)
-    base: str = fit("normal", "base density of the likelihood: normal, as in the paper, or kernel (a kernel density of the training images' tokens, its bandwidth by held-out likelihood, which the flow corrects)", BASES)
     alpha: float = fit(0.5, "hilo: share of the heads given to the low frequencies", low=0.0, high=1.0)
     window: int = features(3, "hilo and the compact token grid: side of a window in patches", low=1, high=1024)
     identity_start: bool = fit(False, "zero the last layer of every subnet, so that training starts from the identity flow")
     # training
     normalize: str = fit("auto", "features before the flow, fitted on normal training features; auto: none for transformers, as released, power_l2+whiten for CNNs", NORMALIZATIONS)
     centre_pool: float = fit(0.0, "semantic token re-pooled from the patches under a centred Gaussian, its sigma in shares of the grid's side; 0: the backbone's own", low=0.0, high=100.0, scripts=SCRIPTS)
-    whiten_ridge: float = fit(0.0, "normalize power_l2+whiten: added to the covariance's eigenvalues, in units of their mean; 0 whitens fully", low=0.0, high=1000000000.0)
     batch_size: int = fit(32, "images per training step", low=1, high=10**7)
     meta_epochs: int = fit(1, "evaluations on the test set; each follows sub_epochs epochs", low=1, high=10**6)
     sub_epochs: int = fit(1, "epochs of training per meta epoch", low=1, high=10**6)
@@ -134,7 +128,7 @@ class Config:
     holdout: float | None = fit(None, "share of the normal training images held out to measure likelihood, and for thresholds; none: a tenth of own folders, whose pictures get verdicts, 0 of other data sets", low=0.0, high=0.5)
     patience: int = fit(0, "report the epoch that is best on the held-out normals, and end training so many meta epochs behind it; 0: report the last epoch", low=0, high=10**6)
     # scoring
-    score: str = fit("latent", "anomaly score: latent (mean z^2), likelihood (negative log-likelihood), latent_knn (neighbours in latent space), joined (likelihood, with the least likely places where the class shows one scene)", SCORES)
+    score: str = fit("latent", "anomaly score: latent (mean z^2), likelihood (negative log-likelihood), latent_knn (neighbours in latent space); joined: the flow moves the places of the image instead, and its least likely ones are joined with a density of the image (needs places)", SCORES)
     false_alarms: float = run(0.05, "share of normal pictures that may be called anomalous: the threshold, from the held-out normal ones", low=1e-06, high=0.5, scripts=FITTING)
     baselines: bool = run(False, "main.py: nearest neighbours and Gaussian on the same features, in the same table", scripts=FITTING)
 
@@ -157,10 +151,11 @@ FITS = (  # what has to hold of the knobs together -> the line where it does not
     (lambda c: c.pixel_norm is None or len(c.pixel_norm) == 6 and all(isinstance(x, int | float) and math.isfinite(x) for x in c.pixel_norm) and min(c.pixel_norm[3:]) > 0, "pixel_norm: expected three finite numbers and three positive ones, got {pixel_norm}"),
     (lambda c: not 0 < c.centre_pool < NARROWEST, "centre_pool: expected 0 or at least 0.01 of a side, got {centre_pool:g}"),
     (lambda c: c.token_grid != "centre" or c.centre_pool, "token_grid centre needs centre_pool above 0, say 0.1 (it is 0)"),
-    (lambda c: c.base != "kernel" or held_share(c.holdout, c.dataset), "base kernel needs held-out normal images: set holdout, say 0.1"),
     (lambda c: not c.patience or held_share(c.holdout, c.dataset), "patience needs held-out normal images: set holdout, say 0.1"),
-    (lambda c: c.score != "latent_knn" or c.base != "kernel", "score latent_knn asks for no density: take base normal, or score likelihood"),
-    (lambda c: c.fusion_tokens != "middle" or c.places, "fusion_tokens middle needs place tokens: set places, say 14 (it is 0)"),
+    (lambda c: c.score != "joined" or c.places, "score joined needs place tokens: set places, say 14 (it is 0)"),
+    (lambda c: c.score != "joined" or c.least_steps, "score joined needs a number of training steps: set least_steps, say 400 (it is 0)"),
+    (lambda c: c.score != "joined" or held_share(c.holdout, c.dataset), "score joined needs held-out normal images: set holdout, say 0.1"),
+    (lambda c: c.fusion != "bands" or c.score == "joined", "fusion bands is of places: it needs score joined"),
 )
 
 # Named sets of defaults. The defaults above, as you edit them, are the paper's: "paper" changes nothing.
@@ -173,11 +168,9 @@ PRESETS: dict[str, dict] = {
     },
     # How these were chosen, and on what: results/choosing.md.
     "accurate": {
-        "img_size": "auto", "mirror": True, "bands": True, "places": 14, "normalize": "power_l2+whiten", "whiten_ridge": 10.0,
-        "centre_pool": 0.1, "flow_channels": 256, "fusion": "class_attention", "fusion_tokens": "middle",
-        "fc_internal": 256, "identity_start": True, "base": "kernel", "batch_size": 64, "meta_epochs": 2,
-        "sub_epochs": 1, "least_steps": 60, "lr_init": 1e-3, "lr_schedule": "cosine", "feature_noise": 0.5,
-        "max_grad_norm": 1.0, "holdout": 0.1, "patience": 3, "score": "joined", "baselines": True,
+        "img_size": "auto", "mirror": True, "bands": True, "places": 14, "centre_pool": 0.1, "score": "joined",
+        "fusion": "bands", "fc_internal": 256, "identity_start": True, "batch_size": 256, "least_steps": 400,
+        "lr_init": 2e-3, "lr_schedule": "cosine", "feature_noise": 0.3, "holdout": 0.1, "baselines": True,
     },
 }
 PRESETS["quickstart"] = PRESETS["accurate"] | {
@@ -185,15 +178,17 @@ PRESETS["quickstart"] = PRESETS["accurate"] | {
     "mirror": False,  # a mirrored digit is another one
 }
 PRESETS["ablation"] = PRESETS["accurate"] | {
-    "modelname": "ablation", "extractor": "efficientnet_lite0", "n_seeds": 3, "baselines": False, "keep": "results",
-    "score": "likelihood",  # places have no fusion
-    "img_size": None,  # of small pictures auto leaves fewer than the 6 x 6 patches that spectral fusion needs
-    "sweep": "fusion=none,class_attention,hilo,spectral;fusion_tokens=last,middle",
+    "modelname": "ablation", "extractor": "efficientnet_lite0", "n_seeds": 3, "keep": "results",
+    "sweep": "fusion=none,class_attention,hilo,bands",
 }
 # fmt: on
 
 # Knobs of earlier versions -> what to do instead.
 FORMER = {
+    "base": "places have densities of their own, --score joined joins them: leave it out",
+    "fusion_tokens": "the fusion sees the last map's patches; of places, --score joined: leave it out",
+    "flow_channels": "the flow moves all channels: leave it out",
+    "whiten_ridge": "normalize power_l2+whiten whitens fully: leave it out",
     "verbose": "epochs are printed where classes are fitted one at a time: leave it out",
     "low_depths": "the two deepest depths always join",
     "neighbours_weight": "neighbours are no part of the score; --base kernel is a density on the latents",

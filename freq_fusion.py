@@ -260,6 +260,20 @@ class Spectral(nn.Module):
         return self.proj(x + self.gate.gate_tokens(tokens, index) * pooled)
 
 
+class BandProjection(nn.Module):
+    """A learned projection of the bands that a place sees of its image (docs/method.md, eq. 19): what is left
+    of HiLo where each band has one window, so that there is nothing to choose from. ``n_tokens``: N, the
+    bands."""
+
+    def __init__(self, d: int, hidden: int, n_tokens: int):
+        super().__init__()
+        self.proj = nn.Linear(n_tokens * d, hidden)
+
+    def forward(self, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
+        """x (B, d), tokens (B, N, C), index (d) into C -> (B, H)."""
+        return self.proj(take(tokens, index).flatten(1))
+
+
 Builder = Callable[..., nn.Module | None]  # (d, hidden, grid, *, heads, alpha, window, bands) -> module
 
 
@@ -279,6 +293,10 @@ def _class_attention(d: int, hidden: int, grid: tuple[int, int], *, heads: int, 
     return ClassAttention(d, hidden, heads or min(4, d))
 
 
+def _bands(d: int, hidden: int, grid: tuple[int, int], **_) -> BandProjection:
+    return BandProjection(d, hidden, math.prod(grid))
+
+
 def _none(*_, **__) -> None:
     return None
 
@@ -287,6 +305,7 @@ FUSIONS: dict[str, Builder] = {
     "class_attention": _class_attention,
     "hilo": _hilo,
     "spectral": _spectral,
+    "bands": _bands,
     "none": _none,
 }
 

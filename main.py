@@ -150,7 +150,7 @@ def run(config: Config) -> dict:
     began = time.time()
     device = utils.set_up(config.device, config.threads)
     with runs.writing(config), engine.on_cluster(config.cluster) as cluster:
-        check = functools.partial(detector.Detector, config)
+        check = functools.partial(detector.make_detector, config)
         cache = extractor.ensure_features(config, device, check, executor=cluster)
         classes = datasets.choose_classes(cache.labels, config.class_name)
         seeds = range(config.seed, config.seed + config.n_seeds)

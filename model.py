@@ -204,20 +204,20 @@ def normal_energy(z: Tensor, log_det: Tensor, outside: Tensor, channels: int) ->
 DRAWN = 0.5  # where kernels are centred between the mean of all tokens (0) and a training image's (1)
 
 
-def kernel_energy(distances: Tensor, gain: Tensor, bandwidth: Tensor, channels: int) -> Tensor:
-    """The same under a kernel density that the flow corrects (docs/method.md, eq. 12), in units of the
-    bandwidth h, the variance of a kernel: (-2 h log mean_i exp(-d_i / 2h) - 2 h gain) / channels.
+def kernel_energy(distances: Tensor, bandwidth: Tensor, channels: int) -> Tensor:
+    """The same under a kernel density (docs/method.md, eq. 22), in units of the bandwidth h, the variance of
+    a kernel: -2 h log mean_i exp(-d_i / 2h) / channels.
 
     distances (B, n): squared, to the kernels' centres, the training images' tokens times ``DRAWN``: kernels
     widen a density, and drawn to the mean they do not (the smoothed bootstrap with shrinkage: Silverman and
-    Young 1987). gain (B): the flow's log-likelihood less that of the normal density it starts from -> (B)."""
+    Young 1987) -> (B)."""
     density = torch.logsumexp(distances / (-2 * bandwidth), 1) - math.log(distances.shape[1])
-    return -2 * bandwidth * (density + gain) / channels
+    return -2 * bandwidth * density / channels
 
 
-def negative_log_likelihood(energy: Tensor, bandwidth: Tensor) -> Tensor:
+def negative_log_likelihood(energy: Tensor, bandwidth: Tensor | float = 1.0) -> Tensor:
     """Nats per channel (B) from an energy (B) and its bandwidth (1 of the normal base density)."""
-    return 0.5 * energy / bandwidth + 0.5 * torch.log(2 * math.pi * bandwidth)
+    return 0.5 * energy / bandwidth + 0.5 * (math.log(2 * math.pi) + torch.log(torch.as_tensor(bandwidth)))
 
 
 def nearest_neighbours(distances: Tensor, k: int = 2) -> Tensor:
@@ -229,9 +229,9 @@ BANDWIDTHS = 40  # tried, a factor of 1.12 apart
 
 
 def best_bandwidth(distances: Tensor, channels: int) -> Tensor:
-    """The bandwidth of the kernel density under which held-out images are most likely: distances (m, n) ->
-    ()."""
-    start, gain = distances.mean() / channels, distances.new_zeros(len(distances))
+    """The bandwidth of the kernel density under which images are most likely whose squared distances to its
+    centres are given, infinite to their own: (m, n) -> ()."""
+    start = distances[distances.isfinite()].mean() / channels
     tried = [start * 1.12**-i for i in range(BANDWIDTHS)]
-    losses = [negative_log_likelihood(kernel_energy(distances, gain, h, channels), h).mean() for h in tried]
+    losses = [negative_log_likelihood(kernel_energy(distances, h, channels), h).mean() for h in tried]
     return tried[int(torch.stack(losses).argmin())]

@@ -16,16 +16,15 @@ from tqdm import tqdm
 
 import datasets
 import extractor
-import model
 import utils
 from backbone.arithmetic import products
 from cache.feature_cache import FeatureCache
 from config import ClassError, Config, UserError
 from detector import calibration, checkpoints, evaluation, runs
-from detector.class_data import TokenSource, features_fault, in_batches
-from detector.detector import Detector
+from detector.class_data import TokenSource, features_fault
+from detector.detector import make_detector
 from detector.optimization import SubnetAdam, compiled, learning_rate
-from detector.preparation import PreparedClass, prepare
+from detector.preparation import WHOLE, PreparedClass, prepare
 
 LOSS_CHECK = 64  # steps between two looks at the loss on a GPU, where reading it waits for the device
 
@@ -40,22 +39,22 @@ class Trainer:
         self.optimizer, self.rate = SubnetAdam(self.detector.flow, config), config.lr_init
         self.order = np.random.RandomState(prepared.seed)
         self.noise = torch.Generator(prepared.device).manual_seed(prepared.seed)
-        per_epoch = math.ceil(len(prepared.usual["fit"]) / config.batch_size)
+        per_epoch = prepared.steps_per_epoch
         least = math.ceil(config.least_steps / (per_epoch * config.meta_epochs))
         self.sub_epochs = max(config.sub_epochs, least)  # per evaluation
         self.epochs = config.meta_epochs * self.sub_epochs
         self.step, self.steps = 0, self.epochs * per_epoch
         self.history: list[dict] = []  # the entries of all evaluations
-        self.before_training: dict[str, np.ndarray] = {}  # the flow scores, where they are taken
+        self.before_training: dict[str, np.ndarray] = {}  # scores of the test images by name, if taken
         self.best: evaluation.Evaluation | None = None
         self.since_best = 0  # evaluations
 
     def run(self) -> checkpoints.Fitted:
         """Train, and go back to the best epoch. Raises ClassError on a loss or scores that are not finite."""
         start = time.perf_counter()
-        if self.config.patience:  # training may not improve on the start
-            self.evaluate(0, None)
-        for epoch in range(1, self.epochs + 1):
+        if self.config.patience or self.prepared.compares or not self.prepared.trains:
+            self.evaluate(0, None)  # training may not improve on the start
+        for epoch in range(1, self.epochs + 1 if self.prepared.trains else 1):
             loss = self.train_epoch()
             if epoch % self.sub_epochs == 0:
                 self.evaluate(epoch, loss)
@@ -64,12 +63,10 @@ class Trainer:
         return self.fitted(time.perf_counter() - start)
 
     def train_epoch(self) -> float:
-        """One pass over the normal training images in a new order -> their mean loss (nats per channel, no
-        constant)."""
+        """One epoch of batches in a new order -> their mean loss."""
         self.detector.train()
-        order = self.order.permutation(self.prepared.usual["fit"])
         batches = tqdm(
-            in_batches(order, self.config.batch_size),
+            self.prepared.epoch(self.order),
             desc=self.data.class_name,
             unit="batch",
             leave=False,
@@ -80,16 +77,14 @@ class Trainer:
         return torch.stack(losses).mean().item()
 
     def train_step(self, batch: np.ndarray) -> Tensor:
-        """One Adam step on the mean loss of a batch, numbers of images to fit to -> the loss, detached."""
+        """One Adam step on the loss of a batch -> the loss, detached."""
         self.rate = learning_rate(self.config, self.step / self.steps)
         self.optimizer.set_learning_rate(self.rate)
-        inputs = self.prepared.inputs("fit", batch)
-        tokens = inputs.tokens[:, : self.detector.leading]
+        tokens, seen = self.prepared.inputs(batch)
         if self.config.feature_noise:
             noise = torch.randn(tokens.shape, generator=self.noise, device=tokens.device)
             tokens = tokens + self.config.feature_noise * noise
-        z, log_det = self.flow(tokens, [inputs.patches])
-        loss = model.loss_per_image(z, log_det).mean()
+        loss = self.prepared.loss(*self.flow(tokens, [seen]))
         self.optimizer.backward_and_step(loss)
         self.check_loss(loss.detach())
         self.step += 1
@@ -103,14 +98,13 @@ class Trainer:
             raise self.not_finite("scores are not finite", self.step - 1)
         self.history.append(found.entry)
         if loss is None:
-            self.before_training = found.flow_scores
+            self.before_training = found.named
         tqdm.write(f"{self.data.class_name}  {found}")
         self.since_best += 1
         if last or self.best is None or found.held_out_loss < self.best.held_out_loss:
             self.best, self.since_best = found, 0
             if not last:
-                state = self.detector.flow.state_dict()
-                found.flow = {name: values.clone() for name, values in state.items()}
+                found.state = {name: values.clone() for name, values in self.detector.state_dict().items()}
 
     def fitted(self, seconds: float) -> checkpoints.Fitted:
         """The detector of the best epoch, its scores, and how they came about."""
@@ -126,7 +120,7 @@ class Trainer:
             held_scores,
             self.history,
             evaluation.result_of(self.prepared, scores, self.best, self.history, seconds),
-            self.best.flow_scores | before,
+            {name: values for name, values in (self.best.named | before).items() if name != WHOLE},
             evaluation.simple_scores(self.prepared) if self.prepared.compares else {},
         )
 
@@ -166,7 +160,7 @@ def main(config: Config) -> None:
     if config.class_name == "all" and not config.pretrained and not is_one_class(config):
         raise UserError(advice)
     with runs.writing(config):
-        cache = extractor.ensure_features(config, device, functools.partial(Detector, config))
+        cache = extractor.ensure_features(config, device, functools.partial(make_detector, config))
         class_name, *more = datasets.choose_classes(cache.labels, config.class_name)
         if more:
             raise UserError(advice)

@@ -43,7 +43,7 @@ def _window_means(grid: tuple[int, int], window: int) -> tuple[Tensor, Tensor]:
 
 
 def split_bands(patches: Tensor, grid: tuple[int, int], window: int) -> Tensor:
-    """A patch grid as two bands per window (docs/method.md, eq. 15): a low one (mean) and a high one (what
+    """A patch grid as two bands per window (docs/method.md, eq. 13): a low one (mean) and a high one (what
     the mean loses).
 
     The high band is the root mean square deviation from the window's mean, per channel: low^2 + high^2 is the

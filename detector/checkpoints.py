@@ -17,7 +17,7 @@ from detector import records
 from shell.files import file_name, sha256_of_file, whole_file, write_sealed
 
 # Of the formulas that scores are made by: kept with what they made, and raised with every change of them.
-SCORING = 2
+SCORING = 3
 
 
 @dataclasses.dataclass
@@ -31,8 +31,8 @@ class Fitted:
     held_scores: np.ndarray  # of the held-out normal training images; empty where none were held out
     history: list[dict]
     result: dict
-    # on the test images, without places: "likelihood", and under a kernel base "flow alone", at the chosen
-    # epoch and "..., before training"
+    # scores of the test images by their names (preparation.py), at the chosen epoch and "..., before
+    # training"
     flow_scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     simple_scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # of simple detectors
 

@@ -1,6 +1,5 @@
 """The detector of one normal class: from cached tokens to scores; loaded from its checkpoint."""
 
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +7,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import model
 from backbone.arithmetic import products
@@ -18,7 +16,9 @@ from config import Config, UserError
 from detector import memory
 from detector.checkpoints import SCORING, checkpoint_files, config_of, read_record, weights_fault
 from detector.class_data import EVAL_BATCH, Features, in_batches
-from detector.normalization import ENERGY_FLOOR, JointNormalizer, PatchNormalizer, PlaceGaussians
+from detector.image_density import ImageDensity, Standardized
+from detector.normalization import JointNormalizer, PatchNormalizer, power_groups
+from detector.places import Places
 
 
 def normalization_in_effect(config: Config, features: dict) -> str:
@@ -31,14 +31,12 @@ def normalization_in_effect(config: Config, features: dict) -> str:
 
 
 LOW_DEPTHS = 2  # how many of the deepest depths give their low band to the joint token
-ALIKE = 0.32  # spread of a class's semantic tokens below which its images show one scene, and places are read
-MOST_UNUSUAL = 0.03  # share of an image's places that the joined score takes the mean of
 USUAL = 3.0  # standard deviations at which a heat map begins
 
 
 class Inputs(NamedTuple):
-    """What the flow takes: tokens (B, k), of which it moves the leading ones; the squared length (B) of what
-    lies in none of their directions; the patch tokens (B, N, C) that the fusion sees."""
+    """What the flow takes of images: their joint tokens (B, k); the squared length (B) of what lies in none
+    of their directions; the patch tokens (B, N, C) that the fusion sees."""
 
     tokens: Tensor
     outside: Tensor
@@ -46,22 +44,20 @@ class Inputs(NamedTuple):
 
 
 class Latents(NamedTuple):
-    """What the flow makes of images: z (B, k), its leading directions moved, and the log-determinant (B); and
-    of what: tokens (B, k) and outside (B), as in ``Inputs``."""
+    """What the flow makes of images: z (B, k) and the log-determinant (B); and outside (B), as in
+    ``Inputs``."""
 
     z: Tensor
     log_det: Tensor
-    tokens: Tensor
     outside: Tensor
 
 
 class Detector(nn.Module):
-    """Normaliser and fused flow: cached tokens -> latent z and log-determinant -> anomaly score.
+    """What the detectors of one class share: the joint token, and scores of cached features that are finite.
+    ``make_detector`` makes the one that a configuration asks for."""
 
-    The flow moves the leading directions of one token: the semantic one, with ``bands`` joined by the
-    sub-band energies of several depths. The score "joined" is the image's log-energy; where the class's
-    normal images show one scene, its most unusual places are added, and the flow counts for more
-    (docs/method.md, eq. 14)."""
+    flow: nn.Module
+    uses_places = False
 
     def __init__(self, config: Config, features: dict, n_images: int | None = None):
         """features: the sidecar of the cache; n_feat, grid (rows, columns), tokens, kind (map or tokens) and,
@@ -70,51 +66,22 @@ class Detector(nn.Module):
         features."""
         super().__init__()
         memory.check_detector(config, features)
-        self.score_name, self.base, self.fused = config.score, config.base, config.fusion != "none"
-        name, grid = normalization_in_effect(config, features), tuple(features["grid"])
-        groups = self._size_joint_token(config, features, name.endswith("whiten"), n_images)
+        grid = tuple(features["grid"])
         window = centred_window(grid, config.centre_pool) if config.centre_pool else None
         self.register_buffer("window", window, persistent=False)
-        self.normalizer = JointNormalizer(name, groups, self.directions, self.leading, config.whiten_ridge)
-        self.middle = self.fused and config.fusion_tokens == "middle"
-        self.place_grid = place_grid_of(features) if config.places else (0, 0)
-        n_tokens, width = features["tokens"] - 1, features["n_feat"]
-        if self.middle:
-            grid = tuple(max(1, math.ceil(side / 2)) for side in self.place_grid)
-            n_tokens, width = math.prod(grid), features["place_shape"][1]
-        self.fusion_grid = grid
-        self.patch_normalizer = PatchNormalizer(name, width, self.leading) if self.fused else None
-        self.flow = build_flow(config, self.leading, grid, n_tokens if self.fused else 0, self.middle)
-        # the kernels' centres, or latents of the training images for the score latent_knn
-        self.register_buffer("reference", torch.zeros(0, self.directions, dtype=torch.float16))
-        self.register_buffer("bandwidth", torch.ones(()))  # of the base density: 1 of the normal one
-        self.places: PlaceGaussians | None = None
-        if config.places and config.score == "joined":
-            self.places = PlaceGaussians(*features["place_shape"])
-            count = math.prod(self.place_grid)
-            self.n_unusual = max(1, round(MOST_UNUSUAL * count))
-        self.register_buffer("alike", torch.zeros((), dtype=torch.bool))
-        self.uses_places = False
-
-    def _size_joint_token(
-        self, config: Config, features: dict, whitened: bool, n_images: int | None
-    ) -> list[range]:
-        """Set how many channels the joint token has, its directions once it is normalised, and the leading
-        ones that the flow moves -> the channels that are normalised together: semantic token, each band."""
         widths = [features["n_feat"]]
         self.band_columns: list[range] = []
         if config.bands:
             self.band_columns = joined_bands(config, tuple(features["band_channels"]))
             widths += map(len, self.band_columns)
-        self.channels = self.directions = sum(widths)
-        if whitened and n_images:
-            self.directions = max(1, min(self.channels, n_images - 1))
-        wanted = config.flow_channels if whitened and config.flow_channels else self.directions
-        self.leading = min(wanted, self.directions)
         ends = np.cumsum(widths)
-        return [range(end - width, end) for end, width in zip(ends, widths)]
+        self.groups = [range(end - width, end) for end, width in zip(ends, widths)]  # normalised together
+        self.channels = sum(widths)  # of the joint token
 
-    # ------------------------------------------------------------ tokens
+    def directions(self, n_images: int | None) -> int:
+        """In how many directions the joint tokens of so many images differ."""
+        return max(1, min(self.channels, n_images - 1)) if n_images else self.channels
+
     def joint(self, features: Features) -> Tensor:
         """The joint token (B, D), as it is cached: the semantic token (re-pooled under ``centre_pool``) and,
         with bands, the chosen sub-band energies."""
@@ -127,116 +94,17 @@ class Detector(nn.Module):
         chosen = [features.bands[:, group.start : group.stop] for group in self.band_columns]
         return torch.cat([semantic, *chosen], 1)
 
-    def raw_patches(self, features: Features) -> Tensor:
-        """The patch tokens (B, N, E) that the fusion takes, as they are cached: of the last map, or of middle
-        depths, two by two places together."""
-        if not self.middle:
-            return features.patches
-        assert features.places is not None, "places are cached"
-        return self.middle_patches(features.places)
-
-    def middle_patches(self, places: Tensor) -> Tensor:
-        """Place tokens (B, P, E) two by two together -> (B, N, E)."""
-        maps = places.transpose(1, 2).unflatten(2, self.place_grid)
-        return F.adaptive_avg_pool2d(maps, self.fusion_grid).flatten(2).transpose(1, 2)
-
-    def patches(self, features: Features) -> Tensor:
-        """The patch tokens (B, N, C) that the fusion sees."""
-        if self.patch_normalizer is None:
-            return features.semantic.new_zeros(features.semantic.shape[0], 0, self.leading)
-        return self.patch_normalizer(self.raw_patches(features))
-
-    def inputs(self, features: Features) -> Inputs:
-        """What the flow takes of cached features."""
-        tokens, outside = self.normalizer(self.joint(features))
-        return Inputs(tokens, outside, self.patches(features))
-
-    # ------------------------------------------------------------ latents and scores
-    def latents(self, inputs: Inputs) -> Latents:
-        """The flow on the leading directions, the others as they are."""
-        z, log_det = self.flow(inputs.tokens[:, : self.leading], [inputs.patches])
-        if self.leading < self.directions:
-            z = torch.cat([z, inputs.tokens[:, self.leading :]], 1)
-        return Latents(z, log_det, inputs.tokens, inputs.outside)
-
-    def distances(self, rows: Tensor, outside: Tensor) -> Tensor:
-        """Squared distances (B, n) of tokens or latents (B, k) to the reference."""
-        return model.squared_distances(rows, self.reference.float()) + outside.unsqueeze(1)
-
-    def flow_loss(self, latents: Latents) -> Tensor:
-        """The flow's own negative log-likelihood of its directions (B): model.py."""
-        return model.loss_per_image(latents.z[:, : self.leading], latents.log_det)
-
-    def energy(self, latents: Latents, distances: Tensor | None = None) -> Tensor:
-        """The image's energy (B), per channel of the joint token: model.py. distances (B, n): of its tokens
-        to the kernels' centres, where they are known."""
-        z, log_det, tokens, outside = latents
-        if self.base == "normal":
-            return model.normal_energy(z, log_det, outside, self.channels)
-        if distances is None:
-            distances = self.distances(tokens, outside)
-        return model.kernel_energy(distances, self.gain(latents), self.bandwidth, self.channels)
-
-    def gain(self, latents: Latents) -> Tensor:
-        """The flow's log-likelihood of its directions less that of the normal density it starts from (B)."""
-        before = 0.5 * latents.tokens[:, : self.leading].square().sum(1)
-        return before - self.leading * self.flow_loss(latents)
-
-    def log_energy(self, latents: Latents, energy: Tensor) -> Tensor:
-        """The image's part of the score "joined" (B): the logarithm of its energy. Where the normal images
-        show one scene, so that places are read, the flow's gain counts as under its own base density
-        (docs/method.md, eq. 14)."""
-        if self.base == "normal" or not self.uses_places:
-            return energy.clamp_min(ENERGY_FLOOR).log()
-        gain = 2 * self.gain(latents) / self.channels
-        kernels = energy + self.bandwidth * gain
-        return kernels.clamp_min(ENERGY_FLOOR).log() - gain / self.bandwidth
-
-    def score(self, latents: Latents, name: str | None = None, energy: Tensor | None = None) -> Tensor:
-        """The anomaly score ``name`` (config.SCORES; None: the knob's) of images, without places: higher =
-        more anomalous -> (B). energy (B): theirs, where it is known."""
-        name = name or self.score_name
-        if name == "latent":
-            return latents.z.square().mean(1)
-        if name == "latent_knn":
-            return model.nearest_neighbours(self.distances(latents.z, latents.outside))
-        if energy is None:
-            energy = self.energy(latents)
-        if name == "likelihood":
-            return model.negative_log_likelihood(energy, self.bandwidth)
-        return self.log_energy(latents, energy)
-
-    def unusual_places(self, places: Tensor) -> Tensor:
-        """How unusual an image's most unusual places are, on average, from raw place tokens (B, P, E) ->
-        (B)."""
-        assert self.places is not None
-        return self.places(places).topk(self.n_unusual, dim=1).values.mean(1)
-
     def scores(self, features: Features) -> Tensor:
         """Anomaly scores (n) of images from their cached features, on the device: what an exported file
         computes."""
-        score = self.score(self.latents(self.inputs(features)))
-        if self.uses_places:
-            score = score + self.unusual_places(features.places)
-        return score
+        raise NotImplementedError
 
     @torch.no_grad()
     def score_features(self, features: Features) -> np.ndarray:
-        """The same, each image by itself. Raises UserError when a score is not finite."""
+        """The same, each image by itself. Raises UserError when a score is not finite: it would pass for a
+        verdict."""
         with products(features.semantic.device):
-            return self._finite(self.scores(features).cpu().numpy())
-
-    @torch.no_grad()
-    def place_map(self, places: Tensor) -> np.ndarray:
-        """How unusual every place is (B, P), in standard deviations of the place's own log-energy beyond
-        the three that few places of a normal picture reach, from raw place tokens (B, P, E)."""
-        assert self.places is not None
-        with products(places.device):
-            return (self.places(places) - USUAL).cpu().numpy()
-
-    @staticmethod
-    def _finite(scores: np.ndarray) -> np.ndarray:
-        """The scores, all finite: one that is not would pass for a verdict. Raises UserError."""
+            scores = self.scores(features).cpu().numpy()
         broken = np.flatnonzero(~np.isfinite(scores))
         if len(broken):
             raise UserError(
@@ -245,20 +113,129 @@ class Detector(nn.Module):
             )
         return scores
 
-    # ------------------------------------------------------------ fitting and loading
-    def read_places_if(self, alike: bool) -> None:
-        """Whether the score reads places: where the class's normal images show one scene."""
-        self.alike.fill_(alike)
-        self.uses_places = bool(alike) and self.places is not None
+    def place_map(self, places: Tensor) -> np.ndarray:
+        """How unusual every place is (B, P), where ``uses_places``, from raw place tokens (B, P, E)."""
+        raise NotImplementedError
 
     def load_saved(self, state: dict[str, Tensor]) -> None:
-        """Load a state dict, whose reference and whitening of places may have any number of rows."""
-        for name, values in state.items():
-            if name in ("reference", "places.whitening"):
-                owner, _, buffer = name.rpartition(".")
-                setattr(self.get_submodule(owner), buffer, torch.empty_like(values))
+        """Load a state dict, some of whose buffers may have any number of rows."""
+        for name in state.keys() & dict(self.named_buffers()).keys():
+            owner, _, buffer = name.rpartition(".")
+            setattr(self.get_submodule(owner), buffer, torch.empty_like(state[name]))
         self.load_state_dict(state)
-        self.read_places_if(bool(self.alike))
+
+
+class ImageFlow(Detector):
+    """The paper's detector: the flow moves the image's token, and its coupling layers see the fused patch
+    tokens. Scores: mean z², the likelihood, or neighbours in latent space (docs/method.md, section 4)."""
+
+    def __init__(self, config: Config, features: dict, n_images: int | None = None):
+        super().__init__(config, features, n_images)
+        self.score_name = config.score
+        name, grid = normalization_in_effect(config, features), tuple(features["grid"])
+        self.leading = self.directions(n_images if name.endswith("whiten") else None)
+        self.normalizer = JointNormalizer(name, self.groups, self.leading)
+        fused = config.fusion != "none"
+        self.patch_normalizer = PatchNormalizer(name, features["n_feat"], self.leading) if fused else None
+        self.flow = build_flow(config, self.leading, grid, features["tokens"] - 1 if fused else 0)
+        # latents of the training images, for the score latent_knn
+        self.register_buffer("reference", torch.zeros(0, self.leading, dtype=torch.float16))
+
+    def patches(self, features: Features) -> Tensor:
+        """The patch tokens (B, N, C) that the fusion sees."""
+        if self.patch_normalizer is None:
+            return features.semantic.new_zeros(features.semantic.shape[0], 0, self.leading)
+        return self.patch_normalizer(features.patches)
+
+    def inputs(self, features: Features) -> Inputs:
+        """What the flow takes of cached features."""
+        tokens, outside = self.normalizer(self.joint(features))
+        return Inputs(tokens, outside, self.patches(features))
+
+    def latents(self, inputs: Inputs) -> Latents:
+        z, log_det = self.flow(inputs.tokens, [inputs.patches])
+        return Latents(z, log_det, inputs.outside)
+
+    def score(self, latents: Latents, name: str | None = None) -> Tensor:
+        """The anomaly score ``name`` (config.SCORES; None: the knob's) of images: higher = more anomalous ->
+        (B)."""
+        name = name or self.score_name
+        if name == "latent":
+            return latents.z.square().mean(1)
+        if name == "latent_knn":
+            distances = model.squared_distances(latents.z, self.reference.float())
+            return model.nearest_neighbours(distances + latents.outside.unsqueeze(1))
+        return model.negative_log_likelihood(
+            model.normal_energy(latents.z, latents.log_det, latents.outside, self.channels)
+        )
+
+    def scores(self, features: Features) -> Tensor:
+        return self.score(self.latents(self.inputs(features)))
+
+
+class PlaceFlow(Detector):
+    """The detector of the score "joined": one flow for all places of the image, which sees at each place two
+    frequency bands of the others, and densities of the joint token without a flow (docs/method.md, section
+    5)."""
+
+    def __init__(self, config: Config, features: dict, n_images: int | None = None):
+        super().__init__(config, features, n_images)
+        self.place_grid, channels = place_grid_of(features), features["place_shape"][1]
+        flow = build_flow(config, channels, (1, SEEN), SEEN)
+        self.places = Places(self.place_grid, channels, flow)
+        self.image = ImageDensity(self.channels, self.directions(n_images))
+        self.place_unit = Standardized()
+        self.register_buffer("one_scene", torch.ones(()))  # the weight of image_density.one_scene
+        self.uses_places = True
+
+    @property
+    def flow(self) -> nn.Module:  # type: ignore[override]
+        return self.places.flow
+
+    def image_part(self, features: Features) -> Tensor:
+        """How unusual the image is as a whole (B), in standard deviations: under the Gaussian where the class
+        shows one scene, under the kernels where it shows several."""
+        return self.weighted(self.image(power_groups(self.joint(features), self.groups)))
+
+    def weighted(self, both: Tensor) -> Tensor:
+        """The same from both densities' (B, 2)."""
+        return self.one_scene * both[:, 0] + (1 - self.one_scene) * both[:, 1]
+
+    def places_part(self, losses: Tensor) -> Tensor:
+        """How unusual its most unusual places are (B), in standard deviations, from the places' losses (B,
+        P)."""
+        return self.place_unit(self.places.most_unusual(losses))
+
+    def scores(self, features: Features) -> Tensor:
+        score = self.image_part(features)
+        if self.uses_places:
+            latents = self.places.latents(self.places.whiten(features.places))
+            score = score + self.one_scene * self.places_part(self.places.losses(*latents))
+        return score
+
+    @torch.no_grad()
+    def place_map(self, places: Tensor) -> np.ndarray:
+        """How unusual every place is (B, P), in standard deviations of the place's own log-likelihood beyond
+        the three that few places of a normal picture reach, from raw place tokens (B, P, E)."""
+        with products(places.device):
+            return (self.places(places) - USUAL).cpu().numpy()
+
+    def read_places(self, one_scene: float) -> None:
+        """Weigh the parts: 1 where the class's normal images show one scene, 0 where places are not read."""
+        self.one_scene.fill_(one_scene)
+        self.uses_places = one_scene > 0
+
+    def load_saved(self, state: dict[str, Tensor]) -> None:
+        super().load_saved(state)
+        self.read_places(float(self.one_scene))
+
+
+SEEN = 3  # tokens that a place sees of its image: two bands and its position
+
+
+def make_detector(config: Config, features: dict, n_images: int | None = None) -> Detector:
+    """The detector that a configuration asks for; arguments and errors as of ``Detector``."""
+    return (PlaceFlow if config.score == "joined" else ImageFlow)(config, features, n_images)
 
 
 def joined_bands(config: Config, channels: tuple[int, ...]) -> list[range]:
@@ -269,9 +246,7 @@ def joined_bands(config: Config, channels: tuple[int, ...]) -> list[range]:
     return low + bands.columns(channels, bands.statistics[1:], depths)
 
 
-def build_flow(
-    config: Config, channels: int, grid: tuple[int, int], n_tokens: int, middle: bool
-) -> nn.Module:
+def build_flow(config: Config, channels: int, grid: tuple[int, int], n_tokens: int) -> nn.Module:
     """The flow of the configuration's size. Raises UserError on sizes that do not fit."""
     try:
         return model.build_flow(
@@ -287,7 +262,7 @@ def build_flow(
             heads=0,  # as many as the fusion takes by itself
             alpha=config.alpha,
             window=config.window,
-            bands=not middle and TokenGrid.named(config.token_grid, config.window).bands,
+            bands=config.score != "joined" and TokenGrid.named(config.token_grid, config.window).bands,
         )
     except ValueError as error:
         raise UserError(f"{error}; choose another fusion, fc_internal or token_grid") from None
@@ -309,7 +284,7 @@ def load_detector(path: Path) -> tuple[Detector, dict]:
     if fault:
         raise UserError(f"{expected}: {fault}; train it again")
     try:
-        detector = Detector(config_of(record), record["features"], record["result"]["n_train"])
+        detector = make_detector(config_of(record), record["features"], record["result"]["n_train"])
         detector.load_saved(load_file(weights))
     except UserError as error:
         raise UserError(f"{record_file}: {error}") from None

@@ -11,7 +11,7 @@ import utils
 from backbone.arithmetic import products
 from detector import baselines
 from detector.class_data import evenly, in_batches
-from detector.preparation import PLACE_BATCH, PLACE_SAMPLE, PreparedClass
+from detector.preparation import PLACE_BATCH, PLACE_SAMPLE, WHOLE, PreparedClass
 
 LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)  # the constant of a Gaussian, nats per channel
 
@@ -22,11 +22,10 @@ class Evaluation:
 
     entry: dict  # of the history: epoch, loss, held_out_loss where images are held out, AUROCs by score
     scores: dict[str, np.ndarray]  # of held-out and test images, by the knob's score; may not be finite
-    flow_scores: dict[str, np.ndarray]  # as ``Fitted.flow_scores``
-    finite: bool  # whether all likelihoods are; else the held-out loss is infinite
-    reference: Tensor  # the detector's
-    # state of the flow, where it may be gone back to
-    flow: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    named: dict[str, np.ndarray]  # scores of the test images by their names
+    finite: bool  # whether all scores are; else the held-out loss is infinite
+    # of the detector, where it may be gone back to
+    state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def held_out_loss(self) -> float:
@@ -45,41 +44,30 @@ class Evaluation:
 def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluation:
     """Measure the held-out normals and the test images as the flow now is. loss: of the epoch, None before
     training."""
-    detector = prepared.detector.eval()
+    prepared.detector.eval()
     with products(prepared.device):
-        latents = {part: prepared.measure(part) for part in ("held", "test")}
-        if prepared.config.score == "latent_knn":
-            detector.reference = prepared.measure("fit").z.half()
-        energies = {part: detector.energy(each, prepared.near.get(part)) for part, each in latents.items()}
-        nll = {part: detector.score(latents[part], "likelihood", each) for part, each in energies.items()}
-        image = {part: detector.score(latents[part], None, each) for part, each in energies.items()}
-        scores = {part: each + prepared.unusual_places.get(part, 0.0) for part, each in image.items()}
-        flow = detector.flow_loss(latents["test"])
+        held, test = (prepared.scores(part) for part in ("held", "test"))
     entry: dict = {"epoch": epoch, "loss": loss}
-    if len(nll["held"]):
+    if "likelihood" in held and len(held[WHOLE]):
         usual = torch.from_numpy(prepared.usual["held"]).to(prepared.device)
-        entry["held_out_loss"] = nll["held"][usual].mean().item() - LOG_ROOT_2PI
-    finite = all(bool(each.isfinite().all()) for each in (*nll.values(), *scores.values()))
+        entry["held_out_loss"] = held["likelihood"][usual].mean().item() - LOG_ROOT_2PI
+    finite = all(bool(each.isfinite().all()) for found in (held, test) for each in found.values())
     if not finite:
         entry["held_out_loss"] = float("inf")
-    likelihood = image["test"] if prepared.config.score == "joined" else nll["test"]
-    reported = {"latent": detector.score(latents["test"], "latent"), "likelihood": likelihood, "flow": flow}
-    by_name = {name: values.cpu().numpy() for name, values in reported.items()}
-    own = {part: values.cpu().numpy() for part, values in scores.items()}
-    titled = {"auroc": own["test"]} | {f"{name}_auroc": values for name, values in by_name.items()}
-    for title, values in titled.items():
-        entry[title] = utils.auroc(prepared.data.labels, np.nan_to_num(values))
-    flow_scores = {"likelihood": by_name["likelihood"]}
-    if prepared.config.base == "kernel":
-        flow_scores["flow alone"] = by_name["flow"]
-    return Evaluation(entry, own, flow_scores, finite, detector.reference)
+    named = {name: values.cpu().numpy() for name, values in test.items()}
+    own = {"held": held[WHOLE].cpu().numpy(), "test": named[WHOLE]}
+    entry["auroc"] = utils.auroc(prepared.data.labels, np.nan_to_num(own["test"]))
+    for name in ("latent", "likelihood"):
+        scores = named.get(name, np.full(len(own["test"]), np.nan))
+        known = name in named
+        entry[f"{name}_auroc"] = utils.auroc(prepared.data.labels, np.nan_to_num(scores)) if known else np.nan
+    return Evaluation(entry, own, named, finite)
 
 
 def go_back(prepared: PreparedClass, best: Evaluation) -> None:
     """Make the detector that of an evaluation."""
-    if best.flow:
-        prepared.detector.flow.load_state_dict(best.flow)
-    prepared.detector.reference = best.reference
+    if best.state:
+        prepared.detector.load_saved(best.state)
 
 
 def result_of(
@@ -115,20 +103,14 @@ def outcome(result: dict) -> str:
 @torch.no_grad()
 def simple_scores(prepared: PreparedClass) -> dict[str, np.ndarray]:
     """Scores of simple detectors (baselines.py) on the test images, fitted to all normal training images:
-    on the semantic token, on the joint token that the flow starts from (nearest neighbours there: of the
-    images that the flow is fitted to, as its kernels), and on places where they are read."""
+    on the semantic token, on the power-normalised joint token, and on places where they are read."""
     data = prepared.data
     normal = np.sort(np.concatenate([data.fit_rows, data.held_rows]))
     scores = baselines.semantic_scores(data.train.semantic(normal), data.test.semantic(data.test_rows))
     if prepared.joint:
         train = torch.cat([prepared.joint["fit"], prepared.joint["held"]])
-        scores["Gaussian, flow's input"] = baselines.gaussian(train, prepared.joint["test"])
-        train, test = (  # an image that is fitted to lies in its own directions: nothing is outside
-            torch.cat([tokens, outside.sqrt().unsqueeze(1)], 1)
-            for tokens, outside in (prepared.tokens["fit"], prepared.tokens["test"])
-        )
-        train[:, -1] = 0
-        scores["kNN, flow's input"] = baselines.neighbours(train, test)
+        scores["Gaussian, joint token"] = baselines.gaussian(train, prepared.joint["test"])
+        scores["kNN, joint token"] = baselines.neighbours(train, prepared.joint["test"])
     if prepared.detector.uses_places:
         reference = data.train.one_on_cpu("places", evenly(normal, PLACE_SAMPLE))
         for name, fitted_to in baselines.PLACES.items():

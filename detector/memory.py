@@ -20,8 +20,9 @@ def parameters(config: Config, channels: int, fused: bool) -> int:
 def detector_floats(config: Config, features: dict) -> int:
     """Roughly the numbers that a detector holds: its flow, and what all detectors of the features hold."""
     joined = joint_channels(config, features)
-    flow = parameters(config, min(config.flow_channels or joined, joined), config.fusion != "none")
-    return flow + features_floats(config, features)
+    if config.score == "joined":
+        joined = features["place_shape"][1]
+    return parameters(config, joined, config.fusion != "none") + features_floats(config, features)
 
 
 def check_detector(config: Config, features: dict) -> None:

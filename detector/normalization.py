@@ -12,7 +12,7 @@ from backbone.arithmetic import is_traced
 
 EPS = 1e-12
 NO_VARIANCE = 1e-12  # of a direction, in units of the largest
-RIDGE = 1e-6  # in units of the mean eigenvalue, where the knob asks for none
+RIDGE = 1e-6  # in units of the mean eigenvalue: what float32 needs to tell directions from rounding
 
 # The normalisations by name, as the steps they take in this order.
 NORMALIZATIONS: dict[str, tuple[str, ...]] = {
@@ -24,9 +24,11 @@ NORMALIZATIONS: dict[str, tuple[str, ...]] = {
 
 def spread(tokens: Tensor) -> float:
     """How much the directions of tokens (n, C) differ: one minus the squared length of their mean direction,
-    after ``power_l2``; 0 when all are alike, 1 when they cancel. (The circular variance of directional
+    after ``power_l2``, times n / (n - 1), so that it does not depend on n: 0 when all are alike, 1 when they
+    cancel. (The circular variance of directional
     statistics, in its squared form: Mardia and Jupp, Directional Statistics.)"""
-    return 1 - power_l2(tokens).mean(0).square().sum().item()
+    n = len(tokens)
+    return (1 - power_l2(tokens).mean(0).square().sum().item()) * n / max(1, n - 1)
 
 
 def power_l2(tokens: Tensor) -> Tensor:
@@ -35,6 +37,11 @@ def power_l2(tokens: Tensor) -> Tensor:
     rooted = tokens.abs().sqrt_()
     rooted = rooted * tokens.sign() if is_traced() else rooted.copysign_(tokens)  # ONNX has no copysign
     return rooted.div_(torch.linalg.vector_norm(rooted, dim=-1, keepdim=True).clamp_min_(EPS))
+
+
+def power_groups(joint: Tensor, groups: list[range]) -> Tensor:
+    """Each group of columns by ``power_l2``: (..., D) -> (..., D)."""
+    return torch.cat([power_l2(joint[..., group.start : group.stop]) for group in groups], -1)
 
 
 def principal_directions(centred: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,13 +66,12 @@ class JointNormalizer(nn.Module):
 
     name (NORMALIZATIONS): "none"; "power_l2": each group of columns by itself, then one shift and scale for
     all; "power_l2+whiten": then in the principal directions, largest variance first, each scaled to (λ + r
-    λ̄)^(-1/2), with λ̄ the mean variance and r the ``ridge``; what lies outside of them by (r λ̄)^(-1/2)
-    (docs/method.md, eq. 13). One factor for all makes the mean square of the ``leading`` tokens 1."""
+    λ̄)^(-1/2), with λ̄ the mean variance and r = ``RIDGE``; what lies outside of them by (r λ̄)^(-1/2)
+    (docs/method.md, eq. 12). One factor for all makes the mean square of the tokens 1."""
 
-    def __init__(self, name: str, groups: list[range], directions: int, leading: int, ridge: float):
+    def __init__(self, name: str, groups: list[range], directions: int):
         super().__init__()
         self.steps, self.groups = NORMALIZATIONS[name], groups
-        self.leading, self.ridge = leading, max(ridge, RIDGE)
         channels = sum(map(len, groups))
         self.whitens = "whiten" in self.steps
         self.partial = directions < channels  # some directions are no training image's
@@ -77,9 +83,7 @@ class JointNormalizer(nn.Module):
 
     def power(self, joint: Tensor) -> Tensor:
         """Each group of columns by ``power_l2``, where the normalisation says so: (B, D) -> (B, D)."""
-        if not self.steps:
-            return joint
-        return torch.cat([power_l2(joint[:, group.start : group.stop]) for group in self.groups], 1)
+        return power_groups(joint, self.groups) if self.steps else joint
 
     @torch.no_grad()
     def fit(self, joint: Tensor) -> "JointNormalizer":
@@ -94,12 +98,12 @@ class JointNormalizer(nn.Module):
             return self
         values, directions = principal_directions(centred)
         count = self.directions.shape[1]
-        floor = self.ridge * values.sum() / centred.shape[1] + EPS
+        floor = RIDGE * values.sum() / centred.shape[1] + EPS
         scale = (values[:count] + floor).rsqrt()
-        leading = (values[: self.leading] * scale[: self.leading].square()).mean().clamp_min(EPS)
+        size = (values[:count] * scale.square()).mean().clamp_min(EPS)
         self.directions.copy_(directions[:, :count])
-        self.scale.copy_(scale / leading.sqrt())
-        self.rest_scale.copy_(1 / (floor * leading))
+        self.scale.copy_(scale / size.sqrt())
+        self.rest_scale.copy_(1 / (floor * size))
         return self
 
     @torch.no_grad()
@@ -152,58 +156,3 @@ class PatchNormalizer(nn.Module):
         if self.steps:
             patches = patches * self.scale
         return F.pad(patches, (0, self.missing)) if self.missing else patches
-
-
-PLACE_RIDGE = 0.03  # added to the covariance of a place, in units of the mean variance
-ENERGY_FLOOR = 1e-6  # of an energy before its logarithm
-AS_IF_SEEN = 10  # images that the places' common variance of log-energies counts like
-
-
-class PlaceGaussians(nn.Module):
-    """A Gaussian for each place of the image: place tokens (B, P, E) -> how unusual each place is (B, P): the
-    logarithm of its energy (the mean square of the token whitened by the place's own mean and covariance, as
-    far as the data bear them out), standardised over the normal images (docs/method.md, eq. 19 and 20). Its
-    buffers are fitted by ``fit``; before, there is no whitening."""
-
-    def __init__(self, places: int, channels: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(places, channels))
-        self.register_buffer("whitening", torch.zeros(0, channels, channels))  # (P, E, E) once fitted
-        self.register_buffer("log_mean", torch.zeros(places))
-        self.register_buffer("log_deviation", torch.ones(places))
-
-    @torch.no_grad()
-    def fit(self, places: Tensor) -> "PlaceGaussians":
-        """Fit to the place tokens (n, P, E) of normal training images, float32.
-
-        A place's own mean is drawn to the mean of all places as far as the places' means differ by chance
-        alone (the positive part of James and Stein's estimator); its covariance to the common one by E / (n +
-        E), as if that had been seen on E images (an inverse Wishart prior; Friedman's regularised
-        discriminant analysis, 1989); the variance of its log-energy to the common one by 10 / (n + 10)."""
-        n, _, channels = places.shape
-        common, own = places.mean((0, 1)), places.mean(0)
-        within = (places - own).square().mean() / max(n - 1, 1)
-        between = (own - common).square().mean().clamp_min(EPS)
-        self.mean.copy_(common + (1 - within / between).clamp_min(0) * (own - common))
-        away = (places - self.mean).transpose(0, 1)  # (P, n, E)
-        covariance = away.transpose(1, 2) @ away / n
-        pooled = covariance.mean(0)
-        covariance += channels / (n + channels) * (pooled - covariance)
-        variance = pooled.diagonal().mean()
-        values, vectors = torch.linalg.eigh(covariance.double())
-        roots = (values + PLACE_RIDGE * variance + EPS).rsqrt()
-        self.whitening = ((vectors * roots.unsqueeze(1)) @ vectors.transpose(1, 2)).float()
-        logs = self._log_energies(places)
-        variances = logs.var(0, correction=0)
-        variances = (n * variances + AS_IF_SEEN * variances.mean()) / (n + AS_IF_SEEN)
-        self.log_mean.copy_(logs.mean(0))
-        self.log_deviation.copy_(variances.clamp_min(ENERGY_FLOOR).sqrt())
-        return self
-
-    def _log_energies(self, places: Tensor) -> Tensor:
-        whitened = torch.matmul((places - self.mean).transpose(0, 1), self.whitening)
-        return whitened.square().mean(2).transpose(0, 1).clamp_min(ENERGY_FLOOR).log()
-
-    @torch.no_grad()
-    def forward(self, places: Tensor) -> Tensor:
-        return (self._log_energies(places) - self.log_mean) / self.log_deviation

@@ -1,0 +1,161 @@
+"""The flow's places: the whitened place tokens of an image, what each sees of the others, and how unusual
+each is (docs/method.md, section 5.3)."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import model
+
+EPS = 1e-12
+RIDGE = 0.03  # added to the covariance of a place, in units of the mean variance
+NEAR, RING = 2, 5  # places around a place: what it does not see of its image, and the reach of its high band
+LEAST = 0.01  # of twice the negative log-likelihood before its logarithm
+AS_IF_SEEN = 10  # images that the places' common variance of log-likelihoods counts like
+MOST_UNUSUAL = 0.03  # share of an image's places that the score takes the mean of
+LOG_2PI = math.log(2 * math.pi)
+
+
+def bands_around(grid: tuple[int, int]) -> Tensor:
+    """What a place sees of the other places of its image, as weights (2, P, P) whose rows sum to 1 (to 0
+    where there are none): the low band, the mean of all but the (2 ``NEAR`` + 1)² around it, and the high
+    band, the mean of those of them that are at most ``RING`` away. Its own neighbourhood would tell it
+    itself."""
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
+    along = [(each.flatten()[:, None] - each.flatten()).abs() for each in (rows, columns)]
+    distance = torch.maximum(*along)
+    seen = torch.stack([distance > NEAR, (distance > NEAR) & (distance <= RING)]).float()
+    return seen / seen.sum(2, keepdim=True).clamp_min(1)
+
+
+def position(grid: tuple[int, int], channels: int) -> Tensor:
+    """Where a place is, as a token (P, C): sines and cosines of row and column, from half a wave over the
+    grid to four (the embedding of transformers, Vaswani et al. 2017, at the scale of a grid)."""
+    waves = math.pi * 8 ** torch.linspace(0, 1, max(1, channels // 4))
+    rows, columns = ((torch.arange(side) + 0.5) / side for side in grid)
+    places = (rows.repeat_interleave(grid[1]), columns.repeat(grid[0]))
+    parts = [wave(each[:, None] * waves) for each in places for wave in (torch.sin, torch.cos)]
+    found = torch.cat(parts, 1)[:, :channels]
+    return nn.functional.pad(found, (0, channels - found.shape[1]))
+
+
+class PlaceWhitening(nn.Module):
+    """Place tokens (B, P, E) -> (B, P, E), each whitened by its place's own mean and covariance, as far as
+    the data bear them out (docs/method.md, eq. 17). Its buffers are fitted by ``fit``; before, there is no
+    whitening."""
+
+    def __init__(self, places: int, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(places, channels))
+        self.register_buffer("whitening", torch.zeros(0, channels, channels))  # (P, E, E) once fitted
+
+    @torch.no_grad()
+    def fit(self, places: Tensor) -> "PlaceWhitening":
+        """Fit to the place tokens (n, P, E) of normal training images, float32.
+
+        A place's own mean is drawn to the mean of all places as far as the places' means differ by chance
+        alone (the positive part of James and Stein's estimator); its covariance to the common one by E / (n +
+        E), as if that had been seen on E images (an inverse Wishart prior; Friedman's regularised
+        discriminant analysis, 1989)."""
+        n, _, channels = places.shape
+        common, own = places.mean((0, 1)), places.mean(0)
+        within = (places - own).square().mean() / max(n - 1, 1)
+        between = (own - common).square().mean().clamp_min(EPS)
+        self.mean.copy_(common + (1 - within / between).clamp_min(0) * (own - common))
+        away = (places - self.mean).transpose(0, 1)  # (P, n, E)
+        covariance = away.transpose(1, 2) @ away / n
+        pooled = covariance.mean(0)
+        covariance += channels / (n + channels) * (pooled - covariance)
+        variance = pooled.diagonal().mean()
+        values, vectors = torch.linalg.eigh(covariance.double())
+        roots = (values + RIDGE * variance + EPS).rsqrt()
+        self.whitening = ((vectors * roots.unsqueeze(1)) @ vectors.transpose(1, 2)).float()
+        return self
+
+    def forward(self, places: Tensor) -> Tensor:
+        return torch.matmul((places - self.mean).transpose(0, 1), self.whitening).transpose(0, 1)
+
+    @staticmethod
+    def left_out(tokens: Tensor) -> Tensor:
+        """The tokens (n, P, E) of the n images that it was fitted to at the length that they have under
+        Gaussians fitted without their own image, so that they are as those of other images
+        (docs/method.md, eq. 18)."""
+        n, _, channels = tokens.shape
+        energies = tokens.square().sum(2, keepdim=True)
+        own = 1 / (n + channels)  # the weight of an image's own deviation in the covariance of its place
+        return tokens * (n / max(1, n - 1)) / (1 - own * energies).clamp_min(1e-3).sqrt()
+
+
+class PlaceInputs(NamedTuple):
+    """What the flow takes of places: tokens (B, E), and what each sees of its image (B, 3, E): low band, high
+    band, position."""
+
+    tokens: Tensor
+    seen: Tensor
+
+
+class Places(nn.Module):
+    """The flow on places: place tokens (B, P, E) -> how unusual each place is (B, P): the logarithm of twice
+    its negative log-likelihood per channel, standardised by place over the normal images (docs/method.md, eq.
+    17 to 20).
+
+    flow: of E channels, conditioned on three tokens; it starts as the identity, under which a place has its
+    own Gaussian."""
+
+    def __init__(self, grid: tuple[int, int], channels: int, flow: nn.Module):
+        super().__init__()
+        count = math.prod(grid)
+        self.whiten, self.flow = PlaceWhitening(count, channels), flow
+        self.register_buffer("around", bands_around(grid), persistent=False)
+        self.register_buffer("position", position(grid, channels), persistent=False)
+        self.register_buffer("log_mean", torch.zeros(count))
+        self.register_buffer("log_deviation", torch.ones(count))
+        self.n_unusual = max(1, round(MOST_UNUSUAL * count))
+
+    def inputs(self, tokens: Tensor) -> PlaceInputs:
+        """What the flow takes of all places of images, from whitened tokens (B, P, E) -> (B P, ...)."""
+        bands = torch.matmul(self.around, tokens.unsqueeze(1))  # (B, 2, P, E)
+        where = self.position.expand(len(tokens), 1, -1, -1)
+        seen = torch.cat([bands, where], 1).transpose(1, 2)  # (B, P, 3, E)
+        return PlaceInputs(tokens.flatten(0, 1), seen.flatten(0, 1))
+
+    def latents(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B, P, E) and the log-determinants (B, P) of whitened tokens (B, P, E)."""
+        inputs = self.inputs(tokens)
+        z, log_det = self.flow(inputs.tokens, [inputs.seen])
+        return z.unflatten(0, tokens.shape[:2]), log_det.unflatten(0, tokens.shape[:2])
+
+    @staticmethod
+    def losses(z: Tensor, log_det: Tensor) -> Tensor:
+        """Negative log-likelihoods of places, nats per channel without the constant: z (B, P, E), log_det (B,
+        P) -> (B, P)."""
+        return model.loss_per_image(z.flatten(0, 1), log_det.flatten()).view(log_det.shape)
+
+    @torch.no_grad()
+    def fit_scale(self, losses: Tensor) -> "Places":
+        """Fit the standardisation to the losses (n, P) of normal images. The variance of a place's log is
+        drawn to that of all places by 10 / (n + 10)."""
+        logs, n = self._logs(losses), len(losses)
+        variances = logs.var(0, correction=0)
+        variances = (n * variances + AS_IF_SEEN * variances.mean()) / (n + AS_IF_SEEN)
+        self.log_mean.copy_(logs.mean(0))
+        self.log_deviation.copy_(variances.clamp_min(1e-6).sqrt())
+        return self
+
+    @staticmethod
+    def _logs(losses: Tensor) -> Tensor:
+        return (2 * losses + LOG_2PI).clamp_min(LEAST).log()
+
+    def unusual(self, losses: Tensor) -> Tensor:
+        """How unusual each place is (B, P), in standard deviations, from its loss (B, P)."""
+        return (self._logs(losses) - self.log_mean) / self.log_deviation
+
+    def most_unusual(self, losses: Tensor) -> Tensor:
+        """The mean of an image's most unusual places (B), from the losses (B, P)."""
+        return self.unusual(losses).topk(self.n_unusual, dim=1).values.mean(1)
+
+    def forward(self, places: Tensor) -> Tensor:
+        """How unusual each place is (B, P), from raw place tokens (B, P, E)."""
+        return self.unusual(self.losses(*self.latents(self.whiten(places))))
