@@ -14,7 +14,7 @@ from config import UserError
 def prune(root: Path, named: str) -> None:
     """Print what each store holds of each data set; then, unless ``named`` is "list", drop all features and
     lists but those of the data sets that it names. Raises UserError on a name that none has."""
-    files = list_file(root, "*").parent.glob("*.json")
+    files = sorted(list_file(root, "*").parent.glob("*.json"))
     lists = {path.stem: found for path in files if (found := ImageList.read(path))}
     names = [] if named == "list" else [name.strip() for name in named.split(",")]
     if unknown := [name for name in names if name not in lists]:
