@@ -17,9 +17,10 @@ import numpy as np
 
 from config import Config, UserError, unknown
 from images import images, layouts, published
-from images.layouts import OTHER, SPLITS, Listing
+from images.layouts import SPLITS, Table
 from shell.values import class_names
 
+OTHER = -1  # the category of test images of no class that one can train on: always anomalous
 HASHING_THREADS = 8  # threads that hash files: a shared folder answers many at a time
 
 
@@ -229,12 +230,12 @@ def load_images(dataset: str, dataset_path: str | None) -> ImageSet:
         return _digits()
     root = Path(dataset_path or f"data/{collection(dataset)}")
     if dataset not in published.FORMS:
-        return _file_set(layouts.READERS[dataset](root))
+        return _file_set(layouts.read_table(layouts.READERS[dataset], root))
     if not all((root / split).is_dir() for split in SPLITS):
         return _array_set(*published.load(dataset, root))
     if dataset != collection(dataset):
         raise UserError(f"{dataset}: in the image folders of {root} each folder is a class; take CIFAR100")
-    return _file_set(layouts.folders(root))
+    return _file_set(layouts.read_table(layouts.folders, root))
 
 
 def images_of(config: Config) -> ImageSet:
@@ -289,22 +290,40 @@ def _from_array(pixels: dict[str, np.ndarray], split: str, i: int) -> np.ndarray
     return pixels[split][i]
 
 
-def _file_set(listing: Listing) -> ImageSet:
-    """The images of a listing; their names are relative to its root."""
-    splits, files = {}, {}
-    for split in SPLITS:
-        entries = listing.entries[split]
-        files[split] = [entry.path for entry in entries]
-        splits[split] = Split.of(
-            [path.relative_to(listing.root).as_posix() for path in files[split]],
-            [entry.category for entry in entries],
-            [entry.defect for entry in entries],
-            [entry.kind for entry in entries],
-        )
-    labels = Labels(tuple(listing.classes), **splits, per_category=listing.per_category)
-    masks = tuple(entry.mask for entry in listing.entries["test"])
+def _file_set(table: Table) -> ImageSet:
+    """The images of a table; their names are relative to its root."""
+    rows = {split: [row for row in table.rows if row.split == split] for split in SPLITS}
+    files = {split: [row.path for row in rows[split]] for split in SPLITS}
+    masks = tuple(row.mask for row in rows["test"])
     read, identify, size = partial(_from_file, files), partial(_file_key, files), partial(_file_size, files)
-    return ImageSet(labels, read, identify, masks=masks, size=size)
+    return ImageSet(labels_of(table), read, identify, masks=masks, size=size)
+
+
+def labels_of(table: Table) -> Labels:
+    """The labels of a table (images/layouts.py). Its classes are those of the training images, sorted; names
+    that differ in case, Unicode form or spaces only are one. Raises UserError on a test image of a class that
+    is tested on its own and has no training images."""
+    parts = {row.label: row.label.partition("/") for row in table.rows}
+    per_category = any(slash for _, slash, _ in parts.values())
+    trained = sorted({parts[row.label][0] for row in table.rows if row.split == "train"})
+    classes: dict[str, str] = {}
+    for name in trained:
+        classes.setdefault(layouts.folded(name), name)
+    number = {name: i for i, name in enumerate(classes)}
+    meanings = {}
+    for label, (name, _, condition) in parts.items():
+        category = number.get(layouts.folded(name), OTHER)
+        if per_category and category == OTHER:
+            raise UserError(f"dataset_path: expected training pictures of {name}, which test pictures are of")
+        defect = condition != "" and layouts.folded(condition) not in layouts.NORMAL_NAMES
+        meanings[label] = category, defect, condition if defect else label if category == OTHER else ""
+    splits, below = {}, f"{table.root.as_posix()}/"
+    for split in SPLITS:
+        rows = [row for row in table.rows if row.split == split]
+        categories, defects, kinds = zip(*(meanings[row.label] for row in rows)) if rows else ((), (), ())
+        names = [row.path.as_posix().removeprefix(below) for row in rows]
+        splits[split] = Split.of(names, categories, defects, kinds)
+    return Labels(tuple(classes.values()), **splits, per_category=per_category)
 
 
 def _from_file(files: dict[str, list[Path]], split: str, i: int) -> np.ndarray:

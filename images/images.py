@@ -18,6 +18,7 @@ import stat
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,15 @@ def extensions() -> frozenset[str]:
     return frozenset(end for end, name in Image.registered_extensions().items() if name in known)
 
 
-def images_below(folder: Path, skipped: Counter | None = None) -> list[Path]:
+def images_below(folder: Path, skipped: Counter | None = None, left_out: Container[str] = ()) -> list[Path]:
     """The image files in a folder and its subfolders, sorted. Raises UserError when there are none, and on a
     folder that cannot be read.
 
     Hidden files and folders and __MACOSX are passed over; links are followed, each folder is entered once.
-    skipped: counts, by ending, the other files that are no images; without it they are told here."""
+    skipped: counts, by ending, the other files that are no images; without it they are told here. left_out:
+    names of subfolders, in small letters, that are not entered."""
     counted: Counter = Counter() if skipped is None else skipped
-    files = searched_whole(folder, counted)
+    files = searched_whole(folder, counted, left_out)
     if not files:
         others = f"; there are {tell_skipped(counted)}" if counted else ""
         raise UserError(f"no images in {folder}{others}; expected files such as .png, .jpg, .tif or .webp")
@@ -74,7 +76,7 @@ def images_below(folder: Path, skipped: Counter | None = None) -> list[Path]:
     return files
 
 
-def searched_whole(folder: Path, counted: Counter) -> list[Path]:
+def searched_whole(folder: Path, counted: Counter, left_out: Container[str] = ()) -> list[Path]:
     """``images_below``, of none an empty list; ``counted`` counts the other files, nothing is told."""
     files, folders, entered = [], [os.fspath(folder)], set()
     while folders:
@@ -85,7 +87,10 @@ def searched_whole(folder: Path, counted: Counter) -> list[Path]:
         entered.add((found.st_dev, found.st_ino))
         for entry in searched(place):
             if is_folder(entry):
-                folders.append(entry.path)
+                if entry.name.lower() in left_out:
+                    counted[f"{entry.name}/"] += 1
+                else:
+                    folders.append(entry.path)
             elif reason := why_skipped(entry):
                 counted[reason] += 1
             else:
@@ -128,7 +133,8 @@ def tell_skipped(skipped: Counter) -> str:
     """As in "3 files that are no images (.txt 2, .csv 1)"."""
     listed = ", ".join(f"{reason} {count}" for reason, count in skipped.most_common(6))
     more = ", ..." if len(skipped) > 6 else ""
-    return f"{sum(skipped.values())} files that are no images ({listed}{more})"
+    what = "files or folders" if any(reason.endswith("/") for reason in skipped) else "files"
+    return f"{sum(skipped.values())} {what} that are no images ({listed}{more})"
 
 
 # ---------------------------------------------------------------- the same files?
