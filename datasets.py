@@ -18,6 +18,7 @@ import numpy as np
 from config import Config, UserError, unknown
 from images import images, layouts, published
 from images.layouts import SPLITS, Table
+from images.pixel_scale import PixelScale
 from shell.values import class_names
 
 OTHER = -1  # the category of test images of no class that one can train on: always anomalous
@@ -138,7 +139,8 @@ class ImageSet:
     read(split, i) -> (H, W, 3) uint8; raises UserError that names an unreadable image. identify(split, i):
     a hash of the image's content, of a file's bytes or of pixels; it does not depend on names and places.
     masks: where the defect of each test image is marked, or None; () without any. size(split, i): height and
-    width of an image in a file, without its pixels; raises UserError."""
+    width of an image in a file, without its pixels; raises UserError. scale: of pixels of more than eight
+    bits, which the training images decide."""
 
     labels: Labels
     read: Callable[[str, int], np.ndarray]
@@ -146,6 +148,7 @@ class ImageSet:
     from_files: bool = True
     masks: tuple[Path | None, ...] = ()
     size: Callable[[str, int], tuple[int, int]] | None = None
+    scale: PixelScale = dataclasses.field(default_factory=PixelScale)
 
     def keys(self, split: str) -> list[str]:
         """The content hash of every image of a split, in order; HASHING_THREADS files are read at a time."""
@@ -161,7 +164,7 @@ class ImageSet:
         masks = tuple(self.masks[i] for i in rows["test"]) if self.masks else ()
         read, identify = (partial(_at_row, take, rows) for take in (self.read, self.identify))
         size = self.size and partial(_at_row, self.size, rows)
-        return ImageSet(labels, read, identify, self.from_files, masks, size)
+        return ImageSet(labels, read, identify, self.from_files, masks, size, self.scale)
 
     def sizes(self, most: int) -> dict[str, list[tuple[int, int]]]:
         """Height and width of training images by class, of at most so many, evenly spaced, without those that
@@ -295,8 +298,13 @@ def _file_set(table: Table) -> ImageSet:
     rows = {split: [row for row in table.rows if row.split == split] for split in SPLITS}
     files = {split: [row.path for row in rows[split]] for split in SPLITS}
     masks = tuple(row.mask for row in rows["test"])
-    read, identify, size = partial(_from_file, files), partial(_file_key, files), partial(_file_size, files)
-    return ImageSet(labels_of(table), read, identify, masks=masks, size=size)
+    scale = PixelScale(measure=partial(images.measured, files["train"]))
+    read, identify, size = (
+        partial(_from_file, files, scale),
+        partial(_file_key, files),
+        partial(_file_size, files),
+    )
+    return ImageSet(labels_of(table), read, identify, masks=masks, size=size, scale=scale)
 
 
 def labels_of(table: Table) -> Labels:
@@ -326,8 +334,8 @@ def labels_of(table: Table) -> Labels:
     return Labels(tuple(classes.values()), **splits, per_category=per_category)
 
 
-def _from_file(files: dict[str, list[Path]], split: str, i: int) -> np.ndarray:
-    return images.read_image(files[split][i])
+def _from_file(files: dict[str, list[Path]], scale: PixelScale, split: str, i: int) -> np.ndarray:
+    return images.read_image(files[split][i], scale)
 
 
 def _file_key(files: dict[str, list[Path]], split: str, i: int) -> str:
@@ -342,4 +350,4 @@ def unlabelled(files: list[Path]) -> ImageSet:
     """Image files without labels, as a test split."""
     labels = Labels((), Split.of([], []), Split.of([str(path) for path in files], [OTHER] * len(files)))
     listed: dict[str, list[Path]] = {"train": [], "test": files}
-    return ImageSet(labels, partial(_from_file, listed), partial(_file_key, listed))
+    return ImageSet(labels, partial(_from_file, listed, PixelScale()), partial(_file_key, listed))

@@ -24,6 +24,7 @@ from cache.cache_writer import lost_shards, restore, start_again
 from cache.feature_cache import CacheIdentity, FeatureCache
 from cache.shards import REPAIR, Damaged, Shard
 from config import Config, UserError
+from images.images import note
 
 ABSENT = reuse.State("absent")
 
@@ -67,6 +68,8 @@ def extract(
     fill(config, writer, features, count, job.shards_at_once)
     seconds = time.perf_counter() - start
     print(f"extracted {count} images in {seconds:.0f} s, {count / seconds:.0f} images/s", flush=True)
+    if line := images.scale.beyond():
+        note(line)
     return FeatureCache(identity)
 
 
@@ -121,6 +124,8 @@ def images_of(config: Config, identity: CacheIdentity, begun: reuse.State) -> da
         hint = f"; the features in {identity.folder} can be used without the images: --pretrained True"
         raise UserError(f"{mistake}{hint if begun.what == 'whole' else ''}") from None
     datasets.choose_classes(images.labels, config.class_name)
+    if begun.manifest and not config.restart:
+        images.scale.ranges = begun.manifest.fields.get("pixel_scale", {})
     return images
 
 

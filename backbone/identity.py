@@ -85,8 +85,12 @@ def shape_fields(config: Config, img_size: tuple[int, int]) -> dict:
 
 
 def sized(config: Config, images: datasets.ImageSet, identity: CacheIdentity) -> CacheIdentity:
-    """The same with the size of the images where the pictures decide it: that of the features that are there,
-    so that a folder may grow, or the one that the training pictures ask for."""
+    """The same with what the pictures decide: the scale of pixels of more than eight bits, and the size of
+    the images where it is open: that of the features that are there, so that a folder may grow, or the one
+    that the training pictures ask for."""
+    if images.scale.ranges:
+        fields = identity.fields | {"pixel_scale": images.scale.ranges}
+        identity = CacheIdentity(identity.folder, fields)
     if "img_size" in identity.fields:
         return identity
     size = None

@@ -77,7 +77,8 @@ def pool_full_cache(
     full = cache_identity(dataclasses.replace(config, token_grid="full", feature_path=None))
     if config.token_grid == "full":
         return None
-    of_this_size = {name: identity.fields[name] for name in ("img_size", "place_grid")}
+    by_pictures = {"img_size", "place_grid", "pixel_scale"} & set(identity.fields)
+    of_this_size = {name: identity.fields[name] for name in by_pictures}
     try:
         source = FeatureCache(CacheIdentity(full.folder, full.fields | of_this_size).with_images(images))
     except UserError:

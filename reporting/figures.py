@@ -86,6 +86,7 @@ def raw_images(config: Config, cache: feature_cache.FeatureCache) -> datasets.Im
     if config.pretrained:
         return None
     images = datasets.images_of(config)
+    images.scale.ranges = cache.meta.get("pixel_scale", {})
     if images.fingerprint() != cache.meta["image_list"]:
         raise UserError("the images have changed since they were extracted")
     return images.kept({split: cache.image_rows(split) for split in datasets.SPLITS})
