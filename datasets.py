@@ -220,6 +220,22 @@ def choose_classes(labels: Labels, class_name: str) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
+def repeated(labels: Labels, keys: dict[str, list[str]]) -> str:
+    """The line on images of the same content (``ImageSet.keys`` of each split) in both splits, or under two
+    labels; "" without any."""
+    first: dict[str, tuple] = {}
+    tested, relabelled, pairs = 0, 0, []
+    for split in SPLITS:
+        rows = labels.split(split)
+        for key, name, *label in zip(keys[split], rows.names, rows.category.tolist(), rows.defect.tolist()):
+            other_split, other, other_label = first.setdefault(key, (split, name, label))
+            if key != images.UNREADABLE and (other_split != split or other_label != label):
+                tested, relabelled = tested + (other_split != split), relabelled + (other_label != label)
+                pairs.append(f"{name} is {other}")
+    counts = f"{tested} in train and test, {relabelled} under two labels"
+    return f"the same picture twice: {counts}; {pairs[0]}" if pairs else ""
+
+
 # ---------------------------------------------------------------- raw images
 def collection(dataset: str) -> str:
     """The name of the images of a data set: CIFAR100_fine has CIFAR100's, sorted into 100 classes."""

@@ -92,6 +92,8 @@ def ensure_features(
         return as_they_are(config, identity, thorough)
     begun = reuse.begun(identity)  # a mistake shows before the images are looked at
     images = images_of(config, identity, begun)
+    if line := datasets.repeated(images.labels, {split: images.keys(split) for split in datasets.SPLITS}):
+        note(line)
     if thorough and config.restart and begun.what != "absent":
         if utils.ranks(config).world_size > 1:
             raise UserError("restart: expected one process, which others may join without restart")

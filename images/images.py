@@ -143,6 +143,9 @@ def tell_skipped(skipped: Counter) -> str:
 
 
 # ---------------------------------------------------------------- the same files?
+UNREADABLE = "unreadable"
+
+
 def content_key(path: Path) -> str:
     """A hash of all bytes of a file: 32 hexadecimal digits of its SHA-256; "unreadable" where it cannot be
     read.
@@ -153,10 +156,10 @@ def content_key(path: Path) -> str:
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
-            return "unreadable"
+            return UNREADABLE
         return _hashed(os.fspath(path), found.st_size, found.st_mtime_ns, found.st_ino)
     except OSError:
-        return "unreadable"
+        return UNREADABLE
 
 
 @functools.lru_cache(maxsize=1_000_000)
