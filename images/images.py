@@ -315,7 +315,7 @@ def wide_values(image: Any) -> np.ndarray:
     if image.mode != "RGB":
         return np.asarray(image)
     # Pillow has the upper byte of a colour only, and takes the lower one for it if told the other byte order.
-    raw, place = stored_as(image), image.fp.tell()
+    raw = stored_as(image)
     swapped = raw[:-1] + ("L" if raw.endswith("B") else "B")
     image.fp.seek(0)
     lower: Any = Image.open(io.BytesIO(image.fp.read()), formats=[image.format])
@@ -324,7 +324,6 @@ def wide_values(image: Any) -> np.ndarray:
             tile._replace(args=swapped if isinstance(tile.args, str) else (swapped, *tile.args[1:]))
             for tile in lower.tile
         ]
-        image.fp.seek(place)
         return np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
 
 

@@ -9,6 +9,7 @@ A reader takes the path that the user named, or raises UserError that says where
 there and what it expected."""
 
 import csv
+import functools
 import json
 import re
 import unicodedata
@@ -28,6 +29,9 @@ SPLITS = ("train", "test")
 NORMAL_NAMES = ("good", "ok", "normal")  # conditions, and folders, of normal pictures
 MASK_FOLDERS = ("ground_truth", "gt", "mask", "masks")
 NO_PICTURES = frozenset((*MASK_FOLDERS, "xyz", "depth"))  # folders inside a class's: masks, or depth
+
+
+note_once = functools.cache(images.note)  # a run reads its data set several times
 
 
 class Row(NamedTuple):
@@ -78,18 +82,16 @@ class Search:
     def by_stem(self, folder: Path) -> dict[str, Path]:
         """{folded name without ending: path} of the pictures and folders in a folder; {} where it is none."""
         if folder not in self._stems:
-            entries = images.searched(folder) if folder.is_dir() else []
-            pictures = [
-                entry for entry in entries if images.is_folder(entry) or not images.why_skipped(entry)
-            ]
-            self._stems[folder] = {folded(Path(entry.name).stem): Path(entry.path) for entry in pictures}
+            found = {folded(name): folder / name for name in subfolders(folder)}
+            pictures = Search().inside(folder) if folder.is_dir() else []
+            self._stems[folder] = found | {folded(path.stem): path for path in pictures}
         return self._stems[folder]
 
     def tell(self, root: Path) -> None:
         if self.skipped:
-            images.note(f"passed over in {root}: {images.tell_skipped(self.skipped)}")
+            note_once(f"passed over in {root}: {images.tell_skipped(self.skipped)}")
         if self.notes:
-            images.note(utils.first_named(self.notes, "; "))
+            note_once(f"{root}: {utils.first_named(self.notes, '; ')}")
 
 
 # ---------------------------------------------------------------- names of folders
