@@ -14,7 +14,7 @@ import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,10 +70,11 @@ class Search:
 
     def mask(self, path: Path, below: Path, places: Iterable[Path]) -> Path | None:
         """Where the defect of a picture somewhere ``below`` a folder is marked: by its name, or its name and
-        _mask, in the same place below one of ``places``; in any case and format, or a folder of masks."""
-        beside = path.relative_to(below).parent
+        _mask, in the same place below one of ``places``; in any case and format, or a folder of masks. A
+        folder rgb has its masks beside it."""
+        beside = [part for part in path.relative_to(below).parent.parts if part.lower() != "rgb"]
         for place in places:
-            stems = self.by_stem(place / beside)
+            stems = self.by_stem(place.joinpath(*beside))
             for stem in (f"{path.stem}_mask", path.stem):
                 if mask := stems.get(folded(stem)):
                     return mask
@@ -157,7 +158,8 @@ def own_pictures(root: Path, search: Search) -> Table:
 
 
 def folders(root: Path, search: Search) -> Table:
-    """``{train,test}/<class>/**``; without test/, no test images."""
+    """``{train,test}/<class>/**``, masks of what is no class in ``ground_truth/<its name>``; without test/,
+    no test images."""
     train, test = (inside(root, split) for split in SPLITS)
     trained, tested = by_name(train), by_name(test)
     if not trained and not test.is_dir():
@@ -167,17 +169,15 @@ def folders(root: Path, search: Search) -> Table:
             f"dataset_path: expected a folder of images per class in {train}, found none; "
             f"{what_is_there(train)}"
         )
-    tested = {name: spelt for name, spelt in tested.items() if name in trained or name not in NO_PICTURES}
-    if test.is_dir() and not tested:
+    if test.is_dir() and not any(name in trained or name not in NO_PICTURES for name in tested):
         raise UserError(
             f"dataset_path: expected a folder of images per class in {test}, found none; put the "
             f"normal test images into test/<class>, or take test/ away to train on normal pictures only"
         )
     rows = [
-        Row(path, split, name)
-        for split, folder, names in (("train", train, trained), ("test", test, tested))
-        for name in names.values()
-        for path in search.below(folder / name)
+        row
+        for split, place in zip(SPLITS, (train, test))
+        for row in _labelled(search, root, place, split, trained)
     ]
     for folder in (train, test):
         if folder.is_dir() and (beside := Search().inside(folder)):
@@ -185,6 +185,29 @@ def folders(root: Path, search: Search) -> Table:
                 f"only the folders in {folder} are taken, not the {len(beside)} pictures beside them"
             )
     return Table(root, rows)
+
+
+def _labelled(
+    search: Search, root: Path, place: Path, split: str, normal: Container[str], before: str = ""
+) -> Iterator[Row]:
+    """The images of the folders in a place below ``root``, whose names are their labels, behind ``before``;
+    with the masks of those whose names are not among the ``normal`` ones."""
+    marked = mask_folders(root) + mask_folders(place)
+    for kind, spelt in by_name(place).items():
+        if kind in NO_PICTURES and kind not in normal:
+            continue
+        rows = [Row(path, split, before + spelt) for path in search.below(place / spelt)]
+        masks = [inside(folder, spelt) for folder in marked] + mask_folders(place / spelt)
+        if kind not in normal and masks:
+            rows = [row._replace(mask=search.mask(row.path, place / spelt, masks)) for row in rows]
+            if not any(row.mask for row in rows):
+                where = masks[0].relative_to(root)
+                search.notes.append(f"{len(rows)} defects in {spelt}, no mask for any in {where}")
+        yield from rows
+
+
+def mask_folders(folder: Path) -> list[Path]:
+    return [folder / name for name in subfolders(folder) if folded(name) in MASK_FOLDERS]
 
 
 def normal_only(root: Path, search: Search, name: str | None = None) -> Table:
@@ -247,29 +270,9 @@ def mvtec(root: Path, search: Search) -> Table:
         for name, category in categories.items()
         for split, places in zip(SPLITS, (TRAINED, TESTED))
         for place in places
-        for row in _conditions(search, name, category, inside(category, place), split)
+        for row in _labelled(search, category, inside(category, place), split, NORMAL_NAMES, f"{name}/")
     ]
     return Table(root, rows)
-
-
-def _conditions(search: Search, name: str, category: Path, place: Path, split: str) -> Iterator[Row]:
-    """The images in the folders <good or defect> of a place in a category."""
-    marked = [inside(folder, part) for folder in (category, place) for part in MASK_FOLDERS]
-    marked = [folder for folder in marked if folder.is_dir()]
-    for kind, spelt in by_name(place).items():
-        if kind in NO_PICTURES:
-            continue
-        below = inside(place / spelt, "rgb")
-        below = below if below.is_dir() else place / spelt
-        masks = [inside(folder, spelt) for folder in marked]
-        masks += [folder for part in MASK_FOLDERS if (folder := inside(place / spelt, part)).is_dir()]
-        found = [Row(path, split, f"{name}/{spelt}") for path in search.below(below)]
-        if kind not in NORMAL_NAMES:
-            found = [row._replace(mask=search.mask(row.path, below, masks)) for row in found]
-            if masks and not any(row.mask for row in found):
-                where = masks[0].relative_to(category)
-                search.notes.append(f"{len(found)} defects in {spelt}, no mask for any in {where}")
-        yield from found
 
 
 def _categories(root: Path) -> dict[str, Path]:
@@ -365,7 +368,10 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"dataset_path: {path} cannot be read ({error})") from None
     if not rows or any(row.get(column) is None for row in rows for column in columns):
-        raise UserError(f"dataset_path: expected the columns {', '.join(columns)} in {path}, in every row")
+        raise UserError(
+            f"dataset_path: expected the columns {', '.join(columns)} in {path}, in every row, with commas "
+            "between"
+        )
     return rows
 
 

@@ -77,8 +77,9 @@ MASK = np.array([[0, 0, 255, 0]] * 3, np.uint8)
 def test_masks_are_found_in_any_case_format_and_place(tmp_path, place, name):
     root = tree(tmp_path / "bottle", "train/good/1.png", "test/hole/B5.png")
     write_image(root / place / name, MASK)
-    images = load_images("mvtec", str(root))
-    assert images.labels.test.names == ["test/hole/B5.png"] and (images.mask(0) == (MASK > 0)).all()
+    for dataset in ("mvtec", "folder"):
+        images = load_images(dataset, str(root))
+        assert images.labels.test.names == ["test/hole/B5.png"] and (images.mask(0) == (MASK > 0)).all()
 
 
 def test_masks_that_are_not_found_are_told(tmp_path, capsys):
