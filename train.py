@@ -20,7 +20,7 @@ import model
 import utils
 from backbone.arithmetic import products
 from cache.feature_cache import FeatureCache
-from config import ClassError, Config, UserError
+from config import OWN_PICTURES, ClassError, Config, UserError
 from detector import calibration, checkpoints, evaluation, runs
 from detector.class_data import TokenSource, features_fault, in_batches
 from detector.detector import Detector
@@ -188,8 +188,8 @@ def main(config: Config) -> None:
 
 
 def is_one_class(config: Config) -> bool:
-    """Whether a folder of one's own holds one class, which needs no name then. Raises UserError."""
-    return config.dataset == "folder" and len(datasets.images_of(config).labels.classes) == 1
+    """Whether one's own pictures are of one class, which needs no name then. Raises UserError."""
+    return config.dataset in OWN_PICTURES and len(datasets.images_of(config).labels.classes) == 1
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from config import Config, UserError
 from datasets import SPLITS, ImageSet, Labels
 from shell.files import as_strict_json, checksum, read_sealed, write_sealed
 
+BESIDE_LABELS = ("hashes", "sizes", "pixel_scale", "unreadable")  # what is kept of an ImageList
+
 
 def feature_folder(config: Config) -> Path:
     """The folder of all stores. Raises UserError when it is a file."""
@@ -31,11 +33,13 @@ class ImageList:
     """The images of a data set, without the images: what is kept of it beside the stores.
 
     hashes: of each image of a split, in order. sizes: by backbone, the size of the images that img_size auto
-    has chosen. unreadable: the hashes of those that could not be read."""
+    has chosen. pixel_scale: the ranges of pixels of more than eight bits (images/pixel_scale.py); None until
+    they are measured. unreadable: the hashes of those that could not be read."""
 
     labels: Labels
     hashes: dict[str, list[str]]
     sizes: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    pixel_scale: dict | None = None
     unreadable: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
@@ -47,7 +51,8 @@ class ImageList:
             return listed
         if (rows := before.rows_in(listed)) is not None:
             listed = listed.kept(rows)
-        return dataclasses.replace(listed, sizes=dict(before.sizes), unreadable=list(before.unreadable))
+        listed = dataclasses.replace(listed, sizes=dict(before.sizes), pixel_scale=before.pixel_scale)
+        return dataclasses.replace(listed, unreadable=list(before.unreadable))
 
     def rows_in(self, other: "ImageList") -> dict[str, np.ndarray] | None:
         """The number in another list of each image of a split, of the same content and labels; None where the
@@ -82,7 +87,7 @@ class ImageList:
         try:
             content = read_sealed(path)
             labels = Labels.from_json(content["labels"])
-            return cls(labels, content["hashes"], content["sizes"], content["unreadable"])
+            return cls(labels, **{name: content[name] for name in BESIDE_LABELS})
         except (OSError, ValueError, KeyError, UserError):
             return None
 
@@ -91,8 +96,7 @@ class ImageList:
 
     def content(self) -> dict:
         """What ``write`` writes, made of lists."""
-        rest = {"hashes": self.hashes, "sizes": self.sizes, "unreadable": self.unreadable}
-        return {"labels": self.labels.as_json()} | rest
+        return {"labels": self.labels.as_json()} | {name: getattr(self, name) for name in BESIDE_LABELS}
 
     def all_hashes(self) -> list[str]:
         return [image for split in SPLITS for image in self.hashes[split]]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import datasets
 from cache import feature_cache
-from config import ClassError, Config, held_share
+from config import OWN_PICTURES, ClassError, Config, held_share
 from detector import calibration
 
 EVAL_BATCH = {"cpu": 100, "cuda": 500}  # images per forward pass in evaluation: a CPU's caches hold these
@@ -138,12 +138,12 @@ def class_data(
     """The rows of a class, a share of the normal training images held out at random; there may be no test
     images. Raises ClassError on too few, and on features that are all the same.
 
-    Of a folder of one's own, where verdicts count, as many are held out as the false-alarm rate needs, up to
+    Of one's own pictures, where verdicts count, as many are held out as the false-alarm rate needs, up to
     a fifth."""
     train_rows, test_rows, test_labels = labels.one_class(class_name)
     shuffled = np.random.RandomState(seed).permutation(train_rows)
     n_held = math.ceil(held_share(config.holdout, config.dataset) * len(shuffled))
-    if config.dataset == "folder" and n_held:
+    if config.dataset in OWN_PICTURES and n_held:
         n_held = max(n_held, min(calibration.needed(config.false_alarms), len(shuffled) // 5))
     fit_rows, held_rows = np.sort(shuffled[n_held:]), np.sort(shuffled[:n_held])
     if len(fit_rows) < FEWEST or not (len(test_rows) or len(held_rows)):

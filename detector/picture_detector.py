@@ -14,6 +14,7 @@ from detector.checkpoints import config_of
 from detector.class_data import Features
 from detector.detector import Detector, load_detector
 from images import images
+from images.pixel_scale import PixelScale
 
 
 class PictureDetector:
@@ -68,13 +69,17 @@ class PictureDetector:
         """Scores (n) from rows of features, as ``FittedBackbone.rows`` gives them."""
         return self.fitted.score_features(Features.of(rows)).astype(float)
 
+    def pixels(self, picture: Any) -> np.ndarray:
+        """A picture as the detector sees it, (H, W, 3) uint8. Raises UserError where it cannot be read."""
+        return images.pixels_of(picture, PixelScale(self.backbone.scale.ranges))
+
     def heat_map(self, picture: Any) -> np.ndarray:
         """How unusual each place of a picture is, (H, W) float32 at its size. Raises UserError on a picture
         that cannot be read.
 
         Where the score reads places: in standard deviations beyond ``USUAL``, which few places of a normal
         picture reach. Else by occlusion: how much the score falls when a part is blurred."""
-        pixels = images.pixels_of(picture)
+        pixels = self.pixels(picture)
         if not self.fitted.uses_places:
             return heat_map.by_occlusion(self.score, pixels)
         rows = next(iter(self.backbone.rows([pixels])))

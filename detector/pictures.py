@@ -24,6 +24,7 @@ from backbone.resizing import Unreadable, stack_rows, to_device_size
 from cache.store import EXAMPLE, example_fault
 from config import Config, UserError
 from images import images
+from images.pixel_scale import PixelScale
 from shell.files import as_strict_json
 
 DECODING_THREADS = 2  # threads that decode pictures ahead of the backbone
@@ -61,6 +62,7 @@ class FittedBackbone:
             precision=precision or features["precision"],
             img_size=tuple(features["img_size"]),  # of the fit, where the pictures decided it
         )
+        self.scale = PixelScale(features.get("pixel_scale", {}))
         self.features, self.device, self.weights, self.checkpoint = features, device, weights, checkpoint
         self.unchecked = {"precision"} if precision else set()
 
@@ -135,6 +137,6 @@ class FittedBackbone:
     def _read_one(self, numbered: tuple[int, Any]) -> Tensor | Unreadable:
         number, picture = numbered
         try:
-            return to_device_size(images.pixels_of(picture), self.job.img_size)
+            return to_device_size(images.pixels_of(picture, self.scale), self.job.img_size)
         except UserError as mistake:
             return Unreadable(number, str(mistake))

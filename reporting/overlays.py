@@ -7,7 +7,6 @@ import numpy as np
 
 from config import UserError
 from detector.picture_detector import PictureDetector
-from images.images import pixels_of
 from shell.files import file_name, whole_file
 
 
@@ -49,7 +48,7 @@ def draw_heat_maps(
         drawn.add(path)
         told = f"{row['image']}  score {row['score']:.3g}  {row['verdict'] or ''}"
         try:
-            draw(pixels_of(row["image"]), fitted.heat_map(row["image"]), fitted.least_heat, path, told)
+            draw(fitted.pixels(row["image"]), fitted.heat_map(row["image"]), fitted.least_heat, path, told)
         except UserError as gone:  # or changed since it was scored
             drawn.remove(path)
             print(f"no heat map: {gone}", file=sys.stderr)

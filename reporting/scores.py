@@ -15,6 +15,7 @@ from backbone.resizing import Unreadable
 from config import UserError
 from detector.picture_detector import PictureDetector
 from images import watch
+from images.images import note
 from shell.files import whole_file
 
 COLUMNS = ("image", "class", "score", "p_value", "verdict")
@@ -135,3 +136,5 @@ def tell_counts(
     ]
     told = ", ".join([f"{done} pictures scored", *anomalous, *[f"{failed} unreadable"] * (failed > 0)])
     print(told + (f"; rows in {output}" if output else ""), file=sys.stderr)
+    if line := detectors[0].backbone.scale.beyond():
+        note(line)

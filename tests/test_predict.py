@@ -28,7 +28,7 @@ from config import Config, UserError
 from detector import exporting, pictures, records
 from detector.picture_detector import PictureDetector
 from images import given, images, watch
-from reporting import overlays, scores
+from reporting import scores
 from shell.files import file_name, write_text
 
 pytestmark = pytest.mark.slow
@@ -391,7 +391,7 @@ def test_what_stays_unreadable_is_told_and_counted(here, capsys, tmp_path, no_wa
 
 
 def test_a_heat_map_of_what_has_gone_is_a_line(here, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(overlays, "pixels_of", lambda _: images.read_image(Path("nowhere.png")))
+    monkeypatch.setattr(PictureDetector, "pixels", lambda *_: images.read_image(Path("nowhere.png")))
     rows, said, status = predicted(capsys, "runs/held", TESTED[0], "--heat_maps", tmp_path)
     assert len(rows) == 1 and status == 0 and "no heat map: no image nowhere.png" in said
 
