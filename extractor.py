@@ -63,9 +63,9 @@ def ensure_features(
     assert listed is not None
     restart, chosen = thorough and config.restart, f"{config.extractor} {config.img_size}"
     if images is not None:
-        if listed.pixel_scale is None or restart:
-            listed = dataclasses.replace(listed, pixel_scale=images.scale.ranges)
-        images.scale.ranges = listed.pixel_scale
+        if listed.pixel_scale is not None and not restart:
+            images.scale.ranges = listed.pixel_scale
+        listed = dataclasses.replace(listed, pixel_scale=images.scale.ranges)
         if line := datasets.repeated(listed.labels, listed.hashes):
             note(line)
     asked = settled(config, device, images, None if restart else listed.sizes.get(chosen))

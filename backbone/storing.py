@@ -40,8 +40,8 @@ class Wanted(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Images for one call of ``extract_shard``. config: ``settled``. pixel_scale: of the data set, as JSON. job: which job they are of: another one
-    may find other images, of the same configuration."""
+    """Images for one call of ``extract_shard``. config: ``settled``. pixel_scale: of the data set, as JSON.
+    job: which job they are of: another one may find other images, of the same configuration."""
 
     config: Config
     pixel_scale: str

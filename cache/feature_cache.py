@@ -12,8 +12,6 @@ from config import Config, UserError
 from datasets import SPLITS, ImageSet, Labels
 from shell.files import as_strict_json, checksum, read_sealed, write_sealed
 
-BESIDE_LABELS = ("hashes", "sizes", "pixel_scale", "unreadable")  # what is kept of an ImageList
-
 
 def feature_folder(config: Config) -> Path:
     """The folder of all stores. Raises UserError when it is a file."""
@@ -87,7 +85,8 @@ class ImageList:
         try:
             content = read_sealed(path)
             labels = Labels.from_json(content["labels"])
-            return cls(labels, **{name: content[name] for name in BESIDE_LABELS})
+            scale = content.get("pixel_scale")  # lists of before have none
+            return cls(labels, content["hashes"], content["sizes"], scale, content["unreadable"])
         except (OSError, ValueError, KeyError, UserError):
             return None
 
@@ -96,7 +95,8 @@ class ImageList:
 
     def content(self) -> dict:
         """What ``write`` writes, made of lists."""
-        return {"labels": self.labels.as_json()} | {name: getattr(self, name) for name in BESIDE_LABELS}
+        content = {"labels": self.labels.as_json(), "hashes": self.hashes, "sizes": self.sizes}
+        return content | {"pixel_scale": self.pixel_scale, "unreadable": self.unreadable}
 
     def all_hashes(self) -> list[str]:
         return [image for split in SPLITS for image in self.hashes[split]]
