@@ -20,7 +20,14 @@ class PictureDetector:
     """A fitted class as it is used: pictures in; scores, p-values, verdicts and heat maps out.
 
     A picture is a path, a Pillow image or an array (H, W, 3) or (H, W) of uint8. held_out: scores of held-out
-    normal pictures, which p-values and verdicts rest on; may be empty."""
+    normal pictures, which p-values and verdicts rest on; may be empty.
+
+    It can be pickled, for joblib, Dask or a pool; each process loads the backbone at its first picture. Start
+    processes by spawn: a child forked after a score hangs in torch's threads. Several that share the cores
+    take one thread each:
+
+    with multiprocessing.get_context("spawn").Pool(4, torch.set_num_threads, (1,)) as pool:
+        scores = pool.map(detector.score, paths)"""
 
     def __init__(
         self,

@@ -63,6 +63,10 @@ class FittedBackbone:
         self.features, self.device, self.weights, self.checkpoint = features, device, weights, checkpoint
         self.unchecked = {"dataset"} | ({"precision"} if precision else set())
 
+    def __getstate__(self) -> dict:
+        """Without the loaded backbone: a copy in another process loads its own."""
+        return {name: value for name, value in vars(self).items() if name != "job"}
+
     @functools.cached_property
     def job(self) -> extraction.Extraction:
         """The loaded backbone. Raises UserError when it no longer gives the features of the fit."""
