@@ -61,10 +61,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":  # parse before the slow imports
-    import signal
-
     ARGUMENTS = parse_arguments()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while they are imported: no traceback
 
 import contextlib
 from collections import Counter
@@ -193,5 +190,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     guarded(run, ARGUMENTS)

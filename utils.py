@@ -25,7 +25,6 @@ import torch
 from joblib import cpu_count  # knows a container's share of the machine
 
 from config import Config, UserError, parse_worker
-from shell.signals import Interrupted
 
 
 def seed_everything(seed: int) -> None:
@@ -212,7 +211,7 @@ def thread_pool(threads: int, start: Callable[[], object] | None = None) -> Iter
     pool, wait = ThreadPoolExecutor(threads, initializer=start), True
     try:
         yield pool
-    except Interrupted:
+    except KeyboardInterrupt:
         wait = False
         raise
     finally:

@@ -43,7 +43,9 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_or_stop(self, argv=None):
-        """``parse_args``; a mistake ends the script with one line."""
+        """``parse_args``; a mistake ends the script with one line, and so do signals until ``guarded``."""
+        if argv is None:
+            end_at_once_on_signals()
         try:
             return self.parse_args(argv)
         except UserError as mistake:

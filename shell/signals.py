@@ -27,6 +27,16 @@ class Interrupted(KeyboardInterrupt):
         self.number, self.told = number, told
 
 
+def is_guest() -> bool:
+    """Whether another program runs this script and goes on after it: a notebook (%run), a debugger. The
+    first frame is that program's; runpy's, before it, are of ``python -m``."""
+    frame, first = sys._getframe(), {}
+    while frame:
+        first = first if frame.f_globals.get("__name__") == "runpy" else frame.f_globals
+        frame = frame.f_back
+    return first is not vars(sys.modules["__main__"])
+
+
 def catch_signals() -> None:
     """From now on SIGINT, SIGTERM and SIGHUP raise Interrupted in the main thread, the first time."""
 
@@ -50,7 +60,7 @@ def end_at_once_on_signals() -> None:
 
 
 def _handle(handler) -> None:
-    for kind in ENDING:
+    for kind in () if is_guest() else ENDING:
         if signal.getsignal(kind) is not signal.SIG_IGN:  # as under nohup
             signal.signal(kind, handler)
 
@@ -64,9 +74,13 @@ def show_any_name() -> None:
 
 def guarded(main, *arguments, told="no file is left half-written") -> None:
     """Run ``main(*arguments)``; a user's mistake, a full disk, Ctrl-C or a signal to end stops the script
-    with one line. told: what is said of an interruption that does not say it itself."""
+    with one line. told: what is said of an interruption that does not say it itself. A guest's signals are
+    left to the program that runs it, which gets KeyboardInterrupt."""
     show_any_name()
     try:
+        if is_guest():
+            main(*arguments)
+            return
         catch_signals()
         with ended_in_time(told):
             main(*arguments)

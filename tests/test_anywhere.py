@@ -1,9 +1,10 @@
 """The lines of the README's notebook example work from a folder that has modules of the same names, and in
-several processes."""
+several processes; a script that a notebook runs leaves it alive."""
 
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -110,3 +111,49 @@ def test_a_detector_goes_to_another_process_and_back(mine):
     here, there = (json.loads(f"[{part}]") for part in told.strip("[]").split("] ["))
     assert here == pytest.approx(there, rel=1e-4)
     assert last == "no image nowhere.png: there is no such file"
+
+
+HOST = """
+import os, runpy, signal, sys, time
+
+class Impatient:
+    def find_spec(name, *_):
+        if name == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+kept, at = "kept", sys.argv.pop(1)
+sys.meta_path.insert(0, Impatient)
+sys.argv.pop(0)
+sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as %run does
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+time.sleep(2)
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)
+except KeyboardInterrupt:
+    print(kept)
+"""
+
+
+@pytest.mark.parametrize(
+    "name, moment",
+    [("extractor.py", "work"), ("main.py", "work"), ("main.py", "imports"), ("predict.py", "imports")],
+)
+def test_a_script_that_is_interrupted_leaves_the_program_that_runs_it(tmp_path, name, moment):
+    """While modules are imported, and at work; later signals are the program's as before."""
+    (tmp_path / "host.py").write_text(HOST)
+    options = ["--dataset", "digits", "--extractor", "resnet18", "--weights_path", "random", "--threads", "1"]
+    options = ["run", "folder"] if name == "predict.py" else [*options, "--img_size", "96"]
+    at = "datasets" if moment == "imports" else "nowhere"
+    command = [sys.executable, "host.py", at, str(ROOT / name), *options]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as host:
+        lines = iter(host.stdout)
+        if moment == "work":
+            while "extracting" not in next(lines):
+                pass
+            host.send_signal(signal.SIGINT)
+        said = list(lines)
+    assert host.returncode == 0 and said[-2:] == ["interrupted\n", "kept\n"], said
