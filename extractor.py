@@ -1,6 +1,11 @@
 """Extract the features of a data set once: frozen backbone -> semantic and patch tokens of every
 image -> cache on disk."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH, too
+
 from shell.command_line import from_command_line, run_script
 
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once

@@ -22,6 +22,8 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH, too
+
 from shell.command_line import OneLineParser, add_weights_path
 from shell.signals import guarded
 

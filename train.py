@@ -1,5 +1,10 @@
 """Fit the flow to one normal class and report its detection of all the others, epoch by epoch."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH, too
+
 from shell.command_line import from_command_line, run_script
 
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once

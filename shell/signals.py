@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from types import FrameType
 
 from config import UserError
 
@@ -30,10 +31,12 @@ class Interrupted(KeyboardInterrupt):
 def is_guest() -> bool:
     """Whether another program runs this script and goes on after it: a notebook (%run), a debugger. The
     first frame is that program's; runpy's, before it, are of ``python -m``."""
-    frame, first = sys._getframe(), {}
+    frame: FrameType | None = sys._getframe()
+    modules = []
     while frame:
-        first = first if frame.f_globals.get("__name__") == "runpy" else frame.f_globals
+        modules.append(frame.f_globals)
         frame = frame.f_back
+    first = next(module for module in reversed(modules) if module["__name__"] != "runpy")
     return first is not vars(sys.modules["__main__"])
 
 

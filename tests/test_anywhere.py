@@ -157,3 +157,11 @@ def test_a_script_that_is_interrupted_leaves_the_program_that_runs_it(tmp_path, 
             host.send_signal(signal.SIGINT)
         said = list(lines)
     assert host.returncode == 0 and said[-2:] == ["interrupted\n", "kept\n"], said
+
+
+def test_scripts_find_their_modules_under_pythonsafepath(tmp_path):
+    """Python then leaves the script's own folder out of the path."""
+    for name in ("main", "extractor", "train", "predict", "export", "report"):
+        command = [sys.executable, "-P", ROOT / f"{name}.py", "-h"]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert ran.returncode == 0 and "usage:" in ran.stdout, ran.stderr
