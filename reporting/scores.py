@@ -84,17 +84,17 @@ def rows_of(detectors: list[PictureDetector], files: list[Path]) -> Iterator[lis
 def rows_arriving(
     detectors: list[PictureDetector], arrivals: watch.Arrivals
 ) -> Iterator[list[dict] | Unreadable]:
-    """``rows_of`` the pictures that arrive, without an end; one that cannot be read is tried again, and told
-    of once there is little hope."""
+    """``rows_of`` the pictures that arrive, without an end; one that changed while it was read waits again,
+    one that cannot be read is tried again, and told of once there is little hope."""
     print(f"watching {arrivals.folder}; Ctrl-C ends", file=sys.stderr, flush=True)
     while True:
         files = arrivals.ready()
         waiting = iter(files)
         for part in rows_of(detectors, files):
             if not isinstance(part, Unreadable):
-                for path in itertools.islice(waiting, len(part) // len(detectors)):
-                    arrivals.done(path)
-                yield part
+                paths = list(itertools.islice(waiting, len(part) // len(detectors)))
+                whole = {str(path) for path in paths if arrivals.done(path)}
+                yield [line for line in part if line["image"] in whole]
             elif arrivals.given_up(next(waiting)):
                 yield part
         time.sleep(watch.INTERVAL)

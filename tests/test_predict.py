@@ -317,25 +317,33 @@ def test_rows_flow_and_ctrl_c_is_one_line(here, capsys, monkeypatch, output):
 
 
 def test_pictures_are_scored_as_they_arrive(here, capsys, tmp_path):
-    """A row each, as without --watch; one that is still being written waits; SIGTERM is one line, status
-    0."""
+    """A row each, as without --watch; one that is still being written waits, one that has its full size
+    already, too; SIGTERM is one line, status 0."""
     shutil.copy(TESTED[0], tmp_path / "0.png")
-    wanted, _, _ = predicted(capsys, "runs/held", *TESTED[:2])
-    whole, half = Path(TESTED[1]).read_bytes(), tmp_path / "1.png"
+    wanted, _, _ = predicted(capsys, "runs/held", *TESTED[:3])
+    whole, half, filled = Path(TESTED[1]).read_bytes(), tmp_path / "1.png", tmp_path / "2.bmp"
+    content = io.BytesIO()
+    Image.open(TESTED[2]).save(content, "BMP")
     command = [sys.executable, ROOT / "predict.py", "runs/held", "--watch", tmp_path, "--threads", "1"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(list(map(str, command)), **pipes) as process:
         header, first = process.stdout.readline(), process.stdout.readline()
         half.write_bytes(whole[: len(whole) // 2])
-        time.sleep(2.5)  # it has stayed as it is, and was tried
-        half.write_bytes(whole)
-        found = [header, first, process.stdout.readline()]
+        with open(filled, "wb") as stream:
+            stream.truncate(len(content.getvalue()))
+            stream.write(content.getvalue()[:2000])
+            stream.flush()
+            time.sleep(2.5)  # they have stayed as they are, and the first was tried
+            half.write_bytes(whole)
+            second = process.stdout.readline()
+            stream.write(content.getvalue()[2000:])
+        found = [header, first, second, process.stdout.readline()]
         process.send_signal(signal.SIGTERM)
         said, status = process.stderr.read(), process.wait()
     assert status == 0 and "skipped" not in said, said
-    assert said.splitlines()[-1].startswith("2 pictures scored, ")
+    assert said.splitlines()[-1].startswith("3 pictures scored, ")
     found = list(csv.DictReader(found))
-    assert [row["image"] for row in found] == [str(tmp_path / "0.png"), str(half)]
+    assert [row["image"] for row in found] == [str(tmp_path / "0.png"), str(half), str(filled)]
     for row, same in zip(found, wanted):
         assert float(row["score"]) == pytest.approx(float(same["score"]), rel=1e-4)
         assert row["verdict"] == same["verdict"]
