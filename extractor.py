@@ -114,7 +114,7 @@ def ensure_features(
     if check is not None:
         check(what_is_kept(config, backbones.outline(at_size(config, identity)))[1])
     pooled = pool_full_cache(config, images, identity, there)
-    return pooled or extract(config, images, identity, device, there)
+    return as_wanted(config, pooled or extract(config, images, identity, device, there))
 
 
 def images_of(config: Config, identity: CacheIdentity, begun: reuse.State) -> datasets.ImageSet:
@@ -146,13 +146,15 @@ def sound(cache: FeatureCache) -> str:
 
 
 def as_wanted(config: Config, cache: FeatureCache) -> FeatureCache:
-    """A finished cache, whose images that are left out are to be. Raises UserError."""
-    if cache.skipped and config.unreadable == "stop":
-        left_out = utils.counted(len(cache.skipped), "unreadable image")
+    """A finished cache; images that it leaves out are told of. Raises UserError unless they are to be."""
+    if not cache.skipped:
+        return cache
+    left_out = f"{utils.counted(len(cache.skipped), 'unreadable image')}, {cache.skipped[0]} first"
+    if config.unreadable == "stop":
         raise UserError(
-            f"the features in {cache.folder} leave out {left_out}, "
-            f"{cache.skipped[0]} first; --unreadable skip takes them as they are"
+            f"the features in {cache.folder} leave out {left_out}; --unreadable skip takes them as they are"
         )
+    print(f"left out: {left_out}", flush=True)
     return cache
 
 

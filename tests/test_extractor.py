@@ -27,6 +27,7 @@ from timm.layers import BatchNormAct2d, Conv2dSame
 import config as knobs
 import datasets
 import extractor
+import train
 from backbone import backbones, extraction, resizing, storing
 from backbone.identity import cache_identity, maps_kept, token_grid, what_is_kept
 from backbone.token_grid import TokenGrid
@@ -732,10 +733,16 @@ def test_an_unreadable_image_costs_its_shard_only(mixed):
     assert cache.meta == straight.meta and cache.meta["count"] == {"train": 10, "test": 6}
 
 
-def test_unreadable_images_are_left_out_on_request(mixed):
+def test_unreadable_images_are_left_out_on_request(mixed, capsys):
+    """Which is told by every script, whoever left them out."""
     (mixed / "train" / "a" / "03.png").write_bytes(b"broken")
     config = small(mixed, unreadable="skip")
+    told = "left out: 1 unreadable image, train/a/03.png first"
     cache = extractor.ensure_features(config, CPU)
+    assert capsys.readouterr().out.splitlines()[-1] == told
+    for ask in (extractor.main, train.main):
+        ask(dataclasses.replace(config, class_name="a"))
+        assert told in capsys.readouterr().out.splitlines()
     assert cache.skipped == ["train/a/03.png"] and "train/a/03.png" not in cache.labels.train.names
     assert len(cache.tokens("train")) == len(cache.labels.train.names) == 9
     extractor.ensure_features(config, CPU)
