@@ -79,7 +79,7 @@ from detector.records import find_checkpoints
 from images import watch
 from images.given import find_images, refuse_among
 from images.images import images_below
-from reporting.overlays import draw_heat_maps
+from reporting.overlays import check_folder, draw_heat_maps
 from reporting.scores import check_output, rows_arriving, rows_of, table, tell_counts, tell_thresholds
 
 
@@ -143,6 +143,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.heat_maps:
         named = map(Path, [arguments.watch] if arrivals else arguments.images)
         refuse_among(arguments.heat_maps, [path for path in named if path.is_dir()], files)
+        check_folder(arguments.heat_maps)
     detectors = load_all(arguments)
     unreadable = calibrate(detectors, arguments.calibrate) if arguments.calibrate else []
     failed = len(unreadable)

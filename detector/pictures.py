@@ -116,6 +116,7 @@ class FittedBackbone:
     def rows(self, pictures: Iterable) -> Iterator[Rows | Unreadable]:
         """The features of pictures in order: of consecutive ones together, float16 on the device (see
         ``Extraction.rows``), or why one cannot be read."""
+        utils.check_default_dtype()
         batch: list = []
         for picture in self._read(pictures):
             batch.append(picture)

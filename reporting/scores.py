@@ -15,7 +15,7 @@ from backbone.resizing import Unreadable
 from config import UserError
 from detector.picture_detector import PictureDetector
 from images import watch
-from shell.files import whole_file
+from shell.files import naming, whole_file
 
 COLUMNS = ("image", "class", "score", "p_value", "verdict")
 WriteRow = Callable[[dict], None]
@@ -36,11 +36,13 @@ def table(output: Path | None, at_once: bool = False) -> Iterator[WriteRow]:
     """What takes the rows, {column: value}, one by one: CSV on the screen, or a file that is there, whole,
     when the block ends well, or ``at_once``, row by row, behind those that it has."""
     if output is None:
-        yield _csv(sys.stdout, headed=False)
+        with naming("standard output"):
+            yield _csv(sys.stdout, headed=False)
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     place = contextlib.nullcontext(output) if at_once else whole_file(output)
     with (
+        naming(output),
         place as path,
         open(path, "a", encoding="utf-8", errors="backslashreplace", newline="") as stream,  # any name
     ):

@@ -1,8 +1,9 @@
-"""How a script ends: by a user's mistake, Ctrl-C or a signal, in one line and in time."""
+"""How a script ends: by a user's mistake, want of memory, Ctrl-C or a signal, in one line and in time."""
 
 import contextlib
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -17,6 +18,12 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks a script to
 KEPT = (
     "finished classes and finished shards are kept, the same command (without --restart) goes on from there"
 )
+
+
+LEAST_ADDRESS_SPACE = 4 << 30  # bytes: with less (ulimit -v) the libraries of torch or scipy fail or hang
+WANT_OF_MEMORY = (  # as Python, torch, CUDA and oneDNN put it, the last without a reason
+    "can't start new thread", "can't allocate memory", "out of memory", "could not create a primitive",
+)  # fmt: skip
 
 
 class Interrupted(KeyboardInterrupt):
@@ -51,9 +58,16 @@ def catch_signals() -> None:
     _handle(interrupt)
 
 
-def end_at_once_on_signals() -> None:
-    """Until ``catch_signals``: SIGINT, SIGTERM and SIGHUP end the process with one line. For the time of the
-    slow imports, which an exception would leave half done, with a traceback."""
+def before_imports() -> None:
+    """For the time of the slow imports, which an exception would leave half done, with a traceback: until
+    ``catch_signals``, SIGINT, SIGTERM and SIGHUP end the process with one line. So does a limit of memory
+    (ulimit -v) under which they fail."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if 0 <= limit < LEAST_ADDRESS_SPACE:
+        stop(
+            f"not enough memory: ulimit -v allows {limit / 1e9:.2g} GB of address space, expected at least "
+            f"{LEAST_ADDRESS_SPACE / 1e9:.2g} GB, which torch takes"
+        )
 
     def end(number, frame):
         print("interrupted: nothing was begun", file=sys.stderr)
@@ -91,6 +105,11 @@ def guarded(main, *arguments, told="no file is left half-written") -> None:
         stop(mistake)
     except OSError as error:  # a full disk, a folder that may not be written
         stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in WANT_OF_MEMORY):
+            raise
+        told = " ".join(str(error).split())[:200] or "Python has none left"
+        stop(f"not enough memory ({told}); smaller batches, images and fewer threads take less")
     except UnicodeEncodeError as error:  # the name of a file, on its way to the screen
         stop(f"a name is not valid UTF-8: {error.object[:200]!r}; rename it")
     except Interrupted as interrupted:

@@ -404,6 +404,37 @@ def test_a_heat_map_of_what_has_gone_is_a_line(here, capsys, tmp_path, monkeypat
     assert len(rows) == 1 and status == 0 and "no heat map: no image nowhere.png" in said
 
 
+def test_a_folder_for_heat_maps_that_cannot_be_written(here, capsys, tmp_path):
+    """Is told before the first row, whatever is there."""
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", Path("/proc/where")):
+        with pytest.raises(
+            UserError, match=f"heat_maps: expected a folder that can be written to, got {folder}"
+        ):
+            predicted(capsys, "runs/held", TESTED[0], "--heat_maps", folder)
+        assert capsys.readouterr().out == ""
+
+
+def test_a_full_disk_is_told_with_the_tables_name(here):
+    command = [sys.executable, ROOT / "predict.py", "runs/held", TESTED[0], "--threads", "1"]
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(list(map(str, command)), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines()[-1] == "error: No space left on device: standard output"
+
+
+def test_another_default_dtype_is_told(here):
+    fitted = "runs/held/classes/a-seed0"
+    loaded = PictureDetector.load(fitted, device="cpu", threads=1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for ask, given in ((loaded.score, TESTED[0]), (PictureDetector.load, fitted)):
+            with pytest.raises(UserError, match="expected torch.float32, got torch.float64"):
+                ask(given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
