@@ -4,6 +4,7 @@ come.
 python predict.py runs/foad_mfff/classes/cat-seed0 FOLDER photo.jpg > scores.csv
 python predict.py runs/foad_mfff 'shots/*.png' --output scores.json --false_alarms 0.01
 find . -name '*.jpg' | python predict.py runs/foad_mfff -
+python predict.py runs/foad_mfff/classes/cat-seed0 FOLDER --page verdicts.html
 python predict.py runs/foad_mfff --watch FOLDER > scores.csv
 
 A run's folder scores every picture by every class of its first seed, a row for each;
@@ -56,6 +57,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--heat_maps", type=Path, metavar="FOLDER", help="write there where each picture is unusual, as a PNG"
     )
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help="write a page for a browser: pictures by score, heat maps"
+    )
     add_weights_path(parser)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores [0]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
@@ -68,6 +72,7 @@ if __name__ == "__main__":  # parse before the slow imports
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 from tqdm import tqdm
 
@@ -81,6 +86,7 @@ from images.given import find_images, refuse_among
 from images.images import images_below
 from reporting.overlays import check_folder, draw_heat_maps
 from reporting.scores import check_output, rows_arriving, rows_of, table, tell_counts, tell_thresholds
+from reporting.verdicts import check_page, write_verdicts
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -140,6 +146,10 @@ def main(arguments: argparse.Namespace) -> int:
     check_output(arguments.output, at_once=arguments.watch is not None)
     arrivals = watch.Arrivals(arguments.watch) if arguments.watch else None
     files = [] if arrivals else find_images(arguments.images)
+    if arguments.page:
+        check_page(arguments.page)
+        if arrivals:
+            raise UserError("page: expected pictures that are there, --watch has no end; leave one out")
     if arguments.heat_maps:
         named = map(Path, [arguments.watch] if arrivals else arguments.images)
         refuse_among(arguments.heat_maps, [path for path in named if path.is_dir()], files)
@@ -149,6 +159,7 @@ def main(arguments: argparse.Namespace) -> int:
     failed = len(unreadable)
     counts: Counter[str] = Counter()  # of the verdicts of each class
     drawn: set[Path] = set()
+    on_page: list[dict] = []
     written, bar = 0, arguments.output is not None or not sys.stdout.isatty()
     tell_thresholds(detectors)
     parts = rows_arriving(detectors, arrivals) if arrivals else rows_of(detectors, files)
@@ -167,6 +178,8 @@ def main(arguments: argparse.Namespace) -> int:
                     counts[line["class"]] += line["verdict"] == "anomalous"
                     written += 1
                     put(line)
+                if arguments.page:
+                    on_page += part
                 if arguments.heat_maps:
                     draw_heat_maps(detectors, part, arguments.heat_maps, drawn)
     except KeyboardInterrupt:
@@ -178,6 +191,8 @@ def main(arguments: argparse.Namespace) -> int:
         sys.stdout = None  # type: ignore[assignment]
         return 0
     tell_counts(detectors, counts, written // len(detectors), failed if arrivals else 0, arguments.output)
+    if arguments.page:
+        write_verdicts(arguments.page, detectors, on_page, partial(tqdm, desc="drawing", disable=None))
     if drawn and (stale := len(set(arguments.heat_maps.glob("*.png")) - drawn)):
         print(
             f"note: {arguments.heat_maps} also holds {utils.counted(stale, 'PNG')} of other runs",

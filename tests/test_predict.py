@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from browser import FAULTS, in_browser
 from conftest import script, tree
 from PIL import Image
 from safetensors.torch import save_file
@@ -28,7 +29,7 @@ from config import Config, UserError
 from detector import exporting, pictures, records
 from detector.picture_detector import PictureDetector
 from images import given, images, watch
-from reporting import overlays, scores
+from reporting import overlays, scores, verdicts
 from shell.files import file_name, write_text
 
 pytestmark = pytest.mark.slow
@@ -398,6 +399,47 @@ def test_what_stays_unreadable_is_told_and_counted(here, capsys, tmp_path, no_wa
     assert said.splitlines()[-1] == "0 pictures scored, 0 anomalous, 1 unreadable"
 
 
+MOVED = """(window, document) => [...document.querySelectorAll("section")].map((section) => {
+  const [slider, told] = section.querySelectorAll("input, output"), seen = [];
+  const cards = [...section.querySelectorAll("figure")];
+  const second = JSON.parse(section.dataset.limits).indexOf(Number(cards[1].dataset.score));
+  for (const value of [slider.value, slider.max, second]) {
+    slider.value = value;
+    slider.dispatchEvent(new window.Event("input"));
+    seen.push([section.querySelectorAll(".anomalous").length, told.textContent]);
+  }
+  return [cards.map((card) => card.querySelector("figcaption").textContent.split(" ").at(-1)), seen];
+})"""
+
+
+def test_page_of_verdicts(here, capsys, tmp_path):
+    """Pictures by score with two drawings each, of each class; the threshold moves; nothing is fetched."""
+    page = tmp_path / "verdicts.html"
+    rows, _, status = predicted(capsys, "runs/two", *TESTED[:4], *TESTED[10:14], "--page", page)
+    assert status == 0 and in_browser(page, FAULTS) == [[], [], 2 * 2 * 8]
+    for name, (shown, seen) in zip("ab", in_browser(page, MOVED), strict=True):
+        mine = sorted((row for row in rows if row["class"] == name), key=lambda row: -float(row["score"]))
+        assert shown == [row["image"] for row in mine]
+        anomalous = sum(row["verdict"] == "anomalous" for row in mine)
+        assert [count for count, _ in seen] == [anomalous, 0, 1]
+        assert seen[0][1].endswith(f" {anomalous} of 8 pictures anomalous, 0 of 3 held-out normal ones")
+
+
+def test_page_of_many_draws_the_highest_scores(here, capsys, tmp_path, monkeypatch):
+    """And no picture that has gone since; of a class without held-out pictures, too."""
+    monkeypatch.setattr(verdicts, "MOST_DRAWN", 2)
+    page, gone = tmp_path / "verdicts.html", tmp_path / "gone.png"
+    shutil.copy(TESTED[0], gone)
+    monkeypatch.setattr(
+        verdicts, "pixels_of", lambda path: gone.unlink(missing_ok=True) or images.pixels_of(path)
+    )
+    rows, _, _ = predicted(capsys, "runs/plain", *TESTED[:5], gone, "--page", page)
+    text = page.read_text()
+    assert text.count("<figure") == 6 and "no threshold: no normal pictures were held out" in text
+    first = sorted(rows, key=lambda row: -float(row["score"]))[:2]
+    assert text.count("<img") == 2 * sum(row["image"] != str(gone) for row in first)
+
+
 def test_a_heat_map_of_what_has_gone_is_a_line(here, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(overlays, "pixels_of", lambda _: images.read_image(Path("nowhere.png")))
     rows, said, status = predicted(capsys, "runs/held", TESTED[0], "--heat_maps", tmp_path)
@@ -448,6 +490,8 @@ def test_another_default_dtype_is_told(here):
         ["runs/held", "images", "--calibrate", "nowhere"],
         ["images", "images"],
         ["runs/held", "--watch", "nowhere"],
+        ["runs/held", "--watch", "images", "--page", "x.html"],
+        ["runs/held", "images", "--page", "x.pdf"],
     ],
     ids=lambda arguments: " ".join(arguments),
 )
