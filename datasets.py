@@ -5,6 +5,7 @@ data sets by images/published.py, scikit-learn's digits here (README, "Your own 
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from collections import defaultdict
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, UserError, unknown
-from images import images, layouts, published
+from images import images, layouts, published, tiles
 from images.layouts import OTHER, SPLITS, Listing
 from shell.values import class_names
 
@@ -239,13 +240,16 @@ def load_images(dataset: str, dataset_path: str | None) -> ImageSet:
 
 def images_of(config: Config) -> ImageSet:
     """The images a configuration asks for. Raises UserError."""
-    return load_images(config.dataset, config.dataset_path)
+    images = load_images(config.dataset, config.dataset_path)
+    return tiled(images, config.tiles) if config.tiles else images
 
 
 def slug(config: Config) -> str:
     """What tells the images of two configurations of one data set apart in the name of a cache: for image
     folders the folder's name and a hash of its place, but for the default folder; for CIFAR-100 whether its
     classes are the fine ones."""
+    if config.tiles:
+        return "-".join(filter(None, (slug(dataclasses.replace(config, tiles=0)), f"tiles{config.tiles}")))
     if config.dataset == "digits" or config.dataset in published.FORMS:
         return "" if config.dataset == collection(config.dataset) else "fine"
     default = Path(f"data/{config.dataset}").resolve()
@@ -317,6 +321,67 @@ def _file_key(files: dict[str, list[Path]], split: str, i: int) -> str:
 
 def _file_size(files: dict[str, list[Path]], split: str, i: int) -> tuple[int, int]:
     return images.size_of(files[split][i])
+
+
+# ---------------------------------------------------------------- tiles
+PICTURES_KEPT = 4  # decoded, while their tiles are asked for one after the other
+
+
+class _Tiles:
+    """The tiles of a set's training pictures, asked for as its images are."""
+
+    def __init__(self, images: ImageSet, side: int):
+        self.images, self.tiles = images, list[tuple[int, tiles.Tile | None]]()
+        self.picture_size = images.size or (lambda split, i: images.read(split, i).shape[:2])
+        for i in range(len(images.labels.train.names)):
+            try:
+                self.tiles += [(i, tile) for tile in tiles.tiles_of(self.picture_size("train", i), side)]
+            except UserError:  # raised again when it is read
+                self.tiles.append((i, None))
+        self.picture = functools.lru_cache(PICTURES_KEPT)(partial(images.read, "train"))
+
+    def read(self, split: str, i: int) -> np.ndarray:
+        picture, tile = self.tiles[i]
+        pixels = self.picture(picture)
+        if tile and (part := tile.of(pixels)).shape[:2] != tile[2:]:
+            name, most = self.images.labels.train.names[picture], images.MOST_PIXELS // 10**6
+            raise UserError(
+                f"tiles: {name} has more than {most} million pixels, too many to cut; cut it before"
+            )
+        return part if tile else pixels
+
+    def identify(self, split: str, i: int) -> str:
+        picture, tile = self.tiles[i]
+        return _hash(self.images.identify("train", picture), tile)
+
+    def size(self, split: str, i: int) -> tuple[int, int]:
+        picture, tile = self.tiles[i]
+        return tile[2:] if tile else self.picture_size("train", picture)
+
+    def names(self) -> list[str]:
+        pictures = self.images.labels.train.names
+        return [
+            f"{pictures[i]}#{tile.top},{tile.left}" if tile else f"{pictures[i]}#" for i, tile in self.tiles
+        ]
+
+
+def tiled(images: ImageSet, side: int) -> ImageSet:
+    """The tiles (images/tiles.py) of training pictures, each an image of its picture's class. Raises
+    UserError on a set with test images: theirs would be tiles with the labels of whole pictures."""
+    if tested := len(images.labels.test.names):
+        raise UserError(
+            f"tiles: expected a folder of good pictures alone, got {tested} test images, too; give that of "
+            "the good ones, and score the others with predict.py"
+        )
+    cut = _Tiles(images, side)
+    train = images.labels.train.kept([i for i, _ in cut.tiles])
+    labels = dataclasses.replace(images.labels, train=dataclasses.replace(train, names=cut.names()))
+    return ImageSet(labels, cut.read, cut.identify, images.from_files, size=cut.size)
+
+
+def picture_of(name: str) -> str:
+    """The name of the picture that a tile is of."""
+    return name.rpartition("#")[0]
 
 
 def unlabelled(files: list[Path]) -> ImageSet:

@@ -116,11 +116,12 @@ def calibrate(detectors: list[PictureDetector], folder: Path) -> list[str]:
         )
     fitted, scores, unreadable = detectors[0], [], []
     files = images_below(folder) if folder.is_dir() else []
-    for rows in progress(fitted.backbone.rows(files), len(files), "calibrating", True):
-        if isinstance(rows, Unreadable):
-            unreadable.append(rows.reason)
+    parts = (p if isinstance(p, Unreadable) else fitted.score_rows(p) for p in fitted.backbone.rows(files))
+    for part in progress(parts, len(files), "calibrating", True):
+        if isinstance(part, Unreadable):
+            unreadable.append(part.reason)
         else:
-            scores += fitted.score_rows(rows).tolist()
+            scores += part.tolist()
     if not scores:
         raise UserError(
             f"calibrate: expected a folder of good pictures, found none that can be read in {folder}"
@@ -138,7 +139,7 @@ def progress(parts: Iterator, total: int, text: str, shown: bool) -> Iterator:
 
 
 def _count(part) -> int:
-    return len({row["image"] for row in part}) if isinstance(part, list) else len(next(iter(part.values())))
+    return len({row["image"] for row in part}) if isinstance(part, list) else len(part)
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from backbone.resizing import Unreadable, stack_rows, to_device_size
 from cache.manifest import EXAMPLE, example_fault
 from config import Config, UserError
 from images import images
+from images.tiles import tiles_of
 from shell.files import as_strict_json
 
 DECODING_THREADS = 2  # threads that decode pictures ahead of the backbone
@@ -61,6 +62,7 @@ class FittedBackbone:
             img_size=tuple(features["img_size"]),  # of the fit, where the pictures decided it
         )
         self.features, self.device, self.weights, self.checkpoint = features, device, weights, checkpoint
+        self.tiles = config.tiles  # pixels of the side of those that pictures are cut into; 0: they are not
         self.unchecked = {"dataset"} | ({"precision"} if precision else set())
 
     def __getstate__(self) -> dict:
@@ -115,12 +117,12 @@ class FittedBackbone:
 
     def rows(self, pictures: Iterable) -> Iterator[Rows | Unreadable]:
         """The features of pictures in order: of consecutive ones together, float16 on the device (see
-        ``Extraction.rows``), or why one cannot be read."""
+        ``Extraction.rows``), or why one cannot be read; with tiles, of all those of one picture."""
         utils.check_default_dtype()
         batch: list = []
         for picture in self._read(pictures):
-            batch.append(picture)
-            if len(batch) == self.job.batch:
+            batch += picture
+            if self.tiles or len(batch) == self.job.batch:
                 yield from self._rows(batch)
                 batch = []
         yield from self._rows(batch)
@@ -133,16 +135,18 @@ class FittedBackbone:
                 with torch.inference_mode():
                     yield self.job.rows(stack)
 
-    def _read(self, pictures: Iterable) -> Iterator[Tensor | Unreadable]:
-        """The pictures as the device takes them, in order, read a little ahead."""
+    def _read(self, pictures: Iterable) -> Iterator[list[Tensor | Unreadable]]:
+        """The tiles of the pictures, or each as a whole, as the device takes them, in order, read a little
+        ahead."""
+        ahead = 1 if self.tiles else DECODING_THREADS * self.job.batch
         with utils.thread_pool(DECODING_THREADS) as pool:
-            yield from utils.in_order(
-                pool, self._read_one, enumerate(pictures), DECODING_THREADS * self.job.batch
-            )
+            yield from utils.in_order(pool, self._read_one, enumerate(pictures), ahead)
 
-    def _read_one(self, numbered: tuple[int, Any]) -> Tensor | Unreadable:
+    def _read_one(self, numbered: tuple[int, Any]) -> list[Tensor | Unreadable]:
         number, picture = numbered
         try:
-            return to_device_size(images.pixels_of(picture), self.job.img_size)
+            pixels = images.pixels_of(picture)
         except UserError as mistake:
-            return Unreadable(number, str(mistake))
+            return [Unreadable(number, str(mistake))]
+        tiles = tiles_of(pixels.shape[:2], self.tiles)
+        return [to_device_size(tile.of(pixels), self.job.img_size) for tile in tiles]

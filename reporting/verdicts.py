@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from config import UserError
 from detector.picture_detector import PictureDetector
@@ -67,17 +69,18 @@ def _pictures(fitted: PictureDetector, image: str) -> dict[str, str]:
         pixels, values = pixels_of(image), fitted.heat_map(image)
     except UserError:
         return {}
-    heat = (values / max(fitted.least_heat, float(values.max()), 1e-9)).clip(0, 1)
-    colours = (colormaps["inferno"](heat)[..., :3] * 255).astype(np.uint8)
-    picture, warm = Image.fromarray(pixels), Image.fromarray(colours)
+    heat = torch.from_numpy(values / max(fitted.least_heat, float(values.max()), 1e-9)).clamp(0, 1)
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((SIDE, SIDE))
+    hottest = F.adaptive_max_pool2d(heat[None], picture.size[::-1])[0]  # a small place stays to be seen
+    colours = Image.fromarray((colormaps["inferno"](hottest.numpy())[..., :3] * 255).astype(np.uint8))
     return {
-        f"picture {image}": _small(picture),
-        f"heat map of {image}": _small(Image.blend(picture, warm, 0.55)),
+        f"picture {image}": _address(picture),
+        f"heat map of {image}": _address(Image.blend(picture, colours, 0.55)),
     }
 
 
-def _small(picture: Image.Image) -> str:
-    picture.thumbnail((SIDE, SIDE))
+def _address(picture: Image.Image) -> str:
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
