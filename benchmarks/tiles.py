@@ -71,6 +71,11 @@ def main() -> None:
     versions = utils.versions()
     print(f"# Tiles\n\n`python benchmarks/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`, commit")
     print(f"{versions['commit']}, {versions['machine']}, torch {versions['torch']}.\n")
+    defective = args.defect * len(textures.DEFECTS)
+    print(
+        f"Of each surface {args.train} good pictures to fit, {args.good} good and {defective} defective ones "
+        f"to score, {args.size} x {args.size} pixels; defects of 6 to 28 pixels; {args.threads} threads.\n"
+    )
     print("| surface | tiles | AUROC | fit, s | a picture, s |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
         for number, texture in enumerate(TEXTURES):
