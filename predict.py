@@ -16,8 +16,9 @@ rate, where the score is above all of theirs. Both are empty where none were hel
 Pictures that cannot be read are left out, listed at the end, and make the exit status 1.
 
 --watch scores the pictures in a folder, then each that arrives there or is written anew, until
-Ctrl-C or SIGTERM. One that has not changed for a second is taken for whole, unless a process of this
-machine still has it open for writing; one that cannot be read is tried again, for half a minute."""
+Ctrl-C or SIGTERM. One that has not changed for a second is taken for whole, unless a process of
+this machine still has it open for writing; one that cannot be read is tried again, for half a
+minute."""
 
 import argparse
 import sys
