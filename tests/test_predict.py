@@ -430,9 +430,9 @@ def test_page_of_many_draws_the_highest_scores(here, capsys, tmp_path, monkeypat
     monkeypatch.setattr(verdicts, "MOST_DRAWN", 5)
     page, gone = tmp_path / "verdicts.html", tmp_path / "gone.png"
     shutil.copy(TESTED[0], gone)
-    monkeypatch.setattr(
-        verdicts, "pixels_of", lambda path: gone.unlink(missing_ok=True) or images.pixels_of(path)
-    )
+    Image.open(TESTED[0]).resize((500, 400)).save(tmp_path / "large.png")
+    write = predict.write_verdicts
+    monkeypatch.setattr(predict, "write_verdicts", lambda *given: (gone.unlink(), write(*given)))
     rows, _, _ = predicted(capsys, "runs/plain", *TESTED[:4], tmp_path / "large.png", gone, "--page", page)
     text = page.read_text()
     assert text.count("<figure") == 6 and "no threshold: no normal pictures were held out" in text
