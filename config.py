@@ -91,6 +91,7 @@ class Config:
     # data
     dataset: str = features("cifar10", "data set (docs/data.md has the folder layouts)", DATASETS)
     dataset_path: str | None = run(None, "folder of the raw images, or the file of csv; none: data/<dataset>")
+    tiles: int = run(0, "cut the pictures of a folder of good ones into tiles of so many pixels a side, at their own resolution, a quarter overlapping: for defects that vanish in a picture made small; predict.py then gives one score, that of the worst tile, and one heat map for the whole picture; 0: whole pictures", low=0, high=4096)
     class_name: str = run("all", "normal class: one, several separated by commas, or all; a comma in a name is written \\, (backslash, comma)", scripts=FITTING)
     feature_path: str | None = run(None, "folder of the features of all data sets and backbones; none: features")
     prune: str | None = run(None, "list: tell what the features of each backbone and data set take of the disk; names of data sets, as in digits,cifar10: drop all others' features", scripts=EXTRACTING)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, UserError, unknown
-from images import images, layouts, published
+from images import images, layouts, published, tiles
 from images.layouts import SPLITS, Table
 from images.pixel_scale import PixelScale
 from shell.values import class_names
@@ -262,12 +263,15 @@ def load_images(dataset: str, dataset_path: str | None) -> ImageSet:
 
 def images_of(config: Config) -> ImageSet:
     """The images a configuration asks for. Raises UserError."""
-    return load_images(config.dataset, config.dataset_path)
+    images = load_images(config.dataset, config.dataset_path)
+    return tiled(images, config.tiles) if config.tiles else images
 
 
 def name_of(config: Config) -> str:
-    """What the images of a configuration are called beside those of others: the data set, and for image
-    folders elsewhere than in their default place, the folder's name and a hash of its place."""
+    """What the images of a configuration are called beside those of others: the data set, for image folders
+    elsewhere than in their default place the folder's name and a hash of its place, and the tiles' side."""
+    if config.tiles:
+        return f"{name_of(dataclasses.replace(config, tiles=0))}-tiles{config.tiles}"
     name = config.dataset
     default = Path(f"data/{name}").resolve()
     place = Path(config.dataset_path).resolve() if config.dataset_path else default
@@ -361,6 +365,70 @@ def _file_hash(files: dict[str, list[Path]], split: str, i: int) -> str:
 
 def _file_size(files: dict[str, list[Path]], split: str, i: int) -> tuple[int, int]:
     return images.size_of(files[split][i])
+
+
+# ---------------------------------------------------------------- tiles
+PICTURES_KEPT = 4  # decoded, while their tiles are asked for one after the other
+
+
+class _Tiles:
+    """The tiles of a set's training pictures, asked for as its images are."""
+
+    def __init__(self, images: ImageSet, side: int):
+        self.images, self.tiles = images, list[tuple[int, tiles.Tile | None]]()
+        self.picture_size = images.size or (lambda split, i: images.read(split, i).shape[:2])
+        for i in range(len(images.labels.train.names)):
+            try:
+                self.tiles += [(i, tile) for tile in tiles.tiles_of(self.picture_size("train", i), side)]
+            except UserError:  # raised again when it is read
+                self.tiles.append((i, None))
+        self.picture = functools.lru_cache(PICTURES_KEPT)(partial(images.read, "train"))
+
+    def read(self, split: str, i: int) -> np.ndarray:
+        picture, tile = self.tiles[i]
+        pixels = self.picture(picture)
+        if tile and (part := tile.of(pixels)).shape[:2] != tile[2:]:
+            name, most = self.images.labels.train.names[picture], images.MOST_PIXELS // 10**6
+            raise UserError(
+                f"tiles: {name} has more than {most} million pixels, too many to cut; cut it before"
+            )
+        return part if tile else pixels
+
+    def identify(self, split: str, i: int) -> str:
+        picture, tile = self.tiles[i]
+        content = self.images.identify("train", picture)
+        if content == images.UNREADABLE:
+            return content
+        return hashlib.sha256(json.dumps([content, tile]).encode()).hexdigest()[:32]
+
+    def size(self, split: str, i: int) -> tuple[int, int]:
+        picture, tile = self.tiles[i]
+        return tile[2:] if tile else self.picture_size("train", picture)
+
+    def names(self) -> list[str]:
+        pictures = self.images.labels.train.names
+        return [
+            f"{pictures[i]}#{tile.top},{tile.left}" if tile else f"{pictures[i]}#" for i, tile in self.tiles
+        ]
+
+
+def tiled(images: ImageSet, side: int) -> ImageSet:
+    """The tiles (images/tiles.py) of training pictures, each an image of its picture's class. Raises
+    UserError on a set with test images: theirs would be tiles with the labels of whole pictures."""
+    if tested := len(images.labels.test.names):
+        raise UserError(
+            f"tiles: expected a folder of good pictures alone, got {tested} test images, too; give that of "
+            "the good ones, and score the others with predict.py"
+        )
+    cut = _Tiles(images, side)
+    train = images.labels.train.kept([i for i, _ in cut.tiles])
+    labels = dataclasses.replace(images.labels, train=dataclasses.replace(train, names=cut.names()))
+    return ImageSet(labels, cut.read, cut.identify, images.from_files, size=cut.size, scale=images.scale)
+
+
+def picture_of(name: str) -> str:
+    """The name of the picture that a tile is of."""
+    return name.rpartition("#")[0]
 
 
 def unlabelled(files: list[Path]) -> ImageSet:

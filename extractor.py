@@ -5,6 +5,11 @@ python extractor.py --dataset folder --dataset_path product   # what is missing;
 python extractor.py --prune list                              # what the features take of the disk
 python extractor.py --prune digits,cifar10                    # drops all that is of neither"""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH, too
+
 from shell.command_line import from_command_line, run_script
 
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once

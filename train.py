@@ -1,5 +1,10 @@
 """Fit the flow to one normal class and report its detection of all the others, epoch by epoch."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH, too
+
 from shell.command_line import from_command_line, run_script
 
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
@@ -26,6 +31,7 @@ from detector.class_data import TokenSource, features_fault, in_batches
 from detector.detector import Detector
 from detector.optimization import SubnetAdam, compiled, learning_rate
 from detector.preparation import PreparedClass, prepare
+from images.tiles import whole_scores
 
 LOSS_CHECK = 64  # steps between two looks at the loss on a GPU, where reading it waits for the device
 
@@ -117,6 +123,8 @@ class Trainer:
         assert self.best is not None, "evaluate comes first"
         evaluation.go_back(self.prepared, self.best)
         scores, held_scores = self.best.scores["test"], self.best.scores["held"]
+        if self.data.held_pictures is not None:
+            held_scores = whole_scores(held_scores, self.data.held_pictures)
         before = {f"{name}, before training": values for name, values in self.before_training.items()}
         return checkpoints.Fitted(
             self.detector,

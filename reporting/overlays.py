@@ -1,6 +1,7 @@
 """Heat maps to look at: the picture, and the map laid over it."""
 
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,17 @@ def draw(pixels: np.ndarray, values: np.ndarray, least: float, path: Path, title
         axes.axis("off")
     figure.suptitle(title.encode(errors="replace").decode(), parse_math=False, fontsize="small")
     save(figure, path)
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder for heat maps. Raises UserError where no file can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"heat_maps: expected a folder that can be written to, got {folder} ({error.strerror})"
+        ) from None
 
 
 def save(figure, path: Path) -> None:
