@@ -23,8 +23,9 @@ class ClassError(UserError):
 # Datasets and backbones by name: the single list that choices, help and loading are made from.
 DATASETS = (
     *("cifar10", "CIFAR100", "CIFAR100_fine", "fashion", "STL10", "CatsvsDogs"),
-    *("mvtec", "VisA", "BTAD", "MTD", "lbot", "digits", "folder"),
+    *("mvtec", "VisA", "BTAD", "MTD", "RealIAD", "lbot", "digits", "folder", "csv"),
 )
+OWN_PICTURES = ("folder", "csv")  # whose pictures get verdicts: some are held out for the threshold
 BACKBONES = {  # name here -> timm model (the released code's names; any other timm name works as it is)
     "VIT": "vit_base_patch16_384.orig_in21k_ft_in1k",
     "VIT_L": "vit_large_patch16_384.augreg_in21k_ft_in1k",
@@ -87,7 +88,8 @@ class Config:
     check: bool = run(False, "main.py: compare the AUROCs with the preset's committed table, results/<preset>.csv, and end with exit status 1 where one differs by more than .0005", scripts=MAIN)
     # data
     dataset: str = features("cifar10", "data set (docs/data.md has the folder layouts)", DATASETS)
-    dataset_path: str | None = run(None, "folder of the raw images; none: data/<dataset>")
+    dataset_path: str | None = run(None, "folder of the raw images, or the file of csv; none: data/<dataset>")
+    tiles: int = run(0, "cut the pictures of a folder of good ones into tiles of so many pixels a side, at their own resolution, a quarter overlapping: for defects that vanish in a picture made small; predict.py then gives one score, that of the worst tile, and one heat map for the whole picture; 0: whole pictures", low=0, high=4096)
     class_name: str = run("all", "normal class: one, several separated by commas, or all; a comma in a name is written \\, (backslash, comma)", scripts=FITTING)
     feature_path: str | None = run(None, "folder of the features of all data sets and backbones; none: features")
     prune: str | None = run(None, "list: tell what the features of each backbone and data set take of the disk; names of data sets, as in digits,cifar10: drop all others' features", scripts=EXTRACTING)
@@ -125,7 +127,7 @@ class Config:
     lr_schedule: str = fit("constant", "learning rate over the run: constant or cosine (to zero)", ("constant", "cosine"))
     max_grad_norm: float = fit(0.0, "clip the gradient to this norm; 0: no clipping, as in the released code", low=0.0, high=1e+30)
     feature_noise: float = fit(0.0, "standard deviation of Gaussian noise added to the normalised semantic token in training", low=0.0, high=1000000.0)
-    holdout: float | None = fit(None, "share of the normal training images held out to measure likelihood, and for thresholds; none: a tenth of own folders, whose pictures get verdicts, 0 of other data sets", low=0.0, high=0.5)
+    holdout: float | None = fit(None, "share of the normal training images held out to measure likelihood, and for thresholds; none: a tenth of one's own pictures (folder, csv), which get verdicts, 0 of other data sets", low=0.0, high=0.5)
     patience: int = fit(0, "report the epoch that is best on the held-out normals, and end training so many meta epochs behind it; 0: report the last epoch", low=0, high=10**6)
     # scoring
     score: str = fit("latent", "anomaly score: latent (mean z^2), likelihood (negative log-likelihood), latent_knn (neighbours in latent space); joined: the flow moves the places of the image instead, and its least likely ones are joined with a density of the image (needs places)", SCORES)
@@ -312,8 +314,9 @@ def knobs_affecting(*roles: str) -> tuple[str, ...]:
 
 
 def held_share(holdout, dataset):
-    """The share that is held out: the knob ``holdout``, or where it is None, a tenth of one's own folder."""
-    return (0.1 if dataset == "folder" else 0.0) if holdout is None else holdout
+    """The share that is held out: the knob ``holdout``, or where it is None, a tenth of one's own
+    pictures."""
+    return (0.1 if dataset in OWN_PICTURES else 0.0) if holdout is None else holdout
 
 
 def make_config(given):

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, UserError, unknown
-from images import images, layouts, published
-from images.layouts import OTHER, SPLITS, Listing
+from images import images, layouts, published, tiles
+from images.layouts import SPLITS, Table
+from images.pixel_scale import PixelScale
 from shell.values import class_names
 
+OTHER = -1  # the category of test images of no class that one can train on: always anomalous
 HASHING_THREADS = 8  # threads that hash files: a shared folder answers many at a time
 
 
@@ -133,7 +136,8 @@ class ImageSet:
     read(split, i) -> (H, W, 3) uint8; raises UserError that names an unreadable image. identify(split, i):
     a hash of the image's content, of a file's bytes or of pixels; it does not depend on names and places.
     masks: where the defect of each test image is marked, or None; () without any. size(split, i): height and
-    width of an image in a file, without its pixels; raises UserError."""
+    width of an image in a file, without its pixels; raises UserError. scale: of pixels of more than eight
+    bits, which the training images decide."""
 
     labels: Labels
     read: Callable[[str, int], np.ndarray]
@@ -141,6 +145,7 @@ class ImageSet:
     from_files: bool = True
     masks: tuple[Path | None, ...] = ()
     size: Callable[[str, int], tuple[int, int]] | None = None
+    scale: PixelScale = dataclasses.field(default_factory=PixelScale)
 
     def hashes(self, split: str) -> list[str]:
         """The content hash of every image of a split, in order; HASHING_THREADS files are read at a time."""
@@ -156,7 +161,7 @@ class ImageSet:
         masks = tuple(self.masks[i] for i in rows["test"]) if self.masks else ()
         read, identify = (partial(_at_row, take, rows) for take in (self.read, self.identify))
         size = self.size and partial(_at_row, self.size, rows)
-        return ImageSet(labels, read, identify, self.from_files, masks, size)
+        return ImageSet(labels, read, identify, self.from_files, masks, size, self.scale)
 
     def sizes(self, most: int) -> dict[str, list[tuple[int, int]]]:
         """Height and width of training images by class, of at most so many, evenly spaced, without those that
@@ -176,7 +181,7 @@ class ImageSet:
         labels = Labels((), Split.of([name for _, name in chosen], [OTHER] * len(chosen)), Split.of([], []))
         listed = [(split, self._numbers[split, name]) for split, name in chosen]
         read, identify = (partial(_of_list, take, listed) for take in (self.read, self.identify))
-        return ImageSet(labels, read, identify, self.from_files)
+        return ImageSet(labels, read, identify, self.from_files, scale=self.scale)
 
     @functools.cached_property
     def _numbers(self) -> dict[tuple[str, str], int]:
@@ -217,6 +222,24 @@ def choose_classes(labels: Labels, class_name: str) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
+def repeated(labels: Labels, hashes: dict[str, list[str]]) -> str:
+    """The line on images of the same content (``ImageSet.hashes`` of each split) in both splits, or under two
+    labels; "" without any."""
+    first: dict[str, tuple] = {}
+    tested, relabelled, pairs = 0, 0, []
+    for split in SPLITS:
+        rows = labels.split(split)
+        for image, name, *label in zip(
+            hashes[split], rows.names, rows.category.tolist(), rows.defect.tolist()
+        ):
+            other_split, other, other_label = first.setdefault(image, (split, name, label))
+            if image != images.UNREADABLE and (other_split != split or other_label != label):
+                tested, relabelled = tested + (other_split != split), relabelled + (other_label != label)
+                pairs.append(f"{name} is {other}")
+    counts = f"{tested} in train and test, {relabelled} under two labels"
+    return f"the same picture twice: {counts}; {pairs[0]}" if pairs else ""
+
+
 # ---------------------------------------------------------------- raw images
 def collection(dataset: str) -> str:
     """The name of the images of a data set: CIFAR100_fine has CIFAR100's, sorted into 100 classes."""
@@ -230,22 +253,25 @@ def load_images(dataset: str, dataset_path: str | None) -> ImageSet:
         return _digits()
     root = Path(dataset_path or f"data/{collection(dataset)}")
     if dataset not in published.FORMS:
-        return _file_set(layouts.READERS[dataset](root))
+        return _file_set(layouts.read_table(layouts.READERS[dataset], root))
     if not all((root / split).is_dir() for split in SPLITS):
         return _array_set(*published.load(dataset, root))
     if dataset != collection(dataset):
         raise UserError(f"{dataset}: in the image folders of {root} each folder is a class; take CIFAR100")
-    return _file_set(layouts.folders(root))
+    return _file_set(layouts.read_table(layouts.folders, root))
 
 
 def images_of(config: Config) -> ImageSet:
     """The images a configuration asks for. Raises UserError."""
-    return load_images(config.dataset, config.dataset_path)
+    images = load_images(config.dataset, config.dataset_path)
+    return tiled(images, config.tiles) if config.tiles else images
 
 
 def name_of(config: Config) -> str:
-    """What the images of a configuration are called beside those of others: the data set, and for image
-    folders elsewhere than in their default place, the folder's name and a hash of its place."""
+    """What the images of a configuration are called beside those of others: the data set, for image folders
+    elsewhere than in their default place the folder's name and a hash of its place, and the tiles' side."""
+    if config.tiles:
+        return f"{name_of(dataclasses.replace(config, tiles=0))}-tiles{config.tiles}"
     name = config.dataset
     default = Path(f"data/{name}").resolve()
     place = Path(config.dataset_path).resolve() if config.dataset_path else default
@@ -288,26 +314,49 @@ def _from_array(pixels: dict[str, np.ndarray], split: str, i: int) -> np.ndarray
     return pixels[split][i]
 
 
-def _file_set(listing: Listing) -> ImageSet:
-    """The images of a listing; their names are relative to its root."""
-    splits, files = {}, {}
+def _file_set(table: Table) -> ImageSet:
+    """The images of a table; their names are relative to its root."""
+    rows = {split: [row for row in table.rows if row.split == split] for split in SPLITS}
+    files = {split: [row.path for row in rows[split]] for split in SPLITS}
+    masks = tuple(row.mask for row in rows["test"])
+    scale = PixelScale(measure=partial(images.measured, files["train"]))
+    read, identify, size = (
+        partial(_from_file, files, scale),
+        partial(_file_hash, files),
+        partial(_file_size, files),
+    )
+    return ImageSet(labels_of(table), read, identify, masks=masks, size=size, scale=scale)
+
+
+def labels_of(table: Table) -> Labels:
+    """The labels of a table (images/layouts.py). Its classes are those of the training images, sorted; names
+    that differ in case, Unicode form or spaces only are one. Raises UserError on a test image of a class that
+    is tested on its own and has no training images."""
+    parts = {row.label: row.label.partition("/") for row in table.rows}
+    per_category = any(slash for _, slash, _ in parts.values())
+    trained = sorted({parts[row.label][0] for row in table.rows if row.split == "train"})
+    classes: dict[str, str] = {}
+    for name in trained:
+        classes.setdefault(layouts.folded(name), name)
+    number = {name: i for i, name in enumerate(classes)}
+    meanings = {}
+    for label, (name, _, condition) in parts.items():
+        category = number.get(layouts.folded(name), OTHER)
+        if per_category and category == OTHER:
+            raise UserError(f"dataset_path: expected training pictures of {name}, which test pictures are of")
+        defect = condition != "" and layouts.folded(condition) not in layouts.NORMAL_NAMES
+        meanings[label] = category, defect, condition if defect else label if category == OTHER else ""
+    splits, below = {}, f"{table.root.as_posix()}/"
     for split in SPLITS:
-        entries = listing.entries[split]
-        files[split] = [entry.path for entry in entries]
-        splits[split] = Split.of(
-            [path.relative_to(listing.root).as_posix() for path in files[split]],
-            [entry.category for entry in entries],
-            [entry.defect for entry in entries],
-            [entry.kind for entry in entries],
-        )
-    labels = Labels(tuple(listing.classes), **splits, per_category=listing.per_category)
-    masks = tuple(entry.mask for entry in listing.entries["test"])
-    read, identify, size = partial(_from_file, files), partial(_file_hash, files), partial(_file_size, files)
-    return ImageSet(labels, read, identify, masks=masks, size=size)
+        rows = [row for row in table.rows if row.split == split]
+        categories, defects, kinds = zip(*(meanings[row.label] for row in rows)) if rows else ((), (), ())
+        names = [row.path.as_posix().removeprefix(below) for row in rows]
+        splits[split] = Split.of(names, categories, defects, kinds)
+    return Labels(tuple(classes.values()), **splits, per_category=per_category)
 
 
-def _from_file(files: dict[str, list[Path]], split: str, i: int) -> np.ndarray:
-    return images.read_image(files[split][i])
+def _from_file(files: dict[str, list[Path]], scale: PixelScale, split: str, i: int) -> np.ndarray:
+    return images.read_image(files[split][i], scale)
 
 
 def _file_hash(files: dict[str, list[Path]], split: str, i: int) -> str:
@@ -318,8 +367,72 @@ def _file_size(files: dict[str, list[Path]], split: str, i: int) -> tuple[int, i
     return images.size_of(files[split][i])
 
 
+# ---------------------------------------------------------------- tiles
+PICTURES_KEPT = 4  # decoded, while their tiles are asked for one after the other
+
+
+class _Tiles:
+    """The tiles of a set's training pictures, asked for as its images are."""
+
+    def __init__(self, images: ImageSet, side: int):
+        self.images, self.tiles = images, list[tuple[int, tiles.Tile | None]]()
+        self.picture_size = images.size or (lambda split, i: images.read(split, i).shape[:2])
+        for i in range(len(images.labels.train.names)):
+            try:
+                self.tiles += [(i, tile) for tile in tiles.tiles_of(self.picture_size("train", i), side)]
+            except UserError:  # raised again when it is read
+                self.tiles.append((i, None))
+        self.picture = functools.lru_cache(PICTURES_KEPT)(partial(images.read, "train"))
+
+    def read(self, split: str, i: int) -> np.ndarray:
+        picture, tile = self.tiles[i]
+        pixels = self.picture(picture)
+        if tile and (part := tile.of(pixels)).shape[:2] != tile[2:]:
+            name, most = self.images.labels.train.names[picture], images.MOST_PIXELS // 10**6
+            raise UserError(
+                f"tiles: {name} has more than {most} million pixels, too many to cut; cut it before"
+            )
+        return part if tile else pixels
+
+    def identify(self, split: str, i: int) -> str:
+        picture, tile = self.tiles[i]
+        content = self.images.identify("train", picture)
+        if content == images.UNREADABLE:
+            return content
+        return hashlib.sha256(json.dumps([content, tile]).encode()).hexdigest()[:32]
+
+    def size(self, split: str, i: int) -> tuple[int, int]:
+        picture, tile = self.tiles[i]
+        return tile[2:] if tile else self.picture_size("train", picture)
+
+    def names(self) -> list[str]:
+        pictures = self.images.labels.train.names
+        return [
+            f"{pictures[i]}#{tile.top},{tile.left}" if tile else f"{pictures[i]}#" for i, tile in self.tiles
+        ]
+
+
+def tiled(images: ImageSet, side: int) -> ImageSet:
+    """The tiles (images/tiles.py) of training pictures, each an image of its picture's class. Raises
+    UserError on a set with test images: theirs would be tiles with the labels of whole pictures."""
+    if tested := len(images.labels.test.names):
+        raise UserError(
+            f"tiles: expected a folder of good pictures alone, got {tested} test images, too; give that of "
+            "the good ones, and score the others with predict.py"
+        )
+    cut = _Tiles(images, side)
+    train = images.labels.train.kept([i for i, _ in cut.tiles])
+    labels = dataclasses.replace(images.labels, train=dataclasses.replace(train, names=cut.names()))
+    return ImageSet(labels, cut.read, cut.identify, images.from_files, size=cut.size, scale=images.scale)
+
+
+def picture_of(name: str) -> str:
+    """The name of the picture that a tile is of."""
+    return name.rpartition("#")[0]
+
+
 def unlabelled(files: list[Path]) -> ImageSet:
     """Image files without labels, as a test split."""
     labels = Labels((), Split.of([], []), Split.of([str(path) for path in files], [OTHER] * len(files)))
     listed: dict[str, list[Path]] = {"train": [], "test": files}
-    return ImageSet(labels, partial(_from_file, listed), partial(_file_hash, listed))
+    return ImageSet(labels, partial(_from_file, listed, PixelScale()), partial(_file_hash, listed))

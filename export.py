@@ -19,7 +19,10 @@ FOLDER rests p-values and verdicts on fresh good pictures, scored as the file sc
 does a fit with --precision float32."""
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH, too
 
 from shell.command_line import OneLineParser, add_weights_path
 from shell.signals import guarded
@@ -43,7 +46,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":  # parse before the slow imports
     ARGUMENTS = parse_arguments()
 
-import sys
 
 import utils
 from config import LARGEST_IMAGE, UserError

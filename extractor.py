@@ -5,11 +5,17 @@ python extractor.py --dataset folder --dataset_path product   # what is missing;
 python extractor.py --prune list                              # what the features take of the disk
 python extractor.py --prune digits,cifar10                    # drops all that is of neither"""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH, too
+
 from shell.command_line import from_command_line, run_script
 
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
     CONFIG = from_command_line(__doc__, script="extractor.py")
 
+import dataclasses
 import functools
 import math
 import sys
@@ -33,6 +39,7 @@ from cache.shards import DTYPE
 from cache.store import Store
 from config import Config, UserError, auto_pixels
 from datasets import SPLITS
+from images.images import note
 from shell import engine
 
 OLD = ("manifest.json", "meta.json")  # what a folder of features of earlier versions holds
@@ -60,8 +67,14 @@ def ensure_features(
     listed = before if images is None else ImageList.of(images, before)
     assert listed is not None
     restart, chosen = thorough and config.restart, f"{config.extractor} {config.img_size}"
+    if images is not None:
+        if listed.pixel_scale is not None and not restart:
+            images.scale.ranges = listed.pixel_scale
+        listed = dataclasses.replace(listed, pixel_scale=images.scale.ranges)
+        if line := datasets.repeated(listed.labels, listed.hashes):
+            note(line)
     asked = settled(config, device, images, None if restart else listed.sizes.get(chosen))
-    store = Store(cache_identity(asked), verified=listed.all_hashes() if thorough else ())
+    store = Store(cache_identity(asked, listed.pixel_scale), verified=listed.all_hashes() if thorough else ())
     if images is None or config.pretrained:
         refuse_missing(store, listed)
         print(f"features: {store.folder} (pretrained True: taken as they are)", flush=True)
@@ -190,6 +203,8 @@ def extract(
     unreadable = {image.hash for image in extract_missing(store, missing, config, job, executor)}
     took = time.perf_counter() - start
     print(f"extracted {count} images in {took:.0f} s, {count / took:.0f} images/s", flush=True)
+    if line := images.scale.beyond():
+        note(line)
     store.look()
     written = [image.hash for image in missing if image.hash not in unreadable]
     if (store.find(written).shard < 0).any():

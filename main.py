@@ -1,6 +1,11 @@
 """Fit one flow per normal class and seed; report detection per class and on average, on screen and in
 runs/<modelname>/."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH, too
+
 import config as knobs
 from shell.command_line import from_command_line, run_script
 from shell.files import file_name
@@ -16,7 +21,6 @@ import functools
 import itertools
 import time
 from concurrent.futures import Executor
-from pathlib import Path
 from typing import NamedTuple
 
 import torch

@@ -4,6 +4,7 @@ come.
 python predict.py runs/foad_mfff/classes/cat-seed0 FOLDER photo.jpg > scores.csv
 python predict.py runs/foad_mfff 'shots/*.png' --output scores.json --false_alarms 0.01
 find . -name '*.jpg' | python predict.py runs/foad_mfff -
+python predict.py runs/foad_mfff/classes/cat-seed0 FOLDER --page verdicts.html
 python predict.py runs/foad_mfff --watch FOLDER > scores.csv
 
 A run's folder scores every picture by every class of its first seed, a row for each;
@@ -15,12 +16,15 @@ rate, where the score is above all of theirs. Both are empty where none were hel
 Pictures that cannot be read are left out, listed at the end, and make the exit status 1.
 
 --watch scores the pictures in a folder, then each that arrives there or is written anew, until
-Ctrl-C or SIGTERM. One that cannot be read is tried again for half a minute: it may still be in the
-writing."""
+Ctrl-C or SIGTERM. One that has not changed for a second is taken for whole, unless a process of
+this machine still has it open for writing; one that cannot be read is tried again, for half a
+minute."""
 
 import argparse
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH, too
 
 from shell.command_line import OneLineParser, add_weights_path
 from shell.signals import guarded
@@ -54,6 +58,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--heat_maps", type=Path, metavar="FOLDER", help="write there where each picture is unusual, as a PNG"
     )
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help="write a page for a browser: pictures by score, heat maps"
+    )
     add_weights_path(parser)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores [0]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
@@ -61,14 +68,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":  # parse before the slow imports
-    import signal
-
     ARGUMENTS = parse_arguments()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while they are imported: no traceback
 
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 from tqdm import tqdm
 
@@ -80,8 +85,9 @@ from detector.records import find_checkpoints
 from images import watch
 from images.given import find_images, refuse_among
 from images.images import images_below
-from reporting.overlays import draw_heat_maps
+from reporting.overlays import check_folder, draw_heat_maps
 from reporting.scores import check_output, rows_arriving, rows_of, table, tell_counts, tell_thresholds
+from reporting.verdicts import check_page, write_verdicts
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -111,11 +117,12 @@ def calibrate(detectors: list[PictureDetector], folder: Path) -> list[str]:
         )
     fitted, scores, unreadable = detectors[0], [], []
     files = images_below(folder) if folder.is_dir() else []
-    for rows in progress(fitted.backbone.rows(files), len(files), "calibrating", True):
-        if isinstance(rows, Unreadable):
-            unreadable.append(rows.reason)
+    parts = (p if isinstance(p, Unreadable) else fitted.score_rows(p) for p in fitted.backbone.rows(files))
+    for part in progress(parts, len(files), "calibrating", True):
+        if isinstance(part, Unreadable):
+            unreadable.append(part.reason)
         else:
-            scores += fitted.score_rows(rows).tolist()
+            scores += part.tolist()
     if not scores:
         raise UserError(
             f"calibrate: expected a folder of good pictures, found none that can be read in {folder}"
@@ -133,7 +140,7 @@ def progress(parts: Iterator, total: int, text: str, shown: bool) -> Iterator:
 
 
 def _count(part) -> int:
-    return len({row["image"] for row in part}) if isinstance(part, list) else len(next(iter(part.values())))
+    return len({row["image"] for row in part}) if isinstance(part, list) else len(part)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -141,14 +148,20 @@ def main(arguments: argparse.Namespace) -> int:
     check_output(arguments.output, at_once=arguments.watch is not None)
     arrivals = watch.Arrivals(arguments.watch) if arguments.watch else None
     files = [] if arrivals else find_images(arguments.images)
+    if arguments.page:
+        check_page(arguments.page)
+        if arrivals:
+            raise UserError("page: expected pictures that are there, --watch has no end; leave one out")
     if arguments.heat_maps:
         named = map(Path, [arguments.watch] if arrivals else arguments.images)
         refuse_among(arguments.heat_maps, [path for path in named if path.is_dir()], files)
+        check_folder(arguments.heat_maps)
     detectors = load_all(arguments)
     unreadable = calibrate(detectors, arguments.calibrate) if arguments.calibrate else []
     failed = len(unreadable)
     counts: Counter[str] = Counter()  # of the verdicts of each class
     drawn: set[Path] = set()
+    on_page: list[dict] = []
     written, bar = 0, arguments.output is not None or not sys.stdout.isatty()
     tell_thresholds(detectors)
     parts = rows_arriving(detectors, arrivals) if arrivals else rows_of(detectors, files)
@@ -167,6 +180,8 @@ def main(arguments: argparse.Namespace) -> int:
                     counts[line["class"]] += line["verdict"] == "anomalous"
                     written += 1
                     put(line)
+                if arguments.page:
+                    on_page += part
                 if arguments.heat_maps:
                     draw_heat_maps(detectors, part, arguments.heat_maps, drawn)
     except KeyboardInterrupt:
@@ -178,6 +193,8 @@ def main(arguments: argparse.Namespace) -> int:
         sys.stdout = None  # type: ignore[assignment]
         return 0
     tell_counts(detectors, counts, written // len(detectors), failed if arrivals else 0, arguments.output)
+    if arguments.page:
+        write_verdicts(arguments.page, detectors, on_page, partial(tqdm, desc="drawing", disable=None))
     if drawn and (stale := len(set(arguments.heat_maps.glob("*.png")) - drawn)):
         print(
             f"note: {arguments.heat_maps} also holds {utils.counted(stale, 'PNG')} of other runs",
@@ -193,5 +210,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     guarded(run, ARGUMENTS)

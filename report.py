@@ -6,6 +6,10 @@ python report.py RUN_A RUN_B   side by side: AUROC per class, paired difference,
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH, too
 
 from shell.command_line import OneLineParser
 from shell.signals import guarded, stop
@@ -23,7 +27,6 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":  # parse before the slow imports
     ARGUMENTS = parse_arguments()
 
-from pathlib import Path
 
 from reporting import compare
 from reporting.report import terminal_table

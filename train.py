@@ -1,5 +1,10 @@
 """Fit the flow to one normal class and report its detection of all the others, epoch by epoch."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH, too
+
 from shell.command_line import from_command_line, run_script
 
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
@@ -19,12 +24,13 @@ import extractor
 import utils
 from backbone.arithmetic import products
 from cache.feature_cache import FeatureCache
-from config import ClassError, Config, UserError
+from config import OWN_PICTURES, ClassError, Config, UserError
 from detector import calibration, checkpoints, evaluation, runs
 from detector.class_data import TokenSource, features_fault
 from detector.detector import make_detector
 from detector.optimization import SubnetAdam, compiled, learning_rate
 from detector.preparation import WHOLE, PreparedClass, prepare
+from images.tiles import whole_scores
 
 LOSS_CHECK = 64  # steps between two looks at the loss on a GPU, where reading it waits for the device
 
@@ -111,6 +117,8 @@ class Trainer:
         assert self.best is not None, "evaluate comes first"
         evaluation.go_back(self.prepared, self.best)
         scores, held_scores = self.best.scores["test"], self.best.scores["held"]
+        if self.data.held_pictures is not None:
+            held_scores = whole_scores(held_scores, self.data.held_pictures)
         before = {f"{name}, before training": values for name, values in self.before_training.items()}
         return checkpoints.Fitted(
             self.detector,
@@ -182,8 +190,8 @@ def main(config: Config) -> None:
 
 
 def is_one_class(config: Config) -> bool:
-    """Whether a folder of one's own holds one class, which needs no name then. Raises UserError."""
-    return config.dataset == "folder" and len(datasets.images_of(config).labels.classes) == 1
+    """Whether one's own pictures are of one class, which needs no name then. Raises UserError."""
+    return config.dataset in OWN_PICTURES and len(datasets.images_of(config).labels.classes) == 1
 
 
 if __name__ == "__main__":

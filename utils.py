@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import random
+import resource
 import socket
 import subprocess
 import threading
@@ -25,7 +26,6 @@ import torch
 from joblib import cpu_count  # knows a container's share of the machine
 
 from config import UserError
-from shell.signals import Interrupted
 
 
 def seed_everything(seed: int) -> None:
@@ -41,8 +41,9 @@ MOST_NAMED = 20  # images or shards in one line
 
 def set_up(device_name: str, threads: int) -> torch.device:
     """The device of a name (auto, cpu, cuda, cuda:N), and torch's threads set; float32 convolutions on a GPU
-    are float32, not TF32. Raises UserError on an absent device, or on more threads than the machine has use
-    for."""
+    are float32, not TF32. Raises UserError on an absent device, on more threads than the machine has use for,
+    and where torch's default dtype is not float32."""
+    check_default_dtype()
     cores = cpu_count()
     if not 0 <= threads <= THREADS_PER_CORE * cores:
         raise UserError(
@@ -65,6 +66,15 @@ def set_up(device_name: str, threads: int) -> torch.device:
         )
     torch.backends.cudnn.allow_tf32 = False  # torch's default is True
     return device
+
+
+def check_default_dtype() -> None:
+    """Raise UserError unless new tensors are float32, as a notebook may have changed."""
+    if (dtype := torch.get_default_dtype()) != torch.float32:
+        raise UserError(
+            f"torch's default dtype: expected torch.float32, got {dtype}; "
+            "torch.set_default_dtype(torch.float32)"
+        )
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
@@ -136,12 +146,16 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> float:
-    """Bytes that this process may still take: what the system has free, or what its container may have; inf
-    where neither is told."""
+    """Bytes that this process may still take: what the system has free, or what its container or ``ulimit
+    -v`` lets it have; inf where none is told."""
     free = math.inf
     try:
+        if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            free = limit - pages * resource.getpagesize()
         lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        there = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        free = min(free, there)
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         lines = (CGROUP / "memory.stat").read_text().splitlines()
         cached = sum(
@@ -170,7 +184,7 @@ def thread_pool(threads: int, start: Callable[[], object] | None = None) -> Iter
     pool, wait = ThreadPoolExecutor(threads, initializer=start), True
     try:
         yield pool
-    except Interrupted:
+    except KeyboardInterrupt:
         wait = False
         raise
     finally:

@@ -50,12 +50,13 @@ def settled(
     return dataclasses.replace(config, precision=precision, img_size=img_size)
 
 
-def cache_identity(config: Config) -> CacheIdentity:
+def cache_identity(config: Config, pixel_scale: dict | None = None) -> CacheIdentity:
     """Which features a ``settled`` configuration asks for, found without loading the backbone. Raises
     UserError.
 
-    The fields are the knobs that affect the features, with what the backbone decides put in for those left
-    open; precision is none of them while it is open."""
+    pixel_scale: the ranges of pixels of more than eight bits (images/pixel_scale.py); images without such
+    pixels have none. The fields are the knobs that affect the features, with what the backbone decides put in
+    for those left open; precision is none of them while it is open."""
     defaults, grid = backbones.timm_defaults(config.extractor), token_grid(config)
     fields = {name: getattr(config, name) for name in knobs_affecting("features")}
     del fields["weights_path"]  # recorded by content, as "weights"
@@ -78,6 +79,8 @@ def cache_identity(config: Config) -> CacheIdentity:
         "place_grid": None if places == (config.places, config.places) else places,  # a square goes without
         **grid.fields(),
     }
+    if pixel_scale:
+        fields["pixel_scale"] = pixel_scale
     if config.precision == "auto":
         del fields["precision"]
     if config.bands or config.places:

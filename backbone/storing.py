@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import shutil
 import time
 import uuid
@@ -39,32 +40,36 @@ class Wanted(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Images for one call of ``extract_shard``. config: ``settled``. job: which job they are of: another one
-    may find other images, of the same configuration."""
+    """Images for one call of ``extract_shard``. config: ``settled``. pixel_scale: of the data set, as JSON.
+    job: which job they are of: another one may find other images, of the same configuration."""
 
     config: Config
+    pixel_scale: str
     job: str
     wanted: list[Wanted]
 
 
-def tasks_of(config: Config, wanted: list[Wanted]) -> list[Task]:
+def tasks_of(config: Config, wanted: list[Wanted], pixel_scale: dict) -> list[Task]:
     """The images of a settled configuration as tasks of a shard each, of one thread unless ``threads`` says
     more."""
+    scale = json.dumps(pixel_scale)
     config, job = dataclasses.replace(config, threads=config.threads or 1), uuid.uuid4().hex
-    return [Task(config, job, wanted[i : i + SHARD_ROWS]) for i in range(0, len(wanted), SHARD_ROWS)]
+    return [Task(config, scale, job, wanted[i : i + SHARD_ROWS]) for i in range(0, len(wanted), SHARD_ROWS)]
 
 
 def extract_shard(task: Task) -> list[Wanted]:
     """Compute and write the features of a task's images, in whatever process -> those that cannot be read.
     Raises UserError."""
-    return extract_images(*_backbone_and_store(task.config, task.job), task.wanted)
+    return extract_images(*_backbone_and_store(task.config, task.pixel_scale, task.job), task.wanted)
 
 
 @functools.lru_cache(maxsize=1)
-def _backbone_and_store(config: Config, of: str) -> tuple[Extraction, Store]:
+def _backbone_and_store(config: Config, pixel_scale: str, of: str) -> tuple[Extraction, Store]:
     """Kept from one task to the next."""
-    identity, device = cache_identity(config), utils.set_up(config.device, config.threads)
-    job, store = Extraction(config, datasets.images_of(config), identity, device), Store(identity)
+    images, device = datasets.images_of(config), utils.set_up(config.device, config.threads)
+    images.scale.ranges = json.loads(pixel_scale)
+    identity = cache_identity(config, images.scale.ranges)
+    job, store = Extraction(config, images, identity, device), Store(identity)
     store.begin(job.fields)
     return job, store
 
@@ -89,7 +94,8 @@ def extract_missing(
         with tqdm(total=len(wanted), unit="img", disable=utils.no_bar(), smoothing=0.05) as bar:
             if job is None:
                 unreadable: list[Wanted] = []
-                for task, left_out in outcomes(executor, extract_shard, tasks_of(config, wanted)):
+                scale = store.identity.fields.get("pixel_scale", {})
+                for task, left_out in outcomes(executor, extract_shard, tasks_of(config, wanted, scale)):
                     unreadable += left_out
                     bar.update(len(task.wanted))
                 return unreadable

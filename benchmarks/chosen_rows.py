@@ -19,11 +19,10 @@ import extractor  # noqa: E402
 import train  # noqa: E402
 import utils  # noqa: E402
 from cache.feature_cache import CachedArray, FeatureCache  # noqa: E402
-from datasets import SPLITS, Labels, Split, choose_classes  # noqa: E402
+from datasets import OTHER, SPLITS, Labels, Split, choose_classes  # noqa: E402
 from detector.checkpoints import Fitted  # noqa: E402
 from detector.class_data import TokenSource, class_data  # noqa: E402
 from detector.preparation import PreparedClass  # noqa: E402
-from images.layouts import OTHER  # noqa: E402
 from shell.values import parse_values  # noqa: E402
 
 

@@ -31,11 +31,13 @@ class ImageList:
     """The images of a data set, without the images: what is kept of it beside the stores.
 
     hashes: of each image of a split, in order. sizes: by backbone, the size of the images that img_size auto
-    has chosen. unreadable: the hashes of those that could not be read."""
+    has chosen. pixel_scale: the ranges of pixels of more than eight bits (images/pixel_scale.py); None until
+    they are measured. unreadable: the hashes of those that could not be read."""
 
     labels: Labels
     hashes: dict[str, list[str]]
     sizes: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    pixel_scale: dict | None = None
     unreadable: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
@@ -47,7 +49,8 @@ class ImageList:
             return listed
         if (rows := before.rows_in(listed)) is not None:
             listed = listed.kept(rows)
-        return dataclasses.replace(listed, sizes=dict(before.sizes), unreadable=list(before.unreadable))
+        listed = dataclasses.replace(listed, sizes=dict(before.sizes), pixel_scale=before.pixel_scale)
+        return dataclasses.replace(listed, unreadable=list(before.unreadable))
 
     def rows_in(self, other: "ImageList") -> dict[str, np.ndarray] | None:
         """The number in another list of each image of a split, of the same content and labels; None where the
@@ -82,7 +85,8 @@ class ImageList:
         try:
             content = read_sealed(path)
             labels = Labels.from_json(content["labels"])
-            return cls(labels, content["hashes"], content["sizes"], content["unreadable"])
+            scale = content.get("pixel_scale")  # lists of before have none
+            return cls(labels, content["hashes"], content["sizes"], scale, content["unreadable"])
         except (OSError, ValueError, KeyError, UserError):
             return None
 
@@ -91,8 +95,8 @@ class ImageList:
 
     def content(self) -> dict:
         """What ``write`` writes, made of lists."""
-        rest = {"hashes": self.hashes, "sizes": self.sizes, "unreadable": self.unreadable}
-        return {"labels": self.labels.as_json()} | rest
+        content = {"labels": self.labels.as_json(), "hashes": self.hashes, "sizes": self.sizes}
+        return content | {"pixel_scale": self.pixel_scale, "unreadable": self.unreadable}
 
     def all_hashes(self) -> list[str]:
         return [image for split in SPLITS for image in self.hashes[split]]

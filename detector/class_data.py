@@ -11,7 +11,7 @@ from torch import Tensor
 
 import datasets
 from cache import feature_cache
-from config import ClassError, Config, held_share
+from config import OWN_PICTURES, ClassError, Config, held_share
 from detector import calibration
 
 EVAL_BATCH = {"cpu": 100, "cuda": 500}  # images per forward pass in evaluation: a CPU's caches hold these
@@ -130,6 +130,7 @@ class ClassData:
     test_rows: np.ndarray
     labels: np.ndarray  # of test_rows: 0 normal, 1 anomalous
     per_category: bool = False  # a surface or an object and its defects (MVTec) instead of one class of many
+    held_pictures: list[str] | None = None  # with tiles: the picture that each of held_rows is of
 
 
 def class_data(
@@ -138,14 +139,19 @@ def class_data(
     """The rows of a class, a share of the normal training images held out at random; there may be no test
     images. Raises ClassError on too few, and on features that are all the same.
 
-    Of a folder of one's own, where verdicts count, as many are held out as the false-alarm rate needs, up to
-    a fifth."""
+    Of one's own pictures, where verdicts count, as many are held out as the false-alarm rate needs, up to
+    a fifth. With tiles, all of a picture are."""
     train_rows, test_rows, test_labels = labels.one_class(class_name)
-    shuffled = np.random.RandomState(seed).permutation(train_rows)
+    pictures = train_rows
+    if config.tiles:
+        pictures = np.array([datasets.picture_of(labels.train.names[i]) for i in train_rows])
+    shuffled = np.random.RandomState(seed).permutation(np.unique(pictures))
     n_held = math.ceil(held_share(config.holdout, config.dataset) * len(shuffled))
-    if config.dataset == "folder" and n_held:
+    if config.dataset in OWN_PICTURES and n_held:
         n_held = max(n_held, min(calibration.needed(config.false_alarms), len(shuffled) // 5))
-    fit_rows, held_rows = np.sort(shuffled[n_held:]), np.sort(shuffled[:n_held])
+    held = np.isin(pictures, shuffled[:n_held])
+    fit_rows, held_rows = train_rows[~held], train_rows[held]
+    held_pictures = pictures[held].tolist() if config.tiles else None
     if len(fit_rows) < FEWEST or not (len(test_rows) or len(held_rows)):
         counts = f"{len(fit_rows)} training, {len(held_rows)} held-out and {len(test_rows)} test images"
         advice = "give more normal ones" if len(fit_rows) < FEWEST else "--holdout 0.1 holds some out"
@@ -154,7 +160,7 @@ def class_data(
             f"({advice})"
         )
     rows = (fit_rows, held_rows, test_rows)
-    data = ClassData(class_name, train, test, *rows, test_labels, labels.per_category)
+    data = ClassData(class_name, train, test, *rows, test_labels, labels.per_category, held_pictures)
     sample = train[evenly(fit_rows, 64)].semantic
     if (sample == sample[0]).all():
         raise ClassError(

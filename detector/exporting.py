@@ -59,6 +59,8 @@ def load(
     cpu = torch.device("cpu")
     loaded = load_picture_detector(path, cpu, false_alarms, weights=weights)
     backbone = loaded.backbone
+    if backbone.tiles:
+        raise UserError(f"{path} was fitted to tiles of {backbone.tiles} pixels; an exported file cuts none")
     loaded.backbone = FittedBackbone(
         backbone.config, backbone.features, cpu, "float32", backbone.weights, backbone.checkpoint
     )

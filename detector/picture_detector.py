@@ -14,13 +14,22 @@ from detector.checkpoints import config_of
 from detector.class_data import Features
 from detector.detector import Detector, load_detector
 from images import images
+from images.pixel_scale import PixelScale
+from images.tiles import tiles_of, whole_map
 
 
 class PictureDetector:
     """A fitted class as it is used: pictures in; scores, p-values, verdicts and heat maps out.
 
     A picture is a path, a Pillow image or an array (H, W, 3) or (H, W) of uint8. held_out: scores of held-out
-    normal pictures, which p-values and verdicts rest on; may be empty."""
+    normal pictures, which p-values and verdicts rest on; may be empty.
+
+    It can be pickled, for joblib, Dask or a pool; each process loads the backbone at its first picture. Start
+    processes by spawn: a child forked after a score hangs in torch's threads. Several that share the cores
+    take one thread each:
+
+    with multiprocessing.get_context("spawn").Pool(4, torch.set_num_threads, (1,)) as pool:
+        scores = pool.map(detector.score, paths)"""
 
     def __init__(
         self,
@@ -65,25 +74,36 @@ class PictureDetector:
         return joined if several else float(joined[0])
 
     def score_rows(self, rows: pictures.Rows) -> np.ndarray:
-        """Scores (n) from rows of features, as ``FittedBackbone.rows`` gives them."""
-        return self.fitted.score_features(Features.of(rows)).astype(float)
+        """Scores (n) from rows of features, as ``FittedBackbone.rows`` gives them; of the tiles of a picture
+        one."""
+        scores = self.fitted.score_features(Features.of(rows)).astype(float)
+        return scores.max(keepdims=True) if self.backbone.tiles else scores
+
+    def pixels(self, picture: Any) -> np.ndarray:
+        """A picture as the detector sees it, (H, W, 3) uint8. Raises UserError where it cannot be read."""
+        return images.pixels_of(picture, PixelScale(self.backbone.scale.ranges))
 
     def heat_map(self, picture: Any) -> np.ndarray:
         """How unusual each place of a picture is, (H, W) float32 at its size. Raises UserError on a picture
         that cannot be read.
 
         Where the score reads places: in standard deviations beyond ``USUAL``, which few places of a normal
-        picture reach. Else by occlusion: how much the score falls when a part is blurred."""
-        pixels = images.pixels_of(picture)
-        if not self.fitted.uses_places:
+        picture reach. Else, of tiles, how far each one's score is above their median; of a whole picture by
+        occlusion: how much the score falls when a part is blurred."""
+        pixels = self.pixels(picture)
+        if not self.fitted.uses_places and not self.backbone.tiles:
             return heat_map.by_occlusion(self.score, pixels)
         rows = next(iter(self.backbone.rows([pixels])))
         assert not isinstance(rows, pictures.Unreadable), "pixels can be read"
-        values, grid = (
-            self.fitted.place_map(Features.of(rows).places)[0],
-            place_grid_of(self.backbone.features),
-        )
-        return heat_map.of_places(values, grid, pixels.shape[:2])
+        features, size = Features.of(rows), pixels.shape[:2]
+        tiles = tiles_of(size, self.backbone.tiles)
+        if self.fitted.uses_places:
+            values, grid = self.fitted.place_map(features.places), place_grid_of(self.backbone.features)
+            maps = [heat_map.of_places(each, grid, (t.height, t.width)) for each, t in zip(values, tiles)]
+        else:
+            scores = self.fitted.score_features(features)
+            maps = [np.full((t.height, t.width), s) for s, t in zip(scores - np.median(scores), tiles)]
+        return whole_map(maps, tiles, size)
 
     @property
     def least_heat(self) -> float:

@@ -24,6 +24,8 @@ from backbone.resizing import Unreadable, stack_rows, to_device_size
 from cache.store import EXAMPLE, example_fault
 from config import Config, UserError
 from images import images
+from images.pixel_scale import PixelScale
+from images.tiles import tiles_of
 from shell.files import as_strict_json
 
 DECODING_THREADS = 2  # threads that decode pictures ahead of the backbone
@@ -61,8 +63,14 @@ class FittedBackbone:
             precision=precision or features["precision"],
             img_size=tuple(features["img_size"]),  # of the fit, where the pictures decided it
         )
+        self.scale = PixelScale(features.get("pixel_scale", {}))
         self.features, self.device, self.weights, self.checkpoint = features, device, weights, checkpoint
+        self.tiles = config.tiles  # pixels of the side of those that pictures are cut into; 0: they are not
         self.unchecked = {"precision"} if precision else set()
+
+    def __getstate__(self) -> dict:
+        """Without the loaded backbone: a copy in another process loads its own."""
+        return {name: value for name, value in vars(self).items() if name != "job"}
 
     @functools.cached_property
     def job(self) -> extraction.Extraction:
@@ -112,13 +120,16 @@ class FittedBackbone:
 
     def rows(self, pictures: Iterable) -> Iterator[Rows | Unreadable]:
         """The features of pictures in order: of consecutive ones together, float16 on the device (see
-        ``Extraction.rows``), or why one cannot be read. The first ones are computed one batch at a time, by
-        all threads, at once; further ones as extraction does it."""
+        ``Extraction.rows``), or why one cannot be read; with tiles, of all those of one picture. The first
+        pictures are computed one batch at a time, by all threads, at once; further ones as extraction does
+        it."""
+        utils.check_default_dtype()
         numbered = iter(enumerate(pictures))
         with utils.thread_pool(DECODING_THREADS) as pool:
-            few = itertools.islice(numbered, COMPILED_FROM)
-            read = utils.in_order(pool, self._read_one, few, DECODING_THREADS * self.job.batch)
-            for batch in self._batches(read):
+            few = numbered if self.tiles else itertools.islice(numbered, COMPILED_FROM)
+            ahead = 1 if self.tiles else DECODING_THREADS * self.job.batch
+            read = utils.in_order(pool, self._read_one, few, ahead)
+            for batch in read if self.tiles else self._batches(itertools.chain.from_iterable(read)):
                 for stack in stack_rows(batch):
                     with torch.inference_mode():
                         yield stack if isinstance(stack, Unreadable) else self.job.rows(stack)
@@ -126,15 +137,18 @@ class FittedBackbone:
             self.job.compile()
             batches = self._batches(itertools.chain([more], numbered))
             yield from self.job.computed(
-                lambda batch: stack_rows([self._read_one(each) for each in batch]), batches
+                lambda batch: stack_rows([self._read_one(each)[0] for each in batch]), batches
             )
 
     def _batches(self, pictures: Iterator) -> Iterator[list]:
         return iter(lambda: list(itertools.islice(pictures, self.job.batch)), [])
 
-    def _read_one(self, numbered: tuple[int, Any]) -> Tensor | Unreadable:
+    def _read_one(self, numbered: tuple[int, Any]) -> list[Tensor | Unreadable]:
+        """The tiles of a picture, or it as a whole, as the device takes them."""
         number, picture = numbered
         try:
-            return to_device_size(images.pixels_of(picture), self.job.img_size)
+            pixels = images.pixels_of(picture, self.scale)
         except UserError as mistake:
-            return Unreadable(number, str(mistake))
+            return [Unreadable(number, str(mistake))]
+        tiles = tiles_of(pixels.shape[:2], self.tiles)
+        return [to_device_size(tile.of(pixels), self.job.img_size) for tile in tiles]

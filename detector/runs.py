@@ -14,7 +14,7 @@ from typing import NamedTuple
 from filelock import FileLock, Timeout
 
 from cache import feature_cache
-from config import Config, UserError, knobs_affecting
+from config import OWN_PICTURES, Config, UserError, knobs_affecting
 from detector import checkpoints
 from shell.command_line import to_go_on
 from shell.files import as_strict_json, read_sealed, write_sealed
@@ -74,9 +74,9 @@ def identity(config: Config, cache: feature_cache.FeatureCache) -> dict:
 
 
 def fitted_by(config: Config) -> dict:
-    """The knobs that a fit depends on; of a folder of one's own, the false-alarm rate is one of them: it says
+    """The knobs that a fit depends on; of one's own pictures, the false-alarm rate is one of them: it says
     how many pictures are held out."""
-    held_out_for = ("false_alarms",) if config.dataset == "folder" else ()
+    held_out_for = ("false_alarms",) if config.dataset in OWN_PICTURES else ()
     return {name: getattr(config, name) for name in (*knobs_affecting("features", "fit"), *held_out_for)}
 
 

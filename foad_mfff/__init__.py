@@ -3,13 +3,16 @@
 pip install -e FOLDER_OF_THIS_REPOSITORY           # or: sys.path.append("FOLDER_OF_THIS_REPOSITORY")
 from foad_mfff import Detector
 
-The repository's modules have plain names; here they are loaded without being left under those names, so
-that neither side takes the other's. May import detector and config; nothing here imports it."""
+The repository's modules have plain names; here they are loaded and then named foad_mfff.config and so on, so
+that neither side takes the other's, and what is made of their classes can be pickled. May import detector and
+config; nothing here imports it."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
@@ -30,8 +33,24 @@ def _names_lent() -> Iterator[None]:
     finally:
         sys.path.remove(str(ROOT))
         for name in _loaded():
-            sys.modules[f"{__name__}.{name}"] = sys.modules.pop(name)
+            _rename(sys.modules.pop(name), f"{__name__}.{name}")
         sys.modules.update(theirs)
+
+
+def _rename(module: ModuleType, name: str) -> None:
+    """Let a module, and what is made in it, be found under another name, as pickle does."""
+    _tell_module(vars(module), module.__name__, name)
+    module.__name__ = name
+    sys.modules[name] = module
+
+
+def _tell_module(made: Mapping[str, Any], before: str, name: str) -> None:
+    for each in made.values():
+        each = getattr(each, "__func__", each)  # of a static method
+        if isinstance(each, (type, FunctionType)) and each.__module__ == before:
+            each.__module__ = name
+            if isinstance(each, type):
+                _tell_module(vars(each), before, name)
 
 
 with _names_lent():

@@ -2,9 +2,10 @@
 
 Pixels always come as (H, W, 3) uint8, turned as the camera held it (EXIF), in the sRGB order of Pillow:
 
-- gray of 16 bits is divided by 257; a 32-bit or float image is taken as gray of 16 bits, 8 bits or 0 to 1
-  when all its values lie in that range, else stretched from its least to its greatest value;
-- what is transparent is laid on white; CMYK, palettes and one-bit images are converted by Pillow;
+- values of more than 8 bits are scaled by one range for the whole data set (images/pixel_scale.py), which
+  the training pictures decide (``measured``);
+- what is transparent is laid on white, but where all is transparent, as in the unused fourth byte of some
+  cameras; CMYK, palettes and one-bit images are converted by Pillow;
 - of several frames the first is taken, and said so once;
 - a JPEG of more than MOST_PIXELS is decoded at a half, a quarter or an eighth of its size; any other file
   of so many pixels is refused before it is decoded, and so is a progressive JPEG, which is decoded whole
@@ -13,11 +14,13 @@ Pixels always come as (H, W, 3) uint8, turned as the camera held it (EXIF), in t
 import contextlib
 import functools
 import hashlib
+import io
 import os
 import stat
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,10 @@ import numpy as np
 from PIL import Image, ImageOps, JpegImagePlugin
 
 from config import UserError
+from images.pixel_scale import PixelScale, kind_of, range_for
 
+MEASURED = 200  # training pictures, at most, whose values decide what is white
+BITS_PER_SAMPLE = 258  # a TIFF's tag
 MOST_PIXELS = 64_000_000  # decoded and copied once these take some 0.5 GB
 # Known to Pillow, and no pictures that it decodes itself: EPS starts Ghostscript, the others have no decoder.
 NOT_DECODED = {"EPS", "WMF", "HDF5", "GRIB", "BUFR", "MPEG"}
@@ -58,14 +64,15 @@ def extensions() -> frozenset[str]:
     return frozenset(end for end, name in Image.registered_extensions().items() if name in known)
 
 
-def images_below(folder: Path, skipped: Counter | None = None) -> list[Path]:
+def images_below(folder: Path, skipped: Counter | None = None, left_out: Container[str] = ()) -> list[Path]:
     """The image files in a folder and its subfolders, sorted. Raises UserError when there are none, and on a
     folder that cannot be read.
 
     Hidden files and folders and __MACOSX are passed over; links are followed, each folder is entered once.
-    skipped: counts, by ending, the other files that are no images; without it they are told here."""
+    skipped: counts, by ending, the other files that are no images; without it they are told here. left_out:
+    names of subfolders, in small letters, that are not entered."""
     counted: Counter = Counter() if skipped is None else skipped
-    files = searched_whole(folder, counted)
+    files = searched_whole(folder, counted, left_out)
     if not files:
         others = f"; there are {tell_skipped(counted)}" if counted else ""
         raise UserError(f"no images in {folder}{others}; expected files such as .png, .jpg, .tif or .webp")
@@ -74,7 +81,7 @@ def images_below(folder: Path, skipped: Counter | None = None) -> list[Path]:
     return files
 
 
-def searched_whole(folder: Path, counted: Counter) -> list[Path]:
+def searched_whole(folder: Path, counted: Counter, left_out: Container[str] = ()) -> list[Path]:
     """``images_below``, of none an empty list; ``counted`` counts the other files, nothing is told."""
     files, folders, entered = [], [os.fspath(folder)], set()
     while folders:
@@ -85,7 +92,10 @@ def searched_whole(folder: Path, counted: Counter) -> list[Path]:
         entered.add((found.st_dev, found.st_ino))
         for entry in searched(place):
             if is_folder(entry):
-                folders.append(entry.path)
+                if entry.name.lower() in left_out:
+                    counted[f"{entry.name}/"] += 1
+                else:
+                    folders.append(entry.path)
             elif reason := why_skipped(entry):
                 counted[reason] += 1
             else:
@@ -128,10 +138,14 @@ def tell_skipped(skipped: Counter) -> str:
     """As in "3 files that are no images (.txt 2, .csv 1)"."""
     listed = ", ".join(f"{reason} {count}" for reason, count in skipped.most_common(6))
     more = ", ..." if len(skipped) > 6 else ""
-    return f"{sum(skipped.values())} files that are no images ({listed}{more})"
+    what = "files or folders" if any(reason.endswith("/") for reason in skipped) else "files"
+    return f"{sum(skipped.values())} {what} that are no images ({listed}{more})"
 
 
 # ---------------------------------------------------------------- the same files?
+UNREADABLE = "unreadable"
+
+
 def content_hash(path: Path) -> str:
     """A hash of all bytes of a file: 32 hexadecimal digits of its SHA-256; "unreadable" where it cannot be
     read.
@@ -142,10 +156,10 @@ def content_hash(path: Path) -> str:
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
-            return "unreadable"
+            return UNREADABLE
         return _hashed(os.fspath(path), found.st_size, found.st_mtime_ns, found.st_ino)
     except OSError:
-        return "unreadable"
+        return UNREADABLE
 
 
 @functools.lru_cache(maxsize=1_000_000)
@@ -157,14 +171,14 @@ def _hashed(path: str, size: int, changed: int, inode: int) -> str:
 
 
 # ---------------------------------------------------------------- pixels
-def read_image(path: Path) -> np.ndarray:
-    """An image file as (H, W, 3) uint8 (see the top of this file). Raises UserError that names it when it
-    cannot be read."""
+def read_image(path: Path, scale: PixelScale | None = None) -> np.ndarray:
+    """An image file as (H, W, 3) uint8 (see the top of this file). scale: of its data set. Raises UserError
+    that names it when it cannot be read."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("no regular file")
         with opened(path) as image:
-            return _decoded(image, path)
+            return _decoded(image, path, scale)
     except MemoryError:
         raise
     except FileNotFoundError:
@@ -177,14 +191,15 @@ def read_image(path: Path) -> np.ndarray:
         ) from None
 
 
-def pixels_of(picture: Any) -> np.ndarray:
+def pixels_of(picture: Any, scale: PixelScale | None = None) -> np.ndarray:
     """A path, a Pillow image or an array, (H, W, 3) or (H, W) uint8 -> (H, W, 3) uint8, a Pillow image turned
-    as its file would be. Raises UserError on anything else, and on a picture that cannot be read."""
+    as its file would be. scale: of the data set. Raises UserError on anything else, and on a picture that
+    cannot be read."""
     if isinstance(picture, (str, Path)):
-        return read_image(Path(picture))
+        return read_image(Path(picture), scale)
     if isinstance(picture, Image.Image):
         try:
-            return of_pillow(picture)
+            return of_pillow(picture, scale)
         except MemoryError:
             raise
         except Exception as error:  # as of a file, which may be read only now
@@ -230,18 +245,22 @@ def size_of(path: Path) -> tuple[int, int]:
         raise UserError(f"unreadable image {path} ({type(error).__name__})") from None
 
 
-def _decoded(image: Image.Image, path: Path) -> np.ndarray:
+def _decoded(image: Image.Image, path: Path, scale: PixelScale | None) -> np.ndarray:
     """The pixels of an opened file, (H, W, 3) uint8. Raises as ``of_pillow`` does."""
     if getattr(image, "is_animated", False) and not _frames_told[0]:
         _frames_told[0] = True
         note(f"{path} has several frames; the first is taken, of other such files too")
-    return of_pillow(image)
+    return of_pillow(image, scale)
 
 
-def of_pillow(image: Image.Image) -> np.ndarray:
+def of_pillow(image: Image.Image, scale: PixelScale | None = None) -> np.ndarray:
     """The pixels of a Pillow image, opened or loaded, (H, W, 3) uint8. Raises ValueError on one that is too
     large or not finite, and what Pillow raises on damaged bytes."""
     bounded(image)
+    if is_wide(image):
+        values, info = wide_values(image), image.info
+        image = Image.fromarray((scale or PixelScale()).to_bytes(values))
+        image.info = {"exif": info["exif"]} if "exif" in info else {}
     image.load()
     try:
         image = ImageOps.exif_transpose(image)
@@ -267,22 +286,69 @@ def bounded(image: Image.Image) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A Pillow image of any mode -> RGB. Raises ValueError on numbers that are not finite."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_gray(np.asarray(image))).convert("RGB")
+    """A Pillow image of eight bits in any mode -> RGB."""
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layer = image.convert("RGBA")
+        if layer.getchannel("A").getextrema() == (0, 0):
+            return layer.convert("RGB")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
 
 
-def _gray(values: np.ndarray) -> np.ndarray:
-    """Gray values of more than eight bits (H, W) -> uint8, as the top of this file says. Raises ValueError on
-    values that are not finite."""
-    least, most = float(values.min()), float(values.max())
-    if not np.isfinite((least, most)).all():
-        raise ValueError("its values are not finite")
-    full = {"f": (1.0, 255.0, 65535.0), "i": (65535.0,), "u": (65535.0,)}[values.dtype.kind]
-    fitting = [top for top in full if least >= 0 and most <= top]
-    low, span = (0.0, fitting[0]) if fitting else (least, most - least or 1.0)
-    return ((values.astype(np.float32) - low) * (255 / span)).round().astype(np.uint8)
+# ---------------------------------------------------------------- more than eight bits
+def is_wide(image: Image.Image) -> bool:
+    """Whether an image has values of more than eight bits that ``wide_values`` reads: gray ones, floats, and
+    the colours of a file that is not decoded yet."""
+    return image.mode == "F" or image.mode.startswith("I") or stored_as(image).startswith("RGB;16")
+
+
+def stored_as(image: Image.Image) -> str:
+    """What Pillow calls the form of the pixels in a file that is not decoded yet; "" of any other image."""
+    args = next((tile[3] for tile in getattr(image, "tile", ())), "")
+    raw = args[0] if isinstance(args, tuple) and args else args
+    return raw if isinstance(raw, str) else ""
+
+
+def wide_values(image: Any) -> np.ndarray:
+    """Those values, (H, W) or (H, W, 3), whole numbers or floats. Raises what Pillow raises on damaged
+    bytes."""
+    if image.mode != "RGB":
+        return np.asarray(image)
+    # Pillow has the upper byte of a colour only, and takes the lower one for it if told the other byte order.
+    raw = stored_as(image)
+    swapped = raw[:-1] + ("L" if raw.endswith("B") else "B")
+    image.fp.seek(0)
+    lower: Any = Image.open(io.BytesIO(image.fp.read()), formats=[image.format])
+    with lower:
+        lower.tile = [
+            tile._replace(args=swapped if isinstance(tile.args, str) else (swapped, *tile.args[1:]))
+            for tile in lower.tile
+        ]
+        return np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
+
+
+def measured(files: Sequence[Path]) -> dict[str, list[float]]:
+    """The ranges (``PixelScale``) of a data set with these training pictures: of MEASURED of them, evenly
+    spaced, those of more than eight bits decide, by the bits that the file tells or their values; said in a
+    line. Of the others the head alone is read."""
+    extremes: dict[str, tuple[float, float]] = {}
+    coarse = []
+    for i in np.linspace(0, len(files) - 1, min(MEASURED, len(files))).astype(int):
+        with contextlib.suppress(Exception), opened(files[i]) as image:  # told when its turn comes
+            if is_wide(image):
+                bounded(image)
+                bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
+                values = wide_values(image)
+                least, most = extremes.get(kind_of(values), (0, 2**bits - 1 if bits < 16 else 0))
+                extremes[kind_of(values)] = min(least, values.min()), max(most, values.max())
+            elif ";16" in stored_as(image):
+                coarse.append(files[i])
+    ranges = {kind: range_for(float(least), float(most), kind) for kind, (least, most) in extremes.items()}
+    for kind, (black, white) in ranges.items():
+        found = "{:g} to {:g}".format(*map(float, extremes[kind]))
+        note(
+            f"pixels of more than 8 bits: {black} is black and {white} white in every picture ({found} found)"
+        )
+    if coarse:
+        note(f"of the 16 bits a colour of {coarse[0]} the upper 8 are read; save them without transparency")
+    return ranges

@@ -1,80 +1,106 @@
-"""Data sets of image files: which file is of which category, in which split, and what is wrong with it.
+"""Data sets of image files, in whatever folders they come: each reader gives one table of path, split, label
+and mask.
 
-Each reader takes the folder that the user named and gives a ``Listing``, or raises UserError that says
-where it looked, what it found there and what it expected."""
+A label is a class: images of it train, and every test image with another label is anomalous. Or it is
+``<class>/<condition>``, where each class is tested on images of its own: ``bottle/good`` (or ok, or normal)
+and ``bottle/hole``. ``load_images`` in datasets.py turns the table into labels.
+
+A reader takes the path that the user named, or raises UserError that says where it looked, what it found
+there and what it expected."""
 
 import csv
-import dataclasses
+import functools
+import json
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+import utils
 from config import UserError
 from images import images
 
 SPLITS = ("train", "test")
-OTHER = -1  # the category of test images that belong to no class one can train on: always anomalous
-NORMAL_NAMES = ("good", "ok", "normal")  # folders of normal pictures in MVTec-style trees
-MASK_NAMES = (
-    "{}_mask.png",
-    "{}.png",
-    "{}_mask.bmp",
-    "{}.bmp",
-)  # of ground_truth/<kind>/, by the image's stem
+NORMAL_NAMES = ("good", "ok", "normal")  # conditions, and folders, of normal pictures
+MASK_FOLDERS = ("ground_truth", "gt", "mask", "masks")
+NO_PICTURES = frozenset((*MASK_FOLDERS, "xyz", "depth"))  # folders inside a class's: masks, or depth
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """An image file with its labels.
+note_once = functools.cache(images.note)  # a run reads its data set several times
 
-    category: index into the classes, or OTHER. defect: a defective specimen of its category. kind: what is
-    wrong with it, in the words of the data set; "" where nothing is. mask: where its defect is marked."""
+
+class Row(NamedTuple):
+    """An image file with its labels. mask: where its defect is marked, by a picture or a folder of them."""
 
     path: Path
-    category: int
-    defect: bool = False
-    kind: str = ""
+    split: str
+    label: str
     mask: Path | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Listing:
-    """All image files of a data set. root: what their names are relative to. per_category: a class is
-    tested on the test images of its own category."""
+class Table(NamedTuple):
+    """A data set. root: what the names of its images are relative to."""
 
     root: Path
-    classes: list[str]
-    entries: dict[str, list[Entry]]
-    per_category: bool = False
+    rows: list[Row]
 
 
 class Search:
-    """Finds the image files below folders; counts what it passes over, to be told once."""
+    """Finds image files and their masks; keeps what is to be told of it, once."""
 
-    def __init__(self, root: Path):
-        self.root, self.skipped = root, Counter[str]()
+    def __init__(self) -> None:
+        self.skipped, self.notes = Counter[str](), list[str]()
+        self._stems: dict[Path, dict[str, Path]] = {}
 
-    def images(self, folder: Path) -> list[Path]:
-        return images.images_below(folder, self.skipped)
+    def below(self, folder: Path) -> list[Path]:
+        """The pictures in a folder and its subfolders but NO_PICTURES; raises UserError where there are
+        none."""
+        return images.images_below(folder, self.skipped, NO_PICTURES)
 
-    def tell(self) -> None:
+    def inside(self, folder: Path) -> list[Path]:
+        """The pictures in a folder itself, sorted."""
+        here = [entry for entry in images.searched(folder) if not images.is_folder(entry)]
+        self.skipped.update(reason for entry in here if (reason := images.why_skipped(entry)))
+        return [folder / entry.name for entry in here if not images.why_skipped(entry)]
+
+    def mask(self, path: Path, below: Path, places: Iterable[Path]) -> Path | None:
+        """Where the defect of a picture somewhere ``below`` a folder is marked: by its name, or its name and
+        _mask, in the same place below one of ``places``; in any case and format, or a folder of masks. A
+        folder rgb has its masks beside it."""
+        beside = [part for part in path.relative_to(below).parent.parts if part.lower() != "rgb"]
+        for place in places:
+            stems = self.by_stem(place.joinpath(*beside))
+            for stem in (f"{path.stem}_mask", path.stem):
+                if mask := stems.get(folded(stem)):
+                    return mask
+        return None
+
+    def by_stem(self, folder: Path) -> dict[str, Path]:
+        """{folded name without ending: path} of the pictures and folders in a folder; {} where it is none."""
+        if folder not in self._stems:
+            found = {folded(name): folder / name for name in subfolders(folder)}
+            pictures = Search().inside(folder) if folder.is_dir() else []
+            self._stems[folder] = found | {folded(path.stem): path for path in pictures}
+        return self._stems[folder]
+
+    def tell(self, root: Path) -> None:
         if self.skipped:
-            images.note(f"passed over in {self.root}: {images.tell_skipped(self.skipped)}")
+            note_once(f"passed over in {root}: {images.tell_skipped(self.skipped)}")
+        if self.notes:
+            note_once(f"{root}: {utils.first_named(self.notes, '; ')}")
 
 
+# ---------------------------------------------------------------- names of folders
 def subfolders(folder: Path) -> list[str]:
     """The names of the folders in a folder, sorted, hidden ones left out; none where it is no folder. Raises
     UserError when it cannot be read."""
-    return (
-        [entry.name for entry in images.searched(folder) if images.is_folder(entry)]
-        if folder.is_dir()
-        else []
-    )
+    there = images.searched(folder) if folder.is_dir() else []
+    return [entry.name for entry in there if images.is_folder(entry)]
 
 
 def folded(name: str) -> str:
@@ -113,132 +139,140 @@ def what_is_there(folder: Path) -> str:
     return f"{folder.resolve()} holds {', '.join(names[:4])}{more}"
 
 
-def where_instead(root: Path, holds: Callable[[Path], bool]) -> str:
-    """The advice for a folder that does not hold a data set, where a folder at most three below it, or the
-    one above it, does; "" otherwise."""
+def not_as_expected(root: Path, expected: str, holds: Callable[[Path], object]) -> UserError:
+    """The line for a folder that does not hold a data set: what was expected and what is there. Where a
+    folder at most three below it, or the one above it, does, that is the advice."""
     level, near = [root], []
     for _ in range(3):
         level = [folder / name for folder in level[:1000] for name in subfolders(folder)]
         near += level
     found = next((folder for folder in [*near, root.resolve().parent] if holds(folder)), None)
-    return f"; {found} does: give --dataset_path {found}" if found else ""
+    advice = f"; {found} does: give --dataset_path {found}" if found else ""
+    return UserError(f"dataset_path: expected {expected}, but {what_is_there(root)}{advice}")
 
 
 # ---------------------------------------------------------------- folders per class
-def folders(root: Path) -> Listing:
-    """``{train,test}/<class>/**``; without test/, an empty test split. A test folder without a train folder
-    of its name is anomalous for every class, and its name is the kind."""
-    search, (train, test) = Search(root), (inside(root, split) for split in SPLITS)
-    classes, number = subfolders(train), {name: i for i, name in enumerate(by_name(train))}
-    if not classes and not test.is_dir():
-        return normal_only(train, root.resolve().name)
-    if not classes:
+def own_pictures(root: Path, search: Search) -> Table:
+    """Folders per class (``folders``), or normal pictures alone (``normal_only``)."""
+    return folders(root, search) if inside(root, "train").is_dir() else normal_only(root, search)
+
+
+def folders(root: Path, search: Search) -> Table:
+    """``{train,test}/<class>/**``, masks of what is no class in ``ground_truth/<its name>``; without test/,
+    no test images."""
+    train, test = (inside(root, split) for split in SPLITS)
+    trained, tested = by_name(train), by_name(test)
+    if not trained and not test.is_dir():
+        return normal_only(train, search, root.resolve().name)
+    if not trained:
         raise UserError(
             f"dataset_path: expected a folder of images per class in {train}, found none; "
             f"{what_is_there(train)}"
         )
-    tested = list(by_name(test).values())
-    if test.is_dir() and not tested:
+    if test.is_dir() and not any(name in trained or name not in NO_PICTURES for name in tested):
         raise UserError(
             f"dataset_path: expected a folder of images per class in {test}, found none; put the "
             f"normal test images into test/<class>, or take test/ away to train on normal pictures only"
         )
-    entries = {
-        split: [
-            Entry(path, number.get(folded(name), OTHER), kind="" if folded(name) in number else name)
-            for name in names
-            for path in search.images(folder / name)
-        ]
-        for split, folder, names in zip(SPLITS, (train, test), (classes, tested))
-    }
-    search.tell()
+    rows = [
+        row
+        for split, place in zip(SPLITS, (train, test))
+        for row in _labelled(search, root, place, split, trained)
+    ]
     for folder in (train, test):
-        if folder.is_dir() and (beside := pictures_in(folder, Counter())):
-            images.note(f"only the folders in {folder} are taken, not the {len(beside)} pictures beside them")
-    return Listing(root, classes, entries)
+        if folder.is_dir() and (beside := Search().inside(folder)):
+            search.notes.append(
+                f"only the folders in {folder} are taken, not the {len(beside)} pictures beside them"
+            )
+    return Table(root, rows)
 
 
-def pictures_in(folder: Path, skipped: Counter) -> list[Path]:
-    """The image files in a folder itself, sorted; ``skipped`` counts the others by ending."""
-    here = [entry for entry in images.searched(folder) if not images.is_folder(entry)]
-    skipped.update(reason for entry in here if (reason := images.why_skipped(entry)))
-    return [folder / entry.name for entry in here if not images.why_skipped(entry)]
+def _labelled(
+    search: Search, root: Path, place: Path, split: str, normal: Container[str], before: str = ""
+) -> Iterator[Row]:
+    """The images of the folders in a place below ``root``, whose names are their labels, behind ``before``;
+    with the masks of those whose names are not among the ``normal`` ones."""
+    marked = mask_folders(root) + mask_folders(place)
+    for kind, spelt in by_name(place).items():
+        if kind in NO_PICTURES and kind not in normal:
+            continue
+        rows = [Row(path, split, before + spelt) for path in search.below(place / spelt)]
+        masks = [inside(folder, spelt) for folder in marked] + mask_folders(place / spelt)
+        if kind not in normal and masks:
+            rows = [row._replace(mask=search.mask(row.path, place / spelt, masks)) for row in rows]
+            if not any(row.mask for row in rows):
+                where = masks[0].relative_to(root)
+                search.notes.append(f"{len(rows)} defects in {spelt}, no mask for any in {where}")
+        yield from rows
 
 
-def normal_only(root: Path, name: str | None = None) -> Listing:
+def mask_folders(folder: Path) -> list[Path]:
+    return [folder / name for name in subfolders(folder) if folded(name) in MASK_FOLDERS]
+
+
+def normal_only(root: Path, search: Search, name: str | None = None) -> Table:
     """Pictures of one thing that lie in a folder itself, all normal: one class of the folder's name (or of
-    ``name``), and an empty test split. Subfolders are not searched. Raises UserError when no pictures lie
-    there."""
-    skipped: Counter = Counter()
-    pictures = pictures_in(root, skipped)
+    ``name``), no test images. Subfolders are searched only where the folder's own name says that all in it
+    is normal. Raises UserError when no pictures lie there."""
+    pictures, below = search.inside(root) if root.is_dir() else [], subfolders(root)
+    own_name = root.resolve().name
+    if below and not pictures and folded(own_name) in NORMAL_NAMES:
+        pictures, below = search.below(root), []
     if not pictures:
-        raise UserError(
-            f"dataset_path: expected images as {root}/{{train,test}}/<class>/*, or normal pictures in {root} "
-            f"itself, but {what_is_there(root)}{_advice(root)}"
+        expected = f"images as {root}/{{train,test}}/<class>/*, or normal pictures in {root} itself"
+        told = not_as_expected(root, expected, lambda folder: subfolders(folder / "train"))
+        raise told if "--dataset_path" in str(told) else UserError(f"{told}{_advice(root, below)}")
+    if below:
+        search.notes.append(
+            f"only the pictures in {root} itself are taken, not those in {', '.join(below[:4])}"
         )
-    if skipped:
-        images.note(f"passed over in {root}: {images.tell_skipped(skipped)}")
-    if below := subfolders(root):
-        images.note(f"only the pictures in {root} itself are taken, not those in {', '.join(below[:4])}")
-    return Listing(
-        root,
-        [name or root.resolve().name or "normal"],
-        {"train": [Entry(path, 0) for path in pictures], "test": []},
-    )
+    return Table(root, [Row(path, "train", name or own_name or "normal") for path in pictures])
 
 
-def _advice(root: Path) -> str:
+def _advice(root: Path, below: list[str]) -> str:
     """What to do about a folder without pictures that holds folders."""
-    below = subfolders(root)
-    elsewhere = where_instead(root, lambda folder: bool(subfolders(folder / "train")))
-    if elsewhere or not below:
-        return elsewhere
-    normal = [name for name in below if folded(name) in NORMAL_NAMES] or below
+    if not below:
+        return ""
+    normal = [name for name in below if folded(name) in NORMAL_NAMES]
+    normal = normal or [name for name in below if Search().inside(root / name)]
     named = str(root / normal[0]) if len(normal) == 1 else f"{root}/<one of {', '.join(normal[:4])}>"
     return (
-        f"; put normal pictures into {root}/train/<class> and test pictures into {root}/test/<class>, or "
-        f"give the folder of the normal ones: --dataset_path {named}"
+        f"; put normal pictures into {root}/train/<class> and test pictures into {root}/test/<class>"
+        + f", or give the folder of the normal ones: --dataset_path {named}" * bool(normal)
     )
 
 
 # ---------------------------------------------------------------- categories with defective specimens
-def mvtec(root: Path) -> Listing:
+TRAINED, TESTED = ("train", "validation"), ("test", "test_public")
+
+
+def mvtec(root: Path, search: Search) -> Table:
     """``<category>/train/good``, ``<category>/test/<good or defect>``,
     ``<category>/ground_truth/<defect>``; "ok" serves for "good" (BTAD). root may also be one such category,
-    or a folder that holds nothing but their folder."""
+    or a folder that holds nothing but their folder.
+
+    So are the later MVTec sets: AD 2 (``test_public``, with ``ground_truth`` in it), LOCO (a folder of masks
+    for each picture), 3D-AD (``<defect>/rgb``, masks in ``<defect>/gt``); their ``validation`` pictures
+    train, too."""
     categories = _categories(root)
     if not categories:
         inner = subfolders(root)
         categories = _categories(root / inner[0]) if len(inner) == 1 else {}
     if not categories:
-        raise UserError(
-            f"dataset_path: expected MVTec-style categories in {root}, <category>/train/good (or ok) and "
-            f"<category>/test/<good or defect>, but {what_is_there(root)}"
-            f"{where_instead(root, lambda folder: bool(_categories(folder)))}"
+        raise not_as_expected(
+            root,
+            f"MVTec-style categories in {root}, <category>/train/good (or ok) and <category>/test/<good or "
+            "defect>",
+            _categories,
         )
-    search = Search(root)
-    entries: dict[str, list[Entry]] = {
-        split: [
-            entry
-            for number, folder in enumerate(categories.values())
-            for entry in _category(search, folder, number, split)
-        ]
-        for split in SPLITS
-    }
-    search.tell()
-    return Listing(root, list(categories), entries, per_category=True)
-
-
-def _category(search: Search, category: Path, number: int, split: str) -> Iterator[Entry]:
-    """The images of a split of one category."""
-    place, marked = inside(category, split), inside(category, "ground_truth")
-    for name, kind in by_name(place).items():
-        masks = inside(marked, kind)
-        for path in search.images(place / kind):
-            if name in NORMAL_NAMES:
-                yield Entry(path, number)
-            else:
-                yield Entry(path, number, True, kind, _mask(path, place / kind, masks))
+    rows = [
+        row
+        for name, category in categories.items()
+        for split, places in zip(SPLITS, (TRAINED, TESTED))
+        for place in places
+        for row in _labelled(search, category, inside(category, place), split, NORMAL_NAMES, f"{name}/")
+    ]
+    return Table(root, rows)
 
 
 def _categories(root: Path) -> dict[str, Path]:
@@ -252,15 +286,22 @@ def _normal_folder(category: Path) -> bool:
     return any(folded(name) in NORMAL_NAMES for name in subfolders(inside(category, "train")))
 
 
-def _mask(path: Path, folder: Path, masks: Path) -> Path | None:
-    """Where the defect of an image below ``folder`` is marked below ``masks``; None where nothing is
-    there."""
-    beside = masks / path.relative_to(folder).parent
-    return next((file for name in MASK_NAMES if (file := beside / name.format(path.stem)).is_file()), None)
+# ---------------------------------------------------------------- tables
+def labels_file(path: Path, search: Search) -> Table:
+    """A CSV file with the columns path (from the file's own folder), split, label and perhaps mask; or a
+    folder that has one called labels.csv."""
+    table = path / "labels.csv" if path.is_dir() else path
+    if not table.is_file():
+        raise UserError(
+            f"dataset_path: expected a CSV file with the columns {', '.join(Row._fields)}, or a folder with "
+            f"labels.csv, but {what_is_there(path)}"
+        )
+    listed = _read_table(table, ("path", "split", "label"))
+    rows = [(row["path"], row["split"], row["label"], row.get("mask")) for row in listed]
+    return Table(table.parent, _rows(table, table.parent, rows))
 
 
-# ---------------------------------------------------------------- VisA
-def visa(root: Path) -> Listing:
+def visa(root: Path, search: Search) -> Table:
     """VisA: ``split_csv/1cls.csv`` says which image of ``<object>/Data/Images/{Normal,Anomaly}`` is in
     which split, and which mask is its; ``<object>/image_anno.csv``, where it is there, says what is wrong.
     Also in its converted form, MVTec-style categories."""
@@ -268,37 +309,55 @@ def visa(root: Path) -> Listing:
     base = next((b for b in bases if (b / "split_csv" / "1cls.csv").is_file()), None)
     if base is None:
         if _categories(root):
-            return mvtec(root)
-        raise UserError(
-            f"dataset_path: expected VisA as {root / 'split_csv' / '1cls.csv'} and the folders "
-            f"<object>/Data/Images that it names, but {what_is_there(root)}"
-            f"{where_instead(root, lambda folder: (folder / 'split_csv' / '1cls.csv').is_file())}"
+            return mvtec(root, search)
+        raise not_as_expected(
+            root,
+            f"VisA as {root / 'split_csv' / '1cls.csv'} and the folders <object>/Data/Images that it names",
+            lambda folder: (folder / "split_csv" / "1cls.csv").is_file(),
         )
     table = base / "split_csv" / "1cls.csv"
-    rows = _read_table(table, ("object", "split", "label", "image", "mask"))
-    missing = [row["image"] for row in rows if not (base / row["image"]).is_file()]
-    if missing:
-        raise UserError(
-            f"dataset_path: {table} names {(base / missing[0]).resolve()}, which is not there, nor are "
-            f"{len(missing) - 1} others of its {len(rows)} images; unpack VisA whole"
+    listed = _read_table(table, ("object", "split", "label", "image", "mask"))
+    notes = [base / name / "image_anno.csv" for name in {row["object"] for row in listed}]
+    noted = [row for note in notes if note.is_file() for row in _read_table(note, ("image", "label"))]
+    wrong = {row["image"]: row["label"] for row in noted}
+    rows = [
+        (row["image"], row["split"], f"{row['object']}/{wrong.get(row['image'], row['label'])}", row["mask"])
+        for row in sorted(listed, key=lambda row: row["image"])
+    ]
+    return Table(base, _rows(table, base, rows))
+
+
+def real_iad(root: Path, search: Search) -> Table:
+    """Real-IAD: ``realiad_jsons/<object>.json``, or a folder deeper, says which pictures of
+    ``realiad_1024/<object>`` (or 512, or 256) are in which split. An object without its folder is left
+    out."""
+    base = next((f for size in (1024, 512, 256) if (f := root / f"realiad_{size}").is_dir()), root)
+    found = {}
+    for table in _real_iad_tables(root):
+        try:
+            content = json.loads(table.read_text(encoding="utf-8"))
+            place = base / content["meta"]["prefix"]
+            rows = [
+                (row["image_path"], split, f"{table.stem}/{row['anomaly_class']}", row["mask_path"])
+                for split in SPLITS
+                for row in content[split]
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"dataset_path: {table} cannot be read ({error!r})") from None
+        if place.is_dir():
+            found[table.stem] = _rows(table, place, rows)
+    if not found:
+        raise not_as_expected(
+            root,
+            f"Real-IAD as {root}/realiad_1024/<object> and {root}/realiad_jsons/<object>.json",
+            _real_iad_tables,
         )
-    objects = sorted({row["object"] for row in rows})
-    kinds = {
-        kind["image"]: kind["label"] for name in objects for kind in _kinds(base / name / "image_anno.csv")
-    }
-    entries: dict[str, list[Entry]] = {split: [] for split in SPLITS}
-    for row in sorted(rows, key=lambda row: row["image"]):
-        defect, number = folded(row["label"]) != "normal", objects.index(row["object"])
-        mask = base / row["mask"] if row["mask"] else None
-        kind = kinds.get(row["image"], "anomaly") if defect else ""
-        if row["split"] not in entries:
-            raise UserError(f"dataset_path: {table} has the split {row['split']!r}; expected train or test")
-        entries[row["split"]].append(Entry(base / row["image"], number, defect, kind, mask))
-    return Listing(base, objects, entries, per_category=True)
+    return Table(base, [row for rows in found.values() for row in rows])
 
 
-def _kinds(table: Path) -> list[dict[str, str]]:
-    return _read_table(table, ("image", "label")) if table.is_file() else []
+def _real_iad_tables(root: Path) -> list[Path]:
+    places = (root / "realiad_jsons", root / "realiad_jsons" / "realiad_jsons")
+    return sorted(path for place in places for path in place.glob("*.json"))
 
 
 def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
@@ -309,12 +368,44 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"dataset_path: {path} cannot be read ({error})") from None
     if not rows or any(row.get(column) is None for row in rows for column in columns):
-        raise UserError(f"dataset_path: expected the columns {', '.join(columns)} in {path}, in every row")
+        raise UserError(
+            f"dataset_path: expected the columns {', '.join(columns)} in {path}, in every row, with commas "
+            "between"
+        )
     return rows
+
+
+def _rows(table: Path, base: Path, listed: Iterable[tuple[str, str, str, str | None]]) -> list[Row]:
+    """What a table in a file lists; its paths begin at ``base``, or at the root of the file system. Raises
+    UserError on what is not there, and on other splits than train and test."""
+    rows = [
+        Row(_named(base, path), folded(split), label.strip(), _named(base, mask) if mask else None)
+        for path, split, label, mask in listed
+    ]
+    if other := next((row for row in rows if row.split not in SPLITS or not row.label), None):
+        raise UserError(
+            f"dataset_path: {table} gives {other.path.name} the split {other.split!r} and the label "
+            f"{other.label!r}; expected train or test, and a label"
+        )
+    missing = [path for row in rows for path in (row.path, row.mask) if path and not path.exists()]
+    if missing:
+        raise UserError(
+            f"dataset_path: {table} names {missing[0].absolute()}, which is not there, nor are "
+            f"{len(missing) - 1} others of its {len(rows)} images and their masks; put them there, or take "
+            "their rows out"
+        )
+    return rows
+
+
+def _named(base: Path, name: str) -> Path:
+    """The file of that name; Windows writes its folders with backslashes."""
+    path = base / name
+    return path if "\\" not in name or path.exists() else base / name.replace("\\", "/")
 
 
 # ---------------------------------------------------------------- sets without a split of their own
 TRAIN_SHARE = 0.8  # of each class's normal pictures
+PETS = ("cat", "dog")
 
 
 def split_by_rule(files: list[Path]) -> dict[str, list[Path]]:
@@ -332,30 +423,28 @@ def _number(path: Path) -> int:
     return int(digits[-1]) if digits else -1
 
 
-def cats_vs_dogs(root: Path) -> Listing:
+def cats_vs_dogs(root: Path, search: Search) -> Table:
     """Cats and dogs: ``{train,test}/<class>/*``, Kaggle's flat ``train/cat.0.jpg``, or Microsoft's
     ``PetImages/{Cat,Dog}/0.jpg``; the last two split by ``split_by_rule``, 10,000 of each class to train
     and 2,500 to test, the same pictures in both. Kaggle's test1/ has no labels and is not read."""
     if all(subfolders(root / split) for split in SPLITS):
-        return folders(root)
-    places = _pets(root)
+        return folders(root, search)
+    places, rows = _pets(root), []
     if not places:
-        raise UserError(
-            f"dataset_path: expected cats and dogs as {root}/{{train,test}}/{{cat,dog}}/*, "
-            f"{root / 'train' / 'cat.0.jpg'} (Kaggle) or {root / 'PetImages' / 'Cat'} (Microsoft), but "
-            f"{what_is_there(root)}{where_instead(root, lambda folder: bool(_pets(folder)))}"
+        raise not_as_expected(
+            root,
+            f"cats and dogs as {root}/{{train,test}}/{{cat,dog}}/*, {root / 'train' / 'cat.0.jpg'} (Kaggle) "
+            f"or {root / 'PetImages' / 'Cat'} (Microsoft)",
+            _pets,
         )
-    search, halves = Search(root), []
     for name, (folder, start) in places.items():
-        pictures = [path for path in search.images(folder) if path.name.startswith(start)]
+        pictures = [path for path in search.below(folder) if path.name.startswith(start)]
         if not pictures:
             raise UserError(
                 f"dataset_path: no pictures of a {name} in {folder}; expected {start}0.jpg and so on"
             )
-        halves.append(split_by_rule(pictures))
-    search.tell()
-    entries = {s: [Entry(path, i) for i, half in enumerate(halves) for path in half[s]] for s in SPLITS}
-    return Listing(root, list(PETS), entries)
+        rows += [Row(path, split, name) for split, half in split_by_rule(pictures).items() for path in half]
+    return Table(root, rows)
 
 
 def _pets(root: Path) -> dict[str, tuple[Path, str]]:
@@ -371,67 +460,82 @@ def _pets(root: Path) -> dict[str, tuple[Path, str]]:
     return {}
 
 
-PETS = ("cat", "dog")
-
-
-def magnetic_tiles(root: Path) -> Listing:
+def magnetic_tiles(root: Path, search: Search) -> Table:
     """Magnetic tile defects: ``MT_Free/Imgs/*.jpg`` are normal, ``MT_<Kind>/Imgs/*.jpg`` are defective,
     their masks .png beside them. The free ones are split by ``split_by_rule``; all defective ones are
     tested."""
     inner = [root, *(root / name for name in subfolders(root))]
     base = next((folder for folder in inner if (folder / "MT_Free").is_dir()), None)
     if base is None:
-        raise UserError(
-            f"dataset_path: expected magnetic tiles as {root / 'MT_Free' / 'Imgs'}, and MT_Blowhole, "
-            f"MT_Break, ... beside it, but {what_is_there(root)}"
-            f"{where_instead(root, lambda folder: (folder / 'MT_Free').is_dir())}"
+        raise not_as_expected(
+            root,
+            f"magnetic tiles as {root / 'MT_Free' / 'Imgs'}, and MT_Blowhole, MT_Break, ... beside it",
+            lambda folder: (folder / "MT_Free").is_dir(),
         )
-    free = split_by_rule(_tiles(base / "MT_Free"))
-    entries = {split: [Entry(path, 0) for path in free[split]] for split in SPLITS}
+    rows = []
     for name in subfolders(base):
-        if name.startswith("MT_") and name != "MT_Free":
-            kind = name.removeprefix("MT_").lower()
-            for path in _tiles(base / name):
-                mask = path.with_suffix(".png")
-                entries["test"].append(Entry(path, 0, True, kind, mask if mask.is_file() else None))
-    return Listing(base, ["magnetic_tile"], entries, per_category=True)
-
-
-def _tiles(folder: Path) -> list[Path]:
-    """The photographs in a folder: the .png beside them are masks."""
-    return [path for path in images.images_below(folder) if path.suffix.lower() in (".jpg", ".jpeg")]
+        if not name.startswith("MT_"):
+            continue
+        found = search.below(base / name)
+        photographs = [path for path in found if path.suffix.lower() in (".jpg", ".jpeg")]
+        kind = name.removeprefix("MT_").lower()
+        if kind == "free":
+            halves = split_by_rule(photographs)
+            rows += [Row(path, split, "magnetic_tile/good") for split in SPLITS for path in halves[split]]
+        else:
+            masks = {path.with_suffix(""): path for path in sorted(set(found) - set(photographs))}
+            rows += [
+                Row(path, "test", f"magnetic_tile/{kind}", masks.get(path.with_suffix("")))
+                for path in photographs
+            ]
+    return Table(base, rows)
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """A mask of a defect, (H, W) bool: True where the file is not black. Raises UserError."""
+    """A mask of a defect, (H, W) bool: True where the file is not black, of a JPEG where it is nearer to
+    white; of a folder, where any file in it is. Raises UserError."""
     try:
+        if path.is_dir():
+            return np.logical_or.reduce([read_mask(part) for part in images.images_below(path, Counter())])
         with Image.open(path, formats=images.formats()) as image:
             images.bounded(image)
             if image.mode == "P":  # by the colour; of a palette of blacks by the number
                 coloured = np.asarray(image.convert("RGB")).max(2) > 0
                 return coloured if coloured.any() else np.asarray(image) > 0
             one = image.mode in ("1", "L", "F") or image.mode.startswith("I")
-            return np.asarray(image if one else image.convert("L")) > 0
+            least = 127 if image.format == "JPEG" else 0  # its black is not quite black
+            return np.asarray(image if one else image.convert("L")) > least
+    except UserError:
+        raise
     except Exception as error:  # every format fails in its own way
         raise UserError(f"unreadable mask {path} ({type(error).__name__})") from None
 
 
-def own_pictures(root: Path) -> Listing:
-    """Folders per class (``folders``), or normal pictures alone (``normal_only``)."""
-    if not root.is_dir():
-        raise UserError(
-            f"dataset_path: expected images as {root}/{{train,test}}/<class>/*, or normal pictures in {root} "
-            f"itself, but {what_is_there(root)}"
-        )
-    return folders(root) if inside(root, "train").is_dir() else normal_only(root)
-
-
-READERS: dict[str, Callable[[Path], Listing]] = {
+# ---------------------------------------------------------------- all of them
+READERS: dict[str, Callable[[Path, Search], Table]] = {
     "folder": own_pictures,
+    "csv": labels_file,
     "lbot": own_pictures,
     "CatsvsDogs": cats_vs_dogs,
     "mvtec": mvtec,
     "BTAD": mvtec,
     "VisA": visa,
+    "RealIAD": real_iad,
     "MTD": magnetic_tiles,
 }
+
+
+def read_table(reader: Callable[[Path, Search], Table], path: Path) -> Table:
+    """The table of a data set; what was passed over, and which masks are lacking, is told in a line. Raises
+    UserError."""
+    search, masks = Search(), defaultdict(list)
+    table = reader(path, search)
+    for row in table.rows:
+        masks[row.split, row.label].append(row.mask is not None)
+    search.notes += [
+        f"masks for {sum(found)} of {len(found)} defects in {label}"
+        for (_, label), found in masks.items()
+        if any(found) and not all(found)
+    ]
+    search.tell(path)
+    return table

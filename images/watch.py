@@ -1,6 +1,9 @@
 """A folder in which pictures arrive: which of them are whole and not yet taken."""
 
+import errno
+import fcntl
 import os
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,7 +14,9 @@ from images.images import note, searched_whole
 
 INTERVAL = 0.5  # seconds between two looks at the folder
 SETTLED = 1.0  # seconds that a file has to stay as it is before it is taken for whole
-PATIENCE = 30.0  # seconds after its last change in which a file that cannot be read is tried again
+# Seconds after its last change in which a file that cannot be read is tried again, and one that a process
+# holds open for writing is waited for.
+PATIENCE = 30.0
 
 
 class Seen(NamedTuple):
@@ -56,14 +61,24 @@ class Arrivals:
             if last is None or last[:2] != (found.st_size, found.st_mtime_ns):
                 last = Seen(found.st_size, found.st_mtime_ns, now)
             self.seen[name] = last
-            if last.since is not None and now - last.since >= SETTLED:
+            if last.since is None or (age := now - last.since) < SETTLED:
+                continue
+            if age >= PATIENCE or not being_written(name):
                 ready.append((last.changed, name))
         return [Path(name) for _, name in sorted(ready)]
 
-    def done(self, path: Path) -> None:
-        """A picture needs no further look, until it changes."""
-        if last := self.seen.get(str(path)):
-            self.seen[str(path)] = last._replace(since=None)
+    def done(self, path: Path) -> bool:
+        """A picture was taken and needs no further look, until it changes. False: it has changed since it was
+        ready, what was taken of it does not count."""
+        last = self.seen[str(path)]
+        try:
+            found = os.stat(path)
+        except OSError:  # moved on once it was read
+            return True
+        if last[:2] != (found.st_size, found.st_mtime_ns):
+            return False
+        self.seen[str(path)] = last._replace(since=None)
+        return True
 
     def given_up(self, path: Path) -> bool:
         """Of a picture that could not be read: whether it will not be tried again. It will be for as long as
@@ -75,3 +90,19 @@ class Arrivals:
             return False
         self.done(path)
         return True
+
+
+def being_written(path: str) -> bool:
+    """Whether a process of this machine has a file open for writing: Linux then refuses a lease on it. False
+    where that cannot be told: on other systems, for another user's file, for writers on other machines."""
+    try:
+        with open(path, "rb") as stream:  # which ends the lease
+            fcntl.fcntl(
+                stream, fcntl.F_SETSIG, signal.SIGURG
+            )  # to who holds a lease on what is opened: ignored
+            fcntl.fcntl(stream, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    except AttributeError:
+        return False
+    return False

@@ -85,7 +85,9 @@ def raw_images(config: Config, cache: feature_cache.FeatureCache) -> datasets.Im
     UserError where they are not those that were extracted."""
     if config.pretrained:
         return None
-    return cache.in_rows(datasets.images_of(config))
+    images = datasets.images_of(config)
+    images.scale.ranges = cache.meta.get("pixel_scale", {})
+    return cache.in_rows(images)
 
 
 def draw_class(

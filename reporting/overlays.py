@@ -1,13 +1,13 @@
 """Heat maps to look at: the picture, and the map laid over it."""
 
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from config import UserError
 from detector.picture_detector import PictureDetector
-from images.images import pixels_of
 from shell.files import file_name, whole_file
 
 
@@ -27,6 +27,17 @@ def draw(pixels: np.ndarray, values: np.ndarray, least: float, path: Path, title
         axes.axis("off")
     figure.suptitle(title.encode(errors="replace").decode(), parse_math=False, fontsize="small")
     save(figure, path)
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder for heat maps. Raises UserError where no file can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"heat_maps: expected a folder that can be written to, got {folder} ({error.strerror})"
+        ) from None
 
 
 def save(figure, path: Path) -> None:
@@ -49,7 +60,7 @@ def draw_heat_maps(
         drawn.add(path)
         told = f"{row['image']}  score {row['score']:.3g}  {row['verdict'] or ''}"
         try:
-            draw(pixels_of(row["image"]), fitted.heat_map(row["image"]), fitted.least_heat, path, told)
+            draw(fitted.pixels(row["image"]), fitted.heat_map(row["image"]), fitted.least_heat, path, told)
         except UserError as gone:  # or changed since it was scored
             drawn.remove(path)
             print(f"no heat map: {gone}", file=sys.stderr)

@@ -15,7 +15,8 @@ from backbone.resizing import Unreadable
 from config import UserError
 from detector.picture_detector import PictureDetector
 from images import watch
-from shell.files import whole_file
+from images.images import note
+from shell.files import naming, whole_file
 
 COLUMNS = ("image", "class", "score", "p_value", "verdict")
 WriteRow = Callable[[dict], None]
@@ -36,11 +37,13 @@ def table(output: Path | None, at_once: bool = False) -> Iterator[WriteRow]:
     """What takes the rows, {column: value}, one by one: CSV on the screen, or a file that is there, whole,
     when the block ends well, or ``at_once``, row by row, behind those that it has."""
     if output is None:
-        yield _csv(sys.stdout, headed=False)
+        with naming("standard output"):
+            yield _csv(sys.stdout, headed=False)
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     place = contextlib.nullcontext(output) if at_once else whole_file(output)
     with (
+        naming(output),
         place as path,
         open(path, "a", encoding="utf-8", errors="backslashreplace", newline="") as stream,  # any name
     ):
@@ -84,17 +87,17 @@ def rows_of(detectors: list[PictureDetector], files: list[Path]) -> Iterator[lis
 def rows_arriving(
     detectors: list[PictureDetector], arrivals: watch.Arrivals
 ) -> Iterator[list[dict] | Unreadable]:
-    """``rows_of`` the pictures that arrive, without an end; one that cannot be read is tried again, and told
-    of once there is little hope."""
+    """``rows_of`` the pictures that arrive, without an end; one that changed while it was read waits again,
+    one that cannot be read is tried again, and told of once there is little hope."""
     print(f"watching {arrivals.folder}; Ctrl-C ends", file=sys.stderr, flush=True)
     while True:
         files = arrivals.ready()
         waiting = iter(files)
         for part in rows_of(detectors, files):
             if not isinstance(part, Unreadable):
-                for path in itertools.islice(waiting, len(part) // len(detectors)):
-                    arrivals.done(path)
-                yield part
+                paths = list(itertools.islice(waiting, len(part) // len(detectors)))
+                whole = {str(path) for path in paths if arrivals.done(path)}
+                yield [line for line in part if line["image"] in whole]
             elif arrivals.given_up(next(waiting)):
                 yield part
         time.sleep(watch.INTERVAL)
@@ -135,3 +138,5 @@ def tell_counts(
     ]
     told = ", ".join([f"{done} pictures scored", *anomalous, *[f"{failed} unreadable"] * (failed > 0)])
     print(told + (f"; rows in {output}" if output else ""), file=sys.stderr)
+    if line := detectors[0].backbone.scale.beyond():
+        note(line)

@@ -1,9 +1,10 @@
 """A run on one page: report.html, whole in itself. Pictures lie in it as text, and it asks no server for
-anything. Its layout is webpage.html, a template of jinja2 that escapes what is put into it."""
+anything. Its layout is webpage.html on base.html, templates of jinja2 that escape what is put into them."""
 
 import base64
 import dataclasses
 import datetime
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ def page(summary: dict, pictures: list[Picture]) -> str:
         "Thresholds": Table(*report.threshold_table(summary)),
         "Classes and seeds": fits(summary),
     }
-    return template().render(
+    return template("webpage.html").render(
         title=config["modelname"],
         about=f"{about}; {made}",
         facts=facts(summary),
@@ -71,8 +72,8 @@ def page(summary: dict, pictures: list[Picture]) -> str:
     )
 
 
-def template() -> jinja2.Template:
-    """The template webpage.html: escapes every value, and fails on a name that is not given."""
+def template(name: str) -> jinja2.Template:
+    """A template beside this file: escapes every value, and fails on a name that is not given."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -80,8 +81,13 @@ def template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["data_uri"] = data_uri
-    return environment.get_template("webpage.html")
+    environment.filters |= {"data_uri": data_uri, "sha256": sha256_source}
+    return environment.get_template(name)
+
+
+def sha256_source(script: str) -> str:
+    """How a page's policy names the one script that may run."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def data_uri(path: Path) -> str:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from config import Config, UserError, changed, make_config, unknown_knob
-from shell.signals import KEPT, end_at_once_on_signals, guarded, show_any_name, stop
+from shell.signals import KEPT, before_imports, guarded, show_any_name, stop
 from shell.values import parse_sweep, parse_values
 
 # The knobs that a first run needs, at the head of the help.
@@ -43,11 +43,14 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_or_stop(self, argv=None):
-        """``parse_args``; a mistake ends the script with one line."""
+        """``parse_args``; a mistake ends the script with one line, and so do signals until ``guarded``."""
         try:
-            return self.parse_args(argv)
+            parsed = self.parse_args(argv)
         except UserError as mistake:
             stop(mistake)
+        if argv is None:
+            before_imports()
+        return parsed
 
 
 def build_parser(description, script="main.py"):
@@ -103,8 +106,6 @@ def add_knob(group, field):
 def from_command_line(description, argv=None, script="main.py"):
     """The configuration of a script's command line; ``-h`` prints the knobs it reads and exits. A mistake
     ends the script with one line."""
-    if argv is None:
-        end_at_once_on_signals()
     try:
         given, rest = build_parser(description, script).parse_known_args(argv)
         if rest:
@@ -112,9 +113,11 @@ def from_command_line(description, argv=None, script="main.py"):
         made = make_config(parse_values(vars(given)))
         if made.sweep:
             parse_sweep(made.sweep)
-        return made
     except UserError as mistake:
         stop(mistake)
+    if argv is None:
+        before_imports()
+    return made
 
 
 def unexpected(argument, script):

@@ -21,6 +21,18 @@ def partial_of(path: Path) -> Path:
 
 
 @contextmanager
+def naming(path: Path | str, partial: Path | None = None) -> Iterator[None]:
+    """In the block an OSError without a file's name, as of a write to a full disk, or with that of
+    ``partial``, gets the name ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or str(error.filename) == str(partial):
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to beside ``path``, a file or a new folder; it takes its place, on the disk, only when
     the block ends without an error. A file has the mode of an ordinary new one, whoever writes it."""
@@ -28,15 +40,16 @@ def whole_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
     try:
-        partial.touch()
-        mode = partial.stat().st_mode  # by the umask
-        partial.unlink()  # so that a block that writes nothing leaves nothing
-        yield partial
-        if partial.is_file():
-            partial.chmod(mode)
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
+        with naming(path, partial):
+            partial.touch()
+            mode = partial.stat().st_mode  # by the umask
+            partial.unlink()  # so that a block that writes nothing leaves nothing
+            yield partial
+            if partial.is_file():
+                partial.chmod(mode)
+            sync(partial)
+            os.replace(partial, path)
+            sync(path.parent)
     finally:
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)

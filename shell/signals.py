@@ -1,13 +1,15 @@
-"""How a script ends: by a user's mistake, Ctrl-C or a signal, in one line and in time."""
+"""How a script ends: by a user's mistake, want of memory, Ctrl-C or a signal, in one line and in time."""
 
 import contextlib
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
 import threading
 import time
+from types import FrameType
 
 from config import UserError
 
@@ -18,6 +20,12 @@ KEPT = (
 )
 
 
+LEAST_ADDRESS_SPACE = 4 << 30  # bytes: with less (ulimit -v) the libraries of torch or scipy fail or hang
+WANT_OF_MEMORY = (  # as Python, torch, CUDA and oneDNN put it, the last without a reason
+    "can't start new thread", "can't allocate memory", "out of memory", "could not create a primitive",
+)  # fmt: skip
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, or a signal that asks a script to end. told: what is kept, and how to go on, where that is
     known."""
@@ -25,6 +33,18 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number=signal.SIGINT, told=""):
         super().__init__(told)
         self.number, self.told = number, told
+
+
+def is_guest() -> bool:
+    """Whether another program runs this script and goes on after it: a notebook (%run), a debugger. The
+    first frame is that program's; runpy's, before it, are of ``python -m``."""
+    frame: FrameType | None = sys._getframe()
+    modules = []
+    while frame:
+        modules.append(frame.f_globals)
+        frame = frame.f_back
+    first = next(module for module in reversed(modules) if module["__name__"] != "runpy")
+    return first is not vars(sys.modules["__main__"])
 
 
 def catch_signals() -> None:
@@ -38,9 +58,16 @@ def catch_signals() -> None:
     _handle(interrupt)
 
 
-def end_at_once_on_signals() -> None:
-    """Until ``catch_signals``: SIGINT, SIGTERM and SIGHUP end the process with one line. For the time of the
-    slow imports, which an exception would leave half done, with a traceback."""
+def before_imports() -> None:
+    """For the time of the slow imports, which an exception would leave half done, with a traceback: until
+    ``catch_signals``, SIGINT, SIGTERM and SIGHUP end the process with one line. So does a limit of memory
+    (ulimit -v) under which they fail."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if 0 <= limit < LEAST_ADDRESS_SPACE:
+        stop(
+            f"not enough memory: ulimit -v allows {limit / 1e9:.2g} GB of address space, expected at least "
+            f"{LEAST_ADDRESS_SPACE / 1e9:.2g} GB, which torch takes"
+        )
 
     def end(number, frame):
         print("interrupted: nothing was begun", file=sys.stderr)
@@ -50,7 +77,7 @@ def end_at_once_on_signals() -> None:
 
 
 def _handle(handler) -> None:
-    for kind in ENDING:
+    for kind in () if is_guest() else ENDING:
         if signal.getsignal(kind) is not signal.SIG_IGN:  # as under nohup
             signal.signal(kind, handler)
 
@@ -64,9 +91,13 @@ def show_any_name() -> None:
 
 def guarded(main, *arguments, told="no file is left half-written") -> None:
     """Run ``main(*arguments)``; a user's mistake, a full disk, Ctrl-C or a signal to end stops the script
-    with one line. told: what is said of an interruption that does not say it itself."""
+    with one line. told: what is said of an interruption that does not say it itself. A guest's signals are
+    left to the program that runs it, which gets KeyboardInterrupt."""
     show_any_name()
     try:
+        if is_guest():
+            main(*arguments)
+            return
         catch_signals()
         with ended_in_time(told):
             main(*arguments)
@@ -74,6 +105,11 @@ def guarded(main, *arguments, told="no file is left half-written") -> None:
         stop(mistake)
     except OSError as error:  # a full disk, a folder that may not be written
         stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in WANT_OF_MEMORY):
+            raise
+        told = " ".join(str(error).split())[:200] or "Python has none left"
+        stop(f"not enough memory ({told}); smaller batches, images and fewer threads take less")
     except UnicodeEncodeError as error:  # the name of a file, on its way to the screen
         stop(f"a name is not valid UTF-8: {error.object[:200]!r}; rename it")
     except Interrupted as interrupted:

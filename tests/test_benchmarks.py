@@ -98,6 +98,18 @@ def test_first_run_at_a_small_size(tmp_path):
     assert "--preset quickstart" in text and "torch" in text and "cores" in text and "commit" in text
 
 
+@pytest.mark.slow
+@pytest.mark.long
+def test_tiles_at_a_small_size(tmp_path):
+    """A row for each surface and side of tiles."""
+    options = ("--size", 256, "--tiles", "0,128", "--train", 5, "--good", 2, "--defect", 1)
+    done = script("benchmarks/tiles.py", *options, cwd=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
+    assert [row[1] for row in rows] == ["none", "128"] * 2
+    assert all(0 <= float(row[2]) <= 1 for row in rows) and list(tmp_path.iterdir()) == []
+
+
 def test_a_program_beside_ends_with_the_block():
     with first_run.beside(first_run.compute):
         child = first_run.multiprocessing.active_children()[0]

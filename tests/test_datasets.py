@@ -2,14 +2,17 @@
 
 import json
 import re
+import shutil
 import unicodedata
 
 import numpy as np
 import pytest
+import torch
 from conftest import PIXELS, ROOT, counts, make_folder, tree
 from sklearn.datasets import load_digits
 
 import datasets
+import extractor
 from config import Config, UserError
 from datasets import OTHER, SPLITS, Split, choose_classes, load_images
 from images.images import read_image
@@ -341,6 +344,36 @@ def test_hashes_follow_content(tmp_path):
     changed.write_bytes(content)
     differing = [a != b for a, b in zip(first.hashes("train"), second.hashes("train"))]
     assert differing == [name == "train/leaf/01.png" for name in first.labels.train.names]
+
+
+def repeats(root) -> str:
+    images = load_images("mvtec", str(root))
+    return datasets.repeated(images.labels, {split: images.hashes(split) for split in SPLITS})
+
+
+def test_the_same_picture_in_both_splits_or_under_two_labels_is_told(tmp_path):
+    root = tree(tmp_path / "bottle", *MVTEC)
+    assert repeats(root) == ""
+    shutil.copy(root / "train/good/1.png", root / "train/good/again.png")
+    assert repeats(root) == "", "nothing is learnt from it that should not be"
+    shutil.copy(root / "train/good/1.png", root / "test/good/again.png")
+    told = "the same picture twice: {} in train and test, {} under two labels; {} is {}"
+    assert repeats(root) == told.format(1, 0, "test/good/again.png", "train/good/1.png")
+    (root / "test/good/again.png").unlink()
+    shutil.copy(root / "test/hole/5.png", root / "test/good/again.png")
+    assert repeats(root) == told.format(0, 1, "test/hole/5.png", "test/good/again.png")
+    shutil.copy(root / "train/good/1.png", root / "test/scratch/4.png")
+    assert repeats(root) == told.format(1, 2, "test/hole/5.png", "test/good/again.png")
+
+
+def test_every_script_tells_of_the_same_picture_twice(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tree(tmp_path / "set", "train/a/1.png", "test/a/2.png")
+    shutil.copy(root / "train/a/1.png", root / "test/a/2.png")
+    options = {"extractor": "resnet10t", "weights_path": "random", "img_size": (32, 32), "workers": 0}
+    config = Config(dataset="folder", dataset_path=str(root), device="cpu", threads=1, **options)
+    extractor.ensure_features(config, torch.device("cpu"))
+    assert "note: the same picture twice: 1 in train and test, 0 under" in capsys.readouterr().err
 
 
 def test_hashes_of_arrays():

@@ -204,8 +204,8 @@ def test_weights_not_reachable(monkeypatch, tmp_path, capsys):
 
 
 def test_one_image_is_no_class(run_here, tmp_path):
-    for name in ("train/a/1.png", "test/a/1.png", "test/b/1.png"):
-        write_image(tmp_path / "images" / name, torch.zeros(8, 8, 3, dtype=torch.uint8).numpy())
+    for gray, name in enumerate(("train/a/1.png", "test/a/1.png", "test/b/1.png")):
+        write_image(tmp_path / "images" / name, torch.full((8, 8, 3), gray, dtype=torch.uint8).numpy())
     line = one_line(run_here("main.py", "--dataset", "folder", "--dataset_path", tmp_path / "images", *SMALL))
     assert "class a" in line and "at least 3" in line and "give more normal ones" in line
 

@@ -1,8 +1,10 @@
 """Image files: every mode and format to the right pixels, which files are found, and which are refused."""
 
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -10,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_image
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from config import UserError
 from detector import pictures
 from images import images
+from images.pixel_scale import PixelScale
 
 GENERATOR = np.random.RandomState(0)
 PIXELS = np.full((5, 4, 3), 90, np.uint8)
@@ -54,22 +57,140 @@ def test_big_endian_sixteen_bits(tmp_path):
     assert (images.read_image(tmp_path / "a.tif")[..., 1] == wanted).all()
 
 
+GRAIN = GENERATOR.randint(0, 256, (6, 9))
+GRAIN[0, :2] = 0, 255
+
+
+def in_set(folder: Path, *pictures: np.ndarray) -> tuple[list[np.ndarray], PixelScale]:
+    """What is read of pictures that are the training pictures of a data set, and its scale."""
+    names = [folder / f"{i}.tif" for i in range(len(pictures))]
+    for name, picture in zip(names, pictures):
+        Image.fromarray(picture).save(name)
+    scale = PixelScale(measure=lambda: images.measured(names))
+    return [images.read_image(name, scale)[..., 0] for name in names], scale
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_the_same_grain_in_any_number_of_bits(tmp_path, capsys, bits, kind):
+    """Of a 16-bit file, of whole numbers, of floats: the scale is the data set's, and said."""
+    (pixels,), scale = in_set(tmp_path, (GRAIN * (2**bits - 1) / 255).round().astype(kind))
+    assert (pixels == GRAIN).all() and scale.clipped == 0
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"0 is black and {2**bits - 1} white" in told
+
+
+def test_the_scale_is_that_of_the_set_and_not_of_the_picture(tmp_path):
+    """A dark picture stays dark; one pixel a little beyond 1.0 makes none black."""
+    bright = (GRAIN / 255).astype(np.float32)
+    beyond = bright.copy()
+    beyond[0, 1] = 1.0001
+    (first, second, dark), scale = in_set(tmp_path, bright, beyond, bright / 4)
+    assert (first == GRAIN).all() and (second == GRAIN).all()
+    assert (dark == np.round(GRAIN / 4)).all() and scale.ranges == {"float": [0, 1]}
+
+
 @pytest.mark.parametrize(
     "values, wanted",
     [
-        (np.array([[0, 257, 65535]], np.int32), [0, 1, 255]),
-        (np.array([[-100, 0, 100]], np.int32), [0, 128, 255]),
-        (np.array([[0, 10**9, 2 * 10**9]], np.int32), [0, 128, 255]),
-        (np.array([[0, 0.2, 1]], np.float32), [0, 51, 255]),
-        (np.array([[0, 51, 200]], np.float32), [0, 51, 200]),
-        (np.array([[0, 2570, 65535]], np.float32), [0, 10, 255]),
+        (np.array([[-100, 0, 255]], np.int32), [78, 128, 255]),
+        (np.array([[0, 2**30, 2**31 - 1]], np.int32), [0, 128, 255]),
         (np.array([[-1, 0, 1]], np.float32), [0, 128, 255]),
-        (np.array([[7e9, 7e9, 7e9]], np.float32), [0, 0, 0]),
+        (np.array([[-0.01, 0.2, 1.2]], np.float32), [0, 51, 255]),
     ],
 )
 def test_wide_grays(tmp_path, values, wanted):
-    pixels = saved(tmp_path / "a.tif", values)
-    assert pixels[0].tolist() == [[value] * 3 for value in wanted]
+    """Signed, 32 bits, a little beyond."""
+    (pixels,), _ = in_set(tmp_path, values)
+    assert pixels[0].tolist() == wanted
+
+
+def test_what_exceeds_the_scale_is_clipped_and_counted(tmp_path):
+    _, scale = in_set(tmp_path, (GRAIN * 16).astype(np.uint16))
+    later = saved(tmp_path / "later.png", np.array([[0, 4095, 4096, 65535]], np.uint16))
+    assert later[0, :, 0].tolist() == [0, 16, 16, 255], "no set, no scale: that of the file"
+    for _ in range(2):
+        pixels = images.read_image(tmp_path / "later.png", scale)
+    assert pixels[0, :, 0].tolist() == [0, 255, 255, 255]
+    assert scale.beyond().startswith("2 pictures with pixels beyond [0, 4095]")
+    assert PixelScale(scale.ranges).beyond() == ""
+
+
+def test_a_set_of_eight_bits_is_not_decoded(tmp_path, monkeypatch, capsys):
+    for name in ("a.png", "b.jpg"):
+        Image.fromarray(PIXELS).save(tmp_path / name)
+    monkeypatch.setattr(Image.Image, "load", None)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    assert images.measured(sorted(tmp_path.iterdir())) == {} and capsys.readouterr().err == ""
+
+
+def png(pixels: np.ndarray, exif: bytes = b"") -> bytes:
+    """A PNG of 16 bits a colour, which Pillow does not write: (H, W, 3), or 4 with transparency."""
+    height, width, colours = pixels.shape
+    head = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[colours], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"eXIf", exif), (b"IEND", b"")]
+    packed = [struct.pack(">I", len(p)) + n + p + struct.pack(">I", zlib.crc32(n + p)) for n, p in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def tiff(
+    pixels: bytes, width: int, bits: int, photometric: int = 1, colours: int = 1, compression: int = 1
+) -> bytes:
+    """A TIFF of one row in little-endian order, of any number of bits."""
+    tags = {
+        256: width,
+        257: 1,
+        258: bits,
+        259: compression,
+        262: photometric,
+        273: 8,
+        277: colours,
+        278: 1,
+        279: len(pixels),
+    }
+    after, counts = 8 + len(pixels), dict.fromkeys(tags, 1)
+    if colours > 1:  # their bits are elsewhere
+        tags[258], counts[258] = after, colours
+    fields = b"".join(struct.pack("<HHII", tag, 3, counts[tag], value) for tag, value in tags.items())
+    each = struct.pack(f"<{colours}H", *[bits] * colours)
+    head = struct.pack("<4sI", b"II*\0", after + len(each))
+    return head + pixels + each + struct.pack("<H", len(tags)) + fields + bytes(4)
+
+
+def test_twelve_bits_of_colour(tmp_path):
+    """All of them are read, of a file and of Pillow's image, and the picture is turned as any other."""
+    colours = np.stack([GRAIN, 255 - GRAIN, GRAIN // 2], -1)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    stored, path = (colours * (4095 / 255)).round().astype(np.uint16), tmp_path / "a.png"
+    path.write_bytes(png(stored[::-1, ::-1], exif.tobytes().removeprefix(b"Exif\0\0")))
+    scale = PixelScale(measure=lambda: images.measured([path]))
+    assert (images.read_image(path, scale) == colours).all() and scale.ranges == {"integer": [0, 4095]}
+    with Image.open(path) as opened:
+        assert (images.pixels_of(opened, scale) == colours).all()
+    path.write_bytes(path.read_bytes()[:80])
+    with pytest.raises(UserError, match="a.png"):
+        images.read_image(path, scale)
+    (tmp_path / "b.tif").write_bytes(tiff(stored[0].astype("<u2").tobytes(), 9, 16, 2, 3))
+    assert (images.read_image(tmp_path / "b.tif", scale) == colours[0]).all()
+    packed = zlib.compress(stored[0].astype("<u2").tobytes())
+    (tmp_path / "c.tif").write_bytes(tiff(packed, 9, 16, 2, 3, compression=8))
+    assert (images.read_image(tmp_path / "c.tif", scale) == colours[0]).all()
+
+
+def test_colours_of_which_the_upper_bits_are_read_are_told(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(png(np.full((2, 2, 4), 4095)))
+    assert images.measured([tmp_path / "a.png"]) == {}
+    assert "of the 16 bits a colour of" in capsys.readouterr().err
+
+
+def test_a_tiff_that_tells_its_bits(tmp_path):
+    """Twelve, though 256 is its largest value."""
+    (tmp_path / "a.tif").write_bytes(tiff(b"\x10\0\0\0", 2, 12))
+    scale = PixelScale(measure=lambda: images.measured([tmp_path / "a.tif"]))
+    assert scale.ranges == {"integer": [0, 4095]}
+    assert images.read_image(tmp_path / "a.tif", scale)[0, :, 0].tolist() == [16, 0]
 
 
 def test_values_that_are_not_finite(tmp_path):
@@ -91,6 +212,13 @@ def test_transparent_is_white(tmp_path):
     assert saved(tmp_path / "d.png", palette)[0].tolist() == [[9, 8, 7], [30, 60, 90]]
     keyed = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
     assert saved(tmp_path / "e.png", keyed, transparency=(1, 2, 3))[0].tolist() == [[255] * 3, [4, 5, 6]]
+
+
+def test_a_picture_that_is_transparent_everywhere_is_opaque(tmp_path):
+    """A camera's unused fourth byte: white would hide all of it."""
+    bgrx = np.dstack([GENERATOR.randint(0, 256, (4, 5, 3)), np.zeros((4, 5))]).astype(np.uint8)
+    assert (saved(tmp_path / "a.png", bgrx) == bgrx[..., :3]).all()
+    assert (images.pixels_of(Image.fromarray(bgrx)) == bgrx[..., :3]).all()
 
 
 def test_cmyk(tmp_path):

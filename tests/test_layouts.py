@@ -1,6 +1,7 @@
 """The folders that data sets are published in, and what is said when they are not as expected."""
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from test_datasets import MVTEC
 
 from config import UserError
-from datasets import SPLITS, Labels, load_images
+from datasets import SPLITS, Labels, labels_of, load_images
 from images import layouts
 
 
@@ -64,6 +65,201 @@ def test_kinds_and_masks(tmp_path):
         found = images.mask(i)
         assert (found is None) if kind != "hole" else (found == (mask > 0)).all()
     assert load_images("digits", None).mask(0) is None
+
+
+MASK = np.array([[0, 0, 255, 0]] * 3, np.uint8)
+
+
+@pytest.mark.parametrize(
+    "name", ["b5_mask.PNG", "B5_Mask.jpg", "B5.tif", "b5_mask.bmp", "B5/a.png", "b5_mask/a.png"]
+)
+@pytest.mark.parametrize("place", ["ground_truth/hole", "Masks/Hole", "test/hole/gt"])
+def test_masks_are_found_in_any_case_format_and_place(tmp_path, place, name):
+    root = tree(tmp_path / "bottle", "train/good/1.png", "test/hole/B5.png")
+    write_image(root / place / name, MASK)
+    for dataset in ("mvtec", "folder"):
+        images = load_images(dataset, str(root))
+        assert images.labels.test.names == ["test/hole/B5.png"] and (images.mask(0) == (MASK > 0)).all()
+
+
+def test_masks_that_are_not_found_are_told(tmp_path, capsys):
+    root = tree(tmp_path / "bottle", *MVTEC, *(f"test/hole/{i}.png" for i in range(6, 11)))
+    load_images("mvtec", str(root))
+    assert capsys.readouterr().err == "", "a set may have none at all"
+    write_image(root / "ground_truth/scratch/4_mask.png", MASK)
+    write_image(root / "ground_truth/hole/another.png", MASK)
+    load_images("mvtec", str(root))
+    assert (
+        f"note: {root}: 6 defects in hole, no mask for any in ground_truth/hole\n" == capsys.readouterr().err
+    )
+    write_image(root / "ground_truth/hole/7_mask.png", MASK)
+    load_images("mvtec", str(root))
+    assert f"note: {root}: masks for 1 of 6 defects in bottle/hole\n" == capsys.readouterr().err
+
+
+def test_folders_of_masks_and_depth_are_no_pictures(tmp_path, capsys):
+    names = (f"{place}/x/9.png" for place in ("test", "test/hole", "train/good"))
+    root = tree(tmp_path / "bottle", *MVTEC, *(n.replace("x", "xyz") for n in names), "test/GT/hole/5.png")
+    assert sorted(by_kind(load_images("mvtec", str(root)).labels)) == ["", "hole", "scratch"]
+    assert "passed over" in (told := capsys.readouterr().err) and "xyz/ 2" in told
+    for name in ("ground_truth", "masks", "depth"):
+        tree(root / "test", f"{name}/1.png")
+    labels = load_images("folder", str(root)).labels
+    assert sorted(set(labels.test.kind)) == ["", "hole", "scratch"] and len(labels.train.names) == 2
+
+
+def test_a_class_may_be_called_mask(tmp_path):
+    """Where it trains: pictures of people with and without one."""
+    root = tree(tmp_path, *(f"{split}/{name}/1.png" for split in SPLITS for name in ("mask", "none")))
+    assert counts(load_images("folder", str(root)).labels, "test") == {"mask": 1, "none": 1}
+
+
+# ---------------------------------------------------------------- later MVTec sets
+def test_mvtec_ad_2(tmp_path, capsys):
+    """validation trains, test_public is tested, with its masks; the private tests have no labels."""
+    names = ("train/good/0.png", "validation/good/1.png", "test_public/good/2.png", "test_public/bad/3.png")
+    root = tree(tmp_path, *(f"can/{name}" for name in (*names, "test_private/4.png")))
+    write_image(root / "can/test_public/ground_truth/bad/3_mask.png", MASK)
+    images = load_images("mvtec", str(root))
+    train, test, anomalous = images.labels.one_class("can")
+    assert images.labels.train.names == ["can/train/good/0.png", "can/validation/good/1.png"]
+    assert [images.labels.test.names[i] for i in test] == [f"can/{names[3]}", f"can/{names[2]}"]
+    assert len(train) == 2 and anomalous.tolist() == [1, 0] and capsys.readouterr().err == ""
+    assert (images.mask(0) == (MASK > 0)).all() and images.mask(1) is None
+
+
+def test_mvtec_loco(tmp_path):
+    """A folder of masks for each picture: what is marked in any of them is."""
+    names = ("train/good/0.png", "validation/good/1.png", "test/good/0.png", "test/logical_anomalies/0.png")
+    root = tree(tmp_path, *(f"juice_bottle/{name}" for name in names))
+    for i in range(2):
+        mask = np.roll(MASK, i, 1)
+        write_image(root / f"juice_bottle/ground_truth/logical_anomalies/0/{i}.png", mask)
+    images = load_images("mvtec", str(root))
+    assert len(images.labels.train.names) == 2 and images.labels.test.kind == ["", "logical_anomalies"]
+    assert images.mask(0) is None and images.mask(1)[0].tolist() == [False, False, True, True]
+
+
+def test_mvtec_3d_ad(tmp_path):
+    """The colour pictures alone; a mask lies beside them, depth is not read."""
+    kinds = ("train/good", "validation/good", "test/good", "test/hole")
+    root = tree(tmp_path, *(f"bagel/{kind}/rgb/0.png" for kind in kinds))
+    for kind in kinds:
+        write_image(root / f"bagel/{kind}/gt/0.png", MASK * ("hole" in kind))
+        (root / f"bagel/{kind}/xyz").mkdir()
+        (root / f"bagel/{kind}/xyz/0.tiff").write_bytes(b"three floats a pixel, which Pillow cannot read")
+    images = load_images("mvtec", str(root))
+    assert images.labels.test.names == ["bagel/test/good/rgb/0.png", "bagel/test/hole/rgb/0.png"]
+    assert images.labels.count() == 4 and images.labels.test.kind == ["", "hole"]
+    assert images.mask(0) is None and (images.mask(1) == (MASK > 0)).all()
+    labels = load_images("folder", str(root / "bagel")).labels
+    assert labels.count() == 3 and all("/rgb/" in name for name in labels.test.names)
+
+
+# ---------------------------------------------------------------- Real-IAD
+def real_iad(root: Path) -> None:
+    """An object as it is published, and one whose pictures were not fetched."""
+    ok, ng = ("OK/S0001/jack_1_C{}.jpg", "NG/AK/S0003/jack_3_C{}.jpg")
+    listed = [
+        {"category": "jack", "anomaly_class": "OK", "image_path": ok.format(i), "mask_path": None}
+        for i in range(3)
+    ]
+    mask = ng.format(1).replace("jpg", "png")
+    bad = {"category": "jack", "anomaly_class": "AK", "image_path": ng.format(1), "mask_path": mask}
+    for row in (*listed, bad):
+        write_image(root / "realiad_256/jack" / row["image_path"], PIXELS)
+    write_image(root / "realiad_256/jack" / mask, MASK)
+    for name in ("jack", "zipper"):
+        content = {
+            "meta": {"normal_class": "OK", "prefix": f"{name}/"},
+            "train": listed[:2],
+            "test": [listed[2], bad],
+        }
+        table = root / f"realiad_jsons/realiad_jsons/{name}.json"
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_text(json.dumps(content))
+
+
+def test_real_iad(tmp_path):
+    real_iad(tmp_path)
+    images = load_images("RealIAD", str(tmp_path))
+    assert images.labels.classes == ("jack",)
+    train, test, anomalous = images.labels.one_class("jack")
+    assert len(train) == 2 and anomalous.tolist() == [0, 1] and images.labels.test.kind == ["", "AK"]
+    assert images.mask(0) is None and (images.mask(1) == (MASK > 0)).all()
+    table = tmp_path / "realiad_jsons/realiad_jsons/jack.json"
+    table.write_text(table.read_text()[:-9])
+    assert f"{table} cannot be read" in refused("RealIAD", tmp_path)
+
+
+def test_normal_pictures_in_nested_folders(tmp_path):
+    """Real-IAD's: the advice is followed, and taken; masks beside defects are none of them."""
+    real_iad(tmp_path)
+    advice = refused("folder", tmp_path / "realiad_256/jack").split("--dataset_path ")[1]
+    assert load_images("folder", advice).labels.train.names == [f"S0001/jack_1_C{i}.jpg" for i in range(3)]
+    tree(tmp_path / "z", "a/deep/1.png", "b/deep/2.png")
+    assert "--dataset_path" not in refused("folder", tmp_path / "z"), "neither could be taken"
+
+
+# ---------------------------------------------------------------- a table in a file
+def test_a_table_of_classes(tmp_path):
+    """Labels like the names of folders; masks for some; paths below the table, or whole ones."""
+    root = tree(tmp_path / "set", "a/1.png", "a/2.png", "b/1.png")
+    write_image(tmp_path / "m.png", MASK)
+    away = tree(tmp_path / "away", "3.png") / "3.png"
+    rows = [("a/1.png", "train", "cat"), ("b/1.png", "train", "dog"), ("a/2.png", "Test", "Cat ")]
+    listed = [dict(zip(("path", "split", "label"), row)) | {"mask": ""} for row in rows]
+    table(
+        root / "labels.csv", [*listed, {"path": away, "split": "test", "label": "hole", "mask": "../m.png"}]
+    )
+    for named in (root, root / "labels.csv"):
+        images = load_images("csv", str(named))
+        labels = images.labels
+        assert labels.classes == ("cat", "dog") and not labels.per_category
+        assert labels.test.names == ["a/2.png", away.as_posix()] and labels.test.kind == ["", "hole"]
+        assert labels.one_class("cat")[2].tolist() == [0, 1] and labels.one_class("dog")[2].tolist() == [1, 1]
+        assert images.mask(0) is None and (images.mask(1) == (MASK > 0)).all()
+
+
+def test_a_table_of_categories(tmp_path):
+    """<class>/<condition>: each class is tested on its own; without mask column."""
+    root = tree(tmp_path, *(f"{i}.png" for i in range(5)))
+    labels = ("bolt/good", "nut", "bolt/ok", "bolt/bent", "nut/Normal")
+    rows = [{"path": f"{i}.png", "split": SPLITS[i > 1], "label": label} for i, label in enumerate(labels)]
+    table(root / "labels.csv", rows)
+    found = load_images("csv", str(root)).labels
+    assert found.classes == ("bolt", "nut") and found.per_category
+    assert found.one_class("bolt")[2].tolist() == [0, 1] and found.one_class("nut")[2].tolist() == [0]
+    assert found.test.kind == ["", "bent", ""]
+    table(root / "labels.csv", [*rows, rows[4] | {"label": "screw/good"}])
+    assert "expected training pictures of screw" in refused("csv", root)
+
+
+def test_a_table_of_any_layout_says_the_same(tmp_path):
+    root = tree(tmp_path, *(f"bottle/{name}" for name in MVTEC), "bottle/ground_truth/hole/5_mask.png")
+    for reader in (layouts.mvtec, layouts.folders):
+        read = layouts.read_table(reader, root if reader is layouts.mvtec else root / "bottle")
+        table(read.root / "labels.csv", [row._asdict() for row in read.rows])
+        again = layouts.read_table(layouts.labels_file, read.root)
+        assert labels_of(again).as_json() == labels_of(read).as_json()
+        assert [row.mask for row in again.rows] == [row.mask for row in read.rows]
+
+
+@pytest.mark.parametrize(
+    "row, told",
+    [
+        ("1.png,train", "expected the columns path, split, label"),
+        ("1.png,val,a", "gives 1.png the split 'val' and the label 'a'; expected train or test"),
+        ("1.png,test,", "the label ''"),
+        ("2.png,train,a", "2.png, which is not there, nor are 0 others of its 1"),
+        ("1.png,train,a,m.png", "m.png, which is not there"),
+    ],
+)
+def test_mistakes_in_a_table(tmp_path, row, told):
+    tree(tmp_path, "1.png")
+    (tmp_path / "labels.csv").write_text(f"path,split,label,mask\n{row}\n")
+    assert told in refused("csv", tmp_path)
+    assert f"{tmp_path}/x is not there" in refused("csv", tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -156,6 +352,8 @@ def test_visa_broken(tmp_path):
     for content in (b"", b"\xff\xfe\0", b"image\nx\n"):
         where.write_bytes(content)
         assert str(where) in refused("VisA", tmp_path)
+    table(where, [row | {"image": row["image"].replace("/", "\\\\")} for row in rows])
+    assert load_images("VisA", str(tmp_path)).labels.count() == 8, "as Windows names its folders"
     where.unlink()
     assert f"{where}" in (line := refused("VisA", tmp_path)) and "holds candle/, pcb1/, split_csv/" in line
 
@@ -262,6 +460,7 @@ def test_magnetic_tiles(tmp_path, folder):
         ("mvtec", "<category>/train/good"),
         ("BTAD", "<category>/train/good (or ok)"),
         ("VisA", "split_csv/1cls.csv"),
+        ("RealIAD", "realiad_jsons/<object>.json"),
         ("MTD", "MT_Free/Imgs"),
     ],
 )
@@ -283,6 +482,7 @@ DEEPER = {
     "mvtec": ("bottle/train/good/1.png", "bottle/test/good/1.png"),
     "BTAD": ("01/train/ok/1.png", "02/train/ok/1.png"),
     "VisA": ("split_csv/1cls.csv",),
+    "RealIAD": ("realiad_jsons/a.json",),
     "MTD": ("MT_Free/Imgs/1.jpg",),
     "CatsvsDogs": ("train/cat.0.jpg", "train/dog.0.jpg"),
 }

@@ -1,10 +1,12 @@
 """Sizes that no machine has are one line, before anything is taken."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import make_folder
+from conftest import ROOT, make_folder
 from fabricated import JOINED, C, make, settings
 
 import datasets
@@ -14,6 +16,7 @@ from backbone import extraction
 from backbone.identity import cache_identity
 from config import Config, UserError
 from detector import class_data, memory
+from shell import signals
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,31 @@ def test_estimate_is_near_what_is_built(cache, fusion, more):
 
 def test_memory_is_found():
     assert utils.available_memory() > 1e6
+
+
+def test_a_limit_of_address_space_is_one_line():
+    """Of ``ulimit -v``: before imports that fail, or hang, under it; what it leaves is counted."""
+    command = f"ulimit -v 3500000; {sys.executable} {ROOT}/predict.py nowhere x.png"
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2 and ran.stderr.startswith("error: not enough memory: ulimit -v allows 3.6 GB")
+    code = "import utils; print(utils.available_memory())"
+    command = f"cd {ROOT}; ulimit -v 8000000; {sys.executable} -c '{code}'"
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert 1e8 < float(ran.stdout) < 7e9
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator:\ncan't allocate memory: 12 bytes"), KeyError()],
+)
+def test_want_of_memory_is_one_line(capsys, error):
+    def main():
+        raise error
+
+    with pytest.raises(KeyError if isinstance(error, KeyError) else SystemExit):
+        signals.guarded(main)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [] or len(lines) == 1 and lines[0].startswith("error: not enough memory (")
 
 
 def test_what_a_container_caches_of_files_is_free(tmp_path, monkeypatch):

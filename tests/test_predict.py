@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from browser import FAULTS, in_browser
 from conftest import script, tree
 from PIL import Image
 from safetensors.torch import save_file
@@ -28,7 +29,7 @@ from config import Config, UserError
 from detector import exporting, pictures, records
 from detector.picture_detector import PictureDetector
 from images import given, images, watch
-from reporting import overlays, scores
+from reporting import scores, verdicts
 from shell.files import file_name, write_text
 
 pytestmark = pytest.mark.slow
@@ -317,25 +318,33 @@ def test_rows_flow_and_ctrl_c_is_one_line(here, capsys, monkeypatch, output):
 
 
 def test_pictures_are_scored_as_they_arrive(here, capsys, tmp_path):
-    """A row each, as without --watch; one that is still being written waits; SIGTERM is one line, status
-    0."""
+    """A row each, as without --watch; one that is still being written waits, one that has its full size
+    already, too; SIGTERM is one line, status 0."""
     shutil.copy(TESTED[0], tmp_path / "0.png")
-    wanted, _, _ = predicted(capsys, "runs/held", *TESTED[:2])
-    whole, half = Path(TESTED[1]).read_bytes(), tmp_path / "1.png"
+    wanted, _, _ = predicted(capsys, "runs/held", *TESTED[:3])
+    whole, half, filled = Path(TESTED[1]).read_bytes(), tmp_path / "1.png", tmp_path / "2.bmp"
+    content = io.BytesIO()
+    Image.open(TESTED[2]).save(content, "BMP")
     command = [sys.executable, ROOT / "predict.py", "runs/held", "--watch", tmp_path, "--threads", "1"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(list(map(str, command)), **pipes) as process:
         header, first = process.stdout.readline(), process.stdout.readline()
         half.write_bytes(whole[: len(whole) // 2])
-        time.sleep(2.5)  # it has stayed as it is, and was tried
-        half.write_bytes(whole)
-        found = [header, first, process.stdout.readline()]
+        with open(filled, "wb") as stream:
+            stream.truncate(len(content.getvalue()))
+            stream.write(content.getvalue()[:2000])
+            stream.flush()
+            time.sleep(2.5)  # they have stayed as they are, and the first was tried
+            half.write_bytes(whole)
+            second = process.stdout.readline()
+            stream.write(content.getvalue()[2000:])
+        found = [header, first, second, process.stdout.readline()]
         process.send_signal(signal.SIGTERM)
         said, status = process.stderr.read(), process.wait()
     assert status == 0 and "skipped" not in said, said
-    assert said.splitlines()[-1].startswith("2 pictures scored, ")
+    assert said.splitlines()[-1].startswith("3 pictures scored, ")
     found = list(csv.DictReader(found))
-    assert [row["image"] for row in found] == [str(tmp_path / "0.png"), str(half)]
+    assert [row["image"] for row in found] == [str(tmp_path / "0.png"), str(half), str(filled)]
     for row, same in zip(found, wanted):
         assert float(row["score"]) == pytest.approx(float(same["score"]), rel=1e-4)
         assert row["verdict"] == same["verdict"]
@@ -390,10 +399,82 @@ def test_what_stays_unreadable_is_told_and_counted(here, capsys, tmp_path, no_wa
     assert said.splitlines()[-1] == "0 pictures scored, 0 anomalous, 1 unreadable"
 
 
+MOVED = """(window, document) => [...document.querySelectorAll("section")].map((section) => {
+  const [slider, told] = section.querySelectorAll("input, output"), seen = [];
+  const cards = [...section.querySelectorAll("figure")];
+  const second = JSON.parse(section.dataset.limits).indexOf(Number(cards[1].dataset.score));
+  for (const value of [slider.value, slider.max, second]) {
+    slider.value = value;
+    slider.dispatchEvent(new window.Event("input"));
+    seen.push([section.querySelectorAll(".anomalous").length, told.textContent]);
+  }
+  return [cards.map((card) => card.querySelector("figcaption").textContent.split(" ").at(-1)), seen];
+})"""
+
+
+def test_page_of_verdicts(here, capsys, tmp_path):
+    """Pictures by score with two drawings each, of each class; the threshold moves; nothing is fetched."""
+    page = tmp_path / "verdicts.html"
+    rows, _, status = predicted(capsys, "runs/two", *TESTED[:4], *TESTED[10:14], "--page", page)
+    assert status == 0 and in_browser(page, FAULTS) == [[], [], 2 * 2 * 8]
+    for name, (shown, seen) in zip("ab", in_browser(page, MOVED), strict=True):
+        mine = sorted((row for row in rows if row["class"] == name), key=lambda row: -float(row["score"]))
+        assert shown == [row["image"] for row in mine]
+        anomalous = sum(row["verdict"] == "anomalous" for row in mine)
+        assert [count for count, _ in seen] == [anomalous, 0, 1]
+        assert seen[0][1].endswith(f" {anomalous} of 8 pictures anomalous, 0 of 3 held-out normal ones")
+
+
+def test_page_of_many_draws_the_highest_scores(here, capsys, tmp_path, monkeypatch):
+    """And no picture that has gone since; of a class without held-out pictures, too."""
+    monkeypatch.setattr(verdicts, "MOST_DRAWN", 5)
+    page, gone = tmp_path / "verdicts.html", tmp_path / "gone.png"
+    shutil.copy(TESTED[0], gone)
+    Image.open(TESTED[0]).resize((500, 400)).save(tmp_path / "large.png")
+    write = predict.write_verdicts
+    monkeypatch.setattr(predict, "write_verdicts", lambda *given: (gone.unlink(), write(*given)))
+    rows, _, _ = predicted(capsys, "runs/plain", *TESTED[:4], tmp_path / "large.png", gone, "--page", page)
+    text = page.read_text()
+    assert text.count("<figure") == 6 and "no threshold: no normal pictures were held out" in text
+    first = sorted(rows, key=lambda row: -float(row["score"]))[:5]
+    assert text.count("<img") == 2 * sum(row["image"] != str(gone) for row in first)
+
+
 def test_a_heat_map_of_what_has_gone_is_a_line(here, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(overlays, "pixels_of", lambda _: images.read_image(Path("nowhere.png")))
+    monkeypatch.setattr(PictureDetector, "pixels", lambda *_: images.read_image(Path("nowhere.png")))
     rows, said, status = predicted(capsys, "runs/held", TESTED[0], "--heat_maps", tmp_path)
     assert len(rows) == 1 and status == 0 and "no heat map: no image nowhere.png" in said
+
+
+def test_a_folder_for_heat_maps_that_cannot_be_written(here, capsys, tmp_path):
+    """Is told before the first row, whatever is there."""
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", Path("/proc/where")):
+        with pytest.raises(
+            UserError, match=f"heat_maps: expected a folder that can be written to, got {folder}"
+        ):
+            predicted(capsys, "runs/held", TESTED[0], "--heat_maps", folder)
+        assert capsys.readouterr().out == ""
+
+
+def test_a_full_disk_is_told_with_the_tables_name(here):
+    command = [sys.executable, ROOT / "predict.py", "runs/held", TESTED[0], "--threads", "1"]
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(list(map(str, command)), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines()[-1] == "error: No space left on device: standard output"
+
+
+def test_another_default_dtype_is_told(here):
+    fitted = "runs/held/classes/a-seed0"
+    loaded = PictureDetector.load(fitted, device="cpu", threads=1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for ask, given in ((loaded.score, TESTED[0]), (PictureDetector.load, fitted)):
+            with pytest.raises(UserError, match="expected torch.float32, got torch.float64"):
+                ask(given)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -409,6 +490,8 @@ def test_a_heat_map_of_what_has_gone_is_a_line(here, capsys, tmp_path, monkeypat
         ["runs/held", "images", "--calibrate", "nowhere"],
         ["images", "images"],
         ["runs/held", "--watch", "nowhere"],
+        ["runs/held", "--watch", "images", "--page", "x.html"],
+        ["runs/held", "images", "--page", "x.pdf"],
     ],
     ids=lambda arguments: " ".join(arguments),
 )

@@ -118,6 +118,14 @@ def test_whole_file_has_the_mode_of_an_ordinary_file(tmp_path, mask, mode):
     assert (tmp_path / "file").stat().st_mode & 0o777 == mode
 
 
+def test_a_full_disk_is_told_with_the_files_name(tmp_path):
+    """Not the hidden one that was written to, of which nothing stays."""
+    with pytest.raises(OSError, match="No space left") as told, whole_file(tmp_path / "file") as partial:
+        partial.symlink_to("/dev/full")
+        partial.write_text("more than there is room for")
+    assert told.value.filename == str(tmp_path / "file") and list(tmp_path.iterdir()) == []
+
+
 def test_whole_file_that_nobody_writes_is_none(tmp_path):
     with pytest.raises(FileNotFoundError), whole_file(tmp_path / "file"):
         pass

@@ -48,6 +48,32 @@ def test_a_picture_is_taken_once_it_has_stayed_as_it_is(folder, clock):
     assert looked(arrivals, clock) == []
 
 
+def test_a_picture_of_full_size_that_is_still_being_filled(folder, clock):
+    """As a camera writes a BMP. Who keeps it open without writing is not waited for without end."""
+    arrivals = watch.Arrivals(folder)
+    arrivals.ready()
+    with open(folder / "a.png", "r+b") as stream:
+        for _ in range(3):
+            assert looked(arrivals, clock) == []
+        stream.write(b"x")
+    assert looked(arrivals, clock) == []
+    assert looked(arrivals, clock) == ["a.png"]
+    with open(folder / "a.png", "r+b"):
+        clock[0] += watch.PATIENCE
+        assert looked(arrivals, clock) == ["a.png"]
+
+
+def test_a_picture_that_changes_while_it_is_read(folder, clock):
+    """Was not taken, and is ready anew."""
+    arrivals = watch.Arrivals(folder)
+    arrivals.ready()
+    assert looked(arrivals, clock) == ["a.png"]
+    os.utime(folder / "a.png", (1, 1))
+    assert not arrivals.done(folder / "a.png")
+    assert looked(arrivals, clock) == [] and looked(arrivals, clock) == ["a.png"]
+    assert arrivals.done(folder / "a.png") and looked(arrivals, clock) == []
+
+
 def test_a_picture_that_is_written_anew_is_taken_again(folder, clock):
     arrivals = watch.Arrivals(folder)
     arrivals.ready()

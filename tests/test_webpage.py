@@ -1,8 +1,9 @@
-"""report.html: whole in itself, whatever the names; what it must tell."""
+"""report.html: whole in itself, whatever the names; what it must tell; in a browser, too."""
 
 from html.parser import HTMLParser
 
 import pytest
+from browser import FAULTS, in_browser
 from PIL import Image
 from test_report import LINE, RESULTS, SIMPLE, result, undefined
 
@@ -35,7 +36,7 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag, f"</{tag}> closes another element"
 
     def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in ("style", "script"):
             self.words.append(data)
 
     @property
@@ -81,10 +82,11 @@ def test_page_tells_what_it_must(picture):
 
 
 def test_nothing_is_fetched(picture):
-    """No address outside the page in any attribute or style, and a policy that forbids it."""
+    """No address outside the page in any attribute or style, a policy that forbids it, and one script."""
     page = webpage.page(summary_of(n_seeds=2), [picture])
     elements = Reader(page).elements
-    assert not {tag for tag, _ in elements} & {"script", "link", "iframe", "object", "base"}
+    assert not {tag for tag, _ in elements} & {"link", "iframe", "object", "base"}
+    assert [attributes for tag, attributes in elements if tag == "script"] == [{}]
     for _, attributes in elements:
         for name in ("src", "href", "srcset", "action", "background"):
             assert attributes.get(name, "data:").startswith("data:")
@@ -150,3 +152,27 @@ def test_only_changed_knobs_stand_out():
 def test_page_is_written_beside_the_results(tmp_path, picture):
     path = webpage.write_page(tmp_path, summary_of(n_seeds=2), [picture])
     assert path == tmp_path / "report.html" and path.read_text().startswith("<!doctype html>")
+
+
+SORTED = """(window, document) => {
+  const head = document.querySelector("thead").rows[0].cells, seen = [];
+  for (const column of [1, 1, 0]) {
+    head[column].click();
+    seen.push([...document.querySelector("tbody").rows].map((row) => row.cells[0].textContent));
+  }
+  return seen;
+}"""
+
+
+def test_in_a_browser_pictures_load_and_tables_sort(tmp_path, picture):
+    """By number and by name, the mean last; nothing is fetched."""
+    results = [result(name, 0, auroc) for name, auroc in (("b", 0.5), ("c", 0.1), ("a", 0.9))]
+    page = webpage.write_page(tmp_path, summary_of(results, {}), [picture])
+    assert in_browser(page, FAULTS) == [[], [], 1]
+    assert in_browser(page, SORTED) == [[*order, "mean"] for order in ("cba", "abc", "abc")]
+
+
+def test_in_a_browser_a_picture_that_does_not_load_is_seen(tmp_path, picture):
+    page = webpage.write_page(tmp_path, summary_of(n_seeds=2), [picture])
+    page.write_text(page.read_text().replace("base64,", "base64,spoilt"))
+    assert in_browser(page, FAULTS) == [[NASTY], [], 1]

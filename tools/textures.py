@@ -24,6 +24,12 @@ SIZE = 224  # pixels
 ROWS, COLUMNS = np.mgrid[:SIZE, :SIZE].astype(float)
 
 
+def set_size(side: int) -> None:
+    """Let surfaces have another size; the grain, and the sizes of defects, stay the same in pixels."""
+    global SIZE, ROWS, COLUMNS
+    SIZE, (ROWS, COLUMNS) = side, np.mgrid[:side, :side].astype(float)
+
+
 # ---------------------------------- textures: coordinates in units of the side, rng -> (SIZE, SIZE) in [0, 1]
 def smooth_noise(rng, sigma):
     """Gaussian noise blurred over ``sigma`` pixels (one number, or one per axis), scaled to [0, 1]."""

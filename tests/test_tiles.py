@@ -1,0 +1,132 @@
+"""Pictures in tiles: where these lie, one score and one map for the whole, whole pictures held out."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import texture, tree, write_image
+
+import datasets
+import train
+from config import Config, UserError
+from detector import exporting
+from detector.picture_detector import PictureDetector
+from images.tiles import OVERLAP, tiles_of, whole_map, whole_scores
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 64), (100, 300), (40, 200), (500, 70)])
+def test_tiles_cover_a_picture(size):
+    """All of one size; what is no larger than the overlap lies whole in one of them."""
+    tiles = tiles_of(size, 64)
+    assert {(t.height, t.width) for t in tiles} == {(min(64, size[0]), min(64, size[1]))}
+    small = int(64 * OVERLAP) - 1
+    for top in range(0, size[0] - small, 3):
+        for left in range(0, size[1] - small, 3):
+            assert any(
+                0 <= top - t.top <= t.height - small and 0 <= left - t.left <= t.width - small for t in tiles
+            )
+    counts = [1 if side <= 64 else int(np.ceil((side - 64) / 48)) + 1 for side in size]
+    assert len(tiles) == np.prod(counts), "no more than that takes"
+    assert tiles_of(size, 0) == [(0, 0, *size)]
+
+
+def test_from_tiles_to_the_whole():
+    assert whole_scores(np.array([1.0, 3, 2, 5, 4, 0]), ["b", "b", "b", "a", "a", "c"]).tolist() == [3, 5, 0]
+    assert len(whole_scores(np.empty(0), [])) == 0
+    tiles = tiles_of((6, 4), 4)
+    whole = whole_map([np.full((4, 4), value) for value in (1.0, 2.0)], tiles, (6, 4))
+    assert whole[:, 0].tolist() == [1, 1, 2, 2, 2, 2]
+
+
+def test_tiles_of_a_set_are_its_images(tmp_path):
+    """Of the pictures' own pixels, known by content and place; an unreadable picture is one image."""
+    for name, size in (("b", (100, 64)), ("a", (64, 130))):
+        pixels = np.random.RandomState(0).randint(0, 256, (*size, 3), np.uint8)
+        write_image(tmp_path / f"{name}.png", pixels)
+    (tmp_path / "c.png").write_bytes(b"broken")
+    (tmp_path / "d.png").write_bytes((tmp_path / "b.png").read_bytes())
+    whole = datasets.images_of(Config(dataset="folder", dataset_path=str(tmp_path)))
+    tiles = datasets.images_of(Config(dataset="folder", dataset_path=str(tmp_path), tiles=64))
+    names = tiles.labels.train.names
+    assert [datasets.picture_of(name) for name in names] == [f"{p}.png" for p in "aaabbcdd"]
+    assert set(tiles.labels.train.category) == {0} and len(tiles.labels.train.defect) == 8
+    assert (tiles.read("train", 1) == whole.read("train", 0)[:, 33:97]).all()
+    assert tiles.size("train", 1) == (64, 64)
+    hashes = tiles.hashes("train")
+    assert hashes[3:5] == hashes[6:] and len(set(hashes)) == 6
+    with pytest.raises(UserError, match="c.png"):
+        tiles.read("train", 5)
+
+
+def test_tiles_of_a_set_with_a_test_are_refused(tmp_path):
+    tree(tmp_path, "train/a/0.png", "test/a/0.png", "test/b/0.png")
+    with pytest.raises(UserError, match="good pictures alone, got 2 test images"):
+        datasets.images_of(Config(dataset="folder", dataset_path=str(tmp_path), tiles=64))
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A detector of tiles, and good pictures, of 96 x 128 pixels."""
+    folder = tmp_path_factory.mktemp("tiles")
+    generator = np.random.RandomState(0)
+    for i in range(12):
+        write_image(folder / "good" / f"{i}.png", texture(0, generator, 128)[:96])
+    patch = pytest.MonkeyPatch()
+    patch.chdir(folder)
+    train.main(
+        Config(
+            dataset="folder",
+            dataset_path="good",
+            extractor="resnet18",
+            weights_path="random",
+            tiles=64,
+            img_size=(64, 64),
+            fc_internal=16,
+            fusion="none",
+            holdout=0.3,
+            device="cpu",
+            threads=1,
+            workers=0,
+            bands=True,
+            places=6,
+            score="joined",
+            normalize="power_l2+whiten",
+            modelname="tiles",
+        )  # fmt: skip
+    )
+    yield folder
+    patch.undo()
+
+
+@pytest.mark.slow
+def test_held_out_scores_are_those_of_whole_pictures(fitted):
+    """Each that of its worst tile, as a new picture is scored; no tile of them was trained on."""
+    loaded = PictureDetector.load("runs/tiles/classes/good-seed0", "cpu", 1)
+    record = json.loads(Path("runs/tiles/classes/good-seed0.json").read_text())
+    assert record["result"]["n_train"] == 8 * 6 and record["result"]["n_held_out"] == 4 * 6
+    scores = loaded.score([f"good/{i}.png" for i in range(12)])
+    assert len(record["held_out_scores"]) == 4
+    for held in record["held_out_scores"]:
+        assert np.isclose(scores, held, rtol=5e-3).sum() == 1
+    assert loaded.threshold.n == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("places", [True, False])
+def test_a_small_defect_shows_in_score_and_map(fitted, places):
+    loaded = PictureDetector.load("runs/tiles/classes/good-seed0", "cpu", 1)
+    loaded.fitted.read_places_if(places)
+    good = texture(0, np.random.RandomState(1), 128)[:96]
+    spoilt = good.copy()
+    spoilt[70:82, 100:112] = np.random.RandomState(2).randint(0, 256, (12, 12, 3))
+    assert loaded.score(spoilt) > loaded.score(good)
+    values = loaded.heat_map(spoilt)
+    assert values.shape == (96, 128)
+    assert values[70:82, 100:112].mean() > values[:40, :50].mean()
+
+
+@pytest.mark.slow
+def test_a_detector_of_tiles_is_not_exported(fitted):
+    with pytest.raises(UserError, match="tiles of 64 pixels"):
+        exporting.load(Path("runs/tiles/classes/good-seed0"), None)
