@@ -112,7 +112,8 @@ class Trainer:
         assert self.best is not None, "evaluate comes first"
         evaluation.go_back(self.prepared, self.best)
         scores, held_scores = self.best.scores["test"], self.best.scores["held"]
-        before = {f"{name}, before training": values for name, values in self.before_training.items()}
+        named = {name: values for name, values in self.best.named.items() if name != WHOLE}
+        named |= {f"{name}, before training": values for name, values in self.before_training.items()}
         return checkpoints.Fitted(
             self.detector,
             scores,
@@ -121,7 +122,7 @@ class Trainer:
             held_scores,
             self.history,
             evaluation.result_of(self.prepared, scores, self.best, self.history, seconds),
-            {name: values for name, values in (self.best.named | before).items() if name != WHOLE},
+            named,
             evaluation.simple_scores(self.prepared) if self.prepared.compares else {},
         )
 
