@@ -119,7 +119,8 @@ class Trainer:
         scores, held_scores = self.best.scores["test"], self.best.scores["held"]
         if self.data.held_pictures is not None:
             held_scores = whole_scores(held_scores, self.data.held_pictures)
-        before = {f"{name}, before training": values for name, values in self.before_training.items()}
+        named = {name: values for name, values in self.best.named.items() if name != WHOLE}
+        named |= {f"{name}, before training": values for name, values in self.before_training.items()}
         return checkpoints.Fitted(
             self.detector,
             scores,
@@ -128,7 +129,7 @@ class Trainer:
             held_scores,
             self.history,
             evaluation.result_of(self.prepared, scores, self.best, self.history, seconds),
-            {name: values for name, values in (self.best.named | before).items() if name != WHOLE},
+            named,
             evaluation.simple_scores(self.prepared) if self.prepared.compares else {},
         )
 

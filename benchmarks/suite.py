@@ -1,5 +1,5 @@
-"""One preset on a list of data sets, judged in one table: the whole score, the image's likelihood, the flow
-alone, both before training, and every simple detector, with differences by a joint bootstrap.
+"""One preset on a list of data sets, judged in one table: the whole score and its parts, both also before
+training, and every simple detector, with differences by a joint bootstrap.
 
 python benchmarks/suite.py benchmarks/suite.toml
 python benchmarks/suite.py benchmarks/suite.toml --trial --only digits,cells --name try --knobs fusion=none
@@ -32,13 +32,12 @@ from reporting import compare, tables  # noqa: E402
 from shell.files import write_text  # noqa: E402
 from shell.signals import KEPT, guarded  # noqa: E402
 
-WHOLE, LIKELIHOOD, START = "whole score", "likelihood", "likelihood, before training"
-ALONE, ALONE_START = "flow alone", "flow alone, before training"
+WHOLE, PLACES = "whole score", "places"
 OURS = {  # ours -> what it is compared with
-    WHOLE: (), LIKELIHOOD: (WHOLE,), START: (WHOLE, LIKELIHOOD),
-    ALONE: (WHOLE, LIKELIHOOD), ALONE_START: (WHOLE, LIKELIHOOD),
+    WHOLE: (), f"{WHOLE}, before training": (WHOLE,), "image part": (WHOLE,), PLACES: (WHOLE,),
+    f"{PLACES}, before training": (WHOLE, PLACES), "likelihood": (WHOLE, PLACES),
 }  # fmt: skip
-JUDGED = (WHOLE, LIKELIHOOD)  # what everything else is compared with
+JUDGED = (WHOLE, PLACES)  # what everything else is compared with
 BEST = "best simple of each class"
 DRAWS = 10_000  # of the bootstrap
 HOW = (

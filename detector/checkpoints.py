@@ -31,8 +31,8 @@ class Fitted:
     held_scores: np.ndarray  # of the held-out normal training images; empty where none were held out
     history: list[dict]
     result: dict
-    # scores of the test images by their names (preparation.py), at the chosen epoch and "..., before
-    # training"
+    # scores of the test images by their names (preparation.py): parts and others than ``scores`` at the
+    # chosen epoch, and all "..., before training"
     flow_scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     simple_scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # of simple detectors
 

@@ -88,14 +88,11 @@ def settings(**more) -> Config:
 
 JOINED = {  # as the preset accurate puts the method together
     "score": "joined",
-    "base": "kernel",
+    "fusion": "bands",
     "bands": True,
     "places": 3,
-    "fusion_tokens": "middle",
-    "normalize": "power_l2+whiten",
-    "whiten_ridge": 1.0,
-    "flow_channels": 16,
     "identity_start": True,
+    "least_steps": 20,
     "holdout": 0.2,
 }
 by_score = pytest.mark.parametrize(

@@ -193,14 +193,7 @@ def test_every_knob_has_help(field):
 
 # read by a script that another one imports, in what that one does not call
 NOT_CALLED = {
-    "extractor.py": {
-        "class_name",
-        "batch_size",
-        "n_coupling_blocks",
-        "fc_internal",
-        "flow_channels",
-        "fusion",
-    },
+    "extractor.py": {"class_name", "batch_size", "n_coupling_blocks", "fc_internal", "fusion"},
     "train.py": {"prune", "cluster"},
     "main.py": {"prune"},
 }
@@ -362,8 +355,8 @@ FEATURES = """
     dataset extractor weights_path img_size pixel_norm token_grid mirror precision bands window places
 """.split()
 FIT = """
-    device n_coupling_blocks fc_internal clamp fusion fusion_tokens flow_channels base alpha
-    identity_start normalize centre_pool whiten_ridge batch_size meta_epochs sub_epochs least_steps
+    device n_coupling_blocks fc_internal clamp fusion alpha
+    identity_start normalize centre_pool batch_size meta_epochs sub_epochs least_steps
     lr_init lr_schedule max_grad_norm feature_noise holdout patience score
 """.split()
 

@@ -1,4 +1,6 @@
-"""Place tokens, a Gaussian for each place, and the simple detectors on them."""
+"""Place tokens, the flow that moves them, and the simple detectors on them."""
+
+import math
 
 import numpy as np
 import pytest
@@ -7,13 +9,18 @@ from conftest import make_cache
 from fabricated import all_of
 from torch.nn import functional as F
 
+import model
 import train
 import utils
 from backbone.token_grid import Bands, Places, place_grid, rotation
 from config import ClassError, Config
 from datasets import SPLITS, Labels, Split
-from detector import baselines, class_data, detector, optimization
-from detector.normalization import PlaceGaussians, spread
+from detector import baselines, class_data, optimization
+from detector.image_density import one_scene
+from detector.normalization import power_groups, spread
+from detector.places import Places as PlaceModule
+from detector.places import PlaceWhitening, bands_around, position
+from detector.preparation import WHOLE
 
 CHANNELS = (4, 6, 5)
 
@@ -82,68 +89,147 @@ def test_places_are_as_dense_as_at_the_backbones_own_size(side, size, grid):
     assert place_grid(side, size[::-1], (224, 224)) == grid[::-1]
 
 
-# ---------------------------------------------------------------- the Gaussians
+# ---------------------------------------------------------------- what a place sees
+def test_bands_are_means_of_the_others_beyond_the_neighbourhood():
+    """On a row of nine places, and for all places of a grid by loops."""
+    low, high = bands_around((1, 9))
+    assert low[0].tolist() == pytest.approx([0] * 3 + [1 / 6] * 6)
+    assert high[0].tolist() == pytest.approx([0] * 3 + [1 / 3] * 3 + [0] * 3)
+    assert low[4].tolist() == pytest.approx([1 / 4] * 2 + [0] * 5 + [1 / 4] * 2)
+    rows, columns = 9, 7
+    found = bands_around((rows, columns))
+    for p in range(rows * columns):
+        away = [max(abs(p // columns - q // columns), abs(p % columns - q % columns)) for q in range(63)]
+        for band, reach in zip(found, (9, 5)):
+            seen = [3 <= distance <= reach for distance in away]
+            assert band[p].tolist() == pytest.approx([one / sum(seen) for one in seen])
+
+
+def test_a_place_without_any_beyond_its_neighbourhood_sees_nothing():
+    assert bands_around((3, 3)).abs().max() == 0
+    assert bands_around((5, 5))[:, 12].abs().max() == 0
+    assert torch.equal(bands_around((5, 5))[:, 0].sum(1), torch.ones(2))
+
+
+def test_positions_are_waves_of_row_and_column():
+    """From half a wave over the grid to four."""
+    found = position((3, 5), 8).numpy()
+    for p in range(15):
+        turns = [math.pi * wave * (p // 5 + 0.5) / 3 for wave in (1, 8)]
+        turns += [math.pi * wave * (p % 5 + 0.5) / 5 for wave in (1, 8)]
+        wanted = [*np.sin(turns[:2]), *np.cos(turns[:2]), *np.sin(turns[2:]), *np.cos(turns[2:])]
+        assert found[p] == pytest.approx(wanted, abs=1e-5)
+    for channels in (2, 7, 9):
+        assert position((3, 5), channels).shape == (15, channels)
+
+
+def test_a_place_sees_no_more_of_itself_than_the_flow_is_to_move():
+    """Nor of its neighbourhood: its token changes what those three and more away from it see."""
+    places = places_of((9, 9), 4)
+    raw = torch.randn(2, 81, 4, generator=torch.Generator().manual_seed(0))
+    places.whiten.fit(torch.randn(20, 81, 4))
+    before = places.inputs(raw)
+    raw[0, 40] += 5
+    after = places.inputs(raw)
+    moved = (after.tokens != before.tokens).any(1)
+    assert moved.nonzero().flatten().tolist() == [40]
+    changed = (after.seen != before.seen).flatten(1).any(1)
+    away = [max(abs(p // 9 - 4), abs(p % 9 - 4)) for p in range(81)]
+    assert changed.tolist() == [distance >= 3 for distance in away] + [False] * 81
+
+
+# ---------------------------------------------------------------- the places' flow
+def places_of(grid, channels: int, identity_start: bool = True) -> PlaceModule:
+    """Untrained, for a grid of places."""
+    torch.manual_seed(0)
+    options = {"hidden": 16, "fusion": "bands", "use_gamma": True, "identity_start": identity_start}
+    fusion = {"heads": 0, "alpha": 0.5, "window": 3, "bands": False}
+    flow = model.build_flow(channels, (1, 3), n_tokens=3, n_blocks=2, clamp=3.0, **options, **fusion)
+    return PlaceModule(grid, channels, flow)
+
+
 def test_places_keep_their_own_means_as_far_as_these_are_no_chance():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(50, 9, 4, generator=generator)
-    alike = PlaceGaussians(9, 4).fit(noise)
+    alike = PlaceWhitening(9, 4).fit(noise)
     assert (alike.mean - noise.mean((0, 1))).abs().max() < 0.1 * noise.mean(0).std()
     own = 5 * torch.randn(9, 4, generator=generator)
-    apart = PlaceGaussians(9, 4).fit(noise + own)
+    apart = PlaceWhitening(9, 4).fit(noise + own)
     assert torch.allclose(apart.mean, (noise + own).mean(0), atol=1e-2)
 
 
 @pytest.mark.parametrize("n", [3, 40, 3000])
-def test_log_energies_of_places_are_the_plain_ones(n):
-    """In float64 and by inverses: covariances drawn to the common one by E / (n + E), energies standardised
+def test_at_its_start_the_flow_has_the_places_own_gaussians(n):
+    """In float64 and by inverses: covariances drawn to the common one by E / (n + E), logarithms standardised
     by variances drawn to the common one by 10 / (n + 10)."""
     generator = torch.Generator().manual_seed(0)
     scale = 1 + 3 * torch.rand(9, 4, generator=generator)
     tokens, unseen = (scale * torch.randn(m, 9, 4, generator=generator) for m in (n, 20))
-    fitted = PlaceGaussians(9, 4).fit(tokens)
+    places = places_of((3, 3), 4)
+    places.whiten.fit(tokens)
 
     def logs(found):
-        away = (found - fitted.mean).double()
-        return torch.einsum("npc,pcd,npd->np", away, torch.linalg.inv(mixed), away).div(4).log()
+        away = (found - places.whiten.mean).double()
+        squares = torch.einsum("npc,pcd,npd->np", away, torch.linalg.inv(mixed), away)
+        return (squares / 4 + math.log(2 * math.pi)).log()
 
-    away = (tokens - fitted.mean).double()
+    away = (tokens - places.whiten.mean).double()
     own = torch.einsum("npc,npd->pcd", away, away) / n
     pooled = own.mean(0)
     mixed = (4 * pooled + n * own) / (4 + n) + 0.03 * pooled.trace() / 4 * torch.eye(4)
     variance = logs(tokens).var(0, correction=0)
     deviation = ((n * variance + 10 * variance.mean()) / (n + 10)).sqrt()
     wanted = (logs(unseen) - logs(tokens).mean(0)) / deviation
-    assert torch.allclose(fitted(unseen).double(), wanted, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        places.fit_scale(places.losses(*places.latents(tokens)))
+        assert torch.allclose(places(unseen).double(), wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_log_energies_of_normal_places_are_standardised():
-    generator = torch.Generator().manual_seed(0)
-    scale = 1 + 3 * torch.rand(9, 4, generator=generator)
-    tokens, unseen = (scale * torch.randn(4000, 9, 4, generator=generator) for _ in range(2))
-    fitted = PlaceGaussians(9, 4).fit(tokens)
-    for found in (tokens, unseen):
-        assert fitted(found).mean(0).abs().max() < 0.1 and (fitted(found).std(0) - 1).abs().max() < 0.1
-    unseen[:, 4] *= 3
-    assert fitted(unseen)[:, 4].mean() > 1 and fitted(unseen)[:, :4].mean().abs() < 0.1
+def test_log_determinants_are_those_of_autograd():
+    """Of every place by itself, what it sees held fixed: by the whole Jacobian in float64."""
+    places = places_of((4, 4), 5, identity_start=False)
+    places.whiten.fit(torch.randn(20, 16, 5))
+    places.double()
+    raw = torch.randn(2, 16, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    tokens, seen = places.inputs(raw)
+    _, log_det = places.latents(raw)
+    assert seen[:, :2].abs().max() > 0.1, "there are places to see"
+    for i in range(32):
+        jacobian = torch.autograd.functional.jacobian(
+            lambda token: places.flow(token, [seen[i : i + 1]])[0], tokens[i : i + 1]
+        ).view(5, 5)
+        assert log_det.flatten()[i].item() == pytest.approx(jacobian.slogdet()[1].item(), abs=1e-9)
+    assert log_det.std() > 1e-3
+
+
+def test_the_most_unusual_places_are_three_in_a_hundred():
+    places = places_of((10, 10), 4)
+    losses = torch.randn(6, 100, generator=torch.Generator().manual_seed(0)).exp()
+    places.fit_scale(losses)
+    wanted = places.unusual(losses).sort(1, descending=True).values[:, :3].mean(1)
+    assert torch.allclose(places.most_unusual(losses), wanted) and places_of((2, 2), 4).n_unusual == 1
 
 
 # ---------------------------------------------------------------- the detector
-N, C, PLACES, E, N_TRAIN, N_TEST = 9, 16, 25, 6, 48, 24
+N, C, PLACES, E, N_TRAIN, N_TEST = 9, 16, 49, 6, 48, 24
 
 
-def fabricate(folder, spread: float):
-    """One surface; a defective image is unusual at one place alone. spread: of the semantic tokens."""
+def fabricate(folder, spread: float, light: float = 0.0, n_train: int = N_TRAIN):
+    """One surface; a defective image is unusual at one place alone. spread: of the semantic tokens. light:
+    how much an image's places have in common; then a defect is a place that would be usual in another."""
     generator = np.random.RandomState(0)
-    odd = {"train": np.zeros(N_TRAIN, bool), "test": np.arange(N_TEST) % 2 == 1}
+    odd = {"train": np.zeros(n_train, bool), "test": np.arange(N_TEST) % 2 == 1}
     splits = {
         s: Split.of([f"{s}{i}" for i in range(len(o))], np.zeros(len(o), int), o) for s, o in odd.items()
     }
     tokens = {s: 4 + spread * generator.randn(len(o), 1 + N, C) for s, o in odd.items()}
     size = Bands(2, 0.15).shape((2, 3))[0]
     bands = {s: 5 + 0.2 * generator.randn(len(o), size) for s, o in odd.items()}
-    places = {s: generator.randn(len(o), PLACES, E) for s, o in odd.items()}
+    lights = {s: generator.randn(len(o), 1, 1) for s, o in odd.items()}
+    places = {s: generator.randn(len(o), PLACES, E) + light * lights[s] for s, o in odd.items()}
     for image in np.flatnonzero(odd["test"]):
-        places["test"][image, generator.randint(PLACES)] += 6
+        wrong = -2 * light * np.sign(lights["test"][image]) if light else 6 * generator.choice([-1, 1], E)
+        places["test"][image, generator.randint(PLACES)] += np.ravel(wrong)
     return make_cache(
         folder, Labels(("a",), **splits, per_category=True), tokens, bands, places, grid=(3, 3),
         band_channels=(2, 3), place_shape=(PLACES, E),
@@ -152,17 +238,16 @@ def fabricate(folder, spread: float):
 
 def settings(**more) -> Config:
     options = {
-        "bands": True, "places": 5, "score": "joined", "holdout": 0.25, "patience": 3,
-        "normalize": "power_l2+whiten", "fusion": "class_attention", "n_coupling_blocks": 2,
-        "fc_internal": 16, "batch_size": 16, "lr_init": 1e-3, "identity_start": True,
-        "whiten_ridge": 1.0,
+        "bands": True, "places": 7, "score": "joined", "holdout": 0.25, "fusion": "bands",
+        "n_coupling_blocks": 2, "fc_internal": 16, "batch_size": 64, "lr_init": 5e-3, "least_steps": 20,
+        "identity_start": True, "extractor": "resnet18",
     }  # fmt: skip
     return Config(**(options | more))
 
 
-def make(cache, cell_seed=0, **more):
+def make(cache, seed=0, **more):
     sources = [class_data.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]
-    return train.make_trainer(settings(**more), cache, "a", cell_seed, *sources)
+    return train.make_trainer(settings(**more), cache, "a", seed, *sources)
 
 
 def fit(cache, **more):
@@ -175,25 +260,45 @@ def surface(tmp_path_factory):
     return fit(fabricate(tmp_path_factory.mktemp("surface") / "c", spread=0.1), baselines=True)
 
 
-def test_a_defect_of_one_place_is_found_where_images_are_alike(surface, tmp_path):
+def test_a_defect_of_one_place_is_found_where_images_are_alike(surface):
     _, fitted = surface
     assert fitted.result["reads_places"] and fitted.result["auroc"] > 0.9
-    cache = fabricate(tmp_path / "b", spread=0.1)
-    _, without = fit(cache, places=0)
-    assert without.result["auroc"] < 0.7, "the rest of the image does not show it"
+    image = utils.auroc(fitted.labels, fitted.flow_scores["image part"])
+    assert image < 0.75, "the rest of the image does not show it"
+
+
+def test_training_learns_what_the_places_of_an_image_have_in_common(tmp_path):
+    """Their light: with the bands of its image a place's is known, without them it is not. A defect is a
+    place whose light is that of another image."""
+    cache = fabricate(tmp_path / "c", spread=0.1, light=3.0, n_train=150)
+    options = {"least_steps": 100, "lr_init": 1e-2, "lr_schedule": "cosine", "baselines": True}
+    bands, none = (fit(cache, fusion=fusion, **options)[1] for fusion in ("bands", "none"))
+    start, trained = (entry["held_out_loss"] for entry in bands.history)
+    blind_start, blind = (entry["held_out_loss"] for entry in none.history)
+    assert start == pytest.approx(blind_start, abs=1e-6) and start == pytest.approx(blind, abs=0.05)
+    assert trained < start - 0.15
+    before, after, without = (
+        utils.auroc(each.labels, each.flow_scores[name])
+        for each, name in ((bands, "places, before training"), (bands, "places"), (none, "places"))
+    )
+    assert before < 0.6 and without < 0.6 and after > 0.9
 
 
 @pytest.mark.parametrize("width", [0.1, 4.0], ids=["alike", "varied"])
 def test_places_are_read_where_images_show_one_scene(tmp_path, width, monkeypatch):
+    """Where they do not, there is nothing to train, and the score is the image's."""
     read = []
     plain = class_data.TokenSource._rows
     monkeypatch.setattr(
         class_data.TokenSource, "_rows", lambda self, name, rows: read.append(name) or plain(self, name, rows)
     )
     trainer, fitted = fit(fabricate(tmp_path / "c", spread=width))
-    alike = spread(trainer.data.train.semantic(trainer.data.fit_rows)) < detector.ALIKE
+    alike = one_scene(spread(trainer.data.train.semantic(trainer.data.fit_rows))) > 0
     assert alike == (width == 0.1) == fitted.result["reads_places"] == ("places" in read)
-    assert fitted.detector.uses_places == bool(fitted.detector.alike) == alike
+    assert fitted.detector.uses_places == bool(fitted.detector.one_scene) == alike
+    assert fitted.result["epoch"] == int(alike) and (trainer.step == 20) == alike
+    if not alike:
+        assert np.array_equal(fitted.scores, fitted.flow_scores["image part"])
 
 
 def test_places_that_are_not_finite_are_a_damaged_cache(tmp_path):
@@ -208,95 +313,59 @@ def test_places_that_are_not_finite_are_a_damaged_cache(tmp_path):
         train.make_trainer(settings(), cache, "a", 0, *sources).run()
 
 
-def test_the_joined_score_adds_log_energy_and_places(surface):
-    """The image's log-energy and its most unusual places."""
-    trainer, fitted = surface
-    parts = fitted.detector
-    assert parts.n_unusual == 1, "of 25 places"
+@pytest.mark.parametrize("width", [0.1, 3.3], ids=["one scene", "between"])
+def test_the_joined_score_adds_image_and_places(tmp_path, width):
+    """Of the image: the Gaussian's where the class shows one scene, the kernels' where several; of the
+    places, weighted likewise: their mean over the most unusual ones, in units of the held-out images'."""
+    trainer, fitted = fit(fabricate(tmp_path / "c", spread=width))
+    parts, weight = fitted.detector, float(fitted.detector.one_scene)
+    assert (weight == 1) == (width == 0.1) and weight > 0
+    source, rows = trainer.data.test, fitted.test_rows
     with torch.no_grad():
-        energy = parts.energy(trainer.prepared.measure("test")).log()
-    worst = parts.places(trainer.data.test.one("places", trainer.data.test_rows)).amax(1)
-    assert fitted.scores == pytest.approx((energy + worst).numpy(), rel=1e-3, abs=1e-3)
-    features = all_of(trainer.data.test, fitted.test_rows)
-    assert parts.score_features(features) == pytest.approx(fitted.scores, rel=1e-3, abs=1e-3)
+        both = parts.image(power_groups(parts.joint(source[rows]), parts.groups)).numpy()
+        worst, known = (
+            parts.places(data.one("places", own)).amax(1).numpy()  # one of 49 places
+            for data, own in ((source, rows), (trainer.data.train, trainer.data.held_rows))
+        )
+    image = weight * both[:, 0] + (1 - weight) * both[:, 1]
+    places = (worst - known.mean()) / known.std(ddof=1)
+    assert fitted.flow_scores["image part"] == pytest.approx(image, rel=1e-3, abs=1e-3)
+    assert fitted.flow_scores["places"] == pytest.approx(places, rel=1e-3, abs=1e-3)
+    assert fitted.scores == pytest.approx(image + weight * places, rel=1e-3, abs=1e-3)
+    got = parts.score_features(all_of(source, rows))
+    assert got == pytest.approx(fitted.scores, rel=1e-3, abs=1e-3)
+    alone = [parts.score_features(all_of(source, rows[i : i + 1]))[0] for i in range(4)]
+    assert alone == pytest.approx(got[:4], rel=1e-3, abs=1e-3), "whatever is scored beside it"
 
 
-@pytest.mark.parametrize("width", [0.1, 4.0], ids=["one scene", "several"])
-def test_the_flow_counts_as_under_its_own_density_where_one_scene_is_shown(tmp_path, width):
-    """log e - g / h, e of the kernels alone and g the flow's gain per channel; else log(e - h g)."""
-    trainer, fitted = fit(
-        fabricate(tmp_path / "c", width),
-        base="kernel",
-        patience=0,
-        meta_epochs=4,
-        flow_channels=8,
-        lr_init=1e-2,
-    )
-    parts, h = fitted.detector, fitted.detector.bandwidth
-    with torch.no_grad():
-        latents = trainer.prepared.measure("test")
-        squares = (latents.tokens[:, None] - parts.reference.float()).square().sum(2) + latents.outside[
-            :, None
-        ]
-        kernels = -2 * h * torch.exp(-squares / (2 * h)).mean(1).log() / parts.channels
-        moved, log_det = latents.z[:, :8], latents.log_det
-        gain = latents.tokens[:, :8].square().sum(1) - moved.square().sum(1) + 2 * log_det
-    gain = gain / parts.channels
-    assert gain.abs().max() > 1e-3 and gain.std() > 1e-3
-    wanted = kernels.log() - gain / h if width == 0.1 else (kernels - h * gain).log()
-    image = fitted.flow_scores["likelihood"]
-    assert image == pytest.approx(wanted.numpy(), rel=1e-3, abs=1e-4)
-    unusual = trainer.prepared.unusual_places.get("test", torch.zeros(()))
-    assert fitted.scores == pytest.approx(image + unusual.numpy(), abs=1e-4)
-    loaded = parts.score_features(all_of(trainer.data.test, fitted.test_rows))
-    assert loaded == pytest.approx(fitted.scores, rel=1e-3, abs=1e-3)
+def test_scores_before_training_and_after_have_their_names(surface):
+    _, fitted = surface
+    parts = ("image part", "places", "likelihood", "latent")
+    ours = {*parts, *(f"{name}, before training" for name in (WHOLE, *parts))}
+    assert {*fitted.flow_scores} == ours
+    start = fitted.flow_scores["image part, before training"]
+    assert np.array_equal(start, fitted.flow_scores["image part"]), "it has no flow"
+    assert not np.allclose(*(fitted.flow_scores[f"places{when}"] for when in ("", ", before training")))
 
 
-def test_the_map_of_an_image_is_unusual_where_the_defect_is(surface):
+def test_places_maps_are_high_at_the_defects(surface):
     trainer, fitted = surface
     places = trainer.data.test.one("places", fitted.test_rows)
     values = fitted.detector.place_map(places)
     defective = np.flatnonzero(fitted.labels)
     found = values[defective].argmax(1) == places[defective].abs().mean(2).argmax(1).numpy()
     assert values.shape == (N_TEST, PLACES) and found.mean() > 0.8
+    normal = np.delete(values, defective, 0)
+    assert (normal > 0).mean() < 0.06, "few places of a normal picture are beyond three deviations"
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize": "none"}], ids=["whitened", "as they are"])
-def test_the_fusion_reads_middle_tokens(tmp_path, options):
-    """Two by two places together, and nothing of the last map; from an identity start once it has learnt."""
-    cache = fabricate(tmp_path / "c", spread=4.0)
-    trainer = make(cache, fusion_tokens="middle", identity_start=False, **options)
-    parts = trainer.detector.eval()
-    assert parts.fusion_grid == (3, 3)
-    rows = trainer.prepared.rows["test"][:4]
-    features = all_of(trainer.data.test, rows)
-    pooled = parts.raw_patches(features)
-    maps = features.places.transpose(1, 2).unflatten(2, (5, 5))
-    assert torch.allclose(pooled, F.adaptive_avg_pool2d(maps, 3).flatten(2).transpose(1, 2))
-    with torch.no_grad():
-        found = parts.latents(parts.inputs(features))
-        again = parts.latents(trainer.prepared.inputs("test", np.arange(4)))
-        assert torch.allclose(again.z, found.z, atol=1e-4)
-        other = parts.latents(parts.inputs(features._replace(patches=features.patches + 1)))
-        assert torch.equal(other.z, found.z), "the last map is no part of it"
-        moved = parts.latents(parts.inputs(features._replace(places=features.places.flip(0))))
-        assert not torch.allclose(moved.z, found.z, atol=1e-3)
-        assert not torch.allclose(moved.log_det, found.log_det, atol=1e-3)
-
-
-def test_training_moves_the_fusion_of_middle_tokens(tmp_path, monkeypatch):
+def test_the_fusion_of_places_is_trained(tmp_path, monkeypatch):
     monkeypatch.setitem(optimization.ADAM, "weight_decay", 0.0)
-    options = {"meta_epochs": 3, "patience": 0}
-    trainer = make(fabricate(tmp_path / "c", spread=4.0), fusion_tokens="middle", **options)
+    trainer = make(fabricate(tmp_path / "c", spread=0.1))
     fusion = {n: p for n, p in trainer.detector.flow.named_parameters() if ".fusion." in n}
     start = {name: parameter.detach().clone() for name, parameter in fusion.items()}
-    fitted = trainer.run()
+    trainer.run()
     assert fusion and not any(torch.equal(start[name], parameter) for name, parameter in fusion.items())
-    features = all_of(trainer.data.test, fitted.test_rows)
-    got = fitted.detector.score_features(features)
-    assert got == pytest.approx(fitted.scores, rel=1e-3, abs=1e-3)
-    moved = fitted.detector.score_features(features._replace(places=features.places.flip(0)))
-    assert not np.allclose(moved, got, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- simple detectors

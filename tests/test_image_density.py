@@ -1,0 +1,122 @@
+"""Densities of the image without a flow: what they are standardised by, and how a class weighs them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.covariance import ledoit_wolf
+
+from detector.image_density import ImageDensity, Standardized, one_scene
+
+
+def tokens(n: int, channels: int, seed: int = 0) -> torch.Tensor:
+    """Correlated tokens (n, D), the same directions whatever n is."""
+    mix = torch.randn(channels, channels, generator=torch.Generator().manual_seed(9))
+    return torch.randn(n, channels, generator=torch.Generator().manual_seed(seed)) @ mix / channels + 1
+
+
+def fitted(known: torch.Tensor) -> ImageDensity:
+    return ImageDensity(known.shape[1], min(len(known) - 1, known.shape[1])).fit(known)
+
+
+FEW_AND_MANY = pytest.mark.parametrize("n, channels", [(12, 30), (40, 6)], ids=["few images", "many"])
+
+
+@FEW_AND_MANY
+def test_the_gaussian_has_ledoit_and_wolfs_covariance(n, channels):
+    """By scikit-learn and an inverse, unseen images' parts outside of the directions included."""
+    known, unseen = tokens(n, channels), tokens(25, channels, seed=1)
+    density = fitted(known)
+    covariance, _ = ledoit_wolf(known.double().numpy())
+    away = (unseen - known.mean(0)).double().numpy()
+    energy = np.einsum("nc,cd,nd->n", away, np.linalg.inv(covariance), away)
+    unit = density.gaussian_unit
+    got = (density(unseen)[:, 0] * unit.deviation + unit.mean).exp() * channels
+    assert got.numpy() == pytest.approx(energy, rel=1e-3)
+
+
+@FEW_AND_MANY
+def test_the_kernels_are_those_of_a_plain_loop(n, channels):
+    known, unseen = tokens(n, channels), tokens(25, channels, seed=1)
+    density = fitted(known)
+    covariance = np.cov(known.double().numpy().T, bias=True)
+    metric = np.linalg.inv(covariance + 10 * np.trace(covariance) / channels * np.eye(channels))
+    away, centres = ((x - known.mean(0)).double().numpy() for x in (unseen, known))
+    h, wanted = density.bandwidth.item(), []
+    for one in away:
+        squares = [(one - c / 2) @ metric @ (one - c / 2) for c in centres]
+        wanted.append(-2 * h * math.log(np.mean([math.exp(-d / 2 / h) for d in squares])))
+    unit = density.kernel_unit
+    got = (density(unseen)[:, 1] * unit.deviation + unit.mean).exp() * channels
+    assert got.numpy() == pytest.approx(wanted, rel=1e-3)
+
+
+def logs_without(known: np.ndarray, i: int, centre: np.ndarray, divisor: int) -> float:
+    """The logarithm of image i's energy per channel under the Gaussian of the others: their mean, their
+    covariance about ``centre``, with the shrinkage that all images have, towards the mean variance of all."""
+    others, channels = np.delete(known, i, 0), known.shape[1]
+    _, shrinkage = ledoit_wolf(known)
+    covariance = (others - centre).T @ (others - centre) / divisor
+    target = np.trace(np.cov(known.T, bias=True)) / channels * np.eye(channels)
+    away = known[i] - others.mean(0)
+    inverse = np.linalg.inv((1 - shrinkage) * covariance + shrinkage * target)
+    return math.log(away @ inverse @ away / channels)
+
+
+@FEW_AND_MANY
+def test_images_are_standardised_by_gaussians_without_them(n, channels):
+    """The closed form is that of the others, as far as they are of the covariance about the mean of all. A
+    fit to the others alone, about their own mean, is near it; one that knows the image is not."""
+    known = tokens(n, channels)
+    unit, x = fitted(known).gaussian_unit, known.double().numpy()
+    logs = [logs_without(x, i, x.mean(0), n) for i in range(n)]
+    assert unit.mean.item() == pytest.approx(np.mean(logs), abs=1e-3)
+    assert unit.deviation.item() == pytest.approx(np.std(logs, ddof=1), rel=1e-3)
+    alone = [logs_without(x, i, np.delete(x, i, 0).mean(0), n - 1) for i in range(n)]
+    covariance, _ = ledoit_wolf(x)
+    away = x - x.mean(0)
+    known_by = np.log(np.einsum("nc,cd,nd->n", away, np.linalg.inv(covariance), away) / channels)
+    assert abs(np.mean(logs) - np.mean(alone)) < abs(np.mean(known_by) - np.mean(alone)) / 4
+
+
+def test_images_are_standardised_by_kernels_without_them():
+    known, n, channels = tokens(20, 8), 20, 8
+    density = fitted(known)
+    scaled, h = (known - density.mean) @ density.directions * density.kernel_scale, density.bandwidth
+    logs = []
+    for i in range(n):
+        others = torch.cat([scaled[:i], scaled[i + 1 :]]) / 2
+        kernels = torch.exp((scaled[i] - others).square().sum(1) / (-2 * h))
+        logs.append(math.log(-2 * h * math.log(kernels.sum() / n) / channels))
+    assert density.kernel_unit.mean.item() == pytest.approx(np.mean(logs), abs=1e-3)
+    assert density.kernel_unit.deviation.item() == pytest.approx(np.std(logs, ddof=1), rel=1e-2)
+
+
+@pytest.mark.parametrize("n, channels", [(40, 60), (200, 6), (200, 60)])
+def test_unseen_images_are_in_units_of_the_known_ones(n, channels):
+    """Mean 0 and deviation 1, whatever the number of images, as densities without the image promise."""
+    density = fitted(tokens(n, channels))
+    found = density(tokens(2000, channels, seed=2))
+    assert found.mean(0).abs().max() < 0.4 and (found.std(0) - 1).abs().max() < 0.3
+    assert (density(tokens(50, channels, seed=2) + 1).mean(0) > 2).all()
+
+
+def test_standardized():
+    unit = Standardized().fit(torch.tensor([1.0, 2.0, 3.0]))
+    assert unit(torch.tensor([2.0, 4.0])).tolist() == pytest.approx([0, 2])
+    for alike in ([5.0], [5.0, 5.0]):
+        assert Standardized().fit(torch.tensor(alike))(torch.tensor([6.0])).tolist() == [1]
+
+
+def test_one_scene_is_a_ramp():
+    found = [one_scene(spread) for spread in (0.0, 0.29, 0.34, 0.36, 0.39, 1.0)]
+    assert found == pytest.approx([1, 1, 0.5, 0.3, 0, 0])
+
+
+def test_state_travels():
+    known, unseen = tokens(9, 20), tokens(5, 20, seed=1)
+    density, other = fitted(known), ImageDensity(20, 8)
+    other.centres = torch.empty_like(density.centres)
+    other.load_state_dict(density.state_dict())
+    assert torch.equal(other(unseen), density(unseen))
