@@ -201,6 +201,7 @@ class PreparedPlaces(PreparedClass):
     detector: PlaceFlow
 
     def fit(self) -> None:
+        self.at_start = self.config.identity_start  # the flow is the identity until it is trained
         detector, data = self.detector, self.data
         for part in self.rows:
             self.joint[part] = power_groups(self.joint_tokens(part), detector.groups)
@@ -232,6 +233,7 @@ class PreparedPlaces(PreparedClass):
         return list(order.randint(len(self.tokens), size=shape))
 
     def inputs(self, batch: np.ndarray) -> FlowInputs:
+        self.at_start = False
         chosen = torch.from_numpy(batch).to(self.device)
         return FlowInputs(self.tokens[chosen], self.seen[chosen].float())
 
@@ -245,7 +247,9 @@ class PreparedPlaces(PreparedClass):
         flow now is."""
         places, losses, latent = self.detector.places, [], []
         for tokens in batches:
-            z, log_det = places.latents(tokens)
+            z, log_det = (
+                (tokens, tokens.new_zeros(tokens.shape[:2])) if self.at_start else places.latents(tokens)
+            )
             losses.append(places.losses(z, log_det))
             latent.append(z.square().mean((1, 2)))
         return torch.cat(losses), torch.cat(latent)
