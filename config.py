@@ -192,7 +192,7 @@ FORMER = {
     "whiten_ridge": "normalize power_l2+whiten whitens fully: leave it out",
     "verbose": "epochs are printed where classes are fitted one at a time: leave it out",
     "low_depths": "the two deepest depths always join",
-    "neighbours_weight": "neighbours are no part of the score; --base kernel is a density on the latents",
+    "neighbours_weight": "neighbours are no part of the score: leave it out",
     "spread_at_balance": "there is one joint token: leave it out",
     "spread_of_surfaces": "places are weighed by their own variance: leave it out",
     "refit": "it is gone: the held-out images stay held out",

@@ -33,7 +33,7 @@ ALL = 0  # a number of pictures: all there are
 SIZES = (5, 10, 20, 50, 100, ALL)
 SHARES = (0.0, 0.02, 0.05, 0.1)
 WHOLE = "whole score"
-DETECTORS = (WHOLE, "Gaussian, flow's input", "kNN, flow's input", "PaDiM-like, places")
+DETECTORS = (WHOLE, "Gaussian, joint token", "kNN, joint token", "PaDiM-like, places")
 RATE = 0.05  # the false-alarm rate of the thresholds that are told
 
 

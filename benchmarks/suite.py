@@ -32,10 +32,12 @@ from reporting import compare, tables  # noqa: E402
 from shell.files import write_text  # noqa: E402
 from shell.signals import KEPT, guarded  # noqa: E402
 
-WHOLE, START, PLACES = "whole score", "whole score, before training", "places"
-# ours, from the score itself to what it is made of; each is compared with the whole score
-OURS = (WHOLE, START, "image part", PLACES, "places, before training", "likelihood")
-JUDGED = (WHOLE, START)  # what everything else is compared with
+WHOLE, PLACES = "whole score", "places"
+OURS = {  # ours -> what it is compared with
+    WHOLE: (), f"{WHOLE}, before training": (WHOLE,), "image part": (WHOLE,), PLACES: (WHOLE,),
+    f"{PLACES}, before training": (WHOLE, PLACES), "likelihood": (WHOLE, PLACES),
+}  # fmt: skip
+JUDGED = (WHOLE, PLACES)  # what everything else is compared with
 BEST = "best simple of each class"
 DRAWS = 10_000  # of the bootstrap
 HOW = (

@@ -20,8 +20,9 @@ LOG_2PI = math.log(2 * math.pi)
 
 def bands_around(grid: tuple[int, int]) -> Tensor:
     """What a place sees of the other places of its image, as weights (2, P, P) whose rows sum to 1 (to 0
-    where there are none): the low band, the mean of all but the (2 ``NEAR`` + 1)² around it, and the high band, the
-    mean of those of them that are at most ``RING`` away. Its own neighbourhood would tell it itself."""
+    where there are none): the low band, the mean of all but the (2 ``NEAR`` + 1)² around it, and the high
+    band, the mean of those of them that are at most ``RING`` away. Its own neighbourhood would tell it
+    itself."""
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
     along = [(each.flatten()[:, None] - each.flatten()).abs() for each in (rows, columns)]
     distance = torch.maximum(*along)

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from fabricated import settings
+from fabricated import JOINED, settings
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -15,6 +15,7 @@ import ablation
 
 import config
 import main
+import utils
 from shell.values import parse_sweep
 
 
@@ -23,12 +24,8 @@ def swept(cache, tmp_path, monkeypatch):
     """A sweep on a fabricated cache: two runs of two classes and seeds."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(main.extractor, "ensure_features", lambda *_: cache)
-    main.main(
-        settings(
-            modelname="swept", sweep="fusion=none,class_attention;fusion_tokens=last", class_name="a,b",
-            n_seeds=2, holdout=0.25, patience=3, keep="results", meta_epochs=2,
-        )
-    )  # fmt: skip
+    sweep = {"sweep": "fusion=none,class_attention", "class_name": "a,b", "n_seeds": 2, "keep": "results"}
+    main.main(settings(modelname="swept", **JOINED | sweep, baselines=True, lr_init=0.05))
     return tmp_path / "runs" / "swept"
 
 
@@ -40,32 +37,33 @@ def rows_of(table: str) -> dict[str, list[str]]:
 def test_the_table_is_of_the_runs_that_are_there(swept):
     table, gains = ablation.tables([swept, swept.with_name("nothing")])
     lines = table.splitlines()
-    titles = (
-        "swept, the flow's likelihood",
-        "swept, mean z²",
-        "nothing, the flow's likelihood",
-        "nothing, mean z²",
-    )
+    titles = [f"{name}, {score}" for name in ("swept", "nothing") for score in ("whole score", "places")]
     assert lines[0] == f"| | {' | '.join(titles)} |"
     rows = rows_of(table)
     assert list(rows) == [row.words for row in ablation.ROWS]
     assert all(cells[2:] == ["not run", "not run"] for cells in rows.values())
-    assert rows["hilo, last map"][:2] == ["not run", "not run"]
+    assert rows["hilo"][:2] == ["not run", "not run"]
 
     def mean(run: str, score: str, before: bool) -> float:
-        records = [json.loads(path.read_text()) for path in (swept / run / "classes").glob("*.json")]
-        assert len(records) == 4
-        entries = [record["history"][0] if before else record["result"] for record in records]
-        return sum(entry[f"{score}_auroc"] for entry in entries) / 4
+        """Of all seeds, or of the first alone."""
+        names = f"*-seed{'0' if before else '*'}.json"
+        records = [json.loads(path.read_text()) for path in (swept / run / "classes").glob(names)]
+        assert len(records) == (2 if before else 4)
+        found = []
+        for record in records:
+            scores = {"whole score": record["test"]["scores"]} | record["flow_scores"]
+            title = f"{score}, before training" if before else score
+            found.append(utils.auroc(np.array(record["test"]["labels"]), np.array(scores[title])))
+        return sum(found) / len(found)
 
-    assert rows["before training"][0] != rows["no fusion"][0], "the chosen epoch is another"
+    assert rows["before training"] != rows["no fusion"]
     for words, run, before in ablation.ROWS[:3]:
-        for cell, score in zip(rows[words], ("flow", "latent")):
-            shown, spread = map(float, cell.split(" ± "))
-            assert shown == pytest.approx(mean(run, score, before), abs=1e-4) and 0 < spread < 0.5, words
+        for cell, score in zip(rows[words], ("whole score", "places")):
+            assert float(cell[:6]) == pytest.approx(mean(run, score, before), abs=1e-4), words
+            assert (" ± " in cell) != before
     for words, cells in rows_of(gains).items():  # on the mean of the sets nothing, where one was not run
         assert cells[2:] == ["not run"] * 4
-        if cells[0] != "not run":
+        if words == "class attention":
             shown = float(cells[0].split(" ± ")[0])
             assert shown == pytest.approx(
                 float(rows[words][0][:6]) - float(rows["no fusion"][0][:6]), abs=2e-4
@@ -84,8 +82,8 @@ def test_gains_are_paired_by_seed():
 
 
 def test_rows_are_runs_of_the_preset():
-    """Every row is of a run that the preset's sweep makes, and every fusion and choice of tokens has one."""
+    """Every row is of a run that the preset's sweep makes, and every fusion has one."""
     sweep = parse_sweep(config.PRESETS["ablation"]["sweep"])
     made = {"-".join(values) for values in itertools.product(*sweep.values())}
     shown = {row.run for row in ablation.ROWS}
-    assert shown == made - {"none-middle"}
+    assert shown == made

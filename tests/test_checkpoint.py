@@ -22,8 +22,7 @@ from shell.files import checksum, write_sealed
     [
         {},
         {"score": "latent_knn", "normalize": "power_l2+whiten"},
-        {"score": "latent_knn", "normalize": "power_l2+whiten", "flow_channels": 8, "bands": True},
-        {"score": "likelihood", "base": "kernel", "holdout": 0.2},
+        {"score": "latent_knn", "normalize": "power_l2+whiten", "bands": True},
         {"fusion": "hilo", "score": "likelihood"},
         {**CHOOSING, "meta_epochs": 3},
         JOINED,

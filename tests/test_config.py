@@ -192,7 +192,7 @@ def test_every_knob_has_help(field):
 
 
 # read in what train.py and main.py call of a module that extractor.py also imports
-NOT_BY_EXTRACTOR = {"class_name", "batch_size", "n_coupling_blocks", "fc_internal", "flow_channels", "fusion"}
+NOT_BY_EXTRACTOR = {"class_name", "batch_size", "n_coupling_blocks", "fc_internal", "fusion"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -353,8 +353,8 @@ FEATURES = """
     dataset extractor weights_path img_size pixel_norm token_grid mirror precision bands window places
 """.split()
 FIT = """
-    device n_coupling_blocks fc_internal clamp fusion fusion_tokens flow_channels base alpha
-    identity_start normalize centre_pool whiten_ridge batch_size meta_epochs sub_epochs least_steps
+    device n_coupling_blocks fc_internal clamp fusion alpha
+    identity_start normalize centre_pool batch_size meta_epochs sub_epochs least_steps
     lr_init lr_schedule max_grad_norm feature_noise holdout patience score
 """.split()
 

@@ -188,7 +188,7 @@ def test_both_scripts_at_a_tiny_size(tmp_path, texture_folder):
     suite = tmp_path / "suite.toml"
     suite.write_text(f'preset = "accurate"\nextractor = "test_resnet"\n[[set]]\nname = "made"\n'
                      f'dataset = "folder"\npath = "{texture_folder}"\n')  # fmt: skip
-    small = ["img_size=32", "places=4", "flow_channels=8", "fc_internal=8", "least_steps=2", "threads=1"]
+    small = ["img_size=32", "places=4", "fc_internal=8", "least_steps=2", "threads=1"]
     knobs = ["--only", "made", "--knobs", "weights_path=random", *small]
     for name, more in (
         ("curves", ["--seeds", 0, "--classes", 1]),

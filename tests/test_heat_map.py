@@ -119,7 +119,7 @@ def test_a_map_is_as_bright_as_it_is_hot(tmp_path):
 CONFIG = Config(
     dataset="mvtec", dataset_path="textures/brushed", extractor="resnet10t", weights_path="random",
     img_size=(64, 64), precision="float32", threads=1, fc_internal=16, workers=0,
-    n_coupling_blocks=1, fusion="none", bands=True, places=6, score="joined",
+    n_coupling_blocks=1, fusion="none", bands=True, places=6, score="joined", least_steps=20,
     holdout=0.2, device="cpu", modelname="heat",
 )  # fmt: skip
 
@@ -187,7 +187,7 @@ def test_heat_map_of_a_picture(run, tmp_path, capsys):
 @pytest.mark.slow
 def test_detector_without_places_blurs(run):
     loaded = PictureDetector.load("runs/heat/classes/brushed-seed0", "cpu", 1)
-    loaded.fitted.read_places_if(False)
+    loaded.fitted.read_places(0.0)
     path = next(Path("textures/brushed/test/good").glob("*.png"))
     picture = np.asarray(Image.open(path).convert("RGB"))
     wanted = heat_map.by_occlusion(loaded.score, picture)

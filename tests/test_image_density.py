@@ -55,7 +55,7 @@ def test_the_kernels_are_those_of_a_plain_loop(n, channels):
 def logs_without(known: np.ndarray, i: int, centre: np.ndarray, divisor: int) -> float:
     """The logarithm of image i's energy per channel under the Gaussian of the others: their mean, their
     covariance about ``centre``, with the shrinkage that all images have, towards the mean variance of all."""
-    others, (n, channels) = np.delete(known, i, 0), known.shape
+    others, channels = np.delete(known, i, 0), known.shape[1]
     _, shrinkage = ledoit_wolf(known)
     covariance = (others - centre).T @ (others - centre) / divisor
     target = np.trace(np.cov(known.T, bias=True)) / channels * np.eye(channels)

@@ -42,13 +42,13 @@ def test_batch_beyond_the_machine(cache, monkeypatch):
 
 
 @pytest.mark.parametrize("fusion", ["class_attention", "hilo", "none"])
-@pytest.mark.parametrize("more", [{}, {"fc_internal": 8}, JOINED, JOINED | {"flow_channels": 10**6}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"fc_internal": 8}, JOINED], ids=str)
 def test_estimate_is_near_what_is_built(cache, fusion, more):
     """Between half and three times the numbers of a detector in fact, whatever it is made of."""
-    detector = make(cache, **{"fusion": fusion, "fc_internal": 64, **more}).detector
+    options = {"fc_internal": 64, **more, "fusion": fusion}
+    detector = make(cache, **options).detector
     held = sum(tensor.numel() for tensor in (*detector.parameters(), *detector.buffers()))
-    config = settings(**{"fusion": fusion, "fc_internal": 64, **more})
-    assert held / 2 < memory.detector_floats(config, cache.meta) < 3 * held + 2000
+    assert held / 2 < memory.detector_floats(settings(**options), cache.meta) < 3 * held + 2000
 
 
 def test_memory_is_found():

@@ -21,8 +21,8 @@ RUN = {
     "fc_internal": 16, "n_coupling_blocks": 2, "fusion": "class_attention", "device": "cpu", "holdout": 0.1,
 }  # fmt: skip
 JOINED = {
-    "bands": True, "score": "joined", "base": "kernel", "baselines": True, "patience": 3,
-    "normalize": "power_l2+whiten", "centre_pool": 0.1, "places": 4, "fusion_tokens": "middle",
+    "bands": True, "score": "joined", "baselines": True, "fusion": "bands", "identity_start": True,
+    "centre_pool": 0.1, "places": 4, "least_steps": 20,
 }  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def good(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options", [JOINED, {"score": "latent_knn"}, {"score": "likelihood"}], ids=str)
 def test_train_on_good_pictures_alone(good, capsys, options):
-    train.main(Config(**RUN, **options))
+    train.main(Config(**RUN | options))
     said = capsys.readouterr().out
     record = json.loads(Path("runs/foad_mfff/classes/good-seed0.json").read_text())
     held = record["held_out_scores"]
@@ -53,7 +53,7 @@ def test_train_on_good_pictures_alone(good, capsys, options):
 
 
 def test_main_on_good_pictures_alone(good, capsys):
-    main.main(Config(**RUN, **JOINED, modelname="whole"))
+    main.main(Config(**RUN | JOINED, modelname="whole"))
     said = capsys.readouterr().out
     assert "no test images" in said and "nan" not in said
     results = json.loads(Path("runs/whole/results.json").read_text())

@@ -59,7 +59,7 @@ def fitted(tmp_path_factory):
         for name, options in (
             ("held", {"holdout": 0.3, "score": "latent_knn"}),
             ("plain", {"holdout": 0.0, "score": "likelihood"}),
-            ("joined", {"holdout": 0.3, "bands": True, "score": "joined", "base": "kernel"}),
+            ("joined", {"holdout": 0.3, "bands": True, "score": "joined", "places": 4, "least_steps": 9}),
         ):
             train.main(Config(**RUN, class_name="a", modelname=name, **options))
         main.main(Config(**RUN, class_name="a,b", modelname="two", holdout=0.3, keep="weights"))

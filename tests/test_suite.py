@@ -145,10 +145,12 @@ def write_run(name, classes, simple, seeds=(0,), first_row=0):
                     "scores": noisy(LABELS, signal, seed).tolist(),
                 },
                 "flow_scores": {
-                    "likelihood": noisy(LABELS, signal, 10 + seed).tolist(),
-                    "likelihood, before training": noisy(LABELS, 0.0, 20 + seed).tolist(),
-                    "flow alone": noisy(LABELS, signal, 40 + seed).tolist(),
-                    "flow alone, before training": noisy(LABELS, 0.0, 50 + seed).tolist(),
+                    "whole score, before training": noisy(LABELS, 0.0, 20 + seed).tolist(),
+                    "image part": noisy(LABELS, 0.0, 40 + seed).tolist(),
+                    "places": noisy(LABELS, signal, 10 + seed).tolist(),
+                    "places, before training": noisy(LABELS, 0.0, 50 + seed).tolist(),
+                    "likelihood": noisy(LABELS, signal, 60 + seed).tolist(),
+                    "latent": noisy(LABELS, signal, 70 + seed).tolist(),
                 },
                 "simple_scores": {
                     title: noisy(LABELS, s, 30).tolist() for title, s in simple.items() if not seed
@@ -171,12 +173,12 @@ def cells_of(table):
 
 def test_table(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_run("s-one", {"x": 6.0, "y": 5.0}, {"kNN": 0.5, "places": 0.3}, seeds=(0, 1))
+    write_run("s-one", {"x": 6.0, "y": 5.0}, {"kNN": 0.5, "PaDiM": 0.3}, seeds=(0, 1))
     write_run("s-two", {"z": 4.0}, {"kNN": 0.2}, seeds=(0, 1))
     found = {name: suite.read_problems(suite.Path("runs") / f"s-{name}")[0] for name in ("one", "two")}
     table = suite.make_table(found | {"bad": None}, draws=500)
     rows = cells_of(table)
-    assert [row[0] for row in table[1]] == [*suite.OURS, "kNN", "places", suite.BEST]
+    assert [row[0] for row in table[1]] == [*suite.OURS, "kNN", "PaDiM", suite.BEST]
     per_seed = np.array([[mean_auroc((6.0, 5.0), seed), mean_auroc((4.0,), seed)] for seed in (0, 1)])
     for i, name in enumerate(("one", "two")):
         assert rows[suite.WHOLE][name] == suite.auroc_cell(per_seed[:, i])
@@ -187,7 +189,7 @@ def test_table(tmp_path, monkeypatch):
     simple = [mean_auroc((0.5,), 30), mean_auroc((0.2,), 30)]
     assert rows["kNN"]["mean"] == f"{np.mean(simple):.4f}"
     places = mean_auroc((0.3,), 30)
-    assert rows["places"]["two"] == "" and rows["places"]["mean"] == f"({places:.4f})"
+    assert rows["PaDiM"]["two"] == "" and rows["PaDiM"]["mean"] == f"({places:.4f})"
     assert (
         rows[suite.BEST]["one"] == f"{max(simple[0], places):.4f}"
         and rows[suite.BEST]["two"] == rows["kNN"]["two"]
@@ -196,9 +198,12 @@ def test_table(tmp_path, monkeypatch):
     margin = rows["kNN"]["whole score - it [95 %]"]
     first = [mean_auroc((6.0, 5.0), 0), mean_auroc((4.0,), 0)]
     assert margin.startswith(f"{np.mean(first) - np.mean(simple):+.4f} [+")
-    assert rows["places"]["whole score - it [95 %]"].startswith(f"({first[0] - places:+.4f} [+")
-    assert table[1][5][-3] == "3 / 0 / 0 (3 / 0 / 0)"
-    assert rows[suite.WHOLE]["whole score - it [95 %]"] == "" != rows[suite.START]["whole score - it [95 %]"]
+    assert rows["PaDiM"]["whole score - it [95 %]"].startswith(f"({first[0] - places:+.4f} [+")
+    assert table[1][len(suite.OURS)][-3] == "3 / 0 / 0 (3 / 0 / 0)"
+    for ours in suite.JUDGED:
+        compared = {title for title, row in rows.items() if row[f"{ours} - it [95 %]"]}
+        others = {title for title, against in suite.OURS.items() if ours in against}
+        assert compared == others | {"kNN", "PaDiM", suite.BEST}
 
 
 def test_only_what_the_run_reports_is_read(tmp_path, monkeypatch):
@@ -251,7 +256,7 @@ def test_sets_that_fail_or_are_missing_stop_no_other(tmp_path, monkeypatch, caps
                  "chosen on their test images): one."):  # fmt: skip
         assert told in text, told
     lines = (tmp_path / "results/s.csv").read_text().splitlines()
-    assert lines[0] == "detector,set,class,seed,auroc" and len(lines) == 7
+    assert lines[0] == "detector,set,class,seed,auroc" and len(lines) == 8
     assert lines[1] == f"whole score,one,x,0,{mean_auroc((6.0,), 0)}"
     with pytest.raises(UserError, match="no/such is not there"):
         suite.main(arguments(tmp_path / "suite.toml", only="away"))

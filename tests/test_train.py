@@ -41,7 +41,7 @@ CLEAR = {"normalize": "power_l2", "meta_epochs": 5}
 @pytest.mark.parametrize("fusion", ["hilo", "none"])
 def test_clear_classes_are_detected(cache, fusion, options):
     for class_name in CLASSES:
-        found = fit(cache, class_name, fusion=fusion, **CLEAR | options)
+        found = fit(cache, class_name, **CLEAR | options | {"fusion": fusion})
         assert found.result["auroc"] > 0.95
 
 
@@ -99,8 +99,6 @@ def changes(cache, **more) -> bool:
         {"fusion": "hilo"},
         {"normalize": "power_l2"},
         {"normalize": "power_l2+whiten"},
-        {"normalize": "power_l2+whiten", "flow_channels": 8},
-        {"fusion_tokens": "middle", "places": 3},
         {"bands": True},
         {"batch_size": 7},
         {"lr_init": 1e-4},
@@ -109,8 +107,7 @@ def changes(cache, **more) -> bool:
         {"feature_noise": 0.5},
         {"holdout": 0.25},
         {"score": "likelihood"},
-        {"score": "joined", "holdout": 0.25},
-        {"score": "likelihood", "base": "kernel", "holdout": 0.25},
+        JOINED,
         {"score": "latent_knn"},
         {"sub_epochs": 2},
     ],
@@ -118,6 +115,30 @@ def changes(cache, **more) -> bool:
 )
 def test_knob_changes_the_outcome(cache, change):
     assert changes(cache, **change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fusion": "none"},
+        {"bands": False},
+        {"centre_pool": 0.2},
+        {"batch_size": 9},
+        {"least_steps": 30},
+        {"feature_noise": 0.5},
+        {"fc_internal": 20},
+        {"holdout": 0.3},
+        {"identity_start": False},
+    ],
+    ids=str,
+)
+def test_knob_changes_the_joined_score(joined_scores, cache, change):
+    assert not np.allclose(joined_scores, fit(cache, **JOINED | change).scores, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def joined_scores(cache):
+    return fit(cache, **JOINED).scores
 
 
 @pytest.mark.parametrize("change", [{"alpha": 0.25}, {"window": 2}], ids=str)
@@ -177,7 +198,7 @@ def test_every_training_image_once_per_epoch(cache, monkeypatch):
     first, second = np.concatenate(seen[:half]), np.concatenate(seen[half:])
     assert sorted(first) == sorted(second) == list(range(36)) and not np.array_equal(first, second)
     rows = trainer.data.fit_rows[first[:8]]
-    taken = trainer.prepared.inputs("fit", first[:8]).tokens
+    taken = trainer.prepared.inputs(first[:8]).tokens
     assert torch.equal(taken, trainer.data.train[rows].semantic), "they are numbers of the images fitted to"
 
 
@@ -235,55 +256,6 @@ def test_normalizing_takes_the_scale_away(cache, tmp_path):
     assert np.allclose(one, other, rtol=1e-2)
 
 
-@pytest.mark.parametrize("channels", [8, 0], ids=["leading directions", "all"])
-def test_an_identity_start_is_a_kernel_density_of_the_tokens(cache, channels):
-    """Before training: the density of the whitened tokens, by loops in float64 over the saved directions."""
-    options = JOINED | {"flow_channels": channels, "score": "likelihood", "patience": 3}
-    trainer = make(cache, **options)
-    assert trainer.detector.leading == (channels or trainer.detector.directions)
-    trainer.evaluate(0, None)
-    h, width = trainer.detector.bandwidth.item(), trainer.detector.channels
-    (known, _), (held, outside), (test, beside) = (
-        trainer.prepared.tokens[part] for part in ("fit", "held", "test")
-    )
-
-    def plain(tokens, rest):
-        squares = (tokens[:, None].double() - known[None].double() / 2).square().sum(2) + rest[
-            :, None
-        ].double()
-        density = torch.exp(-squares / (2 * h)).mean(1) * (2 * math.pi * h) ** (-width / 2)
-        return -density.log() / width
-
-    assert torch.isfinite(plain(held, outside)).all() and beside.max() > 0
-    wanted = plain(held, outside).mean().item() - 0.5 * math.log(2 * math.pi)
-    assert trainer.history[0]["held_out_loss"] == pytest.approx(wanted, abs=1e-4)
-    before = trainer.before_training["likelihood"]
-    assert before == pytest.approx(plain(test, beside).numpy(), abs=1e-4)
-
-
-def test_a_kernel_density_is_corrected_by_what_the_flow_has_learnt(cache):
-    """By the flow's log-likelihood of its directions less that of the normal density, and no more."""
-    fitted = fit(cache, **JOINED | {"score": "likelihood", "patience": 0, "meta_epochs": 3})
-    trainer = make(cache, **JOINED | {"score": "likelihood", "patience": 3})
-    trainer.evaluate(0, None)
-    start = trainer.before_training
-    parts, leading = trainer.detector, trainer.detector.leading
-    tokens = trainer.prepared.tokens["test"][0][:, :leading].numpy()
-    assert start["flow alone"] == pytest.approx(0.5 * np.square(tokens).sum(1) / leading, rel=1e-4)
-    gain = (start["flow alone"] - fitted.flow_scores["flow alone"]) * leading / parts.channels
-    assert np.abs(gain).max() > 1e-3
-    assert fitted.flow_scores["likelihood"] == pytest.approx(start["likelihood"] - gain, abs=1e-4)
-
-
-def test_only_leading_directions_are_moved(cache):
-    trainer = make(cache, **JOINED | {"identity_start": False})
-    measured = trainer.prepared.measure("test")
-    leading, tokens = trainer.detector.leading, trainer.prepared.tokens["test"][0]
-    assert leading == 16 < trainer.detector.directions == measured.z.shape[1]
-    assert torch.equal(measured.z[:, leading:], tokens[:, leading:])
-    assert not torch.allclose(measured.z[:, :leading], tokens[:, :leading], atol=1e-2)
-
-
 # ---------------------------------------------------------------- choosing the epoch
 @pytest.mark.parametrize("patience", [1, 2])
 def test_epoch_by_likelihood(cache, patience):
@@ -310,11 +282,9 @@ def test_chosen_epoch_is_the_detectors(cache, options):
     assert fitted.result["epoch"] < len(fitted.history)
     again = fitted.detector.score_features(all_of(trainer.data.test, fitted.test_rows))
     assert np.allclose(again, fitted.scores, rtol=1e-4, atol=1e-4)
-    loss = model.negative_log_likelihood(
-        fitted.detector.energy(trainer.prepared.measure("held")), fitted.detector.bandwidth
-    )
+    loss = trainer.prepared.scores("held")["likelihood"].mean().item()
     wanted = fitted.result["held_out_loss"] + 0.5 * math.log(2 * math.pi)
-    assert loss.mean().item() == pytest.approx(wanted, abs=1e-3)
+    assert loss == pytest.approx(wanted, abs=1e-3)
     assert fitted.result["held_out_loss"] == min(entry["held_out_loss"] for entry in fitted.history)
 
 
@@ -330,12 +300,12 @@ def test_noise_is_of_the_size_that_is_asked_for(cache):
     batch = trainer.prepared.usual["fit"][:16]
     seen, flow = [], trainer.flow
     trainer.flow = lambda tokens, patches: (seen.append(tokens), flow(tokens, patches))[1]
-    clean = trainer.prepared.inputs("fit", batch).tokens
+    clean = trainer.prepared.inputs(batch).tokens
     for _ in range(20):
         trainer.train_step(batch)
     noise = torch.stack(seen) - clean
     assert noise.std().item() == pytest.approx(0.25, rel=0.05) and abs(noise.mean().item()) < 0.02
-    assert torch.equal(trainer.prepared.inputs("fit", batch).tokens, clean)
+    assert torch.equal(trainer.prepared.inputs(batch).tokens, clean)
 
 
 # ---------------------------------------------------------------- mistakes
@@ -428,11 +398,10 @@ def test_adams_moments_go_with_the_training(cache, options, no_collector):
     trainer = make(cache, **options)
     moments = [weakref.ref(optimizer) for optimizer in trainer.optimizer.optimizers]
     fitted = trainer.run()
+    tokens, seen = trainer.prepared.inputs(np.arange(2))
     del trainer
     assert moments and not any(moment() for moment in moments)
-    flow, channels = fitted.detector.flow, fitted.detector.leading
-    n_tokens = math.prod(fitted.detector.fusion_grid)
-    z, _ = flow(torch.randn(2, channels), [torch.randn(2, n_tokens, channels)])
+    z, _ = fitted.detector.flow(tokens, [seen])
     z.sum().backward()  # and nothing steps any more
 
 
@@ -497,7 +466,7 @@ def test_features_are_split_with_and_without_bands():
 def test_an_extreme_image_neither_rules_training_nor_hides_a_good_start(tmp_path, capsys, normalize, held):
     """It is named, and losses are as without it: of the start, and of a training that goes on from it. Where
     whitening is fitted to it, it is not extreme."""
-    settings = CHOOSING | {"normalize": normalize, "whiten_ridge": 0.0}
+    settings = CHOOSING | {"normalize": normalize}
     plain = make(fabricate(tmp_path / "plain", extreme=[]), **settings)
     row = int((plain.data.held_rows if held else plain.data.fit_rows)[3])
     before = plain.run().history

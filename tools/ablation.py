@@ -4,9 +4,10 @@ python main.py --preset ablation --dataset digits --modelname ablation-digits
 python main.py --preset ablation --dataset mvtec --dataset_path data/textures --modelname ablation-textures
 python tools/ablation.py runs/ablation-digits runs/ablation-textures
 
-The first has the AUROC of the flow's likelihood and of its mean z^2, without places, at the epoch that was
-chosen: means over classes and seeds, ± the standard deviation over seeds of the mean over classes. The second
-has what a row has more than the flow without fusion of the same seed, and that on the mean of the sets."""
+The first has the AUROC of the whole score, and of the places alone over the classes whose places are read:
+means over classes and seeds, ± the standard deviation over seeds of the mean over classes; before training,
+of the first seed. The second has what a row has more than the flow without fusion of the same seed, and that
+on the mean of the sets."""
 
 import argparse
 import sys
@@ -18,9 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+import utils
 from detector import checkpoints
+from detector.preparation import WHOLE
 
-SCORES = {"flow": "the flow's likelihood", "latent": "mean z²"}  # of a record -> as the table calls them
+SCORES = (WHOLE, "places")  # of a record
 
 
 class Row(NamedTuple):
@@ -31,31 +34,36 @@ class Row(NamedTuple):
     before: bool = False
 
 
-# Without fusion there are no patch tokens to choose.
-NO_FUSION = Row("no fusion", "none-last")
+NO_FUSION = Row("no fusion", "none")
 ROWS = (
-    Row("before training", "none-last", before=True),
+    Row("before training", "none", before=True),
     NO_FUSION,
-    Row("class attention, last map", "class_attention-last"),
-    Row("class attention, middle depths", "class_attention-middle"),
-    Row("hilo, last map", "hilo-last"),
-    Row("hilo, middle depths", "hilo-middle"),
-    Row("spectral, last map", "spectral-last"),
-    Row("spectral, middle depths", "spectral-middle"),
+    Row("class attention", "class_attention"),
+    Row("hilo", "hilo"),
+    Row("bands", "bands"),
 )
 
 
 def aurocs(folder: Path, before: bool) -> dict[int, np.ndarray]:
-    """{seed: means over classes of the AUROC of each score (2)} of a run; empty where there is none.
-    ``before``: of the first evaluation, before training, instead of the chosen one. Raises ValueError on a
-    record that is damaged or of another version."""
+    """{seed: means over classes of the AUROC of each score (2)} of a run; empty where there is none, NaN of
+    the places where no class reads them. ``before``: before training, of the seeds that were measured then.
+    Raises ValueError on a record that is damaged or of another version."""
     found: dict[int, list] = defaultdict(list)
     for path in sorted((folder / "classes").glob("*-seed*.json")):
-        if not path.name.endswith(".failed.json"):
-            record = checkpoints.read_record(path)
-            entry = record["history"][0] if before else record["result"]
-            found[record["result"]["seed"]].append([entry[f"{name}_auroc"] for name in SCORES])
-    return {seed: np.mean(classes, 0) for seed, classes in found.items()}
+        if path.name.endswith(".failed.json"):
+            continue
+        record = checkpoints.read_record(path)
+        scores = {WHOLE: record["test"]["scores"]} | record["flow_scores"]
+        if before:
+            scores = {name: scores.get(f"{name}, before training") for name in SCORES}
+        if scores.get(WHOLE):
+            labels = np.array(record["test"]["labels"])
+            values = [np.array(scores.get(name) or np.full(len(labels), np.nan)) for name in SCORES]
+            each = [np.nan if np.isnan(v).any() else utils.auroc(labels, v) for v in values]
+            found[record["result"]["seed"]].append(each)
+    return {
+        seed: np.ma.masked_invalid(classes).mean(0).filled(np.nan) for seed, classes in sorted(found.items())
+    }
 
 
 def cells(seeds: dict[int, np.ndarray], form: str = "{:.4f}") -> list[str]:
@@ -64,7 +72,8 @@ def cells(seeds: dict[int, np.ndarray], form: str = "{:.4f}") -> list[str]:
         return ["not run"] * len(SCORES)
     means = np.array(list(seeds.values()))
     spread = [f" ± {value:.4f}" for value in means.std(0, ddof=1)] if len(means) > 1 else [""] * len(SCORES)
-    return [f"{form.format(mean)}{more}" for mean, more in zip(means.mean(0), spread)]
+    shown = zip(means.mean(0), spread)
+    return ["" if np.isnan(mean) else f"{form.format(mean)}{more}" for mean, more in shown]
 
 
 def less(these: dict[int, np.ndarray], those: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
@@ -79,7 +88,7 @@ def mean_over(sets: list[dict[int, np.ndarray]]) -> dict[int, np.ndarray]:
 
 
 def markdown(titles: list[str], rows: dict[str, list[str]]) -> str:
-    heads = [f"{title}, {score}" for title in titles for score in SCORES.values()]
+    heads = [f"{title}, {score}" for title in titles for score in SCORES]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     return "\n".join([*lines, *(f"| {words} | {' | '.join(found)} |" for words, found in rows.items())])
 
