@@ -3,9 +3,9 @@ were measured, over random splits of the normal pictures of the suite's classes.
 
 python benchmarks/false_alarms.py benchmarks/suite.toml --knobs threads=1
 
-A split takes n pictures of a class as held out, as train.py does (they choose the epoch and the bandwidth,
-too), fits the detector to half of the others, and measures how many of the rest are above the threshold. The
-splits of an n are dealt out to the classes in turn."""
+A split takes n pictures of a class as held out, as train.py does (places are standardised by them, too),
+fits the detector to half of the others, and measures how many of the rest are above the threshold. The splits
+of an n are dealt out to the classes in turn."""
 
 import argparse
 import collections

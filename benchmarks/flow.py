@@ -85,7 +85,7 @@ def compare_steps(args, device):
         "|dloss| rel"
     )
     peak = matmul_peak(device, torch.float32)
-    utils.keep_freed_memory()  # as PreparedClass does; the transcription gains what ours gains
+    utils.keep_freed_memory()  # as prepare_data does; the transcription gains what ours gains
     for batch in args.batches:
         torch.manual_seed(0)
         ours, theirs = same_flows(channels, channels, device)

@@ -243,7 +243,7 @@ def trainings(job: Job, **more) -> list[train.Trainer]:
     for i in range(sizes.classes):
         parts = rows[i], rows[i][:0], np.arange(100) % count
         data = class_data.ClassData(str(i), source, source, *parts, labels)
-        prepared = preparation.PreparedClass(config, data, features, 0, job.device)
+        prepared = preparation.prepare_data(config, data, features, 0, job.device)
         found.append(train.Trainer(prepared))
     return found
 

@@ -109,6 +109,8 @@ def fuse(module, x, p, grid, window):
         return class_attention(module, x, p)
     if kind == "HiLo":
         return hilo_compact(module, x, p) if module.bands else hilo(module, x, p, grid, window)
+    if kind == "BandProjection":
+        return torch.cat(list(p.unbind(1)), 1) @ module.proj.weight.T + module.proj.bias
     return spectral(module, x, p, grid)
 
 

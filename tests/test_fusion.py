@@ -34,6 +34,7 @@ CASES = [
     ("hilo", 12, 12, (4, 7), {"heads": 3, "alpha": 0.4, "window": 2}),
     ("hilo", 16, 16, (2, 2), {"window": 5}),
     ("hilo", 16, 16, (5, 4), {"window": 1, "alpha": 0.25}),
+    ("bands", 5, 9, (1, 3), {}),
     ("spectral", 32, 40, (6, 8), {}),
     ("spectral", 21, 43, (13, 7), {}),
 ]
@@ -108,7 +109,7 @@ def test_a_subnet_too_narrow_for_its_heads_is_refused():
         make_fusion("hilo", 16, 1, (6, 6), heads=8)
 
 
-@pytest.mark.parametrize("name", ["class_attention", "hilo", "spectral"])
+@pytest.mark.parametrize("name", ["class_attention", "hilo", "spectral", "bands"])
 def test_only_what_is_learnt_is_saved(name):
     """And the released gate's weights, which are in its checkpoints."""
     module = make_fusion(name, 16, 16, (6, 6))
