@@ -67,7 +67,7 @@ def settings(**more) -> Config:
 
 
 PLACES = {
-    "bands": True, "places": 6, "score": "joined", "holdout": 0.2,
+    "bands": True, "places": 6, "score": "joined", "holdout": 0.2, "least_steps": 9,
     "modelname": "belt", "class_name": "belt",
 }  # fmt: skip
 
