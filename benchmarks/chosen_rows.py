@@ -22,7 +22,7 @@ from cache.feature_cache import CachedArray, FeatureCache  # noqa: E402
 from datasets import OTHER, SPLITS, Labels, Split, choose_classes  # noqa: E402
 from detector.checkpoints import Fitted  # noqa: E402
 from detector.class_data import TokenSource, class_data  # noqa: E402
-from detector.preparation import PreparedClass  # noqa: E402
+from detector.preparation import prepare_data  # noqa: E402
 from shell.values import parse_values  # noqa: E402
 
 
@@ -86,7 +86,7 @@ class Pictures:
         data = class_data(config, labels, class_name, seed, self.source, self.source)
         if held is not None:
             data = dataclasses.replace(data, fit_rows=training, held_rows=held)
-        return train.Trainer(PreparedClass(config, data, self.cache.meta, seed, self.source.device)).run()
+        return train.Trainer(prepare_data(config, data, self.cache.meta, seed, self.source.device)).run()
 
 
 class Kept:

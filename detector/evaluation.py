@@ -76,11 +76,13 @@ def result_of(
     """The result of a class, as tables and its record have it. scores (n): of the test images, all finite;
     seconds: what training took."""
     data = prepared.data
+    # the start, where it is only looked at for comparison, is no epoch that could be reported
+    reportable = [entry for entry in history if entry["epoch"] or prepared.config.patience] or history
     return {
         "class": data.class_name,
         "seed": prepared.seed,
         **utils.detection_metrics(data.labels, scores),
-        "best_on_test_auroc": max(entry["auroc"] for entry in history),
+        "best_on_test_auroc": max(entry["auroc"] for entry in reportable),
         **{key: value for key, value in best.entry.items() if key != "auroc"},
         "reads_places": prepared.detector.uses_places,
         "n_train": len(data.fit_rows),

@@ -117,7 +117,7 @@ class Places(nn.Module):
     def inputs(self, tokens: Tensor) -> PlaceInputs:
         """What the flow takes of all places of images, from whitened tokens (B, P, E) -> (B P, ...)."""
         bands = torch.matmul(self.around, tokens.unsqueeze(1))  # (B, 2, P, E)
-        where = self.position.expand(len(tokens), 1, -1, -1)
+        where = self.position.expand(tokens.shape[0], 1, -1, -1)
         seen = torch.cat([bands, where], 1).transpose(1, 2)  # (B, P, 3, E)
         return PlaceInputs(tokens.flatten(0, 1), seen.flatten(0, 1))
 

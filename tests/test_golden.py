@@ -170,7 +170,7 @@ def test_trainer_takes_the_released_steps(flow_file):
         fc_internal=hidden,
     )
     features = {"n_feat": channels, "grid": grid_of(n), "tokens": 1 + n, "kind": "tokens"}
-    prepared = preparation.PreparedClass(settings, data, features, 0, torch.device("cpu"))
+    prepared = preparation.prepare_data(settings, data, features, 0, torch.device("cpu"))
     trainer = train.Trainer(prepared)
     trainer.detector.flow.load_state_dict(parameters(golden))
     losses = torch.stack([trainer.train_step(batch) for batch in rows.reshape(len(semantic), -1)])

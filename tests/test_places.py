@@ -192,7 +192,9 @@ def test_log_determinants_are_those_of_autograd():
     places.double()
     raw = torch.randn(2, 16, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     tokens, seen = places.inputs(raw)
-    _, log_det = places.latents(raw)
+    z, log_det = places.latents(raw)
+    by_hand = (0.5 * z.square().sum(2) - log_det) / 5
+    assert torch.allclose(places.losses(z, log_det), by_hand, atol=1e-12)
     assert seen[:, :2].abs().max() > 0.1, "there are places to see"
     for i in range(32):
         jacobian = torch.autograd.functional.jacobian(

@@ -122,7 +122,7 @@ DAMAGE = {
     "weights missing": lambda path: path.with_suffix(".safetensors").unlink(),
     "weights cut": lambda path: os.truncate(path.with_suffix(".safetensors"), 100),
     "weights changed": lambda path: path.with_suffix(".safetensors").write_bytes(
-        path.with_suffix(".safetensors").read_bytes()[:-1] + b"?"
+        (content := path.with_suffix(".safetensors").read_bytes())[:-1] + bytes([content[-1] ^ 1])
     ),
     "record cut": lambda path: os.truncate(path, 100),
     "record edited": lambda path: path.write_text(path.read_text().replace('"seed": 0', '"seed": 1')),

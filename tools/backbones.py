@@ -94,7 +94,7 @@ def course(extractor: str, side: int, preset: str, folder: Path, ending: str | N
 
 def settings(extractor: str, side: int, preset: str) -> dict:
     """The knobs of a small fit."""
-    small = {"fc_internal": 32, "least_steps": 0, "batch_size": 8, "holdout": 0.25, "places": 4}
+    small = {"fc_internal": 32, "least_steps": 4, "batch_size": 8, "holdout": 0.25, "places": 4}
     return {
         "preset": preset, "extractor": extractor, "weights_path": "random", "img_size": (side, side),
         "dataset": "folder", "dataset_path": "images", "class_name": "good", "modelname": "small",
