@@ -126,11 +126,10 @@ def test_positions_are_waves_of_row_and_column():
 def test_a_place_sees_no_more_of_itself_than_the_flow_is_to_move():
     """Nor of its neighbourhood: its token changes what those three and more away from it see."""
     places = places_of((9, 9), 4)
-    raw = torch.randn(2, 81, 4, generator=torch.Generator().manual_seed(0))
-    places.whiten.fit(torch.randn(20, 81, 4))
-    before = places.inputs(raw)
-    raw[0, 40] += 5
-    after = places.inputs(raw)
+    tokens = torch.randn(2, 81, 4, generator=torch.Generator().manual_seed(0))
+    before = places.inputs(tokens.clone())
+    tokens[0, 40] += 5
+    after = places.inputs(tokens)
     moved = (after.tokens != before.tokens).any(1)
     assert moved.nonzero().flatten().tolist() == [40]
     changed = (after.seen != before.seen).flatten(1).any(1)
@@ -181,8 +180,26 @@ def test_at_its_start_the_flow_has_the_places_own_gaussians(n):
     deviation = ((n * variance + 10 * variance.mean()) / (n + 10)).sqrt()
     wanted = (logs(unseen) - logs(tokens).mean(0)) / deviation
     with torch.no_grad():
-        places.fit_scale(places.losses(*places.latents(tokens)))
+        places.fit_scale(places.losses(*places.latents(places.whiten(tokens))))
         assert torch.allclose(places(unseen).double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("n", [6, 30])
+def test_a_training_images_places_are_as_long_as_without_it(n):
+    """(18) beside a fit of the same covariance, about the same mean, without the image's own part of it."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(n, 1, 4, generator=generator).double()
+    tokens -= tokens.mean(0)  # one place: its own mean and covariance are the common ones
+    left_out = PlaceWhitening.left_out
+    own = torch.einsum("nc,nd->cd", tokens[:, 0], tokens[:, 0])
+    for i in range(n):
+        image = tokens[i, 0]
+        away = image * n / (n - 1)  # from the mean of the others
+        covariance = (own + 4 * torch.eye(4)) / (n + 4)  # the prior counts like E images
+        whitened = tokens @ torch.linalg.inv(torch.linalg.cholesky(covariance)).T
+        others = covariance - torch.outer(image, image) / (n + 4)
+        wanted = away @ torch.linalg.inv(others) @ away
+        assert left_out(whitened)[i, 0].square().sum() == pytest.approx(float(wanted), rel=1e-6)
 
 
 def test_log_determinants_are_those_of_autograd():

@@ -120,7 +120,7 @@ def test_many_pictures_are_scored_as_few(tmp_path, monkeypatch):
     files[15].write_bytes(b"broken")
     job = job_of("resnet18", (32, 32))
     backbone = pictures.FittedBackbone.__new__(pictures.FittedBackbone)
-    backbone.job = job
+    backbone.job, backbone.tiles = job, 0
     wanted = list(backbone.rows(files))
     monkeypatch.setattr(pictures, "COMPILED_FROM", 7)
     found = list(

@@ -91,7 +91,8 @@ def fitted(tmp_path_factory):
             bands=True,
             places=6,
             score="joined",
-            normalize="power_l2+whiten",
+            least_steps=20,
+            identity_start=True,
             modelname="tiles",
         )  # fmt: skip
     )
