@@ -171,13 +171,14 @@ PRESETS: dict[str, dict] = {
     # How these were chosen, and on what: results/choosing.md.
     "accurate": {
         "img_size": "auto", "mirror": True, "bands": True, "places": 14, "centre_pool": 0.1, "score": "joined",
-        "fusion": "bands", "fc_internal": 256, "identity_start": True, "batch_size": 256, "least_steps": 400,
+        "fusion": "bands", "fc_internal": 128, "identity_start": True, "batch_size": 256, "least_steps": 400,
         "lr_init": 2e-3, "lr_schedule": "cosine", "feature_noise": 0.3, "holdout": 0.1, "baselines": True,
     },
 }
 PRESETS["quickstart"] = PRESETS["accurate"] | {
     "modelname": "quickstart", "dataset": "digits", "extractor": "efficientnet_lite0",
     "mirror": False,  # a mirrored digit is another one
+    "least_steps": 200,  # for a minute in all
 }
 PRESETS["ablation"] = PRESETS["accurate"] | {
     "modelname": "ablation", "extractor": "efficientnet_lite0", "n_seeds": 3, "keep": "results",

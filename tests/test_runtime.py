@@ -16,6 +16,7 @@ from backbone.identity import cache_identity
 from backbone.runtime import Compiled
 from config import Config
 from detector import pictures
+from images.pixel_scale import PixelScale
 
 CPU = torch.device("cpu")
 
@@ -120,7 +121,7 @@ def test_many_pictures_are_scored_as_few(tmp_path, monkeypatch):
     files[15].write_bytes(b"broken")
     job = job_of("resnet18", (32, 32))
     backbone = pictures.FittedBackbone.__new__(pictures.FittedBackbone)
-    backbone.job, backbone.tiles = job, 0
+    backbone.job, backbone.tiles, backbone.scale = job, 0, PixelScale()
     wanted = list(backbone.rows(files))
     monkeypatch.setattr(pictures, "COMPILED_FROM", 7)
     found = list(

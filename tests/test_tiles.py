@@ -117,7 +117,7 @@ def test_held_out_scores_are_those_of_whole_pictures(fitted):
 @pytest.mark.parametrize("places", [True, False])
 def test_a_small_defect_shows_in_score_and_map(fitted, places):
     loaded = PictureDetector.load("runs/tiles/classes/good-seed0", "cpu", 1)
-    loaded.fitted.read_places_if(places)
+    loaded.fitted.read_places(float(places))
     good = texture(0, np.random.RandomState(1), 128)[:96]
     spoilt = good.copy()
     spoilt[70:82, 100:112] = np.random.RandomState(2).randint(0, 256, (12, 12, 3))
