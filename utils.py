@@ -26,6 +26,7 @@ import torch
 from joblib import cpu_count  # knows a container's share of the machine
 
 from config import UserError
+from shell.signals import is_guest
 
 
 def seed_everything(seed: int) -> None:
@@ -180,12 +181,12 @@ def check_memory(what: str, needed: float, advice: str) -> None:
 def thread_pool(threads: int, start: Callable[[], object] | None = None) -> Iterator[ThreadPoolExecutor]:
     """Threads that begin with ``start()``. At the end of the block what they have begun is waited for, and
     the rest dropped; not so when the script is asked to end: a batch may be longer than the two seconds it
-    has."""
+    has. In a notebook, which goes on, it is waited for all the same."""
     pool, wait = ThreadPoolExecutor(threads, initializer=start), True
     try:
         yield pool
     except KeyboardInterrupt:
-        wait = False
+        wait = is_guest()
         raise
     finally:
         pool.shutdown(wait, cancel_futures=True)
