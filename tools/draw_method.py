@@ -12,12 +12,12 @@ OURS = "dashed"  # the edge of what is this repository's own, not the paper's
 BOXES = {  # name -> (x, y, width, text, colour, edge)
     "image": (0.0, 1.7, 1.2, "image", "#eeeeee", "solid"),
     "backbone": (1.7, 1.7, 1.7, "frozen\nbackbone", "#dde7f3", "solid"),
-    "token": (4.0, 3.1, 2.6, "semantic token y\n(+ sub-band energies)", "#fbe9cf", "solid"),
-    "patches": (4.0, 1.7, 2.6, "patch tokens p", "#fbe9cf", "solid"),
-    "places": (4.0, 0.3, 2.6, "place tokens\n(middle depths)", "#fbe9cf", OURS),
+    "token": (4.0, 3.1, 2.6, "semantic token y\n(accurate: each place)", "#fbe9cf", "solid"),
+    "patches": (4.0, 1.7, 2.6, "patch tokens p (accurate:\nbands of other places)", "#fbe9cf", "solid"),
+    "joint": (4.0, 0.3, 2.6, "semantic token,\nsub-band energies", "#fbe9cf", OURS),
     "flow": (7.2, 3.1, 2.4, "coupling layers", "#dcefdc", "solid"),
     "fusion": (7.2, 1.7, 2.4, "multi-frequency\nfusion", "#dcefdc", "solid"),
-    "gaussians": (7.2, 0.3, 2.4, "a Gaussian\nfor each place", "#dcefdc", OURS),
+    "density": (7.2, 0.3, 2.4, "Gaussian or\nkernels", "#dcefdc", OURS),
     "latent": (10.2, 3.1, 2.0, "latent z,\nlikelihood", "#f3dede", "solid"),
     "score": (10.2, 1.7, 2.0, "score", "#f3dede", "solid"),
 }
@@ -25,15 +25,14 @@ ARROWS = [
     ("image", "backbone"),
     ("backbone", "token"),
     ("backbone", "patches"),
-    ("backbone", "places"),
+    ("backbone", "joint"),
     ("token", "flow"),
     ("patches", "fusion"),
-    ("places", "fusion"),
-    ("places", "gaussians"),
+    ("joint", "density"),
     ("fusion", "flow"),
     ("flow", "latent"),
     ("latent", "score"),
-    ("gaussians", "score"),
+    ("density", "score"),
 ]
 HEIGHT, GAP = 0.9, 0.07
 
@@ -67,7 +66,7 @@ def main() -> None:
         axes.add_patch(box)
         axes.text(x + width / 2, y + HEIGHT / 2, text, ha="center", va="center", fontsize=11)
     for pair in ARROWS:
-        dashed = "places" in pair or "gaussians" in pair
+        dashed = "joint" in pair or "density" in pair
         axes.add_patch(
             FancyArrowPatch(
                 *ends(*pair),
