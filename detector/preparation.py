@@ -212,9 +212,9 @@ class PreparedPlaces(PreparedClass):
             sample = data.train.one_on_cpu("places", evenly(data.fit_rows, PLACE_SAMPLE))
             whiten = detector.places.whiten.fit(sample)
             self.whitened = whiten.left_out(torch.cat([whiten(each) for each in sample.split(PLACE_BATCH)]))
-            found = [detector.places.inputs(each) for each in self.whitened.split(PLACE_BATCH)]
-            self.tokens = torch.cat([each.tokens for each in found]).to(self.device)
-            self.seen = torch.cat([each.seen for each in found]).half().to(self.device)
+            self.tokens = self.whitened.flatten(0, 1).to(self.device)
+            seen = [detector.places.inputs(each).seen.half() for each in self.whitened.split(PLACE_BATCH)]
+            self.seen = torch.cat(seen).to(self.device)
         detector.to(self.device)
         with torch.no_grad(), products(self.device):
             both = {part: detector.image(joint.to(self.device)) for part, joint in self.joint.items()}
