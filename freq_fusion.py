@@ -262,16 +262,16 @@ class Spectral(nn.Module):
 
 class BandProjection(nn.Module):
     """A learned projection of the bands that a place sees of its image (docs/method.md, eq. 19): what is left
-    of HiLo where each band has one window, so that there is nothing to choose from. ``n_tokens``: N, the
-    bands."""
+    of HiLo where each band has one window, so that there is nothing to choose from. All channels of the bands
+    are seen, those that the subnet moves among them. ``n_tokens``: N, the bands, of C ``channels`` each."""
 
-    def __init__(self, d: int, hidden: int, n_tokens: int):
+    def __init__(self, channels: int, hidden: int, n_tokens: int):
         super().__init__()
-        self.proj = nn.Linear(n_tokens * d, hidden)
+        self.proj = nn.Linear(n_tokens * channels, hidden)
 
     def forward(self, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
-        """x (B, d), tokens (B, N, C), index (d) into C -> (B, H)."""
-        return self.proj(take(tokens, index).flatten(1))
+        """x (B, d), tokens (B, N, C), index (d) into C, not needed -> (B, H)."""
+        return self.proj(tokens.flatten(1))
 
 
 Builder = Callable[..., nn.Module | None]  # (d, hidden, grid, *, heads, alpha, window, bands) -> module
@@ -284,7 +284,7 @@ def _spectral(d: int, hidden: int, grid: tuple[int, int], *, bands: bool, **_) -
 
 
 def _hilo(
-    d: int, hidden: int, grid: tuple[int, int], *, heads: int, alpha: float, window: int, bands: bool
+    d: int, hidden: int, grid: tuple[int, int], *, heads: int, alpha: float, window: int, bands: bool, **_
 ) -> HiLo:
     return HiLo(d, hidden, grid, heads or min(8, d), alpha, window, bands)
 
@@ -293,8 +293,8 @@ def _class_attention(d: int, hidden: int, grid: tuple[int, int], *, heads: int, 
     return ClassAttention(d, hidden, heads or min(4, d))
 
 
-def _bands(d: int, hidden: int, grid: tuple[int, int], **_) -> BandProjection:
-    return BandProjection(d, hidden, math.prod(grid))
+def _bands(d: int, hidden: int, grid: tuple[int, int], *, channels: int, **_) -> BandProjection:
+    return BandProjection(channels, hidden, math.prod(grid))
 
 
 def _none(*_, **__) -> None:
@@ -316,6 +316,7 @@ def build_fusion(
     hidden: int,
     grid: tuple[int, int],
     *,
+    channels: int,
     heads: int,
     alpha: float,
     window: int,
@@ -324,8 +325,8 @@ def build_fusion(
     """The fusion module ``name`` (FUSIONS) for d channels and width ``hidden``; None for no fusion.
 
     Args:
-        grid: rows and columns of the patch tokens. bands: the tokens are two bands per window, not places on
-            the grid.
+        grid: rows and columns of the patch tokens. channels: C, of a whole token. bands: the tokens are two
+            bands per window, not places on the grid.
         heads: attention heads; 0 takes the module's own number (4 or 8), or d where that is less. alpha,
             window: of hilo.
     Raises:
@@ -333,7 +334,8 @@ def build_fusion(
     """
     if name not in FUSIONS:
         raise ValueError(f"unknown fusion {name!r}: expected {', '.join(FUSIONS)}")
-    return FUSIONS[name](d, hidden, grid, heads=heads, alpha=alpha, window=window, bands=bands)
+    options = {"channels": channels, "heads": heads, "alpha": alpha, "window": window, "bands": bands}
+    return FUSIONS[name](d, hidden, grid, **options)
 
 
 # ---------------------------------------------------------------- grids, windows, frequencies

@@ -163,7 +163,7 @@ def build_flow(
     """
 
     def make_subnet(d: int, out: int) -> Subnet:
-        module = build_fusion(fusion, d, hidden, grid, **fusion_options)
+        module = build_fusion(fusion, d, hidden, grid, channels=channels, **fusion_options)
         return Subnet(d, out, hidden, module, use_gamma, identity_start)
 
     flow = Ff.SequenceINN(channels)
