@@ -163,7 +163,7 @@ FUSION_OPTIONS = {"heads": 0, "alpha": 0.5, "window": 3, "bands": False}
 
 def make_fusion(name: str, d: int, hidden: int, grid: tuple[int, int], **more):
     """``freq_fusion.build_fusion`` with the arguments that a test leaves open."""
-    return freq_fusion.build_fusion(name, d, hidden, grid, **(FUSION_OPTIONS | more))
+    return freq_fusion.build_fusion(name, d, hidden, grid, **(FUSION_OPTIONS | {"channels": 2 * d} | more))
 
 
 def make_flow(channels: int, grid: tuple[int, int], **more):

@@ -102,24 +102,25 @@ def spectral(module, x: torch.Tensor, p: torch.Tensor, grid: tuple[int, int]) ->
     return (x + gate * p.mean(1)) @ module.proj.weight.T + module.proj.bias
 
 
-def fuse(module, x, p, grid, window):
-    """The fusion module on semantic half (B, d) and patch halves (B, N, d), whatever its kind."""
+def fuse(module, x, p, grid, window, whole=None):
+    """The fusion module on semantic half (B, d) and patch halves (B, N, d), whatever its kind. whole (B, N,
+    C): the tokens, in the order they were given in."""
     kind = type(module).__name__
     if kind == "ClassAttention":
         return class_attention(module, x, p)
     if kind == "HiLo":
         return hilo_compact(module, x, p) if module.bands else hilo(module, x, p, grid, window)
     if kind == "BandProjection":
-        return torch.cat(list(p.unbind(1)), 1) @ module.proj.weight.T + module.proj.bias
+        return torch.cat(list(whole.unbind(1)), 1) @ module.proj.weight.T + module.proj.bias
     return spectral(module, x, p, grid)
 
 
-def subnet(module, x, p, grid, window):
+def subnet(module, x, p, grid, window, whole):
     h = x
     for layer in (module.fc1, module.fc2, module.fc3):
         h = torch.relu(h @ layer.weight.T + layer.bias)
     if module.fusion is not None:
-        fused = fuse(module.fusion, x, p, grid, window)
+        fused = fuse(module.fusion, x, p, grid, window, whole)
         h = torch.cat([h, fused if module.gamma is None else fused * module.gamma], 1)
     return h @ module.fc_out.weight.T + module.fc_out.bias
 
@@ -127,16 +128,16 @@ def subnet(module, x, p, grid, window):
 def flow(module, x, p, grid, window=3, clamp=3.0):
     """docs/method.md, eq. 1 to 4, with the patch tokens permuted in every layer -> z (B, C), log-determinant
     (B)."""
-    total = torch.zeros(len(x), dtype=x.dtype)
+    total, whole = torch.zeros(len(x), dtype=x.dtype), p
     for k, layer in enumerate(module.module_list):
         order = torch.from_numpy(np.random.RandomState(k).permutation(x.shape[1]))
         x, p = x[:, order], p[:, :, order]
         half = x.shape[1] // 2
         x1, x2, p1, p2 = x[:, :half], x[:, half:], p[..., :half], p[..., half:]
-        s2, t2 = subnet(layer.s2, x2, p2, grid, window).tensor_split([half], 1)
+        s2, t2 = subnet(layer.s2, x2, p2, grid, window, whole).tensor_split([half], 1)
         s2 = clamp * 0.636 * torch.arctan(s2 / clamp)
         y1 = torch.exp(s2) * x1 + t2
-        s1, t1 = subnet(layer.s1, y1, p1, grid, window).tensor_split([x.shape[1] - half], 1)
+        s1, t1 = subnet(layer.s1, y1, p1, grid, window, whole).tensor_split([x.shape[1] - half], 1)
         s1 = clamp * 0.636 * torch.arctan(s1 / clamp)
         y2 = torch.exp(s1) * x2 + t1
         x = torch.cat([y1, y2], 1)

@@ -43,10 +43,10 @@ CASES = [
 @pytest.mark.parametrize("name, d, channels, grid, options", CASES)
 def test_equals_plain_transcription(name, d, channels, grid, options):
     torch.manual_seed(0)
-    module = make_fusion(name, d, 11, grid, **options).double()
+    module = make_fusion(name, d, 11, grid, channels=channels, **options).double()
     x, tokens, index = random_tokens(d, channels, math.prod(grid))
     got = module(x, tokens, index)
-    wanted = reference.fuse(module, x, tokens[..., index], grid, options.get("window", 3))
+    wanted = reference.fuse(module, x, tokens[..., index], grid, options.get("window", 3), tokens)
     assert got.shape == (len(x), 11)
     assert (got - wanted).abs().max() < 1e-6 * wanted.abs().max()
 
