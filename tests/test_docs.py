@@ -86,8 +86,8 @@ DETECTORS = {  # how a row of the README's table begins -> table in results/ and
 
 
 def means_of(name: str) -> dict[str, dict[str, float]]:
-    """{detector: {set: mean AUROC over classes and seeds}} of results/NAME.csv, of sets all of whose classes it
-    has."""
+    """{detector: {set: mean AUROC over classes and seeds}} of results/NAME.csv, of sets all of whose classes
+    it has."""
     found: dict = collections.defaultdict(lambda: collections.defaultdict(list))
     with open(ROOT / "results" / f"{name}.csv", newline="") as file:
         for row in csv.DictReader(file):
