@@ -18,11 +18,9 @@ if __name__ == "__main__":  # parse before the slow imports: -h and mistakes ans
 import dataclasses
 import functools
 import math
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from pathlib import Path
 
 import numpy as np
 import torch

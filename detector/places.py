@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import model
+from detector.normalization import EPS
 
-EPS = 1e-12
 RIDGE = 0.03  # added to the covariance of a place, in units of the mean variance
 NEAR, RING = 2, 5  # places around a place: what it does not see of its image, and the reach of its high band
 LEAST = 0.01  # of twice the negative log-likelihood before its logarithm

@@ -27,6 +27,7 @@ from detector.class_data import (
 from detector.detector import Detector, ImageFlow, Inputs, Latents, PlaceFlow, make_detector
 from detector.image_density import one_scene
 from detector.normalization import power_groups, spread
+from detector.places import LOG_2PI
 
 PLACE_SAMPLE = 500  # images whose places are fitted to
 PLACE_BATCH = 25  # images whose places are held at once
@@ -217,7 +218,7 @@ class PreparedPlaces(PreparedClass):
             self.seen = torch.cat(seen).to(self.device)
         detector.to(self.device)
         with torch.no_grad(), products(self.device):
-            both = {part: detector.image(joint.to(self.device)) for part, joint in self.joint.items()}
+            both = {part: detector.image(self.joint[part].to(self.device)) for part in ("held", "test")}
             self.image = {part: detector.weighted(each) for part, each in both.items()}
         if not self.compares:
             self.joint.clear()
@@ -280,7 +281,7 @@ class PreparedPlaces(PreparedClass):
         named = {
             "image part": image,
             "places": places,
-            "likelihood": losses.mean(1) + 0.5 * math.log(2 * math.pi),
+            "likelihood": losses.mean(1) + 0.5 * LOG_2PI,
             "latent": latent,
         }
         return {WHOLE: image + detector.one_scene * places, **named}
