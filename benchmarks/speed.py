@@ -1,0 +1,421 @@
+"""Time and memory: ours beside a plain transcription of the released code (transcription.py), in one run.
+
+python benchmarks/speed.py step                                  a training step at several batch sizes
+python benchmarks/speed.py extraction --images 500 --busy 1      of CIFAR-10, alone and beside a busy core
+python benchmarks/speed.py job --images 3000 --classes 3         from images to AUROC
+python benchmarks/speed.py cache --cold                          reading features, beside one .npy
+python benchmarks/speed.py --busy 1 run main.py --preset quickstart         any script, in an empty folder
+
+What is compared runs in turns; a figure is the median of --repeats turns, in brackets the lowest and the
+highest."""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import transcription  # noqa: E402
+
+import datasets  # noqa: E402
+import extractor  # noqa: E402
+import model  # noqa: E402
+import utils  # noqa: E402
+from backbone import arithmetic, backbones  # noqa: E402
+from backbone.extraction import Extraction, arriving  # noqa: E402
+from backbone.identity import cache_identity  # noqa: E402
+from config import Config, make_config  # noqa: E402
+from detector.optimization import SubnetAdam  # noqa: E402
+from reporting.tables import as_markdown  # noqa: E402
+
+Table = tuple[list[str], list[list[str]]]  # header, rows
+
+
+# ---------------------------------------------------------------- measuring
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(task: Callable[[], object], device: torch.device) -> float:
+    wait(device)
+    start = time.perf_counter()
+    task()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def times(jobs: dict[str, Callable], repeats: int, device: torch.device, settle: int = 0) -> dict[str, list]:
+    """Seconds of each job, run in turns after one warm-up turn, so that all see the same machine. settle: how
+    often a job runs before it is timed in a turn, where steps follow steps of their own kind in use."""
+    found: dict[str, list[float]] = {name: [] for name in jobs}
+    for turn in range(repeats + 1):
+        for name, job in jobs.items():
+            for _ in range(settle):
+                job()
+            took = seconds(job, device)
+            found[name] += [took] if turn else []
+    return found
+
+
+def shown(values: list[float], form: str = "{:.1f}") -> str:
+    middle, low, high = map(form.format, (statistics.median(values), min(values), max(values)))
+    return f"{middle} ({low} to {high})"
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, n: int | None = None) -> float:
+    """FLOP/s of a square matrix product (n x n): the best of ten, half of them as training takes them."""
+    n = n or (8192 if device.type == "cuda" else 1024)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    with torch.inference_mode():
+        for turn in range(10):
+            with arithmetic.products(device) if turn % 2 else nullcontext():
+                best = min(best, seconds(lambda: torch.matmul(a, b), device))
+    return 2 * n**3 / best
+
+
+def beside(cores: int) -> str:
+    return f"beside {cores} busy cores" if cores else "alone"
+
+
+@contextmanager
+def burning(cores: int) -> Iterator[None]:
+    """In the block other programs keep so many cores busy."""
+    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
+def memory_of(pid: int) -> int:
+    """Bytes that a process and its descendants hold, pages that they share counted once (PSS; Linux)."""
+    total = 0
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            total += 1024 * int(line.split()[1]) if line.startswith("Pss:") else 0
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            total += sum(memory_of(int(child)) for child in (thread / "children").read_text().split())
+    except OSError:
+        pass  # it ended in between
+    return total
+
+
+def measured(command: list[str], folder: Path) -> tuple[float, int]:
+    """Run a script in a folder -> seconds, its start included, and peak memory in bytes. Raises
+    CalledProcessError, its last words on the screen."""
+    peak, start = 0, time.perf_counter()
+    process = subprocess.Popen([sys.executable, *command], cwd=folder, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        peak = max(peak, memory_of(process.pid))
+        time.sleep(0.1)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return time.perf_counter() - start, peak
+
+
+# ---------------------------------------------------------------- a training step
+def same_flows(channels: int, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Our flow and the transcription, C = H, K = 4, N = 64, with the same parameters."""
+    theirs = transcription.Flow(channels, channels).to(device)
+    ours = model.build_flow(
+        channels, (8, 8), n_tokens=64, n_blocks=4, hidden=channels, clamp=3.0, fusion="class_attention",
+        use_gamma=True, identity_start=False, heads=0, alpha=0.5, window=3, bands=False,
+    ).to(device)  # fmt: skip
+    state = theirs.state_dict()
+    ours.load_state_dict({name.replace("blocks.", "module_list."): state[name] for name in state})
+    return ours, theirs
+
+
+def our_step(flow: torch.nn.Module, optimizer: SubnetAdam, tokens: torch.Tensor) -> float:
+    """A step as train.py takes it, on tokens (B, 1 + N, C) -> the loss."""
+    semantic, patches = tokens[:, 0].contiguous(), tokens[:, 1:].contiguous()
+    with arithmetic.products(tokens.device):
+        loss = model.loss_per_image(*flow(semantic, [patches])).mean()
+        optimizer.backward_and_step(loss)
+    return loss.item()
+
+
+def compare_steps(channels: int, batches: list[int], repeats: int, device: torch.device) -> Table:
+    """Forward, backward and optimiser, both at once, and how far the first losses are apart."""
+    peak = matmul_peak(device, torch.float32)
+    utils.keep_freed_memory()  # as training does; the transcription gains what ours gains
+    rows = []
+    for batch in batches:
+        torch.manual_seed(0)
+        ours, theirs = same_flows(channels, device)
+        tokens = torch.randn(batch, 65, channels, device=device)
+        adam, plain_adam = SubnetAdam(ours, Config()), transcription.make_optimizer(theirs)
+        with FlopCounterMode(display=False) as counter:
+            loss = our_step(ours, adam, tokens)
+        plain_loss = transcription.step(theirs, plain_adam, tokens)
+        jobs = {
+            "theirs": lambda: transcription.step(theirs, plain_adam, tokens),
+            "ours": lambda: our_step(ours, adam, tokens),
+        }
+        found = times(jobs, repeats, device, settle=2)
+        theirs_s, ours_s = map(statistics.median, found.values())
+        row = [str(batch), *(shown([1000 * value for value in values]) for values in found.values())]
+        row += [f"{theirs_s / ours_s:.2f}", f"{batch / ours_s:.0f}"]
+        row += [f"{counter.get_total_flops() / ours_s / peak:.0%}"]
+        rows.append([*row, f"{abs(loss - plain_loss) / abs(plain_loss):.1e}"])
+    header = ["batch", "transcription, ms", "ours, ms", "ratio", "ours, images/s"]
+    return [*header, f"of {peak / 1e9:.0f} GFLOP/s", "losses apart"], rows
+
+
+# ---------------------------------------------------------------- extraction
+def config_of(args: argparse.Namespace, **more) -> Config:
+    names = ("dataset", "dataset_path", "extractor", "weights_path")
+    return make_config({**{name: getattr(args, name) for name in names}, **more})
+
+
+class PlainImages(Dataset):
+    """The released way: every image is opened, resized and normalised on its own."""
+
+    def __init__(self, images: datasets.ImageSet, fields: dict, split: str = "train"):
+        self.images, self.split = images, split
+        self.transform = transforms.Compose(
+            [
+                transforms.Resize(fields["img_size"], transforms.InterpolationMode.BICUBIC),
+                transforms.ToTensor(),
+                transforms.Normalize(fields["norm_mean"], fields["norm_std"]),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images.labels.split(self.split).names)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.transform(Image.fromarray(self.images.read(self.split, i)))
+
+
+@torch.inference_mode()
+def plain_tokens(backbone: torch.nn.Module, images: Dataset, device: torch.device) -> torch.Tensor:
+    """Float32, eager, one loader in the same process -> (n, 1 + N, C) float32."""
+    return torch.cat([backbone(batch.to(device)).cpu() for batch in DataLoader(images, 32)])
+
+
+def spread(images: datasets.ImageSet, counts: dict[str, int]) -> datasets.ImageSet:
+    """The data set cut to so many images of each split, spread over its classes."""
+    sizes = {split: len(images.labels.split(split).names) for split in counts}
+    return images.kept(
+        {split: np.linspace(0, sizes[split] - 1, count).astype(int) for split, count in counts.items()}
+    )
+
+
+def compare_extraction(args: argparse.Namespace, device: torch.device) -> Table:
+    """Images per second from the files to the tokens in memory, and by the model alone."""
+    config = config_of(args, preset="accurate", mirror=False, img_size=None)  # bands and places, own size
+    identity, count = cache_identity(config), args.images
+    images = spread(datasets.images_of(config), {"train": count, "test": 0})
+    ours, by_torch = (Extraction(config, images, identity, device) for _ in range(2))
+    ours.compile()
+    by_torch.compile = lambda: None  # type: ignore[method-assign]
+    plain = backbones.load_backbone(config, identity.fields["weights"]).to(device)
+    released = PlainImages(images, identity.fields)
+
+    def from_files(job: Extraction) -> None:
+        deque(arriving(job.features("train"), device), maxlen=0)
+
+    def alone(job: Extraction) -> None:
+        blank = torch.zeros(job.batch, 3, *job.img_size, dtype=torch.uint8)
+        sizes = [min(job.batch, count - start) for start in range(0, count, job.batch)]
+        deque(arriving(job.computed(lambda n: [blank[:n]], sizes), device), maxlen=0)
+
+    jobs = {
+        "the released loop": lambda: plain_tokens(plain, released, device),
+        "PyTorch, from the files": lambda: from_files(by_torch),
+        "ours, from the files": lambda: from_files(ours),
+        "PyTorch, the model alone": lambda: alone(by_torch),
+        "ours, the model alone": lambda: alone(ours),
+    }
+    found = {}
+    for cores in sorted({0, args.busy}):
+        with burning(cores):
+            found[beside(cores)] = times(jobs, args.repeats, device)
+    rows = [[name, *(shown([count / s for s in own[name]]) for own in found.values())] for name in jobs]
+    exact = plain_tokens(plain, released, device)[:, 0]
+    tokens = torch.cat([rows["tokens"][:, 0].cpu() for rows in ours.features("train")]).float()
+    off = f"{(tokens - exact).norm() / exact.norm():.1e}"
+    rows.append(["ours, semantic tokens off the released ones", *[off] * len(found)])
+    return [f"{count} images at {identity.fields['img_size']}, images/s", *found], rows
+
+
+# ---------------------------------------------------------------- the whole job
+def write_images(images: datasets.ImageSet, folder: Path) -> None:
+    """train/ and test/ with a folder per class."""
+    for split in datasets.SPLITS:
+        for i, category in enumerate(images.labels.split(split).category):
+            path = folder / split / images.labels.classes[category] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images.read(split, i)).save(path)
+
+
+def released_job(args: argparse.Namespace, device: torch.device) -> None:
+    """Class after class, as the released scripts do it: extract the class's training images and all test
+    images one at a time in float32, store both, train for an epoch, score -> auroc.json."""
+    config, aurocs = config_of(args), {}
+    images, fields = datasets.images_of(config), cache_identity(config).fields
+    backbone = backbones.load_backbone(config, fields["weights"]).to(device)
+    for name in images.labels.classes[: args.classes]:
+        train_rows, test_rows, labels = images.labels.one_class(name)
+        for split, rows in (("train", train_rows), ("test", test_rows)):
+            chosen = Subset(PlainImages(images, fields, split), rows.tolist())
+            np.save(f"{name}-{split}.npy", plain_tokens(backbone, chosen, device).numpy())
+        tokens = {split: torch.from_numpy(np.load(f"{name}-{split}.npy")) for split in datasets.SPLITS}
+        flow = transcription.fit(tokens["train"], tokens["train"].shape[2], 1, config.batch_size, device)
+        with torch.no_grad():
+            batches = DataLoader(tokens["test"], config.batch_size)
+            z = torch.cat([flow(b[:, 0].to(device), b[:, 1:].to(device))[0].cpu() for b in batches])
+        aurocs[name] = utils.auroc(labels, z.square().mean(1).numpy())
+    Path("auroc.json").write_text(json.dumps({"mean": {"auroc": np.mean(list(aurocs.values()))}}))
+
+
+def compare_jobs(args: argparse.Namespace, device: torch.device) -> Table:
+    """main.py with the released method (all tokens, H = C, one epoch; every image extracted once, float16 on
+    disk), report included, beside ``released_job``; each a process of its own in an empty folder."""
+    images = datasets.load_images(args.dataset, args.dataset_path)
+    classes = images.labels.classes[: args.classes]
+    counts = {"train": round(args.images * 5 / 6), "test": round(args.images / 6)}
+    given = ["--extractor", args.extractor, "--device", args.device, "--threads", str(args.threads)]
+    given += ["--dataset", "folder"] + (["--weights_path", args.weights_path] if args.weights_path else [])
+    method = "--fusion class_attention --normalize none --meta_epochs 1 --sub_epochs 1 --keep results"
+    ours = [*method.split(), "--baselines", "False", "--modelname", "ours", "--class_name", ",".join(classes)]
+    jobs = {  # name -> its command, and where its mean AUROC is
+        "released": ([__file__, "released", "--classes", str(args.classes)], "auroc.json"),
+        "ours": ([str(ROOT / "main.py"), *ours], "runs/ours/results.json"),
+    }
+    found: dict[str, list] = {name: [] for name in jobs}
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        given += ["--dataset_path", str(Path(scratch, "images").absolute())]
+        write_images(spread(images, counts), Path(scratch, "images"))
+        for _ in range(args.repeats):
+            for name, (command, result) in jobs.items():
+                with tempfile.TemporaryDirectory(dir=scratch) as place:
+                    cost = measured([*command, *given], Path(place))
+                    disk = sum(file.stat().st_size for file in Path(place).rglob("*") if file.is_file())
+                    auroc = json.loads(Path(place, result).read_text())["mean"]["auroc"]
+                    found[name].append([*cost, disk, auroc])
+    rows = []
+    for name, turns in found.items():
+        took, memory, disk, auroc = zip(*turns)
+        sizes = [f"{max(values) / 1e9:.2f}" for values in (memory, disk)]
+        rows.append([name, shown(took), *sizes, f"{auroc[-1]:.4f}"])
+    return [f"{args.images} images, {len(classes)} classes", "s", "peak GB", "disk GB", "AUROC"], rows
+
+
+# ---------------------------------------------------------------- reading features, and any script
+def forget(*folders: Path) -> None:
+    """Drop files from the system's cache: the next reading comes from the disk (Linux)."""
+    for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def compare_reading(args: argparse.Namespace, device: torch.device) -> Table:
+    """Seconds to read the training tokens of a data set, extracted first where they are not there, beside the
+    same in one memory-mapped .npy."""
+    features = extractor.ensure_features(config_of(args), device)
+    ours, rows = features.tokens("train"), []
+    batches = np.random.default_rng(0).integers(0, len(ours), (300, 32))
+
+    def in_order(array) -> None:
+        deque((np.array(array[start : start + 64]) for start in range(0, len(array), 64)), maxlen=0)
+
+    def at_random(array) -> None:
+        deque((np.array(array[batch]) for batch in batches), maxlen=0)
+
+    def semantic(array) -> None:
+        np.array(array[:, 0]) if isinstance(array, np.memmap) else array.semantic()
+
+    ways = {"in order": in_order, "300 random batches of 32": at_random, "all semantic tokens": semantic}
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        np.save(Path(scratch, "plain.npy"), ours[:])
+        for name, read in ways.items():
+            found: dict[str, list[float]] = {"one .npy": [], "ours": []}
+            for _ in range(args.repeats):
+                plain = np.load(Path(scratch, "plain.npy"), mmap_mode="r")
+                for values, array in zip(found.values(), (plain, ours)):
+                    if args.cold:
+                        forget(Path(scratch), features.folder)
+                    values.append(seconds(lambda: read(array), device))
+            rows.append([name, *(shown(values, "{:.3f}") for values in found.values())])
+    return [f"{' x '.join(map(str, ours.shape))} float16, s", "one .npy", "ours"], rows
+
+
+def measure_script(args: argparse.Namespace, device: torch.device) -> Table:
+    """A script of the repository in an empty folder, alone and beside busy cores."""
+    script, *options = args.command
+    rows = []
+    for cores in sorted({0, args.busy}):
+        costs = []
+        for _ in range(args.repeats):
+            with burning(cores), tempfile.TemporaryDirectory(dir=args.scratch) as place:
+                costs.append(measured([str(ROOT / script), *options], Path(place)))
+        took, memory = zip(*costs)
+        rows.append([beside(cores), shown(took), f"{max(memory) / 1e9:.2f}"])
+    return [f"python {' '.join(args.command)}", "s", "peak GB"], rows
+
+
+# ---------------------------------------------------------------- the script
+def compare_all_steps(args: argparse.Namespace, device: torch.device) -> Table:
+    return compare_steps(args.channels, args.batches, args.repeats, device)
+
+
+COMMANDS = {
+    "step": compare_all_steps, "extraction": compare_extraction, "job": compare_jobs,
+    "released": released_job, "cache": compare_reading, "run": measure_script,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=COMMANDS)
+    parser.add_argument("--repeats", type=int, default=5, help="turns [5]")
+    parser.add_argument("--device", default="auto", help="[auto]")
+    parser.add_argument("--threads", type=int, default=0, help="[all]")
+    parser.add_argument(
+        "--busy", type=int, default=0, help="extraction, run: again beside so many busy cores"
+    )
+    parser.add_argument("--channels", type=int, default=768, help="step: C = H [768]")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64, 128], help="step: sizes")
+    parser.add_argument("--dataset", default="cifar10", help="[cifar10]")
+    parser.add_argument("--dataset_path", default="data/cifar10", help="[data/cifar10]")
+    parser.add_argument("--extractor", default="efficientnet_lite0", help="[efficientnet_lite0]")
+    parser.add_argument("--weights_path", help="a file, or random [published ones]")
+    parser.add_argument("--images", type=int, default=1000, help="extraction, job: so many of the set [1000]")
+    parser.add_argument("--classes", type=int, default=3, help="job: so many of the set [3]")
+    parser.add_argument("--cold", action="store_true", help="cache: from the disk, not the system's cache")
+    parser.add_argument("--scratch", help="folder for what is written [the system's]")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="run: the script and its options")
+    args = parser.parse_args()
+    table = COMMANDS[args.what](args, utils.set_up(args.device, args.threads))
+    if table:
+        made = ", ".join(f"{name} {value}" for name, value in utils.versions().items())
+        print(f"medians of {args.repeats}; {made}\n\n{as_markdown(*table)}")
+
+
+if __name__ == "__main__":
+    main()
