@@ -1,5 +1,5 @@
-"""Detectors compared over one-class problems: a bootstrap in which all see the same draws of test images, what
-one score loses to others (regret), and what a choice of settings is worth on sets that had no part in it."""
+"""Detectors compared over one-class problems: a bootstrap in which all see the same draws of test images;
+what one score loses to others; what a choice of settings is worth on sets that had no part in it."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -117,11 +117,12 @@ def difference(judged: list[Judged], ours: int, theirs: int) -> Difference | Non
 
 # ---------------------------------------------------------------- regret, and settings chosen without a set
 class Row(NamedTuple):
-    """An AUROC: of a set's class by a detector, with one seed."""
+    """An AUROC: of a class of a set by a detector, with one seed."""
 
+    detector: str
     set: str
     of_class: str
-    detector: str
+    seed: int
     auroc: float
 
 

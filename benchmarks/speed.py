@@ -4,7 +4,7 @@ python benchmarks/speed.py step                                  a training step
 python benchmarks/speed.py extraction --images 500 --busy 1      of CIFAR-10, alone and beside a busy core
 python benchmarks/speed.py job --images 3000 --classes 3         from images to AUROC
 python benchmarks/speed.py cache --cold                          reading features, beside one .npy
-python benchmarks/speed.py --busy 1 run main.py --preset quickstart         any script, in an empty folder
+python benchmarks/speed.py run --script "main.py --preset quickstart" --busy 1      in an empty folder
 
 What is compared runs in turns; a figure is the median of --repeats turns, in brackets the lowest and the
 highest."""
@@ -12,21 +12,21 @@ highest."""
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Subset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,18 +80,6 @@ def shown(values: list[float], form: str = "{:.1f}") -> str:
     return f"{middle} ({low} to {high})"
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, n: int | None = None) -> float:
-    """FLOP/s of a square matrix product (n x n): the best of ten, half of them as training takes them."""
-    n = n or (8192 if device.type == "cuda" else 1024)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    with torch.inference_mode():
-        for turn in range(10):
-            with arithmetic.products(device) if turn % 2 else nullcontext():
-                best = min(best, seconds(lambda: torch.matmul(a, b), device))
-    return 2 * n**3 / best
-
-
 def beside(cores: int) -> str:
     return f"beside {cores} busy cores" if cores else "alone"
 
@@ -109,16 +97,12 @@ def burning(cores: int) -> Iterator[None]:
 
 
 def memory_of(pid: int) -> int:
-    """Bytes that a process and its descendants hold, pages that they share counted once (PSS; Linux)."""
-    total = 0
+    """Bytes that a process and its descendants hold, pages that they share counted once."""
     try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            total += 1024 * int(line.split()[1]) if line.startswith("Pss:") else 0
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            total += sum(memory_of(int(child)) for child in (thread / "children").read_text().split())
-    except OSError:
-        pass  # it ended in between
-    return total
+        process = psutil.Process(pid)
+        return sum(each.memory_full_info().pss for each in (process, *process.children(recursive=True)))
+    except psutil.Error:
+        return 0  # one ended in between
 
 
 def measured(command: list[str], folder: Path) -> tuple[float, int]:
@@ -156,31 +140,26 @@ def our_step(flow: torch.nn.Module, optimizer: SubnetAdam, tokens: torch.Tensor)
     return loss.item()
 
 
-def compare_steps(channels: int, batches: list[int], repeats: int, device: torch.device) -> Table:
-    """Forward, backward and optimiser, both at once, and how far the first losses are apart."""
-    peak = matmul_peak(device, torch.float32)
+def compare_steps(args: argparse.Namespace, device: torch.device) -> Table:
+    """Forward, backward and optimiser, and how far the losses of the first step are apart."""
     utils.keep_freed_memory()  # as training does; the transcription gains what ours gains
     rows = []
-    for batch in batches:
+    for batch in args.batches:
         torch.manual_seed(0)
-        ours, theirs = same_flows(channels, device)
-        tokens = torch.randn(batch, 65, channels, device=device)
+        ours, theirs = same_flows(args.channels, device)
+        tokens = torch.randn(batch, 65, args.channels, device=device)
         adam, plain_adam = SubnetAdam(ours, Config()), transcription.make_optimizer(theirs)
-        with FlopCounterMode(display=False) as counter:
-            loss = our_step(ours, adam, tokens)
-        plain_loss = transcription.step(theirs, plain_adam, tokens)
         jobs = {
             "theirs": lambda: transcription.step(theirs, plain_adam, tokens),
             "ours": lambda: our_step(ours, adam, tokens),
         }
-        found = times(jobs, repeats, device, settle=2)
+        plain_loss, loss = (job() for job in jobs.values())
+        found = times(jobs, args.repeats, device, settle=2)
         theirs_s, ours_s = map(statistics.median, found.values())
         row = [str(batch), *(shown([1000 * value for value in values]) for values in found.values())]
         row += [f"{theirs_s / ours_s:.2f}", f"{batch / ours_s:.0f}"]
-        row += [f"{counter.get_total_flops() / ours_s / peak:.0%}"]
         rows.append([*row, f"{abs(loss - plain_loss) / abs(plain_loss):.1e}"])
-    header = ["batch", "transcription, ms", "ours, ms", "ratio", "ours, images/s"]
-    return [*header, f"of {peak / 1e9:.0f} GFLOP/s", "losses apart"], rows
+    return ["batch", "transcription, ms", "ours, ms", "ratio", "ours, images/s", "losses apart"], rows
 
 
 # ---------------------------------------------------------------- extraction
@@ -189,30 +168,20 @@ def config_of(args: argparse.Namespace, **more) -> Config:
     return make_config({**{name: getattr(args, name) for name in names}, **more})
 
 
-class PlainImages(Dataset):
-    """The released way: every image is opened, resized and normalised on its own."""
-
-    def __init__(self, images: datasets.ImageSet, fields: dict, split: str = "train"):
-        self.images, self.split = images, split
-        self.transform = transforms.Compose(
-            [
-                transforms.Resize(fields["img_size"], transforms.InterpolationMode.BICUBIC),
-                transforms.ToTensor(),
-                transforms.Normalize(fields["norm_mean"], fields["norm_std"]),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.images.labels.split(self.split).names)
-
-    def __getitem__(self, i: int) -> torch.Tensor:
-        return self.transform(Image.fromarray(self.images.read(self.split, i)))
-
-
 @torch.inference_mode()
-def plain_tokens(backbone: torch.nn.Module, images: Dataset, device: torch.device) -> torch.Tensor:
-    """Float32, eager, one loader in the same process -> (n, 1 + N, C) float32."""
-    return torch.cat([backbone(batch.to(device)).cpu() for batch in DataLoader(images, 32)])
+def plain_tokens(
+    backbone: torch.nn.Module, images: datasets.ImageSet, split: str, rows: Sequence[int], fields: dict
+) -> torch.Tensor:
+    """The released loop: every image opened, resized and normalised on its own, batches of 32, float32 -> (n,
+    1 + N, C) on the CPU."""
+    resize = transforms.Resize(fields["img_size"], transforms.InterpolationMode.BICUBIC)
+    normalize = transforms.Normalize(fields["norm_mean"], fields["norm_std"])
+    transform = transforms.Compose([resize, transforms.ToTensor(), normalize])
+    device, found = next(backbone.parameters()).device, []
+    for start in range(0, len(rows), 32):
+        batch = [transform(Image.fromarray(images.read(split, i))) for i in rows[start : start + 32]]
+        found.append(backbone(torch.stack(batch).to(device)).cpu())
+    return torch.cat(found)
 
 
 def spread(images: datasets.ImageSet, counts: dict[str, int]) -> datasets.ImageSet:
@@ -224,7 +193,7 @@ def spread(images: datasets.ImageSet, counts: dict[str, int]) -> datasets.ImageS
 
 
 def compare_extraction(args: argparse.Namespace, device: torch.device) -> Table:
-    """Images per second from the files to the tokens in memory, and by the model alone."""
+    """Images per second from the files to the features in memory, but for the released loop tokens alone."""
     config = config_of(args, preset="accurate", mirror=False, img_size=None)  # bands and places, own size
     identity, count = cache_identity(config), args.images
     images = spread(datasets.images_of(config), {"train": count, "test": 0})
@@ -232,29 +201,24 @@ def compare_extraction(args: argparse.Namespace, device: torch.device) -> Table:
     ours.compile()
     by_torch.compile = lambda: None  # type: ignore[method-assign]
     plain = backbones.load_backbone(config, identity.fields["weights"]).to(device)
-    released = PlainImages(images, identity.fields)
 
-    def from_files(job: Extraction) -> None:
+    def released() -> torch.Tensor:
+        return plain_tokens(plain, images, "train", range(count), identity.fields)
+
+    def extracted(job: Extraction) -> None:
         deque(arriving(job.features("train"), device), maxlen=0)
 
-    def alone(job: Extraction) -> None:
-        blank = torch.zeros(job.batch, 3, *job.img_size, dtype=torch.uint8)
-        sizes = [min(job.batch, count - start) for start in range(0, count, job.batch)]
-        deque(arriving(job.computed(lambda n: [blank[:n]], sizes), device), maxlen=0)
-
     jobs = {
-        "the released loop": lambda: plain_tokens(plain, released, device),
-        "PyTorch, from the files": lambda: from_files(by_torch),
-        "ours, from the files": lambda: from_files(ours),
-        "PyTorch, the model alone": lambda: alone(by_torch),
-        "ours, the model alone": lambda: alone(ours),
+        "the released loop": released,
+        "PyTorch": lambda: extracted(by_torch),
+        "ours": lambda: extracted(ours),
     }
     found = {}
     for cores in sorted({0, args.busy}):
         with burning(cores):
             found[beside(cores)] = times(jobs, args.repeats, device)
     rows = [[name, *(shown([count / s for s in own[name]]) for own in found.values())] for name in jobs]
-    exact = plain_tokens(plain, released, device)[:, 0]
+    exact = released()[:, 0]
     tokens = torch.cat([rows["tokens"][:, 0].cpu() for rows in ours.features("train")]).float()
     off = f"{(tokens - exact).norm() / exact.norm():.1e}"
     rows.append(["ours, semantic tokens off the released ones", *[off] * len(found)])
@@ -280,13 +244,12 @@ def released_job(args: argparse.Namespace, device: torch.device) -> None:
     for name in images.labels.classes[: args.classes]:
         train_rows, test_rows, labels = images.labels.one_class(name)
         for split, rows in (("train", train_rows), ("test", test_rows)):
-            chosen = Subset(PlainImages(images, fields, split), rows.tolist())
-            np.save(f"{name}-{split}.npy", plain_tokens(backbone, chosen, device).numpy())
+            np.save(f"{name}-{split}.npy", plain_tokens(backbone, images, split, rows, fields).numpy())
         tokens = {split: torch.from_numpy(np.load(f"{name}-{split}.npy")) for split in datasets.SPLITS}
         flow = transcription.fit(tokens["train"], tokens["train"].shape[2], 1, config.batch_size, device)
         with torch.no_grad():
-            batches = DataLoader(tokens["test"], config.batch_size)
-            z = torch.cat([flow(b[:, 0].to(device), b[:, 1:].to(device))[0].cpu() for b in batches])
+            batches = tokens["test"].to(device).split(config.batch_size)
+            z = torch.cat([flow(batch[:, 0], batch[:, 1:])[0].cpu() for batch in batches])
         aurocs[name] = utils.auroc(labels, z.square().mean(1).numpy())
     Path("auroc.json").write_text(json.dumps({"mean": {"auroc": np.mean(list(aurocs.values()))}}))
 
@@ -294,7 +257,7 @@ def released_job(args: argparse.Namespace, device: torch.device) -> None:
 def compare_jobs(args: argparse.Namespace, device: torch.device) -> Table:
     """main.py with the released method (all tokens, H = C, one epoch; every image extracted once, float16 on
     disk), report included, beside ``released_job``; each a process of its own in an empty folder."""
-    images = datasets.load_images(args.dataset, args.dataset_path)
+    images = datasets.images_of(config_of(args))
     classes = images.labels.classes[: args.classes]
     counts = {"train": round(args.images * 5 / 6), "test": round(args.images / 6)}
     given = ["--extractor", args.extractor, "--device", args.device, "--threads", str(args.threads)]
@@ -365,7 +328,7 @@ def compare_reading(args: argparse.Namespace, device: torch.device) -> Table:
 
 def measure_script(args: argparse.Namespace, device: torch.device) -> Table:
     """A script of the repository in an empty folder, alone and beside busy cores."""
-    script, *options = args.command
+    script, *options = shlex.split(args.script)
     rows = []
     for cores in sorted({0, args.busy}):
         costs = []
@@ -374,16 +337,12 @@ def measure_script(args: argparse.Namespace, device: torch.device) -> Table:
                 costs.append(measured([str(ROOT / script), *options], Path(place)))
         took, memory = zip(*costs)
         rows.append([beside(cores), shown(took), f"{max(memory) / 1e9:.2f}"])
-    return [f"python {' '.join(args.command)}", "s", "peak GB"], rows
+    return [f"python {args.script}", "s", "peak GB"], rows
 
 
 # ---------------------------------------------------------------- the script
-def compare_all_steps(args: argparse.Namespace, device: torch.device) -> Table:
-    return compare_steps(args.channels, args.batches, args.repeats, device)
-
-
 COMMANDS = {
-    "step": compare_all_steps, "extraction": compare_extraction, "job": compare_jobs,
+    "step": compare_steps, "extraction": compare_extraction, "job": compare_jobs,
     "released": released_job, "cache": compare_reading, "run": measure_script,
 }  # fmt: skip
 
@@ -409,7 +368,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=3, help="job: so many of the set [3]")
     parser.add_argument("--cold", action="store_true", help="cache: from the disk, not the system's cache")
     parser.add_argument("--scratch", help="folder for what is written [the system's]")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="run: the script and its options")
+    parser.add_argument("--script", default="main.py --preset quickstart", help="run: with its options")
     args = parser.parse_args()
     table = COMMANDS[args.what](args, utils.set_up(args.device, args.threads))
     if table:

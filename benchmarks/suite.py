@@ -53,12 +53,8 @@ HOW = (
     "correction over the classes."
 )
 REGRET = (
-    f"AUROC of the {WHOLE} minus that of the detector in brackets, which has the most of its kind on the "
-    "set's test images: below zero where that one alone would have been the better choice."
-)
-CHOICE = (
-    f"Of each set the setting whose {WHOLE} has the best mean AUROC on all other sets, what it has on this "
-    "one, and the setting that is best on it."
+    f"AUROC of the {WHOLE} minus that of the detector in brackets, the best of its kind on the set's test "
+    "images: below zero where that one alone would have been the better choice."
 )
 
 
@@ -206,14 +202,14 @@ def make_table(found: dict[str, list[Problem] | None], draws: int = DRAWS) -> tu
     return header, rows
 
 
-def rows_of(found: dict[str, list[Problem] | None]) -> list[Row]:
+def rows_of(found: dict[str, list[Problem] | None], seeds: list[int]) -> list[Row]:
     """An AUROC per set, class, detector and seed."""
     problems = [(name, problem) for name, of_set in found.items() for problem in of_set or ()]
     return [
-        Row(name, problem.name, title, value)
+        Row(title, name, problem.name, seed, value)
         for name, problem in problems
         for title, values in problem.aurocs.items()
-        for value in values
+        for seed, value in zip(seeds, values)
     ]
 
 
@@ -239,51 +235,43 @@ def choice_table(runs: dict[str, list[Row]]) -> str:
     found = leave_one_set_out(runs, WHOLE)
     if not found:
         raise knobs.UserError(f"expected at least two sets with a {WHOLE} in all of {', '.join(runs)}")
-    lines = [[of.set, of.chosen, f"{of.auroc:.4f}", of.best, f"{of.best_auroc:.4f}"] for of in found]
-    means = [f"{np.mean([getattr(of, field) for of in found]):.4f}" for field in ("auroc", "best_auroc")]
-    lines.append(["mean", "", means[0], "", means[1]])
-    header = ["set", "chosen on the others", "AUROC", "best on this set", "AUROC"]
-    return f"## Settings chosen without the set\n\n{as_markdown(header, lines)}\n\n{CHOICE}"
+    mean, best = (float(np.mean(values)) for values in list(zip(*found))[2::2])
+    lines = [
+        [name, chosen, f"{auroc:.4f}", best_one, f"{most:.4f}"]
+        for name, chosen, auroc, best_one, most in [*found, ("mean", "", mean, "", best)]
+    ]
+    header = ["set", f"best by the mean {WHOLE} of all other sets", "AUROC", "best on this set", "AUROC"]
+    return f"## Settings chosen without the set\n\n{as_markdown(header, lines)}"
 
 
-def as_csv(found: dict[str, list[Problem] | None], seeds: list[int]) -> str:
-    """One line per detector, set, class and seed, numbers unrounded."""
+def as_csv(rows: list[Row]) -> str:
+    """A line per row, numbers unrounded."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["detector", "set", "class", "seed", "auroc"])
-    for name, problems in found.items():
-        for problem in problems or ():
-            for title, values in problem.aurocs.items():
-                writer.writerows([title, name, problem.name, *each] for each in zip(seeds, values))
+    writer.writerows([["detector", "set", "class", "seed", "auroc"], *rows])
     return text.getvalue()
 
 
 def read_csv(path: Path) -> list[Row]:
     """The rows of a table that ``as_csv`` wrote. Raises UserError."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
-        return [Row(line["set"], line["class"], line["detector"], float(line["auroc"])) for line in lines]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise knobs.UserError(f"expected a table as results/suite.csv; {path}: {error!r}") from None
-
-
-def made_by(script: str, settings: dict, precisions: list[str], *more: str) -> str:
-    """How a table came about: the command, and what its figures depend on."""
-    versions = utils.versions()
-    told = [f"`{shlex.join(['python', f'benchmarks/{script}', *sys.argv[1:]])}`"]
-    told += [f"preset {settings['preset']}", settings["extractor"], *more]
-    told += [f"{name} {versions[name]}" for name in ("commit", "torch", "timm")]
-    told += [versions["machine"], f"features in {' and '.join(dict.fromkeys(precisions))}"]
-    return f"{', '.join(told)}, {datetime.date.today()}."
+        _, *lines = csv.reader(path.read_text(encoding="utf-8").splitlines())
+        return [Row(*names, int(seed), float(auroc)) for *names, seed, auroc in lines]
+    except (OSError, TypeError, ValueError) as error:
+        raise knobs.UserError(f"expected a table as results/suite.csv; {path}: {error}") from None
 
 
 def about(settings: dict, sets: list[Set], summaries: list[dict]) -> str:
-    precisions = [str(summary["features"].get("precision")) for summary in summaries]
-    seeds = f"seeds {', '.join(map(str, summaries[0]['seeds']))}"
+    """How the tables came about: the command, and what their figures depend on."""
+    versions = utils.versions()
+    precisions = dict.fromkeys(str(summary["features"].get("precision")) for summary in summaries)
+    told = [f"`{shlex.join(['python', 'benchmarks/suite.py', *sys.argv[1:]])}`"]
+    told += [f"preset {settings['preset']}", settings["extractor"]]
+    told += [f"seeds {', '.join(map(str, summaries[0]['seeds']))}"]
+    told += [f"{name} {versions[name]}" for name in ("commit", "torch", "timm")]
+    told += [versions["machine"], f"features in {' and '.join(precisions)}", f"{datetime.date.today()}"]
     development = ", ".join(entry.name for entry in sets if entry.development) or "none"
-    told = made_by("suite.py", settings, precisions, seeds)
-    return f"{told} Development sets (settings were chosen on their test images): {development}."
+    return f"{', '.join(told)}. Development sets (settings were chosen on their test images): {development}."
 
 
 # ---------------------------------------------------------------- the script
@@ -319,11 +307,12 @@ def main(args: argparse.Namespace) -> None:
     if not summaries:
         raise knobs.UserError("; ".join(failures + notes) or f"{args.suite} names no set")
     there = [entry for entry in sets if entry.name in found]
-    tables = f"{as_markdown(*make_table(found))}\n\n{regret_table(rows_of(found))}"
+    figures = rows_of(found, summaries[0]["seeds"])
+    tables = f"{as_markdown(*make_table(found))}\n\n{regret_table(figures)}"
     lines = [*map(escaped, failures + notes), "## How", HOW, about(settings, there, summaries)]
     out = args.out or Path("results") / f"{args.name}{'-trial' if args.trial else ''}.md"
     write_text(out, f"# {args.name}\n\n{tables}\n\n" + "\n\n".join(lines) + "\n")
-    write_text(out.with_suffix(".csv"), as_csv(found, summaries[0]["seeds"]))
+    write_text(out.with_suffix(".csv"), as_csv(figures))
     print(f"\n{tables}\n\nin {out} and {out.with_suffix('.csv')}", flush=True)
     if failures:
         raise knobs.UserError("; ".join(failures))

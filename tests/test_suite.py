@@ -1,6 +1,6 @@
 """The suite of data sets: its list, the joint bootstrap, its tables."""
 
-import argparse
+import csv
 import sys
 
 import numpy as np
@@ -9,7 +9,6 @@ from conftest import ROOT
 
 import utils
 from config import UserError
-from shell.files import write_json, write_sealed
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -69,12 +68,9 @@ def test_draws_are_those_of_a_plain_loop():
 
 
 def test_classes_with_their_own_images_are_drawn_apart():
-    """And those with the same images together."""
     labels = np.arange(80) % 2
     apart = [problem(str(i), np.arange(80) + 80 * i, labels, a=noisy(labels, 1.0, 1)) for i in range(2)]
-    same = [p._replace(rows=np.arange(80)) for p in apart]
-    for problems, wanted in ((apart, 0.0), (same, 1.0)):
-        assert abs(np.corrcoef(judging.resampled(problems, ["a"], 2000, 0)[..., 0].T)[0, 1] - wanted) < 0.1
+    assert abs(np.corrcoef(judging.resampled(apart, ["a"], 2000, 0)[..., 0].T)[0, 1]) < 0.1
 
 
 def test_holm():
@@ -94,15 +90,19 @@ def test_wins_levels_and_losses():
 
 
 # ---------------------------------------------------------------- regret, and choices without a set
-ROWS = [  # two classes of set one, the first with two seeds; set two lacks c, and b has half of it alone
-    *(Row("one", "x", "a", 0.8), Row("one", "x", "a", 0.6), Row("one", "y", "a", 0.9)),
+def row(name, class_name, detector, auroc, seed=0):
+    return Row(detector, name, class_name, seed, auroc)
+
+
+ROWS = [  # two classes of set one, the first with two seeds; set two has a alone for both
+    *(row("one", "x", "a", 0.8), row("one", "x", "a", 0.6, 1), row("one", "y", "a", 0.9)),
     *(
-        Row("one", "x", "b", 0.5),
-        Row("one", "y", "b", 0.7),
-        Row("one", "x", "c", 0.9),
-        Row("one", "y", "c", 0.9),
+        row("one", "x", "b", 0.5),
+        row("one", "y", "b", 0.7),
+        row("one", "x", "c", 0.9),
+        row("one", "y", "c", 0.9),
     ),
-    *(Row("two", "z", "a", 0.9), Row("two", "w", "a", 0.9), Row("two", "z", "b", 1.0)),
+    *(row("two", "z", "a", 0.9), row("two", "w", "a", 0.9), row("two", "z", "b", 1.0)),
 ]
 
 
@@ -117,7 +117,7 @@ def test_leave_one_set_out():
     """What is best on a set has no part in the choice for it."""
     aurocs = {"plain": (0.9, 0.8, 0.7), "wide": (0.6, 0.9, 0.8), "deep": (0.7, 0.7, 1.0)}
     runs = {
-        run: [Row(name, "x", "whole", value) for name, value in zip("ABC", values)]
+        run: [row(name, "x", "whole", value) for name, value in zip("ABC", values)]
         for run, values in aurocs.items()
     }
     found = judging.leave_one_set_out(runs, "whole")
@@ -126,129 +126,82 @@ def test_leave_one_set_out():
     assert judging.leave_one_set_out(runs, "other") == []
 
 
-# ---------------------------------------------------------------- the table
-LABELS = [i % 2 for i in range(40)]
-
-
-def write_run(name, classes, simple, seeds=(0,)):
-    """A finished run in runs/ as main.py leaves it; ``classes``: {class: signal of the whole score}."""
-    folder = suite.Path("runs") / name
-    for number, (class_name, signal) in enumerate(classes.items()):
-        for seed in seeds:
-            flow = {
-                "places": (signal, 10),
-                "image part": (0.0, 40),
-                "whole score, before training": (0.0, 20),
-            }
-            flow_scores = {title: noisy(LABELS, s, more + seed).tolist() for title, (s, more) in flow.items()}
-            simple_scores = {title: noisy(LABELS, s, 30).tolist() for title, s in simple.items() if not seed}
-            test = {"rows": list(range(40 * number, 40 * number + 40)), "labels": LABELS}
-            record = {
-                "result": {"class": class_name, "seed": seed}, "history": [], "config": {}, "weights": None,
-                "features": {"kind": "map", "grid": [1, 1], "tokens": 2, "n_feat": 4},
-                "test": test | {"scores": noisy(LABELS, signal, seed).tolist()}, "held_out_scores": [],
-                "flow_scores": flow_scores, "simple_scores": simple_scores,
-            }  # fmt: skip
-            write_sealed(folder / "classes" / f"{class_name}-seed{seed}.json", record)
-    summary = {"classes": dict.fromkeys(classes, {}), "mean": {}, "config": {}, "seeds": list(seeds)}
-    write_json(folder / "results.json", summary | {"features": {"precision": "float32"}})
-
-
-def mean_auroc(signals, seed):
-    return np.mean([utils.auroc(np.array(LABELS), noisy(LABELS, signal, seed)) for signal in signals])
-
-
-def test_table(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_run("s-one", {"gone": 9.0}, {})  # a class that the run's report does not name
-    write_run("s-one", {"x": 6.0, "y": 5.0}, {"kNN": 0.5, "PaDiM": 0.3}, seeds=(0, 1))
-    write_run("s-two", {"z": 4.0}, {"kNN": 0.2}, seeds=(0, 1))
-    found = {name: suite.read_problems(suite.Path("runs") / f"s-{name}")[0] for name in ("one", "two")}
-    header, lines = suite.make_table(found | {"bad": None}, draws=500)
+# ---------------------------------------------------------------- the tables
+def test_table():
+    """Set one has two classes, and PaDiM; the whole score has two seeds."""
+    labels, problems = np.arange(40) % 2, []
+    for i, signal in enumerate((6.0, 5.0, 4.0)):
+        scores = {suite.WHOLE: noisy(labels, signal, i), "kNN": noisy(labels, 0.5, 30 + i)}
+        scores |= {"PaDiM": noisy(labels, 0.3, 60 + i)} if i < 2 else {}
+        made = problem(str(i), np.arange(40) + 40 * i, labels, **scores)
+        made.aurocs[suite.WHOLE].append(0.9)
+        problems.append(made)
+    header, lines = suite.make_table({"one": problems[:2], "two": problems[2:], "bad": None}, draws=500)
     rows = {row[0]: dict(zip(header, row)) for row in lines}
-    whole, per_seed = rows[suite.WHOLE], np.array(
-        [[mean_auroc((6.0, 5.0), seed), mean_auroc((4.0,), seed)] for seed in (0, 1)]
-    )  # fmt: skip
-    assert [whole["one"], whole["two"]] == [suite.auroc_cell(per_seed[:, i]) for i in (0, 1)]
-    assert whole["mean"] == suite.auroc_cell(per_seed.mean(1)) and "±" in whole["mean"]
+    first, knn = ([p.aurocs[title][0] for p in problems] for title in (suite.WHOLE, "kNN"))
+    padim = [p.aurocs["PaDiM"][0] for p in problems[:2]]
+    seeds = [np.mean([np.mean(first[:2]), first[2]]), 0.9]
+    assert rows[suite.WHOLE]["mean"] == f"{np.mean(seeds):.4f} ± {np.std(seeds, ddof=1):.4f}"
     assert all(row["bad"] == "failed" for row in rows.values())
-    knn, padim = [mean_auroc((0.5,), 30), mean_auroc((0.2,), 30)], mean_auroc((0.3,), 30)
-    assert rows["kNN"]["mean"] == f"{np.mean(knn):.4f}"
-    assert rows["PaDiM"]["two"] == "" and rows["PaDiM"]["mean"] == f"({padim:.4f})"
-    assert (
-        rows[suite.BEST]["one"] == f"{max(knn[0], padim):.4f}"
-        and rows[suite.BEST]["two"] == rows["kNN"]["two"]
-    )
-    title, first = "whole score - it [95 %]", [mean_auroc((6.0, 5.0), 0), mean_auroc((4.0,), 0)]
-    assert rows["kNN"][title].startswith(f"{np.mean(first) - np.mean(knn):+.4f} [+")
-    assert rows["PaDiM"][title].startswith(f"({first[0] - padim:+.4f} [+") and not whole[title]
+    assert rows["kNN"]["mean"] == f"{np.mean([np.mean(knn[:2]), knn[2]]):.4f}"
+    assert rows["PaDiM"]["two"] == "" and rows["PaDiM"]["mean"] == f"({np.mean(padim):.4f})"
+    best = rows[suite.BEST]
+    assert best["one"] == f"{np.mean(np.maximum(knn[:2], padim)):.4f}" and best["two"] == rows["kNN"]["two"]
+    title = "whole score - it [95 %]"
+    difference = np.mean([np.mean(np.subtract(first, knn)[:2]), first[2] - knn[2]])
+    assert rows["kNN"][title].startswith(f"{difference:+.4f} [+") and not rows[suite.WHOLE][title]
+    assert rows["PaDiM"][title].startswith(f"({np.mean(np.subtract(first[:2], padim)):+.4f} [+")
 
 
 SUITE = """
-extractor = "resnet18"
+preset = "accurate"
+extractor = "test_resnet"
 [[set]]
-name = "one"
-dataset = "digits"
+name = "made"
+dataset = "folder"
+path = "images"
+knobs = {{ img_size = "32x32", places = 4, fc_internal = 8, least_steps = 2, class_name = "apple,sky" }}
 development = true
+prepare = "python -c 'import shutil; shutil.copytree(\\"{folder}\\", \\"images\\")'"
 [[set]]
 name = "broken"
-dataset = "digits"
+dataset = "folder"
+path = "images"
+knobs = {{ class_name = "nothing" }}
 [[set]]
 name = "away"
 dataset = "mvtec"
 path = "no/such"
-prepare = "python -c ''"
 """
 
 
-def arguments(path, **more):
-    given = {"preset": None, "only": None, "seeds": 1, "trial": False, "knobs": [], "name": "s", "out": None}
-    return argparse.Namespace(suite=path, **(given | {"compare": None} | more))
-
-
-def test_sets_that_fail_or_are_missing_stop_no_other(tmp_path, monkeypatch, capsys):
-    """The fits themselves are replaced by runs that are finished or fail."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "suite.toml").write_text(SUITE)
-    write_run("s-one", {"x": 6.0}, {"kNN": 0.5})
-    finished = {"one": "exit(0)", "broken": "exit(2)"}
-    monkeypatch.setattr(suite, "command_of", lambda entry, *_: [sys.executable, "-c", finished[entry.name]])
-    with pytest.raises(UserError, match="failed: broken, main.py ended with status 2"):
-        suite.main(arguments(tmp_path / "suite.toml", knobs=["extractor=resnet10t"]))
-    text, csv = (tmp_path / "results/s.md").read_text(), tmp_path / "results/s.csv"
-    for told in ("| detector | one | broken | mean |", "left out: away, ", "failed: broken", "float32",
-                 "preset paper, resnet10t, seeds 0", "| set | whole score - best simple |", "images): one."):  # fmt: skip
-        assert told in text, told
-    assert csv.read_text().splitlines()[:2] == [
-        "detector,set,class,seed,auroc", f"whole score,one,x,0,{mean_auroc((6.0,), 0)}"
-    ]  # fmt: skip
-    capsys.readouterr()
-    suite.main(arguments(None, compare=[csv]))
-    assert capsys.readouterr().out.split("## Regret")[1].split("\n\n")[1] in text
-    with pytest.raises(UserError, match="at least two sets"):
-        suite.main(arguments(None, compare=[csv, tmp_path / "results" / ".." / "results" / "s.csv"]))
-    with pytest.raises(UserError, match="`python -c ''` did not make no/such"):
-        suite.main(arguments(tmp_path / "suite.toml", only="away"))
-
-
-def test_the_command_of_a_set():
-    entry = suite.Set("a", "mvtec", "data/a", knobs={"clamp": 2.0, "class_name": "x,y"})
-    command = suite.command_of(entry, {"preset": "paper", "extractor": "e"}, "n", 3, {"clamp": "2.5"})
-    given = dict(zip(command[2::2], command[3::2]))
-    assert given["--modelname"] == "n-a" and given["--n_seeds"] == "3" and given["--baselines"] == "True"
-    assert (
-        given["--dataset_path"] == "data/a" and given["--clamp"] == "2.5" and given["--class_name"] == "x,y"
-    )
-    assert "--dataset_path" not in suite.command_of(suite.Set("a", "digits"), {}, "n", 1, {})
+@pytest.mark.slow
+def test_the_suite_at_a_tiny_size(run_script, tmp_path, texture_folder):
+    """A set that fails or is not there stops no other; the table has what the run has found."""
+    (tmp_path / "suite.toml").write_text(SUITE.format(folder=texture_folder))
+    knobs = ("--knobs", "threads=1", "weights_path=random")
+    done = run_script("benchmarks/suite.py", "suite.toml", "--name", "s", *knobs, timeout=500)
+    assert done.returncode == 2 and "error: failed: broken, main.py ended with status 2" in done.stderr
+    text = (tmp_path / "results/s.md").read_text()
+    assert "| detector | made | broken | mean |" in text and "| set | whole score - best simple |" in text
+    assert "left out: away, no/such" in text and "preset accurate, test_resnet, seeds 0" in text
+    found = {(row.of_class, row.detector): row.auroc for row in suite.read_csv(tmp_path / "results/s.csv")}
+    lines = csv.DictReader((tmp_path / "runs/s-made/results.csv").read_text().splitlines())
+    wanted = {line["class"]: float(line["auroc"]) for line in lines if line["method"] == "flow"}
+    assert {name: found[name, suite.WHOLE] for name in ("apple", "sky")} == wanted
+    assert {suite.IMAGE, suite.PLACES, "kNN, raw"} < {title for _, title in found}
+    done = run_script("benchmarks/suite.py", "--compare", "results/s.csv")
+    assert done.returncode == 0 and done.stdout.split("## Regret")[1].split("\n\n")[1] in text
+    done = run_script("benchmarks/suite.py", "--compare", "results/s.csv", "results/../results/s.csv")
+    assert done.returncode == 2 and "error: expected at least two sets" in done.stderr
 
 
 DIGITS = "[[set]]\nname = 'digits'\ndataset = 'digits'\n"
 MISTAKES = {
     "set = 1 1": "suite.toml: ",
-    "presett = 'paper'": "unknown key 'presett', did you mean preset",
-    f"{DIGITS}knob = {{}}": "unknown key 'knob', did you mean knobs",
-    "[[set]]\nname = 'a'": "needs a dataset",
     "set = ['digits']": "expected tables",
+    "[[set]]\nname = 'a'": "needs a dataset",
+    f"{DIGITS}knob = {{}}": "unknown key 'knob', did you mean knobs",
     DIGITS: "unknown set 'digit', did you mean digits",
 }
 
