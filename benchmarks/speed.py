@@ -10,6 +10,7 @@ What is compared runs in turns; a figure is the median of --repeats turns, in br
 highest."""
 
 import argparse
+import functools
 import json
 import os
 import shlex
@@ -29,22 +30,22 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import transcription
+
+import datasets
+import extractor
+import model
+import utils
+from backbone import arithmetic, backbones
+from backbone.extraction import Extraction, arriving
+from backbone.identity import cache_identity
+from config import Config, make_config
+from detector.optimization import SubnetAdam
+from reporting.tables import as_markdown
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import transcription  # noqa: E402
-
-import datasets  # noqa: E402
-import extractor  # noqa: E402
-import model  # noqa: E402
-import utils  # noqa: E402
-from backbone import arithmetic, backbones  # noqa: E402
-from backbone.extraction import Extraction, arriving  # noqa: E402
-from backbone.identity import cache_identity  # noqa: E402
-from config import Config, make_config  # noqa: E402
-from detector.optimization import SubnetAdam  # noqa: E402
-from reporting.tables import as_markdown  # noqa: E402
-
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
@@ -208,18 +209,15 @@ def compare_extraction(args: argparse.Namespace, device: torch.device) -> Table:
     def extracted(job: Extraction) -> None:
         deque(arriving(job.features("train"), device), maxlen=0)
 
-    jobs = {
-        "the released loop": released,
-        "PyTorch": lambda: extracted(by_torch),
-        "ours": lambda: extracted(ours),
-    }
+    ways = functools.partial(extracted, by_torch), functools.partial(extracted, ours)
+    jobs = {"the released loop": released, "PyTorch": ways[0], "ours": ways[1]}
     found = {}
     for cores in sorted({0, args.busy}):
         with burning(cores):
             found[beside(cores)] = times(jobs, args.repeats, device)
     rows = [[name, *(shown([count / s for s in own[name]]) for own in found.values())] for name in jobs]
     exact = released()[:, 0]
-    tokens = torch.cat([rows["tokens"][:, 0].cpu() for rows in ours.features("train")]).float()
+    tokens = torch.cat([batch["tokens"][:, 0].cpu() for batch in ours.features("train")]).float()
     off = f"{(tokens - exact).norm() / exact.norm():.1e}"
     rows.append(["ours, semantic tokens off the released ones", *[off] * len(found)])
     return [f"{count} images at {identity.fields['img_size']}, images/s", *found], rows
@@ -363,7 +361,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="cifar10", help="[cifar10]")
     parser.add_argument("--dataset_path", default="data/cifar10", help="[data/cifar10]")
     parser.add_argument("--extractor", default="efficientnet_lite0", help="[efficientnet_lite0]")
-    parser.add_argument("--weights_path", help="a file, or random [published ones]")
+    parser.add_argument("--weights_path", help="an absolute path, or random [published ones]")
     parser.add_argument("--images", type=int, default=1000, help="extraction, job: so many of the set [1000]")
     parser.add_argument("--classes", type=int, default=3, help="job: so many of the set [3]")
     parser.add_argument("--cold", action="store_true", help="cache: from the disk, not the system's cache")

@@ -24,17 +24,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from judging import Problem, Row, difference, judge, leave_one_set_out, regret
+
+import config as knobs
+import utils
+from detector import checkpoints
+from reporting.tables import as_markdown, escaped
+from shell.files import write_text
+from shell.signals import KEPT, guarded
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from judging import Problem, Row, difference, judge, leave_one_set_out, regret  # noqa: E402
-
-import config as knobs  # noqa: E402
-import utils  # noqa: E402
-from detector import checkpoints  # noqa: E402
-from reporting.tables import as_markdown, escaped  # noqa: E402
-from shell.files import write_text  # noqa: E402
-from shell.signals import KEPT, guarded  # noqa: E402
-
 WHOLE, IMAGE, PLACES = "whole score", "image part", "places"
 OURS = {  # ours -> what it is compared with
     WHOLE: (), f"{WHOLE}, before training": (WHOLE,), IMAGE: (WHOLE,), PLACES: (WHOLE,),

@@ -22,7 +22,7 @@ def rows_of(text: str) -> list[list[str]]:
 def test_comparisons_of_speed(run_script, texture_folder, command):
     options, firsts = EXPECTED[command]
     images = ("--dataset", "folder", "--dataset_path", texture_folder, "--extractor", "test_resnet")
-    done = run_script("benchmarks/speed.py", *TINY, *images, command, *options)
+    done = run_script("benchmarks/speed.py", *TINY, *images, command, *options, timeout=500)
     assert done.returncode == 0, done.stderr
     rows = rows_of(done.stdout)
     assert len(rows) == len(firsts) and all(row[0].startswith(first) for row, first in zip(rows, firsts))
@@ -37,7 +37,7 @@ def test_comparisons_of_speed(run_script, texture_folder, command):
 def test_the_course_on_a_gpu_in_small(run_script, tmp_path):
     """On the CPU; and a phase that fails is a row, the others are tried."""
     given = ("benchmarks/gpu.py", "--small", "--threads", 1, "--output", "gpu.md")
-    done = run_script(*given, "--device", "cpu", "--only", "machine", "correctness", "step")
+    done = run_script(*given, "--device", "cpu", "--only", "machine", "correctness", "step", timeout=500)
     assert done.returncode == 0, done.stderr
     rows = {row[1]: row[2] for row in rows_of((tmp_path / "gpu.md").read_text())}
     assert rows["resize 32 to 224"].startswith("0 ") and "batch: 128" in rows
