@@ -28,7 +28,7 @@ def faults(text: str) -> list[str]:
     """What is wrong with the commands of a page."""
     found = []
     for script, rest in COMMAND.findall(text):
-        options = re.findall(r"--(\w+)", rest)
+        options = re.findall(r"--(\w+)", rest.split(" run ")[0])  # speed.py run SCRIPT: what follows is SCRIPT's
         if not (ROOT / script).is_file():
             found.append(f"there is no {script}")
         elif script in ("main.py", "train.py", "extractor.py"):
@@ -155,7 +155,7 @@ def rows_of(page: str, titles: int) -> dict:
 def check_row(figures: list, table: str, detector: str) -> None:
     means = means_of(table)[detector]
     expected = [means.get(name) for name in SETS] + [float(np.mean(list(means.values())))]
-    assert figures == [value and pytest.approx(value, abs=6e-5) for value in expected]
+    assert figures == [value and pytest.approx(value, abs=5.01e-5) for value in expected]
 
 
 def test_the_readme_has_the_figures_of_results():
