@@ -28,7 +28,8 @@ def faults(text: str) -> list[str]:
     """What is wrong with the commands of a page."""
     found = []
     for script, rest in COMMAND.findall(text):
-        options = re.findall(r"--(\w+)", rest.split(" run ")[0])  # speed.py run SCRIPT: what follows is SCRIPT's
+        own = rest.split(" run ")[0]  # of speed.py run SCRIPT, what follows is SCRIPT's
+        options = re.findall(r"--(\w+)", own)
         if not (ROOT / script).is_file():
             found.append(f"there is no {script}")
         elif script in ("main.py", "train.py", "extractor.py"):
