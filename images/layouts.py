@@ -48,11 +48,10 @@ class Table(NamedTuple):
 
 
 class Search:
-    """Finds image files and their masks; keeps what is to be told of it, once."""
+    """Finds image files; keeps what is to be told of it, once."""
 
     def __init__(self) -> None:
         self.skipped, self.notes = Counter[str](), list[str]()
-        self._stems: dict[Path, dict[str, Path]] = {}
 
     def below(self, folder: Path) -> list[Path]:
         """The pictures in a folder and its subfolders but NO_PICTURES; raises UserError where there are
@@ -62,21 +61,6 @@ class Search:
     def inside(self, folder: Path) -> list[Path]:
         """The pictures in a folder itself, sorted; none where it is no folder."""
         return images.find_below(folder, self.skipped, deep=False) if folder.is_dir() else []
-
-    def mask(self, path: Path, below: Path, places: Iterable[Path]) -> Path | None:
-        """Where the defect of a picture somewhere ``below`` a folder is marked: by its name, or its name and
-        _mask, in the same place below one of ``places``; in any case and format, or a folder of masks. A
-        folder rgb has its masks beside it."""
-        beside = [part for part in path.relative_to(below).parent.parts if part.lower() != "rgb"]
-        for place in places:
-            folder = place.joinpath(*beside)
-            if folder not in self._stems:
-                found = [*(folder / name for name in subfolders(folder)), *Search().inside(folder)]
-                self._stems[folder] = {folded(path.stem): path for path in found}
-            for stem in (f"{path.stem}_mask", path.stem):
-                if mask := self._stems[folder].get(folded(stem)):
-                    return mask
-        return None
 
 
 # ---------------------------------------------------------------- names of folders
@@ -149,15 +133,10 @@ def folders(root: Path, search: Search) -> Table:
         if split == "train" or place.is_dir():
             found = list(_labelled(search, root, place, split, trained))
             if not found:
-                raise UserError(
-                    f"dataset_path: expected a folder of images per class in {place}, found none; "
-                    f"{what_is_there(place)} (without test/ all pictures are taken for normal)"
-                )
+                raise not_as_expected(place, f"a folder of images per class in {place}", lambda folder: False)
             rows += found
             if beside := Search().inside(place):
-                search.notes.append(
-                    f"only the folders in {place} are taken, not the {len(beside)} pictures beside them"
-                )
+                search.notes.append(f"{len(beside)} pictures beside the folders in {place} are not taken")
     return Table(root, rows)
 
 
@@ -172,17 +151,36 @@ def _labelled(
         if kind in NO_PICTURES and kind not in normal:
             continue
         rows = [Row(path, split, before + spelt) for path in search.below(place / spelt)]
-        masks = [inside(folder, spelt) for folder in marked] + _mask_folders(place / spelt)
-        if kind not in normal and masks:
-            rows = [row._replace(mask=search.mask(row.path, place / spelt, masks)) for row in rows]
+        places = [inside(folder, spelt) for folder in marked] + _mask_folders(place / spelt)
+        if kind not in normal and places:
+            masks = {name: mask for folder in reversed(places) for name, mask in _masks_in(folder).items()}
+            rows = [row._replace(mask=_mask_of(row.path.relative_to(place / spelt), masks)) for row in rows]
             if not any(row.mask for row in rows):
-                where = masks[0].relative_to(root)
+                where = places[0].relative_to(root)
                 search.notes.append(f"{len(rows)} defects in {spelt}, no mask for any in {where}")
         yield from rows
 
 
 def _mask_folders(folder: Path) -> list[Path]:
     return [folder / name for name in subfolders(folder) if folded(name) in MASK_FOLDERS]
+
+
+def _masks_in(folder: Path) -> dict[str, Path]:
+    """{folded name below a folder, without ending: path} of the pictures there and the folders of some."""
+    found = {}
+    for mask in images.find_below(folder, Counter()) if folder.is_dir() else []:
+        name = mask.relative_to(folder)
+        found[folded(str(name.parent))] = mask.parent
+        found[folded(str(name.with_suffix("")))] = mask
+    return found
+
+
+def _mask_of(picture: Path, masks: dict[str, Path]) -> Path | None:
+    """Where the defect of a picture is marked: by its name, or its name and _mask, in any case and format, or
+    a folder of masks. A folder rgb has its masks beside it."""
+    parts = [part for part in picture.with_suffix("").parts if part.lower() != "rgb"]
+    name = folded(str(Path(*parts)))
+    return masks.get(f"{name}_mask", masks.get(name))
 
 
 def normal_only(root: Path, search: Search, name: str | None = None) -> Table:
@@ -203,9 +201,7 @@ def normal_only(root: Path, search: Search, name: str | None = None) -> Table:
             f"; give the folder of the normal ones: --dataset_path {named}" if good else "",
         )
     if below:
-        search.notes.append(
-            f"only the pictures in {root} itself are taken, not those in {', '.join(below[:4])}"
-        )
+        search.notes.append(f"only the pictures in {root} itself are taken, not those in {below[0]}")
     return Table(root, [Row(path, "train", name or own_name or "normal") for path in pictures])
 
 
@@ -248,10 +244,9 @@ def labels_file(path: Path, search: Search) -> Table:
     folder that has one called labels.csv."""
     table = path / "labels.csv" if path.is_dir() else path
     if not table.is_file():
-        raise UserError(
-            f"dataset_path: expected a CSV file with the columns {', '.join(Row._fields)}, or a folder with "
-            f"labels.csv, but {what_is_there(path)}"
-        )
+        columns = ", ".join(Row._fields)
+        expected = f"a CSV file with the columns {columns}, or a folder with one called labels.csv"
+        raise not_as_expected(path, expected, lambda folder: (folder / "labels.csv").is_file())
     listed = _read_table(table, ("path", "split", "label"))
     rows = [(row["path"], row["split"], row["label"], row.get("mask")) for row in listed]
     return Table(table.parent, _rows(table, table.parent, rows))
@@ -317,10 +312,7 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"dataset_path: {path} cannot be read ({error})") from None
     if not rows or any(row.get(column) is None for row in rows for column in columns):
-        raise UserError(
-            f"dataset_path: expected the columns {', '.join(columns)} in {path}, in every row, with commas "
-            "between"
-        )
+        raise UserError(f"dataset_path: expected the columns {', '.join(columns)} in every row of {path}")
     return rows
 
 
@@ -340,8 +332,7 @@ def _rows(table: Path, base: Path, listed: Iterable[tuple[str, str, str, str | N
     if missing:
         raise UserError(
             f"dataset_path: {table} names {missing[0].absolute()}, which is not there, nor are "
-            f"{len(missing) - 1} others of its {len(rows)} images and their masks; put them there, or take "
-            "their rows out"
+            f"{len(missing) - 1} others of its {len(rows)} images and their masks"
         )
     return rows
 

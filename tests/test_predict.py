@@ -220,7 +220,7 @@ def test_a_name_without_a_file(here, capsys, monkeypatch):
 
 
 def test_globs_and_lists(here, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", listed("\n".join(TESTED[:3]).encode()))
+    monkeypatch.setattr(sys, "stdin", listed("\r\n \r\n".join(TESTED[:3]).encode()))
     rows, _, _ = predicted(capsys, "runs/held", "-", "images/test/b/*.png")
     assert [row["image"] for row in rows] == TESTED[:3] + TESTED[10:]
 
