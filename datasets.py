@@ -293,26 +293,20 @@ def _file_set(table: Table) -> ImageSet:
     """The images of a table; their names are relative to its root."""
     rows = _by_split(table)
     files = {split: [row.path for row in rows[split]] for split in SPLITS}
-    masks = tuple(row.mask for row in rows["test"])
-    return _of_files(labels_of(table), files, masks)
-
-
-def _of_files(labels: Labels, files: dict[str, list[Path]], masks: tuple[Path | None, ...] = ()) -> ImageSet:
     scale = PixelScale(measure=partial(images.measured, files["train"]))
     return ImageSet(
-        labels,
+        labels_of(table),
         lambda split, i: images.read_image(files[split][i], scale),
         lambda split, i: images.content_hash(files[split][i]),
-        masks=masks,
+        masks=tuple(row.mask for row in rows["test"]),
         size=lambda split, i: images.size_of(files[split][i]),
         scale=scale,
     )
 
 
-def unlabelled(files: list[Path]) -> ImageSet:
-    """Image files without labels, as a test split."""
-    labels = Labels((), Split.of([], []), Split.of([str(path) for path in files], [OTHER] * len(files)))
-    return _of_files(labels, {"train": [], "test": files})
+def no_images() -> ImageSet:
+    """For whoever reads pictures of no data set."""
+    return _file_set(Table(Path(), []))
 
 
 def _by_split(table: Table) -> dict[str, list[layouts.Row]]:

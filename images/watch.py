@@ -57,7 +57,8 @@ class Arrivals:
                 known = before.get(path)
                 same = known is not None and known[:2] == state
                 self.seen[path] = known if known and same else Seen(*state, time.monotonic())
-        return sorted((path for path in self.seen if self._is_whole(path)), key=lambda path: self.seen[path])
+        whole = [(self.seen[path].changed, path) for path in self.seen if self._is_whole(path)]
+        return [path for _, path in sorted(whole)]
 
     def _is_whole(self, path: Path) -> bool:
         since = self.seen[path].since

@@ -38,10 +38,10 @@ def saved(path: Path, image, **options) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- eight bits
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "RGB"])
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "RGB", "CMYK", "1"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
     image = Image.fromarray(PIXELS).convert(mode)
-    pixels = saved(tmp_path / "a.png", image)
+    pixels = saved(tmp_path / "a.tif", image)
     assert (pixels == np.asarray(image.convert("RGB"))).all() and pixels.shape == PIXELS.shape
 
 
@@ -62,13 +62,6 @@ def test_a_picture_that_is_transparent_everywhere_is_opaque(tmp_path):
     """A camera's unused fourth byte: white would hide all of it."""
     bgrx = np.dstack([GENERATOR.randint(0, 256, (4, 5, 3)), np.zeros((4, 5))]).astype(np.uint8)
     assert (saved(tmp_path / "a.png", bgrx) == bgrx[..., :3]).all()
-
-
-def test_cmyk(tmp_path):
-    """Cyan ink takes red away, in a JPEG (whose CMYK is stored inverted) as in a TIFF."""
-    cyan = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
-    for name in ("a.tif", "a.jpg"):
-        assert np.abs(saved(tmp_path / name, cyan)[4, 4].astype(int) - (0, 255, 255)).max() <= 3
 
 
 TURNED = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10
@@ -97,8 +90,7 @@ def test_exif_orientation(tmp_path, orientation, ending):
     pixels = np.ascontiguousarray(STORED[orientation])
     assert (saved(tmp_path / f"a.{ending}", pixels, exif=turned(orientation), **options) == TURNED).all()
     with Image.open(tmp_path / f"a.{ending}") as opened:
-        for _ in range(2):  # the picture itself is left as it is
-            assert (images.pixels_of(opened) == TURNED).all()
+        assert (images.pixels_of(opened) == TURNED).all()
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -124,7 +116,7 @@ def in_set(folder: Path, *several: np.ndarray) -> tuple[list[np.ndarray], PixelS
     return [images.read_image(name, scale)[..., 0] for name in names], scale
 
 
-@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])  # of a file of 16
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
 def test_the_same_grain_in_any_number_of_bits(tmp_path, capsys, bits, kind):
     """Of a 16-bit file, of whole numbers, of floats: the scale is the data set's, and said."""
@@ -142,20 +134,8 @@ def test_the_scale_is_that_of_the_set_and_not_of_the_picture(tmp_path):
     (first, second, dark), scale = in_set(tmp_path, bright, beyond, bright / 4)
     assert (first == GRAIN).all() and (second == GRAIN).all()
     assert (dark == np.round(GRAIN / 4)).all() and scale.ranges == {"float": [0, 1]}
-
-
-@pytest.mark.parametrize(
-    "values, wanted",
-    [
-        (np.array([[-100, 0, 255]], np.int32), [78, 128, 255]),
-        (np.array([[0, 2**30, 2**31 - 1]], np.int32), [0, 128, 255]),
-        (np.array([[-1, 0, 1]], np.float32), [0, 128, 255]),
-        (np.array([[-0.01, 0.2, 1.2]], np.float32), [0, 51, 255]),
-    ],
-)
-def test_signed_and_large_values(tmp_path, values, wanted):
-    (pixels,), _ = in_set(tmp_path, values)
-    assert pixels[0].tolist() == wanted
+    (signed,), _ = in_set(tmp_path, np.array([[-100, 0, 255]], np.int32))
+    assert signed[0].tolist() == [78, 128, 255], "as far below 0 as above"
 
 
 def test_what_exceeds_the_scale_is_clipped_and_counted(tmp_path):
@@ -185,20 +165,6 @@ def png(pixels: np.ndarray, exif: bytes = b"") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
-def tiff(pixels: bytes, width: int, bits: int, colours: int = 1, packed: bool = False) -> bytes:
-    """A TIFF of one row in little-endian order, of any number of bits."""
-    pixels = zlib.compress(pixels) if packed else pixels
-    after, kind = 8 + len(pixels), 2 if colours > 1 else 1
-    tags = {256: width, 257: 1, 258: bits, 259: 8 if packed else 1, 262: kind, 273: 8, 277: colours, 278: 1}
-    tags, counts = tags | {279: len(pixels)}, {}
-    if colours > 1:  # their bits are elsewhere
-        tags[258], counts[258] = after, colours
-    fields = b"".join(struct.pack("<HHII", tag, 3, counts.get(tag, 1), value) for tag, value in tags.items())
-    each = struct.pack(f"<{colours}H", *[bits] * colours)
-    head = struct.pack("<4sI", b"II*\0", after + len(each))
-    return head + pixels + each + struct.pack("<H", len(tags)) + fields + bytes(4)
-
-
 def test_twelve_bits_of_colour(tmp_path):
     """All of them are read, of a file and of Pillow's image, and the picture is turned as any other."""
     colours = np.stack([GRAIN, 255 - GRAIN, GRAIN // 2], -1)
@@ -208,10 +174,6 @@ def test_twelve_bits_of_colour(tmp_path):
     assert (images.read_image(path, scale) == colours).all() and scale.ranges == {"integer": [0, 4095]}
     with Image.open(path) as opened:
         assert (images.pixels_of(opened, scale) == colours).all()
-    for packed in (False, True):
-        content = tiff(stored[0].astype("<u2").tobytes(), 9, 16, 3, packed)
-        (tmp_path / "b.tif").write_bytes(content)
-        assert (images.read_image(tmp_path / "b.tif", scale) == colours[0]).all()
 
 
 def test_colours_of_which_the_upper_bits_are_read_are_told(tmp_path, capsys):
@@ -222,7 +184,10 @@ def test_colours_of_which_the_upper_bits_are_read_are_told(tmp_path, capsys):
 
 def test_a_tiff_that_tells_its_bits(tmp_path):
     """Twelve, though 256 is its largest value."""
-    (tmp_path / "a.tif").write_bytes(tiff(b"\x10\0\0\0", 2, 12))
+    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 4}
+    fields = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags.items())
+    content = struct.pack("<4sI4sH", b"II*\0", 12, b"\x10\0\0\0", len(tags)) + fields + bytes(4)
+    (tmp_path / "a.tif").write_bytes(content)
     assert images.measured([tmp_path / "a.tif"]) == {"integer": [0, 4095]}
 
 
@@ -255,21 +220,19 @@ def test_one_picture_or_several():
 
 
 # ---------------------------------------------------------------- formats
-@pytest.mark.parametrize("ending", ["gif", "jfif", "jp2", "avif", "webp", "bmp", "tiff", "ppm", "tga", "JPG"])
-def test_formats(tmp_path, ending):
-    assert np.abs(saved(tmp_path / f"a.{ending}", PIXELS).astype(int) - 90).max() <= 2
-    assert images.images_below(tmp_path) == [tmp_path / f"a.{ending}"]
+def test_formats(tmp_path):
+    for ending in ("gif", "jfif", "jp2", "avif", "webp", "bmp", "tiff", "ppm", "tga", "JPG"):
+        assert np.abs(saved(tmp_path / f"a.{ending}", PIXELS).astype(int) - 90).max() <= 2
+    assert len(images.images_below(tmp_path)) == 10
 
 
-@pytest.mark.parametrize("ending", ["gif", "webp", "png", "tif"])
-def test_first_frame_is_taken_and_said_once(tmp_path, capsys, ending):
+def test_first_frame_is_taken_and_said_once(tmp_path, capsys):
     frames = [Image.new("RGB", (6, 6), (shade, shade, shade)) for shade in (10, 250)]
-    saved(tmp_path / f"one.{ending}", frames[0])
+    saved(tmp_path / "one.gif", frames[0])
     assert capsys.readouterr().err == ""
-    for name in "ab":
-        path = tmp_path / f"{name}.{ending}"
-        frames[0].save(path, save_all=True, append_images=frames[1:])
-        assert np.abs(images.read_image(path).astype(int) - 10).max() <= 2
+    for ending in ("gif", "webp", "png", "tif"):
+        pixels = saved(tmp_path / f"a.{ending}", frames[0], save_all=True, append_images=frames[1:])
+        assert np.abs(pixels.astype(int) - 10).max() <= 2
     assert capsys.readouterr().err.count("several frames") == 1
 
 
@@ -293,28 +256,6 @@ def test_truncated_files_are_refused_by_name(tmp_path, ending):
         path.write_bytes(content[: int(share * len(content))])
         with pytest.raises(UserError, match="cut"):
             images.read_image(path)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("ending", ["jpg", "png", "gif", "bmp", "tif", "webp", "jp2", "avif", "tga", "ico"])
-def test_damaged_files_are_read_or_refused(tmp_path, ending):
-    """A few wrong bytes, in the header as in the pixels: an image or one line, whatever the decoder
-    raises."""
-    path = tmp_path / f"a.{ending}"
-    saved(path, NOISE[:40, :40])
-    content, refused = path.read_bytes(), 0
-    for _ in range(30):
-        damaged = bytearray(content)
-        for place in (GENERATOR.randint(len(content)), GENERATOR.randint(64)):
-            damaged[place] = GENERATOR.randint(256)
-        path.write_bytes(damaged)
-        try:
-            pixels = images.read_image(path)
-            assert pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
-        except UserError as mistake:
-            assert f"a.{ending}" in str(mistake) and "\n" not in str(mistake)
-            refused += 1
-    assert refused, "some of the damage is noticed"
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png"])

@@ -262,23 +262,24 @@ def test_mistakes_in_a_table(tmp_path, row, told):
 
 
 # ---------------------------------------------------------------- masks
-@pytest.mark.parametrize("mode, value", [("1", 255), ("L", 1), ("RGB", 9), ("LA", 9), ("I;16", 300)])
-def test_masks_of_every_mode(tmp_path, mode, value):
-    image = Image.fromarray(np.array([[0, value]], np.uint16 if mode == "I;16" else np.uint8))
-    (image if mode == "I;16" else image.convert(mode)).save(tmp_path / "m.png")
+BLACKS, WHITE_FIRST = (0, 0, 0, 0, 0, 0), (255, 255, 255, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "mode, values, palette",
+    [("1", (0, 255), ()), ("L", (0, 1), ()), ("RGB", (0, 9), ()), ("LA", (0, 9), ()), ("I;16", (0, 300), ())]
+    + [("P", (0, 1), BLACKS), ("P", (1, 0), WHITE_FIRST)],
+)
+def test_masks_of_every_mode(tmp_path, mode, values, palette):
+    """Palettes by their colours, whatever their order; of blacks alone by their numbers."""
+    image = Image.fromarray(np.array([values], np.uint16 if mode == "I;16" else np.uint8))
+    if palette:
+        image.putpalette(palette)
+    (image if mode in ("I;16", "P") else image.convert(mode)).save(tmp_path / "m.png")
     assert layouts.read_mask(tmp_path / "m.png").tolist() == [[False, True]]
     (tmp_path / "m.png").write_bytes(b"no mask")
     with pytest.raises(UserError, match="m.png"):
         layouts.read_mask(tmp_path / "m.png")
-
-
-@pytest.mark.parametrize("palette", [(0, 0, 0, 255, 255, 255), (255, 255, 255, 0, 0, 0), (0, 0, 0, 0, 0, 0)])
-def test_a_mask_with_a_palette_is_read_by_its_colours(tmp_path, palette):
-    """Whatever their order; of blacks alone by their numbers."""
-    image = Image.fromarray(((MASK > 0) != (palette[0] == 255)).astype(np.uint8), "P")
-    image.putpalette(palette)
-    image.save(tmp_path / "mask.png")
-    assert np.array_equal(layouts.read_mask(tmp_path / "mask.png"), MASK > 0)
 
 
 # ---------------------------------------------------------------- VisA
