@@ -35,12 +35,10 @@ def results_of(modelname: str = "run", root: Path = Path()) -> dict:
 def run_folder(texture_folder, tmp_path_factory):
     """A working folder in which main.py has run once, with everything; its features/ serve the other runs."""
     folder = tmp_path_factory.mktemp("work")
-    given = knobs.changed(whole(texture_folder, keep="all", baselines=True, n_seeds=2)) | {
-        "img_size": "64x64"
-    }
-    done = script(
-        "main.py", *(part for knob in given.items() for part in (f"--{knob[0]}", knob[1])), cwd=folder
-    )
+    given = knobs.changed(whole(texture_folder, keep="all", baselines=True, n_seeds=2))
+    given["img_size"] = "64x64"
+    arguments = [part for name, value in given.items() for part in (f"--{name}", value)]
+    done = script("main.py", *arguments, cwd=folder, timeout=500)
     assert done.returncode == 0, done.stderr
     return folder, done
 
