@@ -1,7 +1,7 @@
 """Raw images with one-class labels and splits.
 
 Files of images are found by images/layouts.py and read by images/images.py, the binary files of published
-data sets by images/published.py, scikit-learn's digits here (README, "Your own data")."""
+data sets by images/published.py, scikit-learn's digits here (docs/data.md)."""
 
 import contextlib
 import dataclasses
