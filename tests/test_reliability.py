@@ -1,6 +1,5 @@
 """Runs that are killed, shared and interrupted, in processes of their own: nothing is lost, nothing wrong."""
 
-import hashlib
 import json
 import os
 import random
@@ -21,7 +20,7 @@ import main
 from config import Config
 from datasets import SPLITS
 from detector import checkpoints, detector
-from shell.signals import LATEST, guarded
+from shell.signals import guarded
 from tools.processes import kill_after, start, wait
 
 KILLS = int(os.environ.get("FOAD_KILLS", "10"))  # tools/faults.py asks for more
@@ -102,36 +101,6 @@ def test_asked_to_end(begin, tmp_path, kind):
     log = (tmp_path / "log").read_text()
     assert log.count("interrupted: ") == 1 and "0 of 6 classes are kept; go on with: python" in log
     assert "Traceback" not in log and leftovers() == []
-
-
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_end_in_one_long_call(tmp_path, kind):
-    """Python answers no signal before such a call comes back."""
-
-    def long() -> None:
-        (tmp_path / "began").touch()
-        hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)
-
-    pid = start(lambda: guarded(long, told="what is said"), tmp_path / "log")
-    while not (tmp_path / "began").exists():
-        time.sleep(0.01)
-    time.sleep(0.2)
-    os.kill(pid, kind)
-    assert wait(pid, timeout=30) == 128 + kind
-    assert (tmp_path / "log").read_text() == "interrupted: what is said\n"
-
-
-def test_signals_after_the_end_are_nobodys(tmp_path):
-    """What was set up for a script goes with it, and a child's signal does not end its parent."""
-
-    def parent() -> None:
-        pid = start(lambda: time.sleep(60), tmp_path / "child")
-        time.sleep(0.2)
-        os.kill(pid, signal.SIGINT)
-        wait(pid)
-        time.sleep(LATEST + 0.5)
-
-    assert wait(start(lambda: guarded(parent), tmp_path / "log")) == 0, (tmp_path / "log").read_text()
 
 
 def test_a_disk_that_is_full(begin, tmp_path):
