@@ -46,22 +46,15 @@ FUSIONS = ("class_attention", "hilo", "spectral", "bands", "none")
 NORMALIZATIONS = ("auto", "none", "power_l2", "power_l2+whiten")
 SCORES = ("latent", "likelihood", "latent_knn", "joined")
 
-SCRIPTS = ("extractor.py", "train.py", "main.py")
-EXTRACTING, FITTING, MAIN = SCRIPTS[:1], SCRIPTS[1:], SCRIPTS[2:]
-# A knob affects the cached features, what is fitted to them, or only how a run goes.
-ROLES = ("features", "fit", "run")
+
+def knob(affects, default, text, choices=None, low=None, high=None):
+    """One knob: whether it affects the cached features, what is fitted to them, or only how a run goes; its
+    default, its help, and the values it takes: one of ``choices``, or from ``low`` to ``high``."""
+    meta = {"affects": affects, "help": text, "choices": choices, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=meta)
 
 
-def knob(affects, readers, default, text, choices=None, low=None, high=None, scripts=None):
-    """One knob: its role (ROLES), its default, its help, the values it takes (one of ``choices``, or from
-    ``low`` to ``high``), and the scripts that read it, ``readers`` unless said: the others refuse it."""
-    meta = {"help": text, "choices": choices, "low": low, "high": high, "affects": affects}
-    return dataclasses.field(default=default, metadata=meta | {"scripts": scripts or readers})
-
-
-features = functools.partial(knob, "features", SCRIPTS)
-fit = functools.partial(knob, "fit", FITTING)
-run = functools.partial(knob, "run", SCRIPTS)
+features, fit, run = (functools.partial(knob, role) for role in ("features", "fit", "run"))
 
 ImageSize = tuple[int, int] | str | None
 Six = tuple[float, float, float, float, float, float]
@@ -78,23 +71,23 @@ class Config:
     preset: str = run("paper", "paper, paper_L, released, accurate, quickstart or ablation: a named set of defaults (see PRESETS)")
     dataset: str = features("cifar10", "data set (docs/data.md has the folder layouts)", DATASETS)
     dataset_path: str | None = run(None, "folder of the raw images, or the file of csv; none: data/<dataset>")
-    class_name: str = run("all", "normal class: one, several separated by commas, or all; a comma in a name is written \\, (backslash, comma)", scripts=FITTING)
+    class_name: str = run("all", "normal class: one, several separated by commas, or all; a comma in a name is written \\, (backslash, comma)")
     extractor: str = features("VIT", f"backbone: {', '.join(BACKBONES)} or any timm model name")
-    modelname: str = run("foad_mfff", "name of the run: results go to runs/<modelname>/", scripts=FITTING)
-    n_seeds: int = run(1, "how many seeds to run: seed, seed + 1, ...; the table gives mean and std", low=1, high=10**6, scripts=MAIN)
+    modelname: str = run("foad_mfff", "name of the run: results go to runs/<modelname>/")
+    n_seeds: int = run(1, "main.py: how many seeds to run: seed, seed + 1, ...; the table gives mean and std", low=1, high=10**6)
     threads: int = run(0, "CPU threads in all; 0: all cores; main.py shares them out among classes, each in a process of its own; 1: one class after the other; with cluster: of each task, 1 unless said", low=0, high=1024)
     restart: bool = run(False, "do again what is finished (extractor.py: the features; main.py and train.py: the classes) instead of going on where the last run ended")
-    sweep: str | None = run(None, "main.py: run every combination, as in fusion=none,hilo;dataset=digits,cifar10, and make one table", scripts=MAIN)
+    sweep: str | None = run(None, "main.py: run every combination, as in fusion=none,hilo;dataset=digits,cifar10, and make one table")
     # run
-    device: str = fit("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N", scripts=SCRIPTS)
+    device: str = fit("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N")
     seed: int = run(0, "first random seed; every class starts from it alike", low=0, high=2**31)
-    keep: str = run("all", "what a run keeps beside the figures: all; weights of every class and seed (safetensors), but no pictures (score histograms, ROC, curves over epochs, contact sheets); or results alone", ("all", "weights", "results"), scripts=FITTING)
-    cluster: str | None = run(None, "extract and fit on the workers of a Dask cluster, given by its scheduler's address (tcp://host:8786) or file (docs/scale.md); none: on this machine", scripts=("extractor.py", "main.py"))
-    check: bool = run(False, "main.py: compare the AUROCs with the preset's committed table, results/<preset>.csv, and end with exit status 1 where one differs by more than .0005", scripts=MAIN)
+    keep: str = run("all", "what a run keeps beside the figures: all; weights of every class and seed (safetensors), but no pictures (score histograms, ROC, curves over epochs, contact sheets); or results alone", ("all", "weights", "results"))
+    cluster: str | None = run(None, "extract and fit on the workers of a Dask cluster, given by its scheduler's address (tcp://host:8786) or file (docs/scale.md); none: on this machine")
+    check: bool = run(False, "main.py: compare the AUROCs with the preset's committed table, results/<preset>.csv, and end with exit status 1 where one differs by more than .0005")
     # data
     tiles: int = run(0, "cut the pictures of a folder of good ones into tiles of so many pixels a side, at their own resolution, a quarter overlapping: for defects that vanish in a picture made small; predict.py then gives one score, that of the worst tile, and one heat map for the whole picture; 0: whole pictures", low=0, high=4096)
     feature_path: str | None = run(None, "folder of the features of all data sets and backbones; none: features")
-    prune: str | None = run(None, "list: tell what the features of each backbone and data set take of the disk; names of data sets, as in digits,cifar10: drop all others' features", scripts=EXTRACTING)
+    prune: str | None = run(None, "extractor.py: list: tell what the features of each backbone and data set take of the disk; names of data sets, as in digits,cifar10: drop all others' features")
     pretrained: bool = run(False, "True: the features are already extracted, stop if they are not (extractor.py: check every row of them, the images need not be there); False: extract what is missing")
     # backbone and extraction
     weights_path: str | None = features(None, "local weights instead of the hub's: .pth, .safetensors, .npz where timm reads it; random: untrained")
@@ -119,7 +112,7 @@ class Config:
     identity_start: bool = fit(False, "zero the last layer of every subnet, so that training starts from the identity flow")
     # training
     normalize: str = fit("auto", "features before the flow, fitted on normal training features; auto: none for transformers, as released, power_l2+whiten for CNNs", NORMALIZATIONS)
-    centre_pool: float = fit(0.0, "semantic token re-pooled from the patches under a centred Gaussian, its sigma in shares of the grid's side; 0: the backbone's own", low=0.0, high=100.0, scripts=SCRIPTS)
+    centre_pool: float = fit(0.0, "semantic token re-pooled from the patches under a centred Gaussian, its sigma in shares of the grid's side; 0: the backbone's own", low=0.0, high=100.0)
     batch_size: int = fit(32, "images per training step", low=1, high=10**7)
     meta_epochs: int = fit(1, "evaluations on the test set; each follows sub_epochs epochs", low=1, high=10**6)
     sub_epochs: int = fit(1, "epochs of training per meta epoch", low=1, high=10**6)
@@ -132,8 +125,8 @@ class Config:
     patience: int = fit(0, "report the epoch that is best on the held-out normals, and end training so many meta epochs behind it; 0: report the last epoch", low=0, high=10**6)
     # scoring
     score: str = fit("latent", "anomaly score: latent (mean z^2), likelihood (negative log-likelihood), latent_knn (neighbours in latent space); joined: the flow moves the places of the image instead, and its least likely ones are joined with a density of the image (needs places)", SCORES)
-    false_alarms: float = run(0.05, "share of normal pictures that may be called anomalous: the threshold, from the held-out normal ones", low=1e-06, high=0.5, scripts=FITTING)
-    baselines: bool = run(False, "main.py: nearest neighbours and Gaussian on the same features, in the same table", scripts=FITTING)
+    false_alarms: float = run(0.05, "share of normal pictures that may be called anomalous: the threshold, from the held-out normal ones", low=1e-06, high=0.5)
+    baselines: bool = run(False, "main.py: nearest neighbours and Gaussian on the same features, in the same table")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -198,10 +191,8 @@ def check(field, value):
     kind, low, high = plain_type(field.type), field.metadata["low"], field.metadata["high"]
     if value is None and is_optional(field) or field.type == ImageSize and auto_pixels(value):
         return
-    fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (
-        kind is bool
-    )
-    if not fits or low is not None and not low <= value <= high:
+    right = type(value) in ((int, float) if kind is float else (kind,))
+    if not right or low is not None and not low <= value <= high:
         bounds = "" if low is None else f" from {low} to {high}"
         raise UserError(f"{field.name}: expected {KINDS[kind]}{bounds}, got {value!r}")
     if kind is str and NO_TEXT.search(value):
@@ -254,7 +245,7 @@ def field_of(name):
 
 
 def knobs_affecting(*roles: str) -> tuple[str, ...]:
-    """The names of the knobs that affect one of ``roles`` (ROLES), in the order of this file."""
+    """The names of the knobs that affect one of ``roles`` (features, fit, run), in the order of this file."""
     return tuple(name for name, field in FIELDS.items() if field.metadata["affects"] in roles)
 
 

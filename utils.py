@@ -32,7 +32,6 @@ from shell.signals import is_guest
 
 THREADS_PER_CORE = 8  # at most
 MOST_NAMED = 20  # images or shards in one line
-KEPT_FREE = 512 << 20  # bytes
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -77,7 +76,7 @@ def keep_freed_memory() -> None:
     with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most that glibc takes: larger arrays are the system's
-        mallopt(-1, KEPT_FREE)  # M_TRIM_THRESHOLD
+        mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD
 
 
 def no_bar() -> bool | None:

@@ -37,9 +37,9 @@ class OneLineParser(argparse.ArgumentParser):
         return parsed
 
 
-def build_parser(description, script="main.py"):
-    """A parser with every knob that ``script`` reads, its default and its meaning, in the order of config.py:
-    the most used ones first."""
+def build_parser(description):
+    """A parser with every knob, its default and its meaning, in the order of config.py: the most used ones
+    first."""
     parser = OneLineParser(
         description=description,
         usage="%(prog)s [--knob VALUE ...]",
@@ -49,8 +49,7 @@ def build_parser(description, script="main.py"):
     for name, field in FIELDS.items():
         if name in SECTIONS:
             group = parser.add_argument_group(SECTIONS[name])
-        if script in field.metadata["scripts"]:
-            add_knob(group, field)
+        add_knob(group, field)
     return parser
 
 
@@ -80,13 +79,13 @@ def add_weights_path(parser):
     )
 
 
-def from_command_line(description, argv=None, script="main.py"):
-    """The configuration of a script's command line; ``-h`` prints the knobs it reads and exits. A mistake
-    ends the script with one line."""
+def from_command_line(description, argv=None):
+    """The configuration of a script's command line; ``-h`` prints the knobs and exits. A mistake ends the
+    script with one line."""
     try:
-        given, rest = build_parser(description, script).parse_known_args(argv)
+        given, rest = build_parser(description).parse_known_args(argv)
         if rest:
-            raise UserError(unexpected(rest[0], script))
+            raise UserError(unexpected(rest[0].split("=")[0]))
         made = make_config(vars(given))
         if made.sweep:
             parse_sweep(made.sweep)
@@ -97,15 +96,10 @@ def from_command_line(description, argv=None, script="main.py"):
     return made
 
 
-def unexpected(argument, script):
-    """The line for an argument that ``script`` does not take: no knob, or one that other scripts read."""
-    if not argument.startswith("--"):
-        return f"expected --knob value, got {argument!r}"
-    name = argument.split("=")[0]
-    scripts = {f"--{knob}": field.metadata["scripts"] for knob, field in FIELDS.items()}
-    if name not in scripts:
-        return unknown("knob", name, scripts)
-    return f"{script} does not read {name}, only {' and '.join(scripts[name])}; leave it out"
+def unexpected(argument):
+    """The line for an argument that is no knob."""
+    known = [f"--{name}" for name in FIELDS]
+    return unknown("knob", argument, known) if argument[:1] == "-" else f"expected --knob, got {argument!r}"
 
 
 def run_script(main, config):

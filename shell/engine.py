@@ -16,9 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-from typing import TypeVar
 
 from config import UserError
 from shell.signals import ENDING
@@ -26,13 +24,8 @@ from shell.signals import ENDING
 ROOT = Path(__file__).resolve().parents[1]
 CONNECTING = 10  # seconds until a scheduler has to answer
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
-
-def outcomes(
-    executor: Executor | None, function: Callable[[Item], Result], items: Iterable[Item]
-) -> Iterator[tuple[Item, Result]]:
+def outcomes(executor: Executor | None, function: Callable, items: Iterable) -> Iterator[tuple]:
     """Every item with function(item), as they come; by this process, in order, where there is no executor.
     Raises what a task raises."""
     if executor is None:
@@ -94,9 +87,7 @@ def _begin() -> None:
 
 
 def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait_for([parent.sentinel])
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]
     os._exit(1)
 
 
@@ -178,8 +169,8 @@ def work(task: bytes, made_of: str) -> object:
     worker = get_worker()
     if worker.state.nthreads != 1:
         raise UserError(
-            f"cluster: the worker {worker.address} has {worker.state.nthreads} threads and would do as many "
-            "tasks at once in one process; start it with --nthreads 1, and --nworkers for several"
+            f"cluster: the worker {worker.address} has {worker.state.nthreads} threads, which share one "
+            "process; start it with --nthreads 1, and --nworkers for several"
         )
     if code() != made_of:
         raise UserError(

@@ -2,13 +2,13 @@
 
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 
+import psutil
 import pytest
 from conftest import ROOT, forked
 
@@ -95,17 +95,9 @@ def test_no_process_outlives_its_parent(program, number):
     assert running.wait(10) == (-number if number == signal.SIGKILL else 128 + number)
     assert "Traceback" not in running.stderr.read() and running.stdout.read() == ""
     until = time.monotonic() + 10
-    while time.monotonic() < until and any(map(is_running, workers)):
+    while any(map(psutil.pid_exists, workers)):
+        assert time.monotonic() < until
         time.sleep(0.1)
-    assert not any(map(is_running, workers))
-
-
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 # ---------------------------------------------------------------- a cluster
@@ -163,34 +155,22 @@ def test_a_cluster_that_ends_is_a_line(cluster):
     assert "has ended" in one_line(done)
 
 
-def test_a_worker_of_several_threads_is_refused(cluster):
-    """Tasks in one process would share its seeds and its working folder."""
-    cluster.add(threads=2)
-    assert "has 2 threads" in (line := one_line(by(cluster.file, abs, 1))) and "--nthreads 1" in line
-
-
-def test_a_worker_that_sees_other_files_is_refused(cluster, tmp_path):
-    """One that lacks the script's folder; one that has read the code before it was changed."""
-    cluster.add()
+def test_a_worker_that_would_do_something_else_is_refused(cluster, tmp_path):
+    """One that lacks the script's folder; one that has read the code before it was changed; one of several
+    threads, whose tasks would share its seeds."""
+    (worker,) = cluster.add()
     assert by(cluster.file, abs, 1).returncode == 0
     (tmp_path / "gone").mkdir()
     done = by(cluster.file, abs, 1, cwd=tmp_path / "gone", before=lambda _: os.rmdir(os.getcwd()))
     assert f"does not see a folder of this script's: {tmp_path / 'gone'}" in one_line(done)
-    changed = tmp_path / "changed"
-    shutil.copytree(ROOT / "shell", changed / "shell")
-    (changed / "config.py").write_text((ROOT / "config.py").read_text() + "\n")
-    program = f"""
-from shell import engine
-from shell.signals import guarded
 
-def main():
-    with engine.on_cluster({str(cluster.file)!r}) as executor:
-        list(engine.outcomes(executor, abs, [1]))
+    def change(executor) -> None:
+        executor.run = engine._anywhere(str(ROOT), os.getcwd(), "other code")
 
-guarded(main)
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=changed, capture_output=True, text=True)
-    assert "runs other code" in one_line(done)
+    assert "runs other code" in one_line(by(cluster.file, abs, 1, before=change))
+    worker.kill()
+    cluster.add(threads=2)
+    assert "has 2 threads" in (line := one_line(by(cluster.file, abs, 1))) and "--nthreads 1" in line
 
 
 @pytest.mark.parametrize("given", ["tcp://127.0.0.1:1", "x" * 300])
