@@ -62,48 +62,37 @@ def test_a_notebook_and_its_pool_beside_modules_of_the_same_names(tmp_path):
     assert ran.stdout.splitlines()[-2:] == ["no image nowhere.png: there is no such file"] * 2
 
 
-HOST = """
-import builtins, os, runpy, signal, sys, time
+ENDING = f"""
+import os, signal, sys, time
+sys.path.append({str(ROOT)!r})
+from shell import signals
 
-class Impatient:
-    def find_spec(name, *_):
-        if name == at:
-            os.kill(os.getpid(), signal.SIGINT)
+def asked():
+    os.kill(os.getpid(), int(sys.argv[1]))
+    time.sleep(60)
 
-kept, at = "kept", sys.argv.pop(1)
-sys.meta_path.insert(0, Impatient)
-builtins.__IPYTHON__ = True  # as a notebook has it
-sys.argv.pop(0)
-sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as %run does
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
-time.sleep(2)
-try:
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(1)
-except KeyboardInterrupt:
-    print(kept)
+signals.before_imports()
+for _ in range(2):
+    try:
+        signals.guarded(asked, told="what is kept")
+    except KeyboardInterrupt:
+        print("alive")
 """
 
 
-@pytest.mark.parametrize("name, moment", [("extractor.py", "work"), ("predict.py", "imports")])
-def test_a_script_that_is_interrupted_leaves_the_program_that_runs_it(tmp_path, name, moment):
-    """A notebook: while modules are imported, and at work; later signals are the program's as before."""
-    (tmp_path / "host.py").write_text(HOST)
-    options = ["--dataset", "digits", "--extractor", "resnet18", "--weights_path", "random", "--threads", "1"]
-    options = ["run", "folder"] if name == "predict.py" else [*options, "--img_size", "96"]
-    at = "datasets" if moment == "imports" else "nowhere"
-    command = [sys.executable, "host.py", at, str(ROOT / name), *options]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as host:
-        lines = iter(host.stdout)
-        if moment == "work":
-            while "extracting" not in next(lines):
-                pass
-            host.send_signal(signal.SIGINT)
-        said = list(lines)
-    assert host.returncode == 0 and said[-2:] == ["interrupted\n", "kept\n"], said
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_asked_to_end(number):
+    command = [sys.executable, "-c", ENDING, str(int(number))]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (128 + number, "") and ran.stderr == "interrupted: what is kept\n"
+
+
+def test_a_notebook_outlives_what_is_interrupted():
+    """Again and again: its signals stay its own."""
+    code = "import builtins\nbuiltins.__IPYTHON__ = True\n" + ENDING
+    command = [sys.executable, "-c", code, str(int(signal.SIGINT))]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "alive\nalive\n", "")
 
 
 def test_scripts_find_their_modules_under_pythonsafepath(tmp_path):
