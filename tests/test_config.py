@@ -91,10 +91,7 @@ def test_presets_change_what_they_name(preset):
     }
 
 
-def test_a_configuration_is_frozen_and_checked_again():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().seed = 3
-    assert dataclasses.replace(Config(), seed=3).seed == 3
+def test_a_changed_configuration_is_checked_again():
     with pytest.raises(UserError, match="clamp"):
         dataclasses.replace(Config(), clamp=-1.0)
 

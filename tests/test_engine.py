@@ -180,8 +180,3 @@ def test_no_scheduler_there_is_a_line(monkeypatch, given):
     assert (
         line.startswith("error: cluster: expected the address of a running Dask scheduler") and given in line
     )
-
-
-def test_without_dask_a_line_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "distributed", None)
-    assert "pip install distributed" in one_line(by("tcp://127.0.0.1:1", abs))
