@@ -31,6 +31,7 @@ import model
 from cache import feature_cache
 from cache.shards import write_shard
 from cache.store import CacheIdentity, Store
+from shell import signals
 from tools import processes
 
 torch.set_num_threads(1)
@@ -112,6 +113,7 @@ def script(
 
     def run() -> None:
         os.environ.update({"COLUMNS": "100"} | environment)
+        signals.is_guest = lambda: False  # the fork stands for a program of its own
         sys.path.insert(0, str(Path(path).parent))
         runpy.run_path(path, run_name="__main__")
 
