@@ -79,7 +79,7 @@ class FittedBackbone:
         identity = cache_identity(self.config)
         self._check({k: v for k, v in identity.fields.items() if k not in self.unchecked})
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be a table of scores
-            job = extraction.Extraction(self.config, datasets.unlabelled([]), identity, self.device)
+            job = extraction.Extraction(self.config, datasets.no_images(), identity, self.device)
         unchecked = {*identity.fields, "precision", EXAMPLE}
         self._check({name: value for name, value in job.fields.items() if name not in unchecked})
         if fault := example_fault(self.features.get(EXAMPLE), job.fields[EXAMPLE]):
