@@ -4,6 +4,7 @@ import builtins
 import contextlib
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 
@@ -13,6 +14,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks a script to
 KEPT = (
     "finished classes and finished shards are kept, the same command (without --restart) goes on from there"
 )
+LEAST_ADDRESS_SPACE = 4 << 30  # bytes: with less (ulimit -v) the libraries of torch fail or hang
 WANT_OF_MEMORY = (  # as Python, torch, CUDA and oneDNN put it, the last without a reason
     "can't start new thread", "can't allocate memory", "out of memory", "could not create a primitive",
 )  # fmt: skip
@@ -32,7 +34,11 @@ def is_guest() -> bool:
 
 
 def before_imports() -> None:
-    """Until ``guarded`` Ctrl-C ends the process at once, without the traceback of half an import."""
+    """Until ``guarded`` Ctrl-C ends the process at once, without the traceback of half an import. Under a
+    limit of memory (ulimit -v) by which the imports fail, one line says so."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if 0 <= limit < LEAST_ADDRESS_SPACE:
+        stop(f"not enough memory: ulimit -v allows {limit / 1e9:.2g} GB of address space, torch takes 4.3 GB")
     if not is_guest() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
