@@ -153,21 +153,22 @@ def extract_images(
     # On a GPU one part's rows are copied while another's are computed.
     stream = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None
     with torch.cuda.stream(stream), ThreadPoolExecutor(1) as pool:  # what it has begun is ended in any case
-        for _ in utils.in_order(pool, write, in_shards(batches()), 1):
+        for _ in utils.in_order(pool, write, in_shards(batches(), job.batch), 1):
             pass
     return unreadable
 
 
-def in_shards(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same images put together: SHARD_ROWS at most, fewer where they take longer than SHARD_SECONDS."""
+def in_shards(batches: Iterator[Batch], largest: int) -> Iterator[Batch]:
+    """The same images, in batches of ``largest`` at most, put together: SHARD_ROWS at most, fewer where they
+    take longer than SHARD_SECONDS."""
     numbers: list[int] = []
     parts: list[dict[str, np.ndarray]] = []
     began = time.monotonic()
     for more, rows in batches:
-        if numbers and (len(numbers + more) > SHARD_ROWS or time.monotonic() - began > SHARD_SECONDS):
+        numbers, parts = numbers + more, [*parts, rows]
+        if len(numbers) + largest > SHARD_ROWS or time.monotonic() - began > SHARD_SECONDS:
             yield numbers, _joined(parts)
             numbers, parts, began = [], [], time.monotonic()
-        numbers, parts = numbers + more, [*parts, rows]
     if numbers:
         yield numbers, _joined(parts)
 
