@@ -52,10 +52,11 @@ def ensure_features(
     ``restart`` is obeyed. executor: of the processes that extract, if not this one. Raises UserError."""
     path = list_file(feature_folder(config.feature_path), datasets.name_of(config))
     before, restart = ImageList.read(path), thorough and config.restart
-    images = None if before and config.pretrained else images_of(config, listed=before is not None)
+    images = None if before and config.pretrained else datasets.images_of(config)
     listed = ImageList.of(images, before) if images else before
     assert listed is not None
     if images:
+        datasets.choose_classes(images.labels, config.class_name)  # a mistake shows before the extraction
         if listed.pixel_scale is not None and not restart:
             images.scale.ranges = listed.pixel_scale
         listed.pixel_scale = images.scale.ranges
@@ -85,18 +86,6 @@ def ensure_features(
         if before is None or before.content() != listed.content():
             listed.write(path)
     return as_wanted(FeatureCache(store, listed), config.unreadable)
-
-
-def images_of(config: Config, listed: bool) -> ImageSet:
-    """The images of a configuration. Raises UserError, where there are none or a class is not there: before
-    the long extraction, not after it."""
-    try:
-        images = datasets.images_of(config)
-    except UserError as mistake:
-        hint = "; features that are there can be used without the images: --pretrained True"
-        raise UserError(f"{mistake}{hint if listed else ''}") from None
-    datasets.choose_classes(images.labels, config.class_name)
-    return images
 
 
 def as_wanted(cache: FeatureCache, unreadable: str) -> FeatureCache:

@@ -93,12 +93,9 @@ class Backbone(nn.Module):
             )
         self.is_map = sample.dim() == 4
         self.channels_last_map = self.is_map and getattr(model, "output_fmt", "NCHW") == "NHWC"
-        self.prefix = (
-            0
-            if self.is_map
-            else getattr(model, "num_prefix_tokens", int(getattr(model, "cls_token", None) is not None))
-        )
-        self.has_class_token = self.prefix > 0 and getattr(model, "cls_token", None) is not None
+        has_class_token = getattr(model, "cls_token", None) is not None
+        self.prefix = 0 if self.is_map else getattr(model, "num_prefix_tokens", int(has_class_token))
+        self.has_class_token = self.prefix > 0 and has_class_token
         self.grid = self._grid(sample, img_size)
         self.n_feat = self.split(sample)[0].shape[1]
 
@@ -106,16 +103,13 @@ class Backbone(nn.Module):
         if self.is_map:
             return tuple(sample.shape[1:3]) if self.channels_last_map else tuple(sample.shape[2:])
         n = sample.shape[1] - self.prefix
-        grid = tuple(getattr(getattr(self.model, "patch_embed", None), "grid_size", None) or (0, 0))
-        if math.prod(grid) != n:
-            rows = round(math.sqrt(n * img_size[0] / img_size[1]))
-            grid = (rows, n // max(rows, 1))
-        if n < 1 or math.prod(grid) != n:
+        rows = max(1, round(math.sqrt(n * img_size[0] / img_size[1])))  # patches are square
+        if n < 1 or n % rows:
             size = f"{img_size[0]}x{img_size[1]}"
             raise UserError(
                 f"extractor: {n} patch tokens of a {size} image form no grid; choose another backbone"
             )
-        return grid
+        return rows, n // rows
 
     def split(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The model's final features -> semantic token (B, C), patch tokens (B, N, C), float32."""
@@ -312,6 +306,5 @@ def fold_batch_norms(model: nn.Module, img_size: tuple[int, int] = (64, 64)) -> 
     with torch.inference_mode():
         noise = torch.randn(2, 3, *img_size, generator=torch.Generator().manual_seed(0))
         before, after = model.forward_features(noise), folded.forward_features(noise)
-    return (
-        folded if torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item()) else model
-    )
+    same = torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item())
+    return folded if same else model

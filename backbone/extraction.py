@@ -88,14 +88,13 @@ class Extraction:
         """batch: images of a pass; 0: chosen for the device. workers: as the knob. Raises UserError."""
         self.device, self.extractor, self.img_size = device, identity.extractor, identity.img_size
         self.batch = min(batch or BATCH[device.type], MOST_IN_BATCH)
-        if device.type == "cpu":
+        if device.type == "cpu":  # threads that each read and compute whole batches
+            chosen = min(MOST_THREADS, torch.get_num_threads())
             utils.check_memory(
                 f"a batch of {self.batch} images of {self.img_size[0]}x{self.img_size[1]}",
                 PIXEL * self.batch * math.prod(self.img_size),
                 "choose a smaller extract_batch or img_size",
             )
-        if device.type == "cpu":  # threads that each read and compute whole batches
-            chosen = min(MOST_THREADS, torch.get_num_threads())
         else:  # that read images for the one that drives the device
             chosen = max(1, min(MOST_READERS, cpu_count() - 1) // SHARDS_AT_ONCE[device.type])
         self.threads = chosen if workers < 0 else max(1, workers)

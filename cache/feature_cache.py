@@ -103,7 +103,8 @@ class ImageList:
 
 def _kept(labels: Labels, rows: dict[str, np.ndarray]) -> Labels:
     """The labels of these images of each split, in the order of ``rows``."""
-    return dataclasses.replace(labels, **{split: labels.split(split).kept(rows[split]) for split in SPLITS})
+    train, test = (labels.split(split).kept(rows[split]) for split in SPLITS)
+    return dataclasses.replace(labels, train=train, test=test)
 
 
 class FeatureCache:
@@ -135,16 +136,6 @@ class FeatureCache:
             "content": checksum({"features": self.of, "images": image_list})[:16],
         }
         return as_strict_json(self.fields | more)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the patch tokens (of the windows, when compact)."""
-        rows, columns = self.fields["grid"]
-        return rows, columns
-
-    @property
-    def channels(self) -> int:
-        return self.fields["n_feat"]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -96,12 +96,10 @@ class Store:
             self.fields = {}
 
     def keep_only(self, images: set[str]) -> None:
-        """Drop the rows that are not of these images, and any second row of one; a shard that keeps some of
-        its rows is written anew."""
-        kept, gone = set[str](), list(self.damaged)
+        """Drop the rows that are not of these images; a shard that keeps some of its rows is written anew."""
+        gone = list(self.damaged)
         for shard in self.shards:
-            rows = [i for i, image in enumerate(shard.images) if image in images and image not in kept]
-            kept.update(shard.images[i] for i in rows)
+            rows = [i for i, image in enumerate(shard.images) if image in images]
             if len(rows) < len(shard.images):
                 gone.append(shard.folder)
                 if rows and not shard.damage(thorough=True):

@@ -79,7 +79,7 @@ def test_round_trip(folder):
             array = cache.arrays(split)[name]
             assert array.shape == wanted.shape and len(array) == len(wanted)
             assert (array[:] == wanted).all() and array[:].dtype == np.float16
-    assert cache.grid == (1, N) and cache.channels == C and cache.shapes == SHAPES
+    assert cache.shapes == SHAPES
     assert cache.meta["count"] == {"train": 7, "test": 2} and cache.meta["skipped"] == []
     assert cache.labels.as_json() == LABELS.as_json()
     assert (cache.tokens("train").semantic() == rows(IMAGES.hashes["train"])["tokens"][:, 0]).all()

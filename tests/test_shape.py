@@ -164,7 +164,7 @@ def test_features_are_those_of_the_size_named(folder, capsys):
     assert "at 96x288" in capsys.readouterr().out and "96x288" in auto.folder.name
     named = extractor.ensure_features(settings(**PLACES, img_size=SIZE), CPU)
     assert named.meta == auto.meta and "reusing" in capsys.readouterr().out
-    assert tuple(auto.meta["img_size"]) == SIZE and auto.grid == (3, 9)
+    assert tuple(auto.meta["img_size"]) == SIZE and auto.meta["grid"] == [3, 9]
     assert tuple(auto.meta["place_grid"]) == (3, 10) and auto.shapes["places"][0] == 30
 
 
