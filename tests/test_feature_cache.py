@@ -105,14 +105,6 @@ def test_indexing_is_numpys(folder, index):
             tokens[outside]
 
 
-def test_more_shards_than_open_files(folder, monkeypatch):
-    monkeypatch.setattr(shards, "OPEN_FILES", 1)
-    tokens = cached(folder).tokens("train")
-    for _ in range(2):
-        assert (tokens[np.array([0, 6, 3])] == rows(IMAGES.hashes["train"])["tokens"][[0, 6, 3]]).all()
-    assert len(list(Path("/proc/self/fd").glob("*"))) < 200
-
-
 def test_copies_and_rows_that_are_there_twice(folder):
     """An image that two names have has one row; a row that two processes have written does no harm."""
     add(folder, *IMAGES.all_hashes()[2:5])
@@ -245,14 +237,6 @@ def test_any_flipped_byte_is_found(folder, capsys):
                 assert found.damaged == [path.parent] and len(found.shards) == 2
             path.write_bytes(before)
     assert len(opened(folder).shards) == 3 and not capsys.readouterr().out
-
-
-def test_shards_of_other_features_are_not_taken(folder):
-    """As of other weights, where the identity was lost and is another one now."""
-    (folder / store.IDENTITY).unlink()
-    found = opened(folder)
-    found.begin(FIELDS | MADE | {"weights_sha256": "other"})
-    assert not found.shards and not found.damaged
 
 
 def test_foreign_files_stay(folder):

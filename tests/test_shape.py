@@ -8,17 +8,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_image
-from PIL import Image
 
 import datasets
 import extractor
 import predict
 import train
 from backbone.identity import size_for, size_in_shape
-from config import Config, auto_pixels, make_config
-from detector import exporting
+from config import Config, auto_pixels
 from detector.picture_detector import PictureDetector
-from images import images
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 100, 250  # of the pictures: resnet10t, made for 176 x 176, takes 96 x 288 of them
@@ -98,17 +95,6 @@ def test_size_in_the_pictures_shape(sizes, pixels, size):
     assert size_in_shape(np.array(sizes), pixels, (224, 224), 32, 5) == size
 
 
-@pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
-@pytest.mark.parametrize("turn", [1, 3, 6, 8])
-def test_size_of_a_file_is_that_of_its_pixels(tmp_path, ending, turn):
-    exif = Image.Exif()
-    exif[images.ORIENTATION] = turn
-    Image.new("RGB", (30, 20)).save(tmp_path / f"x.{ending}", exif=exif)
-    size = images.size_of(tmp_path / f"x.{ending}")
-    assert size == images.read_image(tmp_path / f"x.{ending}").shape[:2]
-    assert size == ((30, 20) if turn > 3 else (20, 30))
-
-
 def test_a_few_pictures_of_all_parts_are_measured_and_unreadable_ones_passed_over(tmp_path):
     for name in "abc":
         for i in range(5):
@@ -148,13 +134,6 @@ def test_small_images_are_enlarged_for_a_cnn_alone(tmp_path):
     assert size_of(digits) == (96, 96)
     transformer = settings(dataset="digits", dataset_path=None, extractor="vit_tiny_patch16_224")
     assert size_of(transformer) == (224, 224)
-
-
-def test_the_presets_of_the_paper_stay_square():
-    for preset in ("paper", "paper_L", "released"):
-        assert make_config({"preset": preset}).img_size is None
-    for preset in ("accurate", "quickstart", "ablation"):
-        assert make_config({"preset": preset}).img_size == "auto"
 
 
 # ---------------------------------------------------------------- extraction
@@ -199,9 +178,3 @@ def test_heat_map_has_the_pictures_shape(run, tmp_path):
     record = json.loads(Path("runs/belt/classes/belt-seed0.json").read_text())
     assert status == 0 and record["config"]["img_size"] == "auto"
     assert [r["score"] for r in rows] == pytest.approx(record["test"]["scores"], rel=1e-4, abs=1e-4)
-
-
-@pytest.mark.slow
-def test_exported_file_takes_the_shape(run, tmp_path):
-    loaded = exporting.load(Path("runs/belt/classes/belt-seed0"), 0.2)
-    assert exporting.export(loaded, tmp_path / "x.pt2", (HEIGHT, WIDTH)) <= 1e-4
