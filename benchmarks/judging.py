@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 import utils
+from reporting.tables import holm
 
 CHUNK = 250  # draws in memory at once
 
@@ -71,13 +72,6 @@ def judge(problems: list[Problem], detectors: list[str], simple: list[str], draw
     chosen = np.take_along_axis(points, best, 1), np.take_along_axis(found, best[None], 2)
     known = 0.0 if counts.any() else np.nan
     return Judged(np.append(points, chosen[0] + known, 1), np.append(found, chosen[1] + known, 2))
-
-
-def holm(p: np.ndarray) -> np.ndarray:
-    """p-values with Holm's correction."""
-    order = np.argsort(p)
-    adjusted = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
-    return np.minimum(adjusted, 1)[np.argsort(order)]
 
 
 class Difference(NamedTuple):

@@ -97,22 +97,10 @@ def test_occlusion_finds_the_part_that_the_score_comes_from():
 
 
 def test_overlay_is_written(tmp_path):
-    overlays.draw(np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9)), 3.0, tmp_path / "y.png", "M\udcfcller.png")
-    overlays.draw(
-        np.zeros((30, 50, 3), np.uint8), np.random.rand(30, 50), 0.0, tmp_path / "a" / "x.png", "a_$b$"
-    )
-    assert Image.open(tmp_path / "a" / "x.png").size[0] > 500
-
-
-def test_a_map_is_as_bright_as_it_is_hot(tmp_path):
-    """In units of what its colours span at least: a weak one stays dark."""
-    picture, values = np.zeros((30, 30, 3), np.uint8), np.full((30, 30), 0.5)
-    brightness = []
-    for least in (0.0, 0.5, 5.0):
-        overlays.draw(picture, values, least, tmp_path / "x.png", "")
-        with Image.open(tmp_path / "x.png") as drawn:
-            brightness.append(np.asarray(drawn.convert("L"))[200:300, 600:700].mean())
-    assert brightness[0] == brightness[1] > 2 * brightness[2]
+    """The picture, and beside it the same under its map."""
+    overlays.draw(np.zeros((30, 50, 3), np.uint8), np.random.rand(30, 50), 0.0, tmp_path / "a" / "x.png")
+    drawn = np.asarray(Image.open(tmp_path / "a" / "x.png"))
+    assert drawn.shape == (30, 100, 3) and drawn[:, :50].max() == 0 < drawn[:, 50:].max()
 
 
 # ---------------------------------------------------------------- of a run
@@ -140,8 +128,6 @@ def run(tmp_path_factory):
 def test_run_says_where_the_defects_are(run):
     found = json.loads(Path("runs/heat/results.json").read_text())["localisation"]["brushed"]
     assert 0 < found["pixel_auroc"] < 1 and 0 <= found["aupro"] <= 1
-    drawn = sorted(path.name for path in Path("runs/heat/figures").glob("heat-*.png"))
-    assert drawn == [f"heat-brushed-{i}.png" for i in range(1, 5)]
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """predict.py scores new pictures as the run scored them, and so do three lines in a notebook."""
 
-import codecs
 import csv
 import io
 import itertools
@@ -220,43 +219,8 @@ def test_a_name_without_a_file(here, capsys, monkeypatch):
             ask("nowhere.png")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "a.png\n\nä b.png".encode(),
-        "a.png\r\n \r\nä b.png\r\n".encode(),
-        "a.png\nä b.png\n".encode("utf-8-sig"),
-        "a.png\r\nä b.png\r\n".encode("utf-16"),
-        codecs.BOM_UTF16_BE + "a.png\nä b.png".encode("utf-16-be"),
-    ],
-)
-def test_lists_of_every_system(content):
-    assert given.lines_of(content) == ["a.png", "ä b.png"]
-
-
-def test_names_that_are_no_text_pass_through_a_list():
-    assert os.fsencode(given.lines_of(b"\xff.png\n")[0]) == b"\xff.png"
-    for content in (b"a.png\0b.png\0", "a.png\n".encode("utf-16-le")):
-        with pytest.raises(UserError, match="NUL"):
-            given.lines_of(content)
-
-
-def test_globs_through_folders_with_brackets(tmp_path):
-    names = ("shots [1]/a.png", "shots [1]/deep/b.png", "shots 1/c.png", "x[2]/d.png", "x2/e.png")
-    tree(tmp_path, *names)
-
-    def found(pattern):
-        return [path.relative_to(tmp_path).as_posix() for path in given.matching(f"{tmp_path}/{pattern}")]
-
-    assert found("shots [1]/*.png") == ["shots [1]/a.png"]
-    assert found("shots [1]/**/*.png") == ["shots [1]/a.png", "shots [1]/deep/b.png"]
-    assert found("shots [0-9]/*.png") == ["shots 1/c.png"]
-    assert found("*/?.png") == sorted(name for name in names if "deep" not in name)
-    assert found("nowhere/*.png") == []
-
-
 def test_globs_and_lists(here, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", listed("\n".join(TESTED[:3]).encode()))
+    monkeypatch.setattr(sys, "stdin", listed("\r\n \r\n".join(TESTED[:3]).encode()))
     rows, _, _ = predicted(capsys, "runs/held", "-", "images/test/b/*.png")
     assert [row["image"] for row in rows] == TESTED[:3] + TESTED[10:]
 
