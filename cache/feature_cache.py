@@ -73,7 +73,8 @@ class ImageList:
         """All that is listed of each image of a split but its name."""
         labels, classes = self.labels.split(split), (*self.labels.classes, "")
         names = [classes[category] for category in labels.category]
-        return list(zip(self.hashes[split], names, labels.defect.tolist(), labels.kind))
+        kinds = [kind + " (held out)" * held for kind, held in zip(labels.kind, labels.held.tolist())]
+        return list(zip(self.hashes[split], names, labels.defect.tolist(), kinds))
 
     @classmethod
     def read(cls, path: Path) -> "ImageList | None":
