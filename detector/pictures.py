@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import datasets
 import utils
 from backbone import backbones, extraction
 from backbone.extraction import COMPILED_FROM, Rows
@@ -76,10 +75,11 @@ class FittedBackbone:
     def job(self) -> extraction.Extraction:
         """The loaded backbone. Raises UserError when it no longer gives the features of the fit."""
         self.config = dataclasses.replace(self.config, weights_path=self._weights_path())
-        identity = cache_identity(self.config)
+        identity = cache_identity(self.config, self.device)
         self._check({k: v for k, v in identity.fields.items() if k not in self.unchecked})
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be a table of scores
-            job = extraction.Extraction(self.config, datasets.no_images(), identity, self.device)
+            config = self.config
+            job = extraction.Extraction(identity, self.device, config.extract_batch, config.workers)
         unchecked = {*identity.fields, "precision", EXAMPLE}
         self._check({name: value for name, value in job.fields.items() if name not in unchecked})
         if fault := example_fault(self.features.get(EXAMPLE), job.fields[EXAMPLE]):
@@ -102,8 +102,8 @@ class FittedBackbone:
         places = [self.weights] if self.weights else [there, *beside]
         for place in places:
             if place.is_file():
-                moved = dataclasses.replace(self.config, weights_path=str(place))
-                if backbones.weights_source(moved) == self.features["weights"]:
+                source = backbones.weights_source(self.config.extractor, str(place), self.config.seed)
+                if source == self.features["weights"]:
                     return str(place)
         raise UserError(
             f"weights_path: the detector was fitted with {there.name} ({self.features['weights']}); expected "
