@@ -9,6 +9,7 @@ import math
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import timm
 import torch
 from timm.layers import BatchNormAct2d
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import config as knobs
+import utils
 from config import BACKBONES, SIZES, UserError
 from shell.files import sha256_of_file
 
@@ -208,6 +210,8 @@ def _create(extractor: str, img_size: tuple[int, int], from_hub: bool) -> nn.Mod
     if from_hub:
         print(f"weights of {name}: from the hub's local cache or the hub", flush=True)
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the outcome is told below
+        hub = huggingface_hub.constants  # where there is no connection its client would try for a minute
+        hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE or not utils.reachable(hub.ENDPOINT)
     try:
         return create_model(name, img_size, from_hub)
     except Exception as error:  # hub clients raise errors of many kinds
