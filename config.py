@@ -98,10 +98,10 @@ class Config:
     places: int = features(0, "also keep and use place tokens, for defects of a small place: the maps of middle depths on a grid of so many rows and columns, in the image's shape, and of as many more as it has more pixels than the backbone's own size; 0: none", low=0, high=64)
     precision: str = features("auto", "backbone arithmetic: float32, bfloat16, float16; auto: float32 on a CPU, half precision on a GPU", ("auto", "float32", "bfloat16", "float16"))
     mirror: bool = features(False, "average what the backbone gives of an image with what it gives of its mirror image: more accurate, in twice the time; not where left and right have a meaning")
-    extract_batch: int = run(0, "images per backbone pass; 0: chosen for the device", low=0, high=65536)
+    extract_batch: int = run(0, "images per backbone pass, at most 256; 0: chosen for the device", low=0, high=65536)
     workers: int = run(-1, "CPU: threads that each read and compute whole batches (0: one batch at a time, by all threads); GPU: threads that read images; -1: chosen for the machine", low=-1, high=256)
     unreadable: str = run("stop", "images that cannot be read: stop (after all others are done, naming each), or skip (they are left out, and listed)", ("stop", "skip"))
-    compile: bool = run(False, "torch.compile the backbone, and the flow in training (on a GPU with CUDA graphs, 4 times as quick on an H200): pays on long runs only")
+    compile: bool = run(False, "torch.compile the flow in training (on a GPU with CUDA graphs, 4 times as quick on an H200): pays on long runs only")
     # flow
     n_coupling_blocks: int = fit(4, "coupling layers K", low=1, high=1000)
     fc_internal: int | None = fit(None, "hidden width H of the subnets; none: C, as in the paper", low=1, high=10**6)
