@@ -68,7 +68,7 @@ class Config:
     a bad value."""
 
     # most used
-    preset: str = run("paper", "paper, paper_L, released, accurate, quickstart or ablation: a named set of defaults (see PRESETS)")
+    preset: str = run("paper", "paper, paper_L, released, accurate or quickstart: a named set of defaults (see PRESETS)")
     dataset: str = features("cifar10", "data set (docs/data.md has the folder layouts)", DATASETS)
     dataset_path: str | None = run(None, "folder of the raw images, or the file of csv; none: data/<dataset>")
     class_name: str = run("all", "normal class: one, several separated by commas, or all; a comma in a name is written \\, (backslash, comma)")
@@ -77,7 +77,6 @@ class Config:
     n_seeds: int = run(1, "main.py: how many seeds to run: seed, seed + 1, ...; the table gives mean and std", low=1, high=10**6)
     threads: int = run(0, "CPU threads in all; 0: all cores; main.py shares them out among classes, each in a process of its own; 1: one class after the other; with cluster: of each task, 1 unless said", low=0, high=1024)
     restart: bool = run(False, "do again what is finished (extractor.py: the features; main.py and train.py: the classes) instead of going on where the last run ended")
-    sweep: str | None = run(None, "main.py: run every combination, as in fusion=none,hilo;dataset=digits,cifar10, and make one table")
     # run
     device: str = fit("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N")
     seed: int = run(0, "first random seed; every class starts from it alike", low=0, high=2**31)
@@ -170,10 +169,6 @@ PRESETS["quickstart"] = PRESETS["accurate"] | {
     "modelname": "quickstart", "dataset": "digits", "extractor": "efficientnet_lite0",
     "mirror": False,  # a mirrored digit is another one
     "least_steps": 200,  # for a minute in all
-}
-PRESETS["ablation"] = PRESETS["accurate"] | {
-    "modelname": "ablation", "extractor": "efficientnet_lite0", "n_seeds": 3, "keep": "results",
-    "sweep": "fusion=none,class_attention,hilo,bands",
 }
 # fmt: on
 

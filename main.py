@@ -6,18 +6,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH, too
 
-import config as knobs
 from shell.command_line import from_command_line, run_script
-from shell.files import file_name, write_text
+from shell.files import write_text
 from shell.signals import Interrupted
 
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
     CONFIG = from_command_line(__doc__)
 
 import csv
-import dataclasses
 import functools
-import itertools
 import math
 import time
 from concurrent.futures import Executor
@@ -31,9 +28,8 @@ import utils
 from cache.feature_cache import FeatureCache
 from config import ClassError, Config, UserError
 from detector import checkpoints, class_data, detector, memory, runs
-from reporting import compare, figures, findings, report, tables, webpage
+from reporting import figures, findings, report, tables, webpage
 from shell import engine
-from shell.values import parse_sweep, parse_values
 
 PROCESS_BYTES = 1e9  # of a process of its own, beside the training
 TABLES = Path(__file__).resolve().parent / "results"  # committed ones, a preset each
@@ -164,28 +160,12 @@ def write_report(config: Config, cache: FeatureCache, results: list[dict], began
     return summary
 
 
-def run_sweep(config: Config) -> list[dict]:
-    """Run every combination of the values that the knob ``sweep`` lists, then list them -> their
-    summaries."""
-    sweep, configs = parse_sweep(config.sweep), []
-    for values in itertools.product(*sweep.values()):  # all first: a mistake shows before the first run
-        parsed = parse_values(dict(zip(sweep, values)))
-        name = f"{config.modelname}/{file_name('-'.join(values), knobs.LONGEST_NAME - 10)}"
-        configs.append(dataclasses.replace(config, **parsed, modelname=name, sweep=None))
-    summaries = []
-    for combination in configs:
-        print(f"\n=== {combination.modelname}", flush=True)
-        summaries.append(run(combination))
-    print(f"\n{compare.list_runs(checkpoints.run_folder(config))}")
-    return summaries
-
-
 # ---------------------------------------------------------------- the committed table
 def committed_table(config: Config) -> dict[str, float]:
     """{class, and mean: AUROC} of the preset's committed table. Raises UserError where there is none."""
     path = TABLES / f"{config.preset}.csv"
-    if config.sweep or not path.exists():
-        raise UserError(f"check: there is no committed table of {'a sweep' if config.sweep else path.name}")
+    if not path.exists():
+        raise UserError(f"check: there is no committed table {path.name}")
     with path.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     if not rows or report.ORACLE not in rows[0]:  # the suite's, of several data sets
@@ -209,14 +189,14 @@ def main(config: Config) -> None:
     """Raises UserError, once everything is reported, when a class could not be fitted; SystemExit with status
     1 when ``check`` finds a difference."""
     wanted = committed_table(config) if config.check else None
-    summaries = run_sweep(config) if config.sweep else [run(config)]
-    classes = [entry for summary in summaries for entry in summary["classes"].values()]
+    summary = run(config)
+    classes = summary["classes"].values()
     failures = [bad[0] for e in classes if (bad := [run for run in e["runs"] if "reason" in run])]
     if failures:
         first = f"class {failures[0]['class']}: {failures[0]['reason']}"
         raise UserError(f"{len(failures)} of {len(classes)} classes could not be fitted: {first}")
     if wanted:
-        different = differences(summaries[0], wanted)
+        different = differences(summary, wanted)
         print("\n".join(different) or f"equal within ± {TOLERANCE:.4f}".replace("0.", "."))
         if different:
             raise SystemExit(1)

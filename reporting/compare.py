@@ -27,7 +27,7 @@ def read_run(folder: Path) -> dict:
 
 
 def list_runs(root: Path) -> str:
-    """A line per run, those of a sweep, too: what it was made of, its mean AUROC, when. Raises UserError
+    """A line per run, in folders of runs, too: what it was made of, its mean AUROC, when. Raises UserError
     where there is none."""
     folders = {path.parent for path in (*root.rglob("results.json"), *root.rglob("classes"))}
     if not folders:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from config import FIELDS, UserError, changed, make_config, unknown
 from shell.signals import KEPT, before_imports, guarded, stop
-from shell.values import parse_sweep, parse_value
+from shell.values import parse_value
 
 SECTIONS = {  # of the help: the first knob of each -> its title
     "preset": "most used",
@@ -87,8 +87,6 @@ def from_command_line(description, argv=None):
         if rest:
             raise UserError(unexpected(rest[0].split("=")[0]))
         made = make_config(vars(given))
-        if made.sweep:
-            parse_sweep(made.sweep)
     except UserError as mistake:
         stop(mistake)
     if argv is None:

@@ -2,7 +2,7 @@
 
 import re
 
-from config import KINDS, ImageSize, UserError, auto_pixels, check, field_of, is_optional, plain_type
+from config import KINDS, ImageSize, UserError, auto_pixels, field_of, is_optional, plain_type
 
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -31,23 +31,6 @@ def parse_value(field, text):
 def parse_values(texts):
     """{knob: text} -> {knob: value}. Raises UserError on an unknown knob or a value that does not fit."""
     return {name: parse_value(field_of(name), text) for name, text in texts.items()}
-
-
-def parse_sweep(text):
-    """``fusion=none,hilo;dataset=digits`` -> {"fusion": ["none", "hilo"], "dataset": ["digits"]}. Raises
-    UserError."""
-    sweep = {}
-    for part in text.split(";"):
-        name, _, values = part.strip().partition("=")
-        if not values:
-            raise UserError(f"sweep: expected knob=value,value;knob=value,value, got {text!r}")
-        field = field_of(name)
-        if name in ("preset", "modelname", "sweep"):
-            raise UserError(f"sweep: {name} cannot be swept; run the script once per {name}")
-        sweep[name] = [value.strip() for value in values.split(",")]
-        for value in sweep[name]:
-            check(field, parse_value(field, value))
-    return sweep
 
 
 def class_names(text):

@@ -50,12 +50,12 @@ def lines_of(text: str) -> dict[str, str]:
 
 def test_list_says_what_every_run_is(tmp_path):
     write_run(tmp_path, "done", {"a": scores_of(9.0)}, dataset="digits", extractor="efficientnet_lite0")
-    (write_run(tmp_path, "sweep/begun", {"a": scores_of(0.0)}) / "results.json").unlink()
+    (write_run(tmp_path, "grid/begun", {"a": scores_of(0.0)}) / "results.json").unlink()
     (write_run(tmp_path, "odd", {"a": scores_of(0.0)}) / "results.json").write_text("[]")
     lines = lines_of(text := compare.list_runs(tmp_path))
     assert max(map(len, text.splitlines())) <= 100
     assert lines["done"].split()[1:6] == ["digits", "efficientnet_lite0", "paper", "0", "1.0000"]
-    assert "unfinished" in lines["sweep/begun"] and "unfinished" in lines["odd"]
+    assert "unfinished" in lines["grid/begun"] and "unfinished" in lines["odd"]
 
 
 def test_compare_pairs_each_class(tmp_path):

@@ -13,7 +13,6 @@ import config
 from config import FIELDS, PRESETS, Config, UserError, make_config
 from shell import command_line
 from shell.command_line import from_command_line
-from shell.values import parse_sweep
 
 
 def parsed(*arguments) -> Config:
@@ -188,10 +187,6 @@ def test_flag_without_a_value():
         ("--token_grid releasedfull", "token_grid.*releasedfull"),
         ("--patience 3", "patience.*holdout"),
         ("--score joined", "joined.*places"),
-        ("--sweep fusion=", "sweep"),
-        ("--sweep fusoin=none", "did you mean fusion"),
-        ("--sweep fusion=nne", "fusion.*did you mean none"),
-        ("--sweep preset=paper", "cannot be swept"),
     ],
 )
 def test_mistakes_are_one_line(capsys, arguments, told):
@@ -213,13 +208,6 @@ def test_mistakes_are_one_line(capsys, arguments, told):
 def test_make_config_refuses(values):
     with pytest.raises(UserError, match=next(iter(values))):
         make_config(values)
-
-
-def test_sweeps():
-    assert parse_sweep("fusion=none, hilo; dataset=DIGITS") == {
-        "fusion": ["none", "hilo"],
-        "dataset": ["DIGITS"],
-    }
 
 
 # ---------------------------------------------------------------- scripts

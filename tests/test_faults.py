@@ -217,7 +217,7 @@ HOSTILE = (
         "\u202e",
         "*",
     ),
-    *("cuda:99", "auto:0", "4097x1", "0,0,0,1e-320,1,1", "fusion=none,,none", "resnet18.a.b", "tcp://"),
+    *("cuda:99", "auto:0", "4097x1", "0,0,0,1e-320,1,1", "resnet18.a.b", "tcp://"),
 )
 
 

@@ -1,6 +1,5 @@
 """The whole run, from images to results.json."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -162,14 +161,3 @@ def test_test_images_of_one_label(tmp_path, monkeypatch):
         main.main(whole(folder, keep="all", baselines=True, **UNTRAINED))
         assert results_of()["mean"]["auroc"] is None
         assert results_of()["classes"]["only"]["undefined"] == "no anomalous test images"
-
-
-def test_sweep_runs_every_combination(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    folder = make_folder(tmp_path / "images", classes=("a", "b"), n_train=5, n_test=5)
-    swept = whole(folder, modelname="grid", meta_epochs=1, **UNTRAINED)
-    main.main(dataclasses.replace(swept, sweep="fusion=none,class_attention;clamp=1,3"))
-    listed = capsys.readouterr().out.splitlines()[-5:]
-    for name in ("none-1", "none-3", "class_attention-1", "class_attention-3"):
-        auroc = f"{results_of(f'grid/{name}')['mean']['auroc']:.4f}"
-        assert any(line.startswith(f"{name} ") and f" {auroc} " in line for line in listed)

@@ -107,7 +107,7 @@ def test_a_run_stays_in_its_folder(capsys, name):
     error = capsys.readouterr().err
     assert "modelname" in error and error.count("\n") == 1
     with pytest.raises(UserError, match="modelname"):
-        Config(modelname=f"grid/{name}")  # a sweep's run, one folder deeper
+        Config(modelname=f"grid/{name}")  # one folder deeper
 
 
 @pytest.mark.parametrize("name", ["run", "ä b", "v1.5", "a,b=c", "grid/a"])

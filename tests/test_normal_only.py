@@ -74,7 +74,7 @@ def test_rate_that_the_pictures_support(good, capsys):
 
 
 def test_own_folders_hold_some_out():
-    """Unless a share is given, or edited in config.py; in a sweep over data sets, too."""
+    """Unless a share is given, or edited in config.py; checked whenever the data set changes, too."""
     assert knobs.held_share(None, "folder") == knobs.held_share(None, "csv") == 0.1
     assert knobs.held_share(None, "mvtec") == 0
     assert knobs.held_share(0.0, "folder") == 0 and knobs.held_share(0.2, "folder") == 0.2
