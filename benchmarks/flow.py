@@ -25,7 +25,7 @@ from backbone.storing import SHARD_ROWS
 from cache import feature_cache, store
 from cache.shards import write_shard
 from config import Config
-from detector import class_data, optimization
+from detector import class_data
 
 
 def our_step(flow, optimizer, features):
@@ -33,7 +33,9 @@ def our_step(flow, optimizer, features):
     semantic, patches = features
     with products(semantic.device):
         loss = model.loss_per_image(*flow(semantic, [patches])).mean()
-        optimizer.backward_and_step(loss)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     return loss.item()
 
 
@@ -53,9 +55,7 @@ def same_flows(channels, hidden, device):
         hidden=hidden,
         clamp=3.0,
         fusion="class_attention",
-        use_gamma=True,
         identity_start=False,
-        heads=0,
         alpha=0.5,
         window=3,
         bands=False,
@@ -95,8 +95,7 @@ def compare_steps(args, device):
         with torch.no_grad():
             (z, _), (z_plain, _) = ours(semantic, [patches]), theirs(semantic, patches)
             dz = ((z - z_plain).abs().max() / z_plain.abs().max()).item()
-        config = Config()
-        ours_adam, theirs_adam = optimization.SubnetAdam(ours, config), make_optimizer(theirs)
+        ours_adam, theirs_adam = train.make_optimizer(ours, Config()), make_optimizer(theirs)
         losses = our_step(ours, ours_adam, features), step(theirs, theirs_adam, tokens)
         flops = count_flops(ours, ours_adam, features)
         step(theirs, theirs_adam, tokens)

@@ -34,7 +34,7 @@ import utils
 from backbone import resizing
 from backbone.extraction import Extraction
 from backbone.identity import cache_identity
-from detector import class_data, optimization, preparation
+from detector import class_data, preparation
 from shell.files import write_text
 
 CPU = torch.device("cpu")
@@ -150,7 +150,7 @@ def steps(job: Job) -> None:
         flow, _ = same_flows(sizes.channels, sizes.channels, CPU)
         semantic, patches = in_parts(torch.randn(32, 1 + sizes.grid**2, sizes.channels).to(device))
         flow, losses = flow.to(device), []
-        optimizer = optimization.SubnetAdam(flow, knobs.Config())
+        optimizer = train.make_optimizer(flow, knobs.Config())
         for _ in range(10):
             losses.append(our_step(flow, optimizer, (semantic, patches)))
         with torch.no_grad():

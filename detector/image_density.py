@@ -1,13 +1,17 @@
 """How unusual the image is as a whole: densities of the joint token that need no training (docs/method.md,
 section 5.4)."""
 
+import math
+
 import torch
 from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor, nn
 
-import model
 from detector.normalization import EPS, principal_directions
+from model import squared_distances
 
+DRAWN = 0.5  # where kernels are centred between the mean of all tokens (0) and a training image's (1)
+BANDWIDTHS = 40  # tried, a factor of 1.12 apart
 KERNEL_RIDGE = 10.0  # of the kernels' metric, in units of the mean variance
 ONE_SCENE, SEVERAL = 0.29, 0.39  # spread up to which a class shows one scene, and from which it shows several
 FLOOR = 1e-6  # of an energy before its logarithm
@@ -73,10 +77,10 @@ class ImageDensity(nn.Module):
         left_out = energies / (1 - (1 - shrinkage) * energies / n).clamp_min(1e-3) * (n / (n - 1)) ** 2
         self.gaussian_unit.fit(self._log(left_out))
         scaled = tokens * self.kernel_scale
-        self.centres = (model.DRAWN * scaled).half()
-        distances = model.squared_distances(scaled, self.centres.float()).fill_diagonal_(torch.inf)
-        self.bandwidth.copy_(model.best_bandwidth(distances, channels))
-        self.kernel_unit.fit(self._log(model.kernel_energy(distances, self.bandwidth, channels) * channels))
+        self.centres = (DRAWN * scaled).half()
+        distances = squared_distances(scaled, self.centres.float()).fill_diagonal_(torch.inf)
+        self.bandwidth.copy_(best_bandwidth(distances, channels))
+        self.kernel_unit.fit(self._log(kernel_energy(distances, self.bandwidth, channels) * channels))
         return self
 
     def _log(self, energies: Tensor) -> Tensor:
@@ -88,10 +92,30 @@ class ImageDensity(nn.Module):
         outside = centred.square().sum(1) - inside.square().sum(1)
         outside = outside.clamp_min(0) if self.partial else torch.zeros_like(outside)
         gaussian = (inside * self.gaussian_scale).square().sum(1) + outside * self.gaussian_rest
-        distances = model.squared_distances(inside * self.kernel_scale, self.centres.float())
+        distances = squared_distances(inside * self.kernel_scale, self.centres.float())
         distances = distances + (outside * self.kernel_rest).unsqueeze(1)
-        kernels = model.kernel_energy(distances, self.bandwidth, self.channels) * self.channels
+        kernels = kernel_energy(distances, self.bandwidth, self.channels) * self.channels
         return torch.stack([self.gaussian_unit(self._log(gaussian)), self.kernel_unit(self._log(kernels))], 1)
+
+
+def kernel_energy(distances: Tensor, bandwidth: Tensor, channels: int) -> Tensor:
+    """Twice the negative log-likelihood under a kernel density in units of the bandwidth h, the variance of a
+    kernel, per channel and without its constant (docs/method.md, eq. 22): -2 h log mean_i exp(-d_i / 2h) / D.
+
+    distances (B, n): squared, to the kernels' centres, the training images' tokens times ``DRAWN``: kernels
+    widen a density, and drawn to the mean they do not (the smoothed bootstrap with shrinkage: Silverman and
+    Young 1987) -> (B)."""
+    density = torch.logsumexp(distances / (-2 * bandwidth), 1) - math.log(distances.shape[1])
+    return -2 * bandwidth * density / channels
+
+
+def best_bandwidth(distances: Tensor, channels: int) -> Tensor:
+    """The bandwidth of the kernel density under which images are most likely whose squared distances to its
+    centres are given, infinite to their own: (m, n) -> ()."""
+    start = distances[distances.isfinite()].mean() / channels
+    tried = torch.stack([start * 1.12**-i for i in range(BANDWIDTHS)])
+    losses = [(kernel_energy(distances, h, channels) / h + h.log()).mean() for h in tried]
+    return tried[int(torch.stack(losses).argmin())]
 
 
 def one_scene(spread: float) -> float:

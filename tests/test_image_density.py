@@ -7,7 +7,8 @@ import pytest
 import torch
 from sklearn.covariance import ledoit_wolf
 
-from detector.image_density import ImageDensity, Standardized, one_scene
+from detector.image_density import ImageDensity, Standardized, best_bandwidth, kernel_energy, one_scene
+from model import squared_distances
 
 
 def tokens(n: int, channels: int, seed: int = 0) -> torch.Tensor:
@@ -50,6 +51,32 @@ def test_the_kernels_are_those_of_a_plain_loop(n, channels):
     unit = density.kernel_unit
     got = (density(unseen)[:, 1] * unit.deviation + unit.mean).exp() * channels
     assert got.numpy() == pytest.approx(wanted, rel=1e-3)
+
+
+def test_kernel_density_is_a_density():
+    """It integrates to one under any bandwidth."""
+    axis = torch.arange(-9, 9, 0.06).double()
+    points, known = torch.cartesian_prod(axis, axis), torch.randn(5, 2).double()
+    h = torch.tensor(0.3).double()
+    energy = kernel_energy(squared_distances(points, known), h, 2)
+    total = torch.exp(-energy / h - (2 * math.pi * h).log()).sum() * 0.06**2
+    assert abs(total.item() - 1) < 1e-3
+
+
+def test_best_bandwidth_is_the_best_of_those_tried():
+    """The one under which held-out points are most likely, a factor of 1.12 from its neighbours: near the
+    variance by which they lie beside the known ones."""
+    generator = torch.Generator().manual_seed(0)
+    known = 3 * torch.randn(200, 5, generator=generator).double()
+    held = known[:60] + 0.8 * torch.randn(60, 5, generator=generator).double()
+    distances = squared_distances(held, known)
+    best = best_bandwidth(distances, 5)
+
+    def loss(h):
+        return (kernel_energy(distances, h, 5) / h + h.log()).mean()
+
+    assert all(loss(best) < loss(best * factor) for factor in (1.12**-8, 1 / 1.12, 1.12, 1.12**8))
+    assert 0.3 < best.item() < 1.2
 
 
 def logs_without(known: np.ndarray, i: int, centre: np.ndarray, divisor: int) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 
 import utils
 from detector import checkpoints
-from detector.preparation import WHOLE
+from detector.detector import WHOLE
 
 SCORES = (WHOLE, "places")  # of a record
 
