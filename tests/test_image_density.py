@@ -110,7 +110,7 @@ def test_images_are_standardised_by_gaussians_without_them(n, channels):
 def test_images_are_standardised_by_kernels_without_them():
     known, n, channels = tokens(20, 8), 20, 8
     density = fitted(known)
-    scaled, h = (known - density.mean) @ density.directions * density.kernel_scale, density.bandwidth
+    scaled, h = density.gaussian.principal(known)[0] * density.kernel_scale, density.bandwidth
     logs = []
     for i in range(n):
         others = torch.cat([scaled[:i], scaled[i + 1 :]]) / 2

@@ -152,53 +152,31 @@ def test_what_is_asked_for_later_is_made(run):
 
 
 def test_restart(run):
+    """Of one class it keeps the others, unless they are of another configuration."""
     run()
     run.fitted.clear()
-    run(restart=True)
-    assert len(run.fitted) == 3
+    run(restart=True, class_name="b")
+    assert run.fitted == [("b", 0)] and {name[0] for name in files()} == {"a", "b", "c"}
+    run(restart=True, class_name="b", lr_init=2e-3)
+    assert {name[0] for name in files()} == {"b"}
     runs.drop(settings(modelname="run"))
     left = {path.name for path in Path("runs/run").iterdir()}
     assert left <= {"classes", "figures"} and files() == [], "no table or page of the old run"
 
 
-def test_restart_of_one_class_keeps_the_others(run):
-    run()
-    run.fitted.clear()
-    run(restart=True, class_name="b")
-    assert run.fitted == [("b", 0)] and {name[0] for name in files()} == {"a", "b", "c"}
-    run.fitted.clear()
-    run()
-    assert run.fitted == []
-    run(restart=True, class_name="b", lr_init=2e-3)
-    assert {name[0] for name in files()} == {"b"}, "the others are of another configuration"
-
-
-def test_thresholds_are_at_the_rate_that_is_asked_for(run):
-    """Of classes that are kept, too."""
-    for rate in (0.05, 0.2):
-        thresholds = run(dataset="mvtec", holdout=0.5, false_alarms=rate)["thresholds"]
-        assert {found["asked"] for found in thresholds.values()} == {rate} and len(thresholds) == 3
-
-
 # ---------------------------------------------------------------- one configuration
-@pytest.mark.parametrize(
-    "change",
-    [{"lr_init": 2e-3}, {"score": "likelihood"}],
-    ids=str,
-)
-def test_another_configuration_is_refused(run, change):
+def test_another_configuration_is_refused(run):
     run()
-    before, kept = files(), sha256_of_file("runs/run/classes/a-seed0.json")
+    before = {name: sha256_of_file(f"runs/run/classes/{name}") for name in files()}
     run.fitted.clear()
     with pytest.raises(UserError) as mistake:
-        run(**change)
-    line, name = str(mistake.value), next(iter(change))
-    assert f"{name} {getattr(settings(), name)} there, {change[name]} now" in line
-    assert "--modelname" in line and "--restart" in line and "\n" not in line
-    assert run.fitted == [] and files() == before
-    assert sha256_of_file("runs/run/classes/a-seed0.json") == kept
-    run(modelname="other", **change)
-    run(restart=True, **change)
+        run(lr_init=2e-3)
+    line = str(mistake.value)
+    assert "lr_init 0.001 there, 0.002 now" in line and "\n" not in line
+    assert "--modelname" in line and "--restart" in line and run.fitted == []
+    assert {name: sha256_of_file(f"runs/run/classes/{name}") for name in files()} == before
+    run(modelname="other", lr_init=2e-3)
+    run(restart=True, lr_init=2e-3)
     assert len(run.fitted) == 6
 
 
@@ -211,14 +189,6 @@ def test_the_rate_of_false_alarms_holds_pictures_out_of_folders(run):
     run.fitted.clear()
     run(modelname="published", dataset="mvtec", holdout=0.1, false_alarms=0.2)
     assert run.fitted == []
-
-
-def test_other_features_are_refused(run):
-    run()
-    run.cache = again(run.cache)
-    run.cache.fields = run.cache.fields | {"weights_sha256": "other"}
-    with pytest.raises(UserError, match="weights_sha256 None there, other now"):
-        run()
 
 
 def test_a_folder_of_an_earlier_version_is_left_alone(run):
@@ -405,16 +375,12 @@ def test_a_run_is_checked_against_the_committed_table(run, tmp_path, monkeypatch
     capsys.readouterr()
     run(check=True)
     assert "equal within ± .0005" in capsys.readouterr().out
-    (tmp_path / "tables/paper.csv").write_text("detector,set,class,seed,auroc\nwhole score,digits,0,0,.9\n")
-    with pytest.raises(UserError, match="paper.csv is no table of a run"):
-        run(check=True)
     lines = text.splitlines(keepends=True)
     place = lines[0].split(",").index("auroc")
     fields = lines[1].split(",")
     fields[place] = str(float(fields[place]) - 0.001)
     (tmp_path / "tables/paper.csv").write_text("".join([lines[0], ",".join(fields), *lines[3:]]))
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit, match="1"):
         run(check=True)
     told = capsys.readouterr().out.splitlines()[-2:]
-    assert end.value.code == 1
     assert told[0] == "b: not in the table" and told[1].startswith("a: AUROC ") and "in the table" in told[1]

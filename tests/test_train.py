@@ -1,6 +1,5 @@
 """Training and scoring, on fabricated features."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -8,12 +7,10 @@ import pytest
 import torch
 from fabricated import (
     CHOOSING,
-    CLASSES,
     JOINED,
     N_TEST,
     N_TRAIN,
     C,
-    again,
     all_of,
     by_score,
     fit,
@@ -26,8 +23,7 @@ import config as knobs
 import model
 import train
 import utils
-from config import ClassError, UserError
-from datasets import Split
+from config import ClassError
 from detector import class_data, detector
 from detector.detector import WHOLE
 from detector.evaluation import scores_of
@@ -40,15 +36,12 @@ CLEAR = {"normalize": "power_l2", "meta_epochs": 5}
 @by_score
 @pytest.mark.parametrize("fusion", ["hilo", "none"])
 def test_clear_classes_are_detected(cache, fusion, options):
-    for class_name in CLASSES:
-        found = fit(cache, class_name, **CLEAR | options | {"fusion": fusion})
-        assert found.result["auroc"] > 0.95
+    assert fit(cache, "b", **CLEAR | options | {"fusion": fusion}).result["auroc"] > 0.95
 
 
 @by_score
 def test_no_signal_no_detection(blank, options):
-    for class_name in CLASSES:
-        assert 0.3 < fit(blank, class_name, **CLEAR | options).result["auroc"] < 0.7
+    assert 0.3 < fit(blank, "b", **CLEAR | options).result["auroc"] < 0.7
 
 
 def test_result_and_history(cache):
@@ -77,8 +70,9 @@ def test_same_seed_same_scores(cache):
 
 
 # ---------------------------------------------------------------- what each knob does
-def changes(cache, **more) -> bool:
-    return not np.allclose(fit(cache).scores, fit(cache, **more).scores, rtol=1e-4)
+@pytest.fixture(scope="module")
+def scores(cache):
+    return fit(cache).scores
 
 
 @pytest.mark.parametrize(
@@ -100,8 +94,8 @@ def changes(cache, **more) -> bool:
     ],
     ids=str,
 )
-def test_knob_changes_the_outcome(cache, change):
-    assert changes(cache, **change)
+def test_knob_changes_the_outcome(scores, cache, change):
+    assert not np.allclose(scores, fit(cache, **change).scores, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -307,17 +301,6 @@ def test_training_that_diverges_behind_a_good_epoch(cache):
     trainer.evaluate(2, 0.1)
     assert trainer.best.entry["epoch"] == 0 and trainer.since_best == 1
     assert np.isfinite(trainer.fitted(0.0).scores).all()
-
-
-def test_too_few_images(cache):
-    category = np.zeros(3 * N_TRAIN, int)
-    category[0] = 1
-    cache_of_few = again(cache)
-    cache_of_few.labels = dataclasses.replace(
-        cache.labels, train=Split.of(cache.labels.train.names, category)
-    )
-    with pytest.raises(UserError, match="class b: 1 training"):
-        fit(cache_of_few, "b")
 
 
 def test_auto_normalises_maps_and_leaves_transformers(cache):
