@@ -24,21 +24,17 @@ PATCH_SAMPLE = 256  # images whose patch tokens the normaliser's statistics come
 POOL_BATCH = 250  # images whose patch tokens are held at once when semantic tokens are re-pooled
 
 
-class PreparedClass:
+class Prepared:
     """One class, ready for training, its flow at its start. Images are numbered from 0 within their part
-    ("fit", "held" or "test": ``ClassData.part``).
+    ("fit", "held" or "test": ``ClassData.part``)."""
 
-    steps_per_epoch: 0 where there is nothing to train. loss_scale: what the loss is times. at_once: images
-    per forward pass in evaluation. joint: power-normalised joint tokens (n, D) of every part on the CPU, for
-    simple detectors; empty where these are not asked for, or on features that are not normalised."""
-
-    detector: Detector
-    steps_per_epoch: int
-    loss_scale = 1
-    at_once: int
+    steps_per_epoch = 0  # 0 where there is nothing to train
+    loss_scale = 1  # what the loss is times
+    at_once: int  # images per forward pass in evaluation
 
     def __init__(self, config: Config, data: ClassData, seed: int, device: torch.device):
         self.config, self.data, self.seed, self.device = config, data, seed, device
+        # power-normalised joint tokens (n, D) of every part, on the CPU, where simple detectors ask for them
         self.joint: dict[str, Tensor] = {}
 
     @property
@@ -47,26 +43,9 @@ class PreparedClass:
         has."""
         return self.config.baselines and self.seed == self.config.seed and len(self.data.test_rows) > 0
 
-    def epoch(self, order: np.random.RandomState) -> list[np.ndarray]:
-        """The batches of one epoch, numbers of what is trained on in a new order."""
-        raise NotImplementedError
 
-    def inputs(self, batch: np.ndarray) -> Inputs:
-        """What the flow takes of a training batch."""
-        raise NotImplementedError
-
-    def refit(self) -> None:
-        """Fit what scores need of the flow as it now is."""
-
-    def taken(self, part: str, batch: np.ndarray) -> tuple[Inputs | None, Tensor]:
-        """What ``Detector.scores`` takes of images of a part."""
-        raise NotImplementedError
-
-
-class PreparedImages(PreparedClass):
+class PreparedImages(Prepared):
     """A class whose flow moves the images' tokens."""
-
-    detector: ImageFlow
 
     def __init__(self, config: Config, data: ClassData, seed: int, device: torch.device, detector: ImageFlow):
         super().__init__(config, data, seed, device)
@@ -83,9 +62,11 @@ class PreparedImages(PreparedClass):
         self.detector = detector.to(device)
 
     def epoch(self, order: np.random.RandomState) -> list[np.ndarray]:
+        """The batches of one epoch: the numbers of all training images in a new order."""
         return in_batches(order.permutation(len(self.data.fit_rows)), self.config.batch_size)
 
     def inputs(self, batch: np.ndarray) -> Inputs:
+        """What the flow takes of a training batch."""
         return self.taken("fit", batch)[0]
 
     def refit(self) -> None:
@@ -97,19 +78,19 @@ class PreparedImages(PreparedClass):
 
     @torch.no_grad()
     def taken(self, part: str, batch: np.ndarray) -> tuple[Inputs, Tensor]:
+        """What ``Detector.scores`` takes of images of a part."""
         source, rows = self.data.part(part)
         return self.detector.inputs(source[rows[batch]])
 
 
-class PreparedPlaces(PreparedClass):
+class PreparedPlaces(Prepared):
     """A class whose flow moves the places of its images."""
 
-    detector: PlaceFlow
     at_once = PLACE_BATCH
 
     def __init__(self, config: Config, data: ClassData, seed: int, device: torch.device, detector: PlaceFlow):
         super().__init__(config, data, seed, device)
-        self.detector, self.steps_per_epoch = detector, 0
+        self.detector = detector
         joint = {
             part: power_groups(joint_tokens(detector, data, part), detector.groups) for part in data.PARTS
         }
@@ -137,10 +118,12 @@ class PreparedPlaces(PreparedClass):
         self.loss_scale = self.tokens.shape[1]  # nats per place: Adam's ε is large beside smaller gradients
 
     def epoch(self, order: np.random.RandomState) -> list[np.ndarray]:
+        """The batches of one epoch: numbers of random places of random images."""
         shape = (self.steps_per_epoch, self.config.batch_size)
         return list(order.randint(len(self.tokens), size=shape))
 
     def inputs(self, batch: np.ndarray) -> Inputs:
+        """What the flow takes of a training batch."""
         chosen = torch.from_numpy(batch).to(self.device)
         return Inputs(self.tokens[chosen], self.seen[chosen].float())
 
@@ -149,23 +132,25 @@ class PreparedPlaces(PreparedClass):
         detector, places = self.detector, self.detector.places
         if not detector.uses_places:
             return
-
-        def likelihoods(inputs: Inputs | None) -> Tensor:
-            assert inputs is not None, "places are read"
-            return detector.latents(inputs, len(inputs.tokens) // places.count)[1]
-
         known = self.whitened[evenly(np.arange(len(self.whitened)), PLACE_SCALE)].to(self.device)
-        places.fit_scale(torch.cat([likelihoods(places.inputs(each)) for each in known.split(PLACE_BATCH)]))
-        held = in_batches(np.arange(len(self.data.held_rows)), self.at_once)
-        worst = [places.most_unusual(likelihoods(self.taken("held", batch)[0])) for batch in held]
+        latents = [detector.latents(places.inputs(each), len(each)) for each in known.split(PLACE_BATCH)]
+        places.fit_scale(torch.cat([likelihoods for _, likelihoods in latents]))
+        worst = []
+        for batch in in_batches(self.data.held_rows, self.at_once):
+            inputs = detector.place_inputs(self.data.train.one("places", batch))
+            worst.append(places.most_unusual(detector.latents(inputs, len(batch))[1]))
         detector.place_unit.fit(torch.cat(worst))
 
     def taken(self, part: str, batch: np.ndarray) -> tuple[Inputs | None, Tensor]:
+        """What ``Detector.scores`` takes of images of a part."""
         image = self.image[part][torch.from_numpy(batch).to(self.device)]
         if not self.detector.uses_places:
             return None, image
         source, rows = self.data.part(part)
         return self.detector.place_inputs(source.one("places", rows[batch])), image
+
+
+PreparedClass = PreparedImages | PreparedPlaces
 
 
 def joint_tokens(detector: Detector, data: ClassData, part: str) -> Tensor:
