@@ -195,7 +195,6 @@ class SpectralGate(nn.Module):
         super().__init__()
         if min(grid) < 6:
             raise ValueError(f"spectral fusion needs a token grid of at least 6x6, got {grid[0]}x{grid[1]}")
-        self.grid = grid
         # (C) which of the sixteen a channel takes
         frequency = torch.arange(channels) * len(TOP16) // channels
         filters = torch.stack([dct_filter(u * (grid[0] // 6), v * (grid[1] // 6), grid) for u, v in TOP16])

@@ -48,7 +48,6 @@ class Detector(nn.Module):
         which bounds the directions of a whitened token. Raises UserError on settings that do not fit the
         features."""
         super().__init__()
-        memory.check_detector(config, features)
         grid = tuple(features["grid"])
         window = centred_window(grid, config.centre_pool) if config.centre_pool else None
         self.register_buffer("window", window, persistent=False)
@@ -217,7 +216,9 @@ class PlaceFlow(Detector):
 
 
 def make_detector(config: Config, features: dict, n_images: int | None = None) -> Detector:
-    """The detector that a configuration asks for; arguments and errors as of ``Detector``."""
+    """The detector that a configuration asks for; arguments and errors as of ``Detector``, and UserError on
+    one that is more than the memory holds."""
+    memory.check_detector(config, features)
     return (PlaceFlow if config.score == "joined" else ImageFlow)(config, features, n_images)
 
 

@@ -16,7 +16,6 @@ import predict
 from config import Config
 from detector import heat_map
 from detector.picture_detector import PictureDetector
-from reporting import overlays
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -93,14 +92,6 @@ def test_occlusion_finds_the_part_that_the_score_comes_from():
     row, column = np.unravel_index(values.argmax(), values.shape)
     assert values.shape == (64, 96) and abs(row - 43) <= 12 and abs(column - 73) <= 18
     assert values[:20, :40].max() == 0 < values.max()
-
-
-def test_overlay_is_written(tmp_path):
-    overlays.draw(np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9)), 3.0, tmp_path / "y.png", "M\udcfcller.png")
-    overlays.draw(
-        np.zeros((30, 50, 3), np.uint8), np.random.rand(30, 50), 0.0, tmp_path / "a" / "x.png", "a_$b$"
-    )
-    assert Image.open(tmp_path / "a" / "x.png").size[0] > 500
 
 
 # ---------------------------------------------------------------- of a run

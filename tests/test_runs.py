@@ -117,16 +117,6 @@ DAMAGE = {
 }
 
 
-def test_what_other_formulas_made_is_not_mixed_in(run, cache, monkeypatch):
-    run()
-    config, pair = settings(modelname="run", keep="weights"), runs.ClassSeed("b", 0)
-    assert runs.finished(config, cache, pair) is not None
-    monkeypatch.setattr(checkpoints, "SCORING", checkpoints.SCORING + 1)
-    assert runs.finished(config, cache, pair) is None
-    with pytest.raises(UserError, match="scores are made by other formulas there"):
-        run()
-
-
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_what_is_damaged_is_not_finished(run, damage):
     whole = run()
