@@ -44,8 +44,10 @@ class TokenSource:
         self.device, self.arrays = device, arrays
         self.resident: dict[str, Tensor] | None = None
         size = 2 * sum(math.prod(array.shape) for array in arrays.values())
-        if device.type == "cuda" and fits_beside_training(size, *torch.cuda.mem_get_info(device)):
-            self.make_resident()
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            if size <= free - LEFT_FREE * total:
+                self.make_resident()
 
     def make_resident(self) -> None:
         """Copy every array to the device's memory, to be read there from now on."""
@@ -85,11 +87,6 @@ class TokenSource:
         """The semantic tokens (n, C) of the images ``index``, float32, on the CPU; those of all images are
         read once."""
         return self._semantic[torch.from_numpy(index)].float()
-
-
-def fits_beside_training(size: int, free: int, total: int) -> bool:
-    """Whether so many bytes of tokens may stay on a GPU with so many bytes free of all it has."""
-    return size <= free - LEFT_FREE * total
 
 
 def in_batches(index: np.ndarray, size: int) -> list:
