@@ -33,50 +33,36 @@ class Split:
 
     names: a stable name per image. category (n): its index into the classes, or OTHER. defect (n): whether
     it is a defective specimen of its category. kind: what is wrong with it, in the data set's words; ""
-    where nothing is."""
+    where nothing is. held (n): whether the data set holds it out of training."""
 
     names: list[str]
     category: np.ndarray
     defect: np.ndarray
     kind: list[str]
+    held: np.ndarray
 
     @classmethod
-    def of(cls, names: Iterable[str], category, defect=None, kind=None) -> "Split":
-        """From any sequences; without ``defect`` no image is defective, without ``kind`` none has one."""
+    def of(cls, names: Iterable[str], category, defect=None, kind=None, held=None) -> "Split":
+        """From any sequences; those left out are of no defects and of nothing held out."""
         names = list(names)
-        defect = np.zeros(len(names), bool) if defect is None else np.asarray(defect, bool)
-        kind = [""] * len(names) if kind is None else list(kind)
-        return cls(names, np.asarray(category, np.int64), defect, kind)
+        no = np.zeros(len(names), bool)
+        return cls(
+            names,
+            np.asarray(category, np.int64),
+            no if defect is None else np.asarray(defect, bool),
+            [""] * len(names) if kind is None else list(kind),
+            no if held is None else np.asarray(held, bool),
+        )
 
     def kept(self, rows: Sequence[int] | np.ndarray) -> "Split":
         """These images of the split, in the order of ``rows``."""
         index = np.asarray(rows, np.int64)
         names, kind = ([values[i] for i in index] for values in (self.names, self.kind))
-        return Split(names, self.category[index], self.defect[index], kind)
+        return Split(names, self.category[index], self.defect[index], kind, self.held[index])
 
     def as_json(self) -> dict:
-        """What ``from_json`` takes, made of lists."""
-        return {
-            "names": self.names,
-            "category": self.category.tolist(),
-            "defect": self.defect.tolist(),
-            "kind": self.kind,
-        }
-
-    @classmethod
-    def from_json(cls, content: dict) -> "Split":
-        """The split of ``as_json``. Raises UserError on any other content."""
-        try:
-            split = cls.of(**content)
-            lengths = {len(split.names), len(split.category), len(split.defect), len(split.kind)}
-            texts = all(isinstance(text, str) for text in (*split.names, *split.kind))
-        except (TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"expected the labels of images, got other content ({error})") from None
-        if len(lengths) != 1 or split.category.ndim != 1 or split.defect.ndim != 1 or not texts:
-            raise UserError(
-                f"expected a name, category, defect and kind per image, got {sorted(lengths)} of them"
-            )
-        return split
+        """What ``of`` takes, made of lists."""
+        return {name: v if isinstance(v, list) else v.tolist() for name, v in vars(self).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +105,10 @@ class Labels:
     def from_json(cls, content: dict) -> "Labels":
         """The labels of ``as_json``. Raises UserError on any other content."""
         try:
-            train, test = (Split.from_json(content[split]) for split in SPLITS)
+            train, test = (Split.of(**content[split]) for split in SPLITS)
             return cls(tuple(content["classes"]), train, test, content["per_category"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"expected labels, got other content ({error!r})") from None
-
-
-def _nothing(split: str, i: int) -> str:
-    return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +123,7 @@ class ImageSet:
 
     labels: Labels
     read: Callable[[str, int], np.ndarray]
-    identify: Callable[[str, int], str] = _nothing
+    identify: Callable[[str, int], str] = lambda split, i: ""
     from_files: bool = True
     masks: tuple[Path | None, ...] = ()
     size: Callable[[str, int], tuple[int, int]] | None = None
@@ -159,9 +141,34 @@ class ImageSet:
         train, test = (self.labels.split(split).kept(rows[split]) for split in SPLITS)
         labels = dataclasses.replace(self.labels, train=train, test=test)
         masks = tuple(self.masks[i] for i in rows["test"]) if self.masks else ()
-        read, identify = (partial(_at_row, take, rows) for take in (self.read, self.identify))
-        size = self.size and partial(_at_row, self.size, rows)
-        return ImageSet(labels, read, identify, self.from_files, masks, size, self.scale)
+        return self._of({split: [(split, int(i)) for i in rows[split]] for split in SPLITS}, labels, masks)
+
+    def listed(self, chosen: Sequence[tuple[str, str]]) -> "ImageSet":
+        """The images ``chosen`` (split, name), of both splits, as one training split without labels. Raises
+        UserError on one that is not there."""
+        numbers = {(s, name): (s, i) for s in SPLITS for i, name in enumerate(self.labels.split(s).names)}
+        if gone := [name for split, name in chosen if (split, name) not in numbers]:
+            raise UserError(f"{gone[0]} has gone since the images were listed; run it again")
+        labels = Labels((), Split.of([name for _, name in chosen], [OTHER] * len(chosen)), Split.of([], []))
+        return self._of({"train": [numbers[image] for image in chosen]}, labels)
+
+    def _of(self, rows: dict[str, list[tuple[str, int]]], labels: Labels, masks: tuple = ()) -> "ImageSet":
+        """The set whose images are those of these splits and numbers here."""
+        size = self.size
+        return ImageSet(
+            labels,
+            lambda split, i: self.read(*rows[split][i]),
+            lambda split, i: self.identify(*rows[split][i]),
+            self.from_files,
+            masks,
+            size and (lambda split, i: size(*rows[split][i])),
+            self.scale,
+        )
+
+    def size_of(self, split: str, i: int) -> tuple[int, int]:
+        """Height and width of an image. Raises UserError on one that cannot be read."""
+        height, width = self.size(split, i) if self.size else self.read(split, i).shape[:2]
+        return height, width
 
     def sizes(self, most: int) -> dict[str, list[tuple[int, int]]]:
         """Height and width of training images by class, of at most so many, evenly spaced, without those that
@@ -169,37 +176,13 @@ class ImageSet:
         train, found = self.labels.train, defaultdict(list)
         for i in np.linspace(0, len(train.names) - 1, min(most, len(train.names))).astype(int):
             with contextlib.suppress(UserError):
-                size = self.size("train", int(i)) if self.size else self.read("train", int(i)).shape[:2]
-                found[self.labels.classes[train.category[i]]].append(size)
+                found[self.labels.classes[train.category[i]]].append(self.size_of("train", int(i)))
         return dict(found)
-
-    def listed(self, chosen: Sequence[tuple[str, str]]) -> "ImageSet":
-        """The images ``chosen`` (split, name), of both splits, as one training split without labels. Raises
-        UserError on one that is not there."""
-        if gone := [name for split, name in chosen if (split, name) not in self._numbers]:
-            raise UserError(f"{gone[0]} has gone since the images were listed; run it again")
-        labels = Labels((), Split.of([name for _, name in chosen], [OTHER] * len(chosen)), Split.of([], []))
-        listed = [(split, self._numbers[split, name]) for split, name in chosen]
-        read, identify = (partial(_of_list, take, listed) for take in (self.read, self.identify))
-        return ImageSet(labels, read, identify, self.from_files, scale=self.scale)
-
-    @functools.cached_property
-    def _numbers(self) -> dict[tuple[str, str], int]:
-        """The number of each image by its split and name."""
-        return {(s, name): i for s in SPLITS for i, name in enumerate(self.labels.split(s).names)}
 
     def mask(self, i: int) -> np.ndarray | None:
         """Where the defect of test image i is, (H, W) bool; None where the data set does not say. Raises
         UserError on an unreadable mask."""
         return layouts.read_mask(path) if self.masks and (path := self.masks[i]) else None
-
-
-def _at_row(take: Callable, rows: dict[str, np.ndarray], split: str, i: int):
-    return take(split, int(rows[split][i]))
-
-
-def _of_list(take: Callable, chosen: Sequence[tuple[str, int]], split: str, i: int):
-    return take(*chosen[i])
 
 
 def choose_classes(labels: Labels, class_name: str) -> list[str]:
@@ -226,18 +209,16 @@ def repeated(labels: Labels, hashes: dict[str, list[str]]) -> str:
     """The line on images of the same content (``ImageSet.hashes`` of each split) in both splits, or under two
     labels; "" without any."""
     first: dict[str, tuple] = {}
-    tested, relabelled, pairs = 0, 0, []
+    tested, relabelled, example = 0, 0, ""
     for split in SPLITS:
         rows = labels.split(split)
-        for image, name, *label in zip(
-            hashes[split], rows.names, rows.category.tolist(), rows.defect.tolist()
-        ):
+        for image, name, *label in zip(hashes[split], rows.names, rows.category, rows.defect):
             other_split, other, other_label = first.setdefault(image, (split, name, label))
             if image != images.UNREADABLE and (other_split != split or other_label != label):
                 tested, relabelled = tested + (other_split != split), relabelled + (other_label != label)
-                pairs.append(f"{name} is {other}")
+                example = example or f"{name} is {other}"
     counts = f"{tested} in train and test, {relabelled} under two labels"
-    return f"the same picture twice: {counts}; {pairs[0]}" if pairs else ""
+    return f"the same picture twice: {counts}; {example}" if example else ""
 
 
 # ---------------------------------------------------------------- raw images
@@ -263,8 +244,8 @@ def load_images(dataset: str, dataset_path: str | None) -> ImageSet:
 
 def images_of(config: Config) -> ImageSet:
     """The images a configuration asks for. Raises UserError."""
-    images = load_images(config.dataset, config.dataset_path)
-    return tiled(images, config.tiles) if config.tiles else images
+    whole = load_images(config.dataset, config.dataset_path)
+    return tiled(whole, config.tiles) if config.tiles else whole
 
 
 def name_of(config: Config) -> str:
@@ -290,11 +271,9 @@ def _digits() -> ImageSet:
     digits = load_digits()
     pixels = np.repeat((digits.images * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=3)
     halves = train_test_split(np.arange(len(pixels)), test_size=0.5, random_state=0, stratify=digits.target)
-    index = {split: np.sort(half) for split, half in zip(SPLITS, halves)}
-    classes = [str(digit) for digit in range(10)]
-    return _array_set(
-        classes, {s: pixels[i] for s, i in index.items()}, {s: digits.target[i] for s, i in index.items()}
-    )
+    rows = {split: np.sort(half) for split, half in zip(SPLITS, halves)}
+    by_split = ({split: values[i] for split, i in rows.items()} for values in (pixels, digits.target))
+    return _array_set([str(digit) for digit in range(10)], *by_split)
 
 
 def _array_set(
@@ -303,29 +282,37 @@ def _array_set(
     names = {split: [f"{split}/{i}" for i in range(len(pixels[split]))] for split in SPLITS}
     train, test = (Split.of(names[split], category[split]) for split in SPLITS)
     labels = Labels(tuple(classes), train, test)
-    return ImageSet(labels, partial(_from_array, pixels), partial(_array_hash, pixels), from_files=False)
 
+    def identify(split: str, i: int) -> str:
+        return hashlib.sha256(np.ascontiguousarray(pixels[split][i]).data).hexdigest()[:32]
 
-def _array_hash(pixels: dict[str, np.ndarray], split: str, i: int) -> str:
-    return hashlib.sha256(np.ascontiguousarray(pixels[split][i]).data).hexdigest()[:32]
-
-
-def _from_array(pixels: dict[str, np.ndarray], split: str, i: int) -> np.ndarray:
-    return pixels[split][i]
+    return ImageSet(labels, lambda split, i: pixels[split][i], identify, from_files=False)
 
 
 def _file_set(table: Table) -> ImageSet:
     """The images of a table; their names are relative to its root."""
-    rows = {split: [row for row in table.rows if row.split == split] for split in SPLITS}
+    rows = _by_split(table)
     files = {split: [row.path for row in rows[split]] for split in SPLITS}
-    masks = tuple(row.mask for row in rows["test"])
     scale = PixelScale(measure=partial(images.measured, files["train"]))
-    read, identify, size = (
-        partial(_from_file, files, scale),
-        partial(_file_hash, files),
-        partial(_file_size, files),
+    return ImageSet(
+        labels_of(table),
+        lambda split, i: images.read_image(files[split][i], scale),
+        lambda split, i: images.content_hash(files[split][i]),
+        masks=tuple(row.mask for row in rows["test"]),
+        size=lambda split, i: images.size_of(files[split][i]),
+        scale=scale,
     )
-    return ImageSet(labels_of(table), read, identify, masks=masks, size=size, scale=scale)
+
+
+def no_images() -> ImageSet:
+    """For whoever reads pictures of no data set."""
+    return _file_set(Table(Path(), []))
+
+
+def _by_split(table: Table) -> dict[str, list[layouts.Row]]:
+    """The rows of each split; what is held out is of the training images."""
+    test = [row for row in table.rows if row.split == "test"]
+    return {"train": [row for row in table.rows if row.split != "test"], "test": test}
 
 
 def labels_of(table: Table) -> Labels:
@@ -334,9 +321,8 @@ def labels_of(table: Table) -> Labels:
     is tested on its own and has no training images."""
     parts = {row.label: row.label.partition("/") for row in table.rows}
     per_category = any(slash for _, slash, _ in parts.values())
-    trained = sorted({parts[row.label][0] for row in table.rows if row.split == "train"})
     classes: dict[str, str] = {}
-    for name in trained:
+    for name in sorted({parts[row.label][0] for row in table.rows if row.split != "test"}):
         classes.setdefault(layouts.folded(name), name)
     number = {name: i for i, name in enumerate(classes)}
     meanings = {}
@@ -347,92 +333,57 @@ def labels_of(table: Table) -> Labels:
         defect = condition != "" and layouts.folded(condition) not in layouts.NORMAL_NAMES
         meanings[label] = category, defect, condition if defect else label if category == OTHER else ""
     splits, below = {}, f"{table.root.as_posix()}/"
-    for split in SPLITS:
-        rows = [row for row in table.rows if row.split == split]
+    for split, rows in _by_split(table).items():
         categories, defects, kinds = zip(*(meanings[row.label] for row in rows)) if rows else ((), (), ())
         names = [row.path.as_posix().removeprefix(below) for row in rows]
-        splits[split] = Split.of(names, categories, defects, kinds)
+        splits[split] = Split.of(names, categories, defects, kinds, [r.split == "validation" for r in rows])
     return Labels(tuple(classes.values()), **splits, per_category=per_category)
-
-
-def _from_file(files: dict[str, list[Path]], scale: PixelScale, split: str, i: int) -> np.ndarray:
-    return images.read_image(files[split][i], scale)
-
-
-def _file_hash(files: dict[str, list[Path]], split: str, i: int) -> str:
-    return images.content_hash(files[split][i])
-
-
-def _file_size(files: dict[str, list[Path]], split: str, i: int) -> tuple[int, int]:
-    return images.size_of(files[split][i])
 
 
 # ---------------------------------------------------------------- tiles
 PICTURES_KEPT = 4  # decoded, while their tiles are asked for one after the other
 
 
-class _Tiles:
-    """The tiles of a set's training pictures, asked for as its images are."""
-
-    def __init__(self, images: ImageSet, side: int):
-        self.images, self.tiles = images, list[tuple[int, tiles.Tile | None]]()
-        self.picture_size = images.size or (lambda split, i: images.read(split, i).shape[:2])
-        for i in range(len(images.labels.train.names)):
-            try:
-                self.tiles += [(i, tile) for tile in tiles.tiles_of(self.picture_size("train", i), side)]
-            except UserError:  # raised again when it is read
-                self.tiles.append((i, None))
-        self.picture = functools.lru_cache(PICTURES_KEPT)(partial(images.read, "train"))
-
-    def read(self, split: str, i: int) -> np.ndarray:
-        picture, tile = self.tiles[i]
-        pixels = self.picture(picture)
-        if tile and (part := tile.of(pixels)).shape[:2] != tile[2:]:
-            name, most = self.images.labels.train.names[picture], images.MOST_PIXELS // 10**6
-            raise UserError(
-                f"tiles: {name} has more than {most} million pixels, too many to cut; cut it before"
-            )
-        return part if tile else pixels
-
-    def identify(self, split: str, i: int) -> str:
-        picture, tile = self.tiles[i]
-        content = self.images.identify("train", picture)
-        if content == images.UNREADABLE:
-            return content
-        return hashlib.sha256(json.dumps([content, tile]).encode()).hexdigest()[:32]
-
-    def size(self, split: str, i: int) -> tuple[int, int]:
-        picture, tile = self.tiles[i]
-        return tile[2:] if tile else self.picture_size("train", picture)
-
-    def names(self) -> list[str]:
-        pictures = self.images.labels.train.names
-        return [
-            f"{pictures[i]}#{tile.top},{tile.left}" if tile else f"{pictures[i]}#" for i, tile in self.tiles
-        ]
-
-
-def tiled(images: ImageSet, side: int) -> ImageSet:
+def tiled(pictures: ImageSet, side: int) -> ImageSet:
     """The tiles (images/tiles.py) of training pictures, each an image of its picture's class. Raises
     UserError on a set with test images: theirs would be tiles with the labels of whole pictures."""
-    if tested := len(images.labels.test.names):
+    if tested := len(pictures.labels.test.names):
         raise UserError(
             f"tiles: expected a folder of good pictures alone, got {tested} test images, too; give that of "
             "the good ones, and score the others with predict.py"
         )
-    cut = _Tiles(images, side)
-    train = images.labels.train.kept([i for i, _ in cut.tiles])
-    labels = dataclasses.replace(images.labels, train=dataclasses.replace(train, names=cut.names()))
-    return ImageSet(labels, cut.read, cut.identify, images.from_files, size=cut.size, scale=images.scale)
+    parts: list[tuple[int, tiles.Tile | None]] = []  # of a picture whose size cannot be read: None
+    for i in range(len(pictures.labels.train.names)):
+        try:
+            parts += [(i, tile) for tile in tiles.tiles_of(pictures.size_of("train", i), side)]
+        except UserError:  # raised again when it is read
+            parts.append((i, None))
+    whole = functools.lru_cache(PICTURES_KEPT)(partial(pictures.read, "train"))
+    train = pictures.labels.train.kept([i for i, _ in parts])
+    named = zip(train.names, parts)
+    names = [f"{name}#{tile.top},{tile.left}" if tile else f"{name}#" for name, (_, tile) in named]
+
+    def read(split: str, i: int) -> np.ndarray:
+        picture, tile = parts[i]
+        pixels = whole(picture)
+        if tile and (part := tile.of(pixels)).shape[:2] != tile[2:]:
+            raise UserError(f"tiles: {train.names[i]} has too many pixels to cut; cut it before")
+        return part if tile else pixels
+
+    def identify(split: str, i: int) -> str:
+        content = pictures.identify("train", parts[i][0])
+        if content == images.UNREADABLE:
+            return content
+        return hashlib.sha256(json.dumps([content, parts[i][1]]).encode()).hexdigest()[:32]
+
+    def size(split: str, i: int) -> tuple[int, int]:
+        picture, tile = parts[i]
+        return tile[2:] if tile else pictures.size_of("train", picture)
+
+    labels = dataclasses.replace(pictures.labels, train=dataclasses.replace(train, names=names))
+    return ImageSet(labels, read, identify, pictures.from_files, size=size, scale=pictures.scale)
 
 
 def picture_of(name: str) -> str:
     """The name of the picture that a tile is of."""
     return name.rpartition("#")[0]
-
-
-def unlabelled(files: list[Path]) -> ImageSet:
-    """Image files without labels, as a test split."""
-    labels = Labels((), Split.of([], []), Split.of([str(path) for path in files], [OTHER] * len(files)))
-    listed: dict[str, list[Path]] = {"train": [], "test": files}
-    return ImageSet(labels, partial(_from_file, listed, PixelScale()), partial(_file_hash, listed))

@@ -8,20 +8,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH
 
 import config as knobs
 from shell.command_line import from_command_line, run_script
-from shell.files import file_name
+from shell.files import file_name, write_text
 from shell.signals import Interrupted
 
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
     CONFIG = from_command_line(__doc__)
 
-import contextlib
 import csv
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from concurrent.futures import Executor
-from typing import NamedTuple
 
 import torch
 
@@ -29,10 +28,10 @@ import datasets
 import extractor
 import train
 import utils
-from cache import feature_cache
+from cache.feature_cache import FeatureCache
 from config import ClassError, Config, UserError
-from detector import calibration, checkpoints, class_data, detector, memory, runs
-from reporting import figures, findings, report, tables, webpage
+from detector import checkpoints, class_data, detector, memory, runs
+from reporting import compare, figures, findings, report, tables, webpage
 from shell import engine
 from shell.values import parse_sweep, parse_values
 
@@ -42,30 +41,17 @@ TOLERANCE = 5e-4  # of an AUROC, between two machines
 
 
 # ---------------------------------------------------------------- running
-class Outcome(NamedTuple):
-    """What came of a pair: its result, and the pictures of it that are drawn."""
-
-    result: dict
-    pictures: list[figures.Picture]
-
-
-Outcomes = dict[runs.ClassSeed, Outcome]
-Sources = dict[str, class_data.TokenSource]  # by split
-
-
 def fit_pairs(
     config: Config,
-    cache: feature_cache.FeatureCache,
+    cache: FeatureCache,
     pairs: list[runs.ClassSeed],
     device: torch.device,
     cluster: Executor | None,
     began: float,
-) -> Outcomes:
+) -> dict[runs.ClassSeed, dict]:
     """Fit every class with every seed that is not finished. Each is kept as soon as it is there. A class that
     cannot be fitted stops no other. began: the run, in s since 1970."""
-    done = {pair: Outcome(result, []) for pair, result in runs.all_finished(config, cache, pairs).items()}
-    for number, (pair, kept) in enumerate(done.items(), 1):
-        announce(pair, kept.result, f"{number}/{len(pairs)}", "kept")
+    done = runs.all_finished(config, cache, pairs)
     missing = [pair for pair in pairs if pair not in done]
     at_once = 1 if cluster else processes(config, cache.meta, device, len(pairs))
     threads = config.threads or 1 if cluster else max(1, torch.get_num_threads() // at_once)
@@ -73,16 +59,15 @@ def fit_pairs(
     print(f"fitting {len(missing)} flows of {len(pairs)} (classes x seeds) on {where}", flush=True)
     start = time.perf_counter()
     with engine.in_processes(at_once, threads) as executor:
-        executor = executor or cluster
-        if executor:
+        if executor := executor or cluster:
             task = functools.partial(fit_there, config, cache, threads, began)
         else:
             task = functools.partial(fit_here, config, cache, token_sources(cache, device), began)
-        for number, (pair, outcome) in enumerate(engine.outcomes(executor, task, missing), 1):
-            done[pair] = outcome
+        for number, (pair, result) in enumerate(engine.outcomes(executor, task, missing), 1):
+            done[pair], left = result, len(missing) - number
             each = (time.perf_counter() - start) / number
-            how = took(outcome.result, len(missing) - number, each)
-            announce(pair, outcome.result, f"{len(done)}/{len(pairs)}", how)
+            time_left = f", about {utils.readable_time(left * each)} for {left} more" if left else ""
+            print(f"[{len(done)}/{len(pairs)}] {outcome(pair, result)}{time_left}", flush=True)
     return done
 
 
@@ -95,62 +80,41 @@ def processes(config: Config, features: dict, device: torch.device, pairs: int) 
     return max(1, min(torch.get_num_threads(), int(min(utils.available_memory() / each, pairs))))
 
 
-def token_sources(cache: feature_cache.FeatureCache, device: torch.device) -> Sources:
-    return {split: class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS}
+def token_sources(cache: FeatureCache, device: torch.device) -> list[class_data.TokenSource]:
+    return [class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS]
 
 
-def fit_there(
-    config: Config,
-    cache: feature_cache.FeatureCache,
-    threads: int,
-    began: float,
-    pair: runs.ClassSeed,
-) -> Outcome:
-    """Fit one class with one seed in another process, perhaps on another machine, and draw it there, too."""
+def fit_there(config: Config, cache: FeatureCache, threads: int, began: float, pair: runs.ClassSeed) -> dict:
+    """``fit_here`` in another process, perhaps on another machine."""
     device = utils.set_up(config.device, threads)
     torch.cuda.empty_cache()  # of the pair before: tokens stay on a GPU where they fit into what is free
     runs.check_settled(config, cache)
-    outcome = fit_here(config, cache, token_sources(cache, device), began, pair)
-    if config.keep == "all" and pair.seed == config.seed and "reason" not in outcome.result:
-        with contextlib.suppress(UserError):  # of which the report tells, once for all classes
-            images, folder = figures.raw_images(config, cache), checkpoints.run_folder(config)
-            outcome.pictures[:] = figures.draw_class(config, cache, images, pair.class_name, folder)
-    return outcome
+    return fit_here(config, cache, token_sources(cache, device), began, pair)
 
 
-def fit_here(
-    config: Config, cache: feature_cache.FeatureCache, sources: Sources, began: float, pair: runs.ClassSeed
-) -> Outcome:
-    """Fit one class with one seed and keep what comes of it; its pictures are left to the report. One that
-    cannot be fitted has a result with the reason and without figures."""
+def fit_here(config: Config, cache: FeatureCache, sources: list, began: float, pair: runs.ClassSeed) -> dict:
+    """Fit one class with one seed and keep what comes of it -> its result. One that cannot be fitted has a
+    result with the reason and without figures."""
     try:
-        fitted = train.make_trainer(config, cache, *pair, sources["train"], sources["test"]).run()
+        fitted = train.make_trainer(config, cache, *pair, *sources).run()
     except ClassError as mistake:
         reason = str(mistake).removeprefix(f"class {pair.class_name}: ")
         nothing = dict.fromkeys(report.COLUMNS, float("nan"))
-        result = {"class": pair.class_name, "seed": pair.seed, **nothing, "reason": reason}
-        return Outcome(result | runs.times(began), [])
+        return {"class": pair.class_name, "seed": pair.seed, **nothing, "reason": reason, **runs.times(began)}
     fitted.result |= runs.times(began)
     checkpoints.save_fitted(config, cache, fitted)
-    return Outcome(fitted.result, [])
+    return fitted.result
 
 
-def announce(pair: runs.ClassSeed, result: dict, number: str, how: str) -> None:
-    """Say what a class has come to."""
+def outcome(pair: runs.ClassSeed, result: dict) -> str:
+    """What a class has come to, in one line, whatever it is called."""
     tested = f"AUROC {tables.number(result['auroc'])}" if result.get("n_test") else "no test images"
-    told = result.get("reason") or f"{tested}  {how}"
-    name = " ".join(pair.class_name.split())  # one line, whatever a folder is called
-    print(f"[{number}] {name} seed {pair.seed}: {told}", flush=True)
-
-
-def took(result: dict, left: int, each: float) -> str:
-    """The time that a class took, and what those that are left will take at ``each`` seconds a class."""
-    told = f"{result.get('seconds', 0):.0f} s"
-    return f"{told}, about {utils.readable_time(left * each)} for {left} more" if left else told
+    told = result.get("reason") or f"{tested}  {result['seconds']:.0f} s"
+    return f"{' '.join(pair.class_name.split())} seed {pair.seed}: {told}"
 
 
 def run(config: Config) -> dict:
-    """The whole course of one configuration: features, classes, baselines, report -> its summary."""
+    """The whole course of one configuration: features, classes, report -> its summary."""
     began = time.time()
     device = utils.set_up(config.device, config.threads)
     with runs.writing(config), engine.on_cluster(config.cluster) as cluster:
@@ -166,82 +130,75 @@ def run(config: Config) -> dict:
             interrupted.told = runs.go_on(config, cache, pairs)
             raise
         runs.sweep_up(config)  # which lists the folders, too: NFS may not show what others wrote before that
-        return write_report(config, cache, {pair: done[pair] for pair in pairs}, began)
+        return write_report(config, cache, [done[pair] for pair in pairs], began)
 
 
-def write_report(config: Config, cache: feature_cache.FeatureCache, done: Outcomes, began: float) -> dict:
-    """Baselines, table and pictures of a run whose pairs are all done -> its summary."""
-    folder = checkpoints.run_folder(config)
+def write_report(config: Config, cache: FeatureCache, results: list[dict], began: float) -> dict:
+    """Tables and pictures of a run whose pairs are all done, class by class from what each left -> its
+    summary."""
     print("all classes are done: writing the report", flush=True)
-    results = [outcome.result for outcome in done.values()]
+    folder, drawing = checkpoints.run_folder(config), config.keep == "all"
+    seeds = sorted({result["seed"] for result in results})
     failing = {result["class"] for result in results if "reason" in result}
-    whole = list(dict.fromkeys(pair.class_name for pair in done if pair.class_name not in failing))
-    drawn = {pair.class_name: outcome.pictures for pair, outcome in done.items() if outcome.pictures}
-    table = findings.simple_detectors(config, whole) if config.baselines else {}
-    defects = findings.defect_aurocs(config, cache, whole, sorted({pair.seed for pair in done}))
-    seconds = runs.wall_time(results, began)
-    thresholds = {
-        name: calibration.of_record(record, config.false_alarms)
-        for name, record in checkpoints.trained_records(config, whole)
-    }
-    summary = report.summarize(config, results, table, seconds, cache.meta, defects, thresholds)
-    summary["localisation"] = findings.localisations(config, cache, whole)
+    whole = [name for name in dict.fromkeys(r["class"] for r in results) if name not in failing]
+    images = findings.raw_images(config, cache) if drawing or config.places else None
+    found, pictures, records = {}, [], {}
+    for name in whole:
+        left = findings.read_class(config, name, seeds)
+        found[name] = findings.of_class(config, cache, images, left)
+        records[name] = {part: left.first[part] for part in figures.IN_ALL}
+        if drawing:
+            limit = found[name].get("thresholds")
+            pictures += figures.draw_class(cache, images, left, limit, folder / "figures")
+    summary = report.summarize(config, results, found, runs.wall_time(results, began), cache.meta)
+    if drawing and whole:
+        pictures = figures.draw_run(summary, records, folder / "figures") + pictures
     print("\n" + report.write_results(folder, summary))
-    for name, found in summary["localisation"].items():
-        print(
-            f"{name}: where the defect is: pixel AUROC {found['pixel_auroc']:.4f}  AUPRO {found['aupro']:.4f}"
-        )
-    plots = config.keep == "all" and whole
-    pictures = figures.draw_all(config, cache, whole, folder, summary, drawn) if plots else []
-    page = webpage.write_page(folder, summary, pictures)
-    print(f"\nresults in {page} (for a browser), results.json, .csv and .md beside it")
+    write_text(folder / "report.html", webpage.page(summary, pictures))
+    print(f"\nresults in {folder}/report.html (for a browser), results.json, .csv and .md beside it")
     print(f"wall time {utils.readable_time(summary['wall_time_s'])}")
     return summary
 
 
 def run_sweep(config: Config) -> list[dict]:
-    """Run every combination of the values that the knob ``sweep`` lists, then the table of them all -> their
+    """Run every combination of the values that the knob ``sweep`` lists, then list them -> their
     summaries."""
-    start, sweep = time.perf_counter(), parse_sweep(config.sweep)
-    folder, configs = checkpoints.run_folder(config), {}
+    sweep, configs = parse_sweep(config.sweep), []
     for values in itertools.product(*sweep.values()):  # all first: a mistake shows before the first run
         parsed = parse_values(dict(zip(sweep, values)))
-        name = file_name("-".join(values), knobs.LONGEST_NAME - 10)
-        configs[values] = dataclasses.replace(
-            config, **parsed, modelname=f"{config.modelname}/{name}", sweep=None
-        )
-    summaries: dict[tuple, dict] = {}
-    for values, combination in configs.items():
-        print(f"\n=== {' '.join(f'{knob} {value}' for knob, value in zip(sweep, values))}", flush=True)
-        summaries[values] = run(combination)
-    print("\n" + report.write_sweep(folder, sweep, summaries, time.perf_counter() - start))
-    print(f"\nresults in {folder}/sweep.json and sweep.md")
-    return list(summaries.values())
+        name = f"{config.modelname}/{file_name('-'.join(values), knobs.LONGEST_NAME - 10)}"
+        configs.append(dataclasses.replace(config, **parsed, modelname=name, sweep=None))
+    summaries = []
+    for combination in configs:
+        print(f"\n=== {combination.modelname}", flush=True)
+        summaries.append(run(combination))
+    print(f"\n{compare.list_runs(checkpoints.run_folder(config))}")
+    return summaries
 
 
+# ---------------------------------------------------------------- the committed table
 def committed_table(config: Config) -> dict[str, float]:
     """{class, and mean: AUROC} of the preset's committed table. Raises UserError where there is none."""
     path = TABLES / f"{config.preset}.csv"
     if config.sweep or not path.exists():
         raise UserError(f"check: there is no committed table of {'a sweep' if config.sweep else path.name}")
     with path.open(encoding="utf-8", newline="") as stream:
-        rows = [row for row in csv.DictReader(stream) if row.get("method") == "flow"]
-    if not rows:  # the suite's, of several data sets
+        rows = list(csv.DictReader(stream))
+    if not rows or report.ORACLE not in rows[0]:  # the suite's, of several data sets
         raise UserError(f"check: {path.name} is no table of a run of main.py")
     return {row["class"]: float(row["auroc"]) for row in rows}
 
 
 def differences(summary: dict, wanted: dict[str, float]) -> list[str]:
-    """What differs by more than TOLERANCE between a run's AUROCs and those of a table, a line each."""
-    found = {name: entry["auroc"] for name, entry in summary["classes"].items()}
-    found["mean"] = summary["mean"]["auroc"]
-    lines = [f"{name}: not in the table" for name in found if name not in wanted]
-    for name, auroc in wanted.items():
-        if name not in found:
-            lines.append(f"{name}: not in this run")
-        elif not abs(found[name] - auroc) <= TOLERANCE:  # an undefined one differs, too
-            lines.append(f"{name}: AUROC {found[name]:.4f}, {auroc:.4f} in the table")
-    return lines
+    """What differs by more than TOLERANCE between a run's AUROCs and those of a table, a line each; what only
+    one of them has differs, too."""
+    found = {row["class"]: row["auroc"] for row in report.table_rows(summary)}
+    pairs = {name: (found.get(name, math.nan), wanted.get(name, math.nan)) for name in found | wanted}
+    return [
+        f"{name}: AUROC {tables.number(ours)}, {tables.number(theirs)} in the table"
+        for name, (ours, theirs) in pairs.items()
+        if not abs(ours - theirs) <= TOLERANCE
+    ]
 
 
 def main(config: Config) -> None:

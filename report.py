@@ -1,6 +1,6 @@
 """Read runs that were reported: their list, the table of one, or two side by side.
 
-python report.py               every run in runs/: what it was, its mean AUROC, when, state
+python report.py               every run in runs/: what it was, its mean AUROC, when
 python report.py RUN           its table
 python report.py RUN_A RUN_B   side by side: AUROC per class, paired difference, knobs that differ
 """
@@ -27,7 +27,6 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":  # parse before the slow imports
     ARGUMENTS = parse_arguments()
 
-
 from reporting import compare
 from reporting.report import terminal_table
 
@@ -37,7 +36,7 @@ def main(arguments: argparse.Namespace) -> None:
     if not names:
         print(compare.list_runs(root))
     elif len(names) == 1:
-        print(terminal_table(compare.find_run(names[0], root).summary))
+        print(terminal_table(compare.read_run(compare.find_run(names[0], root))))
     else:
         print(compare.compare(names[0], names[1], root))
 

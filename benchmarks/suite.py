@@ -1,8 +1,10 @@
 """One preset on a list of data sets, judged in one table: the whole score and its parts, both also before
-training, and every simple detector, with differences by a joint bootstrap.
+training, and every simple detector, with differences by a joint bootstrap; and what the whole score loses to
+the best of them on each set.
 
 python benchmarks/suite.py benchmarks/suite.toml
 python benchmarks/suite.py benchmarks/suite.toml --trial --only digits,cells --name try --knobs fusion=none
+python benchmarks/suite.py --compare results/suite.csv results/try.csv    runs nothing: which settings to take
 
 Run it in the repository's folder; with --knobs cluster=tcp://host:8786 a Dask cluster fits the classes. A set
 is a run of main.py in runs/NAME-SET, whose finished classes are kept; a set that is not there is left out
@@ -12,6 +14,7 @@ import argparse
 import csv
 import datetime
 import io
+import json
 import shlex
 import subprocess
 import sys
@@ -21,20 +24,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from judging import Problem, Row, difference, judge, leave_one_set_out, regret
+
+import config as knobs
+import utils
+from detector import checkpoints
+from reporting.tables import as_markdown, escaped
+from shell.files import write_text
+from shell.signals import KEPT, guarded
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from bootstrap import Problem, difference, judge  # noqa: E402
-
-import config as knobs  # noqa: E402
-import utils  # noqa: E402
-from detector import checkpoints  # noqa: E402
-from reporting import compare, tables  # noqa: E402
-from shell.files import write_text  # noqa: E402
-from shell.signals import KEPT, guarded  # noqa: E402
-
-WHOLE, PLACES = "whole score", "places"
+WHOLE, IMAGE, PLACES = "whole score", "image part", "places"
 OURS = {  # ours -> what it is compared with
-    WHOLE: (), f"{WHOLE}, before training": (WHOLE,), "image part": (WHOLE,), PLACES: (WHOLE,),
+    WHOLE: (), f"{WHOLE}, before training": (WHOLE,), IMAGE: (WHOLE,), PLACES: (WHOLE,),
     f"{PLACES}, before training": (WHOLE, PLACES), "likelihood": (WHOLE, PLACES),
 }  # fmt: skip
 JUDGED = (WHOLE, PLACES)  # what everything else is compared with
@@ -48,6 +51,10 @@ HOW = (
     "images; AUROC of a draw by DeLong's placement values, linear in how often an image is drawn. Win / "
     "level / loss: classes whose own interval is above, about, or below zero; in brackets with Holm's "
     "correction over the classes."
+)
+REGRET = (
+    f"AUROC of the {WHOLE} minus that of the detector in brackets, the best of its kind on the set's test "
+    "images: below zero where that one alone would have been the better choice."
 )
 
 
@@ -75,12 +82,8 @@ def read_suite(path: Path, only: str | None = None) -> tuple[dict, list[Set]]:
     UserError."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise knobs.UserError(
-            f"expected a suite's file, as benchmarks/suite.toml; {path} is not there"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise knobs.UserError(f"{path} is no TOML: {error}") from None
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise knobs.UserError(f"expected a suite's file, as benchmarks/suite.toml; {path}: {error}") from None
     entries = content.pop("set", [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise knobs.UserError(f"{path}: expected tables [[set]], got set = {entries!r}")
@@ -88,10 +91,6 @@ def read_suite(path: Path, only: str | None = None) -> tuple[dict, list[Set]]:
         for key in keys:
             if key not in known:
                 raise knobs.UserError(f"{path}: {knobs.unknown('key', key, known)}")
-    kinds = {"knobs": dict, "trial": dict, "development": bool}
-    for key, value in (item for entry in entries for item in entry.items()):
-        if not isinstance(value, kind := kinds.get(key, str)):
-            raise knobs.UserError(f"{path}: {key}: expected a {kind.__name__}, got {value!r}")
     for needed in ("name", "dataset"):
         if not all(needed in entry for entry in entries):
             raise knobs.UserError(f"{path}: every [[set]] needs a {needed}")
@@ -101,11 +100,6 @@ def read_suite(path: Path, only: str | None = None) -> tuple[dict, list[Set]]:
         if name not in sets:
             raise knobs.UserError(knobs.unknown("set", name, sets))
     return {"preset": "paper", "extractor": "efficientnet_lite0"} | content, [sets[name] for name in chosen]
-
-
-def asked(args: argparse.Namespace) -> dict[str, str]:
-    """The further knobs of the command line, as texts."""
-    return dict(pair.partition("=")[::2] for pair in args.knobs)
 
 
 def why_left_out(entry: Set) -> str:
@@ -140,13 +134,11 @@ def scores_of(record: dict) -> dict[str, np.ndarray]:
 def read_problems(folder: Path) -> tuple[list[Problem], dict]:
     """The classes of a finished run that have test images of both labels, and the run's summary. Raises
     ValueError and OSError."""
-    run = compare.open_run(folder, folder.name)
-    if not run.summary:
-        raise ValueError(run.fault or f"{folder} has no results.json")
+    summary = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     by_class: dict[str, list[dict]] = {}
-    for record in map(checkpoints.read_record, run.records):
+    for record in map(checkpoints.read_record, sorted((folder / "classes").glob("*.json"))):
         result = record["result"]
-        asked = result["class"] in run.summary["classes"] and result["seed"] in run.summary["seeds"]
+        asked = result["class"] in summary["classes"] and result["seed"] in summary["seeds"]
         if asked and len(set(record["test"]["labels"])) == 2:
             by_class.setdefault(result["class"], []).append(record)
     problems = []
@@ -160,10 +152,10 @@ def read_problems(folder: Path) -> tuple[list[Problem], dict]:
         problems.append(Problem(name, rows, labels, scores_of(records[0]), aurocs))
     if not problems:
         raise ValueError("no class has normal and anomalous test images")
-    return problems, run.summary
+    return problems, summary
 
 
-# ---------------------------------------------------------------- the table
+# ---------------------------------------------------------------- the tables
 def set_aurocs(problems: list[Problem], title: str) -> np.ndarray:
     """A detector's mean AUROC over the classes with every seed; NaN where a class lacks it."""
     if not all(title in problem.aurocs for problem in problems):
@@ -205,48 +197,95 @@ def make_table(found: dict[str, list[Problem] | None], draws: int = DRAWS) -> tu
                 row += ["", ""]
                 continue
             it = difference(judged, detectors.index(ours), k)
-            told = tables.margin_cell({"": it}, "") if it else ""
-            row += [bracketed(told, bool(it) and it["sets"] < len(done)), it["wins"] if it else ""]
+            row += [bracketed(str(it), it.sets < len(done)), it.wins] if it else ["", ""]
         rows.append(row)
     return header, rows
 
 
-def as_csv(found: dict[str, list[Problem] | None], seeds: list[int]) -> str:
-    """One line per detector, set, class and seed, numbers unrounded."""
+def rows_of(found: dict[str, list[Problem] | None], seeds: list[int]) -> list[Row]:
+    """An AUROC per set, class, detector and seed."""
+    problems = [(name, problem) for name, of_set in found.items() for problem in of_set or ()]
+    return [
+        Row(title, name, problem.name, seed, value)
+        for name, problem in problems
+        for title, values in problem.aurocs.items()
+        for seed, value in zip(seeds, values)
+    ]
+
+
+def regret_table(rows: list[Row]) -> str:
+    """Per set, what the whole score loses to the best simple detector and to the better of its parts."""
+    simple = [title for title in dict.fromkeys(row.detector for row in rows) if title not in OURS]
+    kinds = {f"{WHOLE} - best simple": simple, f"{WHOLE} - better part": (IMAGE, PLACES)}
+    found = [regret(rows, WHOLE, others) for others in kinds.values()]
+
+    def cell(losses: dict[str, tuple[float, str]], name: str) -> str:
+        return "{:+.4f} ({})".format(*losses[name]) if name in losses else ""
+
+    sets = dict.fromkeys(name for losses in found for name in losses)
+    lines = [[name, *(cell(losses, name) for losses in found)] for name in sets]
+    values = [[value for value, _ in losses.values()] for losses in found]
+    for title, of_all in (("mean", np.mean), ("worst", np.min)):
+        lines.append([title, *(f"{of_all(own):+.4f}" if own else "" for own in values)])
+    return f"## Regret\n\n{as_markdown(['set', *kinds], lines)}\n\n{REGRET}"
+
+
+def choice_table(runs: dict[str, list[Row]]) -> str:
+    """What a choice among the settings is worth on a set that had no part in it. Raises UserError."""
+    found = leave_one_set_out(runs, WHOLE)
+    if not found:
+        raise knobs.UserError(f"expected at least two sets with a {WHOLE} in all of {', '.join(runs)}")
+    mean, best = (float(np.mean(values)) for values in list(zip(*found))[2::2])
+    lines = [
+        [name, chosen, f"{auroc:.4f}", best_one, f"{most:.4f}"]
+        for name, chosen, auroc, best_one, most in [*found, ("mean", "", mean, "", best)]
+    ]
+    header = ["set", f"best by the mean {WHOLE} of all other sets", "AUROC", "best on this set", "AUROC"]
+    return f"## Settings chosen without the set\n\n{as_markdown(header, lines)}"
+
+
+def as_csv(rows: list[Row]) -> str:
+    """A line per row, numbers unrounded."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["detector", "set", "class", "seed", "auroc"])
-    for name, problems in found.items():
-        for problem in problems or ():
-            for title, values in problem.aurocs.items():
-                writer.writerows([title, name, problem.name, *each] for each in zip(seeds, values))
+    writer.writerows([["detector", "set", "class", "seed", "auroc"], *rows])
     return text.getvalue()
 
 
-def made_by(script: str, settings: dict, precisions: list[str], *more: str) -> str:
-    """How a table came about: the command, and what its figures depend on."""
-    versions = utils.versions()
-    told = [f"`{shlex.join(['python', f'benchmarks/{script}', *sys.argv[1:]])}`"]
-    told += [f"preset {settings['preset']}", settings["extractor"], *more]
-    told += [f"{name} {versions[name]}" for name in ("commit", "torch", "timm")]
-    told += [versions["machine"], f"features in {' and '.join(dict.fromkeys(precisions))}"]
-    return f"{', '.join(told)}, {datetime.date.today()}."
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a table that ``as_csv`` wrote. Raises UserError."""
+    try:
+        _, *lines = csv.reader(path.read_text(encoding="utf-8").splitlines())
+        return [Row(*names, int(seed), float(auroc)) for *names, seed, auroc in lines]
+    except (OSError, TypeError, ValueError) as error:
+        raise knobs.UserError(f"expected a table as results/suite.csv; {path}: {error}") from None
 
 
 def about(settings: dict, sets: list[Set], summaries: list[dict]) -> str:
-    precisions = [str(summary["features"].get("precision")) for summary in summaries]
-    seeds = f"seeds {', '.join(map(str, summaries[0]['seeds']))}"
+    """How the tables came about: the command, and what their figures depend on."""
+    versions = utils.versions()
+    precisions = dict.fromkeys(str(summary["features"].get("precision")) for summary in summaries)
+    told = [f"`{shlex.join(['python', 'benchmarks/suite.py', *sys.argv[1:]])}`"]
+    told += [f"preset {settings['preset']}", settings["extractor"]]
+    told += [f"seeds {', '.join(map(str, summaries[0]['seeds']))}"]
+    told += [f"{name} {versions[name]}" for name in ("commit", "torch", "timm")]
+    told += [versions["machine"], f"features in {' and '.join(precisions)}", f"{datetime.date.today()}"]
     development = ", ".join(entry.name for entry in sets if entry.development) or "none"
-    told = made_by("suite.py", settings, precisions, seeds)
-    return f"{told} Development sets (settings were chosen on their test images): {development}."
+    return f"{', '.join(told)}. Development sets (settings were chosen on their test images): {development}."
 
 
+# ---------------------------------------------------------------- the script
 def main(args: argparse.Namespace) -> None:
     """Raises UserError where no set is there, or, once the table is written, where a set failed."""
+    if args.compare:
+        compare(args.compare)
+        return
+    if args.suite is None:
+        raise knobs.UserError("expected the list of sets, as benchmarks/suite.toml, or --compare")
     settings, sets = read_suite(args.suite, args.only)
     if args.preset:
         settings["preset"] = args.preset
-    more = asked(args)
+    more = dict(pair.partition("=")[::2] for pair in args.knobs)
     settings |= {name: value for name, value in more.items() if name in settings}
     found, notes, failures, summaries = {}, [], [], []
     for entry in sets:
@@ -254,43 +293,51 @@ def main(args: argparse.Namespace) -> None:
             notes.append(left_out)
             print(left_out, flush=True)
             continue
-        name = f"{args.name}-{entry.name}"
         of_set = (entry.trial if args.trial else {}) | more
         print(f"== {entry.name}", flush=True)
         status = subprocess.run(command_of(entry, settings, args.name, args.seeds, of_set)).returncode
         try:
             if status:
                 raise ValueError(f"main.py ended with status {status}")
-            found[entry.name], summary = read_problems(Path("runs") / name)
+            found[entry.name], summary = read_problems(Path("runs") / f"{args.name}-{entry.name}")
             summaries.append(summary)
         except (OSError, ValueError) as error:
             found[entry.name] = None
             failures.append(f"failed: {entry.name}, {error}")
     if not summaries:
         raise knobs.UserError("; ".join(failures + notes) or f"{args.suite} names no set")
-    table = tables.as_markdown(*make_table(found))
     there = [entry for entry in sets if entry.name in found]
-    lines = [*map(tables.escaped, failures + notes), HOW, about(settings, there, summaries)]
+    figures = rows_of(found, summaries[0]["seeds"])
+    tables = f"{as_markdown(*make_table(found))}\n\n{regret_table(figures)}"
+    lines = [*map(escaped, failures + notes), "## How", HOW, about(settings, there, summaries)]
     out = args.out or Path("results") / f"{args.name}{'-trial' if args.trial else ''}.md"
-    write_text(out, f"# {args.name}\n\n{table}\n\n" + "\n\n".join(lines) + "\n")
-    write_text(out.with_suffix(".csv"), as_csv(found, summaries[0]["seeds"]))
-    print(f"\n{table}\n\nin {out} and {out.with_suffix('.csv')}", flush=True)
+    write_text(out, f"# {args.name}\n\n{tables}\n\n" + "\n\n".join(lines) + "\n")
+    write_text(out.with_suffix(".csv"), as_csv(figures))
+    print(f"\n{tables}\n\nin {out} and {out.with_suffix('.csv')}", flush=True)
     if failures:
         raise knobs.UserError("; ".join(failures))
+
+
+def compare(files: list[Path]) -> None:
+    """Print the regret of each of the tables, and what a choice among them is worth. Raises UserError."""
+    runs = {str(path.with_suffix("")): read_csv(path) for path in files}
+    for name, rows in runs.items():
+        print(f"# {name}\n\n{regret_table(rows)}\n")
+    if len(runs) > 1:
+        print(choice_table(runs))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("suite", type=Path, help="the list of sets, as benchmarks/suite.toml")
+    parser.add_argument("suite", type=Path, nargs="?", help="the list of sets, as benchmarks/suite.toml")
     parser.add_argument("--preset", help="[the suite's]")
     parser.add_argument("--only", help="sets to run, separated by commas [all]")
     parser.add_argument("--seeds", type=int, default=1, help="[1]")
     parser.add_argument("--trial", action="store_true", help="with the knobs for trials: fewer classes")
-    parser.add_argument(
-        "--knobs", nargs="*", default=[], metavar="KNOB=VALUE", help="further knobs for all sets"
-    )
+    parser.add_argument("--knobs", nargs="*", default=[], metavar="KNOB=VALUE", help="more, for all sets")
     parser.add_argument("--name", default="suite", help="the runs are runs/NAME-SET [suite]")
     parser.add_argument("--out", type=Path, help="where the table goes [results/NAME.md]")
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="CSV", help="run nothing, compare tables")
     guarded(main, parser.parse_args(), told=KEPT)

@@ -33,11 +33,7 @@ class Attention(nn.Module):
 class Subnet(nn.Module):
     def __init__(self, d, out, hidden):
         super().__init__()
-        self.fc1, self.fc2, self.fc3 = (
-            nn.Linear(d, hidden),
-            nn.Linear(hidden, hidden),
-            nn.Linear(hidden, hidden),
-        )
+        self.fc1, self.fc2, self.fc3 = (nn.Linear(n, hidden) for n in (d, hidden, hidden))
         self.fusion, self.gamma = Attention(d, hidden), nn.Parameter(torch.ones(hidden))
         self.fc_out = nn.Linear(2 * hidden, out)
 
@@ -64,11 +60,8 @@ class Block(nn.Module):
         y1 = torch.exp(self.log_scale(s2)) * x1 + t2
         s1, t1 = self.s1(y1, p1).chunk(2, 1)
         y2 = torch.exp(self.log_scale(s1)) * x2 + t1
-        return (
-            torch.cat([y1, y2], 1).clamp(-1e6, 1e6),
-            p,
-            self.log_scale(s1).sum(1) + self.log_scale(s2).sum(1),
-        )
+        log_det = self.log_scale(s1).sum(1) + self.log_scale(s2).sum(1)
+        return torch.cat([y1, y2], 1).clamp(-1e6, 1e6), p, log_det
 
     def forward(self, x, p):
         y, permuted, _ = self.couple(x, p)

@@ -129,8 +129,8 @@ def class_data(
     """The rows of a class, a share of the normal training images held out at random; there may be no test
     images. Raises ClassError on too few, and on features that are all the same.
 
-    Of one's own pictures, where verdicts count, as many are held out as the false-alarm rate needs, up to
-    a fifth. With tiles, all of a picture are."""
+    Held out are those that the data set itself does, where there are such. Else, of one's own pictures, where
+    verdicts count, as many as the false-alarm rate needs, up to a fifth. With tiles, all of a picture are."""
     train_rows, test_rows, test_labels = labels.one_class(class_name)
     pictures = train_rows
     if config.tiles:
@@ -139,7 +139,9 @@ def class_data(
     n_held = math.ceil(held_share(config.holdout, config.dataset) * len(shuffled))
     if config.dataset in OWN_PICTURES and n_held:
         n_held = max(n_held, min(calibration.needed(config.false_alarms), len(shuffled) // 5))
-    held = np.isin(pictures, shuffled[:n_held])
+    held = labels.train.held[train_rows]
+    if not held.any():
+        held = np.isin(pictures, shuffled[:n_held])
     fit_rows, held_rows = train_rows[~held], train_rows[held]
     held_pictures = pictures[held].tolist() if config.tiles else None
     if len(fit_rows) < FEWEST or not (len(test_rows) or len(held_rows)):

@@ -78,7 +78,7 @@ class FittedBackbone:
         identity = cache_identity(self.config)
         self._check(identity.fields)
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be a table of scores
-            job = extraction.Extraction(self.config, datasets.unlabelled([]), identity, self.device)
+            job = extraction.Extraction(self.config, datasets.no_images(), identity, self.device)
         self._check({name: value for name, value in job.fields.items() if name != EXAMPLE})
         if fault := example_fault(self.features.get(EXAMPLE), job.fields[EXAMPLE]):
             raise UserError(f"the detector does not fit: {fault}")

@@ -1,15 +1,15 @@
 """Data sets of image files, in whatever folders they come: each reader gives one table of path, split, label
 and mask.
 
-A label is a class: images of it train, and every test image with another label is anomalous. Or it is
-``<class>/<condition>``, where each class is tested on images of its own: ``bottle/good`` (or ok, or normal)
-and ``bottle/hole``. ``load_images`` in datasets.py turns the table into labels.
+The split is train, test or validation: training pictures that are held out. A label is a class: images of it
+train, and every test image with another label is anomalous. Or it is ``<class>/<condition>``, where each
+class is tested on images of its own: ``bottle/good`` (or ok, or normal) and ``bottle/hole``. ``load_images``
+in datasets.py turns the table into labels.
 
 A reader takes the path that the user named, or raises UserError that says where it looked, what it found
 there and what it expected."""
 
 import csv
-import functools
 import json
 import re
 import unicodedata
@@ -19,19 +19,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 import utils
 from config import UserError
 from images import images
 
 SPLITS = ("train", "test")
+ROW_SPLITS = ("train", "validation", "test")
 NORMAL_NAMES = ("good", "ok", "normal")  # conditions, and folders, of normal pictures
 MASK_FOLDERS = ("ground_truth", "gt", "mask", "masks")
 NO_PICTURES = frozenset((*MASK_FOLDERS, "xyz", "depth"))  # folders inside a class's: masks, or depth
-
-
-note_once = functools.cache(images.note)  # a run reads its data set several times
 
 
 class Row(NamedTuple):
@@ -51,11 +48,10 @@ class Table(NamedTuple):
 
 
 class Search:
-    """Finds image files and their masks; keeps what is to be told of it, once."""
+    """Finds image files; keeps what is to be told of it, once."""
 
     def __init__(self) -> None:
         self.skipped, self.notes = Counter[str](), list[str]()
-        self._stems: dict[Path, dict[str, Path]] = {}
 
     def below(self, folder: Path) -> list[Path]:
         """The pictures in a folder and its subfolders but NO_PICTURES; raises UserError where there are
@@ -63,63 +59,21 @@ class Search:
         return images.images_below(folder, self.skipped, NO_PICTURES)
 
     def inside(self, folder: Path) -> list[Path]:
-        """The pictures in a folder itself, sorted."""
-        here = [entry for entry in images.searched(folder) if not images.is_folder(entry)]
-        self.skipped.update(reason for entry in here if (reason := images.why_skipped(entry)))
-        return [folder / entry.name for entry in here if not images.why_skipped(entry)]
-
-    def mask(self, path: Path, below: Path, places: Iterable[Path]) -> Path | None:
-        """Where the defect of a picture somewhere ``below`` a folder is marked: by its name, or its name and
-        _mask, in the same place below one of ``places``; in any case and format, or a folder of masks. A
-        folder rgb has its masks beside it."""
-        beside = [part for part in path.relative_to(below).parent.parts if part.lower() != "rgb"]
-        for place in places:
-            stems = self.by_stem(place.joinpath(*beside))
-            for stem in (f"{path.stem}_mask", path.stem):
-                if mask := stems.get(folded(stem)):
-                    return mask
-        return None
-
-    def by_stem(self, folder: Path) -> dict[str, Path]:
-        """{folded name without ending: path} of the pictures and folders in a folder; {} where it is none."""
-        if folder not in self._stems:
-            found = {folded(name): folder / name for name in subfolders(folder)}
-            pictures = Search().inside(folder) if folder.is_dir() else []
-            self._stems[folder] = found | {folded(path.stem): path for path in pictures}
-        return self._stems[folder]
-
-    def tell(self, root: Path) -> None:
-        if self.skipped:
-            note_once(f"passed over in {root}: {images.tell_skipped(self.skipped)}")
-        if self.notes:
-            note_once(f"{root}: {utils.first_named(self.notes, '; ')}")
+        """The pictures in a folder itself, sorted; none where it is no folder."""
+        return images.find_below(folder, self.skipped, deep=False) if folder.is_dir() else []
 
 
 # ---------------------------------------------------------------- names of folders
 def subfolders(folder: Path) -> list[str]:
     """The names of the folders in a folder, sorted, hidden ones left out; none where it is no folder. Raises
     UserError when it cannot be read."""
-    there = images.searched(folder) if folder.is_dir() else []
-    return [entry.name for entry in there if images.is_folder(entry)]
+    return [path.name for path in images.listed(folder) if path.is_dir()] if folder.is_dir() else []
 
 
 def folded(name: str) -> str:
     """What names are compared by: case, the Unicode form of a letter (NFC, NFD) and spaces around the name
     make no difference."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).strip()
-
-
-def by_name(folder: Path) -> dict[str, str]:
-    """{folded name: name} of the folders in a folder, sorted. Raises UserError that names two whose names
-    differ in nothing that counts."""
-    found: dict[str, str] = {}
-    for name in subfolders(folder):
-        if (other := found.setdefault(folded(name), name)) != name:
-            raise UserError(
-                f"dataset_path: {folder} holds the folders {ascii(other)} and {ascii(name)}, which differ in "
-                "case, Unicode form or spaces only; rename one, or put their pictures together"
-            )
-    return found
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -132,23 +86,33 @@ def what_is_there(folder: Path) -> str:
     """What a message says was found at a path: "... is not there", "... holds a, b and 3 more"."""
     if not folder.is_dir():
         return f"{folder.resolve()} is {'a file, no folder' if folder.exists() else 'not there'}"
-    names = [entry.name + "/" * images.is_folder(entry) for entry in images.searched(folder)]
-    if not names:
-        return f"{folder.resolve()} is empty"
+    names = [path.name + "/" * path.is_dir() for path in images.listed(folder)]
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{folder.resolve()} holds {', '.join(names[:4])}{more}"
+    holds = f"holds {', '.join(names[:4])}{more}" if names else "is empty"
+    return f"{folder.resolve()} {holds}"
 
 
-def not_as_expected(root: Path, expected: str, holds: Callable[[Path], object]) -> UserError:
+def not_as_expected(
+    root: Path, expected: str, holds: Callable[[Path], object], advice: str = ""
+) -> UserError:
     """The line for a folder that does not hold a data set: what was expected and what is there. Where a
     folder at most three below it, or the one above it, does, that is the advice."""
     level, near = [root], []
     for _ in range(3):
         level = [folder / name for folder in level[:1000] for name in subfolders(folder)]
         near += level
-    found = next((folder for folder in [*near, root.resolve().parent] if holds(folder)), None)
-    advice = f"; {found} does: give --dataset_path {found}" if found else ""
+    if found := next((folder for folder in [*near, root.resolve().parent] if holds(folder)), None):
+        advice = f"; {found} does: give --dataset_path {found}"
     return UserError(f"dataset_path: expected {expected}, but {what_is_there(root)}{advice}")
+
+
+def place_of(root: Path, expected: str, holds: Callable[[Path], object]) -> Path:
+    """The folder that ``holds`` a data set: root, or the only folder in it. Raises ``not_as_expected``."""
+    below = subfolders(root)
+    places = [root, root / below[0]] if len(below) == 1 else [root]
+    if found := next((folder for folder in places if holds(folder)), None):
+        return found
+    raise not_as_expected(root, expected, holds)
 
 
 # ---------------------------------------------------------------- folders per class
@@ -160,30 +124,19 @@ def own_pictures(root: Path, search: Search) -> Table:
 def folders(root: Path, search: Search) -> Table:
     """``{train,test}/<class>/**``, masks of what is no class in ``ground_truth/<its name>``; without test/,
     no test images."""
-    train, test = (inside(root, split) for split in SPLITS)
-    trained, tested = by_name(train), by_name(test)
-    if not trained and not test.is_dir():
-        return normal_only(train, search, root.resolve().name)
-    if not trained:
-        raise UserError(
-            f"dataset_path: expected a folder of images per class in {train}, found none; "
-            f"{what_is_there(train)}"
-        )
-    if test.is_dir() and not any(name in trained or name not in NO_PICTURES for name in tested):
-        raise UserError(
-            f"dataset_path: expected a folder of images per class in {test}, found none; put the "
-            f"normal test images into test/<class>, or take test/ away to train on normal pictures only"
-        )
-    rows = [
-        row
-        for split, place in zip(SPLITS, (train, test))
-        for row in _labelled(search, root, place, split, trained)
-    ]
-    for folder in (train, test):
-        if folder.is_dir() and (beside := Search().inside(folder)):
-            search.notes.append(
-                f"only the folders in {folder} are taken, not the {len(beside)} pictures beside them"
-            )
+    places = [inside(root, split) for split in SPLITS]
+    trained = [folded(name) for name in subfolders(places[0])]
+    if not trained and not places[1].is_dir():
+        return normal_only(places[0], search, root.resolve().name)
+    rows: list[Row] = []
+    for split, place in zip(SPLITS, places):
+        if split == "train" or place.is_dir():
+            found = list(_labelled(search, root, place, split, trained))
+            if not found:
+                raise not_as_expected(place, f"a folder of images per class in {place}", lambda folder: False)
+            rows += found
+            if beside := Search().inside(place):
+                search.notes.append(f"{len(beside)} pictures beside the folders in {place} are not taken")
     return Table(root, rows)
 
 
@@ -192,58 +145,68 @@ def _labelled(
 ) -> Iterator[Row]:
     """The images of the folders in a place below ``root``, whose names are their labels, behind ``before``;
     with the masks of those whose names are not among the ``normal`` ones."""
-    marked = mask_folders(root) + mask_folders(place)
-    for kind, spelt in by_name(place).items():
+    marked = _mask_folders(root) + _mask_folders(place)
+    for spelt in subfolders(place):
+        kind = folded(spelt)
         if kind in NO_PICTURES and kind not in normal:
             continue
         rows = [Row(path, split, before + spelt) for path in search.below(place / spelt)]
-        masks = [inside(folder, spelt) for folder in marked] + mask_folders(place / spelt)
-        if kind not in normal and masks:
-            rows = [row._replace(mask=search.mask(row.path, place / spelt, masks)) for row in rows]
+        places = [inside(folder, spelt) for folder in marked] + _mask_folders(place / spelt)
+        if kind not in normal and places:
+            masks = {name: mask for folder in reversed(places) for name, mask in _masks_in(folder).items()}
+            rows = [row._replace(mask=_mask_of(row.path.relative_to(place / spelt), masks)) for row in rows]
             if not any(row.mask for row in rows):
-                where = masks[0].relative_to(root)
+                where = places[0].relative_to(root)
                 search.notes.append(f"{len(rows)} defects in {spelt}, no mask for any in {where}")
         yield from rows
 
 
-def mask_folders(folder: Path) -> list[Path]:
+def _mask_folders(folder: Path) -> list[Path]:
     return [folder / name for name in subfolders(folder) if folded(name) in MASK_FOLDERS]
+
+
+def _masks_in(folder: Path) -> dict[str, Path]:
+    """{folded name below a folder, without ending: path} of the pictures there and the folders of some."""
+    found = {}
+    for mask in images.find_below(folder, Counter()) if folder.is_dir() else []:
+        name = mask.relative_to(folder)
+        found[folded(str(name.parent))] = mask.parent
+        found[folded(str(name.with_suffix("")))] = mask
+    return found
+
+
+def _mask_of(picture: Path, masks: dict[str, Path]) -> Path | None:
+    """Where the defect of a picture is marked: by its name, or its name and _mask, in any case and format, or
+    a folder of masks. A folder rgb has its masks beside it."""
+    parts = [part for part in picture.with_suffix("").parts if part.lower() != "rgb"]
+    name = folded(str(Path(*parts)))
+    return masks.get(f"{name}_mask", masks.get(name))
 
 
 def normal_only(root: Path, search: Search, name: str | None = None) -> Table:
     """Pictures of one thing that lie in a folder itself, all normal: one class of the folder's name (or of
     ``name``), no test images. Subfolders are searched only where the folder's own name says that all in it
     is normal. Raises UserError when no pictures lie there."""
-    pictures, below = search.inside(root) if root.is_dir() else [], subfolders(root)
-    own_name = root.resolve().name
+    pictures, below, own_name = search.inside(root), subfolders(root), root.resolve().name
     if below and not pictures and folded(own_name) in NORMAL_NAMES:
         pictures, below = search.below(root), []
     if not pictures:
-        expected = f"images as {root}/{{train,test}}/<class>/*, or normal pictures in {root} itself"
-        told = not_as_expected(root, expected, lambda folder: subfolders(folder / "train"))
-        raise told if "--dataset_path" in str(told) else UserError(f"{told}{_advice(root, below)}")
-    if below:
-        search.notes.append(
-            f"only the pictures in {root} itself are taken, not those in {', '.join(below[:4])}"
+        good = [name for name in below if folded(name) in NORMAL_NAMES]
+        good = good or [name for name in below if Search().inside(root / name)]
+        named = root / good[0] if len(good) == 1 else f"{root}/<one of {', '.join(good[:4])}>"
+        raise not_as_expected(
+            root,
+            f"images as {root}/{{train,test}}/<class>/*, or normal pictures in {root} itself",
+            lambda folder: subfolders(folder / "train"),
+            f"; give the folder of the normal ones: --dataset_path {named}" if good else "",
         )
+    if below:
+        search.notes.append(f"only the pictures in {root} itself are taken, not those in {below[0]}")
     return Table(root, [Row(path, "train", name or own_name or "normal") for path in pictures])
 
 
-def _advice(root: Path, below: list[str]) -> str:
-    """What to do about a folder without pictures that holds folders."""
-    if not below:
-        return ""
-    normal = [name for name in below if folded(name) in NORMAL_NAMES]
-    normal = normal or [name for name in below if Search().inside(root / name)]
-    named = str(root / normal[0]) if len(normal) == 1 else f"{root}/<one of {', '.join(normal[:4])}>"
-    return (
-        f"; put normal pictures into {root}/train/<class> and test pictures into {root}/test/<class>"
-        + f", or give the folder of the normal ones: --dataset_path {named}" * bool(normal)
-    )
-
-
 # ---------------------------------------------------------------- categories with defective specimens
-TRAINED, TESTED = ("train", "validation"), ("test", "test_public")
+PLACES = {"train": "train", "validation": "validation", "test": "test", "test_public": "test"}
 
 
 def mvtec(root: Path, search: Search) -> Table:
@@ -252,24 +215,13 @@ def mvtec(root: Path, search: Search) -> Table:
     or a folder that holds nothing but their folder.
 
     So are the later MVTec sets: AD 2 (``test_public``, with ``ground_truth`` in it), LOCO (a folder of masks
-    for each picture), 3D-AD (``<defect>/rgb``, masks in ``<defect>/gt``); their ``validation`` pictures
-    train, too."""
-    categories = _categories(root)
-    if not categories:
-        inner = subfolders(root)
-        categories = _categories(root / inner[0]) if len(inner) == 1 else {}
-    if not categories:
-        raise not_as_expected(
-            root,
-            f"MVTec-style categories in {root}, <category>/train/good (or ok) and <category>/test/<good or "
-            "defect>",
-            _categories,
-        )
+    for each picture), 3D-AD (``<defect>/rgb``, masks in ``<defect>/gt``); their ``validation`` pictures are
+    held out."""
+    expected = f"categories in {root}, <category>/train/good (or ok) and <category>/test/<good or defect>"
     rows = [
         row
-        for name, category in categories.items()
-        for split, places in zip(SPLITS, (TRAINED, TESTED))
-        for place in places
+        for name, category in _categories(place_of(root, expected, _categories)).items()
+        for place, split in PLACES.items()
         for row in _labelled(search, category, inside(category, place), split, NORMAL_NAMES, f"{name}/")
     ]
     return Table(root, rows)
@@ -277,12 +229,12 @@ def mvtec(root: Path, search: Search) -> Table:
 
 def _categories(root: Path) -> dict[str, Path]:
     """{name: folder} of the MVTec-style categories that root is or holds."""
-    if _normal_folder(root):
+    if _trains_normal(root):
         return {root.resolve().name: root}
-    return {name: root / name for name in subfolders(root) if _normal_folder(root / name)}
+    return {name: root / name for name in subfolders(root) if _trains_normal(root / name)}
 
 
-def _normal_folder(category: Path) -> bool:
+def _trains_normal(category: Path) -> bool:
     return any(folded(name) in NORMAL_NAMES for name in subfolders(inside(category, "train")))
 
 
@@ -292,10 +244,9 @@ def labels_file(path: Path, search: Search) -> Table:
     folder that has one called labels.csv."""
     table = path / "labels.csv" if path.is_dir() else path
     if not table.is_file():
-        raise UserError(
-            f"dataset_path: expected a CSV file with the columns {', '.join(Row._fields)}, or a folder with "
-            f"labels.csv, but {what_is_there(path)}"
-        )
+        columns = ", ".join(Row._fields)
+        expected = f"a CSV file with the columns {columns}, or a folder with one called labels.csv"
+        raise not_as_expected(path, expected, lambda folder: (folder / "labels.csv").is_file())
     listed = _read_table(table, ("path", "split", "label"))
     rows = [(row["path"], row["split"], row["label"], row.get("mask")) for row in listed]
     return Table(table.parent, _rows(table, table.parent, rows))
@@ -305,17 +256,12 @@ def visa(root: Path, search: Search) -> Table:
     """VisA: ``split_csv/1cls.csv`` says which image of ``<object>/Data/Images/{Normal,Anomaly}`` is in
     which split, and which mask is its; ``<object>/image_anno.csv``, where it is there, says what is wrong.
     Also in its converted form, MVTec-style categories."""
-    bases = [root, root / "VisA", *(root / name for name in subfolders(root)[:1])]
-    base = next((b for b in bases if (b / "split_csv" / "1cls.csv").is_file()), None)
-    if base is None:
-        if _categories(root):
-            return mvtec(root, search)
-        raise not_as_expected(
-            root,
-            f"VisA as {root / 'split_csv' / '1cls.csv'} and the folders <object>/Data/Images that it names",
-            lambda folder: (folder / "split_csv" / "1cls.csv").is_file(),
-        )
-    table = base / "split_csv" / "1cls.csv"
+    if _categories(root):
+        return mvtec(root, search)
+    where = Path("split_csv", "1cls.csv")
+    expected = f"VisA as {root / where} and the folders <object>/Data/Images that it names"
+    base = place_of(root, expected, lambda folder: (folder / where).is_file())
+    table = base / where
     listed = _read_table(table, ("object", "split", "label", "image", "mask"))
     notes = [base / name / "image_anno.csv" for name in {row["object"] for row in listed}]
     noted = [row for note in notes if note.is_file() for row in _read_table(note, ("image", "label"))]
@@ -331,8 +277,10 @@ def real_iad(root: Path, search: Search) -> Table:
     """Real-IAD: ``realiad_jsons/<object>.json``, or a folder deeper, says which pictures of
     ``realiad_1024/<object>`` (or 512, or 256) are in which split. An object without its folder is left
     out."""
+    expected = f"Real-IAD as {root}/realiad_1024/<object> and {root}/realiad_jsons/<object>.json"
+    root = place_of(root, expected, _real_iad_tables)
     base = next((f for size in (1024, 512, 256) if (f := root / f"realiad_{size}").is_dir()), root)
-    found = {}
+    found: list[Row] = []
     for table in _real_iad_tables(root):
         try:
             content = json.loads(table.read_text(encoding="utf-8"))
@@ -345,14 +293,10 @@ def real_iad(root: Path, search: Search) -> Table:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"dataset_path: {table} cannot be read ({error!r})") from None
         if place.is_dir():
-            found[table.stem] = _rows(table, place, rows)
+            found += _rows(table, place, rows)
     if not found:
-        raise not_as_expected(
-            root,
-            f"Real-IAD as {root}/realiad_1024/<object> and {root}/realiad_jsons/<object>.json",
-            _real_iad_tables,
-        )
-    return Table(base, [row for rows in found.values() for row in rows])
+        raise not_as_expected(root, expected, lambda folder: False)
+    return Table(base, found)
 
 
 def _real_iad_tables(root: Path) -> list[Path]:
@@ -368,31 +312,27 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"dataset_path: {path} cannot be read ({error})") from None
     if not rows or any(row.get(column) is None for row in rows for column in columns):
-        raise UserError(
-            f"dataset_path: expected the columns {', '.join(columns)} in {path}, in every row, with commas "
-            "between"
-        )
+        raise UserError(f"dataset_path: expected the columns {', '.join(columns)} in every row of {path}")
     return rows
 
 
 def _rows(table: Path, base: Path, listed: Iterable[tuple[str, str, str, str | None]]) -> list[Row]:
     """What a table in a file lists; its paths begin at ``base``, or at the root of the file system. Raises
-    UserError on what is not there, and on other splits than train and test."""
+    UserError on what is not there, and on another split."""
     rows = [
         Row(_named(base, path), folded(split), label.strip(), _named(base, mask) if mask else None)
         for path, split, label, mask in listed
     ]
-    if other := next((row for row in rows if row.split not in SPLITS or not row.label), None):
+    if other := next((row for row in rows if row.split not in ROW_SPLITS or not row.label), None):
         raise UserError(
             f"dataset_path: {table} gives {other.path.name} the split {other.split!r} and the label "
-            f"{other.label!r}; expected train or test, and a label"
+            f"{other.label!r}; expected train, validation or test, and a label"
         )
     missing = [path for row in rows for path in (row.path, row.mask) if path and not path.exists()]
     if missing:
         raise UserError(
             f"dataset_path: {table} names {missing[0].absolute()}, which is not there, nor are "
-            f"{len(missing) - 1} others of its {len(rows)} images and their masks; put them there, or take "
-            "their rows out"
+            f"{len(missing) - 1} others of its {len(rows)} images and their masks"
         )
     return rows
 
@@ -408,19 +348,14 @@ TRAIN_SHARE = 0.8  # of each class's normal pictures
 PETS = ("cat", "dog")
 
 
-def split_by_rule(files: list[Path]) -> dict[str, list[Path]]:
-    """A split for pictures that are published without one. Sorted by the number in their name, then by
+def split_by_rule(files: list[Path], label: str) -> list[Row]:
+    """The rows of pictures that are published without a split. Sorted by the number in their name, then by
     name, they are shuffled by numpy's RandomState(0).permutation; the first 80 % (rounded) train."""
-    ordered = sorted(files, key=lambda path: (_number(path), path.name))
+    numbered = [(int((re.findall("[0-9]+", path.stem) or [-1])[-1]), path.name, path) for path in files]
+    ordered = [path for *_, path in sorted(numbered)]
     shuffled = np.random.RandomState(0).permutation(len(ordered))
-    n_train = round(TRAIN_SHARE * len(ordered))
-    chosen = {"train": shuffled[:n_train], "test": shuffled[n_train:]}
-    return {split: [ordered[i] for i in sorted(index)] for split, index in chosen.items()}
-
-
-def _number(path: Path) -> int:
-    digits = re.findall("[0-9]+", path.stem)
-    return int(digits[-1]) if digits else -1
+    trained = set(shuffled[: round(TRAIN_SHARE * len(ordered))].tolist())
+    return [Row(path, SPLITS[i not in trained], label) for i, path in enumerate(ordered)]
 
 
 def cats_vs_dogs(root: Path, search: Search) -> Table:
@@ -429,34 +364,24 @@ def cats_vs_dogs(root: Path, search: Search) -> Table:
     and 2,500 to test, the same pictures in both. Kaggle's test1/ has no labels and is not read."""
     if all(subfolders(root / split) for split in SPLITS):
         return folders(root, search)
-    places, rows = _pets(root), []
-    if not places:
-        raise not_as_expected(
-            root,
-            f"cats and dogs as {root}/{{train,test}}/{{cat,dog}}/*, {root / 'train' / 'cat.0.jpg'} (Kaggle) "
-            f"or {root / 'PetImages' / 'Cat'} (Microsoft)",
-            _pets,
-        )
-    for name, (folder, start) in places.items():
-        pictures = [path for path in search.below(folder) if path.name.startswith(start)]
-        if not pictures:
-            raise UserError(
-                f"dataset_path: no pictures of a {name} in {folder}; expected {start}0.jpg and so on"
-            )
-        rows += [Row(path, split, name) for split, half in split_by_rule(pictures).items() for path in half]
-    return Table(root, rows)
+    expected = (
+        f"cats and dogs as {root}/{{train,test}}/{{cat,dog}}/*, {root / 'train' / 'cat.0.jpg'} (Kaggle) or "
+        f"{root / 'PetImages' / 'Cat'} (Microsoft)"
+    )
+    pets = _pets(place_of(root, expected, _pets))
+    return Table(root, [row for name, files in pets.items() for row in split_by_rule(files, name)])
 
 
-def _pets(root: Path) -> dict[str, tuple[Path, str]]:
-    """Where the pictures of each pet lie, and how their names start: Kaggle's form or Microsoft's; {} if in
-    neither."""
+def _pets(root: Path) -> dict[str, list[Path]]:
+    """The pictures of each pet in Kaggle's form or in Microsoft's; {} if in neither."""
     for folder in (root / "train", root):
-        if any(folder.glob("cat.*.jpg")):
-            return {name: (folder, f"{name}.") for name in PETS}
+        found = {name: list(folder.glob(f"{name}.*.jpg")) for name in PETS}
+        if all(found.values()):
+            return found
     for folder in (root / "PetImages", root):
-        named = {name.lower(): folder / name for name in subfolders(folder)}
-        if all(name in named for name in PETS):
-            return {name: (named[name], "") for name in PETS}
+        found = {name: Search().inside(inside(folder, name)) for name in PETS}
+        if all(found.values()):
+            return found
     return {}
 
 
@@ -464,31 +389,14 @@ def magnetic_tiles(root: Path, search: Search) -> Table:
     """Magnetic tile defects: ``MT_Free/Imgs/*.jpg`` are normal, ``MT_<Kind>/Imgs/*.jpg`` are defective,
     their masks .png beside them. The free ones are split by ``split_by_rule``; all defective ones are
     tested."""
-    inner = [root, *(root / name for name in subfolders(root))]
-    base = next((folder for folder in inner if (folder / "MT_Free").is_dir()), None)
-    if base is None:
-        raise not_as_expected(
-            root,
-            f"magnetic tiles as {root / 'MT_Free' / 'Imgs'}, and MT_Blowhole, MT_Break, ... beside it",
-            lambda folder: (folder / "MT_Free").is_dir(),
-        )
-    rows = []
-    for name in subfolders(base):
-        if not name.startswith("MT_"):
-            continue
-        found = search.below(base / name)
-        photographs = [path for path in found if path.suffix.lower() in (".jpg", ".jpeg")]
-        kind = name.removeprefix("MT_").lower()
-        if kind == "free":
-            halves = split_by_rule(photographs)
-            rows += [Row(path, split, "magnetic_tile/good") for split in SPLITS for path in halves[split]]
-        else:
-            masks = {path.with_suffix(""): path for path in sorted(set(found) - set(photographs))}
-            rows += [
-                Row(path, "test", f"magnetic_tile/{kind}", masks.get(path.with_suffix("")))
-                for path in photographs
-            ]
-    return Table(base, rows)
+    expected = f"magnetic tiles as {root / 'MT_Free' / 'Imgs'}, and MT_Blowhole, MT_Break, ... beside it"
+    base = place_of(root, expected, lambda folder: (folder / "MT_Free").is_dir())
+    rows = split_by_rule([*base.glob("MT_Free/Imgs/*.jpg")], "magnetic_tile/good")
+    for path in sorted(base.glob("MT_*/Imgs/*.jpg")):
+        kind, mask = path.parts[-3].removeprefix("MT_").lower(), path.with_suffix(".png")
+        if kind != "free":
+            rows.append(Row(path, "test", f"magnetic_tile/{kind}", mask if mask.exists() else None))
+    return Table(base, sorted(rows, key=lambda row: row.path.parts[-3]))
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -497,8 +405,7 @@ def read_mask(path: Path) -> np.ndarray:
     try:
         if path.is_dir():
             return np.logical_or.reduce([read_mask(part) for part in images.images_below(path, Counter())])
-        with Image.open(path, formats=images.formats()) as image:
-            images.bounded(image)
+        with images.opened(path) as image:
             if image.mode == "P":  # by the colour; of a palette of blacks by the number
                 coloured = np.asarray(image.convert("RGB")).max(2) > 0
                 return coloured if coloured.any() else np.asarray(image) > 0
@@ -537,5 +444,8 @@ def read_table(reader: Callable[[Path, Search], Table], path: Path) -> Table:
         for (_, label), found in masks.items()
         if any(found) and not all(found)
     ]
-    search.tell(path)
+    if search.skipped:
+        images.note_once(f"passed over in {path}: {images.tell_skipped(search.skipped)}")
+    if search.notes:
+        images.note_once(f"{path}: {utils.first_named(search.notes, '; ')}")
     return table

@@ -3,7 +3,6 @@
 import datetime
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -11,182 +10,103 @@ import utils
 from config import UserError
 from detector import checkpoints
 from reporting import tables
-from reporting.tables import cell, margin_cell, number
+from reporting.tables import Table, cell, margin_cell, number, shorten
 from shell.files import file_name
 
-STATES = "unfinished: no table yet, so many classes and seeds are fitted; newer: fitted since the table."
-NAMES_ONLY = ("modelname",)  # knobs in which two runs always differ
 
-
-class Run(NamedTuple):
-    """A run's folder with its results.json (empty while unfinished, or unreadable by ``fault``) and the
-    records of its classes."""
-
-    name: str
-    folder: Path
-    summary: dict
-    records: list[Path]
-    fault: str = ""
-
-
-def find_runs(root: Path) -> list[Run]:
-    """The runs below a folder, by name; those of a sweep too."""
-    folders = {path.parent for path in root.rglob("results.json")}
-    folders |= {path.parent for path in root.rglob("classes") if path.is_dir()}
-    return [open_run(folder, folder.relative_to(root).as_posix()) for folder in sorted(folders)]
-
-
-def open_run(folder: Path, name: str) -> Run:
-    """What a run's folder holds."""
-    path, fault = folder / "results.json", ""
-    summary: dict = {}
+def read_run(folder: Path) -> dict:
+    """The results.json of a run. Raises UserError."""
+    path = folder / "results.json"
     try:
-        summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if path.exists() and not {"classes", "mean", "config", "seeds"} <= set(summary):
-            raise ValueError("it holds no results of a run")
-    except (OSError, ValueError, TypeError) as error:
-        summary, fault = {}, f"{path} cannot be read: {error}"
-    return Run(name, folder, summary, sorted((folder / "classes").glob("*.json")), fault)
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if {"classes", "mean", "config", "seeds"} <= set(summary):
+            return summary
+    except (OSError, ValueError, TypeError):
+        pass
+    raise UserError(f"{path} holds no results of a run; run main.py again")
 
 
-# ---------------------------------------------------------------- the list
 def list_runs(root: Path) -> str:
-    """A line per run: what it was made of, its mean AUROC, when, and whether it is finished. Raises UserError
+    """A line per run, those of a sweep, too: what it was made of, its mean AUROC, when. Raises UserError
     where there is none."""
-    if not root.is_dir() or not (found := find_runs(root)):
+    folders = {path.parent for path in (*root.rglob("results.json"), *root.rglob("classes"))}
+    if not folders:
         raise UserError(f"no runs in {root}/; main.py writes them there, or give two folders to compare")
-    header = ["run", "data set", "backbone", "preset", "seeds", "AUROC", "date", "state"]
-    table = tables.as_text(header, [line(run) for run in found], ruled_last=False)
-    return f"{table}\n{tables.wrapped([STATES])}"
-
-
-def line(run: Run) -> list[str]:
-    config = configuration(run)
-    about = [str(config.get(knob, "?")) for knob in ("dataset", "extractor", "preset")]
-    about[1] = tables.shorten(about[1], 18)
-    if not run.summary:
-        newest = max([run.folder, *run.records], key=lambda path: path.stat().st_mtime)
-        return [run.name, *about, "", "", date(newest), state(run)]
-    seeds = ",".join(map(str, run.summary["seeds"]))
-    auroc = number(run.summary["mean"]["auroc"])
-    return [run.name, *about, tables.shorten(seeds, 8), auroc, date(run.folder / "results.json"), state(run)]
-
-
-def configuration(run: Run) -> dict:
-    """The knobs of a run: its own, or those of a class that it has fitted; empty where none can be read."""
-    if run.summary:
-        return run.summary["config"]
-    for path in run.records:
+    table = Table(["run", "data set", "backbone", "preset", "seeds", "AUROC", "date"], [])
+    for folder in sorted(folders):
+        name = folder.relative_to(root).as_posix()
+        date = f"{datetime.datetime.fromtimestamp(folder.stat().st_mtime):%Y-%m-%d}"
         try:
-            return checkpoints.read_record(path)["config"]
-        except (OSError, ValueError, KeyError):
-            continue
-    return {}
+            summary = read_run(folder)
+            about = [str(summary["config"][knob]) for knob in ("dataset", "extractor", "preset")]
+            about += [",".join(map(str, summary["seeds"])), number(summary["mean"]["auroc"])]
+        except (UserError, KeyError):
+            about = ["unfinished", "", "", "", ""]
+        table.rows.append([name, *(shorten(word, 18) for word in about), date])
+    return tables.as_text(*table)
 
 
-def state(run: Run) -> str:
-    """Whether a run has its table, and no class is newer than it."""
-    if run.fault:
-        return "unreadable"
-    if not run.summary:
-        return f"unfinished: {len(run.records)}"
-    written = (run.folder / "results.json").stat().st_mtime
-    newer = sum(path.stat().st_mtime > written for path in run.records)
-    return f"newer: {newer}" if newer else "finished"
-
-
-def date(path: Path) -> str:
-    return datetime.datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d")
-
-
-# ---------------------------------------------------------------- two runs
-def find_run(name: str, root: Path) -> Run:
-    """A finished run by its name or its folder. Raises UserError when there is none."""
+def find_run(name: str, root: Path) -> Path:
+    """The folder of a finished run, given by its name or as a folder. Raises UserError when there is none."""
     for folder in (root / name, Path(name)):
         if (folder / "results.json").is_file():
-            inside = folder.resolve().is_relative_to(root.resolve())
-            shown = folder.resolve().relative_to(root.resolve()).as_posix() if inside else folder.name
-            run = open_run(folder, shown)
-            if run.fault:
-                raise UserError(f"{run.fault}; run main.py again")
-            return run
-    known = ", ".join(run.name for run in find_runs(root) if run.summary) if root.is_dir() else ""
+            return folder
+    known = ", ".join(str(path.parent.relative_to(root)) for path in sorted(root.rglob("results.json")))
     raise UserError(f"no finished run {name!r} in {root}/; there are: {known or 'none'}")
 
 
 def compare(first: str, second: str, root: Path) -> str:
     """Two runs side by side: AUROC per class with the paired difference, and the knobs that differ. Raises
     UserError."""
-    a, b = find_run(first, root), find_run(second, root)
-    shared = [name for name in a.summary["classes"] if name in b.summary["classes"]]
+    folders = [find_run(name, root) for name in (first, second)]
+    a, b = map(read_run, folders)
+    shared = [name for name in a["classes"] if name in b["classes"]]
     if not shared:
         raise UserError(f"{first} and {second} have no class in common")
-    margins = {name: paired(a, b, name) for name in shared}
-    header = ["class", "A", "B", "B - A [95 %]"]
-    rows = [
-        [name, *(cell(run.summary["classes"][name], "auroc", len(run.summary["seeds"])) for run in (a, b))]
-        + [margins[name].get("missing") or margin_cell(margins, name)]
-        for name in shared
-    ]
-    known = {name: margin for name, margin in margins.items() if "missing" not in margin}
-    means = [number(mean_over(run, shared)) for run in (a, b)]
-    rows.append(["mean", *means, margin_cell(known, None)])
-    parts = [f"A: {a.name}\nB: {b.name}\n", tables.as_text(header, rows)]
-    return "\n".join([*parts, tables.wrapped(notes(a, b, shared)), "", differences(a, b)])
-
-
-def mean_over(run: Run, names: list[str]) -> float:
-    """The mean AUROC over some classes; NaN where one is undefined."""
-    return float(np.mean([run.summary["classes"][name]["auroc"] for name in names], dtype=float))
-
-
-def notes(a: Run, b: Run, shared: list[str]) -> list[str]:
-    """What a reader of the comparison must know."""
-    seed = first_seed(a, b)
-    lines = ["mean: over the classes that both have."]
-    if seed is not None:
-        lines = [f"B - A: seed {seed}, on the same test images, with its 95 % interval (DeLong); {lines[0]}"]
-    for run in (a, b):
-        alone = [name for name in run.summary["classes"] if name not in shared]
-        lines += [f"only in {run.name}: {', '.join(alone)}."] if alone else []
-    return lines
-
-
-def first_seed(a: Run, b: Run) -> int | None:
-    """The first seed that both runs have."""
-    return next((seed for seed in a.summary["seeds"] if seed in b.summary["seeds"]), None)
-
-
-def paired(a: Run, b: Run, name: str) -> dict:
-    """AUROC of B minus that of A on a class's test images, with its interval (utils.paired_difference), for
-    the first seed of both; {"missing": the reason} where they cannot be paired."""
-    seed, kept = first_seed(a, b), []
-    if seed is None:
-        return {"missing": "no seed in common"}
-    for run in (a, b):
+    seed = next((seed for seed in a["seeds"] if seed in b["seeds"]), None)
+    table, margins = Table(["class", "A", "B", "B - A [95 %]"], [], has_mean=True), {}
+    for name in shared:
+        aurocs = [cell(run["classes"][name], "auroc", len(run["seeds"])) for run in (a, b)]
         try:
-            kept.append(checkpoints.read_record(run.folder / "classes" / f"{file_name(name)}-seed{seed}"))
+            margins[name] = paired(
+                [folder / "classes" / f"{file_name(name)}-seed{seed}" for folder in folders]
+            )
+            told = margin_cell(margins[name])
+        except UserError as reason:
+            told = str(reason)
         except (OSError, ValueError):
-            return {"missing": f"no scores in {run.name}"}
-    theirs, ours = (record["test"] for record in kept)
-    images = [[record["features"].get(field) for field in ("image_list", "skipped")] for record in kept]
-    if images[0] != images[1] or any(ours[key] != theirs[key] for key in ("rows", "labels")):
-        return {"missing": "other test images"}
-    precisions = [record["features"].get("precision") for record in kept]
-    if precisions[0] != precisions[1]:  # which alone moves AUROC by more than most knobs do
-        return {"missing": f"features in {precisions[0]}, {precisions[1]}"}
-    return utils.paired_difference(*map(np.array, (ours["labels"], ours["scores"], theirs["scores"])))
+            told = "no seed in common" if seed is None else f"no scores of seed {seed}"
+        table.rows.append([name, *aurocs, told])
+    means = [np.mean([run["classes"][name]["auroc"] for name in shared], dtype=float) for run in (a, b)]
+    table.rows.append(["mean", *map(number, means), tables.wins_cell(margins.values())])
+    note = (
+        f"B - A: of seed {seed}, on the same test images, interval by DeLong; counts of classes by Holm's "
+        "correction. mean: over the classes that both have."
+    )
+    return "\n".join(
+        [f"A: {first}\nB: {second}\n", tables.as_text(*table), tables.wrapped([note]), "", differences(a, b)]
+    )
 
 
-def differences(a: Run, b: Run) -> str:
-    """The knobs and versions that differ, as a table."""
-    rows = []
-    for kind in ("config", "versions"):
-        of_a, of_b = (run.summary.get(kind, {}) for run in (a, b))
-        for name in {**of_a, **of_b}:
-            values = [of.get(name, "-") for of in (of_a, of_b)]
-            if values[0] != values[1] and name not in NAMES_ONLY:
-                rows.append([name, *(tables.shorten(str(value), 38) for value in values)])
-    if not rows:
-        return "no knob and no version differs"
-    return tables.as_text(["differs", "A", "B"], rows, ruled_last=False)
+def paired(paths: list[Path]) -> dict:
+    """AUROC of the second checkpoint minus that of the first, with its interval. Raises OSError or
+    ValueError where one cannot be read, UserError where they cannot be paired."""
+    a, b = map(checkpoints.read_record, paths)
+    for part, keys in (("features", ("image_list", "skipped", "precision")), ("test", ("rows", "labels"))):
+        if any(a[part].get(key) != b[part].get(key) for key in keys):
+            raise UserError("other test images or precision")  # either moves AUROC by more than most knobs
+    labels, ours, theirs = (
+        np.array(x) for x in (b["test"]["labels"], b["test"]["scores"], a["test"]["scores"])
+    )
+    return utils.paired_difference(labels, ours, theirs)
+
+
+def differences(a: dict, b: dict) -> str:
+    """The knobs and versions in which two summaries differ, as a table."""
+    of_a, of_b = (summary["config"] | summary.get("versions", {}) for summary in (a, b))
+    table = Table(["differs", "A", "B"], [])
+    for name in {**of_a, **of_b}:
+        values = [of.get(name, "-") for of in (of_a, of_b)]
+        if values[0] != values[1] and name != "modelname":
+            table.rows.append([name, *(shorten(str(value), 38) for value in values)])
+    return tables.as_text(*table) if table.rows else "no knob and no version differs"

@@ -1,109 +1,127 @@
-"""What a run came to beside its scores: the flow against simple detectors, each kind of defect, heat maps
-against masks. All of it from the records of classes that are fitted."""
+"""What a class came to beside its score: the flow against simple detectors, each kind of defect, the
+threshold, heat maps against masks. All of it from what fitting it left, which is read once."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 import datasets
 import utils
 from backbone.token_grid import place_grid_of
-from cache import feature_cache
+from cache.feature_cache import FeatureCache
 from config import Config, UserError
-from detector import checkpoints, detector, heat_map
+from detector import calibration, checkpoints, heat_map
+from detector.detector import Detector, load_detector, place_maps
 
 
-def simple_detectors(config: Config, classes: list[str]) -> dict[str, dict]:
-    """{class: its simple detectors}: metrics of each, and the flow's margin over the best of them, from the
-    records of the first seed."""
-    table = {}
-    for class_name, record in checkpoints.trained_records(config, classes):
-        scores = {name: np.array(values) for name, values in record["simple_scores"].items()}
-        if not scores:
-            continue
-        labels = np.array(record["test"]["labels"])
-        metrics = {name: utils.detection_metrics(labels, values) for name, values in scores.items()}
-        best = max(metrics, key=lambda name: metrics[name]["auroc"])
-        margin = utils.paired_difference(labels, np.array(record["test"]["scores"]), scores[best])
-        table[class_name] = {"metrics": metrics, "best": best, "margin": margin}
-    return table
+class Left(NamedTuple):
+    """What fitting a class left: its records, one per seed, and, where weights are kept and the score reads
+    places, the first seed's detector."""
+
+    class_name: str
+    records: list[dict]
+    detector: Detector | None
+
+    @property
+    def first(self) -> dict:
+        return self.records[0]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The test images, as rows of the test split."""
+        return np.array(self.first["test"]["rows"], int)
 
 
-def defect_aurocs(
-    config: Config, cache: feature_cache.FeatureCache, classes: list[str], seeds: Sequence[int]
+def read_class(config: Config, class_name: str, seeds: Sequence[int]) -> Left:
+    """seeds: the run's, the first one first."""
+    first, *others = (checkpoints.checkpoint_path(config, class_name, seed) for seed in seeds)
+    if config.places and config.keep != "results":
+        detector, record = load_detector(first)
+    else:
+        detector, record = None, checkpoints.read_record(first)
+    reads_places = detector is not None and detector.uses_places
+    records = [record, *map(checkpoints.read_record, others)]
+    return Left(class_name, records, detector if reads_places else None)
+
+
+def raw_images(config: Config, cache: FeatureCache) -> datasets.ImageSet | None:
+    """The images in the order of the cache's rows; None with ``pretrained``, where they need not be there,
+    and where they are not those that were extracted, which is said."""
+    if config.pretrained:
+        return None
+    try:
+        images = datasets.images_of(config)
+        images.scale.ranges = cache.meta.get("pixel_scale", {})
+        return cache.in_rows(images)
+    except UserError as mistake:
+        print(f"no pictures of images and no pixel AUROC: {mistake}")
+        return None
+
+
+def of_class(
+    config: Config, cache: FeatureCache, images: datasets.ImageSet | None, left: Left
 ) -> dict[str, dict]:
-    """{class: {kind of defect: its AUROC}} over the seeds, of a data set that has kinds of defect."""
-    kinds = cache.labels.test.kind
-    if not any(kinds):
+    """{kind of finding: what was found}; empty ones are nothing that could be told."""
+    found = against_simple(left.first)
+    found["defects"] = per_defect(left.records, cache.labels.test.kind)
+    if limit := calibration.of_record(left.first, config.false_alarms):
+        found["thresholds"] = limit._asdict()
+    try:
+        if images and left.detector:
+            found["localisation"] = localisation(cache, images, left, left.detector)
+    except UserError as mistake:  # a mask that cannot be read
+        print(f"no pixel AUROC of {left.class_name}: {mistake}")
+    return found
+
+
+def against_simple(record: dict) -> dict[str, dict]:
+    """Metrics of each simple detector, and the flow's margin over the best of them."""
+    labels, scores = (np.array(record["test"][part]) for part in ("labels", "scores"))
+    others = {name: np.array(values) for name, values in record["simple_scores"].items()}
+    if not others:
         return {}
-    table = {}
-    for class_name in classes:
-        paths = (checkpoints.checkpoint_path(config, class_name, seed) for seed in seeds)
-        table[class_name] = per_defect([checkpoints.read_record(path) for path in paths], kinds)
-    return {name: defects for name, defects in table.items() if defects}
+    simple = {name: utils.detection_metrics(labels, values) for name, values in others.items()}
+    best = max(simple, key=lambda name: simple[name]["auroc"])
+    return {
+        "simple": simple,
+        "margins": utils.paired_difference(labels, scores, others[best]) | {"best": best},
+    }
 
 
 def per_defect(records: list[dict], kinds: Sequence[str]) -> dict[str, dict]:
     """Of one class, {kind of defect: number of images n, AUROC of the normal test images against them, its
     standard deviation over the seeds}; empty where the anomalous images are of one kind or none.
 
-    records: the class's checkpoint records, one per seed. kinds: the kind of defect of every image of the
-    test split."""
-    found: dict[str, list[float]] = {}
-    counts: dict[str, int] = {}
-    for record in records:
-        test = record["test"]
-        labels, scores = np.array(test["labels"]), np.array(test["scores"])
-        own = np.array([kinds[row] for row in test["rows"]], dtype=object)
-        for kind in sorted(set(own[labels == 1]) - {""}):  # "": another class
-            chosen = (labels == 0) | (own == kind)
-            found.setdefault(kind, []).append(utils.auroc(labels[chosen], scores[chosen]))
-            counts[kind] = int(((labels == 1) & (own == kind)).sum())
-    if len(found) < 2:
-        return {}
-    return {
-        kind: {
-            "n": counts[kind],
-            "auroc": float(np.mean(values)),
-            "auroc_std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+    records: of its seeds. kinds: the kind of defect of every image of the test split."""
+    found: dict[str, dict] = {}
+    test = records[0]["test"]
+    own = np.array([kinds[row] for row in test["rows"]], dtype=object)
+    labels = np.array(test["labels"])
+    for kind in sorted(set(own[labels == 1]) - {""}):  # "": another class
+        chosen = (labels == 0) | (own == kind)
+        aurocs = [utils.auroc(labels[chosen], np.array(r["test"]["scores"])[chosen]) for r in records]
+        found[kind] = {
+            "n": int(((labels == 1) & (own == kind)).sum()),
+            "auroc": float(np.mean(aurocs)),
+            "auroc_std": float(np.std(aurocs, ddof=1)) if len(aurocs) > 1 else 0.0,
         }
-        for kind, values in found.items()
-    }
+    return found if len(found) > 1 else {}
 
 
-def localisations(config: Config, cache: feature_cache.FeatureCache, classes: list[str]) -> dict[str, dict]:
-    """{class: pixel AUROC and AUPRO of its first seed's heat maps}, of the classes whose score reads places
-    and whose test images have masks (ground_truth folders); needs the raw images and the kept weights."""
-    if config.pretrained or config.keep == "results" or not config.places:
+def localisation(
+    cache: FeatureCache, images: datasets.ImageSet, left: Left, detector: Detector
+) -> dict[str, float]:
+    """Pixel AUROC and AUPRO of the first seed's heat maps, from cached places; a normal image's mask is
+    empty, an anomalous one without a mask is left out. Empty where no test image has a mask."""
+    masks = {row: mask for row in left.rows if (mask := images.mask(int(row))) is not None}
+    if not masks:
         return {}
-    found = {}
-    try:
-        images = cache.in_rows(datasets.images_of(config))
-    except UserError as mistake:
-        print(f"no pixel AUROC: {mistake}")
-        return {}
-    for name in classes:
-        try:
-            found[name] = _localisation(config, cache, images, name)
-        except UserError as mistake:  # a mask that cannot be read
-            print(f"no pixel AUROC of {name}: {mistake}")
-    return {name: each for name, each in found.items() if each is not None}
-
-
-def _localisation(
-    config: Config, cache: feature_cache.FeatureCache, images: datasets.ImageSet, class_name: str
-) -> dict | None:
-    """Pixel AUROC and AUPRO of one class, from the cached places of its test images; a normal image's mask is
-    empty, an anomalous one without a mask is left out."""
-    fitted, record = detector.load_detector(checkpoints.checkpoint_path(config, class_name, config.seed))
-    rows, labels = (np.array(record["test"][key], int) for key in ("rows", "labels"))
-    marked = {row: mask for row in rows if (mask := images.mask(int(row))) is not None}
-    if not marked or not fitted.uses_places:
-        return None
-    size = next(iter(marked.values())).shape
-    kept = [row for row, label in zip(rows, labels) if row in marked or not label]
-    masks = [marked.get(row, np.zeros(size, bool)) for row in kept]
-    maps = detector.place_maps(fitted, cache, np.array(kept))
+    size = next(iter(masks.values())).shape
+    normal = left.rows[np.array(left.first["test"]["labels"]) == 0]
+    masks |= {row: np.zeros(size, bool) for row in normal if row not in masks}
+    kept = np.array([row for row in left.rows if row in masks])
     grid = place_grid_of(cache.fields)
-    sized = [heat_map.of_places(values, grid, mask.shape) for values, mask in zip(maps, masks)]
-    return heat_map.localisation(sized, masks)
+    maps = place_maps(detector, cache, kept)
+    sized = [heat_map.of_places(values, grid, masks[row].shape) for row, values in zip(kept, maps)]
+    return heat_map.localisation(sized, [masks[row] for row in kept])

@@ -1,32 +1,40 @@
-"""Heat maps to look at: the picture, and the map laid over it."""
+"""Heat maps to look at: the picture, and the same with the map laid over it."""
 
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
 
 from config import UserError
 from detector.picture_detector import PictureDetector
 from shell.files import file_name, whole_file
 
 
-def draw(pixels: np.ndarray, values: np.ndarray, least: float, path: Path, title: str) -> None:
-    """The picture, and beside it the map (H, W) laid over it with its scale: a PNG. The scale begins at 0 and
-    ends at ``least`` or at the greatest value, so that a normal picture stays dark."""
-    from matplotlib.figure import Figure  # slow to import, and needed by few
+def overlaid(
+    pixels: np.ndarray, values: np.ndarray, least: float, side: int | None = None
+) -> tuple[Image.Image, Image.Image]:
+    """The picture (H, W, 3), and the same under the map (H, W), no side longer than ``side``. The colours
+    begin at 0 and end at ``least`` or at the greatest value, so that a normal picture stays dark."""
+    from matplotlib import colormaps  # slow to import, and needed by few
 
-    figure = Figure((8.4, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.imshow(pixels)
-    right.imshow(pixels)
-    hottest = max(least, float(values.max()), 1e-9)
-    shown = right.imshow(values, cmap="inferno", alpha=0.55, vmin=0, vmax=hottest)
-    figure.colorbar(shown, ax=right, label="how unusual this place is")
-    for axes in (left, right):
-        axes.axis("off")
-    figure.suptitle(title.encode(errors="replace").decode(), parse_math=False, fontsize="small")
-    save(figure, path)
+    heat = torch.from_numpy(values / max(least, float(values.max()), 1e-9)).clamp(0, 1)
+    picture = Image.fromarray(pixels)
+    if side:
+        picture.thumbnail((side, side))
+    hottest = F.adaptive_max_pool2d(heat[None], picture.size[::-1])[0]  # a small place stays to be seen
+    colours = (colormaps["inferno"](hottest.numpy())[..., :3] * 255).astype(np.uint8)
+    return picture, Image.blend(picture, Image.fromarray(colours), 0.55)
+
+
+def draw(pixels: np.ndarray, values: np.ndarray, least: float, path: Path) -> None:
+    """Write ``overlaid`` side by side as a PNG."""
+    both = np.hstack([np.asarray(picture) for picture in overlaid(pixels, values, least)])
+    with whole_file(path) as partial:
+        Image.fromarray(both).save(partial, "PNG")
 
 
 def check_folder(folder: Path) -> None:
@@ -40,12 +48,6 @@ def check_folder(folder: Path) -> None:
         ) from None
 
 
-def save(figure, path: Path) -> None:
-    """A matplotlib figure as a PNG, whole or not at all."""
-    with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
-
-
 def draw_heat_maps(
     detectors: list[PictureDetector], rows: list[dict], folder: Path, drawn: set[Path]
 ) -> None:
@@ -57,10 +59,8 @@ def draw_heat_maps(
         stem, number = file_name(name), 1
         while (path := folder / f"{stem}{f'-{number}' * (number > 1)}.png") in drawn:
             number += 1
-        drawn.add(path)
-        told = f"{row['image']}  score {row['score']:.3g}  {row['verdict'] or ''}"
         try:
-            draw(fitted.pixels(row["image"]), fitted.heat_map(row["image"]), fitted.least_heat, path, told)
+            draw(fitted.pixels(row["image"]), fitted.heat_map(row["image"]), fitted.least_heat, path)
+            drawn.add(path)
         except UserError as gone:  # or changed since it was scored
-            drawn.remove(path)
             print(f"no heat map: {gone}", file=sys.stderr)

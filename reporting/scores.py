@@ -131,12 +131,11 @@ def tell_counts(
 ) -> None:
     """Say on standard error how many pictures were scored, how many each class calls anomalous, how many
     could not be read, where they are not listed, and where the rows are."""
-    anomalous = [
-        f"{counts[fitted.class_name]} anomalous" + f" by {fitted.class_name}" * (len(detectors) > 1)
-        for fitted in detectors
-        if len(fitted.held_out)
-    ]
-    told = ", ".join([f"{done} pictures scored", *anomalous, *[f"{failed} unreadable"] * (failed > 0)])
-    print(told + (f"; rows in {output}" if output else ""), file=sys.stderr)
+    told = [f"{done} pictures scored"]
+    for fitted in detectors:
+        by = f" by {fitted.class_name}" if len(detectors) > 1 else ""
+        told += [f"{counts[fitted.class_name]} anomalous{by}"] if len(fitted.held_out) else []
+    told += [f"{failed} unreadable"] if failed else []
+    print(", ".join(told) + (f"; rows in {output}" if output else ""), file=sys.stderr)
     if line := detectors[0].backbone.scale.beyond():
         note(line)

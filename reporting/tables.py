@@ -1,18 +1,31 @@
-"""Tables as text for a terminal and as Markdown."""
+"""Tables, as text for a terminal and as Markdown; what a figure and an interval look like in a cell."""
 
 import math
 import textwrap
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import ndtr
 
 TERMINAL = 100  # columns that a table on screen may take
+
+
+class Table(NamedTuple):
+    """has_mean: whether the last row is the mean of the others."""
+
+    header: list[str]
+    rows: list[list[str]]
+    has_mean: bool = False
+
+
+def undefined(value: float | None) -> bool:
+    return value is None or math.isnan(value)
 
 
 def number(value: float | None, digits: int = 4) -> str:
     """A figure of a table; - where it is undefined."""
     return "-" if undefined(value) else f"{value:.{digits}f}"
-
-
-def undefined(value: float | None) -> bool:
-    return value is None or math.isnan(value)
 
 
 def cell(values: dict, metric: str, n_seeds: int) -> str:
@@ -21,16 +34,29 @@ def cell(values: dict, metric: str, n_seeds: int) -> str:
     return mean if mean == "-" or n_seeds < 2 else f"{mean} ± {number(values[f'{metric}_std'])}"
 
 
-def margin_cell(margins: dict[str, dict], name: str | None) -> str:
-    """How far the flow of the first seed is above the best simple detector of a class, with the paired
-    interval; for the mean (None), the classes where it is above by more than the interval."""
-    if name is None:
-        defined = [margin for margin in margins.values() if not undefined(margin["difference"])]
-        return f"above in {sum(m['low'] > 0 for m in defined)} of {len(defined)}" if defined else "-"
-    margin = margins.get(name)
+def margin_cell(margin: dict | None) -> str:
+    """A difference of AUROCs with its 95 % interval."""
     if margin is None or undefined(margin["difference"]):
         return "-"
     return f"{margin['difference']:+.4f} [{margin['low']:+.4f}, {margin['high']:+.4f}]"
+
+
+def wins_cell(margins: Iterable[dict], level: float = 0.05) -> str:
+    """In how many classes a difference is above zero, level with it, and below it: by the Gaussian (DeLong's)
+    whose 95 % intervals they have, with Holm's correction for how many classes are looked at."""
+    known = [margin for margin in margins if not undefined(margin["difference"])]
+    difference = np.array([margin["difference"] for margin in known])
+    error = np.array([margin["high"] - margin["low"] for margin in known]) / (2 * 1.96)
+    sure = holm(2 * ndtr(-np.abs(difference) / np.maximum(error, 1e-300))) <= level
+    above, below = (sure & (difference > 0)).sum(), (sure & (difference < 0)).sum()
+    return f"above {above}, level {len(known) - above - below}, below {below}" if known else "-"
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """p-values (n), corrected for there being n of them (Holm 1979)."""
+    order = np.argsort(p)
+    adjusted = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
+    return np.minimum(adjusted, 1)[np.argsort(order)]
 
 
 def shorten(text: str, width: int) -> str:
@@ -42,23 +68,22 @@ def shorten(text: str, width: int) -> str:
     return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
 
 
-def as_text(header: list[str], rows: list[list[str]], ruled_last: bool = True, width: int = TERMINAL) -> str:
-    """The table in columns, at most ``width`` wide: the first column, of names, gives way. The last row
-    stands below a line when it is a mean."""
-    lines = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    names = max(8, min(widths[0], width - sum(widths[1:]) - 2 * (len(header) - 1)))
+def as_text(header: list[str], rows: list[list[str]], has_mean: bool = False) -> str:
+    """The table in columns, TERMINAL wide at most: the first column, of names, gives way."""
+    lines = [list(line) for line in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    left = max(8, TERMINAL - sum(widths[1:]) - 2 * (len(header) - 1))
     for line in lines:
-        line[0] = shorten(line[0], names)
+        line[0] = shorten(line[0], left)
     widths[0] = max(len(line[0]) for line in lines)
     text = ["  ".join(cell.ljust(size) for cell, size in zip(line, widths)).rstrip() for line in lines]
     rule = "-" * max(map(len, text))
-    return "\n".join([text[0], rule, *text[1:-1], *([rule] if ruled_last else []), text[-1]])
+    return "\n".join([text[0], rule, *text[1:-1], *([rule] if has_mean else []), text[-1]])
 
 
-def wrapped(notes: list[str], width: int = TERMINAL) -> str:
+def wrapped(notes: list[str]) -> str:
     """Notes below a table, one paragraph each."""
-    return "\n".join(textwrap.fill(note, width, subsequent_indent="  ") for note in notes)
+    return "\n".join(textwrap.fill(note, TERMINAL, subsequent_indent="  ") for note in notes)
 
 
 def as_markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -21,6 +21,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = (
 )
 
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -32,13 +33,12 @@ from cache import feature_cache
 from cache.shards import write_shard
 from cache.store import CacheIdentity, Store
 from shell import signals
-from tools import processes
 
 torch.set_num_threads(1)
 # Scripts that a test starts inherit this: a shell's background job and pytest-xdist may ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # The first backward pass: made after a test has exported something, it would start threads, and tests that
-# fork a process (tools/processes.py) could not train in it any more.
+# fork a process (processes.py) could not train in it any more.
 torch.ones(1, requires_grad=True).sum().backward()
 
 

@@ -1,28 +1,38 @@
-"""Backbones of several kinds go the whole course (tools/backbones.py has them all)."""
+"""Backbones of several kinds go the whole course, from images to scores and an exported file, untrained."""
 
 import pytest
-
-from tools.backbones import BACKBONES, course, described
+from conftest import make_folder
 
 pytestmark = pytest.mark.slow
+SMALL = (
+    "--weights_path random --img_size 64 --dataset folder --dataset_path images --class_name apple "
+    "--fc_internal 32 --least_steps 4 --batch_size 8 --holdout 0.25 --device cpu --threads 1 --workers 0"
+).split()
 
 
 @pytest.mark.parametrize(
-    "label, preset, ending",
-    [("vit_tiny", "paper", ".pt2"), ("levit", "accurate", None), ("mobilenetv3", "accurate", None)],
+    "extractor, preset, ending",
+    [
+        ("vit_tiny_patch16_224", "paper", ".pt2"),
+        ("levit_128s", "accurate", ""),
+        ("mobilenetv3_large_100", "accurate", ""),
+    ],
 )
-def test_the_whole_course(tmp_path, label, preset, ending):
-    assert course(*BACKBONES[label], preset, tmp_path, ending) == "works"
+def test_the_whole_course(run_script, tmp_path, extractor, preset, ending):
+    make_folder(tmp_path / "images", n_train=16, n_test=3)
+    small = [*SMALL, *(["--places", 4] if preset == "accurate" else [])]
+    done = run_script(
+        "train.py", "--preset", preset, "--extractor", extractor, "--modelname", "small", *small
+    )
+    assert done.returncode == 0, done.stderr
+    done = run_script("predict.py", "runs/small", "images/test", "--device", "cpu", "--threads", 1)
+    assert done.returncode == 0 and done.stdout.count(".png") == 9, done.stdout + done.stderr
+    if ending:
+        done = run_script("export.py", "runs/small/classes/apple-seed0", f"small{ending}", "--threads", 1)
+        assert done.returncode == 0 and (tmp_path / f"small{ending}").stat().st_size, done.stderr
 
 
-def test_a_refusal_is_told_with_its_step(tmp_path):
-    assert course("dinov3_b", 60, "paper", tmp_path).startswith("fit: extractor dinov3_b cannot take 60x60")
-
-
-def test_what_the_table_says():
-    """At the backbone's own size."""
-    assert described("deit") == (
-        "384 x 384", "24 x 24", "class token (1 other prefix token dropped)", "2, 5, 8, 11 of 12"
-    )  # fmt: skip
-    assert described("resnet18") == ("224 x 224", "7 x 7", "mean of the map", "1, 2, 3, 4 of 5")
-    assert described("vit_base_patch16_siglip_224")[2] == "mean of the patches"
+def test_an_image_size_that_a_backbone_cannot_take(run_script, tmp_path):
+    make_folder(tmp_path / "images", n_train=16, n_test=3)
+    done = run_script("train.py", "--extractor", "dinov3_b", *SMALL, "--img_size", 60)
+    assert done.returncode == 2 and "extractor dinov3_b cannot take 60x60" in done.stderr

@@ -16,6 +16,7 @@ import predict
 from config import Config
 from detector import heat_map
 from detector.picture_detector import PictureDetector
+from reporting import overlays
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -94,6 +95,13 @@ def test_occlusion_finds_the_part_that_the_score_comes_from():
     assert values[:20, :40].max() == 0 < values.max()
 
 
+def test_overlay_is_written(tmp_path):
+    """The picture, and beside it the same under its map."""
+    overlays.draw(np.zeros((30, 50, 3), np.uint8), np.random.rand(30, 50), 0.0, tmp_path / "a" / "x.png")
+    drawn = np.asarray(Image.open(tmp_path / "a" / "x.png"))
+    assert drawn.shape == (30, 100, 3) and drawn[:, :50].max() == 0 < drawn[:, 50:].max()
+
+
 # ---------------------------------------------------------------- of a run
 CONFIG = Config(
     dataset="mvtec", dataset_path="textures/brushed", extractor="resnet10t", weights_path="random",
@@ -119,8 +127,6 @@ def run(tmp_path_factory):
 def test_run_says_where_the_defects_are(run):
     found = json.loads(Path("runs/heat/results.json").read_text())["localisation"]["brushed"]
     assert 0 < found["pixel_auroc"] < 1 and 0 <= found["aupro"] <= 1
-    drawn = sorted(path.name for path in Path("runs/heat/figures").glob("heat-*.png"))
-    assert drawn == [f"heat-brushed-{i}.png" for i in range(1, 5)]
 
 
 @pytest.mark.slow

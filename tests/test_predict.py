@@ -1,6 +1,5 @@
 """predict.py scores new pictures as the run scored them, and so do three lines in a notebook."""
 
-import codecs
 import csv
 import io
 import json
@@ -28,7 +27,7 @@ from config import Config, UserError
 from detector import exporting
 from detector.checkpoints import find_checkpoints
 from detector.picture_detector import PictureDetector
-from images import given, watch
+from images import watch
 from reporting import scores
 from shell.files import file_name, write_text
 
@@ -176,32 +175,8 @@ def test_a_name_without_a_file(here, capsys, monkeypatch):
             ask("nowhere.png")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "a.png\n\nä b.png".encode(),
-        "a.png\r\n \r\nä b.png\r\n".encode(),
-        "a.png\nä b.png\n".encode("utf-8-sig"),
-        "a.png\r\nä b.png\r\n".encode("utf-16"),
-        codecs.BOM_UTF16_BE + "a.png\nä b.png".encode("utf-16-be"),
-    ],
-)
-def test_lists_of_every_system(content):
-    assert given.lines_of(content) == ["a.png", "ä b.png"]
-
-
-def test_globs_through_folders_with_brackets(tmp_path):
-    tree(tmp_path, "shots [1]/a.png", "shots [1]/deep/b.png", "shots 1/c.png", "x2/e.png")
-
-    def matching(pattern):
-        return [path.name for path in given.matching(f"{tmp_path}/{pattern}")]
-
-    assert matching("shots [1]/*.png") == ["a.png"] and matching("shots [0-9]/*.png") == ["c.png"]
-    assert sorted(matching("shots [1]/**/*.png")) == ["a.png", "b.png"] and matching("nowhere/*.png") == []
-
-
 def test_globs_and_lists(here, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", listed("\n".join(TESTED[:3]).encode()))
+    monkeypatch.setattr(sys, "stdin", listed("\r\n \r\n".join(TESTED[:3]).encode()))
     rows, _, _ = predicted(capsys, "runs/held", "-", "images/test/b/*.png")
     assert [row["image"] for row in rows] == TESTED[:3] + TESTED[10:]
 

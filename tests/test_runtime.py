@@ -30,7 +30,7 @@ def job_of(name: str, size, count: int = 0, **more) -> extraction.Extraction:
     noise = np.random.RandomState(1).randint(0, 256, (max(count, 1), *size, 3), np.uint8)
     train = datasets.Split.of(map(str, range(count)), np.zeros(count, int))
     labels = datasets.Labels(("0",), train, datasets.Split.of([], []))
-    images = datasets.ImageSet(labels, lambda _, i: noise[i]) if count else datasets.unlabelled([])
+    images = datasets.ImageSet(labels, lambda _, i: noise[i]) if count else datasets.no_images()
     return extraction.Extraction(config, images, cache_identity(config), CPU)
 
 

@@ -1,16 +1,16 @@
-"""The generated textures: good images are good, defects are where their masks say."""
+"""The set makers: textures whose defects are where their masks say, solar cells in MVTec layout."""
 
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, tree
 
 import datasets
+from config import UserError
 
 sys.path.insert(0, str(ROOT / "tools"))
+import cells
 import textures
 
 
@@ -26,28 +26,32 @@ def test_a_defect_changes_the_surface_under_its_mask_alone(texture, defect):
     assert changed[~mask].max() <= 0.05 + 1e-9, "nothing outside the mask but its soft edge"
 
 
-def test_set_on_disk(tmp_path):
-    run = [
-        sys.executable,
-        str(ROOT / "tools" / "textures.py"),
-        "t",
-        "--train",
-        "2",
-        "--good",
-        "1",
-        "--defect",
-        "1",
-    ]
-    assert subprocess.run(run, cwd=tmp_path, capture_output=True).returncode == 0
-    images = datasets.load_images("mvtec", str(tmp_path / "t"))
-    assert set(images.labels.classes) == set(textures.TEXTURES)
-    train, test, anomalous = images.labels.one_class("bricks")
+def test_textures_on_disk(run_script, tmp_path):
+    command = ("tools/textures.py", "t", "--train", 2, "--good", 1, "--defect", 1)
+    assert run_script(*command).returncode == 0
+    labels = datasets.load_images("mvtec", str(tmp_path / "t")).labels
+    assert set(labels.classes) == set(textures.TEXTURES)
+    train, test, anomalous = labels.one_class("bricks")
     assert len(train) == 2 and anomalous.sum() == len(textures.DEFECTS) and len(test) == 1 + anomalous.sum()
-    masks = {p.parent.name for p in Path(tmp_path / "t" / "bricks" / "ground_truth").glob("*/*_mask.png")}
+    masks = {path.parent.name for path in (tmp_path / "t/bricks/ground_truth").glob("*/*_mask.png")}
     assert masks == set(textures.DEFECTS)
-    again = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
-    assert (
-        again.returncode == 2
-        and again.stderr.startswith("error: t exists")
-        and "Traceback" not in again.stderr
-    )
+    again = run_script(*command)
+    assert again.returncode == 2 and again.stderr.startswith("error: t exists")
+
+
+def test_cells_become_a_set_of_two_categories(tmp_path):
+    """Good is a probability of 0, four fifths of them for training, the same ones with the same seed."""
+    chances = [0.0] * 10 + [0.33, 1]
+    lines = [f"images/{kind}{i}.png {p} {kind}" for kind in cells.KINDS for i, p in enumerate(chances)]
+    source = tree(tmp_path / "source", *(line.split()[0] for line in lines))
+    (source / "labels.csv").write_text("\n".join(lines) + "\n")
+    tree(tmp_path / "other.partial", "mono/train/good/of an ended run.png")
+    for name, seed in (("cells", 0), ("other", 1)):
+        cells.write_set(tmp_path / name, source, seed)
+        train, test, anomalous = datasets.load_images("mvtec", str(tmp_path / name)).labels.one_class("poly")
+        assert len(train) == 8 and len(test) == 4 and anomalous.sum() == 2
+        first = np.random.RandomState(seed).permutation(10)[:8]
+        kept = {path.name for path in (tmp_path / name / "mono/train/good").iterdir()}
+        assert kept == {f"mono{i}.png" for i in first}
+    with pytest.raises(UserError, match="expected a whole number from 0, got -1"):
+        cells.write_set(tmp_path / "third", source, -1)

@@ -65,69 +65,37 @@ def test_tiles_of_a_set_with_a_test_are_refused(tmp_path):
         datasets.images_of(Config(dataset="folder", dataset_path=str(tmp_path), tiles=64))
 
 
-@pytest.fixture(scope="module")
-def fitted(tmp_path_factory):
-    """A detector of tiles, and good pictures, of 96 x 128 pixels."""
-    folder = tmp_path_factory.mktemp("tiles")
+RUN = {
+    "dataset": "folder", "dataset_path": "good", "extractor": "resnet18", "weights_path": "random",
+    "tiles": 64, "img_size": (64, 64), "fc_internal": 16, "fusion": "none", "holdout": 0.3, "device": "cpu",
+    "threads": 1, "workers": 0, "bands": True, "places": 6, "score": "joined", "least_steps": 20,
+    "identity_start": True, "modelname": "tiles",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_detector_of_tiles(tmp_path, monkeypatch):
+    """Held-out scores are those of whole pictures, each that of its worst tile, as a new picture is scored,
+    and no tile of them is trained on. A small defect shows in score and heat map."""
     generator = np.random.RandomState(0)
     for i in range(12):
-        write_image(folder / "good" / f"{i}.png", texture(0, generator, 128)[:96])
-    patch = pytest.MonkeyPatch()
-    patch.chdir(folder)
-    train.main(
-        Config(
-            dataset="folder",
-            dataset_path="good",
-            extractor="resnet18",
-            weights_path="random",
-            tiles=64,
-            img_size=(64, 64),
-            fc_internal=16,
-            fusion="none",
-            holdout=0.3,
-            device="cpu",
-            threads=1,
-            workers=0,
-            bands=True,
-            places=6,
-            score="joined",
-            least_steps=20,
-            identity_start=True,
-            modelname="tiles",
-        )  # fmt: skip
-    )
-    yield folder
-    patch.undo()
-
-
-@pytest.mark.slow
-def test_held_out_scores_are_those_of_whole_pictures(fitted):
-    """Each that of its worst tile, as a new picture is scored; no tile of them was trained on."""
-    loaded = PictureDetector.load("runs/tiles/classes/good-seed0", "cpu", 1)
-    record = json.loads(Path("runs/tiles/classes/good-seed0.json").read_text())
+        write_image(tmp_path / "good" / f"{i}.png", texture(0, generator, 128)[:96])
+    monkeypatch.chdir(tmp_path)
+    train.main(Config(**RUN))
+    path = Path("runs/tiles/classes/good-seed0")
+    loaded, record = PictureDetector.load(path, "cpu", 1), json.loads(Path(f"{path}.json").read_text())
     assert record["result"]["n_train"] == 8 * 6 and record["result"]["n_held_out"] == 4 * 6
     scores = loaded.score([f"good/{i}.png" for i in range(12)])
-    assert len(record["held_out_scores"]) == 4
+    assert len(record["held_out_scores"]) == loaded.threshold.n == 4
     for held in record["held_out_scores"]:
         assert np.isclose(scores, held, rtol=5e-3).sum() == 1
-    assert loaded.threshold.n == 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("places", [True, False])
-def test_a_small_defect_shows_in_score_and_map(fitted, places):
-    loaded = PictureDetector.load("runs/tiles/classes/good-seed0", "cpu", 1)
-    loaded.fitted.read_places(float(places))
     good = texture(0, np.random.RandomState(1), 128)[:96]
     spoilt = good.copy()
     spoilt[70:82, 100:112] = np.random.RandomState(2).randint(0, 256, (12, 12, 3))
-    assert loaded.score(spoilt) > loaded.score(good)
-    values = loaded.heat_map(spoilt)
-    assert values.shape == (96, 128)
-    assert values[70:82, 100:112].mean() > values[:40, :50].mean()
-
-
-@pytest.mark.slow
-def test_a_detector_of_tiles_is_not_exported(fitted):
+    for places in (True, False):
+        loaded.fitted.read_places(float(places))
+        assert loaded.score(spoilt) > loaded.score(good)
+        values = loaded.heat_map(spoilt)
+        assert values.shape == (96, 128) and values[70:82, 100:112].mean() > values[:40, :50].mean()
     with pytest.raises(UserError, match="tiles of 64 pixels"):
-        exporting.load(Path("runs/tiles/classes/good-seed0"), None)
+        exporting.load(path, None)

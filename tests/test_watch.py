@@ -2,7 +2,6 @@
 
 import os
 
-import numpy as np
 import pytest
 from conftest import PIXELS, write_image
 
@@ -19,9 +18,12 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def arrivals(tmp_path, clock):
+    """What arrives in a folder where a.png was seen just now."""
     write_image(tmp_path / "line" / "a.png", PIXELS)
-    return tmp_path / "line"
+    arrivals = watch.Arrivals(tmp_path / "line")
+    assert arrivals.ready() == [], "it may be in the writing"
+    return arrivals
 
 
 def looked(arrivals, clock) -> list[str]:
@@ -30,9 +32,8 @@ def looked(arrivals, clock) -> list[str]:
     return [path.relative_to(arrivals.folder).as_posix() for path in arrivals.ready()]
 
 
-def test_a_picture_is_taken_once_it_has_stayed_as_it_is(folder, clock):
-    arrivals = watch.Arrivals(folder)
-    assert arrivals.ready() == [], "it may be in the writing"
+def test_a_picture_is_taken_once_it_has_stayed_as_it_is(arrivals, clock):
+    folder = arrivals.folder
     (folder / "b.png").write_bytes(b"half")
     (folder / "b.tmp").write_bytes(b"no picture by its name")
     assert looked(arrivals, clock) == ["a.png"]
@@ -46,50 +47,37 @@ def test_a_picture_is_taken_once_it_has_stayed_as_it_is(folder, clock):
     for name in ("b.png", "day 2/c.png"):
         arrivals.done(folder / name)
     assert looked(arrivals, clock) == []
+    write_image(folder / "a.png", PIXELS + 1)  # written anew: taken again
+    assert looked(arrivals, clock) == [] and looked(arrivals, clock) == ["a.png"]
 
 
-def test_a_picture_of_full_size_that_is_still_being_filled(folder, clock):
+def test_a_picture_of_full_size_that_is_still_being_filled(arrivals, clock):
     """As a camera writes a BMP. Who keeps it open without writing is not waited for without end."""
-    arrivals = watch.Arrivals(folder)
-    arrivals.ready()
-    with open(folder / "a.png", "r+b") as stream:
+    with open(arrivals.folder / "a.png", "r+b") as stream:
         for _ in range(3):
             assert looked(arrivals, clock) == []
         stream.write(b"x")
     assert looked(arrivals, clock) == []
     assert looked(arrivals, clock) == ["a.png"]
-    with open(folder / "a.png", "r+b"):
+    with open(arrivals.folder / "a.png", "r+b"):
         clock[0] += watch.PATIENCE
         assert looked(arrivals, clock) == ["a.png"]
 
 
-def test_a_picture_that_changes_while_it_is_read(folder, clock):
+def test_a_picture_that_changes_while_it_is_read(arrivals, clock):
     """Was not taken, and is ready anew."""
-    arrivals = watch.Arrivals(folder)
-    arrivals.ready()
     assert looked(arrivals, clock) == ["a.png"]
-    os.utime(folder / "a.png", (1, 1))
-    assert not arrivals.done(folder / "a.png")
+    os.utime(arrivals.folder / "a.png", (1, 1))
+    assert not arrivals.done(arrivals.folder / "a.png")
     assert looked(arrivals, clock) == [] and looked(arrivals, clock) == ["a.png"]
-    assert arrivals.done(folder / "a.png") and looked(arrivals, clock) == []
+    assert arrivals.done(arrivals.folder / "a.png") and looked(arrivals, clock) == []
 
 
-def test_a_picture_that_is_written_anew_is_taken_again(folder, clock):
-    arrivals = watch.Arrivals(folder)
-    arrivals.ready()
-    assert looked(arrivals, clock) == ["a.png"]
-    arrivals.done(folder / "a.png")
-    write_image(folder / "a.png", np.tile(PIXELS, (2, 2, 1)))
-    assert looked(arrivals, clock) == [] and looked(arrivals, clock) == ["a.png"]
-
-
-def test_what_cannot_be_read_is_tried_again_for_a_while(folder, clock):
-    arrivals = watch.Arrivals(folder)
-    arrivals.ready()
-    path = folder / "a.png"
+def test_what_cannot_be_read_is_tried_again_for_a_while(arrivals, clock):
+    path = arrivals.folder / "a.png"
     for _ in range(3):
         assert looked(arrivals, clock) == ["a.png"] and not arrivals.given_up(path)
-    (folder / "a.png").write_bytes(b"more, but not all")
+    path.write_bytes(b"more, but not all")
     looked(arrivals, clock)
     clock[0] += watch.PATIENCE - watch.SETTLED - 1
     assert looked(arrivals, clock) == ["a.png"] and not arrivals.given_up(path), "it has changed since"
@@ -97,9 +85,8 @@ def test_what_cannot_be_read_is_tried_again_for_a_while(folder, clock):
     assert looked(arrivals, clock) == [] and not arrivals.given_up(path), "told once"
 
 
-def test_a_picture_or_a_folder_that_has_gone(folder, clock, capsys):
-    arrivals = watch.Arrivals(folder)
-    arrivals.ready()
+def test_a_picture_or_a_folder_that_has_gone(arrivals, clock, capsys):
+    folder = arrivals.folder
     assert looked(arrivals, clock) == ["a.png"]
     arrivals.done(folder / "a.png")
     away = folder.rename(folder.with_name("away"))
@@ -111,8 +98,5 @@ def test_a_picture_or_a_folder_that_has_gone(folder, clock, capsys):
     clock[0] += watch.PATIENCE
     assert not arrivals.given_up(folder / "a.png")
     assert looked(arrivals, clock) == [] and arrivals.seen == {}, "nothing is kept of what has gone"
-
-
-def test_what_is_no_folder_is_refused(folder):
     with pytest.raises(UserError, match="watch: expected a folder"):
         watch.Arrivals(folder / "a.png")

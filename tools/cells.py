@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import config as knobs
 from shell.signals import guarded
-from tools.new_set import new_set
+from tools.textures import new_set
 
 KINDS = ("mono", "poly")
 

@@ -9,7 +9,10 @@ and out of focus, with the noise of a camera. Defects come in sizes from a few p
 side, and in contrasts from faint to plain."""
 
 import argparse
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +20,11 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from config import UserError
 from shell.signals import guarded
-from tools.new_set import new_set
 
 SIZE = 224  # pixels
 ROWS, COLUMNS = np.mgrid[:SIZE, :SIZE].astype(float)
-
-
-def set_size(side: int) -> None:
-    """Let surfaces have another size; the grain, and the sizes of defects, stay the same in pixels."""
-    global SIZE, ROWS, COLUMNS
-    SIZE, (ROWS, COLUMNS) = side, np.mgrid[:side, :side].astype(float)
 
 
 # ---------------------------------- textures: coordinates in units of the side, rng -> (SIZE, SIZE) in [0, 1]
@@ -61,12 +58,9 @@ def brushed(x, y, rng):
 
 TEXTURES = {"weave": weave, "stripes": stripes, "grain": grain, "bricks": bricks, "brushed": brushed}
 TINTS = {
-    "weave": (0.9, 0.8, 0.6),
-    "stripes": (0.6, 0.75, 0.9),
-    "grain": (0.8, 0.8, 0.8),
-    "bricks": (0.9, 0.55, 0.45),
-    "brushed": (0.75, 0.75, 0.78),
-}
+    "weave": (0.9, 0.8, 0.6), "stripes": (0.6, 0.75, 0.9), "grain": (0.8, 0.8, 0.8),
+    "bricks": (0.9, 0.55, 0.45), "brushed": (0.75, 0.75, 0.78),
+}  # fmt: skip
 
 
 def surface(texture, rng):
@@ -74,11 +68,9 @@ def surface(texture, rng):
     SIZE, 3) in [0, 1]."""
     angle, scale, shift = np.deg2rad(rng.uniform(-10, 10)), rng.uniform(0.9, 1.1), rng.uniform(0, 1, 2)
     x, y = scale * COLUMNS / SIZE, scale * ROWS / SIZE
-    pattern = TEXTURES[texture](
-        x * np.cos(angle) - y * np.sin(angle) + shift[0],
-        x * np.sin(angle) + y * np.cos(angle) + shift[1],
-        rng,
-    )
+    turned_x = x * np.cos(angle) - y * np.sin(angle) + shift[0]
+    turned_y = x * np.sin(angle) + y * np.cos(angle) + shift[1]
+    pattern = TEXTURES[texture](turned_x, turned_y, rng)
     return (0.25 + 0.6 * pattern)[..., None] * np.array(TINTS[texture])
 
 
@@ -86,9 +78,8 @@ def photograph(image, rng):
     """What a camera makes of a surface: slanted light, a little blur, shot and sensor noise. (SIZE, SIZE, 3)
     in [0, 1] -> the same."""
     direction, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.3)
-    slanted = 1 + slope * (
-        (COLUMNS / SIZE - 0.5) * np.cos(direction) + (ROWS / SIZE - 0.5) * np.sin(direction)
-    )
+    across = (COLUMNS / SIZE - 0.5) * np.cos(direction) + (ROWS / SIZE - 0.5) * np.sin(direction)
+    slanted = 1 + slope * across
     light = rng.uniform(0.85, 1.1) * slanted * (0.95 + 0.1 * smooth_noise(rng, 40))
     image = gaussian_filter(image * light[..., None], (*[rng.uniform(0, 0.7)] * 2, 0))
     noise = np.sqrt(0.015**2 + 0.0006 * np.clip(image, 0, 1))
@@ -102,10 +93,8 @@ def distance(rng, radius):
     centre = rng.uniform(radius, SIZE - radius, 2)
     squeeze, angle = rng.uniform(0.6, 1), rng.uniform(0, np.pi)
     u, v = COLUMNS - centre[0], ROWS - centre[1]
-    return (
-        np.hypot(u * np.cos(angle) + v * np.sin(angle), (v * np.cos(angle) - u * np.sin(angle)) / squeeze)
-        / radius
-    )
+    along, across = u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle)
+    return np.hypot(along, across / squeeze) / radius
 
 
 def edge(d, softness):
@@ -141,45 +130,50 @@ def spot(image, size, contrast, rng):
 
 def blurred(image, size, contrast, rng):
     """A patch whose fine structure is rubbed off."""
-    return edge(distance(rng, 1.7 * size), 0.15), gaussian_filter(
-        image, (2 + 8 * contrast,) * 2 + (0,), mode="wrap"
-    )
+    sigma = 2 + 8 * contrast
+    return edge(distance(rng, 1.7 * size), 0.15), gaussian_filter(image, (sigma, sigma, 0), mode="wrap")
 
 
 def shifted(image, size, contrast, rng):
     """A patch taken from elsewhere, turned over: the structure is right, its place is not."""
-    return edge(distance(rng, 1.7 * size), 0.1), np.roll(
-        image[::-1, ::-1].transpose(1, 0, 2), rng.integers(5, 40, 2), axis=(0, 1)
-    )
+    opacity = edge(distance(rng, 1.7 * size), 0.1)
+    return opacity, np.roll(image[::-1, ::-1].transpose(1, 0, 2), rng.integers(5, 40, 2), axis=(0, 1))
 
 
 def stain(image, size, contrast, rng):
     """A faint coloured cloud."""
     d = distance(rng, 1.5 * size)
-    return np.clip(1.2 * contrast * np.exp(-2 * d**2) * (d < 1.5), 0, 1), np.broadcast_to(
-        rng.uniform(0.1, 0.8, 3), image.shape
-    )
+    opacity = np.clip(1.2 * contrast * np.exp(-2 * d**2) * (d < 1.5), 0, 1)
+    return opacity, np.broadcast_to(rng.uniform(0.1, 0.8, 3), image.shape)
 
 
 DEFECTS = {
-    "scratch": scratch,
-    "crack": crack,
-    "spot": spot,
-    "blurred": blurred,
-    "shifted": shifted,
-    "stain": stain,
-}
+    "scratch": scratch, "crack": crack, "spot": spot, "blurred": blurred, "shifted": shifted, "stain": stain,
+}  # fmt: skip
 
 
 def damage(image, defect, rng):
     """A surface with a defect -> (SIZE, SIZE, 3), mask (SIZE, SIZE) bool. Sizes 6 to 28 pixels, contrasts .12
     to .5, both log-uniform."""
-    size, contrast = (
-        np.exp(rng.uniform(np.log(6), np.log(28))),
-        np.exp(rng.uniform(np.log(0.12), np.log(0.5))),
-    )
+    size = np.exp(rng.uniform(np.log(6), np.log(28)))
+    contrast = np.exp(rng.uniform(np.log(0.12), np.log(0.5)))
     opacity, inside = DEFECTS[defect](image, size, contrast, rng)
     return image + opacity[..., None] * (np.clip(inside, 0, 1) - image), opacity > 0.05
+
+
+# ---------------------------------------------------------------- the set on disk
+@contextmanager
+def new_set(folder: Path, seed: int) -> Iterator[Path]:
+    """An empty folder's name beside ``folder``, to write a set to that ``seed`` decides; it takes its place
+    when the block ends well. Raises UserError where the folder exists, and on a seed below 0."""
+    if folder.exists():
+        raise UserError(f"{folder} exists; give a folder that does not")
+    if seed < 0:
+        raise UserError(f"--seed: expected a whole number from 0, got {seed}")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was ended, perhaps with another seed
+    yield partial
+    partial.rename(folder)
 
 
 def save(image, path: Path) -> None:
@@ -192,11 +186,8 @@ def generate(root: Path, n_train: int, n_good: int, n_defect: int, seed: int) ->
     count = 0
     for number, texture in enumerate(TEXTURES):
         rng = np.random.default_rng([seed, number])
-        kinds = [
-            ("train", "good", n_train),
-            ("test", "good", n_good),
-            *(("test", defect, n_defect) for defect in DEFECTS),
-        ]
+        kinds = [("train", "good", n_train), ("test", "good", n_good)]
+        kinds += [("test", defect, n_defect) for defect in DEFECTS]
         for split, kind, total in kinds:
             for i in range(total):
                 image = surface(texture, rng)
@@ -208,26 +199,19 @@ def generate(root: Path, n_train: int, n_good: int, n_defect: int, seed: int) ->
     return count
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, help="where to write; must not exist")
-    parser.add_argument("--train", type=int, default=120, help="good training images per texture [120]")
-    parser.add_argument("--good", type=int, default=40, help="good test images per texture [40]")
-    parser.add_argument(
-        "--defect", type=int, default=20, help="test images per texture and kind of defect [20]"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    guarded(write_set, parser.parse_args())
-
-
-def write_set(args: argparse.Namespace) -> None:
-    """Write the set, whole or not at all (``new_set``)."""
+def main(args: argparse.Namespace) -> None:
     with new_set(args.folder, args.seed) as partial:
         count = generate(partial, args.train, args.good, args.defect, args.seed)
     print(f"{count} images of {len(TEXTURES)} textures in {args.folder}")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where to write; must not exist")
+    parser.add_argument("--train", type=int, default=120, help="good training images per texture [120]")
+    parser.add_argument("--good", type=int, default=40, help="good test images per texture [40]")
+    parser.add_argument("--defect", type=int, default=20, help="test images per texture and defect [20]")
+    parser.add_argument("--seed", type=int, default=0, help="of the set [0]")
+    guarded(main, parser.parse_args())
