@@ -46,22 +46,15 @@ FUSIONS = ("class_attention", "hilo", "spectral", "bands", "none")
 NORMALIZATIONS = ("auto", "none", "power_l2", "power_l2+whiten")
 SCORES = ("latent", "likelihood", "latent_knn", "joined")
 
-SCRIPTS = ("extractor.py", "train.py", "main.py")
-EXTRACTING, FITTING, MAIN = SCRIPTS[:1], SCRIPTS[1:], SCRIPTS[2:]
-# A knob affects the cached features, what is fitted to them, or only how a run goes.
-ROLES = ("features", "fit", "run")
+
+def knob(affects, default, text, choices=None, low=None, high=None):
+    """One knob: whether it affects the cached features, what is fitted to them, or only how a run goes; its
+    default, its help, and the values it takes: one of ``choices``, or from ``low`` to ``high``."""
+    meta = {"affects": affects, "help": text, "choices": choices, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=meta)
 
 
-def knob(affects, readers, default, text, choices=None, low=None, high=None, scripts=None):
-    """One knob: its role (ROLES), its default, its help, the values it takes (one of ``choices``, or from
-    ``low`` to ``high``), and the scripts that read it, ``readers`` unless said: the others refuse it."""
-    meta = {"help": text, "choices": choices, "low": low, "high": high, "affects": affects}
-    return dataclasses.field(default=default, metadata=meta | {"scripts": scripts or readers})
-
-
-features = functools.partial(knob, "features", SCRIPTS)
-fit = functools.partial(knob, "fit", FITTING)
-run = functools.partial(knob, "run", SCRIPTS)
+features, fit, run = (functools.partial(knob, role) for role in ("features", "fit", "run"))
 
 ImageSize = tuple[int, int] | str | None
 Six = tuple[float, float, float, float, float, float]
@@ -74,28 +67,29 @@ class Config:
     """All knobs. Frozen: a changed configuration is a new one (``dataclasses.replace``). Raises UserError on
     a bad value."""
 
-    # run
+    # most used
     preset: str = run("paper", "paper, paper_L, released, accurate, quickstart or ablation: a named set of defaults (see PRESETS)")
-    modelname: str = run("foad_mfff", "name of the run: results go to runs/<modelname>/", scripts=FITTING)
-    device: str = fit("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N", scripts=SCRIPTS)
-    seed: int = run(0, "first random seed; every class starts from it alike", low=0, high=2**31)
-    n_seeds: int = run(1, "how many seeds to run: seed, seed + 1, ...; the table gives mean and std", low=1, high=10**6, scripts=MAIN)
-    threads: int = run(0, "CPU threads in all; 0: all cores; main.py shares them out among classes, each in a process of its own; 1: one class after the other; with cluster: of each task, 1 unless said", low=0, high=1024)
-    keep: str = run("all", "what a run keeps beside the figures: all; weights of every class and seed (safetensors), but no pictures (score histograms, ROC, curves over epochs, contact sheets); or results alone", ("all", "weights", "results"), scripts=FITTING)
-    sweep: str | None = run(None, "main.py: run every combination, as in fusion=none,hilo;dataset=digits,cifar10, and make one table", scripts=MAIN)
-    restart: bool = run(False, "do again what is finished (extractor.py: the features; main.py and train.py: the classes) instead of going on where the last run ended")
-    cluster: str | None = run(None, "extract and fit on the workers of a Dask cluster, given by its scheduler's address (tcp://host:8786) or file (docs/scale.md); none: on this machine", scripts=("extractor.py", "main.py"))
-    check: bool = run(False, "main.py: compare the AUROCs with the preset's committed table, results/<preset>.csv, and end with exit status 1 where one differs by more than .0005", scripts=MAIN)
-    # data
     dataset: str = features("cifar10", "data set (docs/data.md has the folder layouts)", DATASETS)
     dataset_path: str | None = run(None, "folder of the raw images, or the file of csv; none: data/<dataset>")
+    class_name: str = run("all", "normal class: one, several separated by commas, or all; a comma in a name is written \\, (backslash, comma)")
+    extractor: str = features("VIT", f"backbone: {', '.join(BACKBONES)} or any timm model name")
+    modelname: str = run("foad_mfff", "name of the run: results go to runs/<modelname>/")
+    n_seeds: int = run(1, "main.py: how many seeds to run: seed, seed + 1, ...; the table gives mean and std", low=1, high=10**6)
+    threads: int = run(0, "CPU threads in all; 0: all cores; main.py shares them out among classes, each in a process of its own; 1: one class after the other; with cluster: of each task, 1 unless said", low=0, high=1024)
+    restart: bool = run(False, "do again what is finished (extractor.py: the features; main.py and train.py: the classes) instead of going on where the last run ended")
+    sweep: str | None = run(None, "main.py: run every combination, as in fusion=none,hilo;dataset=digits,cifar10, and make one table")
+    # run
+    device: str = fit("auto", "auto (CUDA where there is one), cpu, cuda or cuda:N")
+    seed: int = run(0, "first random seed; every class starts from it alike", low=0, high=2**31)
+    keep: str = run("all", "what a run keeps beside the figures: all; weights of every class and seed (safetensors), but no pictures (score histograms, ROC, curves over epochs, contact sheets); or results alone", ("all", "weights", "results"))
+    cluster: str | None = run(None, "extract and fit on the workers of a Dask cluster, given by its scheduler's address (tcp://host:8786) or file (docs/scale.md); none: on this machine")
+    check: bool = run(False, "main.py: compare the AUROCs with the preset's committed table, results/<preset>.csv, and end with exit status 1 where one differs by more than .0005")
+    # data
     tiles: int = run(0, "cut the pictures of a folder of good ones into tiles of so many pixels a side, at their own resolution, a quarter overlapping: for defects that vanish in a picture made small; predict.py then gives one score, that of the worst tile, and one heat map for the whole picture; 0: whole pictures", low=0, high=4096)
-    class_name: str = run("all", "normal class: one, several separated by commas, or all; a comma in a name is written \\, (backslash, comma)", scripts=FITTING)
     feature_path: str | None = run(None, "folder of the features of all data sets and backbones; none: features")
-    prune: str | None = run(None, "list: tell what the features of each backbone and data set take of the disk; names of data sets, as in digits,cifar10: drop all others' features", scripts=EXTRACTING)
+    prune: str | None = run(None, "extractor.py: list: tell what the features of each backbone and data set take of the disk; names of data sets, as in digits,cifar10: drop all others' features")
     pretrained: bool = run(False, "True: the features are already extracted, stop if they are not (extractor.py: check every row of them, the images need not be there); False: extract what is missing")
     # backbone and extraction
-    extractor: str = features("VIT", f"backbone: {', '.join(BACKBONES)} or any timm model name")
     weights_path: str | None = features(None, "local weights instead of the hub's: .pth, .safetensors, .npz where timm reads it; random: untrained")
     img_size: ImageSize = features(None, "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's; auto: in the shape of the training pictures, of 100352 pixels (auto:200000: of so many), fewer where the pictures have fewer, but at least of the backbone's own size; small pictures go into a CNN enlarged 5 times (at least 96x96) where that is less")
     pixel_norm: Six | None = features(None, "mean and standard deviation that pixels are normalised by, six numbers separated by commas; none: the backbone's")
@@ -118,7 +112,7 @@ class Config:
     identity_start: bool = fit(False, "zero the last layer of every subnet, so that training starts from the identity flow")
     # training
     normalize: str = fit("auto", "features before the flow, fitted on normal training features; auto: none for transformers, as released, power_l2+whiten for CNNs", NORMALIZATIONS)
-    centre_pool: float = fit(0.0, "semantic token re-pooled from the patches under a centred Gaussian, its sigma in shares of the grid's side; 0: the backbone's own", low=0.0, high=100.0, scripts=SCRIPTS)
+    centre_pool: float = fit(0.0, "semantic token re-pooled from the patches under a centred Gaussian, its sigma in shares of the grid's side; 0: the backbone's own", low=0.0, high=100.0)
     batch_size: int = fit(32, "images per training step", low=1, high=10**7)
     meta_epochs: int = fit(1, "evaluations on the test set; each follows sub_epochs epochs", low=1, high=10**6)
     sub_epochs: int = fit(1, "epochs of training per meta epoch", low=1, high=10**6)
@@ -131,23 +125,20 @@ class Config:
     patience: int = fit(0, "report the epoch that is best on the held-out normals, and end training so many meta epochs behind it; 0: report the last epoch", low=0, high=10**6)
     # scoring
     score: str = fit("latent", "anomaly score: latent (mean z^2), likelihood (negative log-likelihood), latent_knn (neighbours in latent space); joined: the flow moves the places of the image instead, and its least likely ones are joined with a density of the image (needs places)", SCORES)
-    false_alarms: float = run(0.05, "share of normal pictures that may be called anomalous: the threshold, from the held-out normal ones", low=1e-06, high=0.5, scripts=FITTING)
-    baselines: bool = run(False, "main.py: nearest neighbours and Gaussian on the same features, in the same table", scripts=FITTING)
+    false_alarms: float = run(0.05, "share of normal pictures that may be called anomalous: the threshold, from the held-out normal ones", low=1e-06, high=0.5)
+    baselines: bool = run(False, "main.py: nearest neighbours and Gaussian on the same features, in the same table")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
-        for part in self.modelname.split("/"):  # a sweep's runs lie in a folder of their own
-            check_folder_name("modelname", part)
         for holds, line in FITS:
             if not holds(self):
-                values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-                raise UserError(line.format(**values))
+                raise UserError(line.format(**vars(self)))
 
 
 NARROWEST = 0.01  # of a side: a narrower Gaussian weighs one patch, or divides by nothing
 FITS = (  # what has to hold of the knobs together -> the line where it does not
-    (lambda c: c.preset in PRESETS, "preset: expected one that config.py names, got {preset!r}"),
+    (lambda c: all(re.fullmatch(r"(?!(classes|figures)$)[^\s.~-][^\\]*", part) and len(part) <= LONGEST_NAME for part in c.modelname.split("/")), "modelname: expected a plain name of at most 100 characters without a leading dot, dash or ~, and neither classes nor figures, got {modelname!r}"),
     (lambda c: re.fullmatch("full|compact|centre|(released)?(?!0+$)[0-9]{1,4}", c.token_grid), "token_grid: expected full, compact, centre, a number of patches per side, or released and a number, got {token_grid!r}"),
     (lambda c: not isinstance(c.img_size, tuple) or len(c.img_size) == 2 and all(side in range(1, LARGEST_IMAGE + 1) for side in c.img_size), "img_size: expected a height and a width of 1 to 4096 pixels, got {img_size}"),
     (lambda c: c.pixel_norm is None or len(c.pixel_norm) == 6 and all(isinstance(x, int | float) and math.isfinite(x) for x in c.pixel_norm) and min(c.pixel_norm[3:]) > 0, "pixel_norm: expected three finite numbers and three positive ones, got {pixel_norm}"),
@@ -186,97 +177,39 @@ PRESETS["ablation"] = PRESETS["accurate"] | {
 }
 # fmt: on
 
-# Knobs of earlier versions -> what to do instead.
-FORMER = {
-    "base": "places have densities of their own, --score joined joins them: leave it out",
-    "fusion_tokens": "the fusion sees the last map's patches; of places, --score joined: leave it out",
-    "flow_channels": "the flow moves all channels: leave it out",
-    "whiten_ridge": "normalize power_l2+whiten whitens fully: leave it out",
-    "verbose": "epochs are printed where classes are fitted one at a time: leave it out",
-    "low_depths": "the two deepest depths always join",
-    "neighbours_weight": "neighbours are no part of the score: leave it out",
-    "spread_at_balance": "there is one joint token: leave it out",
-    "spread_of_surfaces": "places are weighed by their own variance: leave it out",
-    "refit": "it is gone: the held-out images stay held out",
-    "train_together": "it is gone: classes are fitted one by one, or by several processes (--threads, --cluster)",
-    "validate": "it is gone: settings are judged by benchmarks/suite.py",
-    **dict.fromkeys(
-        ("worker", "rank", "world_size"),
-        "--cluster has a Dask cluster's workers share the classes (docs/scale.md)",
-    ),
-    "compile_flow": "--compile compiles backbone and flow",
-    "pooling": "--token_grid released8 pools to 8 x 8 as pooling released did",
-    "fine_classes": "--dataset CIFAR100_fine has the 100 classes",
-    "select_epoch": "--patience 3 is select_epoch likelihood, --patience 0 the last epoch",
-    **dict.fromkeys(("norm_mean", "norm_std"), "--pixel_norm takes mean and deviation, six numbers"),
-    "img_pixels": "--img_size auto:200000 is img_size auto of so many pixels",
-    "hide_tqdm_bar": "TQDM_DISABLE=1 in the environment hides progress bars",
-    "n_feat": "the channels are the backbone's: leave it out",
-    "n_heads": "4 heads for class_attention, 8 for hilo: leave it out",
-    "use_gamma": "the gain is always learned: leave it out",
-    "weight_decay": "it is the paper's 1e-5: leave it out",
-    "matmul": "products in training are float32: leave it out",
-    "band_depths": "the last four stages of a CNN, every quarter of a transformer: leave it out",
-    "rings": "2 rings of frequency per depth: leave it out",
-    "low_sigma": "the low band's window is 0.15 of a side: leave it out",
-    "place_channels": "a place token has at most 192 channels: leave it out",
-    "shard_rows": "a shard has 256 rows, or half a minute of work: leave it out",
-    "verify": "extractor.py checks every row and mends; with --pretrained it needs no images",
-    "save_model": "--keep results keeps no weights",
-    "plots": "--keep weights draws no pictures",
-    **dict.fromkeys(("nbins1", "nbins2"), "histograms have 50 and 100 bins: leave it out"),
-}
-
-
 # ---------------------------------------------------------------- checks
-LONGEST_TEXT, LONGEST_NAME = 4096, 100  # characters of a knob's text; bytes of a folder's name
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+LONGEST_NAME = 100  # characters of a folder's name
 CLOSE = 0.75  # likeness (difflib's ratio) from which a name counts as a slip of the pen
+NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters; bytes that are not UTF-8
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 KINDS[tuple] = "numbers, as in 224x224 or 0.5,0.5,0.5,0.2,0.2,0.2"
 
 
 def check(field, value):
     """Raise UserError unless ``value`` fits the knob: its type, its choices, its range."""
-    meta, optional = field.metadata, type(None) in typing.get_args(field.type)
-    if value is None and optional or field.type == ImageSize and auto_pixels(value):
+    kind, low, high = plain_type(field.type), field.metadata["low"], field.metadata["high"]
+    if value is None and is_optional(field) or field.type == ImageSize and auto_pixels(value):
         return
-    kind = plain_type(field.type)
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{field.name}: expected {KINDS[kind]}, got {value!r}")
-    if kind is str:
-        check_text(field.name, value)
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"{field.name}: expected a finite number, got {value!r}")
-    if meta["choices"] and value not in meta["choices"]:
-        raise UserError(f"{field.name}: {unknown('value', value, meta['choices'])}")
-    if meta["low"] is not None and not meta["low"] <= value <= meta["high"]:
-        bounds = f"from {meta['low']} to {meta['high']}"
-        raise UserError(f"{field.name}: expected {KINDS[kind]} {bounds}, got {value!r}")
+    right = type(value) in ((int, float) if kind is float else (kind,))
+    if not right or low is not None and not low <= value <= high:
+        bounds = "" if low is None else f" from {low} to {high}"
+        raise UserError(f"{field.name}: expected {KINDS[kind]}{bounds}, got {value!r}")
+    if kind is str and NO_TEXT.search(value):
+        raise UserError(f"{field.name}: expected UTF-8 without control characters, got {value[:100]!r}")
+    if field.metadata["choices"] and value not in field.metadata["choices"]:
+        raise UserError(f"{field.name}: {unknown('value', value, field.metadata['choices'])}")
 
 
-def check_text(name, text):
-    """Raise UserError on a text that no file name or table can hold: control characters (a class's name may
-    have them, but for NUL), bytes that are not UTF-8, a length that no command line has."""
-    harmless = name == "class_name"
-    if any(ord(c) < 32 or 127 <= ord(c) < 160 for c in text) and not (harmless and "\0" not in text):
-        raise UserError(f"{name}: expected a text without control characters, got {text[:100]!r}")
-    if any(0xD800 <= ord(c) < 0xE000 for c in text):  # what Python makes of bytes that are not UTF-8
-        raise UserError(f"{name}: expected valid UTF-8, got {text[:100]!r}")
-    if len(text) > LONGEST_TEXT:
-        raise UserError(f"{name}: expected at most {LONGEST_TEXT} characters, got {len(text)}")
+def is_optional(field):
+    """Whether the knob takes None."""
+    return type(None) in typing.get_args(field.type)
 
 
-def check_folder_name(name, text):
-    """Raise UserError unless ``text`` names a folder that stays where it is made."""
-    taken = ("classes", "figures")  # what a run keeps in its own folder
-    if not text.strip(". ") or text[0] in ".~-" or "/" in text or "\\" in text or text in taken:
-        raise UserError(
-            f"{name}: expected a plain name without /, \\ or a leading dot, dash or ~, and none of "
-            f"{', '.join(taken)}, got {text!r}"
-        )
-    if len(text.encode()) > LONGEST_NAME:
-        raise UserError(f"{name}: expected at most {LONGEST_NAME} bytes, got {len(text.encode())}")
+def plain_type(annotation):
+    """The type of a knob without None and without what a tuple holds."""
+    kind = typing.get_args(annotation)[0] if type(None) in typing.get_args(annotation) else annotation
+    return typing.get_origin(kind) or kind
 
 
 def auto_pixels(img_size):
@@ -287,12 +220,13 @@ def auto_pixels(img_size):
     return int(found[1]) if found and int(found[1]) <= LARGEST_IMAGE**2 else None
 
 
-def plain_type(annotation):
-    """The type of a knob without None and without what a tuple holds."""
-    kind = typing.get_args(annotation)[0] if type(None) in typing.get_args(annotation) else annotation
-    return typing.get_origin(kind) or kind
+def held_share(holdout, dataset):
+    """The share that is held out: the knob ``holdout``, or where it is None, a tenth of one's own
+    pictures."""
+    return (0.1 if dataset in OWN_PICTURES else 0.0) if holdout is None else holdout
 
 
+# ---------------------------------------------------------------- making a configuration
 def unknown(kind, got, known, all_of_them="-h lists them all"):
     """The line for a name that is not in ``known``, with the nearest one when there is one; a long list is
     only pointed to."""
@@ -303,37 +237,30 @@ def unknown(kind, got, known, all_of_them="-h lists them all"):
     return f"unknown {kind} {got!r}{hint}.{listed}"
 
 
-def unknown_knob(name, known):
-    """The line for a knob that is not in ``known``: what took its place, if it once was one."""
-    former = str(name).removeprefix("--")
-    return f"unknown knob {name!r}: {FORMER[former]}" if former in FORMER else unknown("knob", name, known)
+def field_of(name):
+    """The field of a knob. Raises UserError where there is none of the name."""
+    if name not in FIELDS:
+        raise UserError(unknown("knob", name, FIELDS))
+    return FIELDS[name]
 
 
 def knobs_affecting(*roles: str) -> tuple[str, ...]:
-    """The names of the knobs that affect one of ``roles`` (ROLES), in the order of this file."""
-    return tuple(field.name for field in dataclasses.fields(Config) if field.metadata["affects"] in roles)
-
-
-def held_share(holdout, dataset):
-    """The share that is held out: the knob ``holdout``, or where it is None, a tenth of one's own
-    pictures."""
-    return (0.1 if dataset in OWN_PICTURES else 0.0) if holdout is None else holdout
+    """The names of the knobs that affect one of ``roles`` (features, fit, run), in the order of this file."""
+    return tuple(name for name, field in FIELDS.items() if field.metadata["affects"] in roles)
 
 
 def make_config(given):
     """The configuration of ``given`` {knob: value}: defaults, then the preset's, then the given ones.
     Raises UserError."""
-    names = [field.name for field in dataclasses.fields(Config)]
     for name in given:
-        if name not in names:
-            raise UserError(unknown_knob(name, names))
+        field_of(name)
     preset = given.get("preset", Config.preset)
-    if not isinstance(preset, str) or preset not in PRESETS:
+    if preset not in PRESETS:
         raise UserError(unknown("preset", preset, PRESETS))
     return Config(**{**PRESETS[preset], **given})
 
 
 def changed(config):
     """{knob: value} of the knobs that differ from this file's defaults."""
-    values = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {field.name: value for field, value in values.items() if value != field.default}
+    values = {name: getattr(config, name) for name in FIELDS}
+    return {name: value for name, value in values.items() if value != FIELDS[name].default}

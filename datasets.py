@@ -1,7 +1,7 @@
 """Raw images with one-class labels and splits.
 
 Files of images are found by images/layouts.py and read by images/images.py, the binary files of published
-data sets by images/published.py, scikit-learn's digits here (README, "Your own data")."""
+data sets by images/published.py, scikit-learn's digits here (docs/data.md)."""
 
 import contextlib
 import dataclasses
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -176,7 +177,8 @@ class ImageSet:
         train, found = self.labels.train, defaultdict(list)
         for i in np.linspace(0, len(train.names) - 1, min(most, len(train.names))).astype(int):
             with contextlib.suppress(UserError):
-                found[self.labels.classes[train.category[i]]].append(self.size_of("train", int(i)))
+                size = self.size_of("train", int(i))
+                found[self.labels.classes[train.category[i]]].append(size)
         return dict(found)
 
     def mask(self, i: int) -> np.ndarray | None:
@@ -289,18 +291,30 @@ def _array_set(
     return ImageSet(labels, lambda split, i: pixels[split][i], identify, from_files=False)
 
 
+class _Files(NamedTuple):
+    """The image files of each split, in order, as an ``ImageSet`` asks for them; in another process, too."""
+
+    paths: dict[str, list[Path]]
+    scale: PixelScale
+
+    def read(self, split: str, i: int) -> np.ndarray:
+        return images.read_image(self.paths[split][i], self.scale)
+
+    def identify(self, split: str, i: int) -> str:
+        return images.content_hash(self.paths[split][i])
+
+    def size(self, split: str, i: int) -> tuple[int, int]:
+        return images.size_of(self.paths[split][i])
+
+
 def _file_set(table: Table) -> ImageSet:
     """The images of a table; their names are relative to its root."""
     rows = _by_split(table)
-    files = {split: [row.path for row in rows[split]] for split in SPLITS}
-    scale = PixelScale(measure=partial(images.measured, files["train"]))
+    paths = {split: [row.path for row in rows[split]] for split in SPLITS}
+    files = _Files(paths, PixelScale(measure=partial(images.measured, paths["train"])))
+    masks = tuple(row.mask for row in rows["test"])
     return ImageSet(
-        labels_of(table),
-        lambda split, i: images.read_image(files[split][i], scale),
-        lambda split, i: images.content_hash(files[split][i]),
-        masks=tuple(row.mask for row in rows["test"]),
-        size=lambda split, i: images.size_of(files[split][i]),
-        scale=scale,
+        labels_of(table), files.read, files.identify, masks=masks, size=files.size, scale=files.scale
     )
 
 

@@ -140,8 +140,12 @@ def write_report(config: Config, cache: FeatureCache, results: list[dict], began
     folder, drawing = checkpoints.run_folder(config), config.keep == "all"
     seeds = sorted({result["seed"] for result in results})
     failing = {result["class"] for result in results if "reason" in result}
-    whole = [name for name in dict.fromkeys(r["class"] for r in results) if name not in failing]
-    images = findings.raw_images(config, cache) if drawing or config.places else None
+    whole = list(dict.fromkeys(r["class"] for r in results if r["class"] not in failing))
+    images = (
+        findings.raw_images(config, cache)
+        if drawing or (config.places and config.keep == "weights")
+        else None
+    )
     found, pictures, records = {}, [], {}
     for name in whole:
         left = findings.read_class(config, name, seeds)

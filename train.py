@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH
 from shell.command_line import from_command_line, run_script
 
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
-    CONFIG = from_command_line(__doc__, script="train.py")
+    CONFIG = from_command_line(__doc__)
 
 import functools
 import math

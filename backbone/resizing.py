@@ -1,6 +1,7 @@
 """Images on their way to the backbone: read, stacked, resized as Pillow does."""
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -9,62 +10,44 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-import datasets
 from config import UserError
+from datasets import ImageSet
 
 
 class Unreadable(NamedTuple):
     """Stands for an image that could not be read, on its way from a reader."""
 
-    row: int  # in its split
+    row: int  # among those that are read
     reason: str
 
 
-class ImageRows:
-    """The images of one split: (3, h, w) uint8, or the error of an unreadable one.
+def read_images(images: ImageSet, rows: range, img_size: tuple[int, int]) -> list[Tensor | Unreadable]:
+    """The training images ``rows`` of a set, as ``stack_rows`` gives them."""
 
-    An image larger than the backbone's is resized here (Pillow, bicubic), a smaller one on the device, many
-    at a time."""
-
-    def __init__(self, images: datasets.ImageSet, split: str, img_size: tuple[int, int]):
-        self.images, self.split, self.img_size = images, split, img_size
-
-    def __len__(self) -> int:
-        return len(self.images.labels.split(self.split).names)
-
-    def stacks(self, rows: range) -> list[Tensor | Unreadable]:
-        """The images ``rows``, consecutive ones of one size stacked: (n, 3, h, w), in order."""
-        return stack_rows([self[i] for i in rows])
-
-    def __getitem__(self, i: int) -> Tensor | Unreadable:
+    def read(i: int) -> Tensor | Unreadable:
         try:
-            pixels = self.images.read(self.split, i)
+            return to_device_size(images.read("train", i), img_size)
         except UserError as mistake:  # raised again, or noted, where it is known what is wanted
             return Unreadable(i, str(mistake))
-        return to_device_size(pixels, self.img_size)
+
+    return stack_rows([read(i) for i in rows])
 
 
 def to_device_size(pixels: np.ndarray, img_size: tuple[int, int]) -> Tensor:
-    """(h, w, 3) uint8 -> (3, h, w), resized to ``img_size`` here when a side is longer than that."""
+    """(h, w, 3) uint8 -> (3, h, w), resized to ``img_size`` here (Pillow, bicubic) when a side is longer than
+    that; smaller ones are enlarged on the device, many at a time (``resized``)."""
     if pixels.shape[0] > img_size[0] or pixels.shape[1] > img_size[1]:
         pixels = np.asarray(Image.fromarray(pixels).resize(img_size[::-1], Image.Resampling.BICUBIC))
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
-def stack_rows(rows: list) -> list:
+def stack_rows(rows: list[Tensor | Unreadable]) -> list[Tensor | Unreadable]:
     """Consecutive images of one size stacked -> [(n, 3, h, w) or an error, ...] in order."""
     stacks: list = []
-    for row in rows:
-        if (
-            isinstance(row, Tensor)
-            and stacks
-            and isinstance(stacks[-1], list)
-            and stacks[-1][0].shape == row.shape
-        ):
-            stacks[-1].append(row)
-        else:
-            stacks.append([row] if isinstance(row, Tensor) else row)
-    return [torch.stack(stack) if isinstance(stack, list) else stack for stack in stacks]
+    for shape, group in itertools.groupby(rows, lambda row: isinstance(row, Tensor) and row.shape):
+        found = list(group)
+        stacks += [torch.stack(found)] if shape else found
+    return stacks
 
 
 FINE_BITS = 22  # of a filter's weights behind the binary point, as Pillow rounds them for pixels of 8 bits

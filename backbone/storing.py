@@ -1,9 +1,6 @@
 """Images whose features are missing -> shards of a store, by this process or by those of an executor."""
 
-import dataclasses
 import functools
-import itertools
-import json
 import shutil
 import time
 import uuid
@@ -13,20 +10,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import datasets
 import utils
-from backbone.extraction import Extraction, arriving
-from backbone.identity import cache_identity
+from backbone.extraction import COMPILED_FROM, MOST_IN_BATCH, SHARDS_AT_ONCE, Extraction
+from backbone.identity import Identity
+from backbone.resizing import Unreadable
 from cache.shards import write_shard
 from cache.store import Store
 from config import Config, UserError
+from datasets import ImageSet
 from shell.command_line import to_go_on
 from shell.engine import outcomes
 from shell.signals import Interrupted
 
-SHARD_ROWS, SHARD_SECONDS = 256, 30.0  # of one shard, at most: what a kill costs
+SHARD_ROWS, SHARD_SECONDS = MOST_IN_BATCH, 30.0  # of one shard, at most: what a kill costs
 
 Batch = tuple[list[int], dict[str, np.ndarray]]  # numbers of images, and their rows of each array
 
@@ -39,46 +39,10 @@ class Wanted(NamedTuple):
     hash: str
 
 
-class Task(NamedTuple):
-    """Images for one call of ``extract_shard``. config: ``settled``. pixel_scale: of the data set, as JSON.
-    job: which job they are of: another one may find other images, of the same configuration."""
-
-    config: Config
-    pixel_scale: str
-    job: str
-    wanted: list[Wanted]
-
-
-def tasks_of(config: Config, wanted: list[Wanted], pixel_scale: dict) -> list[Task]:
-    """The images of a settled configuration as tasks of a shard each, of one thread unless ``threads`` says
-    more."""
-    scale = json.dumps(pixel_scale)
-    config, job = dataclasses.replace(config, threads=config.threads or 1), uuid.uuid4().hex
-    return [Task(config, scale, job, wanted[i : i + SHARD_ROWS]) for i in range(0, len(wanted), SHARD_ROWS)]
-
-
-def extract_shard(task: Task) -> list[Wanted]:
-    """Compute and write the features of a task's images, in whatever process -> those that cannot be read.
-    Raises UserError."""
-    return extract_images(*_backbone_and_store(task.config, task.pixel_scale, task.job), task.wanted)
-
-
-@functools.lru_cache(maxsize=1)
-def _backbone_and_store(config: Config, pixel_scale: str, of: str) -> tuple[Extraction, Store]:
-    """Kept from one task to the next."""
-    images, device = datasets.images_of(config), utils.set_up(config.device, config.threads)
-    images.scale.ranges = json.loads(pixel_scale)
-    identity = cache_identity(config, images.scale.ranges)
-    job, store = Extraction(config, images, identity, device), Store(identity)
-    store.begin(job.fields)
-    return job, store
-
-
 def check_disk(folder: Path, size: int) -> None:
     """Raise UserError when so many bytes of features would not fit on the disk."""
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if size > free:
+    if size > (free := shutil.disk_usage(existing).free):
         raise UserError(
             f"the features need {size / 1e9:.2f} GB, the disk of {existing} has {free / 1e9:.2f} GB free; "
             "free some, or choose a smaller token_grid"
@@ -86,25 +50,33 @@ def check_disk(folder: Path, size: int) -> None:
 
 
 def extract_missing(
-    store: Store, wanted: list[Wanted], config: Config, job: Extraction | None, executor: Executor | None
+    config: Config,
+    identity: Identity,
+    images: ImageSet,
+    store: Store,
+    wanted: list[Wanted],
+    device: torch.device,
+    executor: Executor | None,
 ) -> list[Wanted]:
-    """Compute and write the features of images by ``job`` or, without one, by an executor's processes ->
-    those that cannot be read. Says what is kept when it is stopped or the disk is full."""
+    """Compute and write the features of images by this process or, where there is one, by an executor's ->
+    those that cannot be read. Says what is kept when it is stopped or the disk is full. Raises UserError."""
+    unreadable: list[Wanted] = []
     try:
         with tqdm(total=len(wanted), unit="img", disable=utils.no_bar(), smoothing=0.05) as bar:
-            if job is None:
-                unreadable: list[Wanted] = []
-                scale = store.identity.fields.get("pixel_scale", {})
-                for task, left_out in outcomes(executor, extract_shard, tasks_of(config, wanted, scale)):
+            if executor:
+                task = functools.partial(extract_elsewhere, config, identity, uuid.uuid4().hex)
+                for part, left_out in outcomes(executor, task, in_parts(wanted, SHARD_ROWS)):
                     unreadable += left_out
-                    bar.update(len(task.wanted))
+                    bar.update(len(part))
                 return unreadable
-            size = -(-len(wanted) // job.shards_at_once)
-            parts = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+            job = Extraction(identity, device, config.extract_batch, config.workers)
+            store.begin(job.fields)
+            parts = in_parts(wanted, -(-len(wanted) // SHARDS_AT_ONCE[device.type]))
             with utils.thread_pool(len(parts)) as pool:
-                in_turn = map if len(parts) == 1 else pool.map
-                found = in_turn(lambda part: extract_images(job, store, part, bar.update), parts)
-                return [image for part in found for image in part]
+                here = functools.partial(extract_images, job, images, store, advance=bar.update)
+                for _, left_out in outcomes(pool if len(parts) > 1 else None, here, parts):
+                    unreadable += left_out
+                return unreadable
     except Interrupted as interrupted:
         store.sweep()
         interrupted.told = f"{kept(store, wanted)}; to go on: {to_go_on()}"
@@ -114,66 +86,89 @@ def extract_missing(
         raise UserError(f"{reason} ({store.folder}): {kept(store, wanted)}; then: {to_go_on()}") from None
 
 
+def in_parts(wanted: list[Wanted], size: int) -> list[list[Wanted]]:
+    return [wanted[first : first + size] for first in range(0, len(wanted), size)]
+
+
 def kept(store: Store, wanted: list[Wanted]) -> str:
     """How many of the images that were missing have features now, in words."""
     store.look()
-    there = int((store.find([image.hash for image in wanted]).shard >= 0).sum())
+    there = int((store.find([image.hash for image in wanted])[0] >= 0).sum())
     return f"{there} of {utils.counted(len(wanted), 'image')} are kept in {store.folder}"
 
 
+def extract_elsewhere(config: Config, identity: Identity, of: str, wanted: list[Wanted]) -> list[Wanted]:
+    """``extract_images`` in whatever process, with one thread unless ``threads`` says more. of: which job it
+    is of; another one may find other images, of the same configuration."""
+    return extract_images(*_loaded(config, identity, of), wanted)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(config: Config, identity: Identity, of: str) -> tuple[Extraction, ImageSet, Store]:
+    """Kept from one task to the next."""
+    device, images = utils.set_up(config.device, config.threads or 1), datasets.images_of(config)
+    images.scale.ranges = identity.fields.get("pixel_scale", {})
+    job = Extraction(identity, device, config.extract_batch, config.workers)
+    store = Store(identity.folder, identity.fields)
+    store.begin(job.fields)
+    return job, images, store
+
+
 def extract_images(
-    job: Extraction, store: Store, wanted: list[Wanted], advance: Callable[[int], object] = lambda count: None
+    job: Extraction,
+    images: ImageSet,
+    store: Store,
+    wanted: list[Wanted],
+    advance: Callable[[int], object] = lambda count: None,
 ) -> list[Wanted]:
     """Compute the features of images and write them while the next are computed -> those that cannot be read.
     advance: called with the number of images done. Raises UserError, also on an image that has changed since
     it was hashed."""
-    images = job.images.listed([image[:2] for image in wanted])
-    unreadable: list[int] = []
+    if len(wanted) >= job.batch and images.labels.count() >= COMPILED_FROM:
+        job.compile()
+    chosen = images.listed([image[:2] for image in wanted])
+    unreadable: list[Wanted] = []
 
     def batches() -> Iterator[Batch]:
-        readable = _others(len(wanted), unreadable)
-        for rows in arriving(job.features("train", unreadable=unreadable, images=images), job.device):
-            arrays = {name: values.numpy() for name, values in rows.items()}
-            numbers = list(itertools.islice(readable, len(arrays["tokens"])))
-            yield numbers, arrays
-            advance(len(numbers))
+        first = 0
+        for rows in job.features(chosen):
+            count = 1
+            if isinstance(rows, Unreadable):
+                unreadable.append(wanted[rows.row])
+            else:
+                arrays = {name: values.cpu().numpy() for name, values in rows.items()}
+                count = len(arrays["tokens"])
+                yield list(range(first, first + count)), arrays
+            first += count
+            advance(count)
 
     def write(shard: Batch) -> None:
         numbers, arrays = shard
         for i in numbers:
-            if images.identify("train", i) != wanted[i].hash:
+            if chosen.identify("train", i) != wanted[i].hash:
                 name = wanted[i].name
                 raise UserError(f"{name} has changed while its features were extracted; run it again")
         write_shard(store.folder, store.of, [wanted[i].hash for i in numbers], arrays)
 
-    with ThreadPoolExecutor(1) as pool:  # what it has begun is ended, however this ends
-        for _ in utils.in_order(pool, write, in_shards(batches()), 1):
+    # On a GPU one part's rows are copied while another's are computed.
+    stream = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None
+    with torch.cuda.stream(stream), ThreadPoolExecutor(1) as pool:  # what it has begun is ended in any case
+        for _ in utils.in_order(pool, write, in_shards(batches(), job.batch), 1):
             pass
-    return [wanted[i] for i in unreadable]
+    return unreadable
 
 
-def _others(count: int, left_out: list[int]) -> Iterator[int]:
-    """The numbers below ``count`` but for those in a list that may grow, in order, ahead of them."""
-    passed = 0
-    for i in range(count):
-        if passed < len(left_out) and left_out[passed] == i:
-            passed += 1
-        else:
-            yield i
-
-
-def in_shards(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same images put together: SHARD_ROWS at a time, fewer where they take longer than SHARD_SECONDS."""
+def in_shards(batches: Iterator[Batch], largest: int) -> Iterator[Batch]:
+    """The same images, in batches of ``largest`` at most, put together: SHARD_ROWS at most, fewer where they
+    take longer than SHARD_SECONDS."""
     numbers: list[int] = []
     parts: list[dict[str, np.ndarray]] = []
     began = time.monotonic()
     for more, rows in batches:
         numbers, parts = numbers + more, [*parts, rows]
-        while len(numbers) >= SHARD_ROWS or numbers and time.monotonic() - began > SHARD_SECONDS:
-            arrays = _joined(parts)
-            yield numbers[:SHARD_ROWS], {name: values[:SHARD_ROWS] for name, values in arrays.items()}
-            numbers, parts = numbers[SHARD_ROWS:], [{n: v[SHARD_ROWS:] for n, v in arrays.items()}]
-            began = time.monotonic()
+        if len(numbers) + largest > SHARD_ROWS or time.monotonic() - began > SHARD_SECONDS:
+            yield numbers, _joined(parts)
+            numbers, parts, began = [], [], time.monotonic()
     if numbers:
         yield numbers, _joined(parts)
 

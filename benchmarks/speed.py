@@ -40,8 +40,8 @@ import model
 import train
 import utils
 from backbone import arithmetic, backbones
-from backbone.extraction import Extraction, arriving
-from backbone.identity import cache_identity
+from backbone.extraction import Extraction
+from backbone.identity import Identity, cache_identity
 from config import Config, make_config
 from reporting.tables import as_markdown
 
@@ -195,21 +195,26 @@ def spread(images: datasets.ImageSet, counts: dict[str, int]) -> datasets.ImageS
     )
 
 
+def loaded(identity: Identity) -> backbones.Backbone:
+    return backbones.load_backbone(
+        identity.extractor, identity.img_size, identity.weights_path, identity.seed
+    )
+
+
 def compare_extraction(args: argparse.Namespace, device: torch.device) -> Table:
     """Images per second from the files to the features in memory, but for the released loop tokens alone."""
     config = config_of(args, preset="accurate", mirror=False, img_size=None)  # bands and places, own size
-    identity, count = cache_identity(config), args.images
+    identity, count = cache_identity(config, device), args.images
     images = spread(datasets.images_of(config), {"train": count, "test": 0})
-    ours, by_torch = (Extraction(config, images, identity, device) for _ in range(2))
+    ours, by_torch = (Extraction(identity, device) for _ in range(2))
     ours.compile()
-    by_torch.compile = lambda: None  # type: ignore[method-assign]
-    plain = backbones.load_backbone(config, identity.fields["weights"]).to(device)
+    plain = loaded(identity).to(device)
 
     def released() -> torch.Tensor:
         return plain_tokens(plain, images, "train", range(count), identity.fields)
 
     def extracted(job: Extraction) -> None:
-        deque(arriving(job.features("train"), device), maxlen=0)
+        deque(({name: values.cpu() for name, values in r.items()} for r in job.features(images)), maxlen=0)
 
     ways = functools.partial(extracted, by_torch), functools.partial(extracted, ours)
     jobs = {"the released loop": released, "PyTorch": ways[0], "ours": ways[1]}
@@ -219,7 +224,7 @@ def compare_extraction(args: argparse.Namespace, device: torch.device) -> Table:
             found[beside(cores)] = times(jobs, args.repeats, device)
     rows = [[name, *(shown([count / s for s in own[name]]) for own in found.values())] for name in jobs]
     exact = released()[:, 0]
-    tokens = torch.cat([batch["tokens"][:, 0].cpu() for batch in ours.features("train")]).float()
+    tokens = torch.cat([batch["tokens"][:, 0].cpu() for batch in ours.features(images)]).float()
     off = f"{(tokens - exact).norm() / exact.norm():.1e}"
     rows.append(["ours, semantic tokens off the released ones", *[off] * len(found)])
     return [f"{count} images at {identity.fields['img_size']}, images/s", *found], rows
@@ -239,8 +244,8 @@ def released_job(args: argparse.Namespace, device: torch.device) -> None:
     """Class after class, as the released scripts do it: extract the class's training images and all test
     images one at a time in float32, store both, train for an epoch, score -> auroc.json."""
     config, aurocs = config_of(args), {}
-    images, fields = datasets.images_of(config), cache_identity(config).fields
-    backbone = backbones.load_backbone(config, fields["weights"]).to(device)
+    images, identity = datasets.images_of(config), cache_identity(config, device)
+    backbone, fields = loaded(identity).to(device), identity.fields
     for name in images.labels.classes[: args.classes]:
         train_rows, test_rows, labels = images.labels.one_class(name)
         for split, rows in (("train", train_rows), ("test", test_rows)):

@@ -18,6 +18,7 @@ import json
 import shlex
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
@@ -309,7 +310,8 @@ def main(args: argparse.Namespace) -> None:
     there = [entry for entry in sets if entry.name in found]
     figures = rows_of(found, summaries[0]["seeds"])
     tables = f"{as_markdown(*make_table(found))}\n\n{regret_table(figures)}"
-    lines = [*map(escaped, failures + notes), "## How", HOW, about(settings, there, summaries)]
+    how = ["## How", textwrap.fill(HOW, 120), about(settings, there, summaries)]
+    lines = [*map(escaped, failures + notes), *how]
     out = args.out or Path("results") / f"{args.name}{'-trial' if args.trial else ''}.md"
     write_text(out, f"# {args.name}\n\n{tables}\n\n" + "\n\n".join(lines) + "\n")
     write_text(out.with_suffix(".csv"), as_csv(figures))

@@ -1,4 +1,5 @@
-"""The features of a data set: its images in order, each looked up in a store."""
+"""The features of a data set: its images in order, each looked up in a store; what all of them take of the
+disk."""
 
 import dataclasses
 import functools
@@ -6,16 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
+import config as knobs
 from cache.shards import CachedArray
-from cache.store import Found, Store
-from config import Config, UserError
+from cache.store import IDENTITY, Store
+from config import UserError
 from datasets import SPLITS, ImageSet, Labels
 from shell.files import as_strict_json, checksum, read_sealed, write_sealed
 
 
-def feature_folder(config: Config) -> Path:
+def feature_folder(feature_path: str | None) -> Path:
     """The folder of all stores. Raises UserError when it is a file."""
-    folder = Path(config.feature_path or "features")
+    folder = Path(feature_path or "features")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"feature_path: expected a folder, {folder} is a file")
     return folder
@@ -26,7 +28,7 @@ def list_file(root: Path, name: str) -> Path:
     return root / "datasets" / f"{name}.json"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class ImageList:
     """The images of a data set, without the images: what is kept of it beside the stores.
 
@@ -48,9 +50,11 @@ class ImageList:
         if before is None or set(before.all_hashes()).isdisjoint(listed.all_hashes()):
             return listed
         if (rows := before.rows_in(listed)) is not None:
-            listed = listed.kept(rows)
-        listed = dataclasses.replace(listed, sizes=dict(before.sizes), pixel_scale=before.pixel_scale)
-        return dataclasses.replace(listed, unreadable=list(before.unreadable))
+            hashes = {split: [listed.hashes[split][i] for i in rows[split]] for split in SPLITS}
+            listed = cls(_kept(listed.labels, rows), hashes)
+        return cls(
+            listed.labels, listed.hashes, dict(before.sizes), before.pixel_scale, list(before.unreadable)
+        )
 
     def rows_in(self, other: "ImageList") -> dict[str, np.ndarray] | None:
         """The number in another list of each image of a split, of the same content and labels; None where the
@@ -60,32 +64,24 @@ class ImageList:
             ours, theirs = self._known_by(split), other._known_by(split)
             if sorted(ours) != sorted(theirs):
                 return None
+            numbers = range(len(ours))
             found[split] = np.empty(len(ours), np.int64)
-            found[split][sorted(range(len(ours)), key=ours.__getitem__)] = sorted(
-                range(len(ours)), key=theirs.__getitem__
-            )
+            found[split][sorted(numbers, key=ours.__getitem__)] = sorted(numbers, key=theirs.__getitem__)
         return found
 
     def _known_by(self, split: str) -> list[tuple]:
         """All that is listed of each image of a split but its name."""
         labels, classes = self.labels.split(split), (*self.labels.classes, "")
         names = [classes[category] for category in labels.category]
-        return list(zip(self.hashes[split], names, labels.defect.tolist(), labels.kind))
-
-    def kept(self, rows: dict[str, np.ndarray]) -> "ImageList":
-        """These images of each split, in the order of ``rows``."""
-        train, test = (self.labels.split(split).kept(rows[split]) for split in SPLITS)
-        labels = dataclasses.replace(self.labels, train=train, test=test)
-        hashes = {split: [self.hashes[split][i] for i in rows[split]] for split in SPLITS}
-        return dataclasses.replace(self, labels=labels, hashes=hashes)
+        kinds = [kind + " (held out)" * held for kind, held in zip(labels.kind, labels.held.tolist())]
+        return list(zip(self.hashes[split], names, labels.defect.tolist(), kinds))
 
     @classmethod
     def read(cls, path: Path) -> "ImageList | None":
         """The list in a file; None without one, or where it is damaged: the images tell it again."""
         try:
             content = read_sealed(path)
-            labels = Labels.from_json(content["labels"])
-            scale = content.get("pixel_scale")  # lists of before have none
+            labels, scale = Labels.from_json(content["labels"]), content.get("pixel_scale")
             return cls(labels, content["hashes"], content["sizes"], scale, content["unreadable"])
         except (OSError, ValueError, KeyError, UserError):
             return None
@@ -95,8 +91,7 @@ class ImageList:
 
     def content(self) -> dict:
         """What ``write`` writes, made of lists."""
-        content = {"labels": self.labels.as_json(), "hashes": self.hashes, "sizes": self.sizes}
-        return content | {"pixel_scale": self.pixel_scale, "unreadable": self.unreadable}
+        return vars(self) | {"labels": self.labels.as_json()}
 
     def all_hashes(self) -> list[str]:
         return [image for split in SPLITS for image in self.hashes[split]]
@@ -107,6 +102,12 @@ class ImageList:
         return checksum(as_strict_json(of | {split: self._known_by(split) for split in SPLITS}))[:16]
 
 
+def _kept(labels: Labels, rows: dict[str, np.ndarray]) -> Labels:
+    """The labels of these images of each split, in the order of ``rows``."""
+    train, test = (labels.split(split).kept(rows[split]) for split in SPLITS)
+    return dataclasses.replace(labels, train=train, test=test)
+
+
 class FeatureCache:
     """The features of a data set's images as they are in a store; an image that is not there is left out, its
     name in ``skipped``. Files are opened when rows are read, in whatever process: a cache can be pickled."""
@@ -114,41 +115,28 @@ class FeatureCache:
     def __init__(self, store: Store, images: ImageList):
         self.folder, self.fields, self.of, self.images = store.folder, store.fields, store.of, images
         self._files = [shard.files for shard in store.shards]
-        self._rows: dict[str, np.ndarray] = {}
-        self._found: dict[str, Found] = {}
-        self.skipped: list[str] = []
-        for split in SPLITS:
-            found, names = store.find(images.hashes[split]), images.labels.split(split).names
-            self.skipped += [names[i] for i in np.flatnonzero(found.shard < 0)]
-            self._rows[split] = rows = np.flatnonzero(found.shard >= 0)
-            self._found[split] = Found(found.shard[rows], found.row[rows])
-        train, test = (images.labels.split(split).kept(self._rows[split]) for split in SPLITS)
-        self.labels = dataclasses.replace(images.labels, train=train, test=test)
+        found = {split: store.find(images.hashes[split]) for split in SPLITS}
+        self._rows = {split: np.flatnonzero(shard >= 0) for split, (shard, _) in found.items()}
+        self._places = {s: [each[self._rows[s]] for each in found[s]] for s in SPLITS}  # shard and row
+        self.skipped = [
+            images.labels.split(split).names[i]
+            for split, (shard, _) in found.items()
+            for i in np.flatnonzero(shard < 0)
+        ]
+        self.labels = _kept(images.labels, self._rows)
 
     @functools.cached_property
     def meta(self) -> dict:
         """What the features are, flat: the fields, count and skipped images; image_list is of the images and
         their labels, content also of what was computed of them."""
         image_list = self.images.fingerprint()
-        return as_strict_json(
-            self.fields
-            | {
-                "count": {split: len(rows) for split, rows in self._rows.items()},
-                "skipped": self.skipped,
-                "image_list": image_list,
-                "content": checksum({"features": self.of, "images": image_list})[:16],
-            }
-        )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the patch tokens (of the windows, when compact)."""
-        rows, columns = self.fields["grid"]
-        return rows, columns
-
-    @property
-    def channels(self) -> int:
-        return self.fields["n_feat"]
+        more = {
+            "count": {split: len(rows) for split, rows in self._rows.items()},
+            "skipped": self.skipped,
+            "image_list": image_list,
+            "content": checksum({"features": self.of, "images": image_list})[:16],
+        }
+        return as_strict_json(self.fields | more)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -165,11 +153,34 @@ class FeatureCache:
 
     def arrays(self, split: str) -> dict[str, CachedArray]:
         """Every array of a split, read from the files by index."""
+        shard, row = self._places[split]
         return {
-            name: CachedArray([files[name] for files in self._files], *self._found[split], shape)
+            name: CachedArray([files[name] for files in self._files], shard, row, shape)
             for name, shape in self.shapes.items()
         }
 
     def tokens(self, split: str) -> CachedArray:
         """The tokens (n, 1 + N, C) of a split."""
         return self.arrays(split)["tokens"]
+
+
+def prune(root: Path, named: str) -> None:
+    """Print what each store takes of the disk and holds of each data set; then, unless ``named`` is "list",
+    drop all features and lists but those of the data sets that it names. Raises UserError on a name that
+    none has."""
+    files = sorted(list_file(root, "*").parent.glob("*.json"))
+    lists = {path.stem: found for path in files if (found := ImageList.read(path))}
+    names = [] if named == "list" else [name.strip() for name in named.split(",")]
+    if unknown := [name for name in names if name not in lists]:
+        raise UserError(knobs.unknown("data set", unknown[0], ["list", *lists]))
+    for path in sorted(root.glob(f"*/{IDENTITY}")):
+        store = Store(path.parent)
+        counts = {name: (store.find(each.all_hashes())[0] >= 0).sum() for name, each in lists.items()}
+        of = ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "of no data set"
+        print(f"{path.parent}: {(size := store.size()) / 1e6:.1f} MB ({of})", flush=True)
+        if names:
+            store.keep_only({image for name in names for image in lists[name].all_hashes()})
+            print(f"  {(size - store.size()) / 1e6:.1f} MB dropped", flush=True)
+    for name in lists:
+        if names and name not in names:
+            list_file(root, name).unlink(missing_ok=True)

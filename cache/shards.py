@@ -24,13 +24,9 @@ from config import UserError
 from shell.files import checksum, read_sealed, sync, whole_file
 
 DTYPE = np.dtype("<f2")
+EXPONENT = 0x7C00  # of a float16: all of its bits are set where it is infinite or no number
 RECORD = "record.json"
 OPEN_FILES = 256  # of each array, kept open between two reads
-
-NOT_FINITE = (
-    "the backbone gave features that are not finite or exceed float16; try --precision float32, and check "
-    "its weights"
-)
 
 
 class Damaged(UserError):
@@ -48,10 +44,9 @@ class File(NamedTuple):
     def damage(self, thorough: bool) -> str | None:
         """What is wrong with the file, by its size or, thorough, by its checksum; None where nothing is."""
         try:
-            size = self.path.stat().st_size
-            if size != self.size:
+            if (size := self.path.stat().st_size) != self.size:
                 return f"{size} bytes, expected {self.size}"
-            changed = thorough and crc_of(self.path) != self.crc32
+            changed = thorough and zlib.crc32(self.path.read_bytes()) != self.crc32
         except OSError as error:
             return error.strerror or str(error)
         return "its checksum differs: the file has been changed" if changed else None
@@ -71,14 +66,16 @@ class Shard(NamedTuple):
         return next((f"{name}.npy: {damage}" for name, damage in told if damage), None)
 
 
-# ---------------------------------------------------------------- writing and finding
 def write_shard(store: Path, of: str, images: list[str], arrays: dict[str, np.ndarray]) -> None:
     """Add rows, float16 (n, ...) of each array, of images (n) to a store. Raises UserError on values that are
     not finite."""
     if any(len(values) != len(images) or values.dtype != DTYPE for values in arrays.values()):
         raise ValueError(f"expected {len(images)} rows of float16, got {[v.shape for v in arrays.values()]}")
-    if not all(finite(values) for values in arrays.values()):
-        raise UserError(NOT_FINITE)
+    if any((values.view(np.int16) & EXPONENT == EXPONENT).any() for values in arrays.values()):
+        raise UserError(
+            "the backbone gave features that are not finite or exceed float16; try --precision float32, and "
+            "check its weights"
+        )
     with whole_file(store / uuid.uuid4().hex[:16]) as partial:
         partial.mkdir()
         record: dict = {"of": of, "images": images, "files": {}}
@@ -86,19 +83,10 @@ def write_shard(store: Path, of: str, images: list[str], arrays: dict[str, np.nd
             path = partial / f"{name}.npy"
             np.save(path, values)
             sync(path)
-            record["files"][name] = {"bytes": path.stat().st_size, "crc32": crc_of(path)}
+            content = path.read_bytes()
+            record["files"][name] = {"bytes": len(content), "crc32": zlib.crc32(content)}
         (partial / RECORD).write_text(json.dumps(record | {"checksum": checksum(record)}))
         sync(partial / RECORD)
-
-
-def crc_of(path: Path) -> int:
-    return zlib.crc32(path.read_bytes())
-
-
-def finite(values: np.ndarray) -> bool:
-    """Whether no float16 value is infinite or NaN: as whole numbers those are the largest of either sign."""
-    bits = values.view(np.int16)
-    return not bits.size or bool(bits.max() < 0x7C00 and bits.view(np.uint16).max() < 0xFC00)
 
 
 def read_shard(folder: Path) -> Shard:
@@ -127,24 +115,19 @@ class OpenFile:
 
 
 @functools.cache
-def _checked(file: File, inode: int, changed: int) -> str | None:
-    """``File.damage``, once in a process; a file that is replaced or written to is another one."""
+def _damage(file: File) -> str | None:
+    """``File.damage``, thorough, once in a process: no shard is ever written again in its place."""
     return file.damage(thorough=True)
 
 
 def opened(file: File) -> OpenFile:
     """A file of rows, checked the first time in a process. Raises Damaged."""
-    try:
-        found = os.stat(file.path)
-        damage = _checked(file, found.st_ino, found.st_mtime_ns)
-        if not damage:
-            return OpenFile(file.path)
-    except OSError as error:
-        damage = error.strerror
-    raise Damaged(
-        f"the features in {file.path} are damaged ({damage}); python extractor.py with the same settings "
-        "mends that and leaves the rest as it is"
-    )
+    if damage := _damage(file):
+        raise Damaged(
+            f"the features in {file.path} are damaged ({damage}); python extractor.py with the same settings "
+            "mends that and leaves the rest as it is"
+        )
+    return OpenFile(file.path)
 
 
 class CachedArray:

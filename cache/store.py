@@ -15,12 +15,11 @@ import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 import utils
-from cache.shards import Damaged, Shard, read_shard
+from cache.shards import Damaged, Shard, read_shard, write_shard
 from config import UserError
 from shell.files import as_strict_json, checksum, partial_of, read_sealed, write_sealed
 
@@ -31,39 +30,26 @@ FARTHEST = {True: 0.02, False: 0.1}  # of its size, that machines may move it, w
 ABANDONED = 3600  # seconds after which what a killed process has left half written is removed
 
 
-class CacheIdentity(NamedTuple):
-    """Which features are meant: the folder of their store, and the fields that must be found there."""
-
-    folder: Path
-    fields: dict
-
-
-class Found(NamedTuple):
-    """Where the features of images are: the number of the shard, and the row in it (n each); -1: nowhere."""
-
-    shard: np.ndarray
-    row: np.ndarray
-
-
 class Store:
     """A store as it was when it was last looked at (``look``).
 
     fields: which features these are, flat; empty where there are none yet. shards: the sound ones. damaged:
-    the folders of the others. Raises UserError on a store of other features or of another version."""
+    the folders of the others. wanted: fields that must be found there. Raises UserError on a store of other
+    features or of another version."""
 
-    def __init__(self, identity: CacheIdentity, verified: Iterable[str] = ()):
-        self.identity, self.folder = identity, identity.folder
+    def __init__(self, folder: Path, wanted: dict | None = None, verified: Iterable[str] = ()):
+        self.folder, self._wanted = folder, wanted or {}
         self.look(verified)
 
     def look(self, verified: Iterable[str] = ()) -> None:
         """See what there is: sizes of files are checked, of the shards that hold any of the images
         ``verified`` every byte. Damaged shards are told of."""
-        self.fields = _fields_of(self.identity)
-        self.of, self.shards, damaged, wanted = identity_hash(self.fields), list[Shard](), {}, set(verified)
+        self.fields = self._recorded_fields()
+        self.of, self.shards, damaged, thorough = identity_hash(self.fields), list[Shard](), {}, set(verified)
         for folder in sorted(path for path in self.folder.glob("[!.]*") if path.is_dir()):
             try:
                 shard = read_shard(folder)
-                damage = shard.damage(thorough=not wanted.isdisjoint(shard.images))
+                damage = shard.damage(not thorough.isdisjoint(shard.images))
             except Damaged as mistake:
                 damage = str(mistake)
             if damage:
@@ -81,21 +67,21 @@ class Store:
         self._images, self._shard = images[order], np.repeat(np.arange(len(counts)), counts)[order]
         self._row = np.concatenate([np.arange(0), *map(np.arange, counts)])[order]
 
-    def find(self, images: list[str]) -> Found:
-        """Where the features of images are, by the images' hashes."""
+    def find(self, images: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Where the features of images are, by the images' hashes: the number of the shard, and the row in it
+        (n each); -1: nowhere."""
         wanted = np.array(images, "S32")
         there = np.isin(wanted, self._images)
         at = np.searchsorted(self._images, wanted[there])
-        found = Found(np.full(len(wanted), -1), np.full(len(wanted), -1))
-        found.shard[there], found.row[there] = self._shard[at], self._row[at]
-        return found
+        shard, row = np.full((2, len(wanted)), -1)
+        shard[there], row[there] = self._shard[at], self._row[at]
+        return shard, row
 
     def begin(self, fields: dict) -> None:
         """Make an empty store one of these features. Raises UserError where it is one of others."""
         if self.fields:
             refuse_others(self.folder, self.fields, fields)
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_sealed(self.folder / IDENTITY, {"format": FORMAT, "fields": fields})
         self.look()  # the identity may have been lost alone
 
@@ -109,6 +95,23 @@ class Store:
             (self.folder / IDENTITY).unlink(missing_ok=True)
             self.fields = {}
 
+    def keep_only(self, images: set[str]) -> None:
+        """Drop the rows that are not of these images; a shard that keeps some of its rows is written anew."""
+        gone = list(self.damaged)
+        for shard in self.shards:
+            rows = [i for i, image in enumerate(shard.images) if image in images]
+            if len(rows) < len(shard.images):
+                gone.append(shard.folder)
+                if rows and not shard.damage(thorough=True):
+                    arrays = {name: np.load(file.path)[rows] for name, file in shard.files.items()}
+                    write_shard(self.folder, self.of, [shard.images[i] for i in rows], arrays)
+        self.sweep()
+        self.remove(gone)
+
+    def size(self) -> int:
+        """Bytes of the shards' files."""
+        return sum(file.size for shard in self.shards for file in shard.files.values())
+
     def sweep(self) -> None:
         """Remove what this process, or another one long ago, has left half written."""
         own = partial_of(self.folder / "x").name.removeprefix(".x")
@@ -117,24 +120,23 @@ class Store:
                 if path.name.endswith(own) or time.time() - path.stat().st_mtime > ABANDONED:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-
-def _fields_of(identity: CacheIdentity) -> dict:
-    """The fields of the store in a folder; none where there is none, or they are damaged, which is told."""
-    path = identity.folder / IDENTITY
-    try:
-        content = read_sealed(path)
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        print(f"features: {path} is damaged ({error}); the next extraction mends it", flush=True)
-        return {}
-    if content.get("format") != FORMAT:
-        raise UserError(
-            f"the features in {identity.folder} are in format {content.get('format')}, this version reads "
-            f"{FORMAT}; delete that folder or give another --feature_path"
-        )
-    refuse_others(identity.folder, content["fields"], identity.fields)
-    return content["fields"]
+    def _recorded_fields(self) -> dict:
+        """The fields of the store; none where there is none, or they are damaged, which is told."""
+        path = self.folder / IDENTITY
+        try:
+            content = read_sealed(path)
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            print(f"features: {path} is damaged ({error}); the next extraction mends it", flush=True)
+            return {}
+        if content.get("format") != FORMAT:
+            raise UserError(
+                f"the features in {self.folder} are in format {content.get('format')}, this version reads "
+                f"{FORMAT}; delete that folder or give another --feature_path"
+            )
+        refuse_others(self.folder, content["fields"], self._wanted)
+        return content["fields"]
 
 
 def identity_hash(fields: dict) -> str:
@@ -144,15 +146,16 @@ def identity_hash(fields: dict) -> str:
 
 def refuse_others(folder: Path, recorded: dict, expected: dict) -> None:
     """Raise UserError that names the first of the ``expected`` fields that is another one in the store."""
-    advice = "delete that folder or give another --feature_path"
     for field, value in expected.items():
+        fault = None
         if field == EXAMPLE:
-            if fault := example_fault(recorded.get(field), value):
-                raise UserError(f"the features in {folder} do not fit: {fault}; {advice}")
+            fault = example_fault(recorded.get(field), value)
         elif recorded.get(field) != as_strict_json(value):
-            there, wanted = ("absent" if v is None else v for v in (recorded.get(field), value))
+            fault = f"{field} is {recorded.get(field, 'absent')} there, {value} is wanted"
+        if fault:
             raise UserError(
-                f"the features in {folder} do not fit: {field} is {there} there, {wanted} is wanted; {advice}"
+                f"the features in {folder} do not fit: {fault}; delete that folder or give another "
+                "--feature_path"
             )
 
 
@@ -163,11 +166,10 @@ def example_fault(recorded: dict | None, now: dict) -> str | None:
         return None
     before, after = (np.array(example["values"], float) for example in (recorded, now))  # (arrays, numbers)
     exact = all(example["precision"] == "float32" for example in (recorded, now))
+    far = np.inf
     if after.shape == before.shape:
         sizes = np.linalg.norm(before, axis=1).clip(1e-9)
         far = (np.linalg.norm(after - before, axis=1) / sizes).max()
-    else:
-        far = np.inf
     if far <= FARTHEST[exact]:
         return None
     return (

@@ -3,9 +3,22 @@ line then, and not a machine that hangs."""
 
 import math
 
-from backbone.memory import FLOAT, features_floats, joint_channels
+from backbone.token_grid import Bands
 from config import Config
 from utils import check_memory
+
+FLOAT = 4  # bytes
+
+
+def joint_channels(config: Config, features: dict) -> int:
+    bands = sum(features["band_channels"]) * len(Bands().statistics) if config.bands else 0
+    return features["n_feat"] + bands
+
+
+def features_floats(config: Config, features: dict) -> int:
+    """Roughly the numbers that any detector of these features holds: the matrices that whiten its inputs."""
+    places, width = features["place_shape"] if config.places else (0, 0)
+    return joint_channels(config, features) ** 2 + places * width**2 + 17 * math.prod(features["grid"]) ** 2
 
 
 def parameters(config: Config, channels: int, fused: bool) -> int:

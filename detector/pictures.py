@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import datasets
 import utils
 from backbone import backbones, extraction
 from backbone.extraction import COMPILED_FROM, Rows
@@ -75,10 +74,11 @@ class FittedBackbone:
     def job(self) -> extraction.Extraction:
         """The loaded backbone. Raises UserError when it no longer gives the features of the fit."""
         self.config = dataclasses.replace(self.config, weights_path=self._weights_path())
-        identity = cache_identity(self.config)
+        config = self.config
+        identity = cache_identity(config, self.device)
         self._check(identity.fields)
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be a table of scores
-            job = extraction.Extraction(self.config, datasets.no_images(), identity, self.device)
+            job = extraction.Extraction(identity, self.device, config.extract_batch, config.workers)
         self._check({name: value for name, value in job.fields.items() if name != EXAMPLE})
         if fault := example_fault(self.features.get(EXAMPLE), job.fields[EXAMPLE]):
             raise UserError(f"the detector does not fit: {fault}")
@@ -106,7 +106,7 @@ class FittedBackbone:
         beside = [folder / there.name for folder in self.checkpoint.parents[:2]] if self.checkpoint else []
         places = [self.weights] if self.weights else [there, *beside]
         for place in filter(Path.is_file, places):
-            if weights == backbones.weights_source(dataclasses.replace(self.config, weights_path=str(place))):
+            if weights == backbones.weights_source(self.config.extractor, str(place), self.config.seed):
                 return str(place)
         raise UserError(
             f"weights_path: the detector was fitted with {there.name} ({weights}); expected that very file, "

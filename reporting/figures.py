@@ -144,7 +144,8 @@ def contact_sheet(cache: FeatureCache, images: datasets.ImageSet, left: Left) ->
     """The strips, every image with its score, what it shows and its name; below it its heat map where the
     score reads places."""
     lines = strips(left.first["test"])
-    figure = Figure((1.4 * SHEET, 2.6 * len(lines)), layout="constrained")
+    height = 3.6 if left.detector else 2.2
+    figure = Figure((1.4 * SHEET, height * len(lines)), layout="constrained")
     for axes, (heading, positions) in zip(figure.subplots(len(lines), 1, squeeze=False)[:, 0], lines.items()):
         rows, scores = (np.array(left.first["test"][key])[positions] for key in ("rows", "scores"))
         maps = place_maps(left.detector, cache, rows) if left.detector else [None] * len(rows)

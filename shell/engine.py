@@ -4,7 +4,6 @@ Tasks go to a ``concurrent.futures.Executor``: a function that can be imported, 
 What they find out they write themselves, whole or not at all, to folders that all see."""
 
 import contextlib
-import errno
 import functools
 import hashlib
 import logging
@@ -17,31 +16,16 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-from typing import TypeVar
 
 from config import UserError
 from shell.signals import ENDING
 
 ROOT = Path(__file__).resolve().parents[1]
 CONNECTING = 10  # seconds until a scheduler has to answer
-LOST = (
-    "a process that fitted a class was ended from outside, for want of memory perhaps; finished classes are "
-    "kept, --threads 1 goes on with one at a time"
-)
-KILLED = (
-    "cluster: a task was lost with several workers, one after another, for want of memory perhaps; finished "
-    "classes are kept, fewer workers (or dask worker --memory-limit 0) go on with the others"
-)
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
-def outcomes(
-    executor: Executor | None, function: Callable[[Item], Result], items: Iterable[Item]
-) -> Iterator[tuple[Item, Result]]:
+def outcomes(executor: Executor | None, function: Callable, items: Iterable) -> Iterator[tuple]:
     """Every item with function(item), as they come; by this process, in order, where there is no executor.
     Raises what a task raises."""
     if executor is None:
@@ -70,7 +54,10 @@ def in_processes(count: int, threads: int) -> Iterator[Executor | None]:
             child.kill()
         pool.shutdown(wait=False, cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
-            raise UserError(LOST) from None
+            raise UserError(
+                "a process that fitted a class was ended from outside, for want of memory perhaps; finished "
+                "classes are kept, --threads 1 goes on with one at a time"
+            ) from None
         raise
 
 
@@ -100,9 +87,7 @@ def _begin() -> None:
 
 
 def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait_for([parent.sentinel])
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]
     os._exit(1)
 
 
@@ -130,17 +115,16 @@ def on_cluster(scheduler: str | None) -> Iterator[Executor | None]:
             f"that it has written; {scheduler}: {str(error) or type(error).__name__}"
         ) from None
     try:
-        if count := len(client.nthreads()):
-            print(f"cluster {scheduler}: {count} worker{'' if count == 1 else 's'}", flush=True)
-        else:
-            print(f"cluster {scheduler}: waiting for a worker (dask worker --nthreads 1)", flush=True)
+        workers = len(client.nthreads()) or "no worker yet (dask worker --nthreads 1)"
+        print(f"cluster {scheduler}: workers: {workers}", flush=True)
         yield _Workers(client)
     except KilledWorker:
-        raise UserError(KILLED) from None
-    except CancelledError:
         raise UserError(
-            f"cluster: {scheduler} has ended, or dropped its tasks; finished classes are kept"
+            "cluster: a task was lost with several workers, one after another, for want of memory perhaps; "
+            "what is finished is kept, fewer workers (or dask worker --memory-limit 0) go on with the rest"
         ) from None
+    except CancelledError:
+        raise UserError(f"cluster: {scheduler} has ended, or dropped its tasks; go on later") from None
     finally:
         client.close(timeout=1)
 
@@ -165,27 +149,28 @@ def _anywhere(root: str, folder: str, made_of: str) -> Callable[[bytes], object]
         import os
         import sys
 
-        if not os.path.isdir(root):
-            raise FileNotFoundError(2, "cluster: a worker does not see the folder of this repository", root)
+        for needed in (root, folder):
+            if not os.path.isdir(needed):
+                raise FileNotFoundError(2, "cluster: a worker does not see a folder of this script's", needed)
+        os.chdir(folder)
         if sys.path[0] != root:
             sys.path.insert(0, root)
         from shell import engine
 
-        return engine.work(task, folder, made_of)
+        return engine.work(task, made_of)
 
     return run
 
 
-def work(task: bytes, folder: str, made_of: str) -> object:
-    """Do a pickled task in the ``folder`` in which its script was started. Raises UserError in a worker that
-    cannot."""
+def work(task: bytes, made_of: str) -> object:
+    """Do a pickled task. Raises UserError in a worker that cannot."""
     from distributed import get_worker
 
     worker = get_worker()
     if worker.state.nthreads != 1:
         raise UserError(
-            f"cluster: the worker {worker.address} has {worker.state.nthreads} threads and would do as many "
-            "tasks at once in one process; start it with --nthreads 1, and --nworkers for several"
+            f"cluster: the worker {worker.address} has {worker.state.nthreads} threads, which share one "
+            "process; start it with --nthreads 1, and --nworkers for several"
         )
     if code() != made_of:
         raise UserError(
@@ -193,19 +178,9 @@ def work(task: bytes, folder: str, made_of: str) -> object:
             "of another folder; start it again"
         )
     try:
-        os.chdir(folder)
-    except OSError as error:
-        reason = os.strerror(error.errno or errno.ENOENT)
-        raise UserError(
-            f"cluster: the worker {worker.address} cannot enter {folder} ({reason}); all machines "
-            "need to have it at the same place"
-        ) from None
-    try:
         todo = pickle.loads(task)
     except ImportError as error:
-        raise UserError(
-            f"cluster: the worker {worker.address} lacks what this script imports: {error}"
-        ) from None
+        raise UserError(f"cluster: the worker {worker.address} lacks a package: {error}") from None
     return todo()
 
 

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
 import socket
@@ -11,23 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-LONGEST_HOST = 40  # characters of a host's name, from its end: a file's name has 255 bytes in all
-
 
 def partial_of(path: Path) -> Path:
     """Where this process writes a file until it is whole: beside its place."""
-    host = socket.gethostname()[-LONGEST_HOST:]
+    host = socket.gethostname()[-40:]  # a file's name has 255 bytes in all
     return path.with_name(f".{path.name}.{host}-{os.getpid()}.partial")
 
 
 @contextmanager
-def naming(path: Path | str, partial: Path | None = None) -> Iterator[None]:
-    """In the block an OSError without a file's name, as of a write to a full disk, or with that of
-    ``partial``, gets the name ``path``."""
+def naming(path: Path | str) -> Iterator[None]:
+    """In the block an OSError without a file's name, as of a write to a full disk, or with that of a partial
+    file, gets the name ``path``."""
     try:
         yield
     except OSError as error:
-        if error.filename is None or str(error.filename) == str(partial):
+        if error.filename is None or str(error.filename).endswith(".partial"):
             error.filename = str(path)
         raise
 
@@ -40,7 +37,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
     try:
-        with naming(path, partial):
+        with naming(path):
             partial.touch()
             mode = partial.stat().st_mode  # by the umask
             partial.unlink()  # so that a block that writes nothing leaves nothing
@@ -51,10 +48,8 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
             sync(path.parent)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # where it is a folder
+        partial.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -74,26 +69,43 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # of names that are no UTF-8
 
 
+# ---------------------------------------------------------------- JSON
 def write_json(path: Path, content) -> None:
     """Strict JSON: a number that is not finite is written as null."""
-    write_text(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(as_strict_json(content), indent=1) + "\n")
 
 
 def as_strict_json(content):
     """What a content is once ``write_json`` has written it and it was read again."""
-    return json.loads(json.dumps(_finite(content), allow_nan=False))
+    return json.loads(json.dumps(content), parse_constant=lambda _: None)
 
 
-def _finite(content):
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+def checksum(content: dict) -> str:
+    """sha256 of what JSON can hold, without its own field ``checksum``, over its sorted keys: the layout of a
+    file does not matter, every value does."""
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-# Bytes of a class's name in a file's name: seed, ending and a partial's mark come on top.
-LONGEST_FILE_NAME = 150
+def write_sealed(path: Path, content: dict) -> None:
+    """Write JSON with its checksum, whole or not at all; a number that is not finite becomes null."""
+    content = as_strict_json(content)
+    write_json(path, content | {"checksum": checksum(content)})
+
+
+def read_sealed(path: Path) -> dict:
+    """What ``write_sealed`` wrote. Raises OSError when it is not there, and ValueError, with the reason in
+    one line, when it is no JSON or was changed."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or "checksum" not in content:
+        raise ValueError(f"{path} has no checksum: it is no record, or one of an earlier version")
+    if content["checksum"] != checksum(content):
+        raise ValueError(f"{path} was changed after it was written: its checksum differs")
+    return content
+
+
+# ---------------------------------------------------------------- names and hashes
+LONGEST_FILE_NAME = 150  # bytes of a class's name: seed, ending and a partial's mark come on top
 
 
 def file_name(name: str, longest: int = LONGEST_FILE_NAME) -> str:
@@ -105,42 +117,6 @@ def file_name(name: str, longest: int = LONGEST_FILE_NAME) -> str:
     if short == name:
         return name
     return f"{short}~{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
-
-
-def checksum(content: dict) -> str:
-    """sha256 of what JSON can hold, without its own field ``checksum``, over its sorted keys: the layout of a
-    file does not matter, every value does."""
-    rest = {name: value for name, value in content.items() if name != "checksum"}
-    return sha256_of_text(json.dumps(rest, sort_keys=True, allow_nan=False))
-
-
-def write_sealed(path: Path, content: dict) -> None:
-    """Write JSON with its checksum, whole or not at all; a number that is not finite becomes null."""
-    content = as_strict_json(content)
-    write_json(path, content | {"checksum": checksum(content)})
-
-
-def read_json(path: Path):
-    """Raises OSError when it is not there, and ValueError when it is no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
-
-
-def read_sealed(path: Path) -> dict:
-    """What ``write_sealed`` wrote. Raises OSError when it is not there, and ValueError, with the reason in
-    one line, when it is no JSON or was changed."""
-    content = read_json(path)
-    if not isinstance(content, dict) or "checksum" not in content:
-        raise ValueError(f"{path} has no checksum: it is no record, or one of an earlier version")
-    if content["checksum"] != checksum(content):
-        raise ValueError(f"{path} was changed after it was written: its checksum differs")
-    return content
-
-
-def sha256_of_text(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_of_file(path: Path) -> str:

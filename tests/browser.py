@@ -1,9 +1,10 @@
 """A page as a real browser shows it: Chromium, where there is one (``apt-get install chromium``)."""
 
+import html
 import json
+import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,13 @@ onload = () => {{
   document.querySelector("pre").textContent = JSON.stringify(found);
 }};
 </script>"""
-
-
-class _Found(HTMLParser):
-    def __init__(self, page: str):
-        super().__init__()
-        self.inside, self.text = False, ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.inside = tag == "pre"
-
-    def handle_data(self, data):
-        self.text += data if self.inside else ""
+# Pictures that did not load, what was fetched, and how many pictures there are.
+FAULTS = """(window, document) => [
+  [...document.images].filter((image) => !image.complete || !image.naturalWidth).map((image) => image.alt),
+  window.performance.getEntriesByType("resource").map((each) => each.name)
+    .filter((name) => !name.startsWith("data:")),
+  document.images.length,
+]"""
 
 
 def in_browser(page: Path, function: str) -> Any:
@@ -42,25 +37,10 @@ def in_browser(page: Path, function: str) -> Any:
         pytest.skip("no Chromium here")
     around = page.with_name("around.html")
     around.write_text(AROUND.format(page=page.name, function=function))
-    command = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={page.parent}/chromium",
-    ]
-    command += ["--disable-web-security", "--allow-file-access-from-files"]  # to look into the frame
-    command += ["--virtual-time-budget=10000", "--dump-dom", around.resolve().as_uri()]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    text = _Found(ran.stdout).text
-    assert text, ran.stderr
-    return json.loads(text)
-
-
-# Pictures that did not load, what was fetched, and how many pictures there are.
-FAULTS = """(window, document) => [
-  [...document.images].filter((image) => !image.complete || !image.naturalWidth).map((image) => image.alt),
-  window.performance.getEntriesByType("resource").map((each) => each.name)
-    .filter((name) => !name.startsWith("data:")),
-  document.images.length,
-]"""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent}/chromium"]
+    options += ["--disable-web-security", "--allow-file-access-from-files"]  # to look into the frame
+    options += ["--virtual-time-budget=10000", "--dump-dom", around.resolve().as_uri()]
+    ran = subprocess.run([CHROMIUM, *options], capture_output=True, text=True, timeout=120)
+    found = re.search(r"<pre>(.+?)</pre>", ran.stdout, re.DOTALL)
+    assert found, ran.stderr
+    return json.loads(html.unescape(found[1]))

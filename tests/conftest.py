@@ -31,7 +31,7 @@ import freq_fusion
 import model
 from cache import feature_cache
 from cache.shards import write_shard
-from cache.store import CacheIdentity, Store
+from cache.store import Store
 from shell import signals
 
 torch.set_num_threads(1)
@@ -189,7 +189,7 @@ def make_cache(
     shapes = {name: splits["train"].shape[1:] for name, splits in arrays.items()}
     meta = {"n_feat": row[1], "grid": (1, row[0] - 1), "tokens": row[0], "kind": "tokens", "shapes": shapes}
     listed = feature_cache.ImageList(labels, {s: hashes_of(labels.split(s).names) for s in datasets.SPLITS})
-    store = Store(CacheIdentity(folder, {}))
+    store = Store(folder)
     store.begin(meta | fields)
     for split, hashes in listed.hashes.items():
         write_shard(

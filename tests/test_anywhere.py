@@ -2,7 +2,6 @@
 several processes; a script that a notebook runs leaves it alive."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -11,52 +10,42 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, texture, write_image
+from fabricated import settings
 
 import train
-from config import Config
 
 pytestmark = pytest.mark.slow
 
-NOTEBOOK = """
-import sys
-import utils
-sys.path.append({root!r})
-from foad_mfff import Detector, UserError
-import config, utils as same
-assert same is utils and utils.MINE and config.MINE and "mine" in config.__file__
-d = Detector.load("runs/foad_mfff/classes/product-seed0", device="cpu", threads=1)
-score = d.score("new.png")
-print(score, d.p_value(score), d.verdict(score), d.threshold.score, d.heat_map("new.png").shape)
-try:
-    d.score("nowhere.png")
-except UserError as told:
-    print(told)
-"""
-
-POOL = """
+NOTEBOOK = f"""
 import multiprocessing
 import sys
 import torch
-sys.path.append({root!r})
+import utils
+sys.path.append({str(ROOT)!r})
 from foad_mfff import Detector, UserError
 
 if __name__ == "__main__":
+    import config, utils as same
+    assert same is utils and utils.MINE and config.MINE and "mine" in config.__file__
     d = Detector.load("runs/foad_mfff/classes/product-seed0", device="cpu", threads=2)
-    scores = [d.score(name) for name in ("new.png", "product/0.png")]
+    score = d.score("new.png")
+    assert score > 0 and 0 < d.p_value(score) <= 1 and d.heat_map("new.png").shape == (32, 32)
+    assert d.verdict(score) == ("anomalous" if score > d.threshold.score else "normal")
     with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (1,)) as pool:
-        print(scores, pool.map(d.score, ["new.png", "product/0.png"]))
+        assert abs(pool.apply(d.score, ("new.png",)) - score) < 1e-4 * score
         assert pool.apply(type(d).calibrate, (d, ["new.png"])).n == 1
-        try:
-            pool.apply(d.score, ("nowhere.png",))
-        except UserError as told:
-            print(told)
+        for score_of in (d.score, lambda name: pool.apply(d.score, (name,))):
+            try:
+                score_of("nowhere.png")
+            except UserError as told:
+                print(told)
 """
 
 
-@pytest.fixture(scope="module")
-def mine(tmp_path_factory):
-    """A folder with a fitted class, a new picture, and modules of the repository's names."""
-    folder = tmp_path_factory.mktemp("mine")
+def test_a_notebook_and_its_pool_beside_modules_of_the_same_names(tmp_path):
+    """A fitted class, in a folder that has utils and config of its own; by spawn, after scores by threads;
+    what is returned and raised comes back whole."""
+    folder = tmp_path
     generator = np.random.RandomState(0)
     for i in range(12):
         write_image(folder / "product" / f"{i}.png", texture(0, generator))
@@ -64,99 +53,46 @@ def mine(tmp_path_factory):
     for name in ("utils", "config", "model", "datasets", "detector"):
         (folder / f"{name}.py").write_text("MINE = True\n")
     with contextlib.chdir(folder):
-        train.main(
-            Config(
-                dataset="folder",
-                dataset_path="product",
-                extractor="resnet18",
-                weights_path="random",
-                img_size=(32, 32),
-                fc_internal=16,
-                holdout=0.3,
-                device="cpu",
-                threads=1,
-                workers=0,
-            )  # fmt: skip
-        )
-    return folder
-
-
-def lines_of(folder, code: str) -> list[str]:
-    """What a script of the folder prints."""
-    (folder / "script.py").write_text(code.format(root=str(ROOT)))
+        train.main(settings(dataset="folder", dataset_path="product", img_size=(32, 32), holdout=0.3))
+    (folder / "script.py").write_text(NOTEBOOK)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    ran = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "script.py"]
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
-    return ran.stdout.splitlines()
+    assert ran.stdout.splitlines()[-2:] == ["no image nowhere.png: there is no such file"] * 2
 
 
-def test_the_notebook_lines_beside_a_utils_and_a_config(mine):
-    *_, told, last = lines_of(mine, NOTEBOOK)
-    assert last == "no image nowhere.png: there is no such file"
-    score, p_value, verdict, threshold, *shape = told.split(maxsplit=4)
-    assert float(score) > 0 and shape == ["(32, 32)"]
-    assert verdict == ("anomalous" if float(score) > float(threshold) else "normal")
+ENDING = f"""
+import os, signal, sys, time
+sys.path.append({str(ROOT)!r})
+from shell import signals
 
+def asked():
+    os.kill(os.getpid(), int(sys.argv[1]))
+    time.sleep(60)
 
-def test_a_detector_goes_to_another_process_and_back(mine):
-    """By spawn, after scores by two threads; what it returns and raises comes back whole."""
-    *_, told, last = lines_of(mine, POOL)
-    here, there = (json.loads(f"[{part}]") for part in told.strip("[]").split("] ["))
-    assert here == pytest.approx(there, rel=1e-4)
-    assert last == "no image nowhere.png: there is no such file"
-
-
-HOST = """
-import os, runpy, signal, sys, time
-
-class Impatient:
-    def find_spec(name, *_):
-        if name == at:
-            os.kill(os.getpid(), signal.SIGINT)
-
-kept, at = "kept", sys.argv.pop(1)
-sys.meta_path.insert(0, Impatient)
-sys.argv.pop(0)
-sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as %run does
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
-time.sleep(2)
-try:
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(1)
-except KeyboardInterrupt:
-    print(kept)
+signals.before_imports()
+for _ in range(2):
+    try:
+        signals.guarded(asked, told="what is kept")
+    except KeyboardInterrupt:
+        print("alive")
 """
 
 
-@pytest.mark.parametrize(
-    "name, moment",
-    [("extractor.py", "work"), ("main.py", "work"), ("main.py", "imports"), ("predict.py", "imports")],
-)
-def test_a_script_that_is_interrupted_leaves_the_program_that_runs_it(tmp_path, name, moment):
-    """While modules are imported, and at work; later signals are the program's as before."""
-    (tmp_path / "host.py").write_text(HOST)
-    options = ["--dataset", "digits", "--extractor", "resnet18", "--weights_path", "random", "--threads", "1"]
-    options = ["run", "folder"] if name == "predict.py" else [*options, "--img_size", "96"]
-    at = "datasets" if moment == "imports" else "nowhere"
-    command = [sys.executable, "host.py", at, str(ROOT / name), *options]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as host:
-        lines = iter(host.stdout)
-        if moment == "work":
-            while "extracting" not in next(lines):
-                pass
-            host.send_signal(signal.SIGINT)
-        said = list(lines)
-    assert host.returncode == 0 and said[-2:] == ["interrupted\n", "kept\n"], said
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_asked_to_end(number):
+    command = [sys.executable, "-c", ENDING, str(int(number))]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout) == (128 + number, "") and ran.stderr == "interrupted: what is kept\n"
+
+
+def test_a_notebook_outlives_what_is_interrupted():
+    """Again and again: its signals stay its own."""
+    code = "import builtins\nbuiltins.__IPYTHON__ = True\n" + ENDING
+    command = [sys.executable, "-c", code, str(int(signal.SIGINT))]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "alive\nalive\n", "")
 
 
 def test_scripts_find_their_modules_under_pythonsafepath(tmp_path):

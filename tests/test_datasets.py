@@ -181,9 +181,9 @@ def test_what_a_data_set_holds_out_does_not_train(cache):
     """Of a class without such pictures a share is held out as ever."""
     sources = [class_data.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]
     held = np.isin(np.arange(len(cache.labels.train.names)), (1, 3))
-    flagged = dataclasses.replace(
-        cache.labels, train=dataclasses.replace(cache.labels.train, held=held), per_category=True
-    )
+    flagged = dataclasses.replace(cache.labels, train=dataclasses.replace(cache.labels.train, held=held))
+    listed = dataclasses.replace(cache.images, labels=flagged)
+    assert listed.fingerprint() != cache.images.fingerprint(), "what was fitted before is not taken for it"
     for holdout, usual in ((0.0, 0), (0.2, 8)):
         own, other = (
             class_data.class_data(settings(holdout=holdout), flagged, name, 0, *sources) for name in "ab"

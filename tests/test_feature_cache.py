@@ -1,8 +1,6 @@
 """Stores of features: rows by the images' hashes, all that is refused, and what is noticed of damage."""
 
-import json
 import pickle
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +8,11 @@ import pytest
 from conftest import ROOT, hashes_of
 
 from cache import shards, store
-from cache.feature_cache import FeatureCache, ImageList, feature_folder
+from cache.feature_cache import FeatureCache, ImageList
 from cache.shards import CachedArray, Damaged, write_shard
-from cache.store import CacheIdentity, Store
-from config import Config, UserError
+from cache.store import Store
+from config import UserError
 from datasets import OTHER, SPLITS, Labels, Split
-from reporting import report
 
 N, C = 3, 5
 SHAPES = {"tokens": (1 + N, C), "bands": (2,)}
@@ -42,7 +39,7 @@ def rows(images: list[str]) -> dict[str, np.ndarray]:
 
 
 def opened(folder: Path, fields: dict = FIELDS) -> Store:
-    return Store(CacheIdentity(folder, fields))
+    return Store(folder, fields)
 
 
 def add(folder: Path, *images: str) -> None:
@@ -82,7 +79,7 @@ def test_round_trip(folder):
             array = cache.arrays(split)[name]
             assert array.shape == wanted.shape and len(array) == len(wanted)
             assert (array[:] == wanted).all() and array[:].dtype == np.float16
-    assert cache.grid == (1, N) and cache.channels == C and cache.shapes == SHAPES
+    assert cache.shapes == SHAPES
     assert cache.meta["count"] == {"train": 7, "test": 2} and cache.meta["skipped"] == []
     assert cache.labels.as_json() == LABELS.as_json()
     assert (cache.tokens("train").semantic() == rows(IMAGES.hashes["train"])["tokens"][:, 0]).all()
@@ -93,16 +90,9 @@ def test_a_cache_can_be_sent_to_another_process(folder):
     assert (sent.tokens("train")[:] == cached(folder).tokens("train")[:]).all()
 
 
-def test_any_reader_of_npy_takes_the_files(folder):
-    shard = opened(folder).shards[0]
-    found = np.load(shard.files["tokens"].path, mmap_mode="r")
-    assert (found == rows(shard.images)["tokens"]).all()
-
-
 INDICES = [
-    *(slice(None), slice(2, 5), slice(3, 3), slice(5, 2), slice(None, None, 2), slice(-2, None)),
-    *(slice(6, 99), 0, -1, np.array([6, 0, 6, 3, 2]), np.array([], int), np.array([-1, -7])),
-    *(np.arange(7) % 2 == 0, np.array([[1, 5], [3, 0]])),
+    *(slice(None), slice(2, 5), slice(5, 2), slice(None, None, 2), slice(-2, 99), 0, -1),
+    *(np.array([6, 0, 6, 3, 2]), np.array([], int), np.array([-1, -7]), np.array([[1, 5], [3, 0]])),
 ]
 
 
@@ -113,35 +103,6 @@ def test_indexing_is_numpys(folder, index):
     for outside in (np.array([7]), np.array([-8])):
         with pytest.raises(IndexError):
             tokens[outside]
-
-
-def test_images_in_order_are_read_at_once(tmp_path, monkeypatch):
-    reads, plain = [], shards.os.preadv
-    monkeypatch.setattr(shards.os, "preadv", lambda *more: reads.append(more) or plain(*more))
-    add(tmp_path, *IMAGES.all_hashes())
-    tokens = cached(tmp_path).tokens("train")
-    tokens[1:6]
-    assert len(reads) == 1
-    tokens[np.array([5, 1, 2, 6])]
-    assert len(reads) == 4
-
-
-def test_a_read_that_comes_in_parts(folder, monkeypatch):
-    """As of more than two gigabytes, or of a file that is cut meanwhile."""
-    plain = shards.os.preadv
-    monkeypatch.setattr(shards.os, "preadv", lambda handle, parts, at: plain(handle, [parts[0][:7]], at))
-    assert (cached(folder).tokens("train")[:] == rows(IMAGES.hashes["train"])["tokens"]).all()
-    monkeypatch.setattr(shards.os, "preadv", lambda *_: 0)
-    with pytest.raises(Damaged, match="cut while"):
-        cached(folder).tokens("train")[:]
-
-
-def test_more_shards_than_open_files(folder, monkeypatch):
-    monkeypatch.setattr(shards, "OPEN_FILES", 1)
-    tokens = cached(folder).tokens("train")
-    for _ in range(2):
-        assert (tokens[np.array([0, 6, 3])] == rows(IMAGES.hashes["train"])["tokens"][[0, 6, 3]]).all()
-    assert len(list(Path("/proc/self/fd").glob("*"))) < 200
 
 
 def test_copies_and_rows_that_are_there_twice(folder):
@@ -162,26 +123,6 @@ def test_images_without_a_row_are_left_out(folder):
     kept = [IMAGES.hashes["train"][i] for i in (0, 2, 3, 5, 6)]
     assert (cache.tokens("train")[:] == rows(kept)["tokens"]).all()
     assert len(cache.labels.one_class("dög")[0]) == 4
-
-
-def test_reports_name_the_images_that_are_left_out():
-    for count in (0, 2, 30):
-        features = {"skipped": [f"train/cat/{i}.png" for i in range(count)]}
-        summary = {
-            "config": vars(Config()),
-            "seeds": [0],
-            "baselines": {},
-            "classes": {},
-            "mean": {"auroc": 0.5},
-        }
-        told = " ".join(report.notes(summary | {"features": features}))
-        assert (f"Left out: {count} unreadable images: train/cat/0.png, " in told) is (count > 0)
-        assert ("and others" in told) is (count == 30)
-
-
-def test_a_set_without_images():
-    nothing = np.zeros(0, int)
-    assert CachedArray([], nothing, nothing, (2, 3))[:].shape == (0, 2, 3)
 
 
 def test_meta_follows_images_labels_and_features(folder, tmp_path):
@@ -221,24 +162,12 @@ def test_lists_are_kept(tmp_path):
         flip(tmp_path / "x.json", at)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '{"labels": 3}', "[" * 100_000])
-def test_files_of_other_content_are_no_lists(tmp_path, text):
-    (tmp_path / "x.json").write_text(text)
-    assert ImageList.read(tmp_path / "x.json") is None and ImageList.read(tmp_path / "y.json") is None
-
-
 # ---------------------------------------------------------------- what does not fit
-@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("field", ["extractor", "weights_sha256"])
 def test_the_field_that_differs_is_named(folder, field):
-    with pytest.raises(UserError, match=rf"{field} is .* there") as refused:
-        opened(folder, FIELDS | {field: "other"})
-    assert str(folder) in str(refused.value)
-
-
-@pytest.mark.parametrize("field", MADE)
-def test_what_the_backbone_decides_must_be_the_same(folder, field):
-    with pytest.raises(UserError, match=rf"{field} is .* there"):
-        opened(folder).begin(FIELDS | MADE | {field: "other"})
+    """Whether the configuration decides it, or the backbone does."""
+    with pytest.raises(UserError, match=rf"{folder} do not fit: {field} is .* there"):
+        opened(folder, {field: "other"}) if field in FIELDS else opened(folder).begin(MADE | {field: "other"})
 
 
 def test_a_store_of_a_later_format_is_refused(folder, monkeypatch):
@@ -259,13 +188,36 @@ def test_a_store_of_this_format_reads_for_good():
         assert (cache.tokens(split)[:] == rows(listed.hashes[split])["tokens"]).all()
 
 
-def test_a_file_is_no_folder_of_features(tmp_path):
-    (tmp_path / "x").write_text("mine")
-    with pytest.raises(UserError, match="expected a folder, .*x is a file"):
-        feature_folder(Config(feature_path=str(tmp_path / "x")))
-
-
 # ---------------------------------------------------------------- damage
+def test_damage_is_found_before_a_row_is_used(folder):
+    """Whichever way the rows are read, and of the damaged file alone."""
+    shard = opened(folder).shards[0]
+    flip(shard.files["tokens"].path, 128)
+    cache = cached(folder)
+    for read in (lambda tokens: tokens[:], CachedArray.semantic):
+        with pytest.raises(Damaged, match="checksum differs.*python extractor.py with the same settings"):
+            for split in SPLITS:
+                read(cache.tokens(split))
+    cache.arrays("train")["bands"][:]
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"of": 3}', "[" * 100_000])
+@pytest.mark.parametrize("name", [store.IDENTITY, shards.RECORD, "bands.npy"])
+def test_files_that_are_gone_or_of_other_content(folder, name, text, capsys):
+    """Seen at once; what is then missing are the shard's own images."""
+    path = next(path for path in files_of(folder) if path.name == name)
+    path.unlink() if text is None else path.write_text(text)
+    found = opened(folder)
+    if name == store.IDENTITY:
+        assert not found.fields and (text is None or name in capsys.readouterr().out)
+        return
+    assert found.damaged == [path.parent] and name in capsys.readouterr().out
+    missing = set(IMAGES.all_hashes()) - {image for shard in found.shards for image in shard.images}
+    assert 0 < (found.find(IMAGES.all_hashes())[0] < 0).sum() == len(missing)
+    found.remove(found.damaged)
+    assert not opened(folder).damaged and not path.parent.exists()
+
+
 def test_any_flipped_byte_is_found(folder, capsys):
     """At once, or, of rows, before one is used; what is then missing are the shard's own images."""
     for path in files_of(folder):
@@ -285,76 +237,6 @@ def test_any_flipped_byte_is_found(folder, capsys):
                 assert found.damaged == [path.parent] and len(found.shards) == 2
             path.write_bytes(before)
     assert len(opened(folder).shards) == 3 and not capsys.readouterr().out
-
-
-@pytest.mark.parametrize("at", [0, 20, 127, 128, -1])
-def test_damage_is_found_before_a_row_is_used(folder, at):
-    """Whichever way the rows are read, and of the damaged file alone."""
-    shard = opened(folder).shards[0]
-    flip(shard.files["tokens"].path, at)
-    cache = cached(folder)
-    for read in (
-        lambda tokens: tokens[:],
-        lambda tokens: tokens[np.arange(len(tokens))[::-1]],
-        CachedArray.semantic,
-    ):
-        with pytest.raises(Damaged, match="checksum differs.*python extractor.py with the same settings"):
-            for split in SPLITS:
-                read(cache.tokens(split))
-    cache.arrays("train")["bands"][:]
-
-
-def test_a_file_is_checked_once_in_a_process(folder, monkeypatch):
-    calls, check = [], shards.File.damage
-    monkeypatch.setattr(
-        shards.File, "damage", lambda file, thorough: calls.append(thorough) or check(file, thorough)
-    )
-    cache = cached(folder)
-    for _ in range(2):
-        cache.tokens("train")[:], cache.tokens("train").semantic()
-    assert calls.count(True) == len({path.parent for path in files_of(folder)} - {folder}) == 3
-
-
-@pytest.mark.parametrize("keep", [0, 40, 128, -1])
-def test_cut_and_missing_files_are_found_at_once(folder, keep, capsys):
-    path = opened(folder).shards[0].files["bands"].path
-    path.write_bytes(path.read_bytes()[:keep]) if keep else path.unlink()
-    found = opened(folder)
-    assert found.damaged == [path.parent] and "bands.npy: " in capsys.readouterr().out
-    missing = set(IMAGES.all_hashes()) - {image for shard in found.shards for image in shard.images}
-    assert 0 < (found.find(IMAGES.all_hashes()).shard < 0).sum() == len(missing)
-    found.remove(found.damaged)
-    assert not opened(folder).damaged and not path.parent.exists()
-
-
-@pytest.mark.parametrize("change", ["zeroed", "reordered", "swapped shards"])
-def test_rows_that_are_not_where_they_were(folder, change):
-    equal = [shard for shard in opened(folder).shards if len(shard.images) == 3]
-    path, other = (shard.files["tokens"].path for shard in equal)
-    values = np.load(path)
-    if change == "swapped shards":
-        shutil.copy(other, path)
-    else:
-        np.save(path, np.zeros_like(values) if change == "zeroed" else values[::-1].copy())
-    with pytest.raises(Damaged, match=f"{path} are damaged"):
-        for split in SPLITS:
-            cached(folder).tokens(split)[:]
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"of": 3}', "[" * 100_000])
-@pytest.mark.parametrize("name", [store.IDENTITY, shards.RECORD])
-def test_records_of_other_content(folder, name, text, capsys):
-    next(path for path in files_of(folder) if path.name == name).write_text(text)
-    opened(folder)
-    assert name in capsys.readouterr().out
-
-
-def test_shards_of_other_features_are_not_taken(folder):
-    """As of other weights, where the identity was lost and is another one now."""
-    (folder / store.IDENTITY).unlink()
-    found = opened(folder)
-    found.begin(FIELDS | MADE | {"weights_sha256": "other"})
-    assert not found.shards and not found.damaged
 
 
 def test_foreign_files_stay(folder):
@@ -406,20 +288,3 @@ def test_what_killed_writers_left_is_removed_after_a_while(folder):
     assert len(found.shards) == 3
     found.sweep()
     assert [path.name for path in folder.glob(".*")] == [".4567.host-1.partial"]
-
-
-def test_a_record_is_written_last_and_the_shard_is_there_at_once(tmp_path, monkeypatch):
-    """A process that is killed at any step of the writing leaves no shard."""
-    found, images = opened(tmp_path), hashes_of("ab")
-    found.begin(FIELDS | MADE)
-    steps = []
-
-    def look(path):
-        steps.append(len(opened(tmp_path).shards))
-        return plain(path)
-
-    plain = shards.sync
-    monkeypatch.setattr(shards, "sync", look)
-    write_shard(tmp_path, found.of, images, rows(images))
-    assert steps == [0] * 3 and len(opened(tmp_path).shards) == 1
-    assert json.loads((opened(tmp_path).shards[0].folder / shards.RECORD).read_text())["images"] == images

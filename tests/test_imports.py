@@ -33,15 +33,6 @@ def imports_of(name: str) -> set[str]:
 GRAPH = {name: (imports_of(name) & FILES.keys()) - {name} for name in FILES}
 
 
-def reached_from(name: str) -> set[str]:
-    """The modules of the repository that a module imports, directly or not, itself included."""
-    found, waiting = set(), {name}
-    while waiting:
-        found |= waiting
-        waiting = {other for module in waiting for other in GRAPH[module]} - found
-    return found
-
-
 def place(module: str) -> str:
     """The top-level file or package of a module."""
     return module.split(".")[0]

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_folder, script
-from safetensors.torch import load_file
 
 import config as knobs
 import main
@@ -36,12 +35,10 @@ def results_of(modelname: str = "run", root: Path = Path()) -> dict:
 def run_folder(texture_folder, tmp_path_factory):
     """A working folder in which main.py has run once, with everything; its features/ serve the other runs."""
     folder = tmp_path_factory.mktemp("work")
-    given = knobs.changed(whole(texture_folder, keep="all", baselines=True, n_seeds=2)) | {
-        "img_size": "64x64"
-    }
-    done = script(
-        "main.py", *(part for knob in given.items() for part in (f"--{knob[0]}", knob[1])), cwd=folder
-    )
+    given = knobs.changed(whole(texture_folder, keep="all", baselines=True, n_seeds=2))
+    given["img_size"] = "64x64"
+    arguments = [part for name, value in given.items() for part in (f"--{name}", value)]
+    done = script("main.py", *arguments, cwd=folder, timeout=500)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -97,11 +94,8 @@ def test_main_leaves_its_files(run_folder):
     folder, _ = run_folder
     run = folder / "runs/run"
     assert {path.name for path in folder.iterdir()} == {"features", "runs"}
-    assert "leaf" in (run / "results.md").read_text() and "leaf" in (run / "results.csv").read_text()
-    for name in ("apple", "leaf", "sky"):
-        for seed in (0, 1):
-            state = load_file(run / "classes" / f"{name}-seed{seed}.safetensors")
-            assert all(t.isfinite().all() for t in state.values() if t.is_floating_point())
+    assert all("leaf" in (run / f"results.{ending}").read_text() for ending in ("md", "csv", "json"))
+    assert len(list(run.glob("classes/*.safetensors"))) == len(list(run.glob("classes/*.json"))) == 6
     pictures = list((run / "figures").iterdir())
     assert len(pictures) == 3 + 2 * 3, "methods, ROC, epochs; scores and a contact sheet per class"
     assert (run / "report.html").read_text().count("<img") == len(pictures)
@@ -148,21 +142,6 @@ def test_a_run_goes_on_where_it_ended(again, monkeypatch):
     again(class_name="sky", n_seeds=2)
     again(class_name="sky", restart=True)
     assert seen == [("sky", 1), ("sky", 0)]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"token_grid": "1"},
-        {"token_grid": "compact", "window": 1},
-        {"token_grid": "released1", "fusion": "class_attention"},
-    ],
-    ids=str,
-)
-def test_token_grids_end_to_end(texture_folder, tmp_path, monkeypatch, options):
-    monkeypatch.chdir(tmp_path)
-    main.main(whole(texture_folder, class_name="sky", **options))
-    assert results_of()["mean"]["auroc"] > 0.95
 
 
 def test_images_without_signal(tmp_path, monkeypatch):

@@ -1,36 +1,24 @@
 """Sizes that no machine has are one line, before anything is taken."""
 
-import dataclasses
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, make_folder
-from fabricated import JOINED, C, make, settings
+from conftest import ROOT
+from fabricated import JOINED, make, settings
 
-import datasets
-import extractor
 import utils
 from backbone import extraction
 from backbone.identity import cache_identity
 from config import Config, UserError
-from detector import class_data, memory
+from detector import memory
 from shell import signals
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"fc_internal": 10**6},
-        {"fc_internal": 10**5, "n_coupling_blocks": 1000},
-        {"n_coupling_blocks": 1000, "fc_internal": 20_000, "fusion": "none"},
-    ],
-    ids=str,
-)
-def test_sizes_beyond_the_machine(cache, change):
+def test_sizes_beyond_the_machine(cache):
     with pytest.raises(UserError, match="GB of memory.*fc_internal"):
-        make(cache, **change)
+        make(cache, fc_internal=10**6)
 
 
 def test_batch_beyond_the_machine(cache, monkeypatch):
@@ -54,19 +42,11 @@ def test_estimate_is_near_what_is_built(cache, fusion, more):
     assert held / 2 < memory.detector_floats(settings(**options), cache.meta) < 3 * held + 2000
 
 
-def test_memory_is_found():
-    assert utils.available_memory() > 1e6
-
-
 def test_a_limit_of_address_space_is_one_line():
-    """Of ``ulimit -v``: before imports that fail, or hang, under it; what it leaves is counted."""
+    """Of ``ulimit -v``: before imports that fail, or hang, under it."""
     command = f"ulimit -v 3500000; {sys.executable} {ROOT}/predict.py nowhere x.png"
     ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 2 and ran.stderr.startswith("error: not enough memory: ulimit -v allows 3.6 GB")
-    code = "import utils; print(utils.available_memory())"
-    command = f"cd {ROOT}; ulimit -v 8000000; {sys.executable} -c '{code}'"
-    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
-    assert 1e8 < float(ran.stdout) < 7e9
 
 
 @pytest.mark.parametrize(
@@ -91,17 +71,6 @@ def test_what_a_container_caches_of_files_is_free(tmp_path, monkeypatch):
     assert utils.available_memory() == 650_000
 
 
-def test_wide_windows_are_the_whole_grid(cache):
-    """A window wider than the grid holds no more patches than the grid, and takes no more memory."""
-    wide, whole = (make(cache, fusion="hilo", window=window).detector for window in (1000, 3))
-    rows = class_data.Features(torch.randn(4, C), torch.randn(4, 9, C))
-    wide.load_state_dict(whole.state_dict())
-    with torch.no_grad():
-        found, wanted = (detector.score(rows) for detector in (wide, whole))
-    assert torch.equal(found, wanted)
-    assert sum(buffer.numel() for buffer in wide.buffers()) < 10_000
-
-
 @pytest.mark.parametrize(
     "values",
     [
@@ -121,26 +90,11 @@ def test_ranges(values):
         Config(**values)
 
 
-def test_batches_of_images_beyond_the_machine(tmp_path, monkeypatch):
-    """Asked before the first image is read."""
-    folder = make_folder(tmp_path / "images", classes=("a",), n_train=8, n_test=4)
-    config = settings(dataset="folder", dataset_path=str(folder), img_size=(32, 32), extractor="resnet10t")
-    images, identity = datasets.images_of(config), cache_identity(config)
+def test_batches_of_images_beyond_the_machine(monkeypatch):
+    """Asked before the backbone is loaded."""
+    config = settings(img_size=(32, 32), extractor="resnet10t", precision="float32")
+    identity, cpu = cache_identity(config, torch.device("cpu")), torch.device("cpu")
     monkeypatch.setattr(utils, "available_memory", lambda: 8 * 32 * 32 * extraction.PIXEL)
-    extraction.Extraction(config, images, identity, torch.device("cpu"))
-    large = dataclasses.replace(config, extract_batch=10)
+    extraction.Extraction(identity, cpu, 8)
     with pytest.raises(UserError, match="10 images of 32x32.*extract_batch"):
-        extraction.Extraction(large, images, identity, torch.device("cpu"))
-
-
-def test_a_grid_that_every_fit_refuses_is_refused_before_the_extraction(tmp_path, monkeypatch):
-    """By extractor.py as by the fit, whatever its knobs are."""
-    images = make_folder(tmp_path / "images", n_train=3, n_test=1)
-    config = Config(
-        dataset="folder", dataset_path=str(images), feature_path=str(tmp_path / "f"), extractor="resnet18",
-        weights_path="random", img_size=(1024, 1024), device="cpu", threads=1,
-    )  # fmt: skip
-    monkeypatch.setattr(utils, "available_memory", lambda: 17 * memory.FLOAT * 32**4)
-    with pytest.raises(UserError, match="32 x 32 patch tokens.*token_grid"):
-        extractor.main(config)
-    assert not (tmp_path / "f").exists()
+        extraction.Extraction(identity, cpu, 10)

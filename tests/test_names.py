@@ -17,32 +17,18 @@ from shell.command_line import from_command_line
 from shell.files import file_name
 from shell.signals import guarded
 
-STRANGE = [
-    "v1.0",
-    "v1.5",
-    "v1.5.json",
-    "-x",
-    ".. ..",
-    "two words",
-    "a,b",
-    'say "a"',
-    "ä/ß 🐱",
-    "line\nbreak",
-    "\\",
-    "all",
-]
+STRANGE = ["v1.5.json", "-x", ".. ..", "two words", "a,b", 'say "a"', "ä/ß 🐱", "\\", "all"]
 
 
 def labels_of(*classes: str) -> Labels:
-    split = Split.of(
-        [f"{name}/{i}" for name in classes for i in (0, 1)], np.repeat(np.arange(len(classes)), 2)
-    )
+    names = [f"{name}/{i}" for name in classes for i in (0, 1)]
+    split = Split.of(names, np.repeat(np.arange(len(classes)), 2))
     return Labels(classes, split, split)
 
 
 # ---------------------------------------------------------------- of classes
 def test_every_class_has_files_of_its_own():
-    names = [*STRANGE, "a/b", "a\\b", "a_b", "x" * 300, "x" * 301, "~", "ä" * 100]
+    names = [*STRANGE, "line\nbreak", "a/b", "a\\b", "a_b", "x" * 300, "x" * 301, "~", "ä" * 100]
     paths = [checkpoints.checkpoint_path(Config(), name, seed) for name in names for seed in (0, 1)]
     files = [file for path in paths for file in checkpoints.checkpoint_files(path)]
     assert len(set(files)) == 4 * len(names)
@@ -52,22 +38,21 @@ def test_every_class_has_files_of_its_own():
     assert file_name("two words ü") == "two words ü", "a plain name stays readable"
 
 
-@pytest.mark.parametrize("name", STRANGE)
-def test_checkpoint_of_a_strange_class(cache, tmp_path, monkeypatch, name):
+def test_checkpoints_of_strange_classes(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fitted = fit(cache)
-    fitted.result["class"] = name
-    path = checkpoints.save_fitted(settings(), cache, fitted)
-    for file in (path, *checkpoints.checkpoint_files(path)):
-        assert detector.load_detector(file)[1]["result"]["class"] == name
-    assert not [found for found in tmp_path.iterdir() if found.name != "runs"]
+    for name in STRANGE:
+        fitted.result["class"] = name
+        path = checkpoints.save_fitted(settings(), cache, fitted)
+        for file in (path, *checkpoints.checkpoint_files(path)):
+            assert detector.load_detector(file)[1]["result"]["class"] == name
+    assert [found.name for found in tmp_path.iterdir()] == ["runs"]
 
 
 @pytest.mark.parametrize("name", STRANGE)
 def test_class_given_on_the_command_line(name):
     labels = labels_of(*STRANGE, "b")
-    escaped = name.replace("\\", "\\\\").replace(",", "\\,")
-    escaped = "\\all" if name == "all" else escaped
+    escaped = "\\all" if name == "all" else name.replace("\\", "\\\\").replace(",", "\\,")
     assert datasets.choose_classes(labels, escaped) == [name]
     assert datasets.choose_classes(labels, f"b,{escaped}") == ["b", name]
     assert from_command_line("test", [f"--class_name={escaped}"]).class_name == escaped
@@ -81,7 +66,7 @@ def test_a_class_with_a_comma_needs_no_escape_alone():
         datasets.choose_classes(labels_of("a", "b"), "a,c")
 
 
-def test_a_folder_whose_name_is_no_text(capsys):
+def test_a_name_that_is_no_text(capsys):
     with pytest.raises(UserError, match="UTF-8.*rename"):
         datasets.choose_classes(labels_of("a", "\udcffb"), "a")
     with pytest.raises(SystemExit):
@@ -98,34 +83,41 @@ def test_a_terminal_that_lacks_a_character_gets_its_number():
 
 # ---------------------------------------------------------------- of runs and folders
 @pytest.mark.parametrize(
-    "name", ["", " ", ".", "..", "../x", "a/b", "/tmp/x", "a\\b", "-x", ".x", "a\nb", "a\0b", "\udcff",
-             "x" * 101, "classes", "figures", "~root"]
-)  # fmt: skip
+    "name",
+    [
+        "",
+        " ",
+        ".",
+        "..",
+        "../x",
+        "/tmp/x",
+        "a\\b",
+        "-x",
+        ".x",
+        "a\nb",
+        "\udcff",
+        "x" * 101,
+        "figures",
+        "~root",
+    ],
+)
 def test_a_run_stays_in_its_folder(capsys, name):
     with pytest.raises(SystemExit):
         from_command_line("test", [f"--modelname={name}"])
     error = capsys.readouterr().err
     assert "modelname" in error and error.count("\n") == 1
-    for nested in (name, f"grid/{name}") if name != "a/b" else ("grid/../b", "grid//b"):
-        with pytest.raises(UserError, match="modelname"):
-            Config(modelname=nested)  # with /, it is a sweep's run, one folder deeper
+    with pytest.raises(UserError, match="modelname"):
+        Config(modelname=f"grid/{name}")  # a sweep's run, one folder deeper
 
 
-@pytest.mark.parametrize("name", ["run", "ä b", "v1.5", "a,b=c"])
+@pytest.mark.parametrize("name", ["run", "ä b", "v1.5", "a,b=c", "grid/a"])
 def test_plain_names_of_runs(name):
-    assert checkpoints.run_folder(Config(modelname=name)).parts == ("runs", name)
+    assert str(checkpoints.run_folder(Config(modelname=name))) == f"runs/{name}"
 
 
 @pytest.mark.parametrize("field", ["dataset_path", "feature_path", "weights_path", "extractor", "class_name"])
 def test_texts_are_valid(field):
-    for text in ("a\0b", "a\udcffb", "x" * 5000):
+    assert getattr(Config(**{field: "../ä b"}), field) == "../ä b"
+    for text in ("a\0b", "a\udcffb", "a\x1bb"):
         with pytest.raises(UserError, match=field):
             Config(**{field: text})
-    if field != "class_name":
-        with pytest.raises(UserError, match=field):
-            Config(**{field: "a\x1bb"})
-
-
-def test_feature_path_may_lead_upwards():
-    """As dataset_path may."""
-    assert Config(feature_path="../features").feature_path == "../features"

@@ -4,39 +4,28 @@ import csv
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT, make_folder, script
 
 SMALL = (
     "--dataset folder --dataset_path images --extractor resnet10t --weights_path random --img_size 32 "
-    "--precision float32 --fc_internal 16 --fusion none --meta_epochs 2 --sub_epochs 100 --threads 1"
+    "--precision float32 --fc_internal 16 --fusion none --threads 1"
 ).split()
 
 
 @pytest.mark.slow
 def test_a_cluster_comes_to_the_table_of_one_process(cluster, tmp_path):
-    """From the images on, though a worker dies, and the script is interrupted and goes on."""
+    """From the images on; workers know nothing of the script's folder."""
     make_folder(tmp_path / "images", n_train=12, n_test=6)
-    shared = [*SMALL, "--modelname", "by-two", "--feature_path", "shared", "--cluster", str(cluster.file)]
-    first, _ = cluster.add(2)
-    command = [sys.executable, ROOT / "main.py", *shared]
-    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("runs/by-two/classes/*.json")):
-        assert running.poll() is None, running.communicate()
-        time.sleep(0.01)
-    first.kill()
-    running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
-    assert running.returncode == 128 + signal.SIGINT and errors.count("interrupted: ") == 1, errors
-    tables = []
-    for name, options in (("by-two", shared), ("alone", [*SMALL, "--modelname", "alone"])):
-        done = script("main.py", *options, cwd=tmp_path)
+    cluster.add(2)
+    tables, shared = [], ("--feature_path", "shared", "--cluster", cluster.file)
+    for name, options in (("by-two", shared), ("alone", ())):
+        done = script("main.py", *SMALL, "--modelname", name, *options, cwd=tmp_path, timeout=500)
         assert done.returncode == 0, done.stderr
         lines = csv.DictReader((tmp_path / f"runs/{name}/results.csv").read_text().splitlines())
         tables.append([line | {"seconds": "", "run": ""} for line in lines])
-    assert tables[0] == tables[1]
+    assert tables[0] == tables[1] and len(tables[0]) > 3
 
 
 def test_a_signal_while_modules_are_imported(tmp_path):
@@ -48,4 +37,4 @@ def test_a_signal_while_modules_are_imported(tmp_path):
         assert running.stdout.readline() == "importing\n"
         running.send_signal(number)
         _, errors = running.communicate(timeout=60)
-        assert (running.returncode, errors) == (128 + number, "interrupted: nothing was begun\n")
+        assert (running.returncode, errors) == (-number, "")

@@ -1,6 +1,5 @@
 """Full batches of larger jobs on a CPU are computed by OpenVINO: what it gives is what PyTorch gives."""
 
-import pickle
 import sys
 
 import numpy as np
@@ -21,21 +20,21 @@ from images.pixel_scale import PixelScale
 CPU = torch.device("cpu")
 
 
-def job_of(name: str, size, count: int = 0, **more) -> extraction.Extraction:
-    """An extraction with untrained weights over so many images of noise."""
+def job_of(name: str, size, **more) -> extraction.Extraction:
+    """An extraction with untrained weights."""
     config = Config(
         extractor=name, img_size=size, weights_path="random", dataset="folder",
         **{"precision": "float32", "extract_batch": 3, "workers": 2, **more},
     )  # fmt: skip
-    noise = np.random.RandomState(1).randint(0, 256, (max(count, 1), *size, 3), np.uint8)
+    return extraction.Extraction(cache_identity(config, CPU), CPU, config.extract_batch, config.workers)
+
+
+def rows_of(job, count: int) -> dict[str, torch.Tensor]:
+    """Of so many images of noise."""
+    noise = np.random.RandomState(1).randint(0, 256, (count, *job.img_size, 3), np.uint8)
     train = datasets.Split.of(map(str, range(count)), np.zeros(count, int))
     labels = datasets.Labels(("0",), train, datasets.Split.of([], []))
-    images = datasets.ImageSet(labels, lambda _, i: noise[i]) if count else datasets.no_images()
-    return extraction.Extraction(config, images, cache_identity(config), CPU)
-
-
-def rows_of(job) -> dict[str, torch.Tensor]:
-    parts = list(job.features("train"))
+    parts = list(job.features(datasets.ImageSet(labels, lambda _, i: noise[i])))
     return {name: torch.cat([rows[name] for rows in parts]).float() for name in parts[0]}
 
 
@@ -44,28 +43,20 @@ def rows_of(job) -> dict[str, torch.Tensor]:
     [
         ("resnet18", (64, 96), {"bands": True, "places": 4, "mirror": True}),
         ("vit_tiny_patch16_224", (64, 96), {"bands": True, "places": 3, "token_grid": "2"}),
-        ("vit_tiny_patch16_224", (64, 64), {"token_grid": "compact"}),
         ("convnext_atto", (64, 96), {"bands": True, "places": 20}),
         ("tf_efficientnet_lite0", (64, 64), {"token_grid": "centre", "centre_pool": 0.1, "workers": 0}),
     ],
     ids=str,
 )
-def test_gives_what_pytorch_gives(monkeypatch, name, size, options):
+def test_gives_what_pytorch_gives(name, size, options):
     """Seven images in batches of three: two by OpenVINO, the rest not."""
-    plain = rows_of(job_of(name, size, 7, **options))
-    monkeypatch.setattr(extraction, "COMPILED_FROM", 7)
-    job = job_of(name, size, 7, **options)
-    found = rows_of(job)
-    assert isinstance(job._full_batch, Compiled)
+    job = job_of(name, size, **options)
+    plain = rows_of(job, 7)
+    job.compile()
+    found = rows_of(job, 7)
+    assert isinstance(job.full_batch, Compiled)
     for array, wanted in plain.items():
         assert (found[array] - wanted).norm() < 1e-3 * wanted.norm(), array
-
-
-def test_small_jobs_do_not_wait_for_it(monkeypatch):
-    monkeypatch.setattr(extraction, "Compiled", lambda *_: pytest.fail("compiled"))
-    rows_of(job_of("resnet18", (32, 32), 9))
-    monkeypatch.setattr(extraction, "COMPILED_FROM", 2)
-    rows_of(job_of("resnet18", (32, 32), 2))
 
 
 def test_what_is_not_finite_stays_so():
@@ -96,21 +87,23 @@ class Changing(nn.Module):
 @pytest.mark.parametrize(
     "module, told", [(Factored(), "No conversion rule"), (Changing(), "it computes other numbers")], ids=str
 )
-def test_a_backbone_that_it_cannot_run_goes_to_pytorch(monkeypatch, capsys, module, told):
-    monkeypatch.setattr(extraction, "COMPILED_FROM", 7)
-    job = job_of("resnet18", (32, 32), 7)
+def test_a_backbone_that_it_cannot_run_goes_to_pytorch(capsys, module, told):
+    job = job_of("resnet18", (32, 32))
     module.rows = lambda values: {"tokens": values[0]}
-    job.module = job._full_batch = module
-    assert len(rows_of(job)["tokens"]) == len(rows_of(job)["tokens"]) == 7
+    job.module = module
+    job.compile()
+    job.compile()
+    assert len(rows_of(job, 7)["tokens"]) == 7
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and told in line
     assert line.startswith("OpenVINO cannot run resnet18 (") and line.endswith("PyTorch does, more slowly\n")
 
 
 def test_without_the_package(monkeypatch, capsys):
-    monkeypatch.setattr(extraction, "COMPILED_FROM", 3)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    assert len(rows_of(job_of("resnet18", (32, 32), 3))["tokens"]) == 3
+    job = job_of("resnet18", (32, 32))
+    job.compile()
+    assert len(rows_of(job, 3)["tokens"]) == 3
     assert "OpenVINO cannot run resnet18 (import of openvino halted" in capsys.readouterr().err
 
 
@@ -127,7 +120,7 @@ def test_many_pictures_are_scored_as_few(tmp_path, monkeypatch):
     found = list(
         backbone.rows(Image.open(file) if i % 2 else file for i, file in enumerate(files) if i != 15)
     )
-    assert isinstance(job._full_batch, Compiled)
+    assert isinstance(job.full_batch, Compiled)
     assert sum(len(rows["tokens"]) for rows in found) == 19
     before, after = (
         torch.cat([rows["tokens"] for rows in part if isinstance(rows, dict)]).float()
@@ -136,16 +129,3 @@ def test_many_pictures_are_scored_as_few(tmp_path, monkeypatch):
     assert torch.allclose(before, after, rtol=0.01, atol=0.01)
     (unreadable,) = [rows for rows in backbone.rows(files) if not isinstance(rows, dict)]
     assert unreadable.row == 15
-
-
-def test_it_is_made_again_in_another_process():
-    """What is sent there is the backbone; nothing that is compiled."""
-    job = job_of("resnet18", (32, 32))
-    job.compile()
-    images = job._noise(3)
-    sent = pickle.loads(pickle.dumps(job))
-    assert isinstance(job._full_batch, Compiled) and sent._full_batch is sent.module
-    sent.compile()
-    assert isinstance(sent._full_batch, Compiled)
-    with torch.inference_mode():
-        assert torch.allclose(sent.rows(images)["tokens"], job.rows(images)["tokens"])

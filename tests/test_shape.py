@@ -8,18 +8,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_image
-from PIL import Image
 
 import datasets
 import extractor
 import predict
 import train
-from backbone import backbones
 from backbone.identity import size_for, size_in_shape
-from config import Config, UserError, make_config
-from detector import exporting
+from config import Config, auto_pixels
 from detector.picture_detector import PictureDetector
-from images import images
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 100, 250  # of the pictures: resnet10t, made for 176 x 176, takes 96 x 288 of them
@@ -65,6 +61,10 @@ def settings(**more) -> Config:
     return Config(**(options | more))
 
 
+def size_of(config: Config) -> tuple[int, int]:
+    return size_for(config.extractor, auto_pixels(config.img_size), datasets.images_of(config))
+
+
 PLACES = {
     "bands": True, "places": 6, "score": "joined", "holdout": 0.2, "least_steps": 9,
     "modelname": "belt", "class_name": "belt",
@@ -95,37 +95,6 @@ def test_size_in_the_pictures_shape(sizes, pixels, size):
     assert size_in_shape(np.array(sizes), pixels, (224, 224), 32, 5) == size
 
 
-@pytest.mark.parametrize(
-    "name, stride",
-    [("resnet10t", 32), ("efficientnet_lite1", 32), ("vit_tiny_patch16_224", 16), ("convnext_atto", 32),
-     ("vit_small_patch14_dinov2", 14), ("swin_tiny_patch4_window7_224", 32)],
-)  # fmt: skip
-def test_stride_of_a_backbone(name, stride):
-    assert backbones.outline(settings(extractor=name, img_size=None)).stride == stride
-
-
-@pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
-@pytest.mark.parametrize("turn", [1, 3, 6, 8])
-def test_size_of_a_file_is_that_of_its_pixels(tmp_path, ending, turn):
-    exif = Image.Exif()
-    exif[images.ORIENTATION] = turn
-    Image.new("RGB", (30, 20)).save(tmp_path / f"x.{ending}", exif=exif)
-    size = images.size_of(tmp_path / f"x.{ending}")
-    assert size == images.read_image(tmp_path / f"x.{ending}").shape[:2]
-    assert size == ((30, 20) if turn > 3 else (20, 30))
-
-
-def test_only_the_head_of_a_file_is_read(tmp_path):
-    for ending in ("png", "jpg"):
-        path = tmp_path / f"x.{ending}"
-        Image.effect_noise((300, 200), 90).save(path)
-        path.write_bytes(path.read_bytes()[:2000])
-        assert images.size_of(path) == (200, 300)
-    (tmp_path / "y.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"unreadable image .*y\.png"):
-        images.size_of(tmp_path / "y.png")
-
-
 def test_a_few_pictures_of_all_parts_are_measured_and_unreadable_ones_passed_over(tmp_path):
     for name in "abc":
         for i in range(5):
@@ -144,12 +113,12 @@ def test_classes_of_another_shape_are_told(tmp_path, capsys):
     for name, width in (("belt", 40), ("board", 100), ("rail", 110)):
         for i in range(3):
             write_image(tmp_path / f"train/{name}/{i}.png", np.zeros((40, width, 3), np.uint8))
-    height, width = size_for(settings(dataset="folder"), datasets.load_images("folder", str(tmp_path)))
+    height, width = size_of(settings(dataset="folder", dataset_path=str(tmp_path)))
     assert width / height > 2
     told = f"img_size auto: pictures of belt are squeezed into {height}x{width}; a class of another"
     assert told in capsys.readouterr().out
     shutil.rmtree(tmp_path / "train/belt")
-    size_for(settings(dataset="folder"), datasets.load_images("folder", str(tmp_path)))
+    size_of(settings(dataset="folder", dataset_path=str(tmp_path)))
     assert "squeezed" not in capsys.readouterr().out
 
 
@@ -160,18 +129,11 @@ def test_small_images_are_enlarged_for_a_cnn_alone(tmp_path):
         write_image(tmp_path / f"train/cat/{i}.png", np.zeros((28, 28, 3), np.uint8))
         write_image(tmp_path / f"test/cat/{i}.png", np.zeros((28, 28, 3), np.uint8))
     cifar10 = settings(dataset="cifar10", dataset_path=str(tmp_path))
-    assert size_for(cifar10, datasets.images_of(cifar10)) == (128, 128)
+    assert size_of(cifar10) == (128, 128)
     digits = settings(dataset="digits", dataset_path=None)
-    assert size_for(digits, datasets.images_of(digits)) == (96, 96)
+    assert size_of(digits) == (96, 96)
     transformer = settings(dataset="digits", dataset_path=None, extractor="vit_tiny_patch16_224")
-    assert size_for(transformer, datasets.images_of(transformer)) == (224, 224)
-
-
-def test_the_presets_of_the_paper_stay_square():
-    for preset in ("paper", "paper_L", "released"):
-        assert make_config({"preset": preset}).img_size is None
-    for preset in ("accurate", "quickstart", "ablation"):
-        assert make_config({"preset": preset}).img_size == "auto"
+    assert size_of(transformer) == (224, 224)
 
 
 # ---------------------------------------------------------------- extraction
@@ -181,22 +143,13 @@ def test_features_are_those_of_the_size_named(folder, capsys):
     assert "at 96x288" in capsys.readouterr().out and "96x288" in auto.folder.name
     named = extractor.ensure_features(settings(**PLACES, img_size=SIZE), CPU)
     assert named.meta == auto.meta and "reusing" in capsys.readouterr().out
-    assert tuple(auto.meta["img_size"]) == SIZE and auto.grid == (3, 9)
+    assert tuple(auto.meta["img_size"]) == SIZE and auto.meta["grid"] == [3, 9]
     assert tuple(auto.meta["place_grid"]) == (3, 10) and auto.shapes["places"][0] == 30
-
-
-def test_a_transformer_takes_any_shape(folder):
-    config = settings(extractor="vit_tiny_patch16_224", bands=True, places=4)
-    cache = extractor.ensure_features(config, CPU)
-    assert tuple(cache.meta["img_size"]) == (144, 352) and cache.grid == (9, 22)
-    assert tuple(cache.meta["place_grid"]) == (3, 6) and cache.shapes["tokens"] == (199, 192)
-    assert np.isfinite(cache.tokens("train")[:]).all()
 
 
 def test_a_backbone_of_one_size_keeps_it(folder, capsys):
     config = settings(extractor="levit_128s")  # its attention learns a number for each distance
-    found = datasets.images_of(config)
-    assert size_for(config, found) == (224, 224)
+    assert size_of(config) == (224, 224)
     assert "levit_128s takes 224x224 only" in capsys.readouterr().out
 
 
@@ -225,9 +178,3 @@ def test_heat_map_has_the_pictures_shape(run, tmp_path):
     record = json.loads(Path("runs/belt/classes/belt-seed0.json").read_text())
     assert status == 0 and record["config"]["img_size"] == "auto"
     assert [r["score"] for r in rows] == pytest.approx(record["test"]["scores"], rel=1e-4, abs=1e-4)
-
-
-@pytest.mark.slow
-def test_exported_file_takes_the_shape(run, tmp_path):
-    loaded = exporting.load(Path("runs/belt/classes/belt-seed0"), 0.2)
-    assert exporting.export(loaded, tmp_path / "x.pt2", (HEIGHT, WIDTH)) <= 1e-4

@@ -1,75 +1,40 @@
 """Metrics against values worked out by hand, seeds, devices and whole files."""
 
-import io
 import json
 import math
 import os
-import platform
 import random
-import socket
-import subprocess
-import sys
-import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from sklearn.metrics import roc_auc_score
 
 import utils
 from config import UserError
-from shell.files import file_name, whole_file, write_json, write_text
-
-
-def counted_auroc(labels, scores) -> float:
-    """The share of (normal, anomalous) pairs in the right order, ties counted half."""
-    pairs = [
-        (a > n) + 0.5 * (a == n)
-        for n, one in zip(scores, labels)
-        if one == 0
-        for a, other in zip(scores, labels)
-        if other == 1
-    ]
-    return sum(pairs) / len(pairs)
-
-
-@pytest.mark.parametrize(
-    "labels, scores, wanted",
-    [
-        ([0, 0, 1, 1], [1, 2, 3, 4], 1.0),
-        ([0, 0, 1, 1], [3, 4, 1, 2], 0.0),
-        ([0, 1, 0, 1], [1, 1, 1, 1], 0.5),
-        ([0, 0, 1, 1], [1, 3, 2, 3], (1 + 0 + 1 + 0.5) / 4),
-    ],
-)
-def test_auroc_by_hand(labels, scores, wanted):
-    assert utils.auroc(np.array(labels), np.array(scores, float)) == pytest.approx(wanted, abs=1e-12)
+from shell.files import whole_file, write_json
 
 
 def test_auroc_counts_pairs():
+    """The share of (normal, anomalous) pairs in the right order, ties counted half."""
     generator = np.random.RandomState(0)
     labels, scores = generator.randint(0, 2, 60), generator.randint(0, 9, 60).astype(float)  # many ties
-    assert utils.auroc(labels, scores) == pytest.approx(counted_auroc(labels, scores), abs=1e-12)
+    gaps = scores[labels == 1][:, None] - scores[labels == 0]
+    assert utils.auroc(labels, scores) == pytest.approx(np.mean((gaps > 0) + 0.5 * (gaps == 0)), abs=1e-12)
 
 
-def test_metrics_by_hand():
-    """Descending scores: anomalous, normal, anomalous, anomalous, normal."""
-    found = utils.detection_metrics(np.array([1, 0, 1, 1, 0]), np.array([5.0, 4, 3, 2, 1]))
-    assert found["auroc"] == pytest.approx(4 / 6)
-    assert found["aupr"] == pytest.approx((1 / 1 + 2 / 3 + 3 / 4) / 3)
-    assert found["fpr95"] == pytest.approx(
-        1 / 2
-    )  # all three anomalies need the threshold 2: one normal of two is above
-
-
-def test_metrics_with_ties():
-    found = utils.detection_metrics(np.array([0, 0, 1, 1]), np.array([1.0, 3, 2, 3]))
-    assert found["auroc"] == pytest.approx(2.5 / 4)
-    assert found["aupr"] == pytest.approx(
-        0.5 * 1 / 2 + 0.5 * 2 / 3
-    )  # threshold 3 takes one of each, threshold 2 one anomaly more
-    assert found["fpr95"] == pytest.approx(1 / 2)
+@pytest.mark.parametrize(
+    "labels, scores, metrics",
+    [
+        ([1, 0, 1, 1, 0], [5, 4, 3, 2, 1], (4 / 6, (1 / 1 + 2 / 3 + 3 / 4) / 3, 1 / 2)),
+        ([0, 0, 1, 1], [1, 3, 2, 3], (2.5 / 4, 0.5 * 1 / 2 + 0.5 * 2 / 3, 1 / 2)),  # a tie
+        ([0, 1, 0, 1], [1, 1, 1, 1], (0.5, 0.5, 1.0)),
+        ([1, 1, 1], [0, 1, 2], (math.nan,) * 3),
+        ([0, 0, 0], [0, 1, 2], (math.nan,) * 3),
+    ],
+)
+def test_metrics_by_hand(labels, scores, metrics):
+    found = utils.detection_metrics(np.array(labels), np.array(scores, float))
+    assert found == pytest.approx(dict(zip(("auroc", "aupr", "fpr95"), metrics)), nan_ok=True)
 
 
 def test_fpr95_takes_95_percent():
@@ -79,13 +44,6 @@ def test_fpr95_takes_95_percent():
     assert utils.detection_metrics(labels, scores)["fpr95"] == 0.0
     scores[18] = 0.0  # now two lie below: every threshold that takes 19 takes all normals
     assert utils.detection_metrics(labels, scores)["fpr95"] == 1.0
-
-
-@pytest.mark.parametrize("label", [0, 1])
-def test_one_label_gives_nan(label):
-    found = utils.detection_metrics(np.full(3, label), np.arange(3.0))
-    assert set(found) == {"auroc", "aupr", "fpr95"} and all(math.isnan(value) for value in found.values())
-    assert math.isnan(utils.auroc(np.full(3, label), np.arange(3.0)))
 
 
 def test_seeds():
@@ -99,11 +57,19 @@ def test_seeds():
 
 # ---------------------------------------------------------------- files
 def test_whole_file(tmp_path):
+    """Not in place before the block ends, nor after an error."""
     path = tmp_path / "new" / "file.txt"
     with whole_file(path) as partial:
         partial.write_text("content")
-        assert not path.exists(), "not in place before the block ends"
-    assert path.read_text() == "content" and list(path.parent.iterdir()) == [path]
+        assert not path.exists()
+    with pytest.raises(RuntimeError), whole_file(path) as partial:
+        partial.write_text("half of the ne")
+        raise RuntimeError
+    with pytest.raises(FileNotFoundError), whole_file(path.with_name("nobody writes")):
+        pass
+    with whole_file(path.with_name("folder")) as partial:
+        partial.mkdir()
+    assert path.read_text() == "content" and {p.name for p in path.parent.iterdir()} == {"file.txt", "folder"}
 
 
 @pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640)])
@@ -126,52 +92,26 @@ def test_a_full_disk_is_told_with_the_files_name(tmp_path):
     assert told.value.filename == str(tmp_path / "file") and list(tmp_path.iterdir()) == []
 
 
-def test_whole_file_that_nobody_writes_is_none(tmp_path):
-    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "file"):
-        pass
-    assert not list(tmp_path.iterdir())
-
-
-def test_whole_file_keeps_the_old_one_on_error(tmp_path):
-    path = tmp_path / "file.txt"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), whole_file(path) as partial:
-        partial.write_text("half of the ne")
-        raise RuntimeError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_write_json(tmp_path):
-    write_json(tmp_path / "a.json", {"é": [1, 2.5, None]})
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"é": [1, 2.5, None]}
-
-
 def test_json_is_strict(tmp_path):
     """NaN is no JSON: other programs must be able to read what a class with one label leaves."""
-    write_json(tmp_path / "a.json", {"auroc": float("nan"), "scores": [1.5, float("inf")]})
+    write_json(tmp_path / "a.json", {"é": float("nan"), "scores": (1.5, float("inf"))})
 
     def refuse(constant):
         raise ValueError(constant)
 
-    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse)["scores"][0] == 1.5
+    read = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert read == {"é": None, "scores": [1.5, None]}
 
 
 def test_hash_of_tensors():
+    """Of names, shapes, types and values; the order and the memory layout do not matter."""
     tensors = {"a": torch.arange(4.0), "b": torch.ones(2, 3, dtype=torch.bfloat16), "c": torch.tensor(5)}
-    first = utils.sha256_of_tensors(tensors)
-    assert first == utils.sha256_of_tensors(dict(reversed(tensors.items()))), (
-        "the order of the names does not matter"
-    )
-    assert first == utils.sha256_of_tensors({**tensors, "b": torch.ones(3, 2, dtype=torch.bfloat16).T}), (
-        "the memory layout does not matter"
-    )
-    others = [
-        {**tensors, "a": torch.arange(4.0) + 1e-6},
-        {**tensors, "a": torch.arange(4.0).view(2, 2)},
-        {**tensors, "a": torch.arange(4.0).double()},
-        {"z": tensors["a"], "b": tensors["b"], "c": tensors["c"]},
-    ]
-    assert first not in {utils.sha256_of_tensors(other) for other in others}
+    transposed = {"c": tensors["c"], "b": torch.ones(3, 2, dtype=torch.bfloat16).T, "a": tensors["a"]}
+    assert utils.sha256_of_tensors(transposed) == utils.sha256_of_tensors(tensors)
+    values = [torch.arange(4.0) + 1e-6, torch.arange(4.0).view(2, 2), torch.arange(4.0).double()]
+    others = [tensors, {"z": tensors["a"], "b": tensors["b"], "c": tensors["c"]}]
+    others += [tensors | {"a": value} for value in values]
+    assert len({utils.sha256_of_tensors(other) for other in others}) == len(others)
 
 
 # ---------------------------------------------------------------- devices
@@ -181,60 +121,42 @@ def test_devices_that_are_not_there(name):
         utils.set_up(name, 1)
 
 
-@pytest.mark.parametrize("threads", [-1, 1000, 10**6])
-def test_threads_that_no_machine_has(threads):
+def test_devices_and_threads(monkeypatch):
     before = torch.get_num_threads()
-    with pytest.raises(UserError, match=f"threads: this machine has .* got {threads}"):
-        utils.set_up("cpu", threads)
-    assert torch.get_num_threads() == before
-
-
-def test_devices_and_threads():
-    before = torch.get_num_threads()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     try:
         assert utils.set_up("cpu", 1).type == "cpu" and torch.get_num_threads() == 1
         assert utils.set_up("auto", 1).type == ("cuda" if torch.cuda.is_available() else "cpu")
+        assert torch.backends.cudnn.allow_tf32 is False, "float32 convolutions are float32"
+        for threads in (-1, 10**6):
+            with pytest.raises(UserError, match=f"threads: this machine has .* got {threads}"):
+                utils.set_up("cpu", threads)
     finally:
         torch.set_num_threads(before)
 
 
-def test_float32_convolutions_are_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    utils.set_up("cpu", torch.get_num_threads())
-    assert torch.backends.cudnn.allow_tf32 is False
-
-
 def test_versions_name_the_machine():
     found = utils.versions()
-    assert (
-        torch.__version__.startswith(found["torch"])
-        and found["numpy"] == np.__version__
-        and "cores" in found["machine"]
-    )
+    assert torch.__version__.startswith(found["torch"]) and found["numpy"] == np.__version__
+    assert "cores" in found["machine"]
 
 
+# ---------------------------------------------------------------- differences
 def test_paired_difference():
-    """The same images in both: equal scores leave no interval, a clear gain stays above zero, and
-    scikit-learn agrees."""
+    """The same images in both: equal scores leave no interval, a clear gain stays above zero."""
     generator = np.random.RandomState(0)
     labels = np.arange(400) % 2
     weak = labels + 2.0 * generator.randn(400)
-    strong = weak + labels
-    same = utils.paired_difference(labels, weak, weak)
-    assert same == {"difference": 0.0, "low": 0.0, "high": 0.0}
-    gain = utils.paired_difference(labels, strong, weak)
-    assert gain["difference"] == pytest.approx(roc_auc_score(labels, strong) - roc_auc_score(labels, weak))
+    assert utils.paired_difference(labels, weak, weak) == {"difference": 0.0, "low": 0.0, "high": 0.0}
+    gain = utils.paired_difference(labels, weak + labels, weak)
+    assert gain["difference"] == utils.auroc(labels, weak + labels) - utils.auroc(labels, weak)
     assert 0 < gain["low"] < gain["difference"] < gain["high"] < 0.4
-    chance = utils.paired_difference(labels, generator.randn(400), generator.randn(400))
-    assert chance["low"] < 0 < chance["high"]
-    assert math.isnan(utils.paired_difference(np.zeros(4), np.ones(4), np.ones(4))["low"])
     lone = utils.paired_difference(np.array([0, 1, 1]), np.array([0.5, 1.0, 0.0]), np.zeros(3))
     assert math.isnan(lone["low"]), "of a single normal image no variance is known"
 
 
 def test_interval_of_a_difference_is_delongs():
-    """The variance by the covariances of DeLong, DeLong and Clarke-Pearson 1988, eq. 5 to 7, over all
-    pairs."""
+    """The covariances of DeLong, DeLong and Clarke-Pearson 1988, eq. 5 to 7, over all pairs."""
     generator = np.random.RandomState(0)
     labels = np.repeat([0, 1], [40, 70])
     scores = [np.round(labels + k * generator.randn(110), 1) for k in (0.7, 1.5)]  # with ties
@@ -243,91 +165,17 @@ def test_interval_of_a_difference_is_delongs():
     covariance = of_anomalous / 70 + of_normal / 40
     half = 1.96 * math.sqrt(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
     found = utils.paired_difference(labels, *scores)
-    assert found["high"] - found["difference"] == pytest.approx(half)
-    assert found["difference"] - found["low"] == pytest.approx(half)
+    middle = found["difference"]
+    assert (found["high"] - middle, middle - found["low"]) == pytest.approx((half, half))
 
 
 def test_readable_times():
     shown = [utils.readable_time(seconds) for seconds in (0, 40.4, 89, 91, 5360, 5400, 12100)]
-    assert shown == ["1 s", "40 s", "89 s", "2 min", "89 min", "1 h 30 min", "3 h 20 min"]
+    assert shown == ["1 s", "40 s", "89 s", "2 min", "89 min", "1.5 h", "3.4 h"]
 
 
-def test_bars_go_by_the_terminal(monkeypatch):
-    """Hidden on request, and where the output is no terminal; shown in one."""
-    from tqdm import tqdm
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    def shown(stream: io.StringIO) -> bool:
-        list(tqdm(range(3), disable=utils.no_bar(), file=stream))
-        return bool(stream.getvalue())
-
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    assert shown(Terminal()) and not shown(io.StringIO())
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    assert not shown(Terminal())
-    monkeypatch.setenv("TQDM_DISABLE", "0")
-    assert shown(Terminal())
-
-
-def test_the_longest_class_name_fits_on_a_host_of_the_longest_name(tmp_path, monkeypatch):
-    """A file's name has 255 bytes: the partial one's holds class, seed, ending, host and process."""
-    monkeypatch.setattr(socket, "gethostname", lambda: "h" * 64)
-    monkeypatch.setattr(os, "getpid", lambda: 4194304)
-    path = tmp_path / f"{file_name('x' * 300)}-seed{2**31}.safetensors"
-    write_text(path, "whole")
-    assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]
-
-
-KEEPING = """
-import resource, sys
-import torch
-import utils
-
-torch.set_num_threads(1)
-libc = utils.ctypes.CDLL(None)  # what glibc may come to by itself: it adapts to what is freed, as it lies
-libc.mallopt(utils.M_MMAP_THRESHOLD, 1 << 20)
-libc.mallopt(utils.M_TRIM_THRESHOLD, 1 << 17)
-if sys.argv[1] == "keep":
-    utils.keep_freed_memory()
-
-
-def step():  # arrays as a training step takes them, all freed at its end
-    return len([torch.zeros(2_000_000) for _ in range(8)])
-
-
-for _ in range(3):
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    step()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-def test_freed_memory_is_kept():
-    """A step of 64 MB meets its pages anew each time (16,384 of 4 kB), or finds them where they were."""
-    faults = {}
-    for how in ("keep", "not"):
-        done = subprocess.run([sys.executable, "-c", KEEPING, how], capture_output=True, text=True, cwd=ROOT)
-        faults[how] = float(done.stdout)
-    assert faults["keep"] < 100 < 5000 < faults["not"]
-
-
-def test_what_the_allocator_is_told(monkeypatch):
-    """Both thresholds: with the one set, glibc no longer adapts the other."""
-    told = {}
-    library = types.SimpleNamespace(mallopt=told.__setitem__)
-    monkeypatch.setattr(utils.ctypes, "CDLL", lambda _: library)
-    utils.keep_freed_memory()
-    assert told == {-3: 32 * 2**20, -1: 512 * 2**20}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-
-
-def test_an_allocator_that_cannot_be_told(monkeypatch):
-    """No glibc (musl, macOS), or no such library at all (Windows): nothing happens."""
-    for error in (AttributeError, OSError, TypeError):
-        monkeypatch.setattr(utils.ctypes, "CDLL", lambda _, error=error: (_ for _ in ()).throw(error()))
-        utils.keep_freed_memory()
+def test_bars_are_hidden_on_request(monkeypatch):
+    """Otherwise they go by the terminal (tqdm's None)."""
+    for value, hidden in (("1", True), ("0", None)):
+        monkeypatch.setenv("TQDM_DISABLE", value)
+        assert utils.no_bar() is hidden
