@@ -92,7 +92,7 @@ class Config:
     weights_path: str | None = features(None, "local weights instead of the hub's: .pth, .safetensors, .npz where timm reads it; random: untrained")
     img_size: ImageSize = features(None, "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's; auto: in the shape of the training pictures, of 100352 pixels (auto:200000: of so many), fewer where the pictures have fewer, but at least of the backbone's own size; small pictures go into a CNN enlarged 5 times (at least 96x96) where that is less")
     pixel_norm: Six | None = features(None, "mean and standard deviation that pixels are normalised by, six numbers separated by commas; none: the backbone's")
-    token_grid: str = features("full", "patch tokens kept: full, a number g (average-pooled to g x g), compact (low and high band per window), or centre (only their mean under the window of centre_pool: the smallest form, for fusion none); releasedg, as in released8: pooled as the released code did, which mixes tokens with channels")
+    token_grid: str = features("full", "patch tokens kept: full, a number g (average-pooled to g x g), or releasedg, as in released8: pooled as the released code did, which mixes tokens with channels")
     bands: bool = features(False, "also keep and use a band token: the low band, the ring energies and the peak energy of the backbone's maps at several depths")
     places: int = features(0, "also keep and use place tokens, for defects of a small place: the maps of middle depths on a grid of so many rows and columns, in the image's shape, and of as many more as it has more pixels than the backbone's own size; 0: none", low=0, high=64)
     precision: str = features("auto", "backbone arithmetic: float32, bfloat16, float16; auto: float32 on a CPU, half precision on a GPU", ("auto", "float32", "bfloat16", "float16"))
@@ -107,7 +107,7 @@ class Config:
     clamp: float = fit(3.0, "soft clamp alpha of the log-scales", low=1e-06, high=1000.0)
     fusion: str = fit("hilo", "multi-frequency fusion module", FUSIONS)
     alpha: float = fit(0.5, "hilo: share of the heads given to the low frequencies", low=0.0, high=1.0)
-    window: int = features(3, "hilo and the compact token grid: side of a window in patches", low=1, high=1024)
+    window: int = fit(3, "hilo: side of a window in patches", low=1, high=1024)
     identity_start: bool = fit(False, "zero the last layer of every subnet, so that training starts from the identity flow")
     # training
     normalize: str = fit("auto", "features before the flow, fitted on normal training features; auto: none for transformers, as released, power_l2+whiten for CNNs", NORMALIZATIONS)
@@ -138,11 +138,10 @@ class Config:
 NARROWEST = 0.01  # of a side: a narrower Gaussian weighs one patch, or divides by nothing
 FITS = (  # what has to hold of the knobs together -> the line where it does not
     (lambda c: all(re.fullmatch(r"(?!(classes|figures)$)[^\s.~-][^\\]*", part) and len(part) <= LONGEST_NAME for part in c.modelname.split("/")), "modelname: expected a plain name of at most 100 characters without a leading dot, dash or ~, and neither classes nor figures, got {modelname!r}"),
-    (lambda c: re.fullmatch("full|compact|centre|(released)?(?!0+$)[0-9]{1,4}", c.token_grid), "token_grid: expected full, compact, centre, a number of patches per side, or released and a number, got {token_grid!r}"),
+    (lambda c: re.fullmatch("full|(released)?(?!0+$)[0-9]{1,4}", c.token_grid), "token_grid: expected full, a number of patches per side, or released and a number, got {token_grid!r}"),
     (lambda c: not isinstance(c.img_size, tuple) or len(c.img_size) == 2 and all(side in range(1, LARGEST_IMAGE + 1) for side in c.img_size), "img_size: expected a height and a width of 1 to 4096 pixels, got {img_size}"),
     (lambda c: c.pixel_norm is None or len(c.pixel_norm) == 6 and all(isinstance(x, int | float) and math.isfinite(x) for x in c.pixel_norm) and min(c.pixel_norm[3:]) > 0, "pixel_norm: expected three finite numbers and three positive ones, got {pixel_norm}"),
     (lambda c: not 0 < c.centre_pool < NARROWEST, "centre_pool: expected 0 or at least 0.01 of a side, got {centre_pool:g}"),
-    (lambda c: c.token_grid != "centre" or c.centre_pool, "token_grid centre needs centre_pool above 0, say 0.1 (it is 0)"),
     (lambda c: not c.patience or held_share(c.holdout, c.dataset), "patience needs held-out normal images: set holdout, say 0.1"),
     (lambda c: c.score != "joined" or c.places, "score joined needs place tokens: set places, say 14 (it is 0)"),
     (lambda c: c.score != "joined" or c.least_steps, "score joined needs a number of training steps: set least_steps, say 400 (it is 0)"),

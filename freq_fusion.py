@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbone.token_grid import dct_basis, window_of
+from backbone.token_grid import dct_basis
 
 # The frequencies that FcaNet (arXiv 2012.11879) ranks first on a 7 x 7 grid: (row, column) indices, best
 # first.
@@ -100,17 +100,12 @@ class HiLo(nn.Module):
     Of eight heads (d where that is less) the share ``alpha`` is Lo-Fi. Hi-Fi heads attend inside each window
     of ``window`` x ``window`` patches; the window results are averaged. Lo-Fi heads attend over the windows'
     mean tokens. A mean token's logit is the mean of its patches' logits, so both kinds share one pass over
-    the full grid. A grid that the window does not divide ends in smaller windows.
+    the full grid. A grid that the window does not divide ends in smaller windows."""
 
-    ``bands``: tokens are (B, 2 W, C), first the W low-band tokens (window means), then the W high-band ones
-    (see ``token_grid.split_bands``); Lo-Fi heads attend over the former and Hi-Fi heads over the latter."""
-
-    def __init__(
-        self, d: int, hidden: int, grid: tuple[int, int], *, alpha: float, window: int, bands: bool, **_
-    ):
+    def __init__(self, d: int, hidden: int, grid: tuple[int, int], *, alpha: float, window: int, **_):
         super().__init__()
         heads = min(8, d)
-        self.width, self.bands = d // heads, bands
+        self.width = d // heads
         self.low = int(heads * alpha)
         self.high = heads - self.low
         low_out = hidden * self.low // heads
@@ -125,20 +120,19 @@ class HiLo(nn.Module):
                 # its rows: (2, heads, width)
                 self.add_module(f"{name}_kv", nn.Linear(d, 2 * inner, bias=False))
                 self.add_module(f"{name}_proj", nn.Linear(inner, out))
-        if not bands:
-            members = window_members(grid, min(window, max(grid)))  # a wider window holds no more patches
-            sizes = (members >= 0).sum(1)
-            flat = members.flatten()
-            # (W * window^2) patches, window by window; (N) patch -> its place there
-            self.register_buffer("members", flat.clamp(min=0), persistent=False)
-            self.register_buffer("padding", flat < 0, persistent=False)
-            self.register_buffer("place", torch.argsort(flat)[(flat < 0).sum() :], persistent=False)
-            averaging = F.one_hot(window_of(grid, window), len(sizes)).double() / sizes  # (N, W)
-            self.register_buffer("averaging", averaging, persistent=False)
-            self.n_windows = len(sizes)
+        members = window_members(grid, min(window, max(grid)))  # a wider window holds no more patches
+        sizes = (members >= 0).sum(1)
+        flat = members.flatten()
+        # (W * window^2) patches, window by window; (N) patch -> its place there
+        self.register_buffer("members", flat.clamp(min=0), persistent=False)
+        self.register_buffer("padding", flat < 0, persistent=False)
+        self.register_buffer("place", torch.argsort(flat)[(flat < 0).sum() :], persistent=False)
+        averaging = F.one_hot(window_of(grid, window), len(sizes)).double() / sizes  # (N, W)
+        self.register_buffer("averaging", averaging, persistent=False)
+        self.n_windows = len(sizes)
 
     def forward(self, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
-        """x (B, d), tokens (B, N, C) (bands: (B, 2 W, C)), index (d) into C -> (B, H)."""
+        """x (B, d), tokens (B, N, C), index (d) into C -> (B, H)."""
         queries, values, projections = [], [], []
         for name, count in (("h", self.high), ("l", self.low)):
             if count:
@@ -147,10 +141,10 @@ class HiLo(nn.Module):
                 queries.append(fold_keys(query, keys))
                 values.append(value)
                 projections.append(getattr(self, f"{name}_proj"))
-        mixed = (self._mix_bands if self.bands else self._mix_grid)(queries, tokens, index)
+        mixed = self._mix(queries, tokens, index)
         return torch.cat([proj(project_values(m, v)) for proj, m, v in zip(projections, mixed, values)], 1)
 
-    def _mix_grid(self, queries: list[Tensor], tokens: Tensor, index: Tensor) -> list[Tensor]:
+    def _mix(self, queries: list[Tensor], tokens: Tensor, index: Tensor) -> list[Tensor]:
         """One pass over the full grid for the heads of both kinds -> their mixed tokens, each (B, heads,
         d)."""
         logits = token_logits(torch.cat(queries, 1), tokens, index)
@@ -172,14 +166,6 @@ class HiLo(nn.Module):
             logits.dtype
         )  # made in float64, so a double module computes in double throughout
         return torch.matmul(torch.matmul(logits, averaging).softmax(2), averaging.t())
-
-    def _mix_bands(self, queries: list[Tensor], tokens: Tensor, index: Tensor) -> list[Tensor]:
-        low, high = tokens.chunk(2, 1)  # (B, W, C) each
-        bands = [band for band, count in ((high, self.high), (low, self.low)) if count]
-        return [
-            mix_tokens(token_logits(q, band, index).softmax(2), band, index)
-            for q, band in zip(queries, bands)
-        ]
 
 
 class SpectralGate(nn.Module):
@@ -227,10 +213,8 @@ class Spectral(nn.Module):
     The released code defines the gate but never connects it to the flow; the pooling and the projection are
     ours."""
 
-    def __init__(self, d: int, hidden: int, grid: tuple[int, int], *, bands: bool, **_):
+    def __init__(self, d: int, hidden: int, grid: tuple[int, int], **_):
         super().__init__()
-        if bands:
-            raise ValueError("spectral fusion needs tokens on a grid, got two bands per window")
         self.gate = SpectralGate(d, grid)
         self.proj = nn.Linear(d, hidden)
 
@@ -241,7 +225,7 @@ class Spectral(nn.Module):
 
 
 class BandProjection(nn.Module):
-    """A learned projection of the bands that a place sees of its image (docs/method.md, eq. 19): what is left
+    """A learned projection of the bands that a place sees of its image (docs/method.md, eq. 18): what is left
     of HiLo where each band has one window, so that there is nothing to choose from. All channels of the bands
     are seen, those that the subnet moves among them. ``grid``: 1 x N, the bands, of C ``channels`` each."""
 
@@ -272,23 +256,27 @@ def build_fusion(
     channels: int,
     alpha: float,
     window: int,
-    bands: bool,
 ) -> nn.Module | None:
     """The fusion module ``name`` (FUSIONS) for d channels and width ``hidden``; None for no fusion.
 
     Args:
         grid: rows and columns of the patch tokens. channels: C, of a whole token. alpha, window: of hilo.
-            bands: the tokens are two bands per window, not places on the grid.
     Raises:
         ValueError: an unknown name, or sizes that do not fit.
     """
     if name not in FUSIONS:
         raise ValueError(f"unknown fusion {name!r}: expected {', '.join(FUSIONS)}")
     module = FUSIONS[name]
-    return module and module(d, hidden, grid, channels=channels, alpha=alpha, window=window, bands=bands)
+    return module and module(d, hidden, grid, channels=channels, alpha=alpha, window=window)
 
 
 # ---------------------------------------------------------------- grids, windows, frequencies
+def window_of(grid: tuple[int, int], window: int) -> Tensor:
+    """The window that each patch of the grid lies in -> (N), row by row; the last windows may be smaller."""
+    rows, columns = torch.arange(grid[0]) // window, torch.arange(grid[1]) // window
+    return (rows[:, None] * math.ceil(grid[1] / window) + columns).flatten()
+
+
 def window_members(grid: tuple[int, int], window: int) -> Tensor:
     """The patches of each window -> (W, window^2), filled up with -1 where a window is smaller."""
     owner = window_of(grid, window)

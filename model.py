@@ -155,8 +155,7 @@ def build_flow(
     log-determinant (B).
 
     Args:
-        channels: C. grid: rows and columns of the patch tokens. n_tokens: N; rows x columns unless they are
-            bands.
+        channels: C. grid: rows and columns of the patch tokens. n_tokens: N; 0 where none are given.
         hidden: width H of the subnets. fusion, fusion_options: see ``freq_fusion.build_fusion``.
     Raises:
         ValueError: sizes that do not fit each other.

@@ -40,7 +40,7 @@ class Identity:
     def what_is_kept(self, backbone: backbones.Backbone) -> tuple[dict[str, tuple[int, ...]], dict]:
         """The shape of each array that an image leaves, and the store's fields that tell what they are."""
         shape = self.grid.cached_shape(backbone.grid)
-        n_tokens = 1 + self.grid.n_tokens(shape)
+        n_tokens = 1 + math.prod(shape)
         kind = "map" if backbone.is_map else "tokens"
         fields = {"n_feat": backbone.n_feat, "kind": kind, "grid": shape, "tokens": n_tokens}
         shapes: dict[str, tuple[int, ...]] = {"tokens": (n_tokens, backbone.n_feat)}
@@ -73,7 +73,7 @@ def cache_identity(
     square = places = (config.places, config.places)
     if config.places:
         of_maps["places"] = Places(places := place_grid(config.places, size, own_size))
-    grid = TokenGrid.named(config.token_grid, config.window, config.centre_pool)
+    grid = TokenGrid.named(config.token_grid)
     precision = str(backbones.choose_precision(config.precision, device)).removeprefix("torch.")
     fields = {name: getattr(config, name) for name in knobs_affecting("features")}
     for name in ("dataset", "pixel_norm", "weights_path"):  # by content: norm_mean and norm_std, weights
@@ -95,7 +95,7 @@ def cache_identity(
     }
     kept = {"bands": config.bands, f"places{config.places}": config.places, "mirror": config.mirror}
     name = config.extractor.replace("/", "_").replace(":", "_")
-    parts = [name, "{}x{}".format(*size), grid.key, *(part for part, there in kept.items() if there)]
+    parts = [name, "{}x{}".format(*size), grid.name, *(part for part, there in kept.items() if there)]
     return Identity(
         feature_folder(config.feature_path) / "-".join([*parts, identity_hash(fields)[:8]]),
         fields,

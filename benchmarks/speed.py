@@ -125,7 +125,7 @@ def same_flows(channels: int, device: torch.device) -> tuple[torch.nn.Module, to
     theirs = transcription.Flow(channels, channels).to(device)
     ours = model.build_flow(
         channels, (8, 8), n_tokens=64, n_blocks=4, hidden=channels, clamp=3.0, fusion="class_attention",
-        identity_start=False, alpha=0.5, window=3, bands=False,
+        identity_start=False, alpha=0.5, window=3,
     ).to(device)  # fmt: skip
     state = theirs.state_dict()
     ours.load_state_dict({name.replace("blocks.", "module_list."): state[name] for name in state})

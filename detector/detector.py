@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import model
 from backbone.arithmetic import products
-from backbone.token_grid import Bands, TokenGrid, centred_window, place_grid_of
+from backbone.token_grid import Bands, centred_window, place_grid_of
 from cache import feature_cache
 from config import Config, UserError
 from detector import memory
@@ -244,7 +244,6 @@ def build_flow(config: Config, channels: int, grid: tuple[int, int], n_tokens: i
             identity_start=config.identity_start,
             alpha=config.alpha,
             window=config.window,
-            bands=config.score != "joined" and TokenGrid.named(config.token_grid, config.window).bands,
         )
     except ValueError as error:
         raise UserError(f"{error}; choose another fusion, fc_internal or token_grid") from None

@@ -114,7 +114,7 @@ class ImageDensity(nn.Module):
 
 def kernel_energy(distances: Tensor, bandwidth: Tensor, channels: int) -> Tensor:
     """Twice the negative log-likelihood under a kernel density in units of the bandwidth h, the variance of a
-    kernel, per channel and without its constant (docs/method.md, eq. 22): -2 h log mean_i exp(-d_i / 2h) / D.
+    kernel, per channel and without its constant (docs/method.md, eq. 21): -2 h log mean_i exp(-d_i / 2h) / D.
 
     distances (B, n): squared, to the kernels' centres, the training images' tokens times ``DRAWN``: kernels
     widen a density, and drawn to the mean they do not (the smoothed bootstrap with shrinkage: Silverman and

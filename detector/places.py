@@ -42,7 +42,7 @@ def position(grid: tuple[int, int], channels: int) -> Tensor:
 
 class PlaceWhitening(nn.Module):
     """Place tokens (B, P, E) -> (B, P, E), each whitened by its place's own mean and covariance, as far as
-    the data bear them out (docs/method.md, eq. 17). Its buffers are fitted by ``fit``; before, there is no
+    the data bear them out (docs/method.md, eq. 16). Its buffers are fitted by ``fit``; before, there is no
     whitening."""
 
     def __init__(self, places: int, channels: int):
@@ -80,7 +80,7 @@ class PlaceWhitening(nn.Module):
     def left_out(tokens: Tensor) -> Tensor:
         """The tokens (n, P, E) of the n images that it was fitted to at the length that they have under
         Gaussians fitted without their own image, so that they are as those of other images
-        (docs/method.md, eq. 18)."""
+        (docs/method.md, eq. 17)."""
         n, _, channels = tokens.shape
         energies = tokens.square().sum(2, keepdim=True)
         own = 1 / (n + channels)  # the weight of an image's own deviation in the covariance of its place
@@ -90,7 +90,7 @@ class PlaceWhitening(nn.Module):
 class Places(nn.Module):
     """What the flow takes of the places of images, and from their likelihood how unusual each is: the
     logarithm of twice the negative log-likelihood per channel, standardised by place over the normal images
-    (docs/method.md, eq. 17 to 20)."""
+    (docs/method.md, eq. 16 to 19)."""
 
     def __init__(self, grid: tuple[int, int], channels: int):
         super().__init__()

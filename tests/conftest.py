@@ -158,7 +158,7 @@ def run_script(tmp_path):
 
 
 # ---------------------------------------------------------------- sizes left out, caches made up
-FUSION_OPTIONS = {"alpha": 0.5, "window": 3, "bands": False}
+FUSION_OPTIONS = {"alpha": 0.5, "window": 3}
 
 
 def make_fusion(name: str, d: int, hidden: int, grid: tuple[int, int], **more):

@@ -64,18 +64,6 @@ def hilo(module, x: torch.Tensor, p: torch.Tensor, grid: tuple[int, int], window
     )
 
 
-def hilo_compact(module, x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    low, high = p[:, : p.shape[1] // 2], p[:, p.shape[1] // 2 :]
-    return torch.cat(
-        [
-            hilo_branch(module, kind, x, [band])
-            for kind, band in (("h", high), ("l", low))
-            if hasattr(module, f"{kind}_q")
-        ],
-        1,
-    )
-
-
 # FcaNet's sixteen best frequencies, as its paper's code lists them: rows, then columns
 FCANET_ROWS = (0, 0, 6, 0, 0, 1, 1, 4, 5, 1, 3, 0, 0, 0, 3, 2)
 FCANET_COLUMNS = (0, 1, 0, 5, 2, 0, 2, 0, 0, 6, 0, 4, 6, 3, 5, 2)
@@ -109,7 +97,7 @@ def fuse(module, x, p, grid, window, whole=None):
     if kind == "ClassAttention":
         return class_attention(module, x, p)
     if kind == "HiLo":
-        return hilo_compact(module, x, p) if module.bands else hilo(module, x, p, grid, window)
+        return hilo(module, x, p, grid, window)
     if kind == "BandProjection":
         return torch.cat(list(whole.unbind(1)), 1) @ module.proj.weight.T + module.proj.bias
     return spectral(module, x, p, grid)

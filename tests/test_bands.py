@@ -10,7 +10,7 @@ from conftest import make_cache
 from fabricated import latents_of
 
 import train
-from backbone.token_grid import Bands, TokenGrid, ring_of
+from backbone.token_grid import Bands, ring_of
 from config import Config
 from datasets import SPLITS, Labels, Split
 from detector import class_data, detector
@@ -102,23 +102,16 @@ def test_columns_cover_the_token_once():
     assert torch.equal(bands.measure(maps())[:, low], Bands(2, 0.1).measure(maps()[1:])[:, :6])
 
 
-def test_centre_grid_is_the_detectors_own_pooling():
-    """A cache of one centred token serves like the full grid that it was pooled from."""
+def test_centred_pooling_is_a_gaussian():
     tokens = torch.randn(5, 1 + 12, 7).abs()
-    kept = TokenGrid("centre", "correct", 3, 0.2).pool(tokens, (3, 4))
-    assert kept.shape == (5, 2, 7) and torch.equal(kept[:, 0], tokens[:, 0])
-    pooled = []
-    for grid, found in (((3, 4), tokens), ((1, 1), kept)):
-        config = Config(fusion="none", centre_pool=0.2, n_coupling_blocks=1)
-        fields = {"n_feat": 7, "grid": grid, "tokens": found.shape[1], "kind": "map"}
-        features = class_data.Features(found[:, 0], found[:, 1:])
-        pooled.append(detector.Detector(config, fields).joint(features))
-    assert torch.allclose(*pooled, atol=1e-6)
+    config = Config(fusion="none", centre_pool=0.2, n_coupling_blocks=1)
+    fields = {"n_feat": 7, "grid": (3, 4), "tokens": 13, "kind": "map"}
+    features = class_data.Features(tokens[:, 0], tokens[:, 1:])
     rows, columns = (
         torch.softmax(-0.5 * ((torch.arange(n) - (n - 1) / 2) / (0.2 * n)).square(), 0) for n in (3, 4)
     )
     wanted = torch.einsum("bijc,i,j->bc", tokens[:, 1:].unflatten(1, (3, 4)), rows, columns)
-    assert torch.allclose(pooled[0], wanted, atol=1e-6)
+    assert torch.allclose(detector.Detector(config, fields).joint(features), wanted, atol=1e-6)
 
 
 # ---------------------------------------------------------------- the detector

@@ -104,10 +104,10 @@ def test_every_knob_is_read(name):
 
 
 FEATURES = """
-    dataset extractor weights_path img_size pixel_norm token_grid mirror precision bands window places
+    dataset extractor weights_path img_size pixel_norm token_grid mirror precision bands places
 """.split()
 FIT = """
-    device n_coupling_blocks fc_internal clamp fusion alpha
+    device n_coupling_blocks fc_internal clamp fusion alpha window
     identity_start normalize centre_pool batch_size meta_epochs sub_epochs least_steps
     lr_init lr_schedule max_grad_norm feature_noise holdout patience score
 """.split()

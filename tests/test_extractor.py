@@ -30,8 +30,8 @@ from datasets import SPLITS
 CPU = torch.device("cpu")
 
 
-def grid_named(name: str, pooling: str = "correct", window: int = 3) -> TokenGrid:
-    return TokenGrid(name, pooling, window)
+def grid_named(name: str, pooling: str = "correct") -> TokenGrid:
+    return TokenGrid(name, pooling)
 
 
 def load_backbone(config: Config) -> backbones.Backbone:
@@ -175,23 +175,7 @@ def test_released_pooling_mixes():
                 assert torch.allclose(pooled[:, 1 + 2 * i + j, channel], flat[:, entries].mean(1), atol=1e-6)
 
 
-@pytest.mark.parametrize("grid, window", [((6, 6), 3), ((7, 5), 3), ((4, 3), 2)])
-def test_compact_tokens(grid, window):
-    """Per window its mean, then for every window the root mean square of what the mean loses."""
-    tokens = numbered(grid)
-    rows, columns = math.ceil(grid[0] / window), math.ceil(grid[1] / window)
-    got = grid_named("compact", window=window).pool(tokens, grid)
-    assert got.shape == (2, 1 + 2 * rows * columns, 5) and torch.equal(got[:, 0], tokens[:, 0])
-    maps = tokens[:, 1:].unflatten(1, grid)
-    for i in range(rows):
-        for j in range(columns):
-            part = maps[:, i * window : (i + 1) * window, j * window : (j + 1) * window].flatten(1, 2)
-            assert torch.allclose(got[:, 1 + i * columns + j], part.mean(1), atol=1e-5)
-            assert torch.allclose(
-                got[:, 1 + rows * columns + i * columns + j], part.std(1, correction=0), atol=1e-5
-            )
-    kept = grid_named("compact", window=window)
-    assert kept.cached_shape(grid) == (rows, columns) and kept.n_tokens((rows, columns)) == got.shape[1] - 1
+def test_a_grid_of_more_than_there_are():
     with pytest.raises(UserError, match="at most 3"):
         grid_named("9").cached_shape((7, 3))
 
@@ -349,7 +333,6 @@ def small(folder, **more) -> Config:
         {},
         {"workers": 3, "extract_batch": 2},
         {"token_grid": "1"},
-        {"token_grid": "compact"},
         {"precision": "bfloat16"},
     ],
     ids=str,
@@ -543,8 +526,6 @@ def test_unknown_class_shows_before_extraction(mixed, tmp_path):
     "base, change",
     [
         ({"token_grid": "2"}, {"token_grid": "released2"}),
-        ({"token_grid": "compact"}, {"window": 2}),
-        ({"token_grid": "centre", "centre_pool": 0.1}, {"centre_pool": 0.3}),
         ({}, {"bands": True}),
         ({}, {"places": 3}),
         ({}, {"pixel_norm": (0.5,) * 6}),

@@ -11,7 +11,6 @@ from conftest import make_flow
 
 import model
 
-COMPACT = {"bands": True, "n_tokens": 2 * 6}  # 2 x 3 windows: two bands
 VARIANTS = {  # name -> (channels, grid, options)
     "class_attention": (18, (3, 3), {"fusion": "class_attention"}),
     "class_attention odd": (13, (2, 5), {"fusion": "class_attention"}),
@@ -19,8 +18,6 @@ VARIANTS = {  # name -> (channels, grid, options)
     "hilo both": (17, (4, 7), {"fusion": "hilo", "alpha": 0.5}),
     "hilo high only": (16, (4, 5), {"fusion": "hilo", "alpha": 0.0}),
     "hilo window 2": (22, (5, 3), {"fusion": "hilo", "alpha": 0.25, "window": 2, "hidden": 19}),
-    "hilo compact": (18, (2, 3), {"fusion": "hilo", **COMPACT}),
-    "class_attention compact": (16, (2, 3), {"fusion": "class_attention", **COMPACT}),
     "spectral": (34, (6, 13), {"fusion": "spectral"}),
     "bands": (9, (1, 3), {"fusion": "bands"}),
     "none": (9, (2, 2), {"fusion": "none"}),
@@ -39,11 +36,10 @@ def make(name: str, dtype=torch.float64, batch: int = 4, n_blocks: int = 3, **mo
                 parameter.add_(0.3 * torch.randn_like(parameter))
             elif "fc_out" in parameter_name:
                 parameter.mul_(1.5)
-    n = options.get("n_tokens") or grid[0] * grid[1]
     return (
         flow,
         torch.randn(batch, channels, dtype=dtype),
-        torch.randn(batch, n, channels, dtype=dtype),
+        torch.randn(batch, grid[0] * grid[1], channels, dtype=dtype),
         grid,
         options.get("window", 3),
     )
@@ -110,7 +106,7 @@ def test_gradients_equal_plain_transcription(name):
         assert (found[key] - parameter.grad).abs().max() <= 1e-6 * parameter.grad.abs().max() + 1e-12, key
 
 
-@pytest.mark.parametrize("name", ["class_attention", "hilo both", "hilo compact", "spectral"])
+@pytest.mark.parametrize("name", ["class_attention", "hilo both", "spectral"])
 def test_patches_matter(name):
     flow, x, p, _, _ = make(name)
     with torch.no_grad():
@@ -198,7 +194,6 @@ def test_coupling_refuses_wrong_sizes(dims_in, dims_c):
     "channels, grid, options",
     [
         (64, (5, 8), {"fusion": "spectral"}),  # fewer than 6 rows
-        (64, (6, 6), {"fusion": "spectral", "bands": True}),
         (64, (6, 6), {"fusion": "fourier"}),
     ],
 )

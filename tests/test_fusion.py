@@ -11,8 +11,7 @@ import torch
 from conftest import make_fusion
 
 import freq_fusion
-from backbone.token_grid import split_bands, window_of
-from freq_fusion import HiLo, dct_filter, window_members
+from freq_fusion import HiLo, dct_filter, window_members, window_of
 
 
 def random_tokens(d: int, channels: int, n: int, batch: int = 3):
@@ -51,20 +50,10 @@ def test_equals_plain_transcription(name, d, channels, grid, options):
     assert (got - wanted).abs().max() < 1e-6 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
-def test_compact_equals_plain_transcription(alpha):
-    """Lo-Fi heads see the low band, Hi-Fi heads the high band; the grid is that of the windows."""
-    torch.manual_seed(0)
-    module = make_fusion("hilo", 16, 10, (2, 4), alpha=alpha, bands=True).double()
-    x, tokens, index = random_tokens(16, 33, 2 * 8)
-    wanted = reference.fuse(module, x, tokens[..., index], (2, 4), 3)
-    assert (module(x, tokens, index) - wanted).abs().max() < 1e-10
-
-
 @pytest.mark.parametrize("alpha, low, high", [(0.0, 0, 8), (0.3, 2, 6), (0.5, 4, 4), (1.0, 8, 0)])
 def test_heads_follow_alpha(alpha, low, high):
     """int(heads * alpha) heads are Lo-Fi; a kind without heads has no parameters."""
-    module = HiLo(16, 16, (3, 3), alpha=alpha, window=3, bands=False)
+    module = HiLo(16, 16, (3, 3), alpha=alpha, window=3)
     assert (module.low, module.high) == (low, high)
     assert hasattr(module, "l_q") == (low > 0) and hasattr(module, "h_q") == (high > 0)
 
@@ -94,7 +83,6 @@ def test_none_is_no_module():
     [
         ("fourier", 16, (6, 6), {}, "fourier"),
         ("spectral", 16, (5, 9), {}, "5x9"),
-        ("spectral", 16, (6, 6), {"bands": True}, "two bands"),
     ],
 )
 def test_sizes_that_do_not_fit(name, d, grid, options, told):
@@ -119,7 +107,7 @@ def test_a_gate_of_sixteen_channels_is_squeezed_to_one():
     assert sum(parameter.numel() for parameter in freq_fusion.SpectralGate(16, (6, 6)).parameters()) == 2 * 16
 
 
-# ---------------------------------------------------------------- windows and bands
+# ---------------------------------------------------------------- windows
 GRIDS = [((6, 6), 3), ((7, 5), 3), ((1, 4), 3), ((4, 7), 2), ((2, 2), 5), ((3, 2), 1)]
 
 
@@ -133,20 +121,6 @@ def test_windows(grid, window):
     members = window_members(grid, window)
     assert members.shape == (len(wanted), window * window)
     assert [[patch for patch in row if patch >= 0] for row in members.tolist()] == wanted
-
-
-@pytest.mark.parametrize("grid, window", GRIDS)
-def test_split_bands(grid, window):
-    """Low is the window's mean, and low^2 + high^2 its mean square: no energy is lost."""
-    patches = torch.randn(2, math.prod(grid), 5, generator=torch.Generator().manual_seed(1)).double()
-    groups = reference.windows(grid, window)
-    low, high = split_bands(patches, grid, window).split(len(groups), 1)
-    for w, members in enumerate(groups):
-        assert torch.allclose(low[:, w], patches[:, members].mean(1), atol=1e-12)
-        assert torch.allclose(
-            low[:, w] ** 2 + high[:, w] ** 2, patches[:, members].square().mean(1), atol=1e-12
-        )
-    assert (high >= 0).all()
 
 
 # ---------------------------------------------------------------- frequencies

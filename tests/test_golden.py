@@ -205,7 +205,6 @@ def test_hilo(path):
             grid_of(tokens.shape[1] - 1),
             alpha=float(alpha),
             window=window,
-            bands=False,
         )
         module.load_state_dict(
             {name.removeprefix("param."): value for name, value in part.items() if name.startswith("param.")}
@@ -239,9 +238,9 @@ def test_released_pooling(path):
     golden = load_file(path)
     tokens, wanted = golden["tokens"], golden["pooled_released"]
     side = math.isqrt(wanted.shape[1] - 1)
-    pooled = TokenGrid(str(side), "released", 3).pool(tokens, grid_of(tokens.shape[1] - 1))
+    pooled = TokenGrid(str(side), "released").pool(tokens, grid_of(tokens.shape[1] - 1))
     assert_close(pooled, wanted, TIGHT, "pooled_released")
-    correct = TokenGrid(str(side), "correct", 3).pool(tokens, grid_of(tokens.shape[1] - 1))
+    correct = TokenGrid(str(side), "correct").pool(tokens, grid_of(tokens.shape[1] - 1))
     assert (correct - wanted).abs().max() > 0.1 * wanted.abs().max(), (
         "the default pooling is not the mixed one"
     )

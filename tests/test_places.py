@@ -171,7 +171,7 @@ def test_at_its_start_the_flow_has_the_places_own_gaussians(n):
 
 @pytest.mark.parametrize("n", [6, 30])
 def test_a_training_images_places_are_as_long_as_without_it(n):
-    """(18) beside a fit of the same covariance, about the same mean, without the image's own part of it."""
+    """(17) beside a fit of the same covariance, about the same mean, without the image's own part of it."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(n, 1, 4, generator=generator).double()
     tokens -= tokens.mean(0)  # one place: its own mean and covariance are the common ones
