@@ -90,7 +90,7 @@ class Config:
     pretrained: bool = run(False, "True: the features are already extracted, stop if they are not (extractor.py: check every row of them, the images need not be there); False: extract what is missing")
     # backbone and extraction
     weights_path: str | None = features(None, "local weights instead of the hub's: .pth, .safetensors, .npz where timm reads it; random: untrained")
-    img_size: ImageSize = features(None, "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's; auto: in the shape of the training pictures, of 100352 pixels (auto:200000: of so many), fewer where the pictures have fewer, but at least of the backbone's own size; small pictures go into a CNN enlarged 5 times (at least 96x96) where that is less")
+    img_size: ImageSize = features(None, "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's; auto: in the shape of the training pictures, of 100352 pixels, fewer where the pictures have fewer, but at least of the backbone's own size; small pictures go into a CNN enlarged 5 times (at least 96x96) where that is less")
     pixel_norm: Six | None = features(None, "mean and standard deviation that pixels are normalised by, six numbers separated by commas; none: the backbone's")
     token_grid: str = features("full", "patch tokens kept: full, a number g (average-pooled to g x g), or releasedg, as in released8: pooled as the released code did, which mixes tokens with channels")
     bands: bool = features(False, "also keep and use a band token: the low band, the ring energies and the peak energy of the backbone's maps at several depths")
@@ -183,7 +183,7 @@ KINDS[tuple] = "numbers, as in 224x224 or 0.5,0.5,0.5,0.2,0.2,0.2"
 def check(field, value):
     """Raise UserError unless ``value`` fits the knob: its type, its choices, its range."""
     kind, low, high = plain_type(field.type), field.metadata["low"], field.metadata["high"]
-    if value is None and is_optional(field) or field.type == ImageSize and auto_pixels(value):
+    if value is None and is_optional(field) or field.type == ImageSize and value == "auto":
         return
     right = type(value) in ((int, float) if kind is float else (kind,))
     if not right or low is not None and not low <= value <= high:
@@ -204,14 +204,6 @@ def plain_type(annotation):
     """The type of a knob without None and without what a tuple holds."""
     kind = typing.get_args(annotation)[0] if type(None) in typing.get_args(annotation) else annotation
     return typing.get_origin(kind) or kind
-
-
-def auto_pixels(img_size):
-    """The pixels that img_size auto asks for, 2 * 224 * 224 unless it says how many; None for other sizes."""
-    if img_size == "auto":
-        return 2 * 224 * 224
-    found = re.fullmatch(r"auto:([1-9][0-9]{0,7})", img_size) if isinstance(img_size, str) else None
-    return int(found[1]) if found and int(found[1]) <= LARGEST_IMAGE**2 else None
 
 
 def held_share(holdout, dataset):

@@ -31,7 +31,7 @@ from backbone.storing import Wanted, check_disk, extract_missing
 from cache.feature_cache import FeatureCache, ImageList, feature_folder, list_file, prune
 from cache.shards import DTYPE
 from cache.store import Store
-from config import Config, UserError, auto_pixels
+from config import Config, UserError
 from datasets import SPLITS, ImageSet
 from images.images import note
 from shell import engine
@@ -63,9 +63,9 @@ def ensure_features(
         if line := datasets.repeated(listed.labels, listed.hashes):
             note(line)
     size, chosen = None, f"{config.extractor} {config.img_size}"
-    if pixels := auto_pixels(config.img_size):
+    if config.img_size == "auto":
         if restart or chosen not in listed.sizes:
-            listed.sizes[chosen] = list(size_for(config.extractor, pixels, images))
+            listed.sizes[chosen] = list(size_for(config.extractor, images))
         size = listed.sizes[chosen]
     identity = cache_identity(config, device, size, listed.pixel_scale)
     store = Store(identity.folder, identity.fields, verified=listed.all_hashes() if thorough else ())

@@ -111,13 +111,14 @@ def cache_identity(
 
 
 # ---------------------------------------------------------------- the size of the images
+PIXELS = 2 * 224 * 224
 SIZES_READ = 200  # training pictures whose sizes decide
 ANOTHER_SHAPE = math.log(1.5)  # so much longer or shorter: a class is told of
 ENLARGED, LEAST_SIDE = 5, 96  # small pictures for a CNN: so many times as large, so many pixels at least
 
 
-def size_for(extractor: str, pixels: int, images: datasets.ImageSet | None) -> tuple[int, int]:
-    """The size, of about so many ``pixels``, that the training pictures ask for (``size_in_shape``); the
+def size_for(extractor: str, images: datasets.ImageSet | None) -> tuple[int, int]:
+    """The size, of about PIXELS, that the training pictures ask for (``size_in_shape``); the
     backbone's own where none can be read, or where it takes no other. Raises UserError without images."""
     if images is None:
         raise UserError(f"img_size auto: no features of {extractor} are there; run python extractor.py")
@@ -126,7 +127,7 @@ def size_for(extractor: str, pixels: int, images: datasets.ImageSet | None) -> t
         return own
     backbone = backbones.outline(extractor, own)
     enlarged = ENLARGED if backbone.is_map else math.inf  # a transformer's positions are of its own size
-    size = size_in_shape(np.concatenate(list(found.values())), pixels, own, backbone.stride, enlarged)
+    size = size_in_shape(np.concatenate(list(found.values())), PIXELS, own, backbone.stride, enlarged)
     if not backbones.takes(extractor, size):
         print(f"img_size auto: {extractor} takes {own[0]}x{own[1]} only", flush=True)
         return own

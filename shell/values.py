@@ -2,7 +2,7 @@
 
 import re
 
-from config import KINDS, ImageSize, UserError, auto_pixels, field_of, is_optional, plain_type
+from config import KINDS, ImageSize, UserError, field_of, is_optional, plain_type
 
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -12,14 +12,14 @@ def parse_value(field, text):
     kind, spelt = plain_type(field.type), text.lower()
     if spelt == "none" and is_optional(field):
         return None
+    if spelt == "auto" and field.type == ImageSize:
+        return spelt
     try:
         if kind is bool:
             return TRUTH[spelt]
-        if field.type == ImageSize and not auto_pixels(spelt):
+        if field.type == ImageSize:
             sides = [int(side) for side in spelt.split("x")]
             return tuple(sides * 2 if len(sides) == 1 else sides)
-        if field.type == ImageSize:
-            return spelt
         if kind is tuple:
             return tuple(float(part) for part in text.split(","))
         choices = {choice.lower(): choice for choice in field.metadata["choices"] or ()}

@@ -14,7 +14,7 @@ import extractor
 import predict
 import train
 from backbone.identity import size_for, size_in_shape
-from config import Config, auto_pixels
+from config import Config
 from detector.picture_detector import PictureDetector
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def settings(**more) -> Config:
 
 
 def size_of(config: Config) -> tuple[int, int]:
-    return size_for(config.extractor, auto_pixels(config.img_size), datasets.images_of(config))
+    return size_for(config.extractor, datasets.images_of(config))
 
 
 PLACES = {
