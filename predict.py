@@ -2,7 +2,7 @@
 come.
 
 python predict.py runs/foad_mfff/classes/cat-seed0 FOLDER photo.jpg > scores.csv
-python predict.py runs/foad_mfff 'shots/*.png' --output scores.json --false_alarms 0.01
+python predict.py runs/foad_mfff 'shots/*.png' --output scores.csv --false_alarms 0.01
 find . -name '*.jpg' | python predict.py runs/foad_mfff -
 python predict.py runs/foad_mfff/classes/cat-seed0 FOLDER --page verdicts.html
 python predict.py runs/foad_mfff --watch FOLDER > scores.csv
@@ -43,7 +43,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--class_name", help="of a run: these classes only, separated by commas (in a name: \\,) [all]")
     add("--seed", type=int, help="of a run: this seed [the first]")
-    add("--output", type=Path, metavar="FILE", help="write .csv, .json or .jsonl, not CSV to the screen")
+    add("--output", type=Path, metavar="FILE", help="write the CSV there, not to the screen")
     add("--false_alarms", type=float, help="share of normal pictures that may count as anomalous [the fit's]")
     add("--calibrate", type=Path, metavar="FOLDER", help="fresh good pictures: p-values, verdicts by them")
     add("--heat_maps", type=Path, metavar="FOLDER", help="write there where each is unusual, as a PNG")
@@ -80,7 +80,7 @@ from reporting.verdicts import check_page, write_verdicts
 
 def check_targets(arguments: argparse.Namespace, files: list[Path]) -> None:
     """Raise UserError on what cannot be written, or would come among the pictures."""
-    check_output(arguments.output, at_once=arguments.watch is not None)
+    check_output(arguments.output)
     if arguments.page:
         check_page(arguments.page)
         if arguments.watch:

@@ -1,10 +1,8 @@
-"""Scores of pictures as they come: the rows of their table, the formats it is written in, and what is said
-beside it."""
+"""Scores of pictures as they come: the rows of their table, its CSV, and what is said beside it."""
 
 import contextlib
 import csv
 import itertools
-import json
 import sys
 import time
 from collections import Counter
@@ -22,14 +20,10 @@ COLUMNS = ("image", "class", "score", "p_value", "verdict")
 WriteRow = Callable[[dict], None]
 
 
-def check_output(output: Path | None, at_once: bool) -> None:
-    """Raise UserError on a file that ``table`` cannot write."""
-    if output is None:
-        return
-    if output.suffix not in (".csv", ".json", ".jsonl"):
-        raise UserError(f"output: expected a name ending in .csv, .json or .jsonl, got {output}")
-    if at_once and output.suffix == ".json" and output.exists():
-        raise UserError(f"output: {output} exists, and a list in JSON cannot be added to; take .jsonl")
+def check_output(output: Path | None) -> None:
+    """Raise UserError on a file that is not to be CSV."""
+    if output is not None and output.suffix != ".csv":
+        raise UserError(f"output: expected a name ending in .csv, got {output}")
 
 
 @contextlib.contextmanager
@@ -47,16 +41,7 @@ def table(output: Path | None, at_once: bool = False) -> Iterator[WriteRow]:
         place as path,
         open(path, "a", encoding="utf-8", errors="backslashreplace", newline="") as stream,  # any name
     ):
-        if output.suffix == ".csv":
-            yield _csv(stream, headed=stream.tell() > 0)
-        elif output.suffix == ".jsonl":
-            yield lambda row: print(json.dumps(row, ensure_ascii=False), file=stream, flush=True)
-        else:
-            comma = iter(["[\n"])
-            yield lambda row: print(
-                next(comma, ",\n") + json.dumps(row, ensure_ascii=False), end="", file=stream, flush=True
-            )
-            print(next(comma, "") + "\n]", file=stream)
+        yield _csv(stream, headed=stream.tell() > 0)
 
 
 def _csv(stream, headed: bool) -> WriteRow:

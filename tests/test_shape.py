@@ -1,5 +1,6 @@
 """img_size auto: pictures keep their shape, from extraction to heat map and exported file."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -171,10 +172,10 @@ def test_heat_map_has_the_pictures_shape(run, tmp_path):
     assert abs(row - 18) < 20 and abs(column - 212) < 25
     status = predict.main(
         predict.parse_arguments(
-            ["runs/belt", "set/belt/test", "--device", "cpu", "--output", str(tmp_path / "rows.json")]
+            ["runs/belt", "set/belt/test", "--device", "cpu", "--output", str(tmp_path / "rows.csv")]
         )
     )
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
     record = json.loads(Path("runs/belt/classes/belt-seed0.json").read_text())
     assert status == 0 and record["config"]["img_size"] == "auto"
-    assert [r["score"] for r in rows] == pytest.approx(record["test"]["scores"], rel=1e-4, abs=1e-4)
+    assert [float(r["score"]) for r in rows] == pytest.approx(record["test"]["scores"], rel=1e-4, abs=1e-4)
