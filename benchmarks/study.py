@@ -41,7 +41,7 @@ from train import make_trainer
 
 HOW = (
     "AUROC, mean over a set's classes (± standard deviation over the seeds). Last column: the difference to "
-    "the first row of the same score (and epochs), mean over the classes of all sets, seeds averaged, with "
+    "the first row of the same score (and epoch), mean over the classes of all sets, seeds averaged, with "
     "its 95 % interval over the classes (Student's t)."
 )
 
@@ -132,13 +132,13 @@ def fit(study: str, number: int, of_set: str, knobs: dict, class_name: str, seed
     fitted, labels = trainer.run(), trainer.data.labels
     last = {WHOLE: fitted.scores, **fitted.flow_scores}
     found = {
-        f"{variant.name}, {entry['epoch']} epochs: {score}": entry[f"{score}_auroc"]
+        f"{variant.name}, epoch {entry['epoch']}: {score}": entry[f"{score}_auroc"]
         for entry in fitted.history
         for score in chosen.scores
         if entry["epoch"] in chosen.epochs
     }
-    epochs = f", {trainer.epochs} epochs" if chosen.epochs else ""
-    scores = {f"{variant.name}{epochs}: {name}": last[name] for name in chosen.scores if name in last}
+    epoch = f", epoch {trainer.epochs}" if chosen.epochs else ""
+    scores = {f"{variant.name}{epoch}: {name}": last[name] for name in chosen.scores if name in last}
     for name, values in (scores | fitted.simple_scores).items():
         found[name] = utils.auroc(labels, values)
     return [Row(name, of_set, class_name, seed, auroc) for name, auroc in found.items()]
@@ -169,7 +169,9 @@ def make_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     for detector, classes in by_class.items():
         own = [[values for (of_set, _), values in classes.items() if of_set == name] for name in sets]
         line = [detector, *(auroc_cell(np.mean(values, 0)) if values else "" for values in own)]
-        first = firsts.setdefault(detector.partition(", " if " epochs: " in detector else ": ")[2], classes)
+        first = firsts.setdefault(
+            detector.partition(", epoch " if ", epoch " in detector else ": ")[2], classes
+        )
         shared = [np.mean(values) - np.mean(first[key]) for key, values in classes.items() if key in first]
         lines.append([*line, interval(np.array(shared)) if ": " in detector and first is not classes else ""])
     return ["detector", *sets, "- the first"], lines
