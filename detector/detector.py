@@ -41,6 +41,7 @@ class Detector(nn.Module):
 
     flow: nn.Module
     uses_places = False
+    at_start = False  # whether the flow is known to be the identity: places need not pass it
 
     def __init__(self, config: Config, features: dict, n_images: int | None = None):
         """features: the sidecar of the cache; n_feat, grid (rows, columns), tokens, kind (map or tokens) and,
@@ -180,7 +181,10 @@ class PlaceFlow(Detector):
 
     def latents(self, inputs: Inputs, images: int) -> tuple[Tensor, Tensor]:
         """z (B, P, E) and negative log-likelihoods (B, P) of the places of B images."""
-        z, log_det = self.flow(inputs.tokens, [inputs.seen])
+        if self.at_start:
+            z, log_det = inputs.tokens, inputs.tokens.new_zeros(len(inputs.tokens))
+        else:
+            z, log_det = self.flow(inputs.tokens, [inputs.seen])
         shape = (images, self.places.count)
         return z.unflatten(0, shape), model.negative_log_likelihood(z, log_det).unflatten(0, shape)
 

@@ -54,6 +54,7 @@ def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluat
     """Measure the held-out normals and the test images as the flow now is. loss: of the epoch, None before
     training."""
     prepared.detector.eval()
+    prepared.detector.at_start = loss is None and prepared.config.identity_start
     with products(prepared.device):
         prepared.refit()
     held, test = scores_of(prepared, "held"), scores_of(prepared, "test")
