@@ -36,7 +36,7 @@ def test_only_what_is_kept_is_seen():
 def test_a_changed_flow_sees_something_else():
     flow = model.build_flow(
         8, (2, 2), n_tokens=4, n_blocks=2, hidden=4, clamp=3.0, fusion="hilo",
-        identity_start=False, alpha=0.5, window=2, bands=False,
+        identity_start=False, alpha=0.5, window=2,
     )  # fmt: skip
     tokens, seen = torch.randn(3, 8), torch.randn(3, 4, 8)
     z, log_det = study.Changed(flow, lambda each: each.roll(1, 0))(tokens, [seen])
