@@ -1,6 +1,5 @@
 """The knobs: on the command line, in presets, checked, read by some script, and edited in the file itself."""
 
-import dataclasses
 import re
 import shlex
 import shutil
@@ -10,10 +9,9 @@ from conftest import ROOT, new_process, script
 from test_imports import FILES
 
 import config
-from config import FIELDS, PRESETS, Config, UserError, make_config
+from config import FIELDS, PRESETS, Config, make_config
 from shell import command_line
 from shell.command_line import from_command_line
-from shell.values import parse_sweep
 
 
 def parsed(*arguments) -> Config:
@@ -91,34 +89,12 @@ def test_presets_change_what_they_name(preset):
     }
 
 
-def test_a_changed_configuration_is_checked_again():
-    with pytest.raises(UserError, match="clamp"):
-        dataclasses.replace(Config(), clamp=-1.0)
-
-
 # ---------------------------------------------------------------- one place for one decision
 @pytest.mark.parametrize("name", set(FIELDS) - {"preset"})
 def test_every_knob_is_read(name):
     """A knob that nothing reads would be a promise not kept."""
     sources = {module: path.read_text() for module, path in FILES.items() if module != "config"}
     assert any(re.search(rf"\b(?:config|settings|args)\.{name}\b", text) for text in sources.values())
-
-
-FEATURES = """
-    dataset extractor weights_path img_size pixel_norm token_grid mirror precision bands window places
-""".split()
-FIT = """
-    device n_coupling_blocks fc_internal clamp fusion alpha
-    identity_start normalize centre_pool batch_size meta_epochs sub_epochs least_steps
-    lr_init lr_schedule max_grad_norm feature_noise holdout patience score
-""".split()
-
-
-def test_role_of_every_knob():
-    """A knob of the wrong role makes a cache or a resumed run that does not fit its settings."""
-    assert set(config.knobs_affecting("features")) == set(FEATURES)
-    assert set(config.knobs_affecting("fit")) == set(FIT)
-    assert set(config.knobs_affecting("run")) == set(FIELDS) - {*FEATURES, *FIT}
 
 
 def test_names_are_those_of_the_registries():
@@ -196,30 +172,6 @@ def test_flag_without_a_value():
 )
 def test_mistakes_are_one_line(capsys, arguments, told):
     assert re.search(told, mistake(capsys, *shlex.split(arguments)))
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"nonsense": 1},
-        {"seed": "3"},
-        {"seed": True},
-        {"restart": 1},
-        {"img_size": 224},
-        {"img_size": (224.0, 1.5)},
-        {"preset": "none"},
-    ],
-)
-def test_make_config_refuses(values):
-    with pytest.raises(UserError, match=next(iter(values))):
-        make_config(values)
-
-
-def test_sweeps():
-    assert parse_sweep("fusion=none, hilo; dataset=DIGITS") == {
-        "fusion": ["none", "hilo"],
-        "dataset": ["DIGITS"],
-    }
 
 
 # ---------------------------------------------------------------- scripts

@@ -8,7 +8,7 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from conftest import PIXELS, ROOT, counts, make_folder, tree
+from conftest import PIXELS, counts, make_folder, tree
 from fabricated import settings
 from sklearn.datasets import load_digits
 
@@ -87,11 +87,6 @@ def test_normal_pictures_only(tmp_path, dataset, below):
     assert (found.read("train", 2) == PIXELS + 2).all()
 
 
-def test_normal_folders_without_test(tmp_path):
-    labels = load_images("folder", str(tree(tmp_path, "train/a/1.png", "train/b/2.png"))).labels
-    assert labels.classes == ("a", "b") and labels.test.names == []
-
-
 def test_what_is_not_taken_is_told(tmp_path, capsys):
     root = tree(tmp_path / "set", "train/a/1.png", "train/a/.cache/1.png", "train/2.png", "test/a/deep/3.JPG")
     (root / "train/a/notes.txt").write_text("no image")
@@ -133,32 +128,6 @@ def test_a_split_without_images(tmp_path):
     (tmp_path / "test/a").mkdir()
     with pytest.raises(UserError, match="no images in .*a"):
         load_images("folder", str(tmp_path))
-
-
-REAL_CIFAR = ROOT / "data" / "cifar10"
-
-
-@pytest.mark.skipif(
-    not (REAL_CIFAR / "train").is_dir(), reason=f"the CIFAR-10 images are not in {REAL_CIFAR}"
-)
-def test_real_cifar10():
-    found = load_images("cifar10", str(REAL_CIFAR))
-    assert set(counts(found.labels, "train").values()) == {5000}
-    _, _, anomalous = found.labels.one_class(found.labels.classes[3])
-    assert len(anomalous) == 10000 and anomalous.sum() == 9000
-    assert found.read("test", 9999).shape == (32, 32, 3)
-
-
-def test_choose_classes(texture_folder):
-    labels = load_images("folder", str(texture_folder)).labels
-    assert choose_classes(labels, "all") == ["apple", "leaf", "sky"]
-    assert choose_classes(labels, "sky, apple,sky") == ["sky", "apple"]
-    assert choose_classes(labels, "APPLE") == ["apple"], "as the folders of two splits are paired"
-    with pytest.raises(UserError, match="did you mean leaf"):
-        choose_classes(labels, "apple,leef")
-    for text in ("", ",", "apples and pears"):
-        with pytest.raises(UserError):
-            choose_classes(labels, text)
 
 
 # ---------------------------------------------------------------- what labels and images are known by
@@ -245,16 +214,3 @@ def test_listed_images_are_those_of_both_splits(texture_folder):
         assert listed.identify("train", row) == whole.identify(*image)
     with pytest.raises(UserError, match="train/sky/x.png has gone"):
         whole.listed([("train", "train/sky/x.png")])
-
-
-def test_name_tells_two_products_apart(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def name(dataset, path):
-        return datasets.name_of(Config(dataset=dataset, dataset_path=path))
-
-    first, second = (name("folder", str(tmp_path / place / "pro duct")) for place in "ab")
-    assert first != second and first.startswith("folder-pro_duct-")
-    assert name("folder", "a/pro duct") == name("folder", "a/../a/pro duct/") == first
-    assert name("mvtec", None) == name("mvtec", "data/mvtec") == "mvtec"
-    assert name("cifar10", "/anywhere") == "cifar10" and name("digits", "/anywhere") == "digits"

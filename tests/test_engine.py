@@ -70,10 +70,6 @@ def program(tmp_path):
     return start
 
 
-def test_every_task_is_done_once(program):
-    assert program(*"abcde").communicate(timeout=60) == ("a b c d e\n", "")
-
-
 @pytest.mark.parametrize("name, told", [("mistake", "told"), ("killed", "ended from outside")])
 def test_a_task_that_fails_is_a_line(program, name, told):
     running = program("a", name)
@@ -146,13 +142,6 @@ def test_a_task_that_kills_every_worker_is_a_line(cluster):
     cluster.add(4)
     done = by(cluster.file, exec, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert "lost with several workers" in one_line(done)
-
-
-def test_a_cluster_that_ends_is_a_line(cluster):
-    cluster.add()
-    kill_soon = threading.Timer(1, os.kill, (cluster.scheduler.pid, signal.SIGKILL))
-    done = by(cluster.file, time.sleep, 0, 60, before=lambda _: kill_soon.start())
-    assert "has ended" in one_line(done)
 
 
 def test_a_worker_that_would_do_something_else_is_refused(cluster, tmp_path):

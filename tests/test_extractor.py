@@ -7,7 +7,6 @@ import math
 import pathlib
 import pickle
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,63 +59,33 @@ def settings(name: str, size=None, **more) -> Config:
 
 
 TINY = {  # timm model -> (image size, grid, C, prefix tokens in timm's sequence; None for a map)
-    "vit_tiny_patch16_224": ((64, 64), (4, 4), 192, 1),
-    "deit_tiny_distilled_patch16_224": ((64, 96), (4, 6), 192, 2),
-    "cait_xxs24_224": ((96, 64), (6, 4), 192, 1),
+    "vit_tiny_patch16_224": ((64, 96), (4, 6), 192, 1),
+    "deit_tiny_distilled_patch16_224": ((64, 64), (4, 4), 192, 2),
     "vit_small_patch14_reg4_dinov2": ((42, 70), (3, 5), 384, 5),
     "resnet18": ((64, 96), (2, 3), 512, None),
-    "convnext_atto": ((96, 64), (3, 2), 320, None),
     "swin_tiny_patch4_window7_224": ((224, 224), (7, 7), 768, None),
 }
 
 
-@pytest.fixture(scope="module", params=TINY)
-def tiny(request):
-    size, grid, channels, prefix = TINY[request.param]
-    backbone = load_backbone(settings(request.param, size))
+@pytest.mark.parametrize("name", TINY)
+def test_tokens_are_timms(name):
+    """The class token and the patch tokens stand in timm's own final features; prefix tokens but the first
+    are dropped. Of a map, its mean and its cells."""
+    size, grid, channels, prefix = TINY[name]
+    backbone = load_backbone(settings(name, size))
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        return SimpleNamespace(
-            backbone=backbone,
-            images=images,
-            tokens=backbone(images),
-            grid=grid,
-            channels=channels,
-            prefix=prefix,
-        )
-
-
-def test_token_shapes(tiny):
-    assert tiny.backbone.grid == tiny.grid and tiny.backbone.n_feat == tiny.channels
-    assert (
-        tiny.tokens.shape == (2, 1 + math.prod(tiny.grid), tiny.channels)
-        and tiny.tokens.dtype == torch.float32
-    )
-    assert (
-        not any(parameter.requires_grad for parameter in tiny.backbone.parameters())
-        and not tiny.backbone.model.training
-    )
-
-
-def test_tokens_are_timms(tiny):
-    """The class token and the patch tokens stand in timm's own final features; prefix tokens but the first
-    are dropped."""
-    with torch.inference_mode():
-        features = tiny.backbone.model.forward_features(tiny.images)
-    if tiny.prefix is None:
-        if features.shape[1] != tiny.channels:
+        tokens, features = backbone(images), backbone.model.forward_features(images)
+    assert backbone.grid == grid and backbone.n_feat == channels and not backbone.model.training
+    assert tokens.shape == (2, 1 + math.prod(grid), channels) and tokens.dtype == torch.float32
+    if prefix is None:
+        if features.shape[1] != channels:
             features = features.permute(0, 3, 1, 2)
-        assert tuple(features.shape[2:]) == tiny.grid
-        for row in range(tiny.grid[0]):
-            for column in range(tiny.grid[1]):
-                assert torch.equal(
-                    tiny.tokens[:, 1 + row * tiny.grid[1] + column], features[:, :, row, column]
-                )
-        assert torch.allclose(tiny.tokens[:, 0], features.mean((2, 3)), atol=1e-5)
+        assert torch.equal(tokens[:, 1:].unflatten(1, grid), features.permute(0, 2, 3, 1))
+        assert torch.allclose(tokens[:, 0], features.mean((2, 3)), atol=1e-5)
     else:
-        assert features.shape[1] == tiny.prefix + math.prod(tiny.grid)
-        assert torch.equal(tiny.tokens[:, 0], features[:, 0])
-        assert torch.equal(tiny.tokens[:, 1:], features[:, tiny.prefix :])
+        assert torch.equal(tokens[:, 0], features[:, 0])
+        assert torch.equal(tokens[:, 1:], features[:, prefix:])
 
 
 NAMED = {  # docs/method.md, section 6: name -> (side of the grid, C, prefix tokens)
@@ -240,63 +209,48 @@ def refused(path, name="vit_tiny_patch16_224") -> str:
 
 
 def test_wrong_weights(tmp_path):
-    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet.pth")
+    """The file is named, and the first tensor that is missing, left over or of another shape."""
+    deeper = timm.create_model("resnet18").state_dict()
+    torch.save(deeper, tmp_path / "resnet.pth")
     assert "resnet.pth" in refused(tmp_path / "resnet.pth")
-    deeper = timm.create_model("resnet18", num_classes=7).state_dict()
     save_file(deeper | {"layer1.2.conv1.weight": torch.zeros(1)}, tmp_path / "deeper.safetensors")
     assert "layer1.2.conv1.weight" in refused(tmp_path / "deeper.safetensors", "resnet18")
     torch.save(timm.create_model("vit_tiny_patch16_224", depth=11).state_dict(), tmp_path / "shallow.pth")
     assert "blocks.11" in refused(tmp_path / "shallow.pth")
-    torch.save(timm.create_model("vit_tiny_patch16_224", embed_dim=96).state_dict(), tmp_path / "narrow.pth")
-    assert "narrow.pth" in refused(tmp_path / "narrow.pth")
     (tmp_path / "garbage.safetensors").write_bytes(b"no weights at all")
     assert "garbage" in refused(tmp_path / "garbage.safetensors")
     assert "nowhere.pth" in refused(tmp_path / "nowhere.pth")
 
 
-@pytest.fixture(scope="module")
-def lite():
-    return load_backbone(settings("efficientnet_lite0", (64, 64), weights_path=None))
-
-
-def test_lite0_takes_the_packages_weights(lite):
-    file = backbones.packaged_weights("efficientnet_lite0")
-    packaged = list(torch.load(file, weights_only=True, map_location="cpu").values())
-    loaded = list(lite.model.state_dict().values())
+def test_lite0_takes_the_packages_weights():
+    loaded = load_backbone(settings("efficientnet_lite0", (64, 64), weights_path=None)).model.state_dict()
+    packaged = torch.load(
+        backbones.packaged_weights("efficientnet_lite0"), weights_only=True, map_location="cpu"
+    )
     assert len(loaded) == len(packaged) == 296
-    assert all(torch.equal(a, b) for a, b in zip(loaded, packaged))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.values(), packaged.values()))
 
 
-def test_make_fast_agrees(lite):
-    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    fresh = load_backbone(settings("efficientnet_lite0", (64, 64), weights_path=None))
-    with torch.inference_mode():
-        wanted = lite(images)
-        got = backbones.speed_up(fresh, CPU, torch.float32)(images)
-    assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_on_any_processor(dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_speed_up_changes_no_tokens(dtype):
+    """Half precision on any processor, too."""
     plain = load_backbone(settings("mobilenetv3_small_050", (32, 32)))
     fast = backbones.speed_up(copy.deepcopy(plain), CPU, dtype)
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         wanted, got = plain(image), fast(image.to(dtype))
+    if dtype == torch.float32:
+        assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max()
     assert torch.nn.functional.cosine_similarity(got, wanted, 2).min() > 0.98
 
 
 # ---------------------------------------------------------------- mistakes
-@pytest.mark.parametrize(
-    "name, told",
-    [
-        ("resnet19", "resnet18"),
-        ("efficientnet_lit0", "efficientnet_lite0"),
-        ("resnet18.no_such_tag", "no_such_tag"),
-    ],
-)
-def test_unknown_model(name, told):
-    with pytest.raises(UserError, match=f"{name}.*{told}|{told}"):
+UNKNOWN = {"resnet19": "resnet18", "efficientnet_lit0": "efficientnet_lite0", "resnet18.no_such": "no_such"}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_unknown_model(name):
+    with pytest.raises(UserError, match=f"{name}.*{UNKNOWN[name]}|{UNKNOWN[name]}"):
         load_backbone(settings(name))
 
 
@@ -306,26 +260,6 @@ def test_unknown_model(name, told):
 def test_image_size_that_does_not_fit(name, size):
     with pytest.raises(UserError, match=f"{size[0]}x{size[1]}"):
         load_backbone(settings(name, size))
-
-
-# ---------------------------------------------------------------- images
-@pytest.mark.parametrize(
-    "old, new", [((20, 28), (48, 80)), ((32, 32), (40, 33)), ((28, 28), (384, 384)), ((9, 5), (9, 7))]
-)
-def test_every_device_resizes_alike(old, new):
-    """What a GPU makes of a picture that grows is what the CPU makes of it, to the last grey level."""
-    images = torch.randint(0, 256, (3, 3, *old), dtype=torch.uint8)
-    got = resizing.resize_like_pillow(images, new)
-    assert torch.equal(got, resizing.resized(images, new).float())
-
-
-def test_stack_rows():
-    small, large = torch.zeros(3, 2, 2), torch.ones(3, 4, 2)
-    stacks = resizing.stack_rows([small, small + 1, large, small])
-    assert [tuple(stack.shape) for stack in stacks] == [(2, 3, 2, 2), (1, 3, 4, 2), (1, 3, 2, 2)]
-    mistake = resizing.Unreadable(1, "broken")
-    assert resizing.stack_rows([small, mistake, small])[1] is mistake
-    assert len(resizing.stack_rows([mistake, mistake])) == 2
 
 
 # ---------------------------------------------------------------- extraction
@@ -345,13 +279,7 @@ def small(folder, **more) -> Config:
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        {"workers": 3, "extract_batch": 2},
-        {"token_grid": "1"},
-        {"token_grid": "compact"},
-        {"precision": "bfloat16"},
-    ],
+    [{}, {"workers": 2, "extract_batch": 2, "token_grid": "compact"}, {"precision": "bfloat16"}],
     ids=str,
 )
 def test_cache_holds_the_backbones_tokens(mixed, options):
@@ -401,34 +329,6 @@ def shards() -> dict[Path, int]:
     return {path: path.stat().st_ino for path in Path("features").glob("resnet18-*/[!.]*/")}
 
 
-def test_work_that_is_stopped_goes_on(mixed, monkeypatch, capsys):
-    """From the last shard that is whole; they are no longer than SHARD_ROWS images or SHARD_SECONDS."""
-    monkeypatch.setattr(storing, "SHARD_ROWS", 3)
-    plain = extraction.Extraction.features
-
-    def features(self, *arguments, **more):
-        done = 0
-        for rows in plain(self, *arguments, **more):
-            if done >= 6:
-                raise OSError(28, "No space left on device")
-            yield rows
-            done += len(rows["tokens"])
-
-    with monkeypatch.context() as stopping:
-        stopping.setattr(extraction.Extraction, "features", features)
-        with pytest.raises(
-            UserError, match="No space left.*: 6 of 16 images are kept in features/.*; then: "
-        ):
-            extractor.ensure_features(small(mixed, extract_batch=2), CPU)
-    before = shards()
-    assert len(before) == 3
-    monkeypatch.setattr(storing, "SHARD_SECONDS", 0.0)
-    cache = extractor.ensure_features(small(mixed, extract_batch=2), CPU)
-    assert "extracting 10 images" in capsys.readouterr().out
-    assert before.items() <= shards().items() and len(shards()) >= 3 + 5, "a shard a batch"
-    assert_rows_of_one_run(cache, small(mixed))
-
-
 def assert_rows_of_one_run(cache, config: Config) -> None:
     whole = extractor.ensure_features(dataclasses.replace(config, feature_path="whole"), CPU)
     for split in SPLITS:
@@ -458,30 +358,6 @@ def test_damage_costs_its_shard_alone(mixed, monkeypatch, capsys):
     capsys.readouterr()
     extractor.main(config)
     assert "all sound" in capsys.readouterr().out
-
-
-def test_a_disk_that_loses_what_was_written_ends_the_work(mixed, monkeypatch):
-    """Instead of training on the rest."""
-    monkeypatch.setattr(storing, "write_shard", lambda *_: None)
-    with pytest.raises(UserError, match="16 of 16 images have no features"):
-        extractor.ensure_features(small(mixed), CPU)
-
-
-def test_an_executor_gives_the_same_features(mixed, monkeypatch, capsys):
-    """Each task, which can be sent anywhere, is a shard; unreadable images are named as by one process."""
-    monkeypatch.setattr(storing, "SHARD_ROWS", 5)
-    (mixed / "test/a/01.png").write_bytes(b"broken")
-
-    class Elsewhere(ThreadPoolExecutor):
-        def submit(self, task, argument):
-            return super().submit(*pickle.loads(pickle.dumps((task, argument))))
-
-    config = small(mixed, unreadable="skip")
-    with Elsewhere(1) as executor:
-        cache = extractor.ensure_features(config, CPU, executor=executor)
-    assert cache.skipped == ["test/a/01.png"] and len(shards()) >= 4
-    assert "extracting 16 images with resnet18 at 32x48 by other processes" in capsys.readouterr().out
-    assert_rows_of_one_run(cache, config)
 
 
 def test_the_disk_is_checked_before_the_backbone_is_built(mixed, monkeypatch):
@@ -524,11 +400,9 @@ def test_with_mirror_an_image_and_its_mirror_image_give_mirrored_features(mixed,
     torch.testing.assert_close(found["bands"], mirrored["bands"], **near)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_features_that_are_not_finite(mixed, tmp_path, workers):
+def test_features_that_are_not_finite(mixed, tmp_path):
     with pytest.raises(UserError, match="finite"):
-        norm = (0.5, 0.5, 0.5, 1e-12, 1e-12, 1e-12)
-        extractor.ensure_features(small(mixed, pixel_norm=norm, workers=workers), CPU)
+        extractor.ensure_features(small(mixed, pixel_norm=(0.5, 0.5, 0.5, 1e-12, 1e-12, 1e-12)), CPU)
     assert not list(tmp_path.glob("features/*/*.npy"))
 
 
@@ -576,17 +450,11 @@ def test_band_depths(name):
 # ---------------------------------------------------------------- the resize by matrices
 @pytest.mark.parametrize(
     "before, after",
-    [
-        ((32, 32), (224, 224)),
-        ((400, 500), (64, 96)),
-        ((90, 40), (40, 90)),
-        ((64, 300), (64, 37)),
-        ((100, 100), (37, 100)),
-    ],
+    [((32, 32), (224, 224)), ((9, 5), (9, 7)), ((400, 500), (64, 96)), ((90, 40), (40, 90))],
 )
 def test_resize_by_matrices_is_pillows(before, after):
-    """Noise, the hardest picture: the very grey levels where a side shrinks; where both grow, at most two
-    off, as on the CPU, and that in few places."""
+    """Noise, the hardest picture: the very grey levels where a side shrinks; where both grow, those of the
+    CPU, at most two off, and that in few places."""
     noise = np.random.RandomState(0).randint(0, 256, (2, *before, 3)).astype(np.uint8)
     wanted = [Image.fromarray(image).resize(after[::-1], Image.Resampling.BICUBIC) for image in noise]
     got = resizing.resize_like_pillow(torch.from_numpy(noise).permute(0, 3, 1, 2), after)
@@ -595,4 +463,8 @@ def test_resize_by_matrices_is_pillows(before, after):
         got.permute(0, 2, 3, 1).numpy() - np.stack([np.asarray(image) for image in wanted]).astype(float)
     )
     shrinks = after[0] < before[0] or after[1] < before[1]
+    if not shrinks:
+        assert torch.equal(got, resizing.resized(torch.from_numpy(noise).permute(0, 3, 1, 2), after).float())
+    if not shrinks:
+        assert torch.equal(got, resizing.resized(torch.from_numpy(noise).permute(0, 3, 1, 2), after).float())
     assert off.max() == 0 if shrinks else off.max() <= 2 and (off > 0).mean() < 0.01

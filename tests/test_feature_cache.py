@@ -1,6 +1,5 @@
 """Stores of features: rows by the images' hashes, all that is refused, and what is noticed of damage."""
 
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ from conftest import ROOT, hashes_of
 
 from cache import shards, store
 from cache.feature_cache import FeatureCache, ImageList
-from cache.shards import CachedArray, Damaged, write_shard
+from cache.shards import write_shard
 from cache.store import Store
 from config import UserError
 from datasets import OTHER, SPLITS, Labels, Split
@@ -85,11 +84,6 @@ def test_round_trip(folder):
     assert (cache.tokens("train").semantic() == rows(IMAGES.hashes["train"])["tokens"][:, 0]).all()
 
 
-def test_a_cache_can_be_sent_to_another_process(folder):
-    sent = pickle.loads(pickle.dumps(cached(folder)))
-    assert (sent.tokens("train")[:] == cached(folder).tokens("train")[:]).all()
-
-
 INDICES = [
     *(slice(None), slice(2, 5), slice(5, 2), slice(None, None, 2), slice(-2, 99), 0, -1),
     *(np.array([6, 0, 6, 3, 2]), np.array([], int), np.array([-1, -7]), np.array([[1, 5], [3, 0]])),
@@ -103,15 +97,6 @@ def test_indexing_is_numpys(folder, index):
     for outside in (np.array([7]), np.array([-8])):
         with pytest.raises(IndexError):
             tokens[outside]
-
-
-def test_copies_and_rows_that_are_there_twice(folder):
-    """An image that two names have has one row; a row that two processes have written does no harm."""
-    add(folder, *IMAGES.all_hashes()[2:5])
-    hashes = {"train": [IMAGES.hashes["train"][0]] * 7, "test": IMAGES.hashes["test"]}
-    copies = cached(folder, ImageList(LABELS, hashes))
-    assert (copies.tokens("train")[:] == row_of(hashes["train"][0])["tokens"]).all()
-    assert (cached(folder).tokens("train")[:] == rows(IMAGES.hashes["train"])["tokens"]).all()
 
 
 def test_images_without_a_row_are_left_out(folder):
@@ -189,16 +174,6 @@ def test_a_store_of_this_format_reads_for_good():
 
 
 # ---------------------------------------------------------------- damage
-def test_damage_is_found_before_a_row_is_used(folder):
-    """Whichever way the rows are read, and of the damaged file alone."""
-    shard = opened(folder).shards[0]
-    flip(shard.files["tokens"].path, 128)
-    cache = cached(folder)
-    for read in (lambda tokens: tokens[:], CachedArray.semantic):
-        with pytest.raises(Damaged, match="checksum differs.*python extractor.py with the same settings"):
-            for split in SPLITS:
-                read(cache.tokens(split))
-    cache.arrays("train")["bands"][:]
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"of": 3}', "[" * 100_000])
@@ -237,18 +212,6 @@ def test_any_flipped_byte_is_found(folder, capsys):
                 assert found.damaged == [path.parent] and len(found.shards) == 2
             path.write_bytes(before)
     assert len(opened(folder).shards) == 3 and not capsys.readouterr().out
-
-
-def test_foreign_files_stay(folder):
-    """Whatever happens to a store, files that the program did not write are left as they are."""
-    mine = [folder / name for name in (".hidden", "thoughts.npy", "tokens.json")]
-    for path in mine:
-        path.write_text("mine")
-    found = opened(folder)
-    assert len(found.shards) == 3
-    found.sweep()
-    found.remove([shard.folder for shard in found.shards])
-    assert sorted(folder.iterdir()) == sorted(mine)
 
 
 # ---------------------------------------------------------------- writing

@@ -9,7 +9,7 @@ from test_report import FOUND, RESULTS, summary_of
 
 import datasets
 from detector import calibration
-from reporting import figures, overlays
+from reporting import figures
 from reporting.findings import Left
 
 
@@ -68,17 +68,6 @@ def test_curves_show_both_losses_and_mark_the_reported_epoch():
     assert training.get_linestyle() == "--" and held.get_linestyle() == "-"
 
 
-def test_methods_stand_beside_each_other():
-    figure = figures.methods(summary_of())
-    axes = figure.axes[0]
-    assert texts_of(figure.legends[0]) == ["flow", "kNN"] and axes.get_title().endswith("seeds 0 1")
-    line, _, (bars,) = axes.containers[0]
-    assert line.get_xdata().tolist() == pytest.approx([0.85, 0.6, 0.725])
-    spans = [np.ptp(segment[:, 0]) / 2 for segment in bars.get_segments()]
-    assert spans == pytest.approx([0.1 / 2**0.5, 0, 0.05 / 2**0.5], abs=1e-9)
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["red, round", "b", "mean"]
-
-
 def test_only_what_there_is_gets_a_picture(tmp_path):
     """No ROC and no bars without test images of both labels."""
     one, both = record([1.0, 2.0], [0, 0]), record([1.0, 2.0], [0, 1])
@@ -98,17 +87,6 @@ def test_names_are_no_formulas(tmp_path):
     summary = summary_of(results, {name: FOUND["b"]})
     figures.save(figures.histogram(kept, None), tmp_path / "h.png")
     assert len(figures.draw_run(summary, {name: kept}, tmp_path)) == 3
-
-
-def test_a_figure_is_whole_or_absent(tmp_path):
-    class Broken:
-        def savefig(self, path, **options):
-            path.write_bytes(b"half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        figures.save(Broken(), tmp_path / "new/roc.png")
-    assert list((tmp_path / "new").iterdir()) == []
 
 
 # ---------------------------------------------------------------- contact sheets
@@ -162,11 +140,3 @@ def test_contact_sheet_shows_the_image_of_each_position(tmp_path, detector):
                 )
                 assert hot > cold
     assert shown[0].shape[1] == 2 * side
-
-
-def test_a_map_is_as_bright_as_it_is_hot():
-    """In units of what its colours span at least: a weak one stays dark."""
-    picture, values = np.zeros((300, 200, 3), np.uint8), np.full((300, 200), 0.5, np.float32)
-    shown = [overlays.overlaid(picture, values, least, 60)[1] for least in (0.0, 0.5, 5.0)]
-    bright = [np.asarray(each.convert("L")).mean() for each in shown]
-    assert bright[0] == bright[1] > 2 * bright[2] and shown[0].size == (40, 60)

@@ -11,9 +11,7 @@ from conftest import make_folder, texture, write_image
 
 import datasets
 import extractor
-import predict
-import train
-from backbone import extraction, storing
+from backbone import storing
 from config import Config, UserError
 from datasets import SPLITS
 
@@ -107,25 +105,6 @@ def test_a_renamed_picture_keeps_its_place(folder, extracted):
     assert extractor.ensure_features(settings(), CPU).meta["content"] != before.meta["content"]
 
 
-def test_pictures_change_and_training_and_predict_go_on(folder, extracted, capsys):
-    """Of 20 normal pictures, one is removed, ten are renamed, three copied, five added."""
-    product = make_folder(Path("good"), classes=("x",), n_train=20, n_test=1, seed=3) / "train/x"
-    config = settings(dataset_path=str(product), fc_internal=16, fusion="none", modelname="before")
-    train.main(config)
-    extracted.clear()
-    files = sorted(product.iterdir())
-    files[0].unlink()
-    for i, file in enumerate(files[1:11]):
-        file.rename(product / f"renamed {9 - i}.png")
-    for file in files[11:14]:
-        shutil.copy(file, product / f"copy of {file.name}")
-    add(product, *(f"new {i}.png" for i in range(5)))
-    train.main(dataclasses.replace(config, modelname="after"))
-    assert sorted(extracted) == [f"new {i}.png" for i in range(5)]
-    assert predict.main(predict.parse_arguments(["runs/after", "images", "--threads", "1"])) == 0
-    assert len(capsys.readouterr().out.splitlines()) > 16
-
-
 def test_unreadable_pictures_are_named_and_left_out_on_request(folder, extracted, capsys):
     """In every run, without trying to extract them again; until they can be read."""
     good = (folder / "train/a/00.png").read_bytes()
@@ -148,18 +127,6 @@ def test_unreadable_pictures_are_named_and_left_out_on_request(folder, extracted
     assert cache.skipped == ["train/a/99.png"] and len(cache.tokens("train")) == 11
 
 
-def test_a_picture_that_changes_while_it_is_extracted_is_no_other_one(folder, monkeypatch):
-    plain = extraction.Extraction.features
-
-    def features(*arguments, **more):
-        write_image(folder / "train/b/00.png", texture(1, np.random.RandomState(5)))
-        yield from plain(*arguments, **more)
-
-    monkeypatch.setattr(extraction.Extraction, "features", features)
-    with pytest.raises(UserError, match="train/b/00.png has changed while its features were extracted"):
-        extractor.ensure_features(settings(), CPU)
-
-
 # ---------------------------------------------------------------- img_size auto
 def test_a_folder_that_grows_keeps_its_size(folder, extracted):
     """The one that its first pictures asked for; of other pictures altogether, with restart, a new one."""
@@ -175,14 +142,6 @@ def test_a_folder_that_grows_keeps_its_size(folder, extracted):
     shutil.rmtree(folder)
     make_folder(folder, classes=("a", "b"), n_train=5, n_test=3, seed=5)
     assert extractor.ensure_features(config, CPU).meta["img_size"] == size != anew
-
-
-def test_the_size_of_features_without_images(folder):
-    size = extractor.ensure_features(settings(img_size="auto"), CPU).meta["img_size"]
-    shutil.rmtree(folder)
-    assert extractor.ensure_features(settings(img_size="auto", pretrained=True), CPU).meta["img_size"] == size
-    with pytest.raises(UserError, match="img_size auto: no features of resnet18 are there"):
-        extractor.ensure_features(settings(img_size="auto", pretrained=True, extractor="resnet18"), CPU)
 
 
 # ---------------------------------------------------------------- restart and prune

@@ -14,7 +14,6 @@ from conftest import PIXELS, write_image
 from PIL import ExifTags, Image, ImageFile
 
 from config import UserError
-from detector import pictures
 from images import images
 from images.pixel_scale import PixelScale
 
@@ -93,12 +92,6 @@ def test_exif_orientation(tmp_path, orientation, ending):
         assert (images.pixels_of(opened) == TURNED).all()
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_leaves_the_pixels(tmp_path):
-    exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0\1"
-    assert (saved(tmp_path / "a.png", PIXELS, exif=exif) == PIXELS).all()
-
-
 # ---------------------------------------------------------------- more than eight bits
 @pytest.mark.parametrize("ending", ["png", "tif"])
 def test_sixteen_bits_are_scaled(tmp_path, ending):
@@ -149,12 +142,6 @@ def test_what_exceeds_the_scale_is_clipped_and_counted(tmp_path):
     assert PixelScale(scale.ranges).beyond() == ""
 
 
-def test_a_set_of_eight_bits_is_not_decoded(tmp_path, monkeypatch, capsys):
-    Image.fromarray(PIXELS).save(tmp_path / "a.png")
-    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
-    assert images.measured([tmp_path / "a.png"]) == {} and capsys.readouterr().err == ""
-
-
 def png(pixels: np.ndarray, exif: bytes = b"") -> bytes:
     """A PNG of 16 bits a colour, which Pillow does not write: (H, W, 3), or 4 with transparency."""
     height, width, colours = pixels.shape
@@ -176,21 +163,6 @@ def test_twelve_bits_of_colour(tmp_path):
         assert (images.pixels_of(opened, scale) == colours).all()
 
 
-def test_colours_of_which_the_upper_bits_are_read_are_told(tmp_path, capsys):
-    (tmp_path / "a.png").write_bytes(png(np.full((2, 2, 4), 4095)))
-    assert images.measured([tmp_path / "a.png"]) == {}
-    assert "of 16 bits a colour the upper 8 are read" in capsys.readouterr().err
-
-
-def test_a_tiff_that_tells_its_bits(tmp_path):
-    """Twelve, though 256 is its largest value."""
-    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 4}
-    fields = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags.items())
-    content = struct.pack("<4sI4sH", b"II*\0", 12, b"\x10\0\0\0", len(tags)) + fields + bytes(4)
-    (tmp_path / "a.tif").write_bytes(content)
-    assert images.measured([tmp_path / "a.tif"]) == {"integer": [0, 4095]}
-
-
 # ---------------------------------------------------------------- what is no picture
 @pytest.mark.parametrize(
     "picture",
@@ -209,14 +181,6 @@ def test_what_is_no_picture_is_refused_in_one_line(picture):
     with pytest.raises(UserError, match="Pillow image") as told:
         images.pixels_of(picture)
     assert "\n" not in str(told.value)
-
-
-def test_one_picture_or_several():
-    array = np.zeros((4, 5, 3), np.uint8)
-    for one in ("a.png", Path("a.png"), None, array, array[..., 0], torch.zeros(2, 4, 5, 3)):
-        assert not pictures.are_several(one)
-    for several in ([array], (), iter(["a.png"]), np.stack([array] * 2)):
-        assert pictures.are_several(several)
 
 
 # ---------------------------------------------------------------- formats
@@ -305,22 +269,6 @@ def test_links(tmp_path):
     counted = Counter()
     assert [p.name for p in images.images_below(tmp_path / "set", counted)] == ["1.png"]
     assert counted == {"no regular file": 1}
-
-
-def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
-    """Pictures must not go missing silently (root may read anything, so the refusal is made up)."""
-    write_image(tmp_path / "a/1.png", PIXELS)
-    (tmp_path / "closed").mkdir()
-    scandir = os.scandir
-
-    def refusing(path):
-        if Path(path).name == "closed":
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refusing)
-    with pytest.raises(UserError, match="closed cannot be read.*Permission denied"):
-        images.images_below(tmp_path)
 
 
 @pytest.mark.parametrize("size", [100, 200_000])

@@ -11,7 +11,7 @@ from conftest import PIXELS, counts, tree, write_image
 from PIL import Image
 
 from config import UserError
-from datasets import SPLITS, ImageSet, labels_of, load_images
+from datasets import SPLITS, ImageSet, load_images
 from images import images, layouts
 
 MVTEC = ("train/good/1.png", "train/good/2.png", "test/good/3.png", "test/scratch/4.png", "test/hole/5.png")
@@ -64,13 +64,6 @@ def test_mvtec(tmp_path):
         }  # fmt: skip
 
 
-def test_btad(tmp_path):
-    """ "ok" for "good", numbers for names, no test images or some."""
-    root = tree(tmp_path, "01/train/ok/0.bmp", "02/train/ok/0.bmp", "01/test/ok/1.bmp", "01/test/ko/2.bmp")
-    found = load_images("BTAD", str(root))
-    assert truth(found, "01") == {"01/test/ok/1.bmp": 0, "01/test/ko/2.bmp": 1} and not truth(found, "02")
-
-
 @pytest.mark.parametrize(
     "name", ["b5_mask.PNG", "B5_Mask.jpg", "B5.tif", "b5_mask.bmp", "B5/a.png", "b5_mask/a.png"]
 )
@@ -109,12 +102,6 @@ def test_folders_of_masks_and_depth_are_no_pictures(tmp_path, capsys):
     tree(root / "test", *(f"{name}/1.png" for name in ("ground_truth", "masks", "depth")))
     labels = load_images("folder", str(root)).labels
     assert sorted(set(labels.test.kind)) == ["", "hole", "scratch"] and len(labels.train.names) == 2
-
-
-def test_a_class_may_be_called_mask(tmp_path):
-    """Where it trains: pictures of people with and without one."""
-    root = tree(tmp_path, *(f"{split}/{name}/1.png" for split in SPLITS for name in ("mask", "none")))
-    assert counts(load_images("folder", str(root)).labels, "test") == {"mask": 1, "none": 1}
 
 
 # ---------------------------------------------------------------- later MVTec sets
@@ -182,13 +169,6 @@ def test_real_iad(tmp_path):
     assert f"{table} cannot be read" in refused("RealIAD", tmp_path)
 
 
-def test_normal_pictures_in_nested_folders(tmp_path):
-    """Real-IAD's: the advice is followed, and taken; masks beside defects are none of them."""
-    real_iad(tmp_path)
-    advice = refused("folder", tmp_path / "realiad_256/jack").split("--dataset_path ")[1]
-    assert load_images("folder", advice).labels.train.names == [f"S0001/jack_1_C{i}.jpg" for i in range(3)]
-
-
 # ---------------------------------------------------------------- a table in a file
 def table(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,17 +211,6 @@ def test_a_table_of_categories(tmp_path):
     assert found.labels.test.kind == ["", "bent", ""]
     table(root / "labels.csv", [*rows, rows[4] | {"label": "screw/good"}])
     assert "expected training pictures of screw" in refused("csv", root)
-
-
-def test_a_table_of_any_layout_says_the_same(tmp_path):
-    root = tree(tmp_path, *(f"bottle/{name}" for name in (*MVTEC, "validation/good/6.png")))
-    write_image(root / "bottle/ground_truth/hole/5_mask.png", MASK)
-    for reader in (layouts.mvtec, layouts.folders):
-        read = layouts.read_table(reader, root if reader is layouts.mvtec else root / "bottle")
-        table(read.root / "labels.csv", [row._asdict() for row in read.rows])
-        again = layouts.read_table(layouts.labels_file, read.root)
-        assert labels_of(again).as_json() == labels_of(read).as_json()
-        assert [row.mask for row in again.rows] == [row.mask for row in read.rows]
 
 
 @pytest.mark.parametrize(
@@ -313,12 +282,6 @@ def test_visa(tmp_path, folder):
     assert [kinds(found)[name] for name in bad] == ["melt,scratch", "anomaly"]
 
 
-def test_visa_converted(tmp_path):
-    """As its authors' script leaves it: MVTec-style categories."""
-    root = tree(tmp_path, *(f"candle/{name}" for name in MVTEC))
-    assert load_images("VisA", str(root)).labels.classes == ("candle",)
-
-
 def test_visa_broken(tmp_path):
     rows = visa(tmp_path)
     (tmp_path / rows[1]["image"]).unlink()
@@ -346,14 +309,6 @@ def test_cats_and_dogs_are_split_alike_in_every_form(tmp_path, pattern):
         assert all(name in n.lower() for n in own)
         assert [int(re.findall("[0-9]+", n)[-1]) for n in own] == held
     assert counts(labels, "train") == {"cat": 12, "dog": 12}
-
-
-def test_the_stated_split():
-    """12,500 of each class: 10,000 and 2,500, fixed for good."""
-    rows = layouts.split_by_rule([Path(f"cat.{i}.jpg") for i in reversed(range(12_500))], "cat")
-    first = np.random.RandomState(0).permutation(12_500)[10_000:]
-    assert [r.path.name for r in rows if r.split == "test"] == [f"cat.{i}.jpg" for i in sorted(first)]
-    assert len(rows) == 12_500
 
 
 @pytest.mark.parametrize("folder", ["", "Magnetic-tile-defect-datasets.-master/"])

@@ -118,17 +118,6 @@ def test_same_run_same_results(run_folder, again):
             assert first["result"][metric] == second["result"][metric]
 
 
-def test_train_script_is_one_class_of_main(again, texture_folder):
-    again(class_name="leaf")
-    train.main(whole(texture_folder, class_name="leaf", modelname="single"))
-    records = [
-        json.loads(Path(f"runs/{name}/classes/leaf-seed0.json").read_text()) for name in ("run", "single")
-    ]
-    assert records[0]["test"] == records[1]["test"]
-    with pytest.raises(UserError, match="class_name"):
-        train.main(whole(texture_folder))
-
-
 def test_a_run_goes_on_where_it_ended(again, monkeypatch):
     seen, real = [], train.make_trainer
     monkeypatch.setattr(train, "make_trainer", lambda *of: (seen.append(of[2:4]), real(*of))[1])

@@ -21,17 +21,6 @@ def test_sizes_beyond_the_machine(cache):
         make(cache, fc_internal=10**6)
 
 
-def test_batch_beyond_the_machine(cache, monkeypatch):
-    """What a batch takes is counted, though the detector itself would fit."""
-    config = settings(batch_size=40)
-    need = memory.FLOAT * 4 * memory.detector_floats(config, cache.meta)
-    monkeypatch.setattr(utils, "available_memory", lambda: need + 1000)
-    with pytest.raises(UserError, match="batches of 40.*batch_size"):
-        make(cache, batch_size=40)
-    monkeypatch.setattr(utils, "available_memory", lambda: 100 * need)
-    make(cache, batch_size=10**7)  # no batch is larger than the class
-
-
 @pytest.mark.parametrize("fusion", ["class_attention", "hilo", "none"])
 @pytest.mark.parametrize("more", [{}, {"fc_internal": 8}, JOINED], ids=str)
 def test_estimate_is_near_what_is_built(cache, fusion, more):

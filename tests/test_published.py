@@ -6,7 +6,6 @@ import hashlib
 import io
 import pickle
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -132,19 +131,6 @@ def test_fine_classes(tmp_path, monkeypatch):
     assert len({datasets.name_of(config) for config in configs}) == 2
 
 
-def test_superclasses():
-    """Five classes in each, and a few that anybody can place."""
-    assert np.bincount(published.SUPERCLASS_OF).tolist() == [5] * 20
-    wanted = {0: "fruit_and_vegetables", 1: "fish", 2: "people", 3: "large_carnivores", 8: "vehicles_1"}
-    wanted |= {
-        21: "large_omnivores_and_herbivores",
-        41: "vehicles_2",
-        96: "trees",
-        99: "non-insect_invertebrates",
-    }
-    assert {i: published.SUPERCLASSES[published.SUPERCLASS_OF[i]] for i in wanted} == wanted
-
-
 @every_set
 def test_an_archive_that_lies_there_is_unpacked(tmp_path, monkeypatch, dataset):
     """Without a network."""
@@ -211,29 +197,3 @@ def test_a_file_that_is_missing_or_cut_off(tmp_path, monkeypatch, dataset):
         (tmp_path / name).unlink()
         with pytest.raises(UserError, match=dataset):
             load_images(dataset, str(tmp_path))
-
-
-@pytest.mark.skipif(not hasattr(utils.socket, "AF_INET"), reason="no network stack")
-def test_reachable(monkeypatch):
-    """A port that listens, one that does not, a name that does not resolve in time; a proxy is asked
-    instead."""
-    monkeypatch.undo()
-    for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    with utils.socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        assert utils.reachable(f"http://127.0.0.1:{port}/x")
-        monkeypatch.setenv("https_proxy", f"127.0.0.1:{port}")
-        assert utils.reachable("https://nowhere.invalid/x")
-        monkeypatch.setenv("no_proxy", "nowhere.invalid")
-        assert not utils.reachable("https://nowhere.invalid/x", 0.5)
-    assert not utils.reachable(f"http://127.0.0.1:{port}/x", 0.5)
-
-    def slow(*_, **__):
-        time.sleep(0.5)
-        raise OSError
-
-    monkeypatch.setattr(utils.socket, "create_connection", slow)
-    start = time.monotonic()
-    assert not utils.reachable("http://127.0.0.1/", 0.1) and time.monotonic() - start < 0.4

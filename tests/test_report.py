@@ -156,39 +156,12 @@ def test_undefined_is_null_with_its_reason(tmp_path, more, reason):
     assert report.terminal_table(kept) == text, "read again it is the same"
 
 
-def test_thresholds_are_what_normal_images_alone_give():
-    summary = summary_of([undefined("a", n_test=0)], {"a": {"thresholds": LINE}})
-    text = report.terminal_table(summary)
-    assert " ".join(text.splitlines()[2].split()) == "a 1.25 10.0% 1.0% to 30.0% 9"
-    assert "no AUROC (no test images): a." in text and "oracle" not in text
-    assert "| a | 1.25 | 10.0% | 1.0% to 30.0% | 9 |" in report.as_markdown(summary)
-
-
-def test_a_class_may_be_called_mean():
-    found = {"mean": simple(kNN=0.9), "b": simple(kNN=0.5)}
-    rows = report.table_rows(summary_of([result("mean", 0, 0.9), result("b", 0, 0.6)], found))
-    assert [row["auroc"] for row in rows] == [0.9, 0.6, 0.75] and [row["kNN"] for row in rows] == [
-        0.9,
-        0.5,
-        0.7,
-    ]
-
-
 def test_the_mean_of_a_detector_is_over_all_classes_or_none():
     """One that only an easy class has is not the best of all."""
     found = {"easy": simple(kNN=0.97, PaDiM=0.99), "hard": simple(kNN=0.6)}
     easy, _, mean = report.table_rows(summary_of([result("easy", 0, 0.9), result("hard", 0, 0.7)], found))
     assert (mean["best_simple"], mean["best_simple_auroc"]) == ("kNN", pytest.approx(0.785))
     assert (easy["best_simple"], easy["best_simple_auroc"]) == ("PaDiM", 0.99)
-
-
-def test_terminal_table_fits():
-    """Long names, several seeds: 100 columns, and nothing of the names' ends lost."""
-    long = "large_man-made_outdoor_things_and_more_of_them"
-    results = [result(long, seed, 0.5 + seed / 10) for seed in (0, 1)] + RESULTS
-    lines = report.terminal_table(summary_of(results, FOUND | {long: simple(kNN=0.7)})).splitlines()
-    assert max(map(len, lines)) <= 100
-    assert lines[2].startswith("large_man-m") and "_of_them " in lines[2] and "…" in lines[2]
 
 
 def test_auroc_of_each_kind_of_defect():

@@ -10,7 +10,6 @@ import torch
 from conftest import write_image
 
 import datasets
-import extractor
 import predict
 import train
 from backbone.identity import size_for, size_in_shape
@@ -95,19 +94,6 @@ def test_size_in_the_pictures_shape(sizes, pixels, size):
     assert size_in_shape(np.array(sizes), pixels, (224, 224), 32, 5) == size
 
 
-def test_a_few_pictures_of_all_parts_are_measured_and_unreadable_ones_passed_over(tmp_path):
-    for name in "abc":
-        for i in range(5):
-            write_image(tmp_path / f"train/{name}/{i}.png", np.zeros((10 + ord(name), 20, 3), np.uint8))
-    (tmp_path / "train/b/2.png").write_bytes(b"")
-    found = datasets.load_images("folder", str(tmp_path))
-    assert {name: len(own) for name, own in found.sizes(100).items()} == {"a": 5, "b": 4, "c": 5}
-    assert found.sizes(3) == {"a": [(10 + ord("a"), 20)], "c": [(10 + ord("c"), 20)]}
-    digits = datasets.load_images("digits", None).sizes(100)
-    assert {size for own in digits.values() for size in own} == {(8, 8)}
-    assert sum(map(len, digits.values())) == 100
-
-
 def test_classes_of_another_shape_are_told(tmp_path, capsys):
     """Two long and one square class: the square one is squeezed, and said to be."""
     for name, width in (("belt", 40), ("board", 100), ("rail", 110)):
@@ -137,14 +123,6 @@ def test_small_images_are_enlarged_for_a_cnn_alone(tmp_path):
 
 
 # ---------------------------------------------------------------- extraction
-def test_features_are_those_of_the_size_named(folder, capsys):
-    """The training pictures decide; who names their size finds the same features."""
-    auto = extractor.ensure_features(settings(**PLACES), CPU)
-    assert "at 96x288" in capsys.readouterr().out and "96x288" in auto.folder.name
-    named = extractor.ensure_features(settings(**PLACES, img_size=SIZE), CPU)
-    assert named.meta == auto.meta and "reusing" in capsys.readouterr().out
-    assert tuple(auto.meta["img_size"]) == SIZE and auto.meta["grid"] == [3, 9]
-    assert tuple(auto.meta["place_grid"]) == (3, 10) and auto.shapes["places"][0] == 30
 
 
 def test_a_backbone_of_one_size_keeps_it(folder, capsys):
