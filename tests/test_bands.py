@@ -40,16 +40,6 @@ def test_rings_are_the_energy_of_scipys_dct(rings):
             assert np.allclose(token[:, place], wanted, rtol=1e-4), (depth, ring)
 
 
-def test_no_energy_is_lost():
-    """Mean and rings together hold the mean square of a map (Parseval)."""
-    bands, two = Bands(3, 0.0), maps()
-    token = bands.measure(two)
-    for depth, features in enumerate(two):
-        places = bands.columns(CHANNELS, bands.statistics[:-1], range(depth, depth + 1))
-        energy = sum(token[:, place].square() for place in places)
-        assert torch.allclose(energy, features.square().mean((2, 3)), rtol=1e-4)
-
-
 def test_peak_is_the_largest_local_energy():
     flat = torch.zeros(1, 1, 9, 9)
     flat[0, 0, 4, 4] = 9.0

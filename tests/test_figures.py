@@ -47,14 +47,6 @@ def test_histogram_counts_every_score(far):
         assert (middle < line.get_xdata()[0]) == left
 
 
-def test_histogram_of_held_out_images_where_there_is_no_test():
-    kept = record([], [], held_out_scores=[0.0, 1.0, 2.0])
-    first, limit = texts_of(figures.histogram(kept, threshold([0, 1, 2])).legends[0])
-    assert first.startswith("held-out normal: 3 images") and limit.startswith("threshold")
-    same = figures.histogram(record([1.0, 1.0], [0, 0]), None)
-    assert texts_of(same.legends[0]) == ["normal: 2 images"] and not same.axes[0].lines
-
-
 def test_curves_show_both_losses_and_mark_the_reported_epoch():
     kept = record([0.0], [0])
     kept["history"] = [entry | {"held_out_loss": 2.0} for entry in kept["history"]]

@@ -54,13 +54,8 @@ def test_transparent_is_white(tmp_path):
     palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
     palette.putpalette([9, 8, 7, 30, 60, 90])
     assert saved(tmp_path / "c.png", palette, transparency=0)[0].tolist() == [[255] * 3, [30, 60, 90]]
-    assert saved(tmp_path / "d.png", palette)[0].tolist() == [[9, 8, 7], [30, 60, 90]]
-
-
-def test_a_picture_that_is_transparent_everywhere_is_opaque(tmp_path):
-    """A camera's unused fourth byte: white would hide all of it."""
-    bgrx = np.dstack([GENERATOR.randint(0, 256, (4, 5, 3)), np.zeros((4, 5))]).astype(np.uint8)
-    assert (saved(tmp_path / "a.png", bgrx) == bgrx[..., :3]).all()
+    bgrx = np.dstack([PIXELS, np.zeros((5, 4), np.uint8)])
+    assert (saved(tmp_path / "d.png", bgrx) == PIXELS).all(), "everywhere: a camera's unused fourth byte"
 
 
 TURNED = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10
@@ -83,21 +78,16 @@ def turned(orientation: int) -> Image.Exif:
 
 
 @pytest.mark.parametrize("orientation", STORED)
-@pytest.mark.parametrize("ending", ["png", "tif", "webp"])
-def test_exif_orientation(tmp_path, orientation, ending):
-    options = {"lossless": True} if ending == "webp" else {}
+def test_exif_orientation(tmp_path, orientation):
+    """Of a file and of Pillow's image."""
     pixels = np.ascontiguousarray(STORED[orientation])
-    assert (saved(tmp_path / f"a.{ending}", pixels, exif=turned(orientation), **options) == TURNED).all()
-    with Image.open(tmp_path / f"a.{ending}") as opened:
-        assert (images.pixels_of(opened) == TURNED).all()
+    for ending in ("png", "tif"):
+        assert (saved(tmp_path / f"a.{ending}", pixels, exif=turned(orientation)) == TURNED).all()
+        with Image.open(tmp_path / f"a.{ending}") as opened:
+            assert (images.pixels_of(opened) == TURNED).all()
 
 
 # ---------------------------------------------------------------- more than eight bits
-@pytest.mark.parametrize("ending", ["png", "tif"])
-def test_sixteen_bits_are_scaled(tmp_path, ending):
-    """And turned as any other picture."""
-    pixels = saved(tmp_path / f"a.{ending}", np.ascontiguousarray(RAMP[::-1, ::-1]), exif=turned(3))
-    assert (pixels == np.round(RAMP / 257).astype(np.uint8)[..., None]).all()
 
 
 def in_set(folder: Path, *several: np.ndarray) -> tuple[list[np.ndarray], PixelScale]:
@@ -109,7 +99,7 @@ def in_set(folder: Path, *several: np.ndarray) -> tuple[list[np.ndarray], PixelS
     return [images.read_image(name, scale)[..., 0] for name in names], scale
 
 
-@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])  # of a file of 16
+@pytest.mark.parametrize("bits", [8, 12, 16])  # of a file of 16
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
 def test_the_same_grain_in_any_number_of_bits(tmp_path, capsys, bits, kind):
     """Of a 16-bit file, of whole numbers, of floats: the scale is the data set's, and said."""
@@ -167,13 +157,10 @@ def test_twelve_bits_of_colour(tmp_path):
 @pytest.mark.parametrize(
     "picture",
     [
-        None,
         torch.zeros(4, 5, 3, dtype=torch.uint8),
         np.zeros((4, 5, 3), np.float32),
         np.zeros((3, 4, 5), np.uint8),
-        np.zeros((0, 5, 3), np.uint8),
         Image.fromarray(np.full((4, 5), np.nan, np.float32)),
-        Image.new("RGB", (0, 0)),
     ],
     ids=lambda picture: f"{type(picture).__name__}-{getattr(picture, 'dtype', '')}",
 )
@@ -216,7 +203,7 @@ def test_truncated_files_are_refused_by_name(tmp_path, ending):
     path = tmp_path / f"cut.{ending}"
     saved(path, NOISE)
     content = path.read_bytes()
-    for share in (0, *np.linspace(0.02, 0.9, 8)):
+    for share in (0, 0.02, 0.3, 0.6, 0.9):
         path.write_bytes(content[: int(share * len(content))])
         with pytest.raises(UserError, match="cut"):
             images.read_image(path)
@@ -271,17 +258,16 @@ def test_links(tmp_path):
     assert counted == {"no regular file": 1}
 
 
-@pytest.mark.parametrize("size", [100, 200_000])
-def test_content_hash(tmp_path, size):
+def test_content_hash(tmp_path):
     """Any other byte is noticed, at once and with the same size; place and time are not."""
-    content = bytearray(GENERATOR.bytes(size))
+    content = bytearray(GENERATOR.bytes(200_000))
     path, copy = tmp_path / "a.png", tmp_path / "deep.png"
     path.write_bytes(content)
     before = images.content_hash(path)
     copy.write_bytes(content)
     os.utime(copy, (1, 1))
     assert images.content_hash(copy) == before and len(before) == 32
-    for place in (0, size // 2, size - 1):
+    for place in (0, 100_000, -1):
         changed = bytearray(content)
         changed[place] ^= 1
         copy.write_bytes(changed)

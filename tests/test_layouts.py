@@ -64,9 +64,7 @@ def test_mvtec(tmp_path):
         }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", ["b5_mask.PNG", "B5_Mask.jpg", "B5.tif", "b5_mask.bmp", "B5/a.png", "b5_mask/a.png"]
-)
+@pytest.mark.parametrize("name", ["b5_mask.PNG", "B5.tif", "B5/a.png"])
 @pytest.mark.parametrize("place", ["ground_truth/hole", "Masks/Hole", "test/hole/gt"])
 def test_masks_are_found_in_any_case_format_and_place(tmp_path, place, name):
     root = tree(tmp_path / "bottle", "train/good/1.png", "test/hole/B5.png", "test/hole/deep/6.png")
@@ -268,9 +266,8 @@ def visa(root: Path) -> list[dict[str, str]]:
     return rows
 
 
-@pytest.mark.parametrize("folder", ["", "VisA_20220922"])
-def test_visa(tmp_path, folder):
-    rows = visa(tmp_path / folder)
+def test_visa(tmp_path):
+    rows = visa(tmp_path / "VisA_20220922")
     found = load_images("VisA", str(tmp_path))
     assert found.labels.classes == ("candle", "pcb1") and found.labels.per_category
     for split in SPLITS:
@@ -280,20 +277,6 @@ def test_visa(tmp_path, folder):
     assert truth(found, "pcb1") == {bad[1]: 1, "pcb1/Data/Images/Normal/0002.JPG": 0}
     assert marked(found) == dict.fromkeys(bad, True)
     assert [kinds(found)[name] for name in bad] == ["melt,scratch", "anomaly"]
-
-
-def test_visa_broken(tmp_path):
-    rows = visa(tmp_path)
-    (tmp_path / rows[1]["image"]).unlink()
-    line = refused("VisA", tmp_path)
-    assert rows[1]["image"] in line and "0 others of its 8" in line
-    write_image(tmp_path / rows[1]["image"], PIXELS)
-    where = tmp_path / "split_csv/1cls.csv"
-    for content in (where.read_bytes()[:-40], b"", b"\xff\xfe\0", b"image\nx\n"):
-        where.write_bytes(content)
-        assert str(where) in refused("VisA", tmp_path)
-    table(where, [row | {"image": row["image"].replace("/", "\\\\")} for row in rows])
-    assert load_images("VisA", str(tmp_path)).labels.count() == 8, "as Windows names its folders"
 
 
 # ---------------------------------------------------------------- cats and dogs, magnetic tiles
@@ -311,8 +294,8 @@ def test_cats_and_dogs_are_split_alike_in_every_form(tmp_path, pattern):
     assert counts(labels, "train") == {"cat": 12, "dog": 12}
 
 
-@pytest.mark.parametrize("folder", ["", "Magnetic-tile-defect-datasets.-master/"])
-def test_magnetic_tiles(tmp_path, folder):
+def test_magnetic_tiles(tmp_path):
+    folder = "Magnetic-tile-defect-datasets.-master/"
     free = [f"{folder}MT_Free/Imgs/exp1_num_{i}.jpg" for i in range(10)]
     bad = [f"{folder}MT_{kind}/Imgs/exp1_num_{i}.jpg" for kind in ("Blowhole", "Crack") for i in (3, 4)]
     root = tree(tmp_path, *free, *bad, f"{folder}Other/1.jpg")

