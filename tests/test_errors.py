@@ -12,9 +12,6 @@ import numpy as np
 import pytest
 from conftest import write_image
 
-import config as knobs
-import datasets
-import utils
 from shell.command_line import from_command_line, run_script
 
 pytestmark = pytest.mark.slow
@@ -72,15 +69,6 @@ def test_mistakes(run_here, tmp_path, tmp_path_factory, script, given, told):
         write_image(few / name, np.full((8, 8, 3), gray, np.uint8))
     assert re.search(told, one_line(run_here(script, *SMALL, *given.format(few=few).split())))
     assert not list(tmp_path.iterdir()) or "{few}" in given, "nothing is left behind"
-
-
-@pytest.mark.parametrize("dataset", sorted(set(knobs.DATASETS) - {"digits"}))
-def test_data_sets_that_are_not_there(run_here, tmp_path, monkeypatch, dataset):
-    """Each says the path and what was looked for, at once, and leaves no folder behind."""
-    monkeypatch.setattr(utils, "reachable", lambda url: False)
-    line = one_line(run_here("extractor.py", "--dataset", dataset, *SMALL))
-    assert f"{tmp_path}/data/{datasets.collection(dataset)} is not there" in line and "expected" in line
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("script", ["main.py", "train.py", "extractor.py"])

@@ -48,20 +48,58 @@ def marked(found: ImageSet) -> dict[str, bool]:
 
 
 # ---------------------------------------------------------------- MVTec-style
-def test_mvtec(tmp_path):
-    """Categories, one of them alone, or the only folder that holds them; what is no category is left out."""
+LAYOUTS = {  # data set, a mask, {picture of a category: what it is, nothing where it is left out}
+    "MVTec": ("mvtec", "ground_truth/hole/5_mask.png", {
+        "train/good/1.png": "train", "train/dent/2.png": "", "test/good/3.png": "normal",
+        "test/scratch/4.png": "scratch", "test/hole/5.png": "hole, masked",
+    }),
+    "BTAD": ("BTAD", "ground_truth/ko/2.png", {
+        "train/ok/0.bmp": "train", "test/ok/1.bmp": "normal", "test/ko/2.bmp": "ko, masked",
+    }),
+    "MVTec AD 2": ("mvtec", "test_public/ground_truth/bad/3_mask.png", {
+        "train/good/0.png": "train", "validation/good/1.png": "held out", "test_private/4.png": "",
+        "test_public/good/2.png": "normal", "test_public/bad/3.png": "bad, masked",
+    }),
+    "MVTec LOCO": ("mvtec", "ground_truth/logical/0/0.png", {
+        "train/good/0.png": "train", "validation/good/1.png": "held out",
+        "test/good/0.png": "normal", "test/logical/0.png": "logical, masked",
+    }),
+    "MVTec 3D-AD": ("mvtec", "test/hole/gt/0.png", {
+        "train/good/rgb/0.png": "train", "validation/good/rgb/0.png": "held out",
+        "test/good/rgb/0.png": "normal", "test/hole/rgb/0.png": "hole, masked", "test/hole/xyz/0.tiff": "",
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_each_picture_of_a_layout_is(tmp_path, layout):
+    dataset, mask, pictures = LAYOUTS[layout]
+    tree(tmp_path, *(f"01/{name}" for name in pictures), "other/train/good/1.png", "licence/1.png")
+    write_image(tmp_path / "01" / mask, MASK)
+    found = load_images(dataset, str(tmp_path))
+    rows, tested, anomalous = found.labels.one_class("01")
+    train, test = found.labels.train, found.labels.test
+    told = {train.names[i]: "held out" if train.held[i] else "train" for i in rows}
+    for i, odd in zip(tested, anomalous):
+        masked = ", masked" if found.mask(i) is not None else ""
+        told[test.names[i]] = (test.kind[i] if odd else "normal") + masked
+    assert told == {f"01/{name}": meaning for name, meaning in pictures.items() if meaning}
+
+
+def test_mvtec_categories(tmp_path):
+    """All, one of them alone, or the only folder that holds them."""
     for category in ("bottle", "cable"):
-        tree(tmp_path / "sets" / category, *MVTEC, "train/dent/6.png")
-    tree(tmp_path / "sets", "licence/1.png")
-    for root, before in ((tmp_path, "sets/"), (tmp_path / "sets", ""), (tmp_path / "sets/bottle", None)):
-        found = load_images("mvtec", str(root))
-        assert found.labels.classes == (("bottle", "cable") if before is not None else ("bottle",))
-        start = "" if before is None else f"{before}bottle/"
-        normal = [found.labels.train.names[i] for i in found.labels.one_class("bottle")[0]]
-        assert normal == [f"{start}train/good/{i}.png" for i in (1, 2)], "no defects train"
-        assert truth(found, "bottle") == {
-            f"{start}test/good/3.png": 0, f"{start}test/hole/5.png": 1, f"{start}test/scratch/4.png": 1,
-        }  # fmt: skip
+        tree(tmp_path / "sets" / category, *MVTEC)
+    for root in (tmp_path, tmp_path / "sets"):
+        assert load_images("mvtec", str(root)).labels.classes == ("bottle", "cable")
+    assert load_images("mvtec", str(tmp_path / "sets/bottle")).labels.classes == ("bottle",)
+
+
+def test_what_any_mask_of_a_picture_marks_is_marked(tmp_path):
+    root = tree(tmp_path, "juice/train/good/0.png", "juice/test/bad/0.png")
+    for i in range(2):
+        write_image(root / f"juice/ground_truth/bad/0/{i}.png", np.roll(MASK, i, 1))
+    assert load_images("mvtec", str(root)).mask(0)[0].tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize("name", ["b5_mask.PNG", "B5.tif", "B5/a.png"])
@@ -100,45 +138,6 @@ def test_folders_of_masks_and_depth_are_no_pictures(tmp_path, capsys):
     tree(root / "test", *(f"{name}/1.png" for name in ("ground_truth", "masks", "depth")))
     labels = load_images("folder", str(root)).labels
     assert sorted(set(labels.test.kind)) == ["", "hole", "scratch"] and len(labels.train.names) == 2
-
-
-# ---------------------------------------------------------------- later MVTec sets
-def test_mvtec_ad_2(tmp_path, capsys):
-    """validation is held out, test_public is tested, with its masks; the private tests have no labels."""
-    names = ("train/good/0.png", "validation/good/1.png", "test_public/good/2.png", "test_public/bad/3.png")
-    root = tree(tmp_path, *(f"can/{name}" for name in (*names, "test_private/4.png")))
-    write_image(root / "can/test_public/ground_truth/bad/3_mask.png", MASK)
-    found = load_images("mvtec", str(root))
-    assert found.labels.train.names == ["can/train/good/0.png", "can/validation/good/1.png"]
-    assert found.labels.train.held.tolist() == [False, True] and not found.labels.test.held.any()
-    assert truth(found, "can") == {f"can/{names[3]}": 1, f"can/{names[2]}": 0}
-    assert marked(found) == {f"can/{names[3]}": True} and capsys.readouterr().err == ""
-
-
-def test_mvtec_loco(tmp_path):
-    """A folder of masks for each picture: what is marked in any of them is."""
-    names = ("train/good/0.png", "validation/good/1.png", "test/good/0.png", "test/logical_anomalies/0.png")
-    root = tree(tmp_path, *(f"juice_bottle/{name}" for name in names))
-    for i in range(2):
-        mask = np.roll(MASK, i, 1)
-        write_image(root / f"juice_bottle/ground_truth/logical_anomalies/0/{i}.png", mask)
-    found = load_images("mvtec", str(root))
-    assert found.labels.train.held.tolist() == [False, True]
-    assert found.labels.test.kind == ["", "logical_anomalies"]
-    assert found.mask(0) is None and found.mask(1)[0].tolist() == [False, False, True, True]
-
-
-def test_mvtec_3d_ad(tmp_path):
-    """The colour pictures alone; a mask lies beside them, depth is not read."""
-    places = ("train/good", "validation/good", "test/good", "test/hole")
-    root = tree(tmp_path, *(f"bagel/{place}/rgb/0.png" for place in places))
-    for place in places:
-        write_image(root / f"bagel/{place}/gt/0.png", MASK * ("hole" in place))
-        (root / f"bagel/{place}/xyz").mkdir()
-        (root / f"bagel/{place}/xyz/0.tiff").write_bytes(b"three floats a pixel, which Pillow cannot read")
-    found = load_images("mvtec", str(root))
-    assert kinds(found) == {"bagel/test/good/rgb/0.png": "", "bagel/test/hole/rgb/0.png": "hole"}
-    assert found.labels.count() == 4 and marked(found) == {"bagel/test/hole/rgb/0.png": True}
 
 
 # ---------------------------------------------------------------- Real-IAD
