@@ -79,14 +79,11 @@ def test_compare_pairs_each_class(tmp_path):
         ({"images": IMAGES | {"image_list": "other"}}, "other test images or precision"),
         ({"images": IMAGES | {"precision": "bfloat16"}}, "other test images or precision"),
         ({"seed": 1}, "no seed in common"),
-        ({}, "no scores of seed 0"),
     ],
 )
 def test_what_cannot_be_paired_is_told(tmp_path, change, told):
     write_run(tmp_path, "a", {"x": scores_of(1.0)})
     folder = write_run(tmp_path, "b", {"x": scores_of(1.0)}, **change)
-    if not change:
-        (folder / "classes/x-seed0.json").write_text("{}")
     lines = lines_of(compare.compare("a", str(folder), tmp_path))
     assert lines["x"].endswith(told) and lines["mean"].endswith("-")
 
@@ -98,17 +95,11 @@ def test_runs_that_are_not_there(tmp_path):
         compare.find_run("c", tmp_path)
     with pytest.raises(UserError, match="no class in common"):
         compare.compare("a", "b", tmp_path)
-    with pytest.raises(UserError, match="no runs in"):
-        compare.list_runs(tmp_path / "elsewhere")
-    (tmp_path / "a/results.json").write_text("{}")
-    with pytest.raises(UserError, match="run main.py again"):
-        compare.compare("a", "b", tmp_path)
 
 
 def test_script(tmp_path):
     write_run(tmp_path / "runs", "one", {"x": scores_of(1.0)})
     for names, told in (((), "data set"), (("one",), "FPR95"), (("one", "one"), "+0.0000")):
         assert told in script("report.py", *names, cwd=tmp_path).stdout
-    for names, told in ((("two",), "'two'"), (("a", "b", "c"), "two runs at most")):
-        done = script("report.py", *names, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and told in done.stderr
+    done = script("report.py", "two", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'two'" in done.stderr

@@ -1,7 +1,6 @@
 """Labels of own pictures, and what labels and images are known by."""
 
 import dataclasses
-import json
 import shutil
 import unicodedata
 
@@ -15,7 +14,7 @@ from sklearn.datasets import load_digits
 import datasets
 import extractor
 from config import Config, UserError
-from datasets import OTHER, SPLITS, Labels, Split, choose_classes, load_images
+from datasets import SPLITS, Labels, choose_classes, load_images
 from detector import class_data
 from images.images import note_once, read_image
 
@@ -130,19 +129,6 @@ def test_a_split_without_images(tmp_path):
 
 
 # ---------------------------------------------------------------- what labels and images are known by
-def test_labels_as_json():
-    split = Split.of(["a", "b"], [0, OTHER], [False, True], ["", "dent"], [True, False])
-    content = Labels(("x",), split, Split.of([], []), True).as_json()
-    again = Labels.from_json(json.loads(json.dumps(content)))
-    assert again.as_json() == content and again.train.kind == ["", "dent"]
-    assert again.train.category.dtype == np.int64 and again.train.held.tolist() == [True, False]
-    for name in ("kind", "held"):  # lists of before have none
-        del content["train"][name]
-    assert Labels.from_json(content).train.kind == ["", ""]
-    assert not Labels.from_json(content).train.held.any()
-    for other in ({}, content | {"train": {"names": []}}, content | {"test": None}):
-        with pytest.raises(UserError):
-            Labels.from_json(other)
 
 
 def test_what_a_data_set_holds_out_does_not_train(cache):
@@ -185,15 +171,3 @@ def test_every_script_tells_of_the_same_picture_twice(tmp_path, capsys, monkeypa
     config = Config(dataset="folder", dataset_path=str(root), device="cpu", threads=1, **options)
     extractor.ensure_features(config, torch.device("cpu"))
     assert "note: the same picture twice: 1 in train and test, 0 under" in capsys.readouterr().err
-
-
-def test_listed_images_are_those_of_both_splits(texture_folder):
-    whole, chosen = load_images("folder", str(texture_folder)), [("test", 5), ("train", 0), ("train", 9)]
-    names = [(split, whole.labels.split(split).names[i]) for split, i in chosen]
-    listed = whole.listed(names)
-    assert listed.labels.train.names == [name for _, name in names]
-    for row, image in enumerate(chosen):
-        assert (listed.read("train", row) == whole.read(*image)).all()
-        assert listed.identify("train", row) == whole.identify(*image)
-    with pytest.raises(UserError, match="train/sky/x.png has gone"):
-        whole.listed([("train", "train/sky/x.png")])

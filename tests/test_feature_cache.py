@@ -163,20 +163,6 @@ def test_a_store_of_this_format_reads_for_good():
 # ---------------------------------------------------------------- damage
 
 
-@pytest.mark.parametrize("text", [None, '{"of": 3}'])
-@pytest.mark.parametrize("name", [shards.RECORD, "bands.npy"])
-def test_files_that_are_gone_or_of_other_content(folder, name, text, capsys):
-    """Seen at once; what is then missing are the shard's own images."""
-    path = next(path for path in files_of(folder) if path.name == name)
-    path.unlink() if text is None else path.write_text(text)
-    found = opened(folder)
-    assert found.damaged == [path.parent] and name in capsys.readouterr().out
-    missing = set(IMAGES.all_hashes()) - {image for shard in found.shards for image in shard.images}
-    assert 0 < (found.find(IMAGES.all_hashes())[0] < 0).sum() == len(missing)
-    found.remove(found.damaged)
-    assert not opened(folder).damaged and not path.parent.exists()
-
-
 def test_any_flipped_byte_is_found(folder, capsys):
     """At once, or, of rows, before one is used; what is then missing are the shard's own images."""
     for path in files_of(folder):

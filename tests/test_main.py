@@ -10,7 +10,6 @@ from conftest import make_folder, script
 
 import config as knobs
 import main
-import train
 from config import Config, UserError, make_config
 
 pytestmark = pytest.mark.slow
@@ -115,21 +114,6 @@ def test_same_run_same_results(run_folder, again):
         assert first["test"] == second["test"] and epochs == second["history"]
         for metric in ("auroc", "best_on_test_auroc"):  # of epochs that could be reported
             assert first["result"][metric] == second["result"][metric]
-
-
-def test_a_run_goes_on_where_it_ended(again, monkeypatch):
-    seen, real = [], train.make_trainer
-    monkeypatch.setattr(train, "make_trainer", lambda *of: (seen.append(of[2:4]), real(*of))[1])
-    first = again()["mean"]
-    Path("runs/run/classes/leaf-seed0.json").unlink()
-    seen.clear()
-    assert again()["mean"] == first and seen == [("leaf", 0)]
-    seen.clear()
-    again(unreadable="skip", class_name="sky")
-    assert seen == [], "knobs that change no outcome do not count"
-    again(class_name="sky", n_seeds=2)
-    again(class_name="sky", restart=True)
-    assert seen == [("sky", 1), ("sky", 0)]
 
 
 def test_images_without_signal(tmp_path, monkeypatch):

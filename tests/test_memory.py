@@ -35,18 +35,15 @@ def test_a_limit_of_address_space_is_one_line():
     assert ran.returncode == 2 and ran.stderr.startswith("error: not enough memory: ulimit -v allows 3.6 GB")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [MemoryError(), RuntimeError("DefaultCPUAllocator:\ncan't allocate memory: 12 bytes"), KeyError()],
-)
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_want_of_memory_is_one_line(capsys, error):
     def main():
         raise error
 
-    with pytest.raises(KeyError if isinstance(error, KeyError) else SystemExit):
+    with pytest.raises(SystemExit):
         signals.guarded(main)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [] or len(lines) == 1 and lines[0].startswith("error: not enough memory (")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: not enough memory (")
 
 
 def test_what_a_container_caches_of_files_is_free(tmp_path, monkeypatch):

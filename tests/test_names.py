@@ -1,12 +1,7 @@
 """Names: of runs, of classes, of files; what they may hold and where they lead."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-from conftest import ROOT
 from fabricated import fit, settings
 
 import datasets
@@ -64,13 +59,6 @@ def test_a_name_that_is_no_text(capsys):
     with pytest.raises(SystemExit):
         guarded(lambda: "\udcff.png".encode())
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_a_terminal_that_lacks_a_character_gets_its_number():
-    code = "import shell.signals; shell.signals.guarded(lambda: print('\\N{SNOWMAN}.png'))"
-    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"\\u2603.png\n", b"")
 
 
 # ---------------------------------------------------------------- of runs and folders

@@ -1,7 +1,6 @@
 """The published binary files of data sets, written here in their true form, and what is said of broken
 ones."""
 
-import gzip
 import hashlib
 import io
 import pickle
@@ -131,23 +130,18 @@ def test_fine_classes(tmp_path, monkeypatch):
     assert len({datasets.name_of(config) for config in configs}) == 2
 
 
-@every_set
+@pytest.mark.parametrize("dataset", ["cifar10", "STL10"])
 def test_an_archive_that_lies_there_is_unpacked(tmp_path, monkeypatch, dataset):
     """Without a network."""
     files, pixels, _ = WRITERS[dataset](monkeypatch)
-    if dataset == "fashion":
-        written(tmp_path, packed := {f"{name}.gz": gzip.compress(content) for name, content in files.items()})
-        md5 = [(Path(name).name, hashlib.md5(content).hexdigest()) for name, content in packed.items()]
-        monkeypatch.setattr(tv.FashionMNIST, "resources", md5)
-    else:
-        kind, stream = published.FORMS[dataset], io.BytesIO()
-        with tarfile.open(fileobj=stream, mode="w:gz") as archive:
-            for name, content in files.items():
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-        written(tmp_path, {kind.filename: stream.getvalue()})
-        monkeypatch.setattr(kind, "tgz_md5", hashlib.md5(stream.getvalue()).hexdigest())
+    kind, stream = published.FORMS[dataset], io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    written(tmp_path, {kind.filename: stream.getvalue()})
+    monkeypatch.setattr(kind, "tgz_md5", hashlib.md5(stream.getvalue()).hexdigest())
     assert (load_images(dataset, str(tmp_path)).read("test", 0) == pixels["test"][0]).all()
 
 
@@ -182,18 +176,16 @@ def test_a_file_that_is_missing_or_cut_off(tmp_path, monkeypatch, dataset):
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", lambda *_: None)  # nothing comes
     for reachable in (False, True):
         monkeypatch.setattr(utils, "reachable", lambda url: reachable)
-        halves = [(name, content[: len(content) // 2]) for name, content in files.items()]
-        for name, broken in [*halves, *((name, pickle.dumps(Bang())) for name in files)]:
-            written(tmp_path, files | {name: broken})
-            with pytest.raises(UserError, match=f"dataset_path: .*{dataset}") as told:
-                load_images(dataset, str(tmp_path))
-            assert "\n" not in str(told.value) and ("fetch it" if reachable else "whole in") in str(
-                told.value
-            )
+        for name, content in files.items():
+            for broken in (content[: len(content) // 2], pickle.dumps(Bang())):
+                written(tmp_path, files | {name: broken})
+                with pytest.raises(UserError, match="fetch it" if reachable else "whole in") as told:
+                    load_images(dataset, str(tmp_path))
+                assert "\n" not in str(told.value)
         assert not (tmp_path / "ran").exists()
-        (tmp_path / name).unlink()
-        with pytest.raises(UserError, match=dataset):
-            load_images(dataset, str(tmp_path))
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=dataset):
+        load_images(dataset, str(tmp_path))
 
 
 def test_reachable(monkeypatch):

@@ -39,7 +39,6 @@ def rows_of(job, count: int) -> dict[str, torch.Tensor]:
     [
         ("resnet18", (64, 96), {"bands": True, "places": 4, "mirror": True}),
         ("vit_tiny_patch16_224", (64, 96), {"bands": True, "places": 3, "token_grid": "2"}),
-        ("convnext_atto", (64, 96), {"bands": True, "places": 20}),
         ("tf_efficientnet_lite0", (64, 64), {"token_grid": "centre", "centre_pool": 0.1, "workers": 0}),
     ],
     ids=str,

@@ -71,25 +71,6 @@ def row(name, class_name, detector, auroc, seed=0):
     return Row(detector, name, class_name, seed, auroc)
 
 
-ROWS = [  # two classes of set one, the first with two seeds; set two has a alone for both
-    *(row("one", "x", "a", 0.8), row("one", "x", "a", 0.6, 1), row("one", "y", "a", 0.9)),
-    *(
-        row("one", "x", "b", 0.5),
-        row("one", "y", "b", 0.7),
-        row("one", "x", "c", 0.9),
-        row("one", "y", "c", 0.9),
-    ),
-    *(row("two", "z", "a", 0.9), row("two", "w", "a", 0.9), row("two", "z", "b", 1.0)),
-]
-
-
-def test_regret():
-    """Means over seeds, then over classes, of what all classes have."""
-    found = judging.regret(ROWS, "a", ["b", "c"])
-    assert list(found) == ["one"] and found["one"] == (pytest.approx(0.8 - 0.9), "c")
-    assert judging.regret(ROWS, "a", ["b"])["one"] == (pytest.approx(0.8 - 0.6), "b")
-
-
 def test_leave_one_set_out():
     """What is best on a set has no part in the choice for it."""
     aurocs = {"plain": (0.9, 0.8, 0.7), "wide": (0.6, 0.9, 0.8), "deep": (0.7, 0.7, 1.0)}
