@@ -35,9 +35,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("output", type=Path, help="the file to write: .onnx or .pt2 (torch.export)")
     parser.add_argument("--size", help="height x width of the pictures, as in 480x640 [the backbone's]")
     parser.add_argument("--false_alarms", type=float, help="as of predict.py [the fit's]")
-    parser.add_argument(
-        "--calibrate", type=Path, metavar="FOLDER", help="fresh good pictures: p-values and verdicts by them"
-    )
+    parser.add_argument("--calibrate", type=Path, metavar="FOLDER", help="as of predict.py")
     add_weights_path(parser)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores [0]")
     return parser.parse_or_stop(argv)
@@ -46,7 +44,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":  # parse before the slow imports
     ARGUMENTS = parse_arguments()
 
-
 import utils
 from config import LARGEST_IMAGE, UserError
 from detector.exporting import OUTPUTS, export, load, warning
@@ -54,19 +51,20 @@ from detector.exporting import OUTPUTS, export, load, warning
 
 def main(arguments: argparse.Namespace) -> None:
     utils.set_up("cpu", arguments.threads)
-    loaded = load(arguments.checkpoint, arguments.false_alarms, arguments.calibrate, arguments.weights_path)
+    good, weights = arguments.calibrate, arguments.weights_path
+    detector = load(arguments.checkpoint, arguments.false_alarms, good, weights)
     size = None
     if arguments.size:
         size = parse_values({"img_size": arguments.size})["img_size"]
         if not isinstance(size, tuple) or not all(0 < side <= LARGEST_IMAGE for side in size):
             raise UserError(f"size: expected height x width, as in 384x256, got {arguments.size!r}")
-    off = export(loaded, arguments.output, size)
-    (height, width), written = size or loaded.backbone.job.img_size, arguments.output.stat().st_size
+    off = export(detector, arguments.output, size)
+    (height, width), written = size or detector.backbone.job.img_size, arguments.output.stat().st_size
     print(
         f"{arguments.output}: {written / 1e6:.1f} MB, images (n, {height}, {width}, 3) uint8 -> "
         f"{', '.join(OUTPUTS)}; scores within {off:.1e} of the detector's"
     )
-    if told := warning(loaded, arguments.calibrate is not None):
+    if told := warning(detector, good is not None):
         print(told, file=sys.stderr)
 
 

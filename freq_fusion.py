@@ -10,18 +10,16 @@ so tokens are never projected: O(heads N d) per image instead of O(N d^2). Nor a
 reads its d channels out of whole tokens (B, N, C) through ``index`` (d), by putting the projected query at
 these channels and zero elsewhere.
 
-A new module: write it here with the same ``forward`` and add its builder to FUSIONS; config.FUSIONS names it.
+A new module: write it here with the same ``forward``, made from d, hidden, grid and, by name, what it needs
+of ``build_fusion``'s options; add it to FUSIONS and its name to config.FUSIONS.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from backbone.arithmetic import is_traced
 from backbone.token_grid import dct_basis, window_of
 
 # The frequencies that FcaNet (arXiv 2012.11879) ranks first on a 7 x 7 grid: (row, column) indices, best
@@ -72,13 +70,14 @@ class ClassAttention(nn.Module):
     """SANF-AD's class attention (its CAFF module), the fusion that the released flow calls (docs/method.md,
     eq. 8).
 
-    The semantic token asks, itself and the patch tokens answer. Head width d // heads, no biases but the
-    projection's."""
+    The semantic token asks, itself and the patch tokens answer, by four heads (d where that is less). No
+    biases but the projection's."""
 
-    def __init__(self, d: int, hidden: int, heads: int):
+    def __init__(self, d: int, hidden: int, grid: tuple[int, int], **_):
         super().__init__()
-        self.heads, self.width = heads, head_width(d, heads)
-        inner = heads * self.width
+        self.heads = min(4, d)
+        self.width = d // self.heads
+        inner = self.heads * self.width
         self.q = nn.Linear(d, inner, bias=False)
         self.k = nn.Linear(d, inner, bias=False)
         self.v = nn.Linear(d, inner, bias=False)
@@ -98,19 +97,20 @@ class HiLo(nn.Module):
     """HiLo attention (arXiv 2205.13213) with the semantic token as the only query (docs/method.md, eq. 9 and
     10).
 
-    Hi-Fi heads attend inside each window of ``window`` x ``window`` patches; the window results are averaged.
-    Lo-Fi heads attend over the windows' mean tokens. A mean token's logit is the mean of its patches' logits,
-    so both kinds share one pass over the full grid. A grid that the window does not divide ends in smaller
-    windows.
+    Of eight heads (d where that is less) the share ``alpha`` is Lo-Fi. Hi-Fi heads attend inside each window
+    of ``window`` x ``window`` patches; the window results are averaged. Lo-Fi heads attend over the windows'
+    mean tokens. A mean token's logit is the mean of its patches' logits, so both kinds share one pass over
+    the full grid. A grid that the window does not divide ends in smaller windows.
 
     ``bands``: tokens are (B, 2 W, C), first the W low-band tokens (window means), then the W high-band ones
     (see ``token_grid.split_bands``); Lo-Fi heads attend over the former and Hi-Fi heads over the latter."""
 
     def __init__(
-        self, d: int, hidden: int, grid: tuple[int, int], heads: int, alpha: float, window: int, bands: bool
+        self, d: int, hidden: int, grid: tuple[int, int], *, alpha: float, window: int, bands: bool, **_
     ):
         super().__init__()
-        self.width, self.bands = head_width(d, heads), bands
+        heads = min(8, d)
+        self.width, self.bands = d // heads, bands
         self.low = int(heads * alpha)
         self.high = heads - self.low
         low_out = hidden * self.low // heads
@@ -182,11 +182,6 @@ class HiLo(nn.Module):
         ]
 
 
-# Tokens -> what their spectrum was computed from and under, and the spectrum, for as long as the tokens are
-# there.
-KNOWN_SPECTRA: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 class SpectralGate(nn.Module):
     """Multi-spectral channel attention (FcaNet, arXiv 2012.11879): a map's DCT coefficients gate its
     channels.
@@ -200,7 +195,6 @@ class SpectralGate(nn.Module):
         super().__init__()
         if min(grid) < 6:
             raise ValueError(f"spectral fusion needs a token grid of at least 6x6, got {grid[0]}x{grid[1]}")
-        self.grid = grid
         # (C) which of the sixteen a channel takes
         frequency = torch.arange(channels) * len(TOP16) // channels
         filters = torch.stack([dct_filter(u * (grid[0] // 6), v * (grid[1] // 6), grid) for u, v in TOP16])
@@ -222,24 +216,8 @@ class SpectralGate(nn.Module):
 
     def gate_tokens(self, tokens: Tensor, index: Tensor) -> Tensor:
         """The gate of the channels ``index`` of tokens (B, N, C) -> (B, d), without moving them."""
-        spectrum = self._spectrum(tokens)
-        return self.fc(take(spectrum.flatten(1), self.frequency * spectrum.shape[2] + index))
-
-    def mean_tokens(self, tokens: Tensor, index: Tensor) -> Tensor:
-        """The means of the channels ``index`` of tokens (B, N, C) -> (B, d): their lowest frequency."""
-        return take(self._spectrum(tokens)[:, 0], index) / math.sqrt(tokens.shape[1])
-
-    def _spectrum(self, tokens: Tensor) -> Tensor:
-        """The sixteen DCT coefficients of tokens (B, N, C) -> (B, 16, C): computed once for all the subnets
-        of a flow, which see the same tokens one after the other."""
-        if is_traced() or tokens.requires_grad or tokens.is_inference():
-            return torch.matmul(self.filters.to(tokens.dtype), tokens)
-        state = (tokens._version, self.grid, torch.is_autocast_enabled(tokens.device.type))
-        known, spectrum = KNOWN_SPECTRA.get(tokens, (None, None))
-        if known != state:  # none, of what the tokens were before, as another grid, or in fewer digits
-            spectrum = torch.matmul(self.filters.to(tokens.dtype), tokens)
-            KNOWN_SPECTRA[tokens] = (state, spectrum)
-        return spectrum
+        spectrum = torch.matmul(self.filters.to(tokens.dtype), tokens)  # (B, 16, C): all coefficients
+        return self.fc(take(spectrum.flatten(1), self.frequency * tokens.shape[2] + index))
 
 
 class Spectral(nn.Module):
@@ -249,64 +227,39 @@ class Spectral(nn.Module):
     The released code defines the gate but never connects it to the flow; the pooling and the projection are
     ours."""
 
-    def __init__(self, d: int, hidden: int, grid: tuple[int, int]):
+    def __init__(self, d: int, hidden: int, grid: tuple[int, int], *, bands: bool, **_):
         super().__init__()
+        if bands:
+            raise ValueError("spectral fusion needs tokens on a grid, got two bands per window")
         self.gate = SpectralGate(d, grid)
         self.proj = nn.Linear(d, hidden)
 
     def forward(self, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
         """x (B, d), tokens (B, N, C), index (d) into C -> (B, H)."""
-        pooled = self.gate.mean_tokens(tokens, index)  # the gate does not vary over the grid
+        pooled = take(tokens.mean(1), index)  # the gate does not vary over the grid
         return self.proj(x + self.gate.gate_tokens(tokens, index) * pooled)
 
 
 class BandProjection(nn.Module):
     """A learned projection of the bands that a place sees of its image (docs/method.md, eq. 19): what is left
     of HiLo where each band has one window, so that there is nothing to choose from. All channels of the bands
-    are seen, those that the subnet moves among them. ``n_tokens``: N, the bands, of C ``channels`` each."""
+    are seen, those that the subnet moves among them. ``grid``: 1 x N, the bands, of C ``channels`` each."""
 
-    def __init__(self, channels: int, hidden: int, n_tokens: int):
+    def __init__(self, d: int, hidden: int, grid: tuple[int, int], *, channels: int, **_):
         super().__init__()
-        self.proj = nn.Linear(n_tokens * channels, hidden)
+        self.proj = nn.Linear(math.prod(grid) * channels, hidden)
 
     def forward(self, x: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
         """x (B, d), tokens (B, N, C), index (d) into C, not needed -> (B, H)."""
         return self.proj(tokens.flatten(1))
 
 
-Builder = Callable[..., nn.Module | None]  # (d, hidden, grid, *, heads, alpha, window, bands) -> module
-
-
-def _spectral(d: int, hidden: int, grid: tuple[int, int], *, bands: bool, **_) -> Spectral:
-    if bands:
-        raise ValueError("spectral fusion needs tokens on a grid, got two bands per window")
-    return Spectral(d, hidden, grid)
-
-
-def _hilo(
-    d: int, hidden: int, grid: tuple[int, int], *, heads: int, alpha: float, window: int, bands: bool, **_
-) -> HiLo:
-    return HiLo(d, hidden, grid, heads or min(8, d), alpha, window, bands)
-
-
-def _class_attention(d: int, hidden: int, grid: tuple[int, int], *, heads: int, **_) -> ClassAttention:
-    return ClassAttention(d, hidden, heads or min(4, d))
-
-
-def _bands(d: int, hidden: int, grid: tuple[int, int], *, channels: int, **_) -> BandProjection:
-    return BandProjection(channels, hidden, math.prod(grid))
-
-
-def _none(*_, **__) -> None:
-    return None
-
-
-FUSIONS: dict[str, Builder] = {
-    "class_attention": _class_attention,
-    "hilo": _hilo,
-    "spectral": _spectral,
-    "bands": _bands,
-    "none": _none,
+FUSIONS: dict[str, type[nn.Module] | None] = {
+    "class_attention": ClassAttention,
+    "hilo": HiLo,
+    "spectral": Spectral,
+    "bands": BandProjection,
+    "none": None,
 }
 
 
@@ -317,7 +270,6 @@ def build_fusion(
     grid: tuple[int, int],
     *,
     channels: int,
-    heads: int,
     alpha: float,
     window: int,
     bands: bool,
@@ -325,27 +277,18 @@ def build_fusion(
     """The fusion module ``name`` (FUSIONS) for d channels and width ``hidden``; None for no fusion.
 
     Args:
-        grid: rows and columns of the patch tokens. channels: C, of a whole token. bands: the tokens are two
-            bands per window, not places on the grid.
-        heads: attention heads; 0 takes the module's own number (4 or 8), or d where that is less. alpha,
-            window: of hilo.
+        grid: rows and columns of the patch tokens. channels: C, of a whole token. alpha, window: of hilo.
+            bands: the tokens are two bands per window, not places on the grid.
     Raises:
         ValueError: an unknown name, or sizes that do not fit.
     """
     if name not in FUSIONS:
         raise ValueError(f"unknown fusion {name!r}: expected {', '.join(FUSIONS)}")
-    options = {"channels": channels, "heads": heads, "alpha": alpha, "window": window, "bands": bands}
-    return FUSIONS[name](d, hidden, grid, **options)
+    module = FUSIONS[name]
+    return module and module(d, hidden, grid, channels=channels, alpha=alpha, window=window, bands=bands)
 
 
 # ---------------------------------------------------------------- grids, windows, frequencies
-def head_width(d: int, heads: int) -> int:
-    """Channels per head. Raises ValueError when there are fewer channels than heads."""
-    if d < heads:
-        raise ValueError(f"{heads} attention heads need at least {heads} channels per half token, got {d}")
-    return d // heads
-
-
 def window_members(grid: tuple[int, int], window: int) -> Tensor:
     """The patches of each window -> (W, window^2), filled up with -1 where a window is smaller."""
     owner = window_of(grid, window)

@@ -1,11 +1,11 @@
-"""The normalizing flow: coupling layers whose subnets also see the fused patch tokens; its likelihood and its
-scores.
+"""The normalizing flow: coupling layers whose subnets also see the fused patch tokens; its likelihood.
 
 Notation (docs/method.md, section 1): y_sem (B, C) is the semantic token, y_patch (B, N, C) the patch tokens,
 z (B, C) the latent; the log-determinant is log|det dz/dy_sem| in the forward direction and its negative in
 reverse, as FrEIA asks."""
 
 import math
+from typing import NamedTuple
 
 import FrEIA.framework as Ff
 import FrEIA.modules as Fm
@@ -16,25 +16,30 @@ from torch import Tensor, nn
 from freq_fusion import build_fusion
 
 
+class Inputs(NamedTuple):
+    """What a flow takes: tokens (n, C) that it moves, and those (n, N, C) that the fusion sees."""
+
+    tokens: Tensor
+    seen: Tensor
+
+
 class Subnet(nn.Module):
     """S: x (B, d) and patch tokens -> (B, out): three hidden layers beside the fused features, joined by a
     linear one (docs/method.md, eq. 5 to 7).
 
     Args:
         fusion: a module of freq_fusion (B, d), (B, N, C), (d) -> (B, H), or None for no fusion.
-        use_gamma: a learned gain (H) on the fused features, ones at the start.
         identity_start: zero the last layer, so that the coupling starts as the identity.
     """
 
-    def __init__(
-        self, d: int, out: int, hidden: int, fusion: nn.Module | None, use_gamma: bool, identity_start: bool
-    ):
+    def __init__(self, d: int, out: int, hidden: int, fusion: nn.Module | None, identity_start: bool):
         super().__init__()
         self.fc1 = nn.Linear(d, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
         self.fc3 = nn.Linear(hidden, hidden)
         self.fusion = fusion
-        self.gamma = nn.Parameter(torch.ones(hidden)) if fusion is not None and use_gamma else None
+        if fusion is not None:
+            self.gamma = nn.Parameter(torch.ones(hidden))
         self.fc_out = nn.Linear(hidden if fusion is None else 2 * hidden, out)
         if identity_start:
             nn.init.zeros_(self.fc_out.weight)
@@ -46,10 +51,7 @@ class Subnet(nn.Module):
             h = layer(h).relu()
         if self.fusion is None:
             return self.fc_out(h)
-        fused = self.fusion(x, tokens, index)
-        if self.gamma is not None:
-            fused = fused * self.gamma
-        return self.fc_out(torch.cat([h, fused], 1))
+        return self.fc_out(torch.cat([h, self.gamma * self.fusion(x, tokens, index)], 1))
 
 
 class FusedCoupling(Fm.InvertibleModule):
@@ -123,9 +125,8 @@ class FusedCoupling(Fm.InvertibleModule):
         expected = (x.shape[0], *self.dims_c[0])
         if x.shape[1:] != self.dims_in[0] or tokens.shape != expected:
             raise ValueError(
-                f"expected a semantic token (B, {self.dims_in[0][0]}) and patch tokens {expected}, got "
-                f"{tuple(x.shape)} and "
-                f"{tuple(tokens.shape)}"
+                f"expected a semantic token (B, {self.dims_in[0][0]}) and patch tokens {expected}, "
+                f"got {tuple(x.shape)} and {tuple(tokens.shape)}"
             )
 
     def _affine(self, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +148,6 @@ def build_flow(
     hidden: int,
     clamp: float,
     fusion: str,
-    use_gamma: bool,
     identity_start: bool,
     **fusion_options,
 ) -> Ff.SequenceINN:
@@ -164,7 +164,7 @@ def build_flow(
 
     def make_subnet(d: int, out: int) -> Subnet:
         module = build_fusion(fusion, d, hidden, grid, channels=channels, **fusion_options)
-        return Subnet(d, out, hidden, module, use_gamma, identity_start)
+        return Subnet(d, out, hidden, module, identity_start)
 
     flow = Ff.SequenceINN(channels)
     token_order = np.arange(channels)
@@ -182,11 +182,23 @@ def build_flow(
     return flow
 
 
-# ---------------------------------------------------------------- base densities
-def loss_per_image(z: Tensor, log_det: Tensor) -> Tensor:
-    """(0.5 |z|^2 - log|det J|) / C of every image (docs/method.md, eq. 11): the negative log-likelihood under
-    a normal base density in nats per channel, without its constant. z (B, C), log_det (B) -> (B)."""
-    return (0.5 * z.square().sum(1) - log_det) / z.shape[1]
+# ---------------------------------------------------------------- likelihood and neighbours
+LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)  # of the normal base density, nats per channel
+
+
+def loss_per_image(z: Tensor, log_det: Tensor, outside: Tensor | float = 0.0, channels: int = 0) -> Tensor:
+    """(0.5 |z|^2 - log|det J|) / C of every image (docs/method.md, eq. 11): its negative log-likelihood under
+    a normal base density in nats per channel, without the constant. z (..., C), log_det (...) -> (...).
+
+    outside (...): the squared length in directions that the flow does not see; channels: with these."""
+    return (0.5 * (z.square().sum(-1) + outside) - log_det) / (channels or z.shape[-1])
+
+
+def negative_log_likelihood(
+    z: Tensor, log_det: Tensor, outside: Tensor | float = 0.0, channels: int = 0
+) -> Tensor:
+    """The same with its constant: -log p / C."""
+    return loss_per_image(z, log_det, outside, channels) + LOG_ROOT_2PI
 
 
 def squared_distances(query: Tensor, reference: Tensor) -> Tensor:
@@ -195,43 +207,6 @@ def squared_distances(query: Tensor, reference: Tensor) -> Tensor:
     return (squares - 2 * torch.matmul(query, reference.t())).clamp_min(0)
 
 
-def normal_energy(z: Tensor, log_det: Tensor, outside: Tensor, channels: int) -> Tensor:
-    """Twice the negative log-likelihood under a standard normal base density, per channel and without its
-    constant: z (B, k), log_det (B), outside (B), the squared length in the other directions -> (B)."""
-    return (z.square().sum(1) + outside - 2 * log_det) / channels
-
-
-DRAWN = 0.5  # where kernels are centred between the mean of all tokens (0) and a training image's (1)
-
-
-def kernel_energy(distances: Tensor, bandwidth: Tensor, channels: int) -> Tensor:
-    """The same under a kernel density (docs/method.md, eq. 22), in units of the bandwidth h, the variance of
-    a kernel: -2 h log mean_i exp(-d_i / 2h) / channels.
-
-    distances (B, n): squared, to the kernels' centres, the training images' tokens times ``DRAWN``: kernels
-    widen a density, and drawn to the mean they do not (the smoothed bootstrap with shrinkage: Silverman and
-    Young 1987) -> (B)."""
-    density = torch.logsumexp(distances / (-2 * bandwidth), 1) - math.log(distances.shape[1])
-    return -2 * bandwidth * density / channels
-
-
-def negative_log_likelihood(energy: Tensor, bandwidth: Tensor | float = 1.0) -> Tensor:
-    """Nats per channel (B) from an energy (B) and its bandwidth (1 of the normal base density)."""
-    return 0.5 * energy / bandwidth + 0.5 * (math.log(2 * math.pi) + torch.log(torch.as_tensor(bandwidth)))
-
-
 def nearest_neighbours(distances: Tensor, k: int = 2) -> Tensor:
     """Mean distance to the k nearest, from squared distances (m, n) -> (m)."""
     return distances.topk(min(k, distances.shape[1]), dim=1, largest=False).values.sqrt().mean(1)
-
-
-BANDWIDTHS = 40  # tried, a factor of 1.12 apart
-
-
-def best_bandwidth(distances: Tensor, channels: int) -> Tensor:
-    """The bandwidth of the kernel density under which images are most likely whose squared distances to its
-    centres are given, infinite to their own: (m, n) -> ()."""
-    start = distances[distances.isfinite()].mean() / channels
-    tried = [start * 1.12**-i for i in range(BANDWIDTHS)]
-    losses = [negative_log_likelihood(kernel_energy(distances, h, channels), h).mean() for h in tried]
-    return tried[int(torch.stack(losses).argmin())]

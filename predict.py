@@ -32,9 +32,8 @@ from shell.signals import guarded
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "checkpoint", type=Path, help="a run, runs/<modelname>, or a class of it, .../classes/<class>-seed<n>"
-    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="a run, runs/<modelname>, or a class: .../classes/<class>-seed<n>")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument(
         "images", nargs="*", default=[], help="files, folders, globs; - reads a list from standard input"
@@ -42,28 +41,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     asked.add_argument(
         "--watch", type=Path, metavar="FOLDER", help="score pictures as they arrive there, until Ctrl-C"
     )
-    parser.add_argument(
-        "--class_name", help="of a run: these classes only, separated by commas (in a name: \\,) [all]"
-    )
-    parser.add_argument("--seed", type=int, help="of a run: this seed [the first]")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write .csv, .json or .jsonl instead of CSV to the screen"
-    )
-    parser.add_argument(
-        "--false_alarms", type=float, help="share of normal pictures that may be called anomalous [the fit's]"
-    )
-    parser.add_argument(
-        "--calibrate", type=Path, metavar="FOLDER", help="fresh good pictures: p-values and verdicts by them"
-    )
-    parser.add_argument(
-        "--heat_maps", type=Path, metavar="FOLDER", help="write there where each picture is unusual, as a PNG"
-    )
-    parser.add_argument(
-        "--page", type=Path, metavar="FILE", help="write a page for a browser: pictures by score, heat maps"
-    )
+    add("--class_name", help="of a run: these classes only, separated by commas (in a name: \\,) [all]")
+    add("--seed", type=int, help="of a run: this seed [the first]")
+    add("--output", type=Path, metavar="FILE", help="write .csv, .json or .jsonl, not CSV to the screen")
+    add("--false_alarms", type=float, help="share of normal pictures that may count as anomalous [the fit's]")
+    add("--calibrate", type=Path, metavar="FOLDER", help="fresh good pictures: p-values, verdicts by them")
+    add("--heat_maps", type=Path, metavar="FOLDER", help="write there where each is unusual, as a PNG")
+    add("--page", type=Path, metavar="FILE", help="write a page for a browser: pictures by score, heat maps")
     add_weights_path(parser)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores [0]")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    add("--threads", type=int, default=0, help="CPU threads; 0: all cores [0]")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     return parser.parse_or_stop(argv)
 
 
@@ -75,13 +62,14 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
 from tqdm import tqdm
 
 import utils
 from backbone.resizing import Unreadable
 from config import UserError
+from detector.checkpoints import find_checkpoints
 from detector.picture_detector import PictureDetector, load_picture_detector
-from detector.records import find_checkpoints
 from images import watch
 from images.given import find_images, refuse_among
 from images.images import images_below
@@ -90,7 +78,19 @@ from reporting.scores import check_output, rows_arriving, rows_of, table, tell_c
 from reporting.verdicts import check_page, write_verdicts
 
 
-# ---------------------------------------------------------------- what is asked for
+def check_targets(arguments: argparse.Namespace, files: list[Path]) -> None:
+    """Raise UserError on what cannot be written, or would come among the pictures."""
+    check_output(arguments.output, at_once=arguments.watch is not None)
+    if arguments.page:
+        check_page(arguments.page)
+        if arguments.watch:
+            raise UserError("page: expected pictures that are there, --watch has no end; leave one out")
+    if arguments.heat_maps:
+        named = map(Path, [arguments.watch] if arguments.watch else arguments.images)
+        refuse_among(arguments.heat_maps, [path for path in named if path.is_dir()], files)
+        check_folder(arguments.heat_maps)
+
+
 def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
     """The detectors asked for; classes of one run share the backbone. Raises UserError."""
     device = utils.set_up(arguments.device, arguments.threads)
@@ -115,19 +115,18 @@ def calibrate(detectors: list[PictureDetector], folder: Path) -> list[str]:
             f"calibrate: {folder} holds good pictures of one class, {len(detectors)} are asked for; name it "
             "with --class_name"
         )
-    fitted, scores, unreadable = detectors[0], [], []
     files = images_below(folder) if folder.is_dir() else []
-    parts = (p if isinstance(p, Unreadable) else fitted.score_rows(p) for p in fitted.backbone.rows(files))
-    for part in progress(parts, len(files), "calibrating", True):
+    scores, unreadable = [], []
+    for part in progress(rows_of(detectors, files), len(files), "calibrating", True):
         if isinstance(part, Unreadable):
             unreadable.append(part.reason)
         else:
-            scores += part.tolist()
+            scores += [row["score"] for row in part]
     if not scores:
         raise UserError(
             f"calibrate: expected a folder of good pictures, found none that can be read in {folder}"
         )
-    fitted.calibrate_to(scores)
+    detectors[0].held_out = np.array(scores)
     return unreadable
 
 
@@ -136,45 +135,30 @@ def progress(parts: Iterator, total: int, text: str, shown: bool) -> Iterator:
     with tqdm(total=total, unit="img", desc=text, disable=None if shown else True) as bar:
         for part in parts:
             yield part
-            bar.update(1 if isinstance(part, Unreadable) else _count(part))
-
-
-def _count(part) -> int:
-    return len({row["image"] for row in part}) if isinstance(part, list) else len(part)
+            bar.update(1 if isinstance(part, Unreadable) else len({row["image"] for row in part}))
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Score the pictures -> the exit status: 1 where some could not be read."""
-    check_output(arguments.output, at_once=arguments.watch is not None)
     arrivals = watch.Arrivals(arguments.watch) if arguments.watch else None
     files = [] if arrivals else find_images(arguments.images)
-    if arguments.page:
-        check_page(arguments.page)
-        if arrivals:
-            raise UserError("page: expected pictures that are there, --watch has no end; leave one out")
-    if arguments.heat_maps:
-        named = map(Path, [arguments.watch] if arrivals else arguments.images)
-        refuse_among(arguments.heat_maps, [path for path in named if path.is_dir()], files)
-        check_folder(arguments.heat_maps)
+    check_targets(arguments, files)
     detectors = load_all(arguments)
     unreadable = calibrate(detectors, arguments.calibrate) if arguments.calibrate else []
-    failed = len(unreadable)
     counts: Counter[str] = Counter()  # of the verdicts of each class
     drawn: set[Path] = set()
     on_page: list[dict] = []
-    written, bar = 0, arguments.output is not None or not sys.stdout.isatty()
+    written, bar = 0, not arrivals and (arguments.output is not None or not sys.stdout.isatty())
     tell_thresholds(detectors)
     parts = rows_arriving(detectors, arrivals) if arrivals else rows_of(detectors, files)
     ends = [KeyboardInterrupt] if arrivals else []  # as watching does
     try:
         with table(arguments.output, at_once=arrivals is not None) as put, contextlib.suppress(*ends):
-            for part in progress(parts, len(files), "scoring", bar and not arrivals):
+            for part in progress(parts, len(files), "scoring", bar):
                 if isinstance(part, Unreadable):
-                    failed += 1
+                    unreadable.append(part.reason)
                     if arrivals:
-                        print(f"skipped: {part.reason}", file=sys.stderr, flush=True)
-                    else:
-                        unreadable.append(part.reason)
+                        tell_skipped(part.reason)
                     continue
                 for line in part:
                     counts[line["class"]] += line["verdict"] == "anomalous"
@@ -192,22 +176,22 @@ def main(arguments: argparse.Namespace) -> int:
     except BrokenPipeError:  # whoever read the rows has seen enough
         sys.stdout = None  # type: ignore[assignment]
         return 0
-    tell_counts(detectors, counts, written // len(detectors), failed if arrivals else 0, arguments.output)
+    failed = len(unreadable) if arrivals else 0  # else they are listed
+    tell_counts(detectors, counts, written // len(detectors), failed, arguments.output)
     if arguments.page:
         write_verdicts(arguments.page, detectors, on_page, partial(tqdm, desc="drawing", disable=None))
     if drawn and (stale := len(set(arguments.heat_maps.glob("*.png")) - drawn)):
-        print(
-            f"note: {arguments.heat_maps} also holds {utils.counted(stale, 'PNG')} of other runs",
-            file=sys.stderr,
-        )
-    for reason in unreadable:
-        print(f"skipped: {reason}", file=sys.stderr)
-    return 1 if failed else 0
+        others = utils.counted(stale, "PNG")
+        print(f"note: {arguments.heat_maps} also holds {others} of other runs", file=sys.stderr)
+    if not arrivals:
+        for reason in unreadable:
+            tell_skipped(reason)
+    return 1 if unreadable else 0
 
 
-def run(arguments: argparse.Namespace) -> None:
-    sys.exit(main(arguments))
+def tell_skipped(reason: str) -> None:
+    print(f"skipped: {reason}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    guarded(run, ARGUMENTS)
+    guarded(lambda arguments: sys.exit(main(arguments)), ARGUMENTS)

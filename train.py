@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import datasets
@@ -26,29 +26,29 @@ from backbone.arithmetic import products
 from cache.feature_cache import FeatureCache
 from config import OWN_PICTURES, ClassError, Config, UserError
 from detector import calibration, checkpoints, evaluation, runs
-from detector.class_data import TokenSource, features_fault
-from detector.detector import make_detector
-from detector.optimization import SubnetAdam, compiled, learning_rate
-from detector.preparation import WHOLE, PreparedClass, prepare
+from detector.class_data import TokenSource, class_data, features_fault
+from detector.detector import WHOLE, make_detector
+from detector.preparation import PreparedClass, prepare_data
 from images.tiles import whole_scores
+from model import loss_per_image
 
-LOSS_CHECK = 64  # steps between two looks at the loss on a GPU, where reading it waits for the device
+ADAM = {"betas": (0.8, 0.8), "eps": 1e-4, "weight_decay": 1e-5}  # the paper's (docs/method.md, section 4)
 
 
 class Trainer:
-    """Trains the flow of one class. ``run`` is the whole course; the other methods are its steps."""
+    """Trains the flow of one class: ``run`` is the whole course."""
 
     def __init__(self, prepared: PreparedClass):
         self.prepared, self.data, self.detector = prepared, prepared.data, prepared.detector
         self.config = config = prepared.config
         self.flow = compiled(self.detector.flow) if config.compile else self.detector.flow
-        self.optimizer, self.rate = SubnetAdam(self.detector.flow, config), config.lr_init
+        self.optimizer = make_optimizer(self.detector.flow, config)
         self.order = np.random.RandomState(prepared.seed)
         self.noise = torch.Generator(prepared.device).manual_seed(prepared.seed)
         per_epoch = prepared.steps_per_epoch
-        least = math.ceil(config.least_steps / (per_epoch * config.meta_epochs))
+        least = math.ceil(config.least_steps / (per_epoch * config.meta_epochs)) if per_epoch else 0
         self.sub_epochs = max(config.sub_epochs, least)  # per evaluation
-        self.epochs = config.meta_epochs * self.sub_epochs
+        self.epochs = config.meta_epochs * self.sub_epochs if per_epoch else 0
         self.step, self.steps = 0, self.epochs * per_epoch
         self.history: list[dict] = []  # the entries of all evaluations
         self.before_training: dict[str, np.ndarray] = {}  # scores of the test images by name, if taken
@@ -56,109 +56,112 @@ class Trainer:
         self.since_best = 0  # evaluations
 
     def run(self) -> checkpoints.Fitted:
-        """Train, and go back to the best epoch. Raises ClassError on a loss or scores that are not finite."""
-        start = time.perf_counter()
-        if self.config.patience or self.prepared.compares or not self.prepared.trains:
+        """Train, and go back to the best epoch. Raises ClassError on scores that are not finite."""
+        start, patience = time.perf_counter(), self.config.patience
+        if patience or self.prepared.compares or not self.epochs:
             self.evaluate(0, None)  # training may not improve on the start
-        for epoch in range(1, self.epochs + 1 if self.prepared.trains else 1):
+        for epoch in range(1, self.epochs + 1):
             loss = self.train_epoch()
             if epoch % self.sub_epochs == 0:
                 self.evaluate(epoch, loss)
-                if self.config.patience and self.since_best >= self.config.patience:
+                if patience and self.since_best >= patience:
                     break
         return self.fitted(time.perf_counter() - start)
 
     def train_epoch(self) -> float:
         """One epoch of batches in a new order -> their mean loss."""
         self.detector.train()
-        batches = tqdm(
-            self.prepared.epoch(self.order),
-            desc=self.data.class_name,
-            unit="batch",
-            leave=False,
-            disable=utils.no_bar(),
-        )
+        batches = self.prepared.epoch(self.order)
+        bar = tqdm(batches, self.data.class_name, unit="batch", leave=False, disable=utils.no_bar())
         with products(self.prepared.device):
-            losses = [self.train_step(batch) for batch in batches]
+            losses = [self.train_step(batch) for batch in bar]
         return torch.stack(losses).mean().item()
 
     def train_step(self, batch: np.ndarray) -> Tensor:
         """One Adam step on the loss of a batch -> the loss, detached."""
-        self.rate = learning_rate(self.config, self.step / self.steps)
-        self.optimizer.set_learning_rate(self.rate)
+        config = self.config
+        self.optimizer.param_groups[0]["lr"] = learning_rate(config, self.step / self.steps)
         tokens, seen = self.prepared.inputs(batch)
-        if self.config.feature_noise:
+        if config.feature_noise:
             noise = torch.randn(tokens.shape, generator=self.noise, device=tokens.device)
-            tokens = tokens + self.config.feature_noise * noise
-        loss = self.prepared.loss(*self.flow(tokens, [seen]))
-        self.optimizer.backward_and_step(loss)
-        self.check_loss(loss.detach())
+            tokens = tokens + config.feature_noise * noise
+        z, log_det = self.flow(tokens, [seen])
+        loss = self.prepared.loss_scale * loss_per_image(z, log_det).mean()
+        loss.backward()
+        if config.max_grad_norm:
+            nn.utils.clip_grad_norm_(self.detector.flow.parameters(), config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.step += 1
         return loss.detach()
 
     def evaluate(self, epoch: int, loss: float | None) -> None:
         """Measure held-out and test images after an epoch; keep it if it is the best by held-out
         likelihood, or the last where no epoch is selected."""
-        found, last = evaluation.evaluate(self.prepared, epoch, loss), not self.config.patience
-        if not found.finite and (last or not self.history):  # else an earlier one is best
-            raise self.not_finite("scores are not finite", self.step - 1)
-        self.history.append(found.entry)
+        now, last = evaluation.evaluate(self.prepared, epoch, loss), not self.config.patience
+        if not now.finite and (last or not self.history):  # else an earlier one is best
+            raise ClassError(features_fault(self.data) or self.diverged(epoch))
+        self.history.append(now.entry)
         if loss is None:
-            self.before_training = found.named
-        tqdm.write(f"{self.data.class_name}  {found}")
+            self.before_training = now.test
+        tqdm.write(f"{self.data.class_name}  {now}")
         self.since_best += 1
-        if last or self.best is None or found.held_out_loss < self.best.held_out_loss:
-            self.best, self.since_best = found, 0
+        if last or self.best is None or now.held_out_loss < self.best.held_out_loss:
+            self.best, self.since_best = now, 0
             if not last:
-                found.state = {name: values.clone() for name, values in self.detector.state_dict().items()}
+                now.state = {name: values.clone() for name, values in self.detector.state_dict().items()}
+
+    def diverged(self, epoch: int) -> str:
+        return (
+            f"class {self.data.class_name}: scores are not finite in epoch {epoch} at learning rate "
+            f"{self.config.lr_init:g}; try a lower lr_init, max_grad_norm 1, or normalize power_l2"
+        )
 
     def fitted(self, seconds: float) -> checkpoints.Fitted:
         """The detector of the best epoch, its scores, and how they came about."""
         assert self.best is not None, "evaluate comes first"
-        evaluation.go_back(self.prepared, self.best)
-        scores, held_scores = self.best.scores["test"], self.best.scores["held"]
-        if self.data.held_pictures is not None:
-            held_scores = whole_scores(held_scores, self.data.held_pictures)
-        named = {name: values for name, values in self.best.named.items() if name != WHOLE}
-        named |= {f"{name}, before training": values for name, values in self.before_training.items()}
+        if self.best.state:
+            self.detector.load_saved(self.best.state)
+        held_scores, data = self.best.held, self.data
+        if data.held_pictures is not None:
+            held_scores = whole_scores(held_scores, data.held_pictures)
+        before = {f"{name}, before training": scores for name, scores in self.before_training.items()}
         return checkpoints.Fitted(
-            self.detector,
-            scores,
-            self.data.labels,
-            self.data.test_rows,
-            held_scores,
-            self.history,
-            evaluation.result_of(self.prepared, scores, self.best, self.history, seconds),
-            named,
-            evaluation.simple_scores(self.prepared) if self.prepared.compares else {},
+            detector=self.detector,
+            scores=self.best.test[WHOLE],
+            labels=data.labels,
+            test_rows=data.test_rows,
+            held_scores=held_scores,
+            history=self.history,
+            result=evaluation.result_of(self.prepared, self.best, self.history, seconds),
+            flow_scores={name: scores for name, scores in self.best.test.items() if name != WHOLE} | before,
+            simple_scores=evaluation.simple_scores(self.prepared) if self.prepared.compares else {},
         )
 
-    def check_loss(self, loss: Tensor) -> None:
-        """Raise ClassError when the loss is not finite and the last epoch counts: at every step on a CPU, now
-        and then on a GPU."""
-        now = self.step % LOSS_CHECK == LOSS_CHECK - 1 or self.step + 1 == self.steps
-        look = self.prepared.device.type == "cpu" or now
-        if look and not self.config.patience and not torch.isfinite(loss):
-            raise self.not_finite(f"the loss is {loss.item()}", self.step)
 
-    def not_finite(self, what: str, step: int) -> ClassError:
-        """The error of a loss or score that is not finite: features that are not, or the epoch, the learning
-        rate, what to try."""
-        if fault := features_fault(self.data):
-            return ClassError(fault)
-        epoch = min(step * self.epochs // self.steps + 1, self.epochs)
-        return ClassError(
-            f"class {self.data.class_name}: {what} in epoch {epoch} at learning rate {self.rate:g}; "
-            "try a lower lr_init, max_grad_norm 1, or normalize power_l2"
-        )
+def make_optimizer(flow: nn.Module, config: Config) -> torch.optim.Adam:
+    return torch.optim.Adam(flow.parameters(), lr=config.lr_init, fused=True, **ADAM)
+
+
+def learning_rate(config: Config, progress: float) -> float:
+    """The learning rate after the share ``progress`` (0 to 1) of all steps."""
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr_init * (cosine if config.lr_schedule == "cosine" else 1.0)
+
+
+def compiled(flow: nn.Module):
+    """A module as torch.compile makes it for many calls: with CUDA graphs where there is a GPU."""
+    return torch.compile(flow, mode="reduce-overhead" if torch.cuda.is_available() else "default")
 
 
 # ---------------------------------------------------------------- the script
 def make_trainer(
     config: Config, cache: FeatureCache, class_name: str, seed: int, train: TokenSource, test: TokenSource
 ) -> Trainer:
-    """The trainer of one class and seed. What it comes to does not depend on what ran before."""
-    return Trainer(prepare(config, cache, class_name, seed, train, test))
+    """The trainer of one class and seed. What it comes to does not depend on what ran before. Raises
+    ClassError and UserError: ``class_data``, ``prepare_data``."""
+    data = class_data(config, cache.labels, class_name, seed, train, test)
+    return Trainer(prepare_data(config, data, cache.meta, seed, train.device))
 
 
 def main(config: Config) -> None:

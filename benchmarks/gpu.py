@@ -24,11 +24,11 @@ import speed
 import torch
 
 import config as knobs
+import train
 import utils
 from backbone import arithmetic, resizing
 from backbone.extraction import Extraction
 from backbone.identity import cache_identity
-from detector.optimization import SubnetAdam
 from reporting.tables import as_markdown
 from shell.files import write_text
 
@@ -101,7 +101,7 @@ def losses(args: argparse.Namespace, device: torch.device) -> list[float]:
     torch.manual_seed(0)
     flow, _ = speed.same_flows(args.channels, CPU)
     tokens, flow = torch.randn(32, 65, args.channels).to(device), flow.to(device)
-    optimizer = SubnetAdam(flow, knobs.Config())
+    optimizer = train.make_optimizer(flow, knobs.Config())
     return [speed.our_step(flow, optimizer, tokens) for _ in range(10)]
 
 

@@ -37,12 +37,12 @@ import transcription
 import datasets
 import extractor
 import model
+import train
 import utils
 from backbone import arithmetic, backbones
 from backbone.extraction import Extraction
 from backbone.identity import Identity, cache_identity
 from config import Config, make_config
-from detector.optimization import SubnetAdam
 from reporting.tables import as_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,19 +125,21 @@ def same_flows(channels: int, device: torch.device) -> tuple[torch.nn.Module, to
     theirs = transcription.Flow(channels, channels).to(device)
     ours = model.build_flow(
         channels, (8, 8), n_tokens=64, n_blocks=4, hidden=channels, clamp=3.0, fusion="class_attention",
-        use_gamma=True, identity_start=False, heads=0, alpha=0.5, window=3, bands=False,
+        identity_start=False, alpha=0.5, window=3, bands=False,
     ).to(device)  # fmt: skip
     state = theirs.state_dict()
     ours.load_state_dict({name.replace("blocks.", "module_list."): state[name] for name in state})
     return ours, theirs
 
 
-def our_step(flow: torch.nn.Module, optimizer: SubnetAdam, tokens: torch.Tensor) -> float:
+def our_step(flow: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) -> float:
     """A step as train.py takes it, on tokens (B, 1 + N, C) -> the loss."""
     semantic, patches = tokens[:, 0].contiguous(), tokens[:, 1:].contiguous()
     with arithmetic.products(tokens.device):
         loss = model.loss_per_image(*flow(semantic, [patches])).mean()
-        optimizer.backward_and_step(loss)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     return loss.item()
 
 
@@ -149,7 +151,7 @@ def compare_steps(args: argparse.Namespace, device: torch.device) -> Table:
         torch.manual_seed(0)
         ours, theirs = same_flows(args.channels, device)
         tokens = torch.randn(batch, 65, args.channels, device=device)
-        adam, plain_adam = SubnetAdam(ours, Config()), transcription.make_optimizer(theirs)
+        adam, plain_adam = train.make_optimizer(ours, Config()), transcription.make_optimizer(theirs)
         jobs = {
             "theirs": lambda: transcription.step(theirs, plain_adam, tokens),
             "ours": lambda: our_step(ours, adam, tokens),

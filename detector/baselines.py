@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 from torch.nn import functional as F
 
-from detector.normalization import power_l2, principal_directions
+from detector.image_density import Gaussian
+from detector.normalization import power_l2
 from model import nearest_neighbours, squared_distances
 
 CHUNK = 1024  # rows whose distances to all others are held at once
@@ -29,33 +29,17 @@ def cosine_neighbours(reference: Tensor, query: Tensor) -> np.ndarray:
 
 def gaussian(reference: Tensor, query: Tensor) -> np.ndarray:
     """Squared Mahalanobis distance to a Gaussian with Ledoit-Wolf shrinkage, fitted to reference: (n, C), (m,
-    C) -> (m). In the principal directions of reference, and one variance for all others."""
-    mean, channels = reference.mean(0), reference.shape[1]
-    centred = reference - mean
-    values, directions = principal_directions(centred)
-    shrinkage = float(ledoit_wolf_shrinkage(centred.double().cpu().numpy(), assume_centered=True))
-    common = values.sum() / channels
-    scale = ((1 - shrinkage) * values + shrinkage * common).clamp_min(1e-12).rsqrt().float()
-    scores = []
-    for rows in query.split(CHUNK):
-        away = rows - mean
-        inside = away @ directions.float()
-        score = (inside * scale).square().sum(1)
-        if len(values) < channels:
-            outside = (away.square().sum(1) - inside.square().sum(1)).clamp_min(0)
-            score = score + outside / max(float(shrinkage * common), 1e-12)
-        scores.append(score)
-    return torch.cat(scores).cpu().numpy()
-
-
-def _raw(tokens: Tensor) -> Tensor:
-    return tokens
+    C) -> (m)."""
+    n, channels = reference.shape
+    density = Gaussian(channels, min(n - 1, channels))
+    density.fit(reference)
+    return torch.cat([density(rows) for rows in query.split(CHUNK)]).cpu().numpy()
 
 
 SEMANTIC = {  # name in the table -> (detector, what is done to the semantic tokens first)
-    "kNN, raw": (cosine_neighbours, _raw),
+    "kNN, raw": (cosine_neighbours, torch.Tensor.float),
     "kNN, power + L2": (cosine_neighbours, power_l2),
-    "Gaussian, raw": (gaussian, _raw),
+    "Gaussian, raw": (gaussian, torch.Tensor.float),
     "Gaussian, power + L2": (gaussian, power_l2),
 }
 

@@ -1,4 +1,4 @@
-"""What fitting a class leaves behind, and its checkpoint: a JSON and the weights beside it."""
+"""What fitting a class leaves behind, and its checkpoint: a JSON record and the weights beside it."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,11 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import config as knobs
 import utils
 from cache import feature_cache
 from config import Config, UserError, make_config
-from detector import records
-from shell.files import file_name, sha256_of_file, whole_file, write_sealed
+from shell.files import file_name, read_sealed, sha256_of_file, whole_file, write_sealed
+from shell.values import class_names
 
 # Of the formulas that scores are made by: kept with what they made, and raised with every change of them.
 SCORING = 3
@@ -25,16 +26,32 @@ class Fitted:
     """What fitting a class left: the detector at the chosen epoch, its scores, and how it came about."""
 
     detector: nn.Module  # a detector.detector.Detector
-    scores: np.ndarray
+    scores: np.ndarray  # of the test images
     labels: np.ndarray
     test_rows: np.ndarray
     held_scores: np.ndarray  # of the held-out normal training images; empty where none were held out
     history: list[dict]
     result: dict
-    # scores of the test images by their names (preparation.py): parts and others than ``scores`` at the
-    # chosen epoch, and all "..., before training"
-    flow_scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    simple_scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # of simple detectors
+    # scores of the test images by their names (``Detector.scores``): others than ``scores`` at the chosen
+    # epoch, and all "..., before training"
+    flow_scores: dict[str, np.ndarray]
+    simple_scores: dict[str, np.ndarray]  # of simple detectors
+
+
+@dataclasses.dataclass
+class Record:
+    """The JSON of a checkpoint, field by field."""
+
+    result: dict  # a row of the table: class, seed, metrics, counts, times
+    history: list[dict]  # of every evaluation
+    config: dict
+    features: dict  # the sidecar of the features that it was fitted to
+    test: dict[str, list]  # rows, labels, scores of the test images
+    held_out_scores: list[float]
+    flow_scores: dict[str, list[float]]
+    simple_scores: dict[str, list[float]]
+    weights: dict | None  # size and hash of the file beside it; None where none was kept
+    scoring: int = SCORING
 
 
 def run_folder(config: Config) -> Path:
@@ -53,33 +70,30 @@ def checkpoint_path(config: Config, class_name: str, seed: int) -> Path:
 
 
 def save_fitted(config: Config, cache: feature_cache.FeatureCache, fitted: Fitted) -> Path:
-    """Keep a fitted class: its result with configuration, history and scores (JSON, written last), and its
-    weights, whose size and hash the JSON records. Raises UserError when they cannot be written."""
+    """Keep a fitted class: its weights, then its record, which has their size and hash. Raises UserError when
+    they cannot be written."""
     path = checkpoint_path(config, fitted.result["class"], fitted.result["seed"])
     record, weights = checkpoint_files(path)
     record.unlink(missing_ok=True)  # an older run's: it would not fit what is written now
     weights.unlink(missing_ok=True)
     if config.keep != "results":
         save_weights(fitted.detector.state_dict(), weights)
-    content = {
-        "result": fitted.result,
-        "history": fitted.history,
-        "config": dataclasses.asdict(config),
-        "features": cache.meta,
-        "scoring": SCORING,
-        "weights": fingerprint(weights) if config.keep != "results" else None,
-        "test": {
+    content = Record(
+        result=fitted.result,
+        history=fitted.history,
+        config=dataclasses.asdict(config),
+        features=cache.meta,
+        test={
             "rows": fitted.test_rows.tolist(),
             "labels": fitted.labels.tolist(),
-            "scores": fitted.scores.astype(float).tolist(),
+            "scores": fitted.scores.tolist(),
         },
-        "held_out_scores": fitted.held_scores.astype(float).tolist(),
-        **{
-            kind: {name: values.astype(float).tolist() for name, values in found.items()}
-            for kind, found in (("flow_scores", fitted.flow_scores), ("simple_scores", fitted.simple_scores))
-        },
-    }
-    write_sealed(record, content)
+        held_out_scores=fitted.held_scores.tolist(),
+        flow_scores={name: scores.tolist() for name, scores in fitted.flow_scores.items()},
+        simple_scores={name: scores.tolist() for name, scores in fitted.simple_scores.items()},
+        weights=fingerprint(weights) if config.keep != "results" else None,
+    )
+    write_sealed(record, vars(content))
     return path
 
 
@@ -103,29 +117,35 @@ def fingerprint(path: Path) -> dict:
 def weights_fault(record: dict, path: Path) -> str | None:
     """What is wrong with the weights beside a record (missing, cut, changed), or None when they are those
     that were written with it."""
-    kept = record["weights"]
-    if kept is None:
+    if record["weights"] is None:
         return f"no weights were kept in {path} (keep was results)"
     if not path.is_file():
         return f"the weights {path} are missing"
-    return None if fingerprint(path) == kept else f"the weights {path} are cut or were changed"
+    return None if fingerprint(path) == record["weights"] else f"the weights {path} are cut or were changed"
+
+
+def read_record(path: Path) -> dict:
+    """The ``Record`` of a checkpoint, as a dictionary. Raises OSError when it is not there, and ValueError,
+    with the reason in one line, when it was changed or is of another version."""
+    file = checkpoint_files(path)[0]
+    content = {name: value for name, value in read_sealed(file).items() if name != "checksum"}
+    try:
+        record = Record(**content)
+        record.history = [undefined_as_nan(entry) for entry in record.history]
+        record.result = undefined_as_nan(record.result)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no record of this version: {error}") from None
+    if record.scoring != SCORING:
+        raise ValueError(f"{file} was fitted by a version whose scores are others; train it again")
+    return vars(record)
 
 
 def undefined_as_nan(entry: dict) -> dict:
     """Metrics that were undefined (one label only) stand as null in JSON; here as NaN again."""
-    undefined = (
+    metrics = (
         name for name, value in entry.items() if value is None and name.split("_")[-1] in utils.METRICS
     )
-    return entry | dict.fromkeys(undefined, float("nan"))
-
-
-def read_record(path: Path) -> dict:
-    """What the JSON of a checkpoint says. Raises OSError or ValueError when it cannot be read, or was
-    changed."""
-    content = records.read(checkpoint_files(path)[0])
-    content["history"] = [undefined_as_nan(entry) for entry in content["history"]]
-    content["result"] = undefined_as_nan(content["result"])
-    return content
+    return entry | dict.fromkeys(metrics, float("nan"))
 
 
 def config_of(record: dict) -> Config:
@@ -141,3 +161,28 @@ def trained_records(config: Config, classes: list[str]) -> Iterator[tuple[str, d
     """The checkpoints' records of a run's first seed, class by class."""
     for class_name in classes:
         yield class_name, read_record(checkpoint_path(config, class_name, config.seed))
+
+
+def find_checkpoints(path: Path, class_name: str | None, seed: int | None) -> list[Path]:
+    """The checkpoints of a run's folder, or the one that is named. Raises UserError when there are none."""
+    if not path.is_dir():
+        if class_name is not None or seed is not None:
+            raise UserError(
+                f"{path} is one class and seed already: leave --class_name and --seed out, or give its run"
+            )
+        return [path]
+    parts = [(file, *file.stem.rpartition("-seed")[::2]) for file in sorted(path.glob("classes/*.json"))]
+    numbered = [(file, name, int(number)) for file, name, number in parts if number.isdigit()]
+    if not numbered:
+        raise UserError(f"expected a run with classes/<class>-seed<n>.json in {path}, found none")
+    first = min(number for _, _, number in numbered) if seed is None else seed
+    files = {name: file for file, name, number in numbered if number == first}
+    if not files:
+        raise UserError(f"{path} holds no class of seed {seed}")
+    if class_name in (None, "all"):
+        return list(files.values())
+    chosen = [name.strip() for name in class_names(class_name)]
+    for name in chosen:
+        if file_name(name) not in files:
+            raise UserError(knobs.unknown("class", name, files))
+    return [files[file_name(name)] for name in chosen]

@@ -35,11 +35,6 @@ class Features(NamedTuple):
         kept = {name: rows[name].float() for name in ("bands", "places") if name in rows}
         return cls(tokens[:, 0].float(), tokens[:, 1:].float(), **kept)  # without gaps: products are quicker
 
-    def split(self, size: int) -> "list[Features]":
-        """Consecutive parts of ``size`` images."""
-        parts = [[None] * math.ceil(len(self.semantic) / size) if t is None else t.split(size) for t in self]
-        return [Features(*part) for part in zip(*parts)]
-
 
 class TokenSource:
     """Rows of a cached split by index: read out of the mapped files, or out of the device's memory where they
@@ -49,8 +44,10 @@ class TokenSource:
         self.device, self.arrays = device, arrays
         self.resident: dict[str, Tensor] | None = None
         size = 2 * sum(math.prod(array.shape) for array in arrays.values())
-        if device.type == "cuda" and fits_beside_training(size, *torch.cuda.mem_get_info(device)):
-            self.make_resident()
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            if size <= free - LEFT_FREE * total:
+                self.make_resident()
 
     def make_resident(self) -> None:
         """Copy every array to the device's memory, to be read there from now on."""
@@ -63,15 +60,24 @@ class TokenSource:
             resident[rows].copy_(torch.from_numpy(array[rows]))
         return resident
 
-    def _rows(self, name: str, index: np.ndarray) -> Tensor:
-        """The rows ``index`` of an array, float16, on the device."""
-        if self.resident is None:
-            return torch.from_numpy(self.arrays[name][index]).to(self.device)
+    def _rows(self, name: str, index: np.ndarray, on_cpu: bool) -> Tensor:
+        """The rows ``index`` of an array, float16."""
+        if on_cpu or self.resident is None:
+            rows = torch.from_numpy(self.arrays[name][index])
+            return rows if on_cpu else rows.to(self.device)
         return self.resident[name].index_select(0, torch.from_numpy(index).to(self.device))
 
-    def __getitem__(self, index: np.ndarray) -> Features:
+    def features(self, index: np.ndarray, on_cpu: bool = False) -> Features:
         """The features of the images ``index``, on the device, but for the places: few classes need them."""
-        return Features.of({name: self._rows(name, index) for name in self.arrays if name != "places"})
+        names = [name for name in self.arrays if name != "places"]
+        return Features.of({name: self._rows(name, index, on_cpu) for name in names})
+
+    def __getitem__(self, index: np.ndarray) -> Features:
+        return self.features(index)
+
+    def one(self, name: str, index: np.ndarray, on_cpu: bool = False) -> Tensor:
+        """One array of the images ``index``, float32, on the device, without reading the rest."""
+        return self._rows(name, index, on_cpu).float()
 
     @functools.cached_property
     def _semantic(self) -> Tensor:
@@ -81,28 +87,6 @@ class TokenSource:
         """The semantic tokens (n, C) of the images ``index``, float32, on the CPU; those of all images are
         read once."""
         return self._semantic[torch.from_numpy(index)].float()
-
-    def patches(self, index: np.ndarray) -> Tensor:
-        """The patch tokens (n, N, C) of the images ``index``, float32, on the device, without gaps."""
-        return self._rows("tokens", index)[:, 1:].float()
-
-    def one(self, name: str, index: np.ndarray) -> Tensor:
-        """One array of the images ``index``, float32, on the device, without reading the rest."""
-        return self._rows(name, index).float()
-
-    def on_cpu(self, index: np.ndarray) -> Features:
-        """The same, read from the files to the CPU."""
-        names = [name for name in self.arrays if name != "places"]
-        return Features.of({name: torch.from_numpy(self.arrays[name][index]) for name in names})
-
-    def one_on_cpu(self, name: str, index: np.ndarray) -> Tensor:
-        """One array of the images ``index``, float32, read from the files to the CPU."""
-        return torch.from_numpy(self.arrays[name][index]).float()
-
-
-def fits_beside_training(size: int, free: int, total: int) -> bool:
-    """Whether so many bytes of tokens may stay on a GPU with so many bytes free of all it has."""
-    return size <= free - LEFT_FREE * total
 
 
 def in_batches(index: np.ndarray, size: int) -> list:
@@ -129,8 +113,14 @@ class ClassData:
     held_rows: np.ndarray  # normal training images held out for likelihood
     test_rows: np.ndarray
     labels: np.ndarray  # of test_rows: 0 normal, 1 anomalous
-    per_category: bool = False  # a surface or an object and its defects (MVTec) instead of one class of many
     held_pictures: list[str] | None = None  # with tiles: the picture that each of held_rows is of
+
+    PARTS = ("fit", "held", "test")
+
+    def part(self, name: str) -> tuple[TokenSource, np.ndarray]:
+        """Where the images of a part are read, and their rows there."""
+        source = self.test if name == "test" else self.train
+        return source, {"fit": self.fit_rows, "held": self.held_rows, "test": self.test_rows}[name]
 
 
 def class_data(
@@ -162,7 +152,7 @@ def class_data(
             f"({advice})"
         )
     rows = (fit_rows, held_rows, test_rows)
-    data = ClassData(class_name, train, test, *rows, test_labels, labels.per_category, held_pictures)
+    data = ClassData(class_name, train, test, *rows, test_labels, held_pictures)
     sample = train[evenly(fit_rows, 64)].semantic
     if (sample == sample[0]).all():
         raise ClassError(
@@ -175,16 +165,13 @@ def class_data(
 def features_fault(data: ClassData) -> str | None:
     """Where a class's cached features are not finite; None where all are. Reads them all: asked only once
     something has gone wrong."""
-    for what, source, rows in (
-        ("training", data.train, np.sort(np.concatenate([data.fit_rows, data.held_rows]))),
-        ("test", data.test, data.test_rows),
-    ):
-        broken = []
+    for what, part in (("training", "fit"), ("training", "held"), ("test", "test")):
+        source, rows = data.part(part)
+        broken: list[int] = []
         for batch in in_batches(rows, EVAL_BATCH["cpu"]):
-            kinds = [source.one_on_cpu(name, batch) for name in source.arrays]
-            broken += batch[
-                ~torch.stack([k.flatten(1).isfinite().all(1) for k in kinds]).all(0).numpy()
-            ].tolist()
+            arrays = [source.one(name, batch, on_cpu=True).flatten(1) for name in source.arrays]
+            finite = torch.stack([array.isfinite().all(1) for array in arrays]).all(0)
+            broken += batch[~finite.numpy()].tolist()
         if broken:
             return (
                 f"class {data.class_name}: the cached features of {len(broken)} of its {what} images are not "

@@ -1,7 +1,6 @@
 """The detector of one normal class: from cached tokens to scores; loaded from its checkpoint."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,11 +13,12 @@ from backbone.token_grid import Bands, TokenGrid, centred_window, place_grid_of
 from cache import feature_cache
 from config import Config, UserError
 from detector import memory
-from detector.checkpoints import SCORING, checkpoint_files, config_of, read_record, weights_fault
+from detector.checkpoints import checkpoint_files, config_of, read_record, weights_fault
 from detector.class_data import EVAL_BATCH, Features, in_batches
 from detector.image_density import ImageDensity, Standardized
 from detector.normalization import JointNormalizer, PatchNormalizer, power_groups
-from detector.places import Places
+from detector.places import SEEN, Places
+from model import Inputs
 
 
 def normalization_in_effect(config: Config, features: dict) -> str:
@@ -30,34 +30,18 @@ def normalization_in_effect(config: Config, features: dict) -> str:
     return "power_l2+whiten" if features["kind"] == "map" else "none"
 
 
+WHOLE = "whole score"  # its name in tables: the score that the knob asks for
 LOW_DEPTHS = 2  # how many of the deepest depths give their low band to the joint token
 USUAL = 3.0  # standard deviations at which a heat map begins
 
 
-class Inputs(NamedTuple):
-    """What the flow takes of images: their joint tokens (B, k); the squared length (B) of what lies in none
-    of their directions; the patch tokens (B, N, C) that the fusion sees."""
-
-    tokens: Tensor
-    outside: Tensor
-    patches: Tensor
-
-
-class Latents(NamedTuple):
-    """What the flow makes of images: z (B, k) and the log-determinant (B); and outside (B), as in
-    ``Inputs``."""
-
-    z: Tensor
-    log_det: Tensor
-    outside: Tensor
-
-
 class Detector(nn.Module):
-    """What the detectors of one class share: the joint token, and scores of cached features that are finite.
+    """What the detectors of one class share: the joint token, and the way from cached features to scores.
     ``make_detector`` makes the one that a configuration asks for."""
 
     flow: nn.Module
     uses_places = False
+    at_start = False  # whether the flow is known to be the identity: places need not pass it
 
     def __init__(self, config: Config, features: dict, n_images: int | None = None):
         """features: the sidecar of the cache; n_feat, grid (rows, columns), tokens, kind (map or tokens) and,
@@ -65,15 +49,13 @@ class Detector(nn.Module):
         which bounds the directions of a whitened token. Raises UserError on settings that do not fit the
         features."""
         super().__init__()
-        memory.check_detector(config, features)
         grid = tuple(features["grid"])
         window = centred_window(grid, config.centre_pool) if config.centre_pool else None
         self.register_buffer("window", window, persistent=False)
-        widths = [features["n_feat"]]
         self.band_columns: list[range] = []
         if config.bands:
-            self.band_columns = joined_bands(config, tuple(features["band_channels"]))
-            widths += map(len, self.band_columns)
+            self.band_columns = joined_bands(tuple(features["band_channels"]))
+        widths = [features["n_feat"], *map(len, self.band_columns)]
         ends = np.cumsum(widths)
         self.groups = [range(end - width, end) for end, width in zip(ends, widths)]  # normalised together
         self.channels = sum(widths)  # of the joint token
@@ -94,17 +76,23 @@ class Detector(nn.Module):
         chosen = [features.bands[:, group.start : group.stop] for group in self.band_columns]
         return torch.cat([semantic, *chosen], 1)
 
-    def scores(self, features: Features) -> Tensor:
-        """Anomaly scores (n) of images from their cached features, on the device: what an exported file
-        computes."""
+    def inputs(self, features: Features) -> tuple[Inputs | None, Tensor]:
+        """What ``scores`` takes: what the flow takes, and what is known of the images (B) beside it."""
         raise NotImplementedError
+
+    def scores(self, inputs: Inputs | None, beside: Tensor) -> dict[str, Tensor]:
+        """The anomaly scores (B) of images, higher = more anomalous, by the names that tables have."""
+        raise NotImplementedError
+
+    def score(self, features: Features, name: str = WHOLE) -> Tensor:
+        """The score (B) of that name, from cached features on the device: what an exported file computes."""
+        return self.scores(*self.inputs(features))[name]
 
     @torch.no_grad()
     def score_features(self, features: Features) -> np.ndarray:
-        """The same, each image by itself. Raises UserError when a score is not finite: it would pass for a
-        verdict."""
+        """The whole score (n). Raises UserError when one is not finite: it would pass for a verdict."""
         with products(features.semantic.device):
-            scores = self.scores(features).cpu().numpy()
+            scores = self.score(features).cpu().numpy()
         broken = np.flatnonzero(~np.isfinite(scores))
         if len(broken):
             raise UserError(
@@ -133,44 +121,32 @@ class ImageFlow(Detector):
         super().__init__(config, features, n_images)
         self.score_name = config.score
         name, grid = normalization_in_effect(config, features), tuple(features["grid"])
-        self.leading = self.directions(n_images if name.endswith("whiten") else None)
-        self.normalizer = JointNormalizer(name, self.groups, self.leading)
+        leading = self.directions(n_images if name.endswith("whiten") else None)
+        self.normalizer = JointNormalizer(name, self.groups, leading)
         fused = config.fusion != "none"
-        self.patch_normalizer = PatchNormalizer(name, features["n_feat"], self.leading) if fused else None
-        self.flow = build_flow(config, self.leading, grid, features["tokens"] - 1 if fused else 0)
-        # latents of the training images, for the score latent_knn
-        self.register_buffer("reference", torch.zeros(0, self.leading, dtype=torch.float16))
+        self.patch_normalizer = PatchNormalizer(name, features["n_feat"], leading) if fused else None
+        self.flow = build_flow(config, leading, grid, features["tokens"] - 1 if fused else 0)
+        # latents of the training images, where the score is latent_knn
+        self.register_buffer("reference", torch.zeros(0, leading, dtype=torch.float16))
 
-    def patches(self, features: Features) -> Tensor:
-        """The patch tokens (B, N, C) that the fusion sees."""
-        if self.patch_normalizer is None:
-            return features.semantic.new_zeros(features.semantic.shape[0], 0, self.leading)
-        return self.patch_normalizer(features.patches)
-
-    def inputs(self, features: Features) -> Inputs:
-        """What the flow takes of cached features."""
+    def inputs(self, features: Features) -> tuple[Inputs, Tensor]:
+        """The joint tokens (B, k) and what they see (B, N, k), normalised; and the squared length (B) of what
+        lies in none of the k directions."""
         tokens, outside = self.normalizer(self.joint(features))
-        return Inputs(tokens, outside, self.patches(features))
+        if self.patch_normalizer is None:
+            return Inputs(tokens, tokens.new_zeros(tokens.shape[0], 0, tokens.shape[1])), outside
+        return Inputs(tokens, self.patch_normalizer(features.patches)), outside
 
-    def latents(self, inputs: Inputs) -> Latents:
-        z, log_det = self.flow(inputs.tokens, [inputs.patches])
-        return Latents(z, log_det, inputs.outside)
-
-    def score(self, latents: Latents, name: str | None = None) -> Tensor:
-        """The anomaly score ``name`` (config.SCORES; None: the knob's) of images: higher = more anomalous ->
-        (B)."""
-        name = name or self.score_name
-        if name == "latent":
-            return latents.z.square().mean(1)
-        if name == "latent_knn":
-            distances = model.squared_distances(latents.z, self.reference.float())
-            return model.nearest_neighbours(distances + latents.outside.unsqueeze(1))
-        return model.negative_log_likelihood(
-            model.normal_energy(latents.z, latents.log_det, latents.outside, self.channels)
-        )
-
-    def scores(self, features: Features) -> Tensor:
-        return self.score(self.latents(self.inputs(features)))
+    def scores(self, inputs: Inputs, outside: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        z, log_det = self.flow(inputs.tokens, [inputs.seen])
+        scores = {
+            "likelihood": model.negative_log_likelihood(z, log_det, outside, self.channels),
+            "latent": z.square().mean(1),
+        }
+        if len(self.reference):
+            distances = model.squared_distances(z, self.reference.float()) + outside.unsqueeze(1)
+            scores["latent_knn"] = model.nearest_neighbours(distances)
+        return {WHOLE: scores[self.score_name], **scores}
 
 
 class PlaceFlow(Detector):
@@ -180,45 +156,58 @@ class PlaceFlow(Detector):
 
     def __init__(self, config: Config, features: dict, n_images: int | None = None):
         super().__init__(config, features, n_images)
-        self.place_grid, channels = place_grid_of(features), features["place_shape"][1]
-        flow = build_flow(config, channels, (1, SEEN), SEEN)
-        self.places = Places(self.place_grid, channels, flow)
-        self.image = ImageDensity(self.channels, self.directions(n_images))
+        channels = features["place_shape"][1]
+        self.flow = build_flow(config, channels, (1, SEEN), SEEN)
+        self.places = Places(place_grid_of(features), channels)
         self.place_unit = Standardized()
+        self.image = ImageDensity(self.channels, self.directions(n_images))
         self.register_buffer("one_scene", torch.ones(()))  # the weight of image_density.one_scene
         self.uses_places = True
 
-    @property
-    def flow(self) -> nn.Module:  # type: ignore[override]
-        return self.places.flow
+    def inputs(self, features: Features) -> tuple[Inputs | None, Tensor]:
+        """What the flow takes of the places (None where they are not read), and the image part (B)."""
+        image = self.image_part(power_groups(self.joint(features), self.groups))
+        return self.place_inputs(features.places) if self.uses_places else None, image
 
-    def image_part(self, features: Features) -> Tensor:
-        """How unusual the image is as a whole (B), in standard deviations: under the Gaussian where the class
-        shows one scene, under the kernels where it shows several."""
-        return self.weighted(self.image(power_groups(self.joint(features), self.groups)))
+    def place_inputs(self, places: Tensor) -> Inputs:
+        """What the flow takes of all places of images, from raw place tokens (B, P, E) -> (B P, ...)."""
+        return self.places.inputs(self.places.whiten(places))
 
-    def weighted(self, both: Tensor) -> Tensor:
-        """The same from both densities' (B, 2)."""
-        return self.one_scene * both[:, 0] + (1 - self.one_scene) * both[:, 1]
+    def image_part(self, joint: Tensor) -> Tensor:
+        """How unusual the image is as a whole (B), in standard deviations, from its power-normalised joint
+        token (B, D): under the Gaussian where the class shows one scene, under the kernels where several."""
+        gaussian, kernels = self.image(joint).unbind(1)
+        return self.one_scene * gaussian + (1 - self.one_scene) * kernels
 
-    def places_part(self, losses: Tensor) -> Tensor:
-        """How unusual its most unusual places are (B), in standard deviations, from the places' losses (B,
-        P)."""
-        return self.place_unit(self.places.most_unusual(losses))
+    def latents(self, inputs: Inputs, images: int) -> tuple[Tensor, Tensor]:
+        """z (B, P, E) and negative log-likelihoods (B, P) of the places of B images."""
+        if self.at_start:
+            z, log_det = inputs.tokens, inputs.tokens.new_zeros(len(inputs.tokens))
+        else:
+            z, log_det = self.flow(inputs.tokens, [inputs.seen])
+        shape = (images, self.places.count)
+        return z.unflatten(0, shape), model.negative_log_likelihood(z, log_det).unflatten(0, shape)
 
-    def scores(self, features: Features) -> Tensor:
-        score = self.image_part(features)
-        if self.uses_places:
-            latents = self.places.latents(self.places.whiten(features.places))
-            score = score + self.one_scene * self.places_part(self.places.losses(*latents))
-        return score
+    def scores(self, inputs: Inputs | None, image: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        if inputs is None:
+            return {WHOLE: image, "image part": image}
+        z, likelihoods = self.latents(inputs, image.shape[0])
+        places = self.place_unit(self.places.most_unusual(likelihoods))
+        return {
+            WHOLE: image + self.one_scene * places,
+            "image part": image,
+            "places": places,
+            "likelihood": likelihoods.mean(1),
+            "latent": z.square().mean((1, 2)),
+        }
 
     @torch.no_grad()
     def place_map(self, places: Tensor) -> np.ndarray:
         """How unusual every place is (B, P), in standard deviations of the place's own log-likelihood beyond
         the three that few places of a normal picture reach, from raw place tokens (B, P, E)."""
         with products(places.device):
-            return (self.places(places) - USUAL).cpu().numpy()
+            _, likelihoods = self.latents(self.place_inputs(places), len(places))
+            return (self.places.unusual(likelihoods) - USUAL).cpu().numpy()
 
     def read_places(self, one_scene: float) -> None:
         """Weigh the parts: 1 where the class's normal images show one scene, 0 where places are not read."""
@@ -230,15 +219,14 @@ class PlaceFlow(Detector):
         self.read_places(float(self.one_scene))
 
 
-SEEN = 3  # tokens that a place sees of its image: two bands and its position
-
-
 def make_detector(config: Config, features: dict, n_images: int | None = None) -> Detector:
-    """The detector that a configuration asks for; arguments and errors as of ``Detector``."""
+    """The detector that a configuration asks for; arguments and errors as of ``Detector``, and UserError on
+    one that is more than the memory holds."""
+    memory.check_detector(config, features)
     return (PlaceFlow if config.score == "joined" else ImageFlow)(config, features, n_images)
 
 
-def joined_bands(config: Config, channels: tuple[int, ...]) -> list[range]:
+def joined_bands(channels: tuple[int, ...]) -> list[range]:
     """The columns of the band token that the joint token takes: the low bands of the deepest depths, rings
     and peaks of all."""
     bands, depths = Bands(), range(len(channels))
@@ -257,9 +245,7 @@ def build_flow(config: Config, channels: int, grid: tuple[int, int], n_tokens: i
             hidden=config.fc_internal or channels,
             clamp=config.clamp,
             fusion=config.fusion,
-            use_gamma=True,
             identity_start=config.identity_start,
-            heads=0,  # as many as the fusion takes by itself
             alpha=config.alpha,
             window=config.window,
             bands=config.score != "joined" and TokenGrid.named(config.token_grid, config.window).bands,
@@ -273,27 +259,21 @@ def load_detector(path: Path) -> tuple[Detector, dict]:
     """The detector of a checkpoint (either of its two files) and what its JSON says. Unpickles nothing.
     Raises UserError unless both are what was written together, and every weight is finite."""
     record_file, weights = checkpoint_files(Path(path))
-    expected = f"expected a checkpoint {record_file} with its .safetensors beside it"
     try:
         record = read_record(record_file)
     except (OSError, ValueError) as error:
+        expected = f"expected a checkpoint {record_file} with its .safetensors beside it"
         raise UserError(f"{expected} ({error})") from None
-    fault = weights_fault(record, weights)
-    if not fault and record.get("scoring") != SCORING:
-        fault = "it was fitted by a version whose scores are others"
-    if fault:
-        raise UserError(f"{expected}: {fault}; train it again")
+    if fault := weights_fault(record, weights):
+        raise UserError(f"{fault}; train it again")
     try:
         detector = make_detector(config_of(record), record["features"], record["result"]["n_train"])
         detector.load_saved(load_file(weights))
     except UserError as error:
         raise UserError(f"{record_file}: {error}") from None
-    except (
-        Exception
-    ) as error:  # a foreign safetensors file, or one of another flow: each fails in its own way
-        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-        fault = f"holds no weights of this version's detector ({reason})"
-        raise UserError(f"{weights} {fault}; train it again") from None
+    except Exception as error:  # files that somebody made: each fails in its own way
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
+        raise UserError(f"{weights} holds no weights of this version's detector ({reason})") from None
     broken = [name for name, t in detector.state_dict().items() if not torch.isfinite(t).all()]
     if broken:
         raise UserError(f"{weights} holds weights that are not finite ({broken[0]}): train it again")

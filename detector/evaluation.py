@@ -1,7 +1,6 @@
 """How good a detector is: held-out likelihood and test scores after an epoch, and what a class comes to."""
 
 import dataclasses
-import math
 
 import numpy as np
 import torch
@@ -11,9 +10,9 @@ import utils
 from backbone.arithmetic import products
 from detector import baselines
 from detector.class_data import evenly, in_batches
-from detector.preparation import PLACE_BATCH, PLACE_SAMPLE, WHOLE, PreparedClass
-
-LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)  # the constant of a Gaussian, nats per channel
+from detector.detector import WHOLE
+from detector.preparation import PLACE_BATCH, PLACE_SAMPLE, PreparedClass
+from model import LOG_ROOT_2PI
 
 
 @dataclasses.dataclass
@@ -21,8 +20,8 @@ class Evaluation:
     """What a class has come to after an epoch."""
 
     entry: dict  # of the history: epoch, loss, held_out_loss where images are held out, AUROCs by score
-    scores: dict[str, np.ndarray]  # of held-out and test images, by the knob's score; may not be finite
-    named: dict[str, np.ndarray]  # scores of the test images by their names
+    held: np.ndarray  # whole scores of the held-out images
+    test: dict[str, np.ndarray]  # scores of the test images by their names
     finite: bool  # whether all scores are; else the held-out loss is infinite
     # of the detector, where it may be gone back to
     state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -36,8 +35,18 @@ class Evaluation:
         loss = self.entry["loss"]
         trained = "before training" if loss is None else f"loss {loss:.4f}"
         held = f"  held-out loss {self.held_out_loss:.4f}" if "held_out_loss" in self.entry else ""
-        tested = f"  AUROC {self.entry['auroc']:.4f}" if len(self.scores["test"]) else ""
+        tested = f"  AUROC {self.entry['auroc']:.4f}" if len(self.test[WHOLE]) else ""
         return f"epoch {self.entry['epoch']}  {trained}{held}{tested}"
+
+
+@torch.no_grad()
+def scores_of(prepared: PreparedClass, part: str) -> dict[str, np.ndarray]:
+    """Scores (n) of the images of a part as the flow now is, by their names: ``Detector.scores``."""
+    _, rows = prepared.data.part(part)
+    batches = in_batches(np.arange(len(rows)), prepared.at_once)
+    with products(prepared.device):
+        scores = [prepared.detector.scores(*prepared.taken(part, batch)) for batch in batches]
+    return {name: torch.cat([each[name] for each in scores]).cpu().numpy() for name in scores[0]}
 
 
 @torch.no_grad()
@@ -45,43 +54,32 @@ def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluat
     """Measure the held-out normals and the test images as the flow now is. loss: of the epoch, None before
     training."""
     prepared.detector.eval()
+    prepared.detector.at_start = loss is None and prepared.config.identity_start
     with products(prepared.device):
-        held, test = (prepared.scores(part) for part in ("held", "test"))
+        prepared.refit()
+    held, test = scores_of(prepared, "held"), scores_of(prepared, "test")
     entry: dict = {"epoch": epoch, "loss": loss}
     if "likelihood" in held and len(held[WHOLE]):
-        usual = torch.from_numpy(prepared.usual["held"]).to(prepared.device)
-        entry["held_out_loss"] = held["likelihood"][usual].mean().item() - LOG_ROOT_2PI
-    finite = all(bool(each.isfinite().all()) for found in (held, test) for each in found.values())
+        entry["held_out_loss"] = float(held["likelihood"].mean() - LOG_ROOT_2PI)  # as of training, eq. 11
+    finite = all(np.isfinite(scores).all() for scores in (*held.values(), *test.values()))
     if not finite:
         entry["held_out_loss"] = float("inf")
-    named = {name: values.cpu().numpy() for name, values in test.items()}
-    own = {"held": held[WHOLE].cpu().numpy(), "test": named[WHOLE]}
-    entry["auroc"] = utils.auroc(prepared.data.labels, np.nan_to_num(own["test"]))
-    for name in ("latent", "likelihood"):
-        scores = named.get(name, np.full(len(own["test"]), np.nan))
-        known = name in named
-        entry[f"{name}_auroc"] = utils.auroc(prepared.data.labels, np.nan_to_num(scores)) if known else np.nan
-    return Evaluation(entry, own, named, finite)
+    for column, name in (("auroc", WHOLE), ("latent_auroc", "latent"), ("likelihood_auroc", "likelihood")):
+        known = name in test
+        entry[column] = utils.auroc(prepared.data.labels, np.nan_to_num(test[name])) if known else np.nan
+    return Evaluation(entry, held[WHOLE], test, finite)
 
 
-def go_back(prepared: PreparedClass, best: Evaluation) -> None:
-    """Make the detector that of an evaluation."""
-    if best.state:
-        prepared.detector.load_saved(best.state)
-
-
-def result_of(
-    prepared: PreparedClass, scores: np.ndarray, best: Evaluation, history: list[dict], seconds: float
-) -> dict:
-    """The result of a class, as tables and its record have it. scores (n): of the test images, all finite;
-    seconds: what training took."""
+def result_of(prepared: PreparedClass, best: Evaluation, history: list[dict], seconds: float) -> dict:
+    """The result of a class, as tables and its record have it, from the evaluation that counts, whose scores
+    are finite. seconds: what training took."""
     data = prepared.data
     # the start, where it is only looked at for comparison, is no epoch that could be reported
     reportable = [entry for entry in history if entry["epoch"] or prepared.config.patience] or history
     return {
         "class": data.class_name,
         "seed": prepared.seed,
-        **utils.detection_metrics(data.labels, scores),
+        **utils.detection_metrics(data.labels, best.test[WHOLE]),
         "best_on_test_auroc": max(entry["auroc"] for entry in reportable),
         **{key: value for key, value in best.entry.items() if key != "auroc"},
         "reads_places": prepared.detector.uses_places,
@@ -114,8 +112,10 @@ def simple_scores(prepared: PreparedClass) -> dict[str, np.ndarray]:
         scores["Gaussian, joint token"] = baselines.gaussian(train, prepared.joint["test"])
         scores["kNN, joint token"] = baselines.neighbours(train, prepared.joint["test"])
     if prepared.detector.uses_places:
-        reference = data.train.one_on_cpu("places", evenly(normal, PLACE_SAMPLE))
+        reference = data.train.one("places", evenly(normal, PLACE_SAMPLE), on_cpu=True)
+        batches = in_batches(data.test_rows, PLACE_BATCH)
         for name, fitted_to in baselines.PLACES.items():
-            score, batches = fitted_to(reference), in_batches(data.test_rows, PLACE_BATCH)
-            scores[name] = torch.cat([score(data.test.one_on_cpu("places", b)) for b in batches]).numpy()
+            score = fitted_to(reference)
+            parts = [score(data.test.one("places", batch, on_cpu=True)) for batch in batches]
+            scores[name] = torch.cat(parts).numpy()
     return scores

@@ -25,8 +25,7 @@ NORMALIZATIONS: dict[str, tuple[str, ...]] = {
 def spread(tokens: Tensor) -> float:
     """How much the directions of tokens (n, C) differ: one minus the squared length of their mean direction,
     after ``power_l2``, times n / (n - 1), so that it does not depend on n: 0 when all are alike, 1 when they
-    cancel. (The circular variance of directional
-    statistics, in its squared form: Mardia and Jupp, Directional Statistics.)"""
+    cancel. (The circular variance, in its squared form: Mardia and Jupp, Directional Statistics.)"""
     n = len(tokens)
     return (1 - power_l2(tokens).mean(0).square().sum().item()) * n / max(1, n - 1)
 
@@ -60,6 +59,33 @@ def principal_directions(centred: Tensor) -> tuple[Tensor, Tensor]:
     return values * real, directions / torch.linalg.vector_norm(directions, dim=0).clamp_min(EPS) * real
 
 
+class Principal(nn.Module):
+    """Tokens (B, D) -> where they lie (B, k) in the principal directions of the tokens that it was fitted to,
+    and the squared length (B) of what lies in none of these (0 where k = D)."""
+
+    def __init__(self, channels: int, directions: int):
+        super().__init__()
+        self.partial = directions < channels
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("directions", torch.eye(channels, directions))
+
+    @torch.no_grad()
+    def fit(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Fit to tokens (n, D), float32 -> the variances (k) in the directions, and their mean () over all D,
+        float64."""
+        self.mean.copy_(tokens.mean(0))
+        values, directions = principal_directions(tokens - self.mean)
+        count = self.directions.shape[1]
+        self.directions.copy_(directions[:, :count])
+        return values[:count], values.sum() / tokens.shape[1]
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        centred = tokens - self.mean
+        inside = torch.matmul(centred, self.directions)
+        outside = (centred.square().sum(1) - inside.square().sum(1)).clamp_min(0)
+        return inside, outside if self.partial else torch.zeros_like(outside)
+
+
 class JointNormalizer(nn.Module):
     """Joint tokens (B, D) -> what the flow takes: tokens (B, k) and the squared length (B) of what lies in no
     direction of the training images (0 where k = D). Its buffers are fitted by ``fit``.
@@ -72,14 +98,14 @@ class JointNormalizer(nn.Module):
     def __init__(self, name: str, groups: list[range], directions: int):
         super().__init__()
         self.steps, self.groups = NORMALIZATIONS[name], groups
-        channels = sum(map(len, groups))
         self.whitens = "whiten" in self.steps
-        self.partial = directions < channels  # some directions are no training image's
-        self.register_buffer("mean", torch.zeros(channels))
-        shape = (channels, directions) if self.whitens else (0, 0)
-        self.register_buffer("directions", torch.eye(*shape))
+        channels = sum(map(len, groups))
+        if self.whitens:
+            self.principal = Principal(channels, directions)
+            self.register_buffer("rest_scale", torch.ones(()))
+        else:
+            self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(directions if self.whitens else 1))
-        self.register_buffer("rest_scale", torch.ones(()))
 
     def power(self, joint: Tensor) -> Tensor:
         """Each group of columns by ``power_l2``, where the normalisation says so: (B, D) -> (B, D)."""
@@ -88,34 +114,27 @@ class JointNormalizer(nn.Module):
     @torch.no_grad()
     def fit(self, joint: Tensor) -> "JointNormalizer":
         """Fit to the normal training images' joint tokens (n, D), float32."""
-        if not self.steps:
-            return self
         tokens = self.power(joint)
-        self.mean.copy_(tokens.mean(0))
-        centred = tokens - self.mean
-        if not self.whitens:
-            self.scale.fill_((centred.square().mean() + EPS).rsqrt())
-            return self
-        values, directions = principal_directions(centred)
-        count = self.directions.shape[1]
-        floor = RIDGE * values.sum() / centred.shape[1] + EPS
-        scale = (values[:count] + floor).rsqrt()
-        size = (values[:count] * scale.square()).mean().clamp_min(EPS)
-        self.directions.copy_(directions[:, :count])
-        self.scale.copy_(scale / size.sqrt())
-        self.rest_scale.copy_(1 / (floor * size))
+        if self.whitens:
+            values, average = self.principal.fit(tokens)
+            floor = RIDGE * average + EPS
+            scale = (values + floor).rsqrt()
+            size = (values * scale.square()).mean().clamp_min(EPS)
+            self.scale.copy_(scale / size.sqrt())
+            self.rest_scale.copy_(1 / (floor * size))
+        elif self.steps:
+            self.mean.copy_(tokens.mean(0))
+            self.scale.fill_(((tokens - self.mean).square().mean() + EPS).rsqrt())
         return self
 
     @torch.no_grad()
     def forward(self, joint: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.steps:
-            return joint, joint.new_zeros(joint.shape[0])
-        centred = self.power(joint) - self.mean
-        if not self.whitens:
-            return centred * self.scale, joint.new_zeros(joint.shape[0])
-        inside = torch.matmul(centred, self.directions)
-        outside = (centred.square().sum(1) - inside.square().sum(1)).clamp_min(0) * self.rest_scale
-        return inside * self.scale, outside if self.partial else torch.zeros_like(outside)
+        tokens = self.power(joint)
+        if self.whitens:
+            inside, outside = self.principal(tokens)
+            return inside * self.scale, outside * self.rest_scale
+        nothing = joint.new_zeros(joint.shape[0])
+        return (tokens - self.mean) * self.scale if self.steps else tokens, nothing
 
 
 class PatchNormalizer(nn.Module):

@@ -41,8 +41,7 @@ class PictureDetector:
         self.fitted, self.record, self.backbone = fitted.to(backbone.device).eval(), record, backbone
         self.class_name, self.seed = record["result"]["class"], record["result"]["seed"]
         self.held_out = np.array(record["held_out_scores"], float)
-        config = config_of(record)
-        self.false_alarms = config.false_alarms if false_alarms is None else false_alarms
+        self.false_alarms = record["config"]["false_alarms"] if false_alarms is None else false_alarms
         if not 0 < self.false_alarms <= 0.5:
             raise UserError(f"false_alarms: expected a share above 0 and up to 0.5, got {self.false_alarms}")
 
@@ -59,19 +58,19 @@ class PictureDetector:
         false_alarms: the share of normal pictures that ``verdict`` may call anomalous; None: the run's knob.
         weights_path: the file that a fit with weights_path took; None: looked for where it was and beside the
         checkpoint. Raises UserError when the checkpoint or the device is not there."""
-        return load_picture_detector(path, utils.set_up(device, threads), false_alarms, weights=weights_path)
+        weights = None if weights_path is None else Path(weights_path)
+        return load_picture_detector(path, utils.set_up(device, threads), false_alarms, weights=weights)
 
     def score(self, picture: Any) -> Any:
         """The anomaly score of a picture (float), or of several (n): higher is more anomalous. Raises
         UserError on one that cannot be read."""
         several = pictures.are_several(picture)
-        scores: list[np.ndarray] = []
+        scores: list[np.ndarray] = [np.empty(0)]
         for rows in self.backbone.rows(picture if several else [picture]):
             if isinstance(rows, pictures.Unreadable):
                 raise UserError(rows.reason)
             scores.append(self.score_rows(rows))
-        joined = np.concatenate(scores) if scores else np.empty(0)
-        return joined if several else float(joined[0])
+        return np.concatenate(scores) if several else float(scores[-1][0])
 
     def score_rows(self, rows: pictures.Rows) -> np.ndarray:
         """Scores (n) from rows of features, as ``FittedBackbone.rows`` gives them; of the tiles of a picture
@@ -116,9 +115,8 @@ class PictureDetector:
     def p_value(self, score: Any) -> Any:
         """How many normal pictures score as high or higher, as a share, of a score or an array of them; NaN
         where none were held out (calibration.p_values)."""
-        if not len(self.held_out):
-            return np.full(np.shape(score), np.nan) if np.ndim(score) else float("nan")
-        values = calibration.p_values(self.held_out, score)
+        known = len(self.held_out) > 0
+        values = calibration.p_values(self.held_out, score) if known else np.full(np.shape(score), np.nan)
         return values if np.ndim(score) else float(values)
 
     @property
@@ -134,11 +132,7 @@ class PictureDetector:
 
     def calibrate(self, good: Any) -> calibration.Threshold:
         """Let p-values and verdicts rest on fresh normal pictures instead -> the new threshold."""
-        return self.calibrate_to(np.atleast_1d(self.score(good)))
-
-    def calibrate_to(self, scores: Any) -> calibration.Threshold:
-        """The same, from the pictures' scores (n)."""
-        self.held_out = np.array(scores, float)
+        self.held_out = np.atleast_1d(self.score(good))
         return self.threshold
 
 
@@ -147,13 +141,14 @@ def load_picture_detector(
     device: torch.device,
     false_alarms: float | None = None,
     backbone: pictures.FittedBackbone | None = None,
-    weights: str | Path | None = None,
+    weights: Path | None = None,
+    precision: str | None = None,
 ) -> PictureDetector:
     """A fitted class that scores pictures, from its checkpoint. backbone: of a detector that was fitted to
-    the same features; weights: the file of a fit with weights_path. Raises UserError: ``load_detector``."""
+    the same features; weights: the file of a fit with weights_path; precision: of the backbone, None: as in
+    the fit. Raises UserError: ``load_detector``."""
     fitted, record = load_detector(Path(path))
-    file = None if weights is None else Path(weights)
     backbone = backbone or pictures.FittedBackbone(
-        config_of(record), record["features"], device, weights=file, checkpoint=Path(path)
+        config_of(record), record["features"], device, precision, weights, Path(path)
     )
     return PictureDetector(fitted, record, backbone, false_alarms)

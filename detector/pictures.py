@@ -65,7 +65,6 @@ class FittedBackbone:
         self.scale = PixelScale(features.get("pixel_scale", {}))
         self.features, self.device, self.weights, self.checkpoint = features, device, weights, checkpoint
         self.tiles = config.tiles  # pixels of the side of those that pictures are cut into; 0: they are not
-        self.unchecked = {"precision"} if precision else set()
 
     def __getstate__(self) -> dict:
         """Without the loaded backbone: a copy in another process loads its own."""
@@ -75,48 +74,44 @@ class FittedBackbone:
     def job(self) -> extraction.Extraction:
         """The loaded backbone. Raises UserError when it no longer gives the features of the fit."""
         self.config = dataclasses.replace(self.config, weights_path=self._weights_path())
-        identity = cache_identity(self.config, self.device)
-        self._check({k: v for k, v in identity.fields.items() if k not in self.unchecked})
+        config = self.config
+        identity = cache_identity(config, self.device)
+        self._check(identity.fields)
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be a table of scores
-            config = self.config
             job = extraction.Extraction(identity, self.device, config.extract_batch, config.workers)
-        unchecked = {*identity.fields, "precision", EXAMPLE}
-        self._check({name: value for name, value in job.fields.items() if name not in unchecked})
+        self._check({name: value for name, value in job.fields.items() if name != EXAMPLE})
         if fault := example_fault(self.features.get(EXAMPLE), job.fields[EXAMPLE]):
             raise UserError(f"the detector does not fit: {fault}")
         return job
 
+    def _check(self, fields: dict) -> None:
+        for field, now in fields.items():
+            fitted_to = self.features.get(field)
+            if field != "precision" and fitted_to != as_strict_json(now):  # which a file may have of its own
+                raise UserError(
+                    f"the detector was fitted to features with {field} {fitted_to}, now it is {now}"
+                )
+
     def _weights_path(self) -> str | None:
         """The knob weights_path for the weights of the fit, wherever their file is now. Raises UserError when
         that is nowhere, or another one."""
-        fitted_with = self.config.weights_path
+        fitted_with, weights = self.config.weights_path, self.features["weights"]
         if fitted_with in (None, "random"):
             if self.weights:
                 raise UserError(
-                    f"weights_path: the detector was fitted with {self.features['weights']}, no file; leave "
-                    "it out"
+                    f"weights_path: the detector was fitted with {weights}, no file; leave it out"
                 )
             return fitted_with
         there = Path(fitted_with)
         beside = [folder / there.name for folder in self.checkpoint.parents[:2]] if self.checkpoint else []
         places = [self.weights] if self.weights else [there, *beside]
-        for place in places:
-            if place.is_file():
-                source = backbones.weights_source(self.config.extractor, str(place), self.config.seed)
-                if source == self.features["weights"]:
-                    return str(place)
+        for place in filter(Path.is_file, places):
+            if weights == backbones.weights_source(self.config.extractor, str(place), self.config.seed):
+                return str(place)
         raise UserError(
-            f"weights_path: the detector was fitted with {there.name} ({self.features['weights']}); expected "
-            f"that very file, looked at {', '.join(map(str, places))}; give it: --weights_path FILE"
+            f"weights_path: the detector was fitted with {there.name} ({weights}); expected that very file, "
+            f"looked at {', '.join(map(str, places))}; give it: --weights_path FILE"
         )
-
-    def _check(self, fields: dict) -> None:
-        for field, now in fields.items():
-            fitted_to = self.features.get(field)
-            if fitted_to != as_strict_json(now):
-                raise UserError(
-                    f"the detector was fitted to features with {field} {fitted_to}, now it is {now}"
-                )
 
     def rows(self, pictures: Iterable) -> Iterator[Rows | Unreadable]:
         """The features of pictures in order: of consecutive ones together, float16 on the device (see

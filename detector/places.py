@@ -2,20 +2,19 @@
 each is (docs/method.md, section 5.3)."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-import model
 from detector.normalization import EPS
+from model import Inputs
 
 RIDGE = 0.03  # added to the covariance of a place, in units of the mean variance
 NEAR, RING = 2, 5  # places around a place: what it does not see of its image, and the reach of its high band
+SEEN = 3  # tokens that a place sees of its image: two bands and its position
 LEAST = 0.01  # of twice the negative log-likelihood before its logarithm
 AS_IF_SEEN = 10  # images that the places' common variance of log-likelihoods counts like
 MOST_UNUSUAL = 0.03  # share of an image's places that the score takes the mean of
-LOG_2PI = math.log(2 * math.pi)
 
 
 def bands_around(grid: tuple[int, int]) -> Tensor:
@@ -37,8 +36,8 @@ def position(grid: tuple[int, int], channels: int) -> Tensor:
     rows, columns = ((torch.arange(side) + 0.5) / side for side in grid)
     places = (rows.repeat_interleave(grid[1]), columns.repeat(grid[0]))
     parts = [wave(each[:, None] * waves) for each in places for wave in (torch.sin, torch.cos)]
-    found = torch.cat(parts, 1)[:, :channels]
-    return nn.functional.pad(found, (0, channels - found.shape[1]))
+    token = torch.cat(parts, 1)[:, :channels]
+    return nn.functional.pad(token, (0, channels - token.shape[1]))
 
 
 class PlaceWhitening(nn.Module):
@@ -88,56 +87,34 @@ class PlaceWhitening(nn.Module):
         return tokens * (n / max(1, n - 1)) / (1 - own * energies).clamp_min(1e-3).sqrt()
 
 
-class PlaceInputs(NamedTuple):
-    """What the flow takes of places: tokens (B, E), and what each sees of its image (B, 3, E): low band, high
-    band, position."""
-
-    tokens: Tensor
-    seen: Tensor
-
-
 class Places(nn.Module):
-    """The flow on places: place tokens (B, P, E) -> how unusual each place is (B, P): the logarithm of twice
-    its negative log-likelihood per channel, standardised by place over the normal images (docs/method.md, eq.
-    17 to 20).
+    """What the flow takes of the places of images, and from their likelihood how unusual each is: the
+    logarithm of twice the negative log-likelihood per channel, standardised by place over the normal images
+    (docs/method.md, eq. 17 to 20)."""
 
-    flow: of E channels, conditioned on three tokens; it starts as the identity, under which a place has its
-    own Gaussian."""
-
-    def __init__(self, grid: tuple[int, int], channels: int, flow: nn.Module):
+    def __init__(self, grid: tuple[int, int], channels: int):
         super().__init__()
-        count = math.prod(grid)
-        self.whiten, self.flow = PlaceWhitening(count, channels), flow
+        self.count = math.prod(grid)
+        self.whiten = PlaceWhitening(self.count, channels)
         self.register_buffer("around", bands_around(grid), persistent=False)
         self.register_buffer("position", position(grid, channels), persistent=False)
-        self.register_buffer("log_mean", torch.zeros(count))
-        self.register_buffer("log_deviation", torch.ones(count))
-        self.n_unusual = max(1, round(MOST_UNUSUAL * count))
+        self.register_buffer("log_mean", torch.zeros(self.count))
+        self.register_buffer("log_deviation", torch.ones(self.count))
+        self.n_unusual = max(1, round(MOST_UNUSUAL * self.count))
 
-    def inputs(self, tokens: Tensor) -> PlaceInputs:
-        """What the flow takes of all places of images, from whitened tokens (B, P, E) -> (B P, ...)."""
+    def inputs(self, tokens: Tensor) -> Inputs:
+        """What the flow takes of all places of images, from whitened tokens (B, P, E): these (B P, E), and
+        what each sees of its image (B P, 3, E): low band, high band, position."""
         bands = torch.matmul(self.around, tokens.unsqueeze(1))  # (B, 2, P, E)
         where = self.position.expand(tokens.shape[0], 1, -1, -1)
         seen = torch.cat([bands, where], 1).transpose(1, 2)  # (B, P, 3, E)
-        return PlaceInputs(tokens.flatten(0, 1), seen.flatten(0, 1))
-
-    def latents(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """z (B, P, E) and the log-determinants (B, P) of whitened tokens (B, P, E)."""
-        inputs = self.inputs(tokens)
-        z, log_det = self.flow(inputs.tokens, [inputs.seen])
-        return z.unflatten(0, tokens.shape[:2]), log_det.unflatten(0, tokens.shape[:2])
-
-    @staticmethod
-    def losses(z: Tensor, log_det: Tensor) -> Tensor:
-        """Negative log-likelihoods of places, nats per channel without the constant: z (B, P, E), log_det (B,
-        P) -> (B, P)."""
-        return model.loss_per_image(z.flatten(0, 1), log_det.flatten()).view(log_det.shape)
+        return Inputs(tokens.flatten(0, 1), seen.flatten(0, 1))
 
     @torch.no_grad()
-    def fit_scale(self, losses: Tensor) -> "Places":
-        """Fit the standardisation to the losses (n, P) of normal images. The variance of a place's log is
-        drawn to that of all places by 10 / (n + 10)."""
-        logs, n = self._logs(losses), len(losses)
+    def fit_scale(self, likelihoods: Tensor) -> "Places":
+        """Fit the standardisation to the negative log-likelihoods (n, P) of normal images. The variance of a
+        place's log is drawn to that of all places by 10 / (n + 10)."""
+        logs, n = self._logs(likelihoods), len(likelihoods)
         variances = logs.var(0, correction=0)
         variances = (n * variances + AS_IF_SEEN * variances.mean()) / (n + AS_IF_SEEN)
         self.log_mean.copy_(logs.mean(0))
@@ -145,17 +122,13 @@ class Places(nn.Module):
         return self
 
     @staticmethod
-    def _logs(losses: Tensor) -> Tensor:
-        return (2 * losses + LOG_2PI).clamp_min(LEAST).log()
+    def _logs(likelihoods: Tensor) -> Tensor:
+        return (2 * likelihoods).clamp_min(LEAST).log()
 
-    def unusual(self, losses: Tensor) -> Tensor:
-        """How unusual each place is (B, P), in standard deviations, from its loss (B, P)."""
-        return (self._logs(losses) - self.log_mean) / self.log_deviation
+    def unusual(self, likelihoods: Tensor) -> Tensor:
+        """How unusual each place is (B, P), in standard deviations, from negative log-likelihoods (B, P)."""
+        return (self._logs(likelihoods) - self.log_mean) / self.log_deviation
 
-    def most_unusual(self, losses: Tensor) -> Tensor:
-        """The mean of an image's most unusual places (B), from the losses (B, P)."""
-        return self.unusual(losses).topk(self.n_unusual, dim=1).values.mean(1)
-
-    def forward(self, places: Tensor) -> Tensor:
-        """How unusual each place is (B, P), from raw place tokens (B, P, E)."""
-        return self.unusual(self.losses(*self.latents(self.whiten(places))))
+    def most_unusual(self, likelihoods: Tensor) -> Tensor:
+        """The mean of an image's most unusual places (B), from the same."""
+        return self.unusual(likelihoods).topk(self.n_unusual, dim=1).values.mean(1)

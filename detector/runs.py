@@ -40,14 +40,12 @@ def writing(config: Config) -> Iterator[None]:
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
             sweep_up(config)
         except Timeout:
-            raise UserError(
-                f"{folder} is being written by {path.read_text() or 'another process'}; wait for its end, or "
-                "give another --modelname"
-            ) from None
+            who = path.read_text() or "another process"
+            advice = "wait for its end, or give another --modelname"
+            raise UserError(f"{folder} is being written by {who}; {advice}") from None
         except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written ({error.strerror}); start in another folder"
-            ) from None
+            reason = f"({error.strerror}); start in another folder"
+            raise UserError(f"{folder} cannot be written {reason}") from None
         yield
     finally:
         if lock.is_locked:
@@ -81,65 +79,45 @@ def fitted_by(config: Config) -> dict:
 
 
 def settle(config: Config, cache: feature_cache.FeatureCache, pairs: list[ClassSeed]) -> None:
-    """Make the folder this configuration's, or find that it is; with ``restart``, without what it holds of
-    the pairs. Raises UserError, with the knobs that differ, when it holds the classes of another
-    configuration: they are neither mixed nor overwritten, but dropped by ``restart``, all of them."""
-    folder = checkpoints.run_folder(config)
-    path, wanted = folder / "run.json", identity(config, cache)
-    advice = "give another --modelname, or drop what is there with --restart"
+    """Make the folder this configuration's, with ``restart`` without what it holds of the pairs. Raises
+    UserError, with the knobs that differ, when it holds the classes of another configuration: they are
+    neither mixed nor overwritten, but dropped by ``restart``, all of them."""
+    folder, differing = checkpoints.run_folder(config), differences(config, cache)
     if config.restart:
-        try:
-            same = not differences(read_sealed(path), wanted)
-        except (OSError, ValueError):
-            same = False
-        drop(config, pairs if same else None)
-        write_sealed(path, wanted)
-        return
-    kept = any((folder / "classes").glob("*-seed*.json"))
-    try:
-        found = read_sealed(path)
-    except FileNotFoundError:
-        if kept:
-            raise UserError(
-                f"{folder} holds classes of an earlier version of this program; {advice}"
-            ) from None
-        write_sealed(path, wanted)
-        return
-    except ValueError as error:
-        raise UserError(f"{error}; {advice}") from None
-    differing = differences(found, wanted)
-    if differing and not kept:  # nothing to lose
-        write_sealed(path, wanted)
-    elif differing:
-        raise UserError(f"{folder} holds classes of another configuration: {differing}; {advice}")
+        drop(config, None if differing else pairs)
+    elif differing and any((folder / "classes").glob("*-seed*.json")):
+        raise UserError(
+            f"{folder} holds classes of another configuration: {differing}; give another --modelname, or "
+            "drop what is there with --restart"
+        )
+    write_sealed(folder / "run.json", identity(config, cache))
 
 
 def check_settled(config: Config, cache: feature_cache.FeatureCache) -> None:
     """Raise UserError in a process that does not see the run's folder as ``settle`` has left it."""
-    folder = checkpoints.run_folder(config)
+    if differences(config, cache):
+        raise UserError(
+            f"{socket.gethostname()} does not see {checkpoints.run_folder(config).resolve()} as the machine "
+            "does that started the run; both need the same folder there"
+        )
+
+
+def differences(config: Config, cache: feature_cache.FeatureCache) -> str:
+    """In one line, the knobs and the fields of the features in which the run's folder is of another
+    configuration; empty where it is of this one."""
     try:
-        if not differences(read_sealed(folder / "run.json"), identity(config, cache)):
-            return
+        there = read_sealed(checkpoints.run_folder(config) / "run.json")
     except (OSError, ValueError):
-        pass
-    raise UserError(
-        f"{socket.gethostname()} does not see {folder.resolve()} as the machine does that started the run; "
-        "both need the same folder there"
-    )
-
-
-def differences(found: dict, wanted: dict) -> str:
-    """In one line, the knobs and the fields of the features that differ; empty where none does."""
-    told = []
+        return "an earlier version of this program made them"
+    told, wanted = {}, identity(config, cache)
     for part in ("config", "features"):
-        old, new = found.get(part) or {}, wanted[part]
+        old, new = there.get(part, {}), wanted[part]
         for name in dict.fromkeys((*new, *old)):
-            if old.get(name) != new.get(name) and name not in told:
-                told.append(name)
-                told[-1:] = [f"{name} {_short(old.get(name))} there, {_short(new.get(name))} now"]
-    if found.get("scoring") != wanted["scoring"]:
-        told.append("scores are made by other formulas there")
-    return ", ".join(dict.fromkeys(told))
+            if old.get(name) != new.get(name):
+                told[name] = f"{name} {_short(old.get(name))} there, {_short(new.get(name))} now"
+    if there.get("scoring") != wanted["scoring"]:
+        told["scoring"] = "scores are made by other formulas there"
+    return ", ".join(told.values())
 
 
 def _short(value) -> str:
@@ -147,22 +125,16 @@ def _short(value) -> str:
 
 
 def drop(config: Config, pairs: list[ClassSeed] | None = None) -> None:
-    """Remove what earlier runs of this name left, of some pairs or (None) of all, the identity, too: files of
-    this program's own making, by name and mark."""
+    """Remove what earlier runs of this name left, of some pairs or (None) of all, the identity, too."""
     folder = checkpoints.run_folder(config)
-    names = ["results.json", "results.csv", "results.md", "report.html"]
+    paths = [folder / name for name in ("results.json", "results.csv", "results.md", "report.html")]
     if pairs is None:
-        paths = [*(folder / "classes").glob("*-seed*.json")]
-        names.append("run.json")
+        paths += [folder / "run.json", *(folder / "classes").glob("*-seed*")]
     else:
-        paths = [checkpoints.checkpoint_files(checkpoints.checkpoint_path(config, *p))[0] for p in pairs]
+        for pair in pairs:
+            paths += checkpoints.checkpoint_files(checkpoints.checkpoint_path(config, *pair))
     for path in paths:
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            read_sealed(path)  # anything else is left alone
-            for file in (path, path.with_name(f"{path.name.removesuffix('.json')}.safetensors")):
-                file.unlink(missing_ok=True)
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- what is finished
@@ -172,20 +144,18 @@ def finished(config: Config, cache: feature_cache.FeatureCache, pair: ClassSeed)
     path = checkpoints.checkpoint_path(config, *pair)
     try:
         record = checkpoints.read_record(path)
-        fitted_with = checkpoints.config_of(record)
+        knobs = fitted_by(checkpoints.config_of(record))
     except (OSError, ValueError, UserError):
         return None
-    kept = {"config": fitted_by(fitted_with)} | {part: record.get(part) for part in ("features", "scoring")}
-    if as_strict_json(kept) != identity(config, cache):
+    result, made_by = record["result"], {"config": knobs, "features": record["features"]}
+    if as_strict_json(made_by | {"scoring": record["scoring"]}) != identity(config, cache):
         return None
-    if (record["result"].get("class"), record["result"].get("seed")) != pair:
+    if ClassSeed(result["class"], result["seed"]) != pair:
         return None
     if config.keep != "results" and checkpoints.weights_fault(record, checkpoints.checkpoint_files(path)[1]):
         return None
-    compared = config.baselines and pair[1] == config.seed
-    if compared and not record["simple_scores"] and len(record["test"]["labels"]):
-        return None
-    return record["result"]
+    compared = config.baselines and pair.seed == config.seed and result["n_test"]
+    return None if compared and not record["simple_scores"] else result
 
 
 def all_finished(config: Config, cache: feature_cache.FeatureCache, pairs: list[ClassSeed]) -> dict:

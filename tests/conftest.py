@@ -158,7 +158,7 @@ def run_script(tmp_path):
 
 
 # ---------------------------------------------------------------- sizes left out, caches made up
-FUSION_OPTIONS = {"heads": 0, "alpha": 0.5, "window": 3, "bands": False}
+FUSION_OPTIONS = {"alpha": 0.5, "window": 3, "bands": False}
 
 
 def make_fusion(name: str, d: int, hidden: int, grid: tuple[int, int], **more):
@@ -169,13 +169,7 @@ def make_fusion(name: str, d: int, hidden: int, grid: tuple[int, int], **more):
 def make_flow(channels: int, grid: tuple[int, int], **more):
     """``model.build_flow`` with the arguments that a test leaves open: class attention, four blocks, width
     C."""
-    start = {
-        "fusion": "class_attention",
-        "n_blocks": 4,
-        "clamp": 3.0,
-        "use_gamma": True,
-        "identity_start": False,
-    }
+    start = {"fusion": "class_attention", "n_blocks": 4, "clamp": 3.0, "identity_start": False}
     sizes = {"n_tokens": grid[0] * grid[1], "hidden": channels}
     return model.build_flow(channels, grid, **(start | sizes | FUSION_OPTIONS | more))
 

@@ -121,7 +121,7 @@ def subnet(module, x, p, grid, window, whole):
         h = torch.relu(h @ layer.weight.T + layer.bias)
     if module.fusion is not None:
         fused = fuse(module.fusion, x, p, grid, window, whole)
-        h = torch.cat([h, fused if module.gamma is None else fused * module.gamma], 1)
+        h = torch.cat([h, fused * module.gamma], 1)
     return h @ module.fc_out.weight.T + module.fc_out.bias
 
 

@@ -11,8 +11,8 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from config import Config, UserError
-from detector import checkpoints, detector, records
+from config import UserError
+from detector import checkpoints, detector
 from shell.files import checksum, write_sealed
 
 
@@ -21,11 +21,8 @@ from shell.files import checksum, write_sealed
     "options",
     [
         {},
-        {"score": "latent_knn", "normalize": "power_l2+whiten"},
         {"score": "latent_knn", "normalize": "power_l2+whiten", "bands": True},
         {"fusion": "hilo", "score": "likelihood"},
-        {**CHOOSING, "meta_epochs": 3},
-        JOINED,
         {**JOINED, **CHOOSING, "meta_epochs": 3},
     ],
     ids=str,
@@ -44,13 +41,9 @@ def test_checkpoint_gives_the_same_scores(cache, tmp_path, monkeypatch, options)
         assert np.allclose(held, fitted.held_scores, rtol=1e-4, atol=1e-4)
         assert loaded.uses_places == ("places" in options) == content["result"]["reads_places"]
     assert content["result"] == fitted.result and content["history"] == fitted.history
-    assert (
-        content["test"]["scores"] == pytest.approx(fitted.scores.tolist())
-        and content["test"]["labels"] == fitted.labels.tolist()
-    )
-    assert Config(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}
-    ) == settings(**options)
+    test = content["test"]
+    assert test["scores"] == fitted.scores.tolist() and test["labels"] == fitted.labels.tolist()
+    assert checkpoints.config_of(content) == settings(**options)
 
 
 def test_checkpoint_that_is_not_there(cache, tmp_path, monkeypatch):
@@ -59,15 +52,8 @@ def test_checkpoint_that_is_not_there(cache, tmp_path, monkeypatch):
         detector.load_detector(tmp_path / "nothing.json")
     path = checkpoints.save_fitted(settings(keep="results"), cache, fit(cache))
     assert path.with_suffix(".json").exists() and not path.with_suffix(".safetensors").exists()
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="no weights were kept"):
         detector.load_detector(path)
-    path.with_suffix(".safetensors").write_bytes(b"no weights")
-    try:
-        detector.load_detector(path)
-    except Exception as error:
-        assert isinstance(error, UserError), f"{type(error).__name__} instead of a UserError"
-    else:
-        pytest.fail("a broken checkpoint was loaded")
 
 
 def test_no_weights_of_an_older_fit_stay(cache, tmp_path, monkeypatch):
@@ -94,20 +80,13 @@ def refused(path) -> str:
 
 
 def test_a_fit_of_other_formulas_is_refused(kept, monkeypatch):
-    monkeypatch.setattr(detector, "SCORING", checkpoints.SCORING + 1)
+    monkeypatch.setattr(checkpoints, "SCORING", checkpoints.SCORING + 1)
     assert "fitted by a version whose scores are others; train it again" in refused(kept[0])
 
 
 @pytest.mark.parametrize(
     "part, name, value",
-    [
-        ("config", "clamp", 2.9),
-        ("config", "score", "likelihood"),
-        ("config", "token_grid", "released8"),
-        ("features", "n_feat", 31),
-        ("result", "auroc", 0.9999),
-        ("test", "scores", [0.0]),
-    ],
+    [("config", "clamp", 2.9), ("features", "n_feat", 31), ("test", "scores", [0.0])],
 )
 def test_an_edit_of_the_record_is_noticed(kept, part, name, value):
     content = json.loads(kept[0].read_text())
@@ -156,24 +135,6 @@ def test_weights_of_another_flow_are_refused(kept):
         assert "no weights of this version's detector" in refused(kept[0])
 
 
-MEANINGLESS = [
-    ("features", {"grid": [0, 0]}),
-    ("features", {"n_feat": 10**9}),
-    ("test", {"rows": 5}),
-    ("test", {"scores": None}),
-    ("result", {"class": None}),
-    ("config", {"clamp": -1}),
-    ("config", {"nonsense": True}),
-]
-
-
-@pytest.mark.parametrize("part, change", MEANINGLESS, ids=str)
-def test_a_sealed_record_that_means_nothing_is_one_line(kept, part, change):
-    content = json.loads(kept[0].read_text())
-    reseal(kept, **{part: content[part] | change})
-    refused(kept[0])
-
-
 ANY_JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -189,8 +150,11 @@ FUZZ = examples(
 )  # fmt: skip
 
 
+PARTS = ["result", "config", "features", "weights", "scoring", "checksum"]  # that a detector is made of
+
+
 @FUZZ
-@given(name=st.sampled_from([*records.SHAPE, "checksum"]), value=ANY_JSON, sealed=st.booleans())
+@given(name=st.sampled_from(PARTS), value=ANY_JSON, sealed=st.booleans())
 def test_records_of_any_shape_are_one_line(kept, name, value, sealed):
     """A part of the record replaced by any JSON, the checksum made to fit or not."""
     original, content = kept[0].read_text(), json.loads(kept[0].read_text())
@@ -221,24 +185,6 @@ def test_bytes_of_any_kind_are_one_line(kept, content, which, at):
     finally:
         for file, original in zip(kept, originals):
             file.write_bytes(original)
-
-
-def test_json_that_is_too_deep(kept):
-    kept[0].write_text("[" * 100_000)
-    assert "deep" in refused(kept[0])
-
-
-def test_full_disk_under_the_weights(cache, tmp_path, monkeypatch):
-    """safetensors has an error of its own for it."""
-    monkeypatch.chdir(tmp_path)
-
-    def full(*_):
-        raise checkpoints.SafetensorError("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(UserError, match="No space left"):
-        checkpoints.save_fitted(settings(), cache, fit(cache))
-    assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*partial"))
 
 
 def test_a_score_that_is_not_finite_is_no_verdict(cache):

@@ -12,12 +12,11 @@ from fabricated import CLASSES, JOINED, N_TRAIN, again, fit, settings
 
 import main
 import train
-import utils
 from cache.feature_cache import FeatureCache
 from config import Config, UserError
 from datasets import Labels, Split
 from detector import checkpoints, detector, runs
-from shell.files import sha256_of_file, write_json, write_sealed
+from shell.files import sha256_of_file, write_sealed
 from shell.signals import Interrupted
 
 
@@ -92,18 +91,6 @@ def test_processes_come_to_the_table_of_one(run, capsys):
     assert page.count("<img") == same.count("<img") >= len(CLASSES)
 
 
-def test_wall_time_adds_up(run):
-    whole = run()
-    kept = [entry["runs"][0] for entry in whole["classes"].values()]
-    assert len({result["began"] for result in kept}) == 1
-    assert max(result["ended"] for result in kept) - kept[0]["began"] <= whole["wall_time_s"] + 0.1
-    path = runs.checkpoints.checkpoint_path(settings(modelname="run"), "b", 0).with_suffix(".json")
-    record = json.loads(path.read_text())
-    record["result"] |= {"began": kept[0]["began"] - 6000, "ended": kept[0]["began"] - 5000}
-    write_sealed(path, {name: value for name, value in record.items() if name != "checksum"})
-    assert 1000 + whole["wall_time_s"] - 1 < run()["wall_time_s"] < 1100
-
-
 def test_what_is_done_at_the_same_time_counts_once(monkeypatch):
     """Three classes in 100 s, then, after a pause, one in 20 s, then, after another, a report in 2 s."""
     monkeypatch.setattr(runs.time, "time", lambda: 9002.0)
@@ -123,16 +110,6 @@ DAMAGE = {
     "record empty": lambda path: path.write_text(""),
     "record of another class": lambda path: path.write_bytes(path.with_name("a-seed0.json").read_bytes()),
 }
-
-
-def test_what_other_formulas_made_is_not_mixed_in(run, cache, monkeypatch):
-    run()
-    config, pair = settings(modelname="run", keep="weights"), runs.ClassSeed("b", 0)
-    assert runs.finished(config, cache, pair) is not None
-    monkeypatch.setattr(checkpoints, "SCORING", checkpoints.SCORING + 1)
-    assert runs.finished(config, cache, pair) is None
-    with pytest.raises(UserError, match="scores are made by other formulas there"):
-        run()
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -160,54 +137,31 @@ def test_what_is_asked_for_later_is_made(run):
 
 
 def test_restart(run):
-    run()
-    run.fitted.clear()
-    (utils.Path("runs/run/classes") / "mine-seed0.json").write_text("{}")
-    run(restart=True)
-    assert len(run.fitted) == 3 and "mine-seed0.json" in files(), "what is no record of ours stays"
-    runs.drop(settings(modelname="run"))
-    left = {path.name for path in utils.Path("runs/run").iterdir()}
-    assert left <= {"classes", "figures"}, "no table or page of the old run"
-
-
-def test_restart_of_one_class_keeps_the_others(run):
+    """Of one class it keeps the others, unless they are of another configuration."""
     run()
     run.fitted.clear()
     run(restart=True, class_name="b")
     assert run.fitted == [("b", 0)] and {name[0] for name in files()} == {"a", "b", "c"}
-    run.fitted.clear()
-    run()
-    assert run.fitted == []
     run(restart=True, class_name="b", lr_init=2e-3)
-    assert {name[0] for name in files()} == {"b"}, "the others are of another configuration"
-
-
-def test_thresholds_are_at_the_rate_that_is_asked_for(run):
-    """Of classes that are kept, too."""
-    for rate in (0.05, 0.2):
-        thresholds = run(dataset="mvtec", holdout=0.5, false_alarms=rate)["thresholds"]
-        assert {found["asked"] for found in thresholds.values()} == {rate} and len(thresholds) == 3
+    assert {name[0] for name in files()} == {"b"}
+    runs.drop(settings(modelname="run"))
+    left = {path.name for path in Path("runs/run").iterdir()}
+    assert left <= {"classes", "figures"} and files() == [], "no table or page of the old run"
 
 
 # ---------------------------------------------------------------- one configuration
-@pytest.mark.parametrize(
-    "change",
-    [{"lr_init": 2e-3}, {"clamp": 1.0}, {"score": "likelihood"}, {"fusion": "none"}, {"batch_size": 4}],
-    ids=str,
-)
-def test_another_configuration_is_refused(run, change):
+def test_another_configuration_is_refused(run):
     run()
-    before, kept = files(), sha256_of_file("runs/run/classes/a-seed0.json")
+    before = {name: sha256_of_file(f"runs/run/classes/{name}") for name in files()}
     run.fitted.clear()
     with pytest.raises(UserError) as mistake:
-        run(**change)
-    line, name = str(mistake.value), next(iter(change))
-    assert f"{name} {getattr(settings(), name)} there, {change[name]} now" in line
-    assert "--modelname" in line and "--restart" in line and "\n" not in line
-    assert run.fitted == [] and files() == before
-    assert sha256_of_file("runs/run/classes/a-seed0.json") == kept
-    run(modelname="other", **change)
-    run(restart=True, **change)
+        run(lr_init=2e-3)
+    line = str(mistake.value)
+    assert "lr_init 0.001 there, 0.002 now" in line and "\n" not in line
+    assert "--modelname" in line and "--restart" in line and run.fitted == []
+    assert {name: sha256_of_file(f"runs/run/classes/{name}") for name in files()} == before
+    run(modelname="other", lr_init=2e-3)
+    run(restart=True, lr_init=2e-3)
     assert len(run.fitted) == 6
 
 
@@ -222,54 +176,32 @@ def test_the_rate_of_false_alarms_holds_pictures_out_of_folders(run):
     assert run.fitted == []
 
 
-def test_other_features_are_refused(run):
-    run()
-    run.cache = again(run.cache)
-    run.cache.fields = run.cache.fields | {"weights_sha256": "other"}
-    with pytest.raises(UserError, match="weights_sha256 None there, other now"):
-        run()
-
-
 def test_a_folder_of_an_earlier_version_is_left_alone(run):
     run()
     os.unlink("runs/run/run.json")
+    before = files()
     with pytest.raises(UserError, match="earlier version.*--restart"):
         run()
-    os.makedirs("runs/old/classes")
-    write_json(utils.Path("runs/old/classes/a-seed0.json"), {"result": {}})
-    with pytest.raises(UserError, match="earlier version"):
-        run(modelname="old")
-    assert files("runs/old/classes") == ["a-seed0.json"]
+    assert files() == before
 
 
 def rewrite(path: str, change) -> None:
     """Change what a sealed file says, and seal it again."""
-    content = json.loads(utils.Path(path).read_text())
+    content = json.loads(Path(path).read_text())
     change(content)
-    write_sealed(utils.Path(path), {k: v for k, v in content.items() if k != "checksum"})
-
-
-def test_a_folder_with_knobs_that_are_gone_is_refused(run):
-    run()
-    rewrite("runs/run/run.json", lambda content: content["config"].update(matmul="high", refit=False))
-    with pytest.raises(UserError) as mistake:
-        run()
-    line = str(mistake.value)
-    assert "matmul high there, None now, refit False there, None now; give another --modelname" in line
-    assert "\n" not in line
+    write_sealed(Path(path), {k: v for k, v in content.items() if k != "checksum"})
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused(run):
-    """One with a knob that is gone, and one whose record had other parts."""
-    run(class_name="a,b")
-    rewrite("runs/run/classes/a-seed0.json", lambda content: content["config"].update(refit=True))
-    with pytest.raises(UserError) as mistake:
-        detector.load_detector("runs/run/classes/a-seed0")
-    line = str(mistake.value)
-    assert "a-seed0.json: made with" in line and "unknown knob 'refit'" in line and "train it again" in line
-    rewrite("runs/run/classes/b-seed0.json", lambda content: content.pop("simple_scores"))
-    with pytest.raises(UserError, match="record of this version: simple_scores is missing"):
-        detector.load_detector("runs/run/classes/b-seed0")
+    """One with a knob that is gone, and ones whose record had other parts."""
+    run()
+    path = "runs/run/classes/{}-seed0.json"
+    rewrite(path.format("a"), lambda content: content["config"].update(gone=True))
+    rewrite(path.format("b"), lambda content: content.pop("simple_scores"))
+    rewrite(path.format("c"), lambda content: content.update(more=1))
+    for name, told in (("a", "made with .*gone.*train it again"), ("b", "simple_scores"), ("c", "more")):
+        with pytest.raises(UserError, match=told):
+            detector.load_detector(path.format(name))
 
 
 def test_train_keeps_and_refuses_as_main_does(run, capsys):
@@ -307,7 +239,7 @@ def test_nothing_stays_of_a_run_that_did_not_begin(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("place", ["runs", "runs/run", "runs/run/classes"])
+@pytest.mark.parametrize("place", ["runs", "runs/run/classes"])
 def test_a_folder_that_cannot_be_written(run, tmp_path, place):
     """It is found before anything is read or trained. (A file in its way: root may write everywhere.)"""
     (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
@@ -316,14 +248,6 @@ def test_a_folder_that_cannot_be_written(run, tmp_path, place):
     with pytest.raises(UserError, match="runs/run cannot be written"):
         run()
     assert (tmp_path / place).read_text() == "in the way"
-
-
-def test_what_a_killed_run_left_half_written_goes(run):
-    os.makedirs("runs/run/classes")
-    partial = utils.Path("runs/run/classes/.a-seed0.json.123.partial")
-    partial.write_text("half")
-    run()
-    assert not partial.exists()
 
 
 # ---------------------------------------------------------------- classes that cannot be fitted
@@ -346,16 +270,13 @@ def test_a_constant_class_does_not_lose_the_others(run, tmp_path, capsys):
     found = results(settings(modelname="bad"))
     assert found["classes"]["b"]["auroc"] is None and "all the same" in found["classes"]["b"]["undefined"]
     assert all(found["classes"][name]["auroc"] == good["classes"][name]["auroc"] for name in "ac")
-    assert (
-        "all the same" in capsys.readouterr().out and not utils.Path("runs/bad/classes/b-seed0.json").exists()
-    )
+    assert "all the same" in capsys.readouterr().out and not Path("runs/bad/classes/b-seed0.json").exists()
     run.fitted.clear()
     with pytest.raises(UserError, match="1 of 3 classes"):
         run(modelname="bad", n_seeds=2)  # it is tried again, the others are kept
     assert run.fitted == [("b", 0), ("a", 1), ("b", 1), ("c", 1)]
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize(
     "options, part",
@@ -363,7 +284,7 @@ def test_a_constant_class_does_not_lose_the_others(run, tmp_path, capsys):
      *((JOINED, part) for part in ("tokens", "bands", "places"))],
     ids=str,
 )  # fmt: skip
-def test_features_that_are_not_finite_are_named(cache, tmp_path, value, split, options, part):
+def test_features_that_are_not_finite_are_named(cache, split, options, part):
     """Instead of advice about the learning rate."""
 
     class Damaged:
@@ -377,7 +298,7 @@ def test_features_that_are_not_finite_are_named(cache, tmp_path, value, split, o
 
         def __getitem__(self, index):
             rows = np.array(self.array[index], np.float32)
-            rows[np.asarray(index) == 5, ..., 2] = value
+            rows[np.asarray(index) == 5, ..., 2] = np.nan
             return rows
 
         def semantic(self):
@@ -404,13 +325,6 @@ def test_two_training_images_are_no_class(run):
         run()
     found = results(settings(modelname="run"))
     assert found["classes"]["a"]["auroc"] is None and found["classes"]["b"]["auroc"] > 0.5
-
-
-def test_a_mistake_in_a_setting_is_no_classs_failure(run):
-    """It would be the same for every class: one line, and nothing is left."""
-    with pytest.raises(UserError, match="heads"):
-        run(fusion="hilo", fc_internal=1)
-    assert not os.path.exists("runs/run/results.json")
 
 
 # ---------------------------------------------------------------- interrupted
@@ -446,17 +360,13 @@ def test_a_run_is_checked_against_the_committed_table(run, tmp_path, monkeypatch
     capsys.readouterr()
     run(check=True)
     assert "equal within ± .0005" in capsys.readouterr().out
-    (tmp_path / "tables/paper.csv").write_text("detector,set,class,seed,auroc\nwhole score,digits,0,0,.9\n")
-    with pytest.raises(UserError, match="paper.csv is no table of a run"):
-        run(check=True)
     lines = text.splitlines(keepends=True)
     place = lines[0].split(",").index("auroc")
     fields = lines[1].split(",")
     fields[place] = str(float(fields[place]) - 0.001)
     (tmp_path / "tables/paper.csv").write_text("".join([lines[0], ",".join(fields), *lines[3:]]))
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit, match="1"):
         run(check=True)
     told = capsys.readouterr().out.splitlines()[-2:]
-    assert end.value.code == 1
     assert told[0].startswith("a: AUROC ") and "in the table" in told[0]
     assert told[1].startswith("b: AUROC ") and told[1].endswith(", - in the table")
