@@ -28,7 +28,7 @@ from backbone import storing
 from config import Config
 from shell import signals
 
-FAULTS = int(os.environ.get("FAULTS", "3"))
+FAULTS = int(os.environ.get("FAULTS", "2"))
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SMALL = {  # script -> its options
     "extractor.py": "--dataset folder --extractor test_resnet --weights_path random --img_size 32 "

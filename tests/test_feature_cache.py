@@ -84,21 +84,6 @@ def test_round_trip(folder):
     assert (cache.tokens("train").semantic() == rows(IMAGES.hashes["train"])["tokens"][:, 0]).all()
 
 
-INDICES = [
-    *(slice(None), slice(2, 5), slice(5, 2), slice(None, None, 2), slice(-2, 99), 0, -1),
-    *(np.array([6, 0, 6, 3, 2]), np.array([], int), np.array([-1, -7]), np.array([[1, 5], [3, 0]])),
-]
-
-
-@pytest.mark.parametrize("index", INDICES, ids=str)
-def test_indexing_is_numpys(folder, index):
-    tokens, wanted = cached(folder).tokens("train"), rows(IMAGES.hashes["train"])["tokens"]
-    assert tokens[index].shape == wanted[index].shape and (tokens[index] == wanted[index]).all()
-    for outside in (np.array([7]), np.array([-8])):
-        with pytest.raises(IndexError):
-            tokens[outside]
-
-
 def test_images_without_a_row_are_left_out(folder):
     hashes = {split: list(IMAGES.hashes[split]) for split in SPLITS}
     hashes["train"][1] = hashes["train"][4] = hashes["test"][1] = "unreadable"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from fabricated import GRID, fabricate
 from PIL import Image
-from test_report import FOUND, RESULTS, summary_of
+from test_report import summary_of
 
 import datasets
 from detector import calibration
@@ -69,16 +69,6 @@ def test_only_what_there_is_gets_a_picture(tmp_path):
         drawn = figures.draw_run(summary_of(), records, tmp_path)
         assert [picture.path.stem for picture in drawn] == names
         assert all(Image.open(picture.path).size[0] > 500 for picture in drawn)
-
-
-def test_names_are_no_formulas(tmp_path):
-    name = "_hidden\n$\\frac{1}$"
-    kept = record([0.0, 1.0], [0, 1])
-    kept["result"]["class"] = name
-    results = [entry | {"class": name} for entry in RESULTS[:1]]
-    summary = summary_of(results, {name: FOUND["b"]})
-    figures.save(figures.histogram(kept, None), tmp_path / "h.png")
-    assert len(figures.draw_run(summary, {name: kept}, tmp_path)) == 3
 
 
 # ---------------------------------------------------------------- contact sheets

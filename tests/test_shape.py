@@ -1,8 +1,6 @@
 """img_size auto: pictures keep their shape, from extraction to heat map and exported file."""
 
-import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +8,6 @@ import torch
 from conftest import write_image
 
 import datasets
-import predict
 import train
 from backbone.identity import size_for, size_in_shape
 from config import Config, auto_pixels
@@ -116,9 +113,6 @@ def test_small_images_are_enlarged_for_a_cnn_alone(tmp_path):
     assert size_of(transformer) == (224, 224)
 
 
-# ---------------------------------------------------------------- extraction
-
-
 def test_a_backbone_of_one_size_keeps_it(folder, capsys):
     config = settings(extractor="levit_128s")  # its attention learns a number for each distance
     assert size_of(config) == (224, 224)
@@ -126,14 +120,9 @@ def test_a_backbone_of_one_size_keeps_it(folder, capsys):
 
 
 # ---------------------------------------------------------------- a run
-@pytest.fixture(scope="module")
-def run(folder):
-    train.main(settings(**PLACES))
-    return folder
-
-
 @pytest.mark.slow
-def test_heat_map_has_the_pictures_shape(run, tmp_path):
+def test_heat_map_has_the_pictures_shape(folder):
+    train.main(settings(**PLACES))
     loaded = PictureDetector.load("runs/belt/classes/belt-seed0", "cpu", 1)
     assert loaded.fitted.uses_places and loaded.backbone.job.img_size == SIZE
     good = surface(np.random.RandomState(9))
@@ -141,12 +130,3 @@ def test_heat_map_has_the_pictures_shape(run, tmp_path):
     assert values.shape == (HEIGHT, WIDTH)
     row, column = np.unravel_index(values.argmax(), values.shape)
     assert abs(row - 18) < 20 and abs(column - 212) < 25
-    status = predict.main(
-        predict.parse_arguments(
-            ["runs/belt", "set/belt/test", "--device", "cpu", "--output", str(tmp_path / "rows.json")]
-        )
-    )
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    record = json.loads(Path("runs/belt/classes/belt-seed0.json").read_text())
-    assert status == 0 and record["config"]["img_size"] == "auto"
-    assert [r["score"] for r in rows] == pytest.approx(record["test"]["scores"], rel=1e-4, abs=1e-4)

@@ -133,7 +133,7 @@ path = "no/such"
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_suite_at_a_tiny_size(run_script, tmp_path, texture_folder):
     """A set that fails or is not there stops no other; the table has what the run has found."""
     (tmp_path / "suite.toml").write_text(SUITE.format(folder=texture_folder))
