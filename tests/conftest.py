@@ -1,7 +1,6 @@
 """What the tests share: the repository on the path, one thread, tiny synthetic data, scripts as
 subprocesses."""
 
-import gc
 import hashlib
 import os
 import runpy
@@ -40,14 +39,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The first backward pass: made after a test has exported something, it would start threads, and tests that
 # fork a process (processes.py) could not train in it any more.
 torch.ones(1, requires_grad=True).sum().backward()
-
-
-@pytest.fixture
-def no_collector():
-    """What is still there when its last reference has gone is held by a cycle."""
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def texture(kind: int, generator: np.random.RandomState, size: int = 32) -> np.ndarray:

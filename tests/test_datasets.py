@@ -129,8 +129,6 @@ def test_a_split_without_images(tmp_path):
 
 
 # ---------------------------------------------------------------- what labels and images are known by
-
-
 def test_what_a_data_set_holds_out_does_not_train(cache):
     """Of a class without such pictures a share is held out as ever."""
     sources = [class_data.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]

@@ -218,8 +218,6 @@ def test_speed_up_changes_no_tokens(dtype):
 
 
 # ---------------------------------------------------------------- mistakes
-
-
 @pytest.mark.parametrize(
     "name, size", [("vit_tiny_patch16_224", (8, 8)), ("swin_tiny_patch4_window7_224", (3, 3))]
 )

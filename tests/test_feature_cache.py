@@ -146,8 +146,6 @@ def test_a_store_of_this_format_reads_for_good():
 
 
 # ---------------------------------------------------------------- damage
-
-
 def test_any_flipped_byte_is_found(folder, capsys):
     """At once, or, of rows, before one is used; what is then missing are the shard's own images."""
     for path in files_of(folder):

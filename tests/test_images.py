@@ -19,7 +19,6 @@ from images.pixel_scale import PixelScale
 
 GENERATOR = np.random.RandomState(0)
 NOISE = GENERATOR.randint(0, 256, (64, 64, 3)).astype(np.uint8)
-RAMP = np.linspace(0, 65535, 20).round().astype(np.uint16).reshape(4, 5)
 GRAIN = GENERATOR.randint(0, 256, (6, 9))
 GRAIN[0, :2] = 0, 255
 
@@ -88,8 +87,6 @@ def test_exif_orientation(tmp_path, orientation):
 
 
 # ---------------------------------------------------------------- more than eight bits
-
-
 def in_set(folder: Path, *several: np.ndarray) -> tuple[list[np.ndarray], PixelScale]:
     """What is read of pictures that are the training pictures of a data set, and its scale."""
     names = [folder / f"{i}.tif" for i in range(len(several))]

@@ -10,7 +10,6 @@ from scipy import stats
 
 import utils
 from config import Config
-from detector.calibration import Threshold
 from reporting import findings, report, tables
 from utils import METRICS
 
@@ -38,7 +37,6 @@ RESULTS = [
     result("b", 1, 0.6),
 ]
 FOUND = {"red, round": simple(0.2, kNN=0.5), "b": simple(-0.1, kNN=0.5)}
-LINE = Threshold(1.25, 0.1, 0.01, 0.3, 9, 0.05)._asdict()
 
 
 def summary_of(results=RESULTS, found=FOUND, features=None, **knobs) -> dict:
