@@ -105,18 +105,6 @@ def test_pooled_grid(grid, side):
             assert torch.allclose(pooled[:, 1 + i * side + j], mean, atol=1e-6)
 
 
-def test_released_pooling_mixes():
-    """(B, N, C) read as (B, C, rows, columns): entry k of an image's patch block lands on channel k // N."""
-    grid, tokens = (2, 4), numbered((2, 4))
-    flat = tokens[:, 1:].reshape(2, -1)
-    pooled = grid_named("2", "released").pool(tokens, grid)
-    for channel in range(5):
-        for i in range(2):
-            for j in range(2):
-                entries = [channel * 8 + i * 4 + 2 * j + column for column in (0, 1)]
-                assert torch.allclose(pooled[:, 1 + 2 * i + j, channel], flat[:, entries].mean(1), atol=1e-6)
-
-
 @pytest.mark.parametrize("grid, window", [((6, 6), 3), ((7, 5), 3), ((4, 3), 2)])
 def test_compact_tokens(grid, window):
     """Per window its mean, then for every window the root mean square of what the mean loses."""

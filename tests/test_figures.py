@@ -72,16 +72,6 @@ def test_only_what_there_is_gets_a_picture(tmp_path):
 
 
 # ---------------------------------------------------------------- contact sheets
-def test_strips_are_sorted_by_score():
-    """Normal lowest and highest, anomalous lowest and highest; each from its end inwards."""
-    scores = np.random.RandomState(0).permutation(60).astype(float)
-    found = figures.strips({"labels": [i % 2 for i in range(60)], "scores": scores.tolist()})
-    assert [heading.split(",")[0] for heading in found] == ["normal"] * 2 + ["anomalous"] * 2
-    for number, (heading, shown) in enumerate(found.items()):
-        own = [i for i in range(60) if i % 2 == number // 2]
-        wanted = sorted(own, key=lambda i: scores[i], reverse=bool(number % 2))[: figures.SHEET]
-        assert shown.tolist() == wanted and ("highest" in heading) == bool(number % 2)
-    assert len(figures.strips({"labels": [0, 0], "scores": [1.0, 2.0]})) == 2, "no strip without images"
 
 
 class Detector:
