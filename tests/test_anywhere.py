@@ -83,7 +83,7 @@ for _ in range(2):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_asked_to_end(number):
     command = [sys.executable, "-c", ENDING, str(int(number))]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (ran.returncode, ran.stdout) == (128 + number, "") and ran.stderr == "interrupted: what is kept\n"
 
 
@@ -91,5 +91,5 @@ def test_a_notebook_outlives_what_is_interrupted():
     """Again and again: its signals stay its own."""
     code = "import builtins\nbuiltins.__IPYTHON__ = True\n" + ENDING
     command = [sys.executable, "-c", code, str(int(signal.SIGINT))]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "alive\nalive\n", "")
