@@ -11,7 +11,7 @@ from conftest import make_folder, texture, write_image
 
 import datasets
 import extractor
-from backbone import storing
+from backbone import extraction, storing
 from config import Config, UserError
 from datasets import SPLITS
 
@@ -124,6 +124,18 @@ def test_unreadable_pictures_are_named_and_left_out_on_request(folder, extracted
     (folder / "train/a/zz.png").write_bytes(good)
     cache = extractor.ensure_features(settings(unreadable="skip"), CPU)
     assert cache.skipped == ["train/a/99.png"] and len(cache.tokens("train")) == 11
+
+
+def test_a_picture_that_changes_while_it_is_extracted_is_no_other_one(folder, monkeypatch):
+    plain = extraction.Extraction.features
+
+    def features(*arguments, **more):
+        write_image(folder / "train/b/00.png", texture(1, np.random.RandomState(5)))
+        yield from plain(*arguments, **more)
+
+    monkeypatch.setattr(extraction.Extraction, "features", features)
+    with pytest.raises(UserError, match="train/b/00.png has changed while its features were extracted"):
+        extractor.ensure_features(settings(), CPU)
 
 
 # ---------------------------------------------------------------- img_size auto

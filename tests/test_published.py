@@ -130,6 +130,13 @@ def test_fine_classes(tmp_path, monkeypatch):
     assert len({datasets.name_of(config) for config in configs}) == 2
 
 
+def test_superclasses():
+    """Five classes in each, and a few that anybody can place."""
+    assert np.bincount(published.SUPERCLASS_OF).tolist() == [5] * 20
+    wanted = {0: "fruit_and_vegetables", 1: "fish", 2: "people", 3: "large_carnivores", 96: "trees"}
+    assert {i: published.SUPERCLASSES[published.SUPERCLASS_OF[i]] for i in wanted} == wanted
+
+
 @pytest.mark.parametrize("dataset", ["cifar10", "STL10"])
 def test_an_archive_that_lies_there_is_unpacked(tmp_path, monkeypatch, dataset):
     """Without a network."""
