@@ -150,6 +150,15 @@ def test_twelve_bits_of_colour(tmp_path):
         assert (images.pixels_of(opened, scale) == colours).all()
 
 
+def test_a_tiff_that_tells_its_bits(tmp_path):
+    """Twelve, though 256 is its largest value."""
+    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 4}
+    fields = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags.items())
+    content = struct.pack("<4sI4sH", b"II*\0", 12, b"\x10\0\0\0", len(tags)) + fields + bytes(4)
+    (tmp_path / "a.tif").write_bytes(content)
+    assert images.measured([tmp_path / "a.tif"]) == {"integer": [0, 4095]}
+
+
 # ---------------------------------------------------------------- what is no picture
 @pytest.mark.parametrize(
     "picture",

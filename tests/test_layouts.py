@@ -56,6 +56,9 @@ LAYOUTS = {  # data set, a mask, {picture of a category: what it is, nothing whe
     "BTAD": ("BTAD", "ground_truth/ko/2.png", {
         "train/ok/0.bmp": "train", "test/ok/1.bmp": "normal", "test/ko/2.bmp": "ko, masked",
     }),
+    "VisA, converted": ("VisA", "ground_truth/bad/2.png", {
+        "train/good/0.JPG": "train", "test/good/1.JPG": "normal", "test/bad/2.JPG": "bad, masked",
+    }),
     "MVTec AD 2": ("mvtec", "test_public/ground_truth/bad/3_mask.png", {
         "train/good/0.png": "train", "validation/good/1.png": "held out", "test_private/4.png": "",
         "test_public/good/2.png": "normal", "test_public/bad/3.png": "bad, masked",

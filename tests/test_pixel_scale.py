@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import extractor
 import train
 from config import Config
 from detector.picture_detector import PictureDetector
@@ -38,6 +39,15 @@ def sets(tmp_path, monkeypatch) -> dict[int, Config]:
             gray[0, 0] = 255
             save(Path(config.dataset_path, f"{i}.png"), gray, bits)
     return configs
+
+
+def test_the_scale_stays_with_the_data_set(sets, capsys):
+    """What comes to the folder later and exceeds it is clipped, and counted."""
+    before = extractor.ensure_features(sets[12], CPU).meta["pixel_scale"]
+    save(Path("of12/later.png"), np.full((48, 48), 255), 16)
+    cache = extractor.ensure_features(sets[12], CPU, thorough=True)
+    assert cache.meta["pixel_scale"] == before == {"integer": [0, 4095]} and cache.labels.count() == 13
+    assert "1 picture with pixels beyond [0, 4095]" in capsys.readouterr().err
 
 
 def test_a_detector_keeps_the_scale_of_its_training_pictures(sets):
