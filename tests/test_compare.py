@@ -1,5 +1,7 @@
 """The list of runs, and two runs side by side."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from conftest import script
@@ -7,6 +9,7 @@ from test_report import result
 
 import utils
 from config import Config, UserError
+from detector import checkpoints
 from reporting import compare, report
 from reporting.tables import margin_cell
 from shell.files import file_name, write_sealed
@@ -27,17 +30,13 @@ def write_run(
     rows = list(range(len(LABELS)))[:: -1 if reverse else 1]
     for class_name, scores in classes.items():
         results.append(result(class_name, seed, utils.auroc(np.array(LABELS), np.array(scores))))
-        record = {
-            "result": results[-1],
-            "history": [],
-            "config": {},
-            "features": {"kind": "map", "grid": [1, 1], "tokens": 2, "n_feat": 4, **images},
-            "weights": None,
-            "test": {"rows": rows, "labels": LABELS, "scores": scores},
-            "held_out_scores": [],
-            "simple_scores": {},
-        }
-        write_sealed(folder / "classes" / f"{file_name(class_name)}-seed{seed}.json", record)
+        record = checkpoints.Record(
+            result=results[-1], history=[], config={}, weights=None, held_out_scores=[], flow_scores={},
+            features={"kind": "map", "grid": [1, 1], "tokens": 2, "n_feat": 4, **images},
+            test={"rows": rows, "labels": LABELS, "scores": scores}, simple_scores={},
+        )  # fmt: skip
+        path = folder / "classes" / f"{file_name(class_name)}-seed{seed}.json"
+        write_sealed(path, dataclasses.asdict(record))
     summary = report.summarize(Config(modelname=name, seed=seed, **knobs), results, {}, 1.0, {})
     report.write_results(folder, summary)
     return folder
