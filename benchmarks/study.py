@@ -1,0 +1,220 @@
+"""What fusion, context and training are worth: flows that differ in one thing, on the same features.
+
+python benchmarks/study.py paper --only cifar10 --knobs extractor=vit_tiny_patch16_224 weights_path=FILE
+python benchmarks/study.py context --only castings,surfaces,materials,textures --seeds 3
+
+paper: the paper's fusion modules after some epochs, and what the flow makes of wrong patches. context: what
+a place sees of the other places (preset accurate). The sets are those of benchmarks/suite.toml; the table
+goes to results/STUDY.md, its figures to STUDY.csv beside it."""
+
+import argparse
+import datetime
+import shlex
+import sys
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import joblib
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from judging import Row
+from suite import ROOT, WHOLE, Set, as_csv, auroc_cell, read_suite, why_left_out
+
+import datasets
+import extractor
+import utils
+from config import FIELDS, UserError, make_config, unknown
+from detector import places
+from detector.class_data import TokenSource
+from reporting.tables import as_markdown
+from shell.files import write_text
+from shell.signals import KEPT, guarded
+from shell.values import parse_value
+from train import make_trainer
+
+HOW = (
+    "AUROC, mean over a set's classes (± standard deviation over the seeds). Last column: the difference to "
+    "the first row of the same score (and epoch), mean over the classes of all sets, seeds averaged, with "
+    "its 95 % interval over the classes (Student's t)."
+)
+
+
+# ---------------------------------------------------------------- what differs
+def only(*kept: int) -> Callable[[Tensor], Tensor]:
+    """Of the tokens (B, N, C) that a token sees, those numbers; the others are zero."""
+    return lambda seen: torch.stack([seen[:, i] * (i in kept) for i in range(seen.shape[1])], 1)
+
+
+class Variant(NamedTuple):
+    """change: what is done to the tokens (B, N, C) that a batch sees, in training and scoring. near, ring:
+    of detector/places.py."""
+
+    name: str
+    knobs: dict = {}
+    change: Callable[[Tensor], Tensor] | None = None
+    near: int = places.NEAR
+    ring: int = places.RING
+
+
+class Study(NamedTuple):
+    """knobs: of all variants. scores: which of the detector's. epochs: after which, besides the last."""
+
+    knobs: dict
+    scores: tuple[str, ...]
+    epochs: tuple[int, ...]
+    variants: list[Variant]
+
+
+STUDIES = {
+    "paper": Study(
+        {"preset": "paper", "holdout": 0.0, "meta_epochs": 10},
+        ("latent", "likelihood"),
+        (1, 2, 5),
+        [
+            Variant("no fusion", {"fusion": "none"}),
+            Variant("class attention", {"fusion": "class_attention"}),
+            Variant("hilo", {"fusion": "hilo"}),
+            Variant("hilo of another image", {"fusion": "hilo"}, lambda seen: seen.roll(1, 0)),
+            Variant("hilo of the mean patch", {"fusion": "hilo"}, lambda seen: seen.mean(1, True) + 0 * seen),
+        ],
+    ),
+    "context": Study(
+        {"preset": "accurate"},
+        ("places", WHOLE),
+        (),
+        [
+            Variant("low and high band, position"),
+            Variant("no condition", {"fusion": "none"}),
+            Variant("position", change=only(2)),
+            Variant("low band, position", change=only(0, 2)),
+            Variant("high band, position", change=only(1, 2)),
+            Variant("another place's", change=lambda seen: seen.roll(1, 0)),
+            Variant("its own neighbourhood, too", near=-1, ring=1),
+            Variant("hilo over the three", {"fusion": "hilo"}),
+            Variant("class attention over the three", {"fusion": "class_attention"}),
+        ],
+    ),
+}
+
+
+class Changed(nn.Module):
+    """A flow whose tokens see something else."""
+
+    def __init__(self, flow: nn.Module, change: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.flow, self.change = flow, change
+
+    def forward(self, tokens: Tensor, seen: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return self.flow(tokens, [self.change(each) for each in seen])
+
+
+# ---------------------------------------------------------------- a variant, class and seed
+def fit(study: str, number: int, of_set: str, knobs: dict, class_name: str, seed: int) -> list[Row]:
+    """The rows of a study's variant; with the first one and seed 0 those of the simple detectors, too."""
+    torch.set_num_threads(1)
+    chosen = STUDIES[study]
+    variant = chosen.variants[number]
+    more = {"baselines": number == 0 and seed == 0, "seed": seed}
+    config, device = make_config(chosen.knobs | knobs | variant.knobs | more), torch.device("cpu")
+    places.NEAR, places.RING = variant.near, variant.ring
+    cache = extractor.ensure_features(config, device)
+    train, test = (TokenSource(cache.arrays(split), device) for split in datasets.SPLITS)
+    trainer = make_trainer(config, cache, class_name, seed, train, test)
+    if variant.change:
+        trainer.flow = trainer.detector.flow = Changed(trainer.detector.flow, variant.change)
+    fitted, labels = trainer.run(), trainer.data.labels
+    last = {WHOLE: fitted.scores, **fitted.flow_scores}
+    found = {
+        f"{variant.name}, epoch {entry['epoch']}: {score}": entry[f"{score}_auroc"]
+        for entry in fitted.history
+        for score in chosen.scores
+        if entry["epoch"] in chosen.epochs
+    }
+    epoch = f", epoch {trainer.epochs}" if chosen.epochs else ""
+    scores = {f"{variant.name}{epoch}: {name}": last[name] for name in chosen.scores if name in last}
+    for name, values in (scores | fitted.simple_scores).items():
+        found[name] = utils.auroc(labels, values)
+    return [Row(name, of_set, class_name, seed, auroc) for name, auroc in found.items()]
+
+
+def tasks(study: str, sets: list[Set], more: dict, seeds: int) -> list[tuple]:
+    """The arguments of ``fit``; what features are missing is extracted."""
+    found = []
+    for entry in sets:
+        given = entry.given | more
+        config = make_config(STUDIES[study].knobs | given)
+        labels = extractor.ensure_features(config, torch.device("cpu")).labels
+        for seed in range(seeds):
+            for number in range(len(STUDIES[study].variants)):
+                classes = datasets.choose_classes(labels, config.class_name)
+                found += [(study, number, entry.name, given, name, seed) for name in classes]
+    return found
+
+
+# ---------------------------------------------------------------- the table
+def make_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows."""
+    by_class: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in sorted(rows, key=lambda row: row.seed):
+        by_class[row.detector][row.set, row.of_class].append(row.auroc)
+    firsts: dict[str, dict] = {}  # of each score and number of epochs
+    sets, lines = list(dict.fromkeys(row.set for row in rows)), []
+    for detector, classes in by_class.items():
+        own = [[values for (of_set, _), values in classes.items() if of_set == name] for name in sets]
+        line = [detector, *(auroc_cell(np.mean(values, 0)) if values else "" for values in own)]
+        first = firsts.setdefault(
+            detector.partition(", epoch " if ", epoch " in detector else ": ")[2], classes
+        )
+        shared = [np.mean(values) - np.mean(first[key]) for key, values in classes.items() if key in first]
+        lines.append([*line, interval(np.array(shared)) if ": " in detector and first is not classes else ""])
+    return ["detector", *sets, "- the first"], lines
+
+
+def interval(differences: np.ndarray) -> str:
+    """The mean of differences (n) with its 95 % interval."""
+    half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
+    return f"{differences.mean():+.4f} ± {half:.4f}"
+
+
+def main(args: argparse.Namespace) -> None:
+    """Raises UserError."""
+    settings, sets = read_suite(args.suite, args.only)
+    sets = [entry for entry in sets if not why_left_out(entry)]
+    more = {"extractor": settings["extractor"]}
+    for name, _, text in (pair.partition("=") for pair in args.knobs):
+        if name not in FIELDS:
+            raise UserError(unknown("knob", name, FIELDS))
+        more[name] = parse_value(FIELDS[name], text)
+    jobs = tasks(args.study, sets, more, args.seeds)
+    if not jobs:
+        raise UserError(f"none of the sets of {args.suite} is there")
+    fits = joblib.Parallel(joblib.cpu_count(), verbose=5)(joblib.delayed(fit)(*job) for job in jobs)
+    rows = [row for each in fits for row in each]
+    versions, table = utils.versions(), as_markdown(*make_table(rows))
+    about = ["commit", "torch", "timm", "machine"]
+    command = shlex.join(["python", "benchmarks/study.py", *sys.argv[1:]])
+    told = [f"`{command}`", *(f"{name} {versions[name]}" for name in about), str(datetime.date.today())]
+    out = Path("results") / f"{args.name or args.study}.md"
+    write_text(out, f"# {out.stem}\n\n{table}\n\n{textwrap.fill(HOW, 120)}\n\n{', '.join(told)}.\n")
+    write_text(out.with_suffix(".csv"), as_csv(rows))
+    print(f"\n{table}\n\nin {out} and {out.with_suffix('.csv')}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--suite", type=Path, default=ROOT / "benchmarks/suite.toml")
+    parser.add_argument("--only", help="sets, separated by commas [all]")
+    parser.add_argument("--seeds", type=int, default=1, help="[1]")
+    parser.add_argument("--knobs", nargs="*", default=[], metavar="KNOB=VALUE", help="more, for all sets")
+    parser.add_argument("--name", help="the table is results/NAME.md [the study's]")
+    guarded(main, parser.parse_args(), told=KEPT)
