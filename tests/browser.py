@@ -40,7 +40,7 @@ def in_browser(page: Path, function: str) -> Any:
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent}/chromium"]
     options += ["--disable-web-security", "--allow-file-access-from-files"]  # to look into the frame
     options += ["--virtual-time-budget=10000", "--dump-dom", around.resolve().as_uri()]
-    ran = subprocess.run([CHROMIUM, *options], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([CHROMIUM, *options], capture_output=True, text=True, timeout=300)
     found = re.search(r"<pre>(.+?)</pre>", ran.stdout, re.DOTALL)
     assert found, ran.stderr
     return json.loads(html.unescape(found[1]))

@@ -1,7 +1,6 @@
 """What the tests share: the repository on the path, one thread, tiny synthetic data, scripts as
 subprocesses."""
 
-import gc
 import hashlib
 import os
 import runpy
@@ -40,14 +39,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The first backward pass: made after a test has exported something, it would start threads, and tests that
 # fork a process (processes.py) could not train in it any more.
 torch.ones(1, requires_grad=True).sum().backward()
-
-
-@pytest.fixture
-def no_collector():
-    """What is still there when its last reference has gone is held by a cycle."""
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def texture(kind: int, generator: np.random.RandomState, size: int = 32) -> np.ndarray:
@@ -104,7 +95,7 @@ def tree(root: Path, *names: str) -> Path:
 
 
 def script(
-    name: str, *arguments, cwd: Path, timeout: float = 120, **environment
+    name: str, *arguments, cwd: Path, timeout: float = 300, **environment
 ) -> subprocess.CompletedProcess:
     """Run a script of the repository in the folder ``cwd``, where features/ and runs/ then go, with one
     thread and no network: in a process forked from this one, so that nothing slow is imported again. One that
@@ -121,7 +112,7 @@ def script(
 
 
 def forked(
-    run: Callable[[], object], command: list[str], cwd: Path, timeout: float = 120
+    run: Callable[[], object], command: list[str], cwd: Path, timeout: float = 300
 ) -> subprocess.CompletedProcess:
     """Run a function in a process of its own, in the folder ``cwd``, ``command`` in sys.argv."""
 
@@ -142,7 +133,7 @@ def new_process(name: str, *arguments, cwd: Path, code_root: Path = ROOT, **envi
     threads."""
     env = os.environ | {"COLUMNS": "100"} | environment
     command = [sys.executable, str(code_root / name), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="session")

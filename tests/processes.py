@@ -27,7 +27,7 @@ def start(function: Callable[[], object], log: Path, errors: Path | None = None)
     return process
 
 
-def wait(process: ForkProcess, timeout: float = 120) -> int:
+def wait(process: ForkProcess, timeout: float = 300) -> int:
     """The exit code of a process. Raises TimeoutError, and kills it, after so many seconds."""
     process.join(timeout)
     if process.exitcode is None:

@@ -83,7 +83,7 @@ for _ in range(2):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_asked_to_end(number):
     command = [sys.executable, "-c", ENDING, str(int(number))]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (ran.returncode, ran.stdout) == (128 + number, "") and ran.stderr == "interrupted: what is kept\n"
 
 
@@ -91,13 +91,5 @@ def test_a_notebook_outlives_what_is_interrupted():
     """Again and again: its signals stay its own."""
     code = "import builtins\nbuiltins.__IPYTHON__ = True\n" + ENDING
     command = [sys.executable, "-c", code, str(int(signal.SIGINT))]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "alive\nalive\n", "")
-
-
-def test_scripts_find_their_modules_under_pythonsafepath(tmp_path):
-    """Python then leaves the script's own folder out of the path."""
-    for name in ("main", "extractor", "train", "predict", "export", "report"):
-        command = [sys.executable, "-P", ROOT / f"{name}.py", "-h"]
-        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert ran.returncode == 0 and "usage:" in ran.stdout, ran.stderr

@@ -61,16 +61,3 @@ def test_products_keep_their_digits():
         found.sum().backward()
     assert (found - a.double() @ b.double()).abs().max() < 1e-4
     torch.testing.assert_close(a.grad, b.sum(2)[:, None].expand(3, 4, 500), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["stacks", "matrices"])
-def test_a_product_that_loses_digits_is_seen(monkeypatch, kind):
-    """The probe, where products of one kind are made with bfloat16 numbers."""
-    exact = torch.Tensor.__matmul__
-
-    def coarse(a, b):
-        rounded = a.dtype == torch.float32 and a.dim() == (3 if kind == "stacks" else 2)
-        return exact(a.bfloat16(), b.bfloat16()).float() if rounded else exact(a, b)
-
-    monkeypatch.setattr(torch.Tensor, "__matmul__", coarse)
-    assert not arithmetic.exact_by_onednn.__wrapped__()

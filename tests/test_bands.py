@@ -41,24 +41,6 @@ def test_rings_are_the_energy_of_scipys_dct(rings):
             assert np.allclose(token[:, place], wanted, rtol=1e-4), (depth, ring)
 
 
-def test_no_energy_is_lost():
-    """Mean and rings together hold the mean square of a map (Parseval)."""
-    bands, two = Bands(3, 0.0), maps()
-    token = bands.measure(two)
-    for depth, features in enumerate(two):
-        places = bands.columns(CHANNELS, bands.statistics[:-1], range(depth, depth + 1))
-        energy = sum(token[:, place].square() for place in places)
-        assert torch.allclose(energy, features.square().mean((2, 3)), rtol=1e-4)
-
-
-def test_low_band_is_the_mean_under_the_window():
-    two = maps()
-    plain, windowed = Bands(1, 0.0).measure(two), Bands(1, 0.2).measure(two)
-    assert torch.allclose(plain[:, :4], two[0].mean((2, 3)), atol=1e-6)
-    rows = torch.softmax(-0.5 * ((torch.arange(8) - 3.5) / (0.2 * 8)).square(), 0)
-    assert torch.allclose(windowed[:, :4], torch.einsum("bcij,i,j->bc", two[0], rows, rows), atol=1e-5)
-
-
 def test_peak_is_the_largest_local_energy():
     flat = torch.zeros(1, 1, 9, 9)
     flat[0, 0, 4, 4] = 9.0
@@ -66,15 +48,6 @@ def test_peak_is_the_largest_local_energy():
     mean = 9 / 81
     wanted = math.sqrt(((9 - mean) ** 2 + 8 * mean**2) / 9)
     assert token[0, -1].item() == pytest.approx(wanted, rel=1e-5)
-
-
-def test_peak_in_a_corner_counts_the_cells_there():
-    """A border cell's mean is of the four or six cells around it that are in the map."""
-    corner = torch.zeros(1, 1, 9, 9)
-    corner[0, 0, 0, 0] = 9.0
-    mean = 9 / 81
-    wanted = math.sqrt(((9 - mean) ** 2 + 3 * mean**2) / 4)
-    assert Bands(1, 0.0).measure([corner])[0, -1].item() == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("half", [torch.float32, torch.bfloat16, torch.float16])
@@ -91,15 +64,6 @@ def test_weak_rings_beside_strong_ones_are_no_rounding(half):
     member = ring_of((16, 16), 2).numpy()
     wanted = np.sqrt((spectrum * member).sum((1, 2)) / 256)
     np.testing.assert_allclose(rings[1], wanted, rtol=1e-2)
-
-
-def test_columns_cover_the_token_once():
-    bands = Bands(2, 0.1)
-    places = bands.columns(CHANNELS, bands.statistics, range(2))
-    flat = [column for place in places for column in place]
-    assert sorted(flat) == list(range(bands.shape(CHANNELS)[0])) == list(range(4 * sum(CHANNELS)))
-    (low,) = bands.columns(CHANNELS, ("low",), range(1, 2))
-    assert torch.equal(bands.measure(maps())[:, low], Bands(2, 0.1).measure(maps()[1:])[:, :6])
 
 
 def test_centred_pooling_is_a_gaussian():

@@ -8,7 +8,6 @@ TINY = ("--repeats", 1, "--device", "cpu", "--threads", 1, "--weights_path", "ra
 EXPECTED = {  # command -> its options, how its rows begin
     "step": (("--channels", 32, "--batches", 2, 4), ("2", "4")),
     "extraction": (("--images", 18, "--busy", 1), ("the released loop", "PyTorch", "ours", "ours, semantic")),
-    "job": (("--images", 60, "--classes", 2), ("released", "ours")),
     "cache": (("--cold",), ("in order", "300 random batches", "all semantic tokens")),
     "run": (("--script", "train.py -h"), ("alone",)),
 }  # fmt: skip
@@ -30,10 +29,9 @@ def test_comparisons_of_speed(run_script, texture_folder, command):
         assert all(float(row[-1]) < 1e-5 for row in rows), "the losses of the first step"
     elif command == "extraction":
         assert float(rows[-1][1]) < 0.01, "the tokens"
-    elif command == "job":
-        assert all(float(row[-1]) > 0.5 for row in rows), "AUROC"
 
 
+@pytest.mark.long
 def test_the_course_on_a_gpu_in_small(run_script, tmp_path):
     """On the CPU; and a phase that fails is a row, the others are tried."""
     given = ("benchmarks/gpu.py", "--small", "--threads", 1, "--output", "gpu.md")

@@ -1,5 +1,7 @@
 """The list of runs, and two runs side by side."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from conftest import script
@@ -7,6 +9,7 @@ from test_report import result
 
 import utils
 from config import Config, UserError
+from detector import checkpoints
 from reporting import compare, report
 from reporting.tables import margin_cell
 from shell.files import file_name, write_sealed
@@ -27,17 +30,13 @@ def write_run(
     rows = list(range(len(LABELS)))[:: -1 if reverse else 1]
     for class_name, scores in classes.items():
         results.append(result(class_name, seed, utils.auroc(np.array(LABELS), np.array(scores))))
-        record = {
-            "result": results[-1],
-            "history": [],
-            "config": {},
-            "features": {"kind": "map", "grid": [1, 1], "tokens": 2, "n_feat": 4, **images},
-            "weights": None,
-            "test": {"rows": rows, "labels": LABELS, "scores": scores},
-            "held_out_scores": [],
-            "simple_scores": {},
-        }
-        write_sealed(folder / "classes" / f"{file_name(class_name)}-seed{seed}.json", record)
+        record = checkpoints.Record(
+            result=results[-1], history=[], config={}, weights=None, held_out_scores=[], flow_scores={},
+            features={"kind": "map", "grid": [1, 1], "tokens": 2, "n_feat": 4, **images},
+            test={"rows": rows, "labels": LABELS, "scores": scores}, simple_scores={},
+        )  # fmt: skip
+        path = folder / "classes" / f"{file_name(class_name)}-seed{seed}.json"
+        write_sealed(path, dataclasses.asdict(record))
     summary = report.summarize(Config(modelname=name, seed=seed, **knobs), results, {}, 1.0, {})
     report.write_results(folder, summary)
     return folder
@@ -79,14 +78,11 @@ def test_compare_pairs_each_class(tmp_path):
         ({"images": IMAGES | {"image_list": "other"}}, "other test images or precision"),
         ({"images": IMAGES | {"precision": "bfloat16"}}, "other test images or precision"),
         ({"seed": 1}, "no seed in common"),
-        ({}, "no scores of seed 0"),
     ],
 )
 def test_what_cannot_be_paired_is_told(tmp_path, change, told):
     write_run(tmp_path, "a", {"x": scores_of(1.0)})
     folder = write_run(tmp_path, "b", {"x": scores_of(1.0)}, **change)
-    if not change:
-        (folder / "classes/x-seed0.json").write_text("{}")
     lines = lines_of(compare.compare("a", str(folder), tmp_path))
     assert lines["x"].endswith(told) and lines["mean"].endswith("-")
 
@@ -98,17 +94,11 @@ def test_runs_that_are_not_there(tmp_path):
         compare.find_run("c", tmp_path)
     with pytest.raises(UserError, match="no class in common"):
         compare.compare("a", "b", tmp_path)
-    with pytest.raises(UserError, match="no runs in"):
-        compare.list_runs(tmp_path / "elsewhere")
-    (tmp_path / "a/results.json").write_text("{}")
-    with pytest.raises(UserError, match="run main.py again"):
-        compare.compare("a", "b", tmp_path)
 
 
 def test_script(tmp_path):
     write_run(tmp_path / "runs", "one", {"x": scores_of(1.0)})
     for names, told in (((), "data set"), (("one",), "FPR95"), (("one", "one"), "+0.0000")):
         assert told in script("report.py", *names, cwd=tmp_path).stdout
-    for names, told in ((("two",), "'two'"), (("a", "b", "c"), "two runs at most")):
-        done = script("report.py", *names, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and told in done.stderr
+    done = script("report.py", "two", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'two'" in done.stderr

@@ -1,6 +1,5 @@
 """The knobs: on the command line, in presets, checked, read by some script, and edited in the file itself."""
 
-import dataclasses
 import re
 import shlex
 import shutil
@@ -10,7 +9,7 @@ from conftest import ROOT, new_process, script
 from test_imports import FILES
 
 import config
-from config import FIELDS, PRESETS, Config, UserError, make_config
+from config import FIELDS, PRESETS, Config, make_config
 from shell import command_line
 from shell.command_line import from_command_line
 
@@ -90,34 +89,12 @@ def test_presets_change_what_they_name(preset):
     }
 
 
-def test_a_changed_configuration_is_checked_again():
-    with pytest.raises(UserError, match="clamp"):
-        dataclasses.replace(Config(), clamp=-1.0)
-
-
 # ---------------------------------------------------------------- one place for one decision
 @pytest.mark.parametrize("name", set(FIELDS) - {"preset"})
 def test_every_knob_is_read(name):
     """A knob that nothing reads would be a promise not kept."""
     sources = {module: path.read_text() for module, path in FILES.items() if module != "config"}
     assert any(re.search(rf"\b(?:config|settings|args)\.{name}\b", text) for text in sources.values())
-
-
-FEATURES = """
-    dataset extractor weights_path img_size pixel_norm token_grid mirror precision bands places
-""".split()
-FIT = """
-    device n_coupling_blocks fc_internal clamp fusion alpha window
-    identity_start normalize centre_pool batch_size meta_epochs sub_epochs least_steps
-    lr_init lr_schedule max_grad_norm feature_noise holdout patience score
-""".split()
-
-
-def test_role_of_every_knob():
-    """A knob of the wrong role makes a cache or a resumed run that does not fit its settings."""
-    assert set(config.knobs_affecting("features")) == set(FEATURES)
-    assert set(config.knobs_affecting("fit")) == set(FIT)
-    assert set(config.knobs_affecting("run")) == set(FIELDS) - {*FEATURES, *FIT}
 
 
 def test_names_are_those_of_the_registries():
@@ -134,21 +111,12 @@ def test_names_are_those_of_the_registries():
 @pytest.mark.parametrize(
     "name, text, value",
     [
-        ("img_size", "224", (224, 224)),
-        ("img_size", "384X256", (384, 256)),
-        ("img_size", "none", None),
-        ("img_size", "Auto", "auto"),
-        ("pixel_norm", "0.1,0.2,0.3,1,2,3", (0.1, 0.2, 0.3, 1.0, 2.0, 3.0)),
-        ("fc_internal", "none", None),
-        ("fc_internal", "12", 12),
-        ("dataset", "visa", "VisA"),
-        ("dataset_path", "/a b/ü", "/a b/ü"),
-        ("alpha", "1", 1.0),
-        ("token_grid", "released8", "released8"),
-        ("baselines", "no", False),
-        ("restart", "TRUE", True),
+        ("img_size", "384X256", (384, 256)), ("img_size", "none", None), ("img_size", "Auto", "auto"),
+        ("pixel_norm", "0.1,0.2,0.3,1,2,3", (0.1, 0.2, 0.3, 1.0, 2.0, 3.0)), ("fc_internal", "12", 12),
+        ("dataset", "visa", "VisA"), ("dataset_path", "/a b/ü", "/a b/ü"), ("alpha", "1", 1.0),
+        ("baselines", "no", False), ("restart", "TRUE", True),
     ],
-)
+)  # fmt: skip
 def test_values(name, text, value):
     for arguments in ([f"--{name}", text], [f"--{name}={text}"]):
         got = getattr(parsed(*arguments), name)
@@ -167,20 +135,13 @@ def test_flag_without_a_value():
         ("--lr 1", "unknown knob '--lr'"),  # no abbreviations
         ("cat", "cat"),
         ("--seed", "seed"),
-        ("--seed=--", "seed"),
         ("--seed 1.5", "seed.*whole number.*1.5"),
         ("--seed -1", "seed.*from 0 .*-1"),
-        ("--alpha 1.5", "alpha.*1.5"),
         ("--lr_init nan", "lr_init.*nan"),
-        ("--clamp inf", "clamp.*inf"),
         ("--restart maybe", "restart.*True or False.*maybe"),
         ("--fusion hillo", "fusion.*did you mean hilo"),
-        ("--dataset mnist", "unknown value 'mnist'. Expected"),  # no slip of the pen
         ("--preset papre", "did you mean paper"),
         ("--img_size 1x2x3", "img_size"),
-        ("--img_size=-224", "img_size.*224"),
-        ("--img_size big", "img_size.*big"),
-        ("--pixel_norm 0.5,0.5,0.5", "pixel_norm"),
         ("--pixel_norm 0.5,0.5,0.5,1,1,0", "pixel_norm"),
         ("--token_grid releasedfull", "token_grid.*releasedfull"),
         ("--patience 3", "patience.*holdout"),
@@ -189,23 +150,6 @@ def test_flag_without_a_value():
 )
 def test_mistakes_are_one_line(capsys, arguments, told):
     assert re.search(told, mistake(capsys, *shlex.split(arguments)))
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"nonsense": 1},
-        {"seed": "3"},
-        {"seed": True},
-        {"restart": 1},
-        {"img_size": 224},
-        {"img_size": (224.0, 1.5)},
-        {"preset": "none"},
-    ],
-)
-def test_make_config_refuses(values):
-    with pytest.raises(UserError, match=next(iter(values))):
-        make_config(values)
 
 
 # ---------------------------------------------------------------- scripts

@@ -1,19 +1,17 @@
 """Every mistake on a script's command line ends it with one line on stderr that says what is wrong; never
 with a traceback.
 
-Each script is run as a process of its own for a mistake or two; the other mistakes go the same way, command
-line to exit status, in this process: importing torch once more for each would take most of the time."""
+Each script is run as a process of its own for one mistake; the others go the same way, command line to exit
+status, in this process."""
 
 import importlib
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import write_image
 
-import config as knobs
-import datasets
-import utils
 from shell.command_line import from_command_line, run_script
 
 pytestmark = pytest.mark.slow
@@ -52,49 +50,28 @@ def run_here(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "script, arguments, told",
+    "script, given, told",
     [
-        ("main.py", ["--dataset", "folder", "--dataset_path", "nowhere"], ["nowhere"]),
-        (
-            "main.py",
-            ["--dataset", "folder", "--dataset_path", "{few}"],
-            ["class a", "at least 3", "give more"],
-        ),
-        ("main.py", ["--dataset", "digits", "--class_name", "eleven"], ["eleven"]),
-        ("train.py", ["--dataset", "digits"], ["class_name"]),
-        ("main.py", ["--dataset", "digits", "--extractor", "resnet19"], ["resnet19", "resnet18"]),
-        ("main.py", ["--dataset", "digits", "--weights_path", "none.pth"], ["none.pth"]),
-        ("main.py", ["--dataset", "digits", "--pretrained", "True"], ["no features"]),
-        ("main.py", ["--dataset", "digits", "--token_grid", "99"], ["token_grid"]),
-        ("main.py", ["--dataset", "digits", "--device", "gpu"], ["gpu"]),
-        ("main.py", ["--dataset", "digits", "--extractor", "resnet18.no_such_tag"], ["no_such_tag"]),
+        ("main.py", "--dataset folder --dataset_path nowhere", "nowhere"),
+        ("main.py", "--dataset folder --dataset_path {few}", "class a.*at least 3.*give more"),
+        ("main.py", "--dataset digits --class_name eleven", "eleven"),
+        ("train.py", "--dataset digits", "class_name"),
+        ("main.py", "--dataset digits --extractor resnet19", "resnet19.*resnet18"),
+        ("main.py", "--dataset digits --weights_path none.pth", "none.pth"),
+        ("main.py", "--dataset digits --pretrained True", "no features"),
+        ("main.py", "--dataset digits --token_grid 99", "token_grid"),
+        ("main.py", "--dataset digits --device gpu", "gpu"),
     ],
-    ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else value,
 )
-def test_mistakes(run_here, tmp_path, tmp_path_factory, script, arguments, told):
+def test_mistakes(run_here, tmp_path, tmp_path_factory, script, given, told):
     few = tmp_path_factory.mktemp("few")
     for gray, name in enumerate(("train/a/1.png", "test/a/1.png", "test/b/1.png")):
         write_image(few / name, np.full((8, 8, 3), gray, np.uint8))
-    line = one_line(run_here(script, *SMALL, *(part.format(few=few) for part in arguments)))
-    assert all(word in line for word in told), line
-    assert not list(tmp_path.iterdir()) or "{few}" in arguments, "nothing is left behind"
-
-
-@pytest.mark.parametrize("dataset", sorted(set(knobs.DATASETS) - {"digits"}))
-def test_data_sets_that_are_not_there(run_here, tmp_path, monkeypatch, dataset):
-    """Each says the path and what was looked for, at once, and leaves no folder behind."""
-    monkeypatch.setattr(utils, "reachable", lambda url: False)
-    for path in ([], ["--dataset_path", "some/where"]):
-        line = one_line(run_here("extractor.py", "--dataset", dataset, *path, *SMALL))
-        place = tmp_path / (path[1] if path else f"data/{datasets.collection(dataset)}")
-        assert f"{place} is not there" in line and "expected" in line
-        assert not list(tmp_path.iterdir())
+    assert re.search(told, one_line(run_here(script, *SMALL, *given.format(few=few).split())))
+    assert not list(tmp_path.iterdir()) or "{few}" in given, "nothing is left behind"
 
 
 @pytest.mark.parametrize("script", ["main.py", "train.py", "extractor.py"])
 def test_mistakes_in_a_process(run_script, tmp_path, script):
-    """One mistake that the command line shows at once, one that takes the data to see."""
-    assert "--seed" in one_line(run_script(script, "--sed", "1"))
-    options = ["--dataset", "folder", "--dataset_path", "nowhere", "--threads", "1"]
-    options += ["--class_name", "a"] if script == "train.py" else []
+    options = ("--dataset", "folder", "--dataset_path", "nowhere", "--threads", "1", "--class_name", "a")
     assert "nowhere" in one_line(run_script(script, *options)) and not list(tmp_path.iterdir())

@@ -7,9 +7,7 @@ import math
 import pathlib
 import pickle
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,86 +58,33 @@ def settings(name: str, size=None, **more) -> Config:
 
 
 TINY = {  # timm model -> (image size, grid, C, prefix tokens in timm's sequence; None for a map)
-    "vit_tiny_patch16_224": ((64, 64), (4, 4), 192, 1),
-    "deit_tiny_distilled_patch16_224": ((64, 96), (4, 6), 192, 2),
-    "cait_xxs24_224": ((96, 64), (6, 4), 192, 1),
+    "vit_tiny_patch16_224": ((64, 96), (4, 6), 192, 1),
+    "deit_tiny_distilled_patch16_224": ((64, 64), (4, 4), 192, 2),
     "vit_small_patch14_reg4_dinov2": ((42, 70), (3, 5), 384, 5),
     "resnet18": ((64, 96), (2, 3), 512, None),
-    "convnext_atto": ((96, 64), (3, 2), 320, None),
     "swin_tiny_patch4_window7_224": ((224, 224), (7, 7), 768, None),
 }
 
 
-@pytest.fixture(scope="module", params=TINY)
-def tiny(request):
-    size, grid, channels, prefix = TINY[request.param]
-    backbone = load_backbone(settings(request.param, size))
+@pytest.mark.parametrize("name", TINY)
+def test_tokens_are_timms(name):
+    """The class token and the patch tokens stand in timm's own final features; prefix tokens but the first
+    are dropped. Of a map, its mean and its cells."""
+    size, grid, channels, prefix = TINY[name]
+    backbone = load_backbone(settings(name, size))
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        return SimpleNamespace(
-            backbone=backbone,
-            images=images,
-            tokens=backbone(images),
-            grid=grid,
-            channels=channels,
-            prefix=prefix,
-        )
-
-
-def test_token_shapes(tiny):
-    assert tiny.backbone.grid == tiny.grid and tiny.backbone.n_feat == tiny.channels
-    assert (
-        tiny.tokens.shape == (2, 1 + math.prod(tiny.grid), tiny.channels)
-        and tiny.tokens.dtype == torch.float32
-    )
-    assert (
-        not any(parameter.requires_grad for parameter in tiny.backbone.parameters())
-        and not tiny.backbone.model.training
-    )
-
-
-def test_tokens_are_timms(tiny):
-    """The class token and the patch tokens stand in timm's own final features; prefix tokens but the first
-    are dropped."""
-    with torch.inference_mode():
-        features = tiny.backbone.model.forward_features(tiny.images)
-    if tiny.prefix is None:
-        if features.shape[1] != tiny.channels:
+        tokens, features = backbone(images), backbone.model.forward_features(images)
+    assert backbone.grid == grid and backbone.n_feat == channels and not backbone.model.training
+    assert tokens.shape == (2, 1 + math.prod(grid), channels) and tokens.dtype == torch.float32
+    if prefix is None:
+        if features.shape[1] != channels:
             features = features.permute(0, 3, 1, 2)
-        assert tuple(features.shape[2:]) == tiny.grid
-        for row in range(tiny.grid[0]):
-            for column in range(tiny.grid[1]):
-                assert torch.equal(
-                    tiny.tokens[:, 1 + row * tiny.grid[1] + column], features[:, :, row, column]
-                )
-        assert torch.allclose(tiny.tokens[:, 0], features.mean((2, 3)), atol=1e-5)
+        assert torch.equal(tokens[:, 1:].unflatten(1, grid), features.permute(0, 2, 3, 1))
+        assert torch.allclose(tokens[:, 0], features.mean((2, 3)), atol=1e-5)
     else:
-        assert features.shape[1] == tiny.prefix + math.prod(tiny.grid)
-        assert torch.equal(tiny.tokens[:, 0], features[:, 0])
-        assert torch.equal(tiny.tokens[:, 1:], features[:, tiny.prefix :])
-
-
-NAMED = {  # docs/method.md, section 6: name -> (side of the grid, C, prefix tokens)
-    "VIT": (24, 768, 1),
-    "deit": (24, 768, 2),
-    "cait": (24, 384, 1),
-    "clip": (14, 768, 1),
-    "VIT_L": (24, 1024, 1),
-    "dinov2_s": (16, 384, 1),
-    "dinov2_b": (16, 768, 1),
-    "dinov2_l": (16, 1024, 1),
-    "dinov3_b": (16, 768, 5),
-    "efficientnet_lite0": (7, 1280, 0),
-    "efficientnet_lite1": (8, 1280, 0),
-    "efficientnet_lite2": (9, 1280, 0),
-}
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_short_names_have_the_sizes_that_they_are_used_at(name):
-    side, channels, prefix = NAMED[name]
-    backbone = backbones.outline(name, backbones.own_size(name))
-    assert backbone.grid == (side, side) and backbone.n_feat == channels and backbone.prefix == prefix
+        assert torch.equal(tokens[:, 0], features[:, 0])
+        assert torch.equal(tokens[:, 1:], features[:, prefix:])
 
 
 # ---------------------------------------------------------------- pooling
@@ -153,26 +98,11 @@ def test_pooled_grid(grid, side):
     pooled = grid_named(str(side)).pool(tokens, grid)
     assert pooled.shape == (2, 1 + side * side, 5) and torch.equal(pooled[:, 0], tokens[:, 0])
     height, width = grid[0] // side, grid[1] // side
+    cells = tokens[:, 1:].unflatten(1, grid)
     for i in range(side):
         for j in range(side):
-            cells = [
-                1 + row * grid[1] + column
-                for row in range(i * height, (i + 1) * height)
-                for column in range(j * width, (j + 1) * width)
-            ]
-            assert torch.allclose(pooled[:, 1 + i * side + j], tokens[:, cells].mean(1), atol=1e-6)
-
-
-def test_released_pooling_mixes():
-    """(B, N, C) read as (B, C, rows, columns): entry k of an image's patch block lands on channel k // N."""
-    grid, tokens = (2, 4), numbered((2, 4))
-    flat = tokens[:, 1:].reshape(2, -1)
-    pooled = grid_named("2", "released").pool(tokens, grid)
-    for channel in range(5):
-        for i in range(2):
-            for j in range(2):
-                entries = [channel * 8 + i * 4 + 2 * j + column for column in (0, 1)]
-                assert torch.allclose(pooled[:, 1 + 2 * i + j, channel], flat[:, entries].mean(1), atol=1e-6)
+            mean = cells[:, i * height : (i + 1) * height, j * width : (j + 1) * width].mean((1, 2))
+            assert torch.allclose(pooled[:, 1 + i * side + j], mean, atol=1e-6)
 
 
 def test_a_grid_of_more_than_there_are():
@@ -224,92 +154,48 @@ def refused(path, name="vit_tiny_patch16_224") -> str:
 
 
 def test_wrong_weights(tmp_path):
-    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet.pth")
+    """The file is named, and the first tensor that is missing, left over or of another shape."""
+    deeper = timm.create_model("resnet18").state_dict()
+    torch.save(deeper, tmp_path / "resnet.pth")
     assert "resnet.pth" in refused(tmp_path / "resnet.pth")
-    deeper = timm.create_model("resnet18", num_classes=7).state_dict()
     save_file(deeper | {"layer1.2.conv1.weight": torch.zeros(1)}, tmp_path / "deeper.safetensors")
     assert "layer1.2.conv1.weight" in refused(tmp_path / "deeper.safetensors", "resnet18")
     torch.save(timm.create_model("vit_tiny_patch16_224", depth=11).state_dict(), tmp_path / "shallow.pth")
     assert "blocks.11" in refused(tmp_path / "shallow.pth")
-    torch.save(timm.create_model("vit_tiny_patch16_224", embed_dim=96).state_dict(), tmp_path / "narrow.pth")
-    assert "narrow.pth" in refused(tmp_path / "narrow.pth")
     (tmp_path / "garbage.safetensors").write_bytes(b"no weights at all")
     assert "garbage" in refused(tmp_path / "garbage.safetensors")
     assert "nowhere.pth" in refused(tmp_path / "nowhere.pth")
 
 
-@pytest.fixture(scope="module")
-def lite():
-    return load_backbone(settings("efficientnet_lite0", (64, 64), weights_path=None))
-
-
-def test_lite0_takes_the_packages_weights(lite):
-    file = backbones.packaged_weights("efficientnet_lite0")
-    packaged = list(torch.load(file, weights_only=True, map_location="cpu").values())
-    loaded = list(lite.model.state_dict().values())
+def test_lite0_takes_the_packages_weights():
+    loaded = load_backbone(settings("efficientnet_lite0", (64, 64), weights_path=None)).model.state_dict()
+    packaged = torch.load(
+        backbones.packaged_weights("efficientnet_lite0"), weights_only=True, map_location="cpu"
+    )
     assert len(loaded) == len(packaged) == 296
-    assert all(torch.equal(a, b) for a, b in zip(loaded, packaged))
+    assert all(torch.equal(a, b) for a, b in zip(loaded.values(), packaged.values()))
 
 
-def test_make_fast_agrees(lite):
-    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    fresh = load_backbone(settings("efficientnet_lite0", (64, 64), weights_path=None))
-    with torch.inference_mode():
-        wanted = lite(images)
-        got = backbones.speed_up(fresh, CPU, torch.float32)(images)
-    assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_on_any_processor(dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_speed_up_changes_no_tokens(dtype):
+    """Half precision on any processor, too."""
     plain = load_backbone(settings("mobilenetv3_small_050", (32, 32)))
     fast = backbones.speed_up(copy.deepcopy(plain), CPU, dtype)
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         wanted, got = plain(image), fast(image.to(dtype))
+    if dtype == torch.float32:
+        assert (got - wanted).abs().max() < 1e-3 * wanted.abs().max()
     assert torch.nn.functional.cosine_similarity(got, wanted, 2).min() > 0.98
 
 
 # ---------------------------------------------------------------- mistakes
-@pytest.mark.parametrize(
-    "name, told",
-    [
-        ("resnet19", "resnet18"),
-        ("efficientnet_lit0", "efficientnet_lite0"),
-        ("resnet18.no_such_tag", "no_such_tag"),
-    ],
-)
-def test_unknown_model(name, told):
-    with pytest.raises(UserError, match=f"{name}.*{told}|{told}"):
-        load_backbone(settings(name))
-
-
 @pytest.mark.parametrize(
     "name, size", [("vit_tiny_patch16_224", (8, 8)), ("swin_tiny_patch4_window7_224", (3, 3))]
 )
 def test_image_size_that_does_not_fit(name, size):
     with pytest.raises(UserError, match=f"{size[0]}x{size[1]}"):
         load_backbone(settings(name, size))
-
-
-# ---------------------------------------------------------------- images
-@pytest.mark.parametrize(
-    "old, new", [((20, 28), (48, 80)), ((32, 32), (40, 33)), ((28, 28), (384, 384)), ((9, 5), (9, 7))]
-)
-def test_every_device_resizes_alike(old, new):
-    """What a GPU makes of a picture that grows is what the CPU makes of it, to the last grey level."""
-    images = torch.randint(0, 256, (3, 3, *old), dtype=torch.uint8)
-    got = resizing.resize_like_pillow(images, new)
-    assert torch.equal(got, resizing.resized(images, new).float())
-
-
-def test_stack_rows():
-    small, large = torch.zeros(3, 2, 2), torch.ones(3, 4, 2)
-    stacks = resizing.stack_rows([small, small + 1, large, small])
-    assert [tuple(stack.shape) for stack in stacks] == [(2, 3, 2, 2), (1, 3, 4, 2), (1, 3, 2, 2)]
-    mistake = resizing.Unreadable(1, "broken")
-    assert resizing.stack_rows([small, mistake, small])[1] is mistake
-    assert len(resizing.stack_rows([mistake, mistake])) == 2
 
 
 # ---------------------------------------------------------------- extraction
@@ -329,12 +215,7 @@ def small(folder, **more) -> Config:
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        {"workers": 3, "extract_batch": 2},
-        {"token_grid": "1"},
-        {"precision": "bfloat16"},
-    ],
+    [{}, {"workers": 2, "extract_batch": 2, "token_grid": "1"}, {"precision": "bfloat16"}],
     ids=str,
 )
 def test_cache_holds_the_backbones_tokens(mixed, options):
@@ -384,34 +265,6 @@ def shards() -> dict[Path, int]:
     return {path: path.stat().st_ino for path in Path("features").glob("resnet18-*/[!.]*/")}
 
 
-def test_work_that_is_stopped_goes_on(mixed, monkeypatch, capsys):
-    """From the last shard that is whole; they are no longer than SHARD_ROWS images or SHARD_SECONDS."""
-    monkeypatch.setattr(storing, "SHARD_ROWS", 3)
-    plain = extraction.Extraction.features
-
-    def features(self, *arguments, **more):
-        done = 0
-        for rows in plain(self, *arguments, **more):
-            if done >= 6:
-                raise OSError(28, "No space left on device")
-            yield rows
-            done += len(rows["tokens"])
-
-    with monkeypatch.context() as stopping:
-        stopping.setattr(extraction.Extraction, "features", features)
-        with pytest.raises(
-            UserError, match="No space left.*: 6 of 16 images are kept in features/.*; then: "
-        ):
-            extractor.ensure_features(small(mixed, extract_batch=2), CPU)
-    before = shards()
-    assert len(before) == 3
-    monkeypatch.setattr(storing, "SHARD_SECONDS", 0.0)
-    cache = extractor.ensure_features(small(mixed, extract_batch=2), CPU)
-    assert "extracting 10 images" in capsys.readouterr().out
-    assert before.items() <= shards().items() and len(shards()) >= 3 + 5, "a shard a batch"
-    assert_rows_of_one_run(cache, small(mixed))
-
-
 def assert_rows_of_one_run(cache, config: Config) -> None:
     whole = extractor.ensure_features(dataclasses.replace(config, feature_path="whole"), CPU)
     for split in SPLITS:
@@ -443,50 +296,9 @@ def test_damage_costs_its_shard_alone(mixed, monkeypatch, capsys):
     assert "all sound" in capsys.readouterr().out
 
 
-def test_a_disk_that_loses_what_was_written_ends_the_work(mixed, monkeypatch):
-    """Instead of training on the rest."""
-    monkeypatch.setattr(storing, "write_shard", lambda *_: None)
-    with pytest.raises(UserError, match="16 of 16 images have no features"):
-        extractor.ensure_features(small(mixed), CPU)
-
-
-def test_an_executor_gives_the_same_features(mixed, monkeypatch, capsys):
-    """Each task, which can be sent anywhere, is a shard; unreadable images are named as by one process."""
-    monkeypatch.setattr(storing, "SHARD_ROWS", 5)
-    (mixed / "test/a/01.png").write_bytes(b"broken")
-
-    class Elsewhere(ThreadPoolExecutor):
-        def submit(self, task, argument):
-            return super().submit(*pickle.loads(pickle.dumps((task, argument))))
-
-    config = small(mixed, unreadable="skip")
-    with Elsewhere(1) as executor:
-        cache = extractor.ensure_features(config, CPU, executor=executor)
-    assert cache.skipped == ["test/a/01.png"] and len(shards()) >= 4
-    assert "extracting 16 images with resnet18 at 32x48 by other processes" in capsys.readouterr().out
-    assert_rows_of_one_run(cache, config)
-
-
-def test_the_disk_is_checked_before_the_backbone_is_built(mixed, monkeypatch):
-    monkeypatch.setattr(storing.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    monkeypatch.setattr(backbones, "load_backbone", lambda *_: pytest.fail("built"))
-    with pytest.raises(UserError, match="the features need 0.00 GB"):
-        extractor.ensure_features(small(mixed), CPU)
-
-
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
-def test_outline_tells_what_the_backbone_gives(name):
-    config = settings(name, (64, 96), token_grid="1", bands=True)
-    outline, loaded = backbones.outline(name, (64, 96)), load_backbone(config)
-    identity = cache_identity(config, CPU)
-    assert identity.what_is_kept(outline) == identity.what_is_kept(loaded)
-    assert all(parameter.is_meta for parameter in outline.parameters())
-
-
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
-def test_with_mirror_an_image_and_its_mirror_image_give_mirrored_features(mixed, name):
+def test_with_mirror_an_image_and_its_mirror_image_give_mirrored_features(mixed):
     """The mean of both, cell by cell: the semantic token and rings, which have no place, are the same."""
-    config = settings(name, (64, 96), dataset_path=str(mixed), bands=True, places=4)
+    config = settings("resnet18", (64, 96), dataset_path=str(mixed), bands=True, places=4)
     image = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (1, 3, 64, 96), np.uint8))
     plain, both = job_of(config), job_of(dataclasses.replace(config, mirror=True))
     one, other = plain.rows(image), plain.rows(image.flip(-1))
@@ -507,11 +319,9 @@ def test_with_mirror_an_image_and_its_mirror_image_give_mirrored_features(mixed,
     torch.testing.assert_close(found["bands"], mirrored["bands"], **near)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_features_that_are_not_finite(mixed, tmp_path, workers):
+def test_features_that_are_not_finite(mixed, tmp_path):
     with pytest.raises(UserError, match="finite"):
-        norm = (0.5, 0.5, 0.5, 1e-12, 1e-12, 1e-12)
-        extractor.ensure_features(small(mixed, pixel_norm=norm, workers=workers), CPU)
+        extractor.ensure_features(small(mixed, pixel_norm=(0.5, 0.5, 0.5, 1e-12, 1e-12, 1e-12)), CPU)
     assert not list(tmp_path.glob("features/*/*.npy"))
 
 
@@ -545,29 +355,14 @@ def test_a_store_has_a_name_that_can_be_read():
         assert str(folder) == "features/resnet18-32x48-8-bands-places3-mirror-a07be2bb"
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
-def test_band_depths(name):
-    backbone = load_backbone(settings(name))
-    assert backbone.band_depths() == ((2, 5, 8, 11) if "vit" in name else (1, 2, 3, 4))
-    tokens, maps = backbone.with_maps(torch.zeros(1, 3, *backbone.img_size), (1, 3))
-    assert [m.shape[1] for m in maps] == list(backbone.channels_of((1, 3)))
-    assert torch.allclose(tokens, backbone(torch.zeros(1, 3, *backbone.img_size)), atol=1e-5)
-
-
 # ---------------------------------------------------------------- the resize by matrices
 @pytest.mark.parametrize(
     "before, after",
-    [
-        ((32, 32), (224, 224)),
-        ((400, 500), (64, 96)),
-        ((90, 40), (40, 90)),
-        ((64, 300), (64, 37)),
-        ((100, 100), (37, 100)),
-    ],
+    [((32, 32), (224, 224)), ((9, 5), (9, 7)), ((400, 500), (64, 96)), ((90, 40), (40, 90))],
 )
 def test_resize_by_matrices_is_pillows(before, after):
-    """Noise, the hardest picture: the very grey levels where a side shrinks; where both grow, at most two
-    off, as on the CPU, and that in few places."""
+    """Noise, the hardest picture: the very grey levels where a side shrinks; where both grow, those of the
+    CPU, at most two off, and that in few places."""
     noise = np.random.RandomState(0).randint(0, 256, (2, *before, 3)).astype(np.uint8)
     wanted = [Image.fromarray(image).resize(after[::-1], Image.Resampling.BICUBIC) for image in noise]
     got = resizing.resize_like_pillow(torch.from_numpy(noise).permute(0, 3, 1, 2), after)
@@ -576,4 +371,8 @@ def test_resize_by_matrices_is_pillows(before, after):
         got.permute(0, 2, 3, 1).numpy() - np.stack([np.asarray(image) for image in wanted]).astype(float)
     )
     shrinks = after[0] < before[0] or after[1] < before[1]
+    if not shrinks:
+        assert torch.equal(got, resizing.resized(torch.from_numpy(noise).permute(0, 3, 1, 2), after).float())
+    if not shrinks:
+        assert torch.equal(got, resizing.resized(torch.from_numpy(noise).permute(0, 3, 1, 2), after).float())
     assert off.max() == 0 if shrinks else off.max() <= 2 and (off > 0).mean() < 0.01

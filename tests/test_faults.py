@@ -23,14 +23,12 @@ from hypothesis import Phase, given
 from hypothesis import strategies as st
 from processes import signalled, start, wait
 
-import config as knobs
 import main  # noqa: F401  so that processes that are forked have its modules
 from backbone import storing
-from config import Config, UserError
+from config import Config
 from shell import signals
-from shell.values import parse_values
 
-FAULTS = int(os.environ.get("FAULTS", "3"))
+FAULTS = int(os.environ.get("FAULTS", "2"))
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SMALL = {  # script -> its options
     "extractor.py": "--dataset folder --extractor test_resnet --weights_path random --img_size 32 "
@@ -172,53 +170,13 @@ def test_a_full_disk(bench, tmp_path_factory, kilobytes):
 
 
 # ---------------------------------------------------------------- what people give
-FIELDS = [field.name for field in dataclasses.fields(Config)]
-INSIDE = [name for name in FIELDS if name != "feature_path"]  # that is written where its user says
+INSIDE = [field.name for field in dataclasses.fields(Config) if field.name != "feature_path"]
 HOSTILE = (
-    *(
-        "",
-        " ",
-        "nan",
-        "inf",
-        "-inf",
-        "-1",
-        "1e309",
-        "1e-320",
-        "9" * 30,
-        "9" * 5000,
-        "0x10",
-        "1_0",
-        "٣",
-        "1,2",
-    ),
-    *(
-        "zero",
-        "None",
-        "--1",
-        "a,b;c=d",
-        ".",
-        "..",
-        "../../x",
-        "/proc/self/mem",
-        "/dev/null",
-        "-x",
-        "--",
-        "'\"",
-    ),
-    *(
-        "a\nb",
-        "\x1b[31m",
-        "\0",
-        "\udcff",
-        "ä" * 200,
-        "x" * 100_000,
-        "%s%n{}",
-        "$(touch pwned)",
-        "\u202e",
-        "*",
-    ),
-    *("cuda:99", "auto:0", "4097x1", "0,0,0,1e-320,1,1", "resnet18.a.b", "tcp://"),
-)
+    "", " ", "nan", "inf", "-1", "1e309", "1e-320", "9" * 5000, "0x10", "1_0", "٣", "1,2", "zero", "None",
+    "--1", "a,b;c=d", ".", "../../x", "/proc/self/mem", "/dev/null", "-x", "--", "'\"", "a\nb", "\x1b[31m",
+    "\0", "\udcff", "ä" * 200, "x" * 100_000, "%s%n{}", "$(touch pwned)", "\u202e", "*", "cuda:99",
+    "4097x1", "0,0,0,1e-320,1,1", "resnet18.a.b", "tcp://",
+)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -233,22 +191,3 @@ def test_hostile_command_lines(bench, tmp_path_factory, knob, text):
     assert status == 0 or status == 2 and refused(place), log_of(place).read_text(errors="replace")
     around = {path.name for path in (*root.iterdir(), *place.parent.iterdir())}
     assert around == {"outer", "place", "place.log"} and not list(place.rglob("*.partial"))
-
-
-ANYTHING = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.binary(max_size=4),
-    st.lists(st.integers(), max_size=4), st.tuples(st.floats(), st.floats(), st.floats()),
-)  # fmt: skip
-
-
-@examples(50 * FAULTS)
-@given(name=st.sampled_from(FIELDS), value=ANYTHING, text=st.text(max_size=30))
-def test_values_of_any_kind(name, value, text):
-    try:
-        assert getattr(knobs.make_config({name: value}), name) == value or value != value
-    except UserError as mistake:
-        assert str(mistake)
-    try:
-        knobs.make_config(parse_values({name: text}))
-    except UserError as mistake:
-        assert str(mistake)

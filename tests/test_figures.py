@@ -5,11 +5,11 @@ import pytest
 import torch
 from fabricated import GRID, fabricate
 from PIL import Image
-from test_report import FOUND, RESULTS, summary_of
+from test_report import summary_of
 
 import datasets
 from detector import calibration
-from reporting import figures, overlays
+from reporting import figures
 from reporting.findings import Left
 
 
@@ -47,14 +47,6 @@ def test_histogram_counts_every_score(far):
         assert (middle < line.get_xdata()[0]) == left
 
 
-def test_histogram_of_held_out_images_where_there_is_no_test():
-    kept = record([], [], held_out_scores=[0.0, 1.0, 2.0])
-    first, limit = texts_of(figures.histogram(kept, threshold([0, 1, 2])).legends[0])
-    assert first.startswith("held-out normal: 3 images") and limit.startswith("threshold")
-    same = figures.histogram(record([1.0, 1.0], [0, 0]), None)
-    assert texts_of(same.legends[0]) == ["normal: 2 images"] and not same.axes[0].lines
-
-
 def test_curves_show_both_losses_and_mark_the_reported_epoch():
     kept = record([0.0], [0])
     kept["history"] = [entry | {"held_out_loss": 2.0} for entry in kept["history"]]
@@ -68,17 +60,6 @@ def test_curves_show_both_losses_and_mark_the_reported_epoch():
     assert training.get_linestyle() == "--" and held.get_linestyle() == "-"
 
 
-def test_methods_stand_beside_each_other():
-    figure = figures.methods(summary_of())
-    axes = figure.axes[0]
-    assert texts_of(figure.legends[0]) == ["flow", "kNN"] and axes.get_title().endswith("seeds 0 1")
-    line, _, (bars,) = axes.containers[0]
-    assert line.get_xdata().tolist() == pytest.approx([0.85, 0.6, 0.725])
-    spans = [np.ptp(segment[:, 0]) / 2 for segment in bars.get_segments()]
-    assert spans == pytest.approx([0.1 / 2**0.5, 0, 0.05 / 2**0.5], abs=1e-9)
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["red, round", "b", "mean"]
-
-
 def test_only_what_there_is_gets_a_picture(tmp_path):
     """No ROC and no bars without test images of both labels."""
     one, both = record([1.0, 2.0], [0, 0]), record([1.0, 2.0], [0, 1])
@@ -90,38 +71,7 @@ def test_only_what_there_is_gets_a_picture(tmp_path):
         assert all(Image.open(picture.path).size[0] > 500 for picture in drawn)
 
 
-def test_names_are_no_formulas(tmp_path):
-    name = "_hidden\n$\\frac{1}$"
-    kept = record([0.0, 1.0], [0, 1])
-    kept["result"]["class"] = name
-    results = [entry | {"class": name} for entry in RESULTS[:1]]
-    summary = summary_of(results, {name: FOUND["b"]})
-    figures.save(figures.histogram(kept, None), tmp_path / "h.png")
-    assert len(figures.draw_run(summary, {name: kept}, tmp_path)) == 3
-
-
-def test_a_figure_is_whole_or_absent(tmp_path):
-    class Broken:
-        def savefig(self, path, **options):
-            path.write_bytes(b"half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        figures.save(Broken(), tmp_path / "new/roc.png")
-    assert list((tmp_path / "new").iterdir()) == []
-
-
 # ---------------------------------------------------------------- contact sheets
-def test_strips_are_sorted_by_score():
-    """Normal lowest and highest, anomalous lowest and highest; each from its end inwards."""
-    scores = np.random.RandomState(0).permutation(60).astype(float)
-    found = figures.strips({"labels": [i % 2 for i in range(60)], "scores": scores.tolist()})
-    assert [heading.split(",")[0] for heading in found] == ["normal"] * 2 + ["anomalous"] * 2
-    for number, (heading, shown) in enumerate(found.items()):
-        own = [i for i in range(60) if i % 2 == number // 2]
-        wanted = sorted(own, key=lambda i: scores[i], reverse=bool(number % 2))[: figures.SHEET]
-        assert shown.tolist() == wanted and ("highest" in heading) == bool(number % 2)
-    assert len(figures.strips({"labels": [0, 0], "scores": [1.0, 2.0]})) == 2, "no strip without images"
 
 
 class Detector:
@@ -162,11 +112,3 @@ def test_contact_sheet_shows_the_image_of_each_position(tmp_path, detector):
                 )
                 assert hot > cold
     assert shown[0].shape[1] == 2 * side
-
-
-def test_a_map_is_as_bright_as_it_is_hot():
-    """In units of what its colours span at least: a weak one stays dark."""
-    picture, values = np.zeros((300, 200, 3), np.uint8), np.full((300, 200), 0.5, np.float32)
-    shown = [overlays.overlaid(picture, values, least, 60)[1] for least in (0.0, 0.5, 5.0)]
-    bright = [np.asarray(each.convert("L")).mean() for each in shown]
-    assert bright[0] == bright[1] > 2 * bright[2] and shown[0].size == (40, 60)

@@ -11,8 +11,6 @@ from conftest import make_folder, texture, write_image
 
 import datasets
 import extractor
-import predict
-import train
 from backbone import extraction, storing
 from config import Config, UserError
 from datasets import SPLITS
@@ -63,8 +61,7 @@ def assert_as_anew(config: Config) -> None:
         assert np.allclose(got, wanted, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("way", ["train", "extractor"])
-def test_a_folder_that_changes_in_every_way(folder, extracted, way):
+def test_a_folder_that_changes_in_every_way(folder, extracted):
     """Pictures are removed, renamed, copied, moved to the other split, added: those are extracted."""
     config = settings()
     extractor.ensure_features(config, CPU)
@@ -74,7 +71,7 @@ def test_a_folder_that_changes_in_every_way(folder, extracted, way):
     (folder / "train/b/01.png").rename(folder / "test/b/01b.png")
     shutil.copy(folder / "train/b/02.png", folder / "train/b/02 copy.png")
     add(folder, "train/a/01b.png", "train/b/99.png", "test/a/00a.png")
-    extractor.ensure_features(config, CPU) if way == "train" else extractor.main(config)
+    extractor.main(config)
     assert sorted(extracted) == ["test/a/00a.png", "train/a/01b.png", "train/b/99.png"]
     assert_as_anew(config)
     extracted.clear()
@@ -105,25 +102,6 @@ def test_a_renamed_picture_keeps_its_place(folder, extracted):
     with pytest.raises(UserError, match="the images have changed since they were extracted"):
         renamed.in_rows(datasets.images_of(settings()))
     assert extractor.ensure_features(settings(), CPU).meta["content"] != before.meta["content"]
-
-
-def test_pictures_change_and_training_and_predict_go_on(folder, extracted, capsys):
-    """Of 20 normal pictures, one is removed, ten are renamed, three copied, five added."""
-    product = make_folder(Path("good"), classes=("x",), n_train=20, n_test=1, seed=3) / "train/x"
-    config = settings(dataset_path=str(product), fc_internal=16, fusion="none", modelname="before")
-    train.main(config)
-    extracted.clear()
-    files = sorted(product.iterdir())
-    files[0].unlink()
-    for i, file in enumerate(files[1:11]):
-        file.rename(product / f"renamed {9 - i}.png")
-    for file in files[11:14]:
-        shutil.copy(file, product / f"copy of {file.name}")
-    add(product, *(f"new {i}.png" for i in range(5)))
-    train.main(dataclasses.replace(config, modelname="after"))
-    assert sorted(extracted) == [f"new {i}.png" for i in range(5)]
-    assert predict.main(predict.parse_arguments(["runs/after", "images", "--threads", "1"])) == 0
-    assert len(capsys.readouterr().out.splitlines()) > 16
 
 
 def test_unreadable_pictures_are_named_and_left_out_on_request(folder, extracted, capsys):
@@ -177,14 +155,6 @@ def test_a_folder_that_grows_keeps_its_size(folder, extracted):
     assert extractor.ensure_features(config, CPU).meta["img_size"] == size != anew
 
 
-def test_the_size_of_features_without_images(folder):
-    size = extractor.ensure_features(settings(img_size="auto"), CPU).meta["img_size"]
-    shutil.rmtree(folder)
-    assert extractor.ensure_features(settings(img_size="auto", pretrained=True), CPU).meta["img_size"] == size
-    with pytest.raises(UserError, match="img_size auto: no features of resnet18 are there"):
-        extractor.ensure_features(settings(img_size="auto", pretrained=True, extractor="resnet18"), CPU)
-
-
 # ---------------------------------------------------------------- restart and prune
 def test_prune_drops_what_no_named_data_set_has(folder, extracted, capsys):
     config = settings()
@@ -211,5 +181,3 @@ def test_prune_drops_what_no_named_data_set_has(folder, extracted, capsys):
     assert {path.stem for path in Path("features/datasets").iterdir()} == {name}
     extractor.main(config)
     assert len(extracted) == 11
-    extractor.main(settings(prune=images))
-    assert len(list(Path("features").glob("resnet10t-*"))) == 2, "a store without shards has no identity"

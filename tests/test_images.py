@@ -14,13 +14,11 @@ from conftest import PIXELS, write_image
 from PIL import ExifTags, Image, ImageFile
 
 from config import UserError
-from detector import pictures
 from images import images
 from images.pixel_scale import PixelScale
 
 GENERATOR = np.random.RandomState(0)
 NOISE = GENERATOR.randint(0, 256, (64, 64, 3)).astype(np.uint8)
-RAMP = np.linspace(0, 65535, 20).round().astype(np.uint16).reshape(4, 5)
 GRAIN = GENERATOR.randint(0, 256, (6, 9))
 GRAIN[0, :2] = 0, 255
 
@@ -55,13 +53,8 @@ def test_transparent_is_white(tmp_path):
     palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
     palette.putpalette([9, 8, 7, 30, 60, 90])
     assert saved(tmp_path / "c.png", palette, transparency=0)[0].tolist() == [[255] * 3, [30, 60, 90]]
-    assert saved(tmp_path / "d.png", palette)[0].tolist() == [[9, 8, 7], [30, 60, 90]]
-
-
-def test_a_picture_that_is_transparent_everywhere_is_opaque(tmp_path):
-    """A camera's unused fourth byte: white would hide all of it."""
-    bgrx = np.dstack([GENERATOR.randint(0, 256, (4, 5, 3)), np.zeros((4, 5))]).astype(np.uint8)
-    assert (saved(tmp_path / "a.png", bgrx) == bgrx[..., :3]).all()
+    bgrx = np.dstack([PIXELS, np.zeros((5, 4), np.uint8)])
+    assert (saved(tmp_path / "d.png", bgrx) == PIXELS).all(), "everywhere: a camera's unused fourth byte"
 
 
 TURNED = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10
@@ -84,29 +77,16 @@ def turned(orientation: int) -> Image.Exif:
 
 
 @pytest.mark.parametrize("orientation", STORED)
-@pytest.mark.parametrize("ending", ["png", "tif", "webp"])
-def test_exif_orientation(tmp_path, orientation, ending):
-    options = {"lossless": True} if ending == "webp" else {}
+def test_exif_orientation(tmp_path, orientation):
+    """Of a file and of Pillow's image."""
     pixels = np.ascontiguousarray(STORED[orientation])
-    assert (saved(tmp_path / f"a.{ending}", pixels, exif=turned(orientation), **options) == TURNED).all()
-    with Image.open(tmp_path / f"a.{ending}") as opened:
-        assert (images.pixels_of(opened) == TURNED).all()
-
-
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_leaves_the_pixels(tmp_path):
-    exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0\1"
-    assert (saved(tmp_path / "a.png", PIXELS, exif=exif) == PIXELS).all()
+    for ending in ("png", "tif"):
+        assert (saved(tmp_path / f"a.{ending}", pixels, exif=turned(orientation)) == TURNED).all()
+        with Image.open(tmp_path / f"a.{ending}") as opened:
+            assert (images.pixels_of(opened) == TURNED).all()
 
 
 # ---------------------------------------------------------------- more than eight bits
-@pytest.mark.parametrize("ending", ["png", "tif"])
-def test_sixteen_bits_are_scaled(tmp_path, ending):
-    """And turned as any other picture."""
-    pixels = saved(tmp_path / f"a.{ending}", np.ascontiguousarray(RAMP[::-1, ::-1]), exif=turned(3))
-    assert (pixels == np.round(RAMP / 257).astype(np.uint8)[..., None]).all()
-
-
 def in_set(folder: Path, *several: np.ndarray) -> tuple[list[np.ndarray], PixelScale]:
     """What is read of pictures that are the training pictures of a data set, and its scale."""
     names = [folder / f"{i}.tif" for i in range(len(several))]
@@ -116,7 +96,7 @@ def in_set(folder: Path, *several: np.ndarray) -> tuple[list[np.ndarray], PixelS
     return [images.read_image(name, scale)[..., 0] for name in names], scale
 
 
-@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])  # of a file of 16
+@pytest.mark.parametrize("bits", [8, 12, 16])  # of a file of 16
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
 def test_the_same_grain_in_any_number_of_bits(tmp_path, capsys, bits, kind):
     """Of a 16-bit file, of whole numbers, of floats: the scale is the data set's, and said."""
@@ -149,12 +129,6 @@ def test_what_exceeds_the_scale_is_clipped_and_counted(tmp_path):
     assert PixelScale(scale.ranges).beyond() == ""
 
 
-def test_a_set_of_eight_bits_is_not_decoded(tmp_path, monkeypatch, capsys):
-    Image.fromarray(PIXELS).save(tmp_path / "a.png")
-    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
-    assert images.measured([tmp_path / "a.png"]) == {} and capsys.readouterr().err == ""
-
-
 def png(pixels: np.ndarray, exif: bytes = b"") -> bytes:
     """A PNG of 16 bits a colour, which Pillow does not write: (H, W, 3), or 4 with transparency."""
     height, width, colours = pixels.shape
@@ -176,12 +150,6 @@ def test_twelve_bits_of_colour(tmp_path):
         assert (images.pixels_of(opened, scale) == colours).all()
 
 
-def test_colours_of_which_the_upper_bits_are_read_are_told(tmp_path, capsys):
-    (tmp_path / "a.png").write_bytes(png(np.full((2, 2, 4), 4095)))
-    assert images.measured([tmp_path / "a.png"]) == {}
-    assert "of 16 bits a colour the upper 8 are read" in capsys.readouterr().err
-
-
 def test_a_tiff_that_tells_its_bits(tmp_path):
     """Twelve, though 256 is its largest value."""
     tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 4}
@@ -195,13 +163,10 @@ def test_a_tiff_that_tells_its_bits(tmp_path):
 @pytest.mark.parametrize(
     "picture",
     [
-        None,
         torch.zeros(4, 5, 3, dtype=torch.uint8),
         np.zeros((4, 5, 3), np.float32),
         np.zeros((3, 4, 5), np.uint8),
-        np.zeros((0, 5, 3), np.uint8),
         Image.fromarray(np.full((4, 5), np.nan, np.float32)),
-        Image.new("RGB", (0, 0)),
     ],
     ids=lambda picture: f"{type(picture).__name__}-{getattr(picture, 'dtype', '')}",
 )
@@ -209,14 +174,6 @@ def test_what_is_no_picture_is_refused_in_one_line(picture):
     with pytest.raises(UserError, match="Pillow image") as told:
         images.pixels_of(picture)
     assert "\n" not in str(told.value)
-
-
-def test_one_picture_or_several():
-    array = np.zeros((4, 5, 3), np.uint8)
-    for one in ("a.png", Path("a.png"), None, array, array[..., 0], torch.zeros(2, 4, 5, 3)):
-        assert not pictures.are_several(one)
-    for several in ([array], (), iter(["a.png"]), np.stack([array] * 2)):
-        assert pictures.are_several(several)
 
 
 # ---------------------------------------------------------------- formats
@@ -252,7 +209,7 @@ def test_truncated_files_are_refused_by_name(tmp_path, ending):
     path = tmp_path / f"cut.{ending}"
     saved(path, NOISE)
     content = path.read_bytes()
-    for share in (0, *np.linspace(0.02, 0.9, 8)):
+    for share in (0, 0.02, 0.3, 0.6, 0.9):
         path.write_bytes(content[: int(share * len(content))])
         with pytest.raises(UserError, match="cut"):
             images.read_image(path)
@@ -307,33 +264,16 @@ def test_links(tmp_path):
     assert counted == {"no regular file": 1}
 
 
-def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
-    """Pictures must not go missing silently (root may read anything, so the refusal is made up)."""
-    write_image(tmp_path / "a/1.png", PIXELS)
-    (tmp_path / "closed").mkdir()
-    scandir = os.scandir
-
-    def refusing(path):
-        if Path(path).name == "closed":
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refusing)
-    with pytest.raises(UserError, match="closed cannot be read.*Permission denied"):
-        images.images_below(tmp_path)
-
-
-@pytest.mark.parametrize("size", [100, 200_000])
-def test_content_hash(tmp_path, size):
+def test_content_hash(tmp_path):
     """Any other byte is noticed, at once and with the same size; place and time are not."""
-    content = bytearray(GENERATOR.bytes(size))
+    content = bytearray(GENERATOR.bytes(200_000))
     path, copy = tmp_path / "a.png", tmp_path / "deep.png"
     path.write_bytes(content)
     before = images.content_hash(path)
     copy.write_bytes(content)
     os.utime(copy, (1, 1))
     assert images.content_hash(copy) == before and len(before) == 32
-    for place in (0, size // 2, size - 1):
+    for place in (0, 100_000, -1):
         changed = bytearray(content)
         changed[place] ^= 1
         copy.write_bytes(changed)

@@ -4,13 +4,10 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import ROOT
 from fabricated import JOINED, make, settings
 
 import utils
-from backbone import extraction
-from backbone.identity import cache_identity
 from config import Config, UserError
 from detector import memory
 from shell import signals
@@ -19,17 +16,6 @@ from shell import signals
 def test_sizes_beyond_the_machine(cache):
     with pytest.raises(UserError, match="GB of memory.*fc_internal"):
         make(cache, fc_internal=10**6)
-
-
-def test_batch_beyond_the_machine(cache, monkeypatch):
-    """What a batch takes is counted, though the detector itself would fit."""
-    config = settings(batch_size=40)
-    need = memory.FLOAT * 4 * memory.detector_floats(config, cache.meta)
-    monkeypatch.setattr(utils, "available_memory", lambda: need + 1000)
-    with pytest.raises(UserError, match="batches of 40.*batch_size"):
-        make(cache, batch_size=40)
-    monkeypatch.setattr(utils, "available_memory", lambda: 100 * need)
-    make(cache, batch_size=10**7)  # no batch is larger than the class
 
 
 @pytest.mark.parametrize("fusion", ["class_attention", "hilo", "none"])
@@ -45,22 +31,19 @@ def test_estimate_is_near_what_is_built(cache, fusion, more):
 def test_a_limit_of_address_space_is_one_line():
     """Of ``ulimit -v``: before imports that fail, or hang, under it."""
     command = f"ulimit -v 3500000; {sys.executable} {ROOT}/predict.py nowhere x.png"
-    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 2 and ran.stderr.startswith("error: not enough memory: ulimit -v allows 3.6 GB")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [MemoryError(), RuntimeError("DefaultCPUAllocator:\ncan't allocate memory: 12 bytes"), KeyError()],
-)
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_want_of_memory_is_one_line(capsys, error):
     def main():
         raise error
 
-    with pytest.raises(KeyError if isinstance(error, KeyError) else SystemExit):
+    with pytest.raises(SystemExit):
         signals.guarded(main)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [] or len(lines) == 1 and lines[0].startswith("error: not enough memory (")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: not enough memory (")
 
 
 def test_what_a_container_caches_of_files_is_free(tmp_path, monkeypatch):
@@ -72,29 +55,12 @@ def test_what_a_container_caches_of_files_is_free(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "values",
+    "name, value",
     [
-        {"threads": 10**4},
-        {"window": 10**9},
-        {"n_coupling_blocks": 10**9},
-        {"batch_size": 10**20},
-        {"img_size": (10**5, 8)},
-        {"centre_pool": 1e-320},
-        {"clamp": 1e300},
-        {"token_grid": "9" * 5000},
+        ("threads", 10**4), ("window", 10**9), ("n_coupling_blocks", 10**9), ("batch_size", 10**20),
+        ("img_size", (10**5, 8)), ("centre_pool", 1e-320), ("clamp", 1e300), ("token_grid", "9" * 5000),
     ],
-    ids=lambda values: next(iter(values)),
-)
-def test_ranges(values):
-    with pytest.raises(UserError, match=next(iter(values))):
-        Config(**values)
-
-
-def test_batches_of_images_beyond_the_machine(monkeypatch):
-    """Asked before the backbone is loaded."""
-    config = settings(img_size=(32, 32), extractor="resnet10t", precision="float32")
-    identity, cpu = cache_identity(config, torch.device("cpu")), torch.device("cpu")
-    monkeypatch.setattr(utils, "available_memory", lambda: 8 * 32 * 32 * extraction.PIXEL)
-    extraction.Extraction(identity, cpu, 8)
-    with pytest.raises(UserError, match="10 images of 32x32.*extract_batch"):
-        extraction.Extraction(identity, cpu, 10)
+)  # fmt: skip
+def test_ranges(name, value):
+    with pytest.raises(UserError, match=name):
+        Config(**{name: value})

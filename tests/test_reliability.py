@@ -36,5 +36,5 @@ def test_a_signal_while_modules_are_imported(tmp_path):
         running = subprocess.Popen(command, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, **pipes)
         assert running.stdout.readline() == "importing\n"
         running.send_signal(number)
-        _, errors = running.communicate(timeout=60)
+        _, errors = running.communicate(timeout=300)
         assert (running.returncode, errors) == (-number, "")

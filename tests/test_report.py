@@ -10,7 +10,6 @@ from scipy import stats
 
 import utils
 from config import Config
-from detector.calibration import Threshold
 from reporting import findings, report, tables
 from utils import METRICS
 
@@ -38,7 +37,6 @@ RESULTS = [
     result("b", 1, 0.6),
 ]
 FOUND = {"red, round": simple(0.2, kNN=0.5), "b": simple(-0.1, kNN=0.5)}
-LINE = Threshold(1.25, 0.1, 0.01, 0.3, 9, 0.05)._asdict()
 
 
 def summary_of(results=RESULTS, found=FOUND, features=None, **knobs) -> dict:
@@ -118,12 +116,7 @@ def test_files_say_how_they_were_made(tmp_path):
     assert kept["mean"]["auroc"] == pytest.approx(0.725) and kept["config"]["clamp"] == 2.5
 
 
-@pytest.mark.parametrize("knobs, epoch", [({}, "last epoch"), ({"patience": 3, "holdout": 0.1}, "held-out")])
-def test_the_reported_epoch_is_named(knobs, epoch):
-    assert epoch in report.notes(summary_of(**knobs))[0]
-
-
-@pytest.mark.parametrize("name", ["a,b", 'a "b"', "a\nb", " a ", "=1+1", "ü|<b>"])
+@pytest.mark.parametrize("name", ["a,b", 'a "b"', "a\nb", " a ", "ü|<b>"])
 def test_any_name_survives(tmp_path, name):
     report.write_results(tmp_path, summary_of([result(name, 0, 0.5)], {}))
     with (tmp_path / "results.csv").open(newline="") as stream:
@@ -137,7 +130,6 @@ def test_any_name_survives(tmp_path, name):
     "more, reason",
     [
         ({"n_test": 0}, "no test images"),
-        ({"n_anomalous": 0}, "no anomalous test images"),
         ({"n_anomalous": 60}, "no normal test images"),
         ({"reason": "the loss is nan"}, "the loss is nan"),
     ],
@@ -156,39 +148,12 @@ def test_undefined_is_null_with_its_reason(tmp_path, more, reason):
     assert report.terminal_table(kept) == text, "read again it is the same"
 
 
-def test_thresholds_are_what_normal_images_alone_give():
-    summary = summary_of([undefined("a", n_test=0)], {"a": {"thresholds": LINE}})
-    text = report.terminal_table(summary)
-    assert " ".join(text.splitlines()[2].split()) == "a 1.25 10.0% 1.0% to 30.0% 9"
-    assert "no AUROC (no test images): a." in text and "oracle" not in text
-    assert "| a | 1.25 | 10.0% | 1.0% to 30.0% | 9 |" in report.as_markdown(summary)
-
-
-def test_a_class_may_be_called_mean():
-    found = {"mean": simple(kNN=0.9), "b": simple(kNN=0.5)}
-    rows = report.table_rows(summary_of([result("mean", 0, 0.9), result("b", 0, 0.6)], found))
-    assert [row["auroc"] for row in rows] == [0.9, 0.6, 0.75] and [row["kNN"] for row in rows] == [
-        0.9,
-        0.5,
-        0.7,
-    ]
-
-
 def test_the_mean_of_a_detector_is_over_all_classes_or_none():
     """One that only an easy class has is not the best of all."""
     found = {"easy": simple(kNN=0.97, PaDiM=0.99), "hard": simple(kNN=0.6)}
     easy, _, mean = report.table_rows(summary_of([result("easy", 0, 0.9), result("hard", 0, 0.7)], found))
     assert (mean["best_simple"], mean["best_simple_auroc"]) == ("kNN", pytest.approx(0.785))
     assert (easy["best_simple"], easy["best_simple_auroc"]) == ("PaDiM", 0.99)
-
-
-def test_terminal_table_fits():
-    """Long names, several seeds: 100 columns, and nothing of the names' ends lost."""
-    long = "large_man-made_outdoor_things_and_more_of_them"
-    results = [result(long, seed, 0.5 + seed / 10) for seed in (0, 1)] + RESULTS
-    lines = report.terminal_table(summary_of(results, FOUND | {long: simple(kNN=0.7)})).splitlines()
-    assert max(map(len, lines)) <= 100
-    assert lines[2].startswith("large_man-m") and "_of_them " in lines[2] and "…" in lines[2]
 
 
 def test_auroc_of_each_kind_of_defect():

@@ -5,8 +5,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_folder
-from PIL import Image
 from torch import nn
 
 import datasets
@@ -14,8 +12,6 @@ from backbone import extraction
 from backbone.identity import cache_identity
 from backbone.runtime import Compiled
 from config import Config
-from detector import pictures
-from images.pixel_scale import PixelScale
 
 CPU = torch.device("cpu")
 
@@ -43,7 +39,6 @@ def rows_of(job, count: int) -> dict[str, torch.Tensor]:
     [
         ("resnet18", (64, 96), {"bands": True, "places": 4, "mirror": True}),
         ("vit_tiny_patch16_224", (64, 96), {"bands": True, "places": 3, "token_grid": "2"}),
-        ("convnext_atto", (64, 96), {"bands": True, "places": 20}),
         ("tf_efficientnet_lite0", (64, 64), {"token_grid": "1", "workers": 0}),
     ],
     ids=str,
@@ -57,17 +52,6 @@ def test_gives_what_pytorch_gives(name, size, options):
     assert isinstance(job.full_batch, Compiled)
     for array, wanted in plain.items():
         assert (found[array] - wanted).norm() < 1e-3 * wanted.norm(), array
-
-
-def test_what_is_not_finite_stays_so():
-    """A number beyond float16 is infinite, not the largest one there is."""
-
-    class Large(nn.Module):
-        def forward(self, images):
-            return ((images.float() * 1e4).half(),)
-
-    images = torch.full((2, 3, 4, 4), 255, dtype=torch.uint8)
-    assert torch.isinf(Compiled(Large(), images, torch.float32, 1, 1)(images)[0]).all()
 
 
 class Factored(nn.Module):
@@ -105,27 +89,3 @@ def test_without_the_package(monkeypatch, capsys):
     job.compile()
     assert len(rows_of(job, 3)["tokens"]) == 3
     assert "OpenVINO cannot run resnet18 (import of openvino halted" in capsys.readouterr().err
-
-
-def test_many_pictures_are_scored_as_few(tmp_path, monkeypatch):
-    """Of a job of many pictures the first are computed at once, the others as extraction does it."""
-    make_folder(tmp_path, classes=("a",), n_train=20, n_test=0)
-    files = sorted((tmp_path / "train/a").iterdir())
-    files[15].write_bytes(b"broken")
-    job = job_of("resnet18", (32, 32))
-    backbone = pictures.FittedBackbone.__new__(pictures.FittedBackbone)
-    backbone.job, backbone.tiles, backbone.scale = job, 0, PixelScale()
-    wanted = list(backbone.rows(files))
-    monkeypatch.setattr(pictures, "COMPILED_FROM", 7)
-    found = list(
-        backbone.rows(Image.open(file) if i % 2 else file for i, file in enumerate(files) if i != 15)
-    )
-    assert isinstance(job.full_batch, Compiled)
-    assert sum(len(rows["tokens"]) for rows in found) == 19
-    before, after = (
-        torch.cat([rows["tokens"] for rows in part if isinstance(rows, dict)]).float()
-        for part in (wanted, found)
-    )
-    assert torch.allclose(before, after, rtol=0.01, atol=0.01)
-    (unreadable,) = [rows for rows in backbone.rows(files) if not isinstance(rows, dict)]
-    assert unreadable.row == 15

@@ -1,9 +1,6 @@
 """img_size auto: pictures keep their shape, from extraction to heat map and exported file."""
 
-import csv
-import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +8,6 @@ import torch
 from conftest import write_image
 
 import datasets
-import extractor
-import predict
 import train
 from backbone.identity import size_for, size_in_shape
 from config import Config
@@ -77,36 +72,17 @@ PLACES = {
     "sizes, pixels, size",
     [
         ([(630, 250)], 2 * 224**2, (512, 192)),
-        ([(250, 630)], 2 * 224**2, (192, 512)),
         ([(1024, 1024)], 2 * 224**2, (320, 320)),
-        ([(1024, 1024)], 224**2, (224, 224)),
         ([(300, 300)], 448**2, (288, 288)),  # enlarging adds nothing
         ([(64, 64)], 2 * 224**2, (224, 224)),  # but for what the backbone was made for
-        ([(45, 45)], 2 * 224**2, (224, 224)),
         ([(32, 32)], 2 * 224**2, (160, 160)),  # small ones five times
-        ([(32, 32)], 1, (160, 160)),
         ([(8, 8)], 2 * 224**2, (96, 96)),  # at least
-        ([(20, 60)], 2 * 224**2, (96, 288)),
-        ([(1024, 1024)], 1, (224, 224)),
         ([(3000, 1), (3000, 1)], 224**2, (4096, 32)),
         ([(400, 200), (400, 200), (90, 900)], 224**2, (320, 160)),  # the median, not the mean
     ],
 )
 def test_size_in_the_pictures_shape(sizes, pixels, size):
     assert size_in_shape(np.array(sizes), pixels, (224, 224), 32, 5) == size
-
-
-def test_a_few_pictures_of_all_parts_are_measured_and_unreadable_ones_passed_over(tmp_path):
-    for name in "abc":
-        for i in range(5):
-            write_image(tmp_path / f"train/{name}/{i}.png", np.zeros((10 + ord(name), 20, 3), np.uint8))
-    (tmp_path / "train/b/2.png").write_bytes(b"")
-    found = datasets.load_images("folder", str(tmp_path))
-    assert {name: len(own) for name, own in found.sizes(100).items()} == {"a": 5, "b": 4, "c": 5}
-    assert found.sizes(3) == {"a": [(10 + ord("a"), 20)], "c": [(10 + ord("c"), 20)]}
-    digits = datasets.load_images("digits", None).sizes(100)
-    assert {size for own in digits.values() for size in own} == {(8, 8)}
-    assert sum(map(len, digits.values())) == 100
 
 
 def test_classes_of_another_shape_are_told(tmp_path, capsys):
@@ -137,17 +113,6 @@ def test_small_images_are_enlarged_for_a_cnn_alone(tmp_path):
     assert size_of(transformer) == (224, 224)
 
 
-# ---------------------------------------------------------------- extraction
-def test_features_are_those_of_the_size_named(folder, capsys):
-    """The training pictures decide; who names their size finds the same features."""
-    auto = extractor.ensure_features(settings(**PLACES), CPU)
-    assert "at 96x288" in capsys.readouterr().out and "96x288" in auto.folder.name
-    named = extractor.ensure_features(settings(**PLACES, img_size=SIZE), CPU)
-    assert named.meta == auto.meta and "reusing" in capsys.readouterr().out
-    assert tuple(auto.meta["img_size"]) == SIZE and auto.meta["grid"] == [3, 9]
-    assert tuple(auto.meta["place_grid"]) == (3, 10) and auto.shapes["places"][0] == 30
-
-
 def test_a_backbone_of_one_size_keeps_it(folder, capsys):
     config = settings(extractor="levit_128s")  # its attention learns a number for each distance
     assert size_of(config) == (224, 224)
@@ -155,14 +120,9 @@ def test_a_backbone_of_one_size_keeps_it(folder, capsys):
 
 
 # ---------------------------------------------------------------- a run
-@pytest.fixture(scope="module")
-def run(folder):
-    train.main(settings(**PLACES))
-    return folder
-
-
 @pytest.mark.slow
-def test_heat_map_has_the_pictures_shape(run, tmp_path):
+def test_heat_map_has_the_pictures_shape(folder):
+    train.main(settings(**PLACES))
     loaded = PictureDetector.load("runs/belt/classes/belt-seed0", "cpu", 1)
     assert loaded.fitted.uses_places and loaded.backbone.job.img_size == SIZE
     good = surface(np.random.RandomState(9))
@@ -170,12 +130,3 @@ def test_heat_map_has_the_pictures_shape(run, tmp_path):
     assert values.shape == (HEIGHT, WIDTH)
     row, column = np.unravel_index(values.argmax(), values.shape)
     assert abs(row - 18) < 20 and abs(column - 212) < 25
-    status = predict.main(
-        predict.parse_arguments(
-            ["runs/belt", "set/belt/test", "--device", "cpu", "--output", str(tmp_path / "rows.csv")]
-        )
-    )
-    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
-    record = json.loads(Path("runs/belt/classes/belt-seed0.json").read_text())
-    assert status == 0 and record["config"]["img_size"] == "auto"
-    assert [float(r["score"]) for r in rows] == pytest.approx(record["test"]["scores"], rel=1e-4, abs=1e-4)

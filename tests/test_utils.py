@@ -65,31 +65,18 @@ def test_whole_file(tmp_path):
     with pytest.raises(RuntimeError), whole_file(path) as partial:
         partial.write_text("half of the ne")
         raise RuntimeError
-    with pytest.raises(FileNotFoundError), whole_file(path.with_name("nobody writes")):
-        pass
-    with whole_file(path.with_name("folder")) as partial:
-        partial.mkdir()
-    assert path.read_text() == "content" and {p.name for p in path.parent.iterdir()} == {"file.txt", "folder"}
+    assert path.read_text() == "content" and list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640)])
-def test_whole_file_has_the_mode_of_an_ordinary_file(tmp_path, mask, mode):
+def test_whole_file_has_the_mode_of_an_ordinary_file(tmp_path):
     """Also where its writer makes a private one, as safetensors does."""
-    before = os.umask(mask)
+    before = os.umask(0o027)
     try:
         with whole_file(tmp_path / "file") as partial:
             partial.touch(mode=0o600)
     finally:
         os.umask(before)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == mode
-
-
-def test_a_full_disk_is_told_with_the_files_name(tmp_path):
-    """Not the hidden one that was written to, of which nothing stays."""
-    with pytest.raises(OSError, match="No space left") as told, whole_file(tmp_path / "file") as partial:
-        partial.symlink_to("/dev/full")
-        partial.write_text("more than there is room for")
-    assert told.value.filename == str(tmp_path / "file") and list(tmp_path.iterdir()) == []
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
 def test_json_is_strict(tmp_path):
@@ -135,12 +122,6 @@ def test_devices_and_threads(monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_versions_name_the_machine():
-    found = utils.versions()
-    assert torch.__version__.startswith(found["torch"]) and found["numpy"] == np.__version__
-    assert "cores" in found["machine"]
-
-
 # ---------------------------------------------------------------- differences
 def test_paired_difference():
     """The same images in both: equal scores leave no interval, a clear gain stays above zero."""
@@ -167,15 +148,3 @@ def test_interval_of_a_difference_is_delongs():
     found = utils.paired_difference(labels, *scores)
     middle = found["difference"]
     assert (found["high"] - middle, middle - found["low"]) == pytest.approx((half, half))
-
-
-def test_readable_times():
-    shown = [utils.readable_time(seconds) for seconds in (0, 40.4, 89, 91, 5360, 5400, 12100)]
-    assert shown == ["1 s", "40 s", "89 s", "2 min", "89 min", "1.5 h", "3.4 h"]
-
-
-def test_bars_are_hidden_on_request(monkeypatch):
-    """Otherwise they go by the terminal (tqdm's None)."""
-    for value, hidden in (("1", True), ("0", None)):
-        monkeypatch.setenv("TQDM_DISABLE", value)
-        assert utils.no_bar() is hidden
