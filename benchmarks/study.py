@@ -3,9 +3,9 @@
 python benchmarks/study.py paper --only cifar10 --knobs extractor=vit_tiny_patch16_224 weights_path=FILE
 python benchmarks/study.py context --only castings,surfaces,materials,textures --seeds 3
 
-paper: the paper's fusion modules after some epochs, and what the flow makes of wrong patches. context: what
-a place sees of the other places (preset accurate). The sets are those of benchmarks/suite.toml; the table
-goes to results/STUDY.md, its figures to STUDY.csv beside it."""
+paper: the paper's fusion modules after some epochs, and what hilo makes of the mean patch alone. context:
+what a place sees of the other places (preset accurate). The sets are those of benchmarks/suite.toml; the
+table goes to results/STUDY.md, its figures to STUDY.csv beside it."""
 
 import argparse
 import datetime
@@ -81,7 +81,6 @@ STUDIES = {
             Variant("no fusion", {"fusion": "none"}),
             Variant("class attention", {"fusion": "class_attention"}),
             Variant("hilo", {"fusion": "hilo"}),
-            Variant("hilo of another image", {"fusion": "hilo"}, lambda seen: seen.roll(1, 0)),
             Variant("hilo of the mean patch", {"fusion": "hilo"}, lambda seen: seen.mean(1, True) + 0 * seen),
         ],
     ),
@@ -95,7 +94,6 @@ STUDIES = {
             Variant("position", change=only(2)),
             Variant("low band, position", change=only(0, 2)),
             Variant("high band, position", change=only(1, 2)),
-            Variant("another place's", change=lambda seen: seen.roll(1, 0)),
             Variant("its own neighbourhood, too", near=-1, ring=1),
             Variant("hilo over the three", {"fusion": "hilo"}),
             Variant("class attention over the three", {"fusion": "class_attention"}),
