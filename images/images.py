@@ -169,8 +169,9 @@ def read_image(path: Path, scale: PixelScale | None = None) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"no image {path}: there is no such file") from None
     except Exception as error:  # every format fails in its own way on damaged bytes
+        reason = _in_a_line(error).replace(f" {str(path)!r}", "")  # Pillow names the file once more
         raise UserError(
-            f"unreadable image {path} ({_in_a_line(error)}); repair it or take it out of the folder"
+            f"unreadable image {path} ({reason}); repair it or take it out of the folder"
         ) from None
 
 
