@@ -45,7 +45,7 @@ if __name__ == "__main__":
 def test_a_notebook_and_its_pool_beside_modules_of_the_same_names(tmp_path):
     """A fitted class, in a folder that has utils and config of its own; by spawn, after scores by threads;
     what is returned and raised comes back whole."""
-    folder = tmp_path
+    folder = tmp_path / "mine"
     generator = np.random.RandomState(0)
     for i in range(12):
         write_image(folder / "product" / f"{i}.png", texture(0, generator))

@@ -350,7 +350,7 @@ def test_ctrl_c_says_what_is_kept(run, monkeypatch):
 # ---------------------------------------------------------------- the committed table
 def test_a_run_is_checked_against_the_committed_table(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(main, "TABLES", tmp_path / "tables")
-    with pytest.raises(UserError, match="no committed table of paper.csv"):
+    with pytest.raises(UserError, match="no committed table paper.csv"):
         run(check=True)
     assert not run.fitted, "told before anything is fitted"
     run()
