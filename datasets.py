@@ -318,11 +318,6 @@ def _file_set(table: Table) -> ImageSet:
     )
 
 
-def no_images() -> ImageSet:
-    """For whoever reads pictures of no data set."""
-    return _file_set(Table(Path(), []))
-
-
 def _by_split(table: Table) -> dict[str, list[layouts.Row]]:
     """The rows of each split; what is held out is of the training images."""
     test = [row for row in table.rows if row.split == "test"]

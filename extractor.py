@@ -162,7 +162,6 @@ def extract(
         note(line)
     store.look()
     return unreadable
-    store.look()
 
 
 def main(config: Config) -> None:

@@ -30,13 +30,13 @@ from suite import ROOT, WHOLE, Set, as_csv, auroc_cell, read_suite, why_left_out
 import datasets
 import extractor
 import utils
-from config import FIELDS, UserError, make_config, unknown
+from config import UserError, make_config
 from detector import places
 from detector.class_data import TokenSource
 from reporting.tables import as_markdown
 from shell.files import write_text
 from shell.signals import KEPT, guarded
-from shell.values import parse_value
+from shell.values import parse_values
 from train import make_trainer
 
 HOW = (
@@ -184,12 +184,9 @@ def interval(differences: np.ndarray) -> str:
 def main(args: argparse.Namespace) -> None:
     """Raises UserError."""
     settings, sets = read_suite(args.suite, args.only)
+    given = dict(pair.partition("=")[::2] for pair in args.knobs)
+    more = {"extractor": settings["extractor"]} | parse_values(given)
     sets = [entry for entry in sets if not why_left_out(entry)]
-    more = {"extractor": settings["extractor"]}
-    for name, _, text in (pair.partition("=") for pair in args.knobs):
-        if name not in FIELDS:
-            raise UserError(unknown("knob", name, FIELDS))
-        more[name] = parse_value(FIELDS[name], text)
     jobs = tasks(args.study, sets, more, args.seeds)
     if not jobs:
         raise UserError(f"none of the sets of {args.suite} is there")

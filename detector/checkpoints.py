@@ -1,7 +1,6 @@
 """What fitting a class leaves behind, and its checkpoint: a JSON record and the weights beside it."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +154,6 @@ def config_of(record: dict) -> Config:
         return make_config(values)
     except UserError as error:
         raise UserError(f"made with settings of another version ({error}); train it again") from None
-
-
-def trained_records(config: Config, classes: list[str]) -> Iterator[tuple[str, dict]]:
-    """The checkpoints' records of a run's first seed, class by class."""
-    for class_name in classes:
-        yield class_name, read_record(checkpoint_path(config, class_name, config.seed))
 
 
 def find_checkpoints(path: Path, class_name: str | None, seed: int | None) -> list[Path]:

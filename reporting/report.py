@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import utils
-from config import Config
+from config import FIELDS, Config
 from reporting import tables
 from reporting.tables import Table, cell, margin_cell, number, undefined
 from shell.command_line import command_line
@@ -172,8 +172,7 @@ def all_tables(summary: dict) -> dict[str, Table]:
     made = {"command": summary["command"], "wall time": f"{summary['wall_time_s']:.0f} s"}
     made |= summary["versions"]
     made |= {f"features: {key}": value for key, value in summary["features"].items() if key in OF_FEATURES}
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    changed = {name: value for name, value in summary["config"].items() if value != defaults.get(name)}
+    changed = {name: value for name, value in summary["config"].items() if value != FIELDS[name].default}
     found = {
         "Result": main_table(summary),
         "Simple detectors, AUROC": Table(["class", *methods], simple if methods else [], has_mean=True),
