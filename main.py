@@ -14,6 +14,7 @@ if __name__ == "__main__":  # parse before the slow imports: -h and mistakes ans
     CONFIG = from_command_line(__doc__)
 
 import csv
+import dataclasses
 import functools
 import math
 import time
@@ -27,7 +28,7 @@ import train
 import utils
 from cache.feature_cache import FeatureCache
 from config import ClassError, Config, UserError
-from detector import checkpoints, class_data, detector, memory, runs
+from detector import calibration, checkpoints, class_data, detector, memory, runs
 from reporting import figures, findings, report, tables, webpage
 from shell import engine
 
@@ -146,10 +147,10 @@ def write_report(config: Config, cache: FeatureCache, results: list[dict], began
     for name in whole:
         left = findings.read_class(config, name, seeds)
         found[name] = findings.of_class(config, cache, images, left)
-        records[name] = {part: left.first[part] for part in figures.IN_ALL}
+        records[name] = dataclasses.replace(left.first, flow_scores={}, simple_scores={})  # the largest parts
         if drawing:
-            limit = found[name].get("thresholds")
-            pictures += figures.draw_class(cache, images, left, limit, folder / "figures")
+            threshold = calibration.of_held_out(left.first.held_out_scores, config.false_alarms)
+            pictures += figures.draw_class(cache, images, left, threshold, folder / "figures")
     summary = report.summarize(config, results, found, runs.wall_time(results, began), cache.meta)
     if drawing and whole:
         pictures = figures.draw_run(summary, records, folder / "figures") + pictures

@@ -100,7 +100,7 @@ def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
         loaded.append(
             load_picture_detector(path, device, arguments.false_alarms, backbone, arguments.weights_path)
         )
-        if loaded[-1].record["features"] != loaded[0].record["features"]:
+        if loaded[-1].record.features != loaded[0].record.features:
             raise UserError(
                 f"the classes in {arguments.checkpoint} were fitted to different features; name one class"
             )

@@ -125,32 +125,30 @@ def command_of(entry: Set, settings: dict, name: str, seeds: int, more: dict) ->
 
 
 # ---------------------------------------------------------------- what a run has found
-def scores_of(record: dict) -> dict[str, np.ndarray]:
-    flow = record.get("flow_scores") or {}
-    ours = {name: flow.get(name) for name in OURS if name != WHOLE}
-    named = {WHOLE: record["test"]["scores"], **ours, **(record.get("simple_scores") or {})}
-    return {name: np.array(values, float) for name, values in named.items() if values}
+def scores_of(record: checkpoints.Record) -> dict[str, np.ndarray]:
+    ours = {name: record.flow_scores[name] for name in OURS if name in record.flow_scores}
+    return {WHOLE: record.test.scores, **ours, **record.simple_scores}
 
 
 def read_problems(folder: Path) -> tuple[list[Problem], dict]:
     """The classes of a finished run that have test images of both labels, and the run's summary. Raises
     ValueError and OSError."""
     summary = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    by_class: dict[str, list[dict]] = {}
+    by_class: dict[str, list[checkpoints.Record]] = {}
     for record in map(checkpoints.read_record, sorted((folder / "classes").glob("*.json"))):
-        result = record["result"]
+        result = record.result
         asked = result["class"] in summary["classes"] and result["seed"] in summary["seeds"]
-        if asked and len(set(record["test"]["labels"])) == 2:
+        if asked and len(set(record.test.labels)) == 2:
             by_class.setdefault(result["class"], []).append(record)
     problems = []
     for name, records in by_class.items():
-        records.sort(key=lambda record: record["result"]["seed"])
+        records.sort(key=lambda record: record.result["seed"])
         aurocs: dict[str, list[float]] = {}
         for record in records:
             for title, scores in scores_of(record).items():
-                aurocs.setdefault(title, []).append(utils.auroc(np.array(record["test"]["labels"]), scores))
-        rows, labels = (np.array(records[0]["test"][part], int) for part in ("rows", "labels"))
-        problems.append(Problem(name, rows, labels, scores_of(records[0]), aurocs))
+                aurocs.setdefault(title, []).append(utils.auroc(record.test.labels, scores))
+        test = records[0].test
+        problems.append(Problem(name, test.rows, test.labels, scores_of(records[0]), aurocs))
     if not problems:
         raise ValueError("no class has normal and anomalous test images")
     return problems, summary

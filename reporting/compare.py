@@ -92,13 +92,10 @@ def paired(paths: list[Path]) -> dict:
     """AUROC of the second checkpoint minus that of the first, with its interval. Raises OSError or
     ValueError where one cannot be read, UserError where they cannot be paired."""
     a, b = map(checkpoints.read_record, paths)
-    for part, keys in (("features", ("image_list", "skipped", "precision")), ("test", ("rows", "labels"))):
-        if any(a[part].get(key) != b[part].get(key) for key in keys):
-            raise UserError("other test images or precision")  # either moves AUROC by more than most knobs
-    labels, ours, theirs = (
-        np.array(x) for x in (b["test"]["labels"], b["test"]["scores"], a["test"]["scores"])
-    )
-    return utils.paired_difference(labels, ours, theirs)
+    alike = all(a.features.get(key) == b.features.get(key) for key in ("image_list", "skipped", "precision"))
+    if not alike or not np.array_equal([a.test.rows, a.test.labels], [b.test.rows, b.test.labels]):
+        raise UserError("other test images or precision")  # either moves AUROC by more than most knobs
+    return utils.paired_difference(b.test.labels, b.test.scores, a.test.scores)
 
 
 def differences(a: dict, b: dict) -> str:

@@ -18,6 +18,8 @@ from backbone.token_grid import place_grid_of
 from cache.feature_cache import FeatureCache
 from config import UserError
 from detector import heat_map
+from detector.calibration import Threshold
+from detector.checkpoints import Record, Tested
 from detector.detector import place_maps
 from reporting.findings import Left
 from reporting.overlays import overlaid
@@ -29,7 +31,6 @@ SHEET = 8  # images per row of a contact sheet
 SIDE = 160  # pixels of the longer side of such an image
 BINS = (50, 100)  # of the histograms of normal and anomalous images
 MOST_IN_LEGEND = 20  # classes
-IN_ALL = ("test", "history", "result")  # parts of a record that pictures of all classes show
 
 
 class Picture(NamedTuple):
@@ -41,11 +42,15 @@ class Picture(NamedTuple):
 
 
 def draw_class(
-    cache: FeatureCache, images: datasets.ImageSet | None, left: Left, threshold: dict | None, folder: Path
+    cache: FeatureCache,
+    images: datasets.ImageSet | None,
+    left: Left,
+    threshold: Threshold | None,
+    folder: Path,
 ) -> list[Picture]:
     """Draw a class's pictures into ``folder``; the contact sheet needs the raw images."""
-    name, tested, pictures = left.class_name, left.first["test"]["scores"], []
-    if tested or left.first["held_out_scores"]:
+    name, tested, pictures = left.class_name, len(left.first.test.scores), []
+    if tested or threshold:
         path = folder / f"scores-{file_name(name)}.png"
         save(histogram(left.first, threshold), path)
         pictures.append(Picture(path, f"Scores of {name}", name))
@@ -59,10 +64,10 @@ def draw_class(
     return pictures
 
 
-def draw_run(summary: dict, records: dict[str, dict], folder: Path) -> list[Picture]:
+def draw_run(summary: dict, records: dict[str, Record], folder: Path) -> list[Picture]:
     """Draw the pictures of all classes; one that would be empty is left out. records: of each class's first
-    seed, ``IN_ALL`` of them."""
-    both = {name: record for name, record in records.items() if len(set(record["test"]["labels"])) == 2}
+    seed."""
+    both = {name: record for name, record in records.items() if len(set(record.test.labels)) == 2}
     drawn = {"epochs": (curves(records), "Losses and test AUROC over the epochs")}
     if both:
         drawn["methods"] = (methods(summary), "AUROC of the flow (± over seeds) and of the simple detectors")
@@ -92,12 +97,12 @@ def legend(owner: Axes | Figure, handles: list, labels: list[str], **options) ->
 
 
 # ---------------------------------------------------------------- of a class
-def histogram(record: dict, threshold: dict | None) -> Figure:
+def histogram(record: Record, threshold: Threshold | None) -> Figure:
     """Counts of the scores of normal and anomalous test images (of the held-out normal ones where there is no
     test), with the threshold. The axis is linear around the normal images and logarithmic far from them."""
-    tested = bool(record["test"]["scores"])
-    scores = np.array(record["test"]["scores"] if tested else record["held_out_scores"])
-    labels = np.array(record["test"]["labels"] if tested else np.zeros(len(scores)))
+    tested = len(record.test.scores) > 0
+    scores = record.test.scores if tested else record.held_out_scores
+    labels = record.test.labels if tested else np.zeros(len(scores))
     normal = scores[labels == 0] if (labels == 0).any() else scores
     low, centre, high = np.quantile(normal, [0.05, 0.5, 0.95])
     width = max(high - low, 1e-9 * float(np.ptp(scores)), 1e-12)
@@ -112,29 +117,29 @@ def histogram(record: dict, threshold: dict | None) -> Figure:
         if not own.any():
             continue
         handles.append(axes.hist(places[own], bins, range=span, alpha=0.6, color=f"C{label}")[2])
-        above = f", {(scores[own] > threshold['score']).mean():.1%} above" if threshold else ""
+        above = f", {(scores[own] > threshold.score).mean():.1%} above" if threshold else ""
         texts.append(f"{kind}: {own.sum()} images{above}")
     if threshold:
-        at = np.arcsinh((threshold["score"] - centre) / width)
+        at = np.arcsinh((threshold.score - centre) / width)
         handles.append(axes.axvline(at, color="black", linestyle="--", linewidth=1))
-        rates = "{expected:.1%} ({low:.1%} to {high:.1%})".format(**threshold)
-        texts.append(f"threshold {threshold['score']:.4g}: false alarms expected {rates}")
+        rates = f"{threshold.expected:.1%} ({threshold.low:.1%} to {threshold.high:.1%})"
+        texts.append(f"threshold {threshold.score:.4g}: false alarms expected {rates}")
     ticks = np.linspace(*span, 8)
     axes.set_xticks(ticks, [f"{centre + width * np.sinh(tick):.3g}" for tick in ticks])
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="anomaly score (logarithmic far from the normal images)", ylabel="images per bin")
-    title(axes, f"normal class: {record['result']['class']}, seed {record['result']['seed']}")
+    title(axes, f"normal class: {record.result['class']}, seed {record.result['seed']}")
     legend(figure, handles, texts, loc="outside lower center")
     return figure
 
 
-def strips(test: dict) -> dict[str, np.ndarray]:
+def strips(test: Tested) -> dict[str, np.ndarray]:
     """{heading: positions in the test set} of the least and the most anomalous images, truly normal ones
     first; each strip from its end of the scores inwards. A label without images has none."""
-    labels, ranked = np.array(test["labels"]), np.argsort(test["scores"], kind="stable")
+    ranked = np.argsort(test.scores, kind="stable")
     found: dict[str, np.ndarray] = {}
     for label, kind in ((0, "normal"), (1, "anomalous")):
-        own = ranked[labels[ranked] == label]
+        own = ranked[test.labels[ranked] == label]
         if len(own):
             found |= {f"{kind}, lowest scores": own[:SHEET], f"{kind}, highest scores": own[::-1][:SHEET]}
     return found
@@ -143,11 +148,12 @@ def strips(test: dict) -> dict[str, np.ndarray]:
 def contact_sheet(cache: FeatureCache, images: datasets.ImageSet, left: Left) -> Figure:
     """The strips, every image with its score, what it shows and its name; below it its heat map where the
     score reads places."""
-    lines = strips(left.first["test"])
+    test = left.first.test
+    lines = strips(test)
     height = 3.6 if left.detector else 2.2
     figure = Figure((1.4 * SHEET, height * len(lines)), layout="constrained")
     for axes, (heading, positions) in zip(figure.subplots(len(lines), 1, squeeze=False)[:, 0], lines.items()):
-        rows, scores = (np.array(left.first["test"][key])[positions] for key in ("rows", "scores"))
+        rows, scores = test.rows[positions], test.scores[positions]
         maps = place_maps(left.detector, cache, rows) if left.detector else [None] * len(rows)
         grid = place_grid_of(cache.fields) if left.detector else None
         tiles = [tile(images.read("test", int(row)), places, grid) for row, places in zip(rows, maps)]
@@ -181,14 +187,14 @@ def described(labels: datasets.Labels, row: int) -> tuple[str, str]:
 
 
 # ---------------------------------------------------------------- of all classes
-def roc(records: dict[str, dict]) -> Figure:
+def roc(records: dict[str, Record]) -> Figure:
     """The ROC curves of classes whose test images are of both labels."""
     figure = Figure((6.5, 6), layout="constrained")
     axes, handles, texts = figure.subplots(), [], []
     for name, record in records.items():
-        fpr, tpr, _ = roc_curve(record["test"]["labels"], record["test"]["scores"])
+        fpr, tpr, _ = roc_curve(record.test.labels, record.test.scores)
         handles += axes.plot(fpr, tpr)
-        texts.append(f"{name}  {record['result']['auroc']:.3f}")
+        texts.append(f"{name}  {record.result['auroc']:.3f}")
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.5)
     axes.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
     title(axes, "ROC: normal class and AUROC")
@@ -197,13 +203,13 @@ def roc(records: dict[str, dict]) -> Figure:
     return figure
 
 
-def curves(records: dict[str, dict]) -> Figure:
+def curves(records: dict[str, Record]) -> Figure:
     """The test AUROC over the epochs, with the reported epoch marked, and the loss on training batches
     (dashed) and on held-out images (solid)."""
     figure = Figure((7, 7), layout="constrained")
     (above, below), handles = figure.subplots(2, 1), []
     for number, record in enumerate(records.values()):
-        history, result, colour = record["history"], record["result"], f"C{number % 10}"
+        history, result, colour = record.history, record.result, f"C{number % 10}"
         epochs, loss, held, auroc = (column(history, x) for x in ("epoch", "loss", "held_out_loss", "auroc"))
         below.plot(epochs, loss, "--", marker=".", color=colour, linewidth=1)
         handles += below.plot(epochs, held, marker=".", color=colour)

@@ -33,7 +33,7 @@ def write_run(
         record = checkpoints.Record(
             result=results[-1], history=[], config={}, weights=None, held_out_scores=[], flow_scores={},
             features={"kind": "map", "grid": [1, 1], "tokens": 2, "n_feat": 4, **images},
-            test={"rows": rows, "labels": LABELS, "scores": scores}, simple_scores={},
+            test=checkpoints.Tested(rows, LABELS, scores), simple_scores={},
         )  # fmt: skip
         path = folder / "classes" / f"{file_name(class_name)}-seed{seed}.json"
         write_sealed(path, dataclasses.asdict(record))

@@ -165,4 +165,4 @@ def test_detector_without_places_blurs(run):
     picture = np.asarray(Image.open(path).convert("RGB"))
     wanted = heat_map.by_occlusion(loaded.score, picture)
     assert np.array_equal(loaded.heat_map(path), wanted) and wanted.std() > 0
-    assert loaded.least_heat == pytest.approx(3 * np.std(loaded.record["held_out_scores"]))
+    assert loaded.least_heat == pytest.approx(3 * np.std(loaded.record.held_out_scores))

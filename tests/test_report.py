@@ -10,6 +10,7 @@ from scipy import stats
 
 import utils
 from config import Config
+from detector.checkpoints import Record, Tested
 from reporting import findings, report, tables
 from utils import METRICS
 
@@ -22,6 +23,14 @@ def result(name: str, seed: int, auroc: float, **more) -> dict:
 def undefined(name: str, **more) -> dict:
     """The result of a class whose test images are of one label, or none."""
     return result(name, 0, float("nan"), **{"n_anomalous": 0} | more)
+
+
+def record_of(labels: np.ndarray, scores: np.ndarray) -> Record:
+    test = Tested(np.arange(len(labels)), labels, scores)
+    return Record(
+        result={"class": "cat", "seed": 7, "auroc": 0.8, "epoch": 3}, history=[], test=test,
+        held_out_scores=np.empty(0), flow_scores={}, simple_scores={}, config={}, features={}, weights=None,
+    )  # fmt: skip
 
 
 def simple(low: float = 0.2, **aurocs: float) -> dict:
@@ -62,11 +71,12 @@ def test_margin_is_that_over_the_best_simple_detector():
     generator = np.random.RandomState(0)
     labels = np.arange(40) % 2
     flow, good, bad = (generator.randn(40) + signal * labels for signal in (2.0, 1.0, 0.0))
-    record = {"test": {"labels": labels, "scores": flow}, "simple_scores": {"bad": bad, "good": good}}
+    record = record_of(labels, flow)
+    assert findings.against_simple(record) == {}
+    record.simple_scores = {"bad": bad, "good": good}
     found = findings.against_simple(record)
     assert found["simple"]["bad"] == utils.detection_metrics(labels, bad)
     assert found["margins"] == utils.paired_difference(labels, flow, good) | {"best": "good"}
-    assert findings.against_simple(record | {"simple_scores": {}}) == {}
 
 
 def test_holm():
@@ -160,11 +170,8 @@ def test_auroc_of_each_kind_of_defect():
     """Normal images against those of one kind; over seeds, mean and deviation; images of other classes, whose
     kind is empty, are not looked at."""
     kinds = ["good", "good", "hole", "scratch", "hole", ""]
-    test = {"rows": [0, 1, 2, 3, 4, 5], "labels": [0, 0, 1, 1, 1, 1]}
-    records = [
-        {"test": test | {"scores": scores}}
-        for scores in ([1.0, 2.0, 3.0, 1.5, 3.0, 9.0], [1.0, 2.0, 0.0, 1.5, 3.0, 9.0])
-    ]
+    seeds = ([1.0, 2.0, 3.0, 1.5, 3.0, 9.0], [1.0, 2.0, 0.0, 1.5, 3.0, 9.0])
+    records = [record_of(np.array([0, 0, 1, 1, 1, 1]), np.array(scores)) for scores in seeds]
     table = findings.per_defect(records, kinds)
     assert table == {
         "hole": {"n": 2, "auroc": pytest.approx(0.75), "auroc_std": pytest.approx(0.5 / 2**0.5)},
