@@ -14,7 +14,6 @@ import argparse
 import csv
 import datetime
 import io
-import json
 import shlex
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from judging import Problem, Row, difference, judge, leave_one_set_out, regret
 import config as knobs
 import utils
 from detector import checkpoints
+from reporting.report import Summary, read_summary
 from reporting.tables import as_markdown, escaped
 from shell.files import write_text
 from shell.signals import KEPT, guarded
@@ -130,14 +130,14 @@ def scores_of(record: checkpoints.Record) -> dict[str, np.ndarray]:
     return {WHOLE: record.test.scores, **ours, **record.simple_scores}
 
 
-def read_problems(folder: Path) -> tuple[list[Problem], dict]:
+def read_problems(folder: Path) -> tuple[list[Problem], Summary]:
     """The classes of a finished run that have test images of both labels, and the run's summary. Raises
-    ValueError and OSError."""
-    summary = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    UserError, ValueError and OSError."""
+    summary = read_summary(folder)
     by_class: dict[str, list[checkpoints.Record]] = {}
     for record in map(checkpoints.read_record, sorted((folder / "classes").glob("*.json"))):
         result = record.result
-        asked = result["class"] in summary["classes"] and result["seed"] in summary["seeds"]
+        asked = result["class"] in summary.classes and result["seed"] in summary.seeds
         if asked and len(set(record.test.labels)) == 2:
             by_class.setdefault(result["class"], []).append(record)
     problems = []
@@ -260,13 +260,13 @@ def read_csv(path: Path) -> list[Row]:
         raise knobs.UserError(f"expected a table as results/suite.csv; {path}: {error}") from None
 
 
-def about(settings: dict, sets: list[Set], summaries: list[dict]) -> str:
+def about(settings: dict, sets: list[Set], summaries: list[Summary]) -> str:
     """How the tables came about: the command, and what their figures depend on."""
     versions = utils.versions()
-    precisions = dict.fromkeys(str(summary["features"].get("precision")) for summary in summaries)
+    precisions = dict.fromkeys(str(summary.features.get("precision")) for summary in summaries)
     told = [f"`{shlex.join(['python', 'benchmarks/suite.py', *sys.argv[1:]])}`"]
     told += [f"preset {settings['preset']}", settings["extractor"]]
-    told += [f"seeds {', '.join(map(str, summaries[0]['seeds']))}"]
+    told += [f"seeds {', '.join(map(str, summaries[0].seeds))}"]
     told += [f"{name} {versions[name]}" for name in ("commit", "torch", "timm")]
     told += [versions["machine"], f"features in {' and '.join(precisions)}", f"{datetime.date.today()}"]
     development = ", ".join(entry.name for entry in sets if entry.development) or "none"
@@ -300,13 +300,13 @@ def main(args: argparse.Namespace) -> None:
                 raise ValueError(f"main.py ended with status {status}")
             found[entry.name], summary = read_problems(Path("runs") / f"{args.name}-{entry.name}")
             summaries.append(summary)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, knobs.UserError) as error:
             found[entry.name] = None
             failures.append(f"failed: {entry.name}, {error}")
     if not summaries:
         raise knobs.UserError("; ".join(failures + notes) or f"{args.suite} names no set")
     there = [entry for entry in sets if entry.name in found]
-    figures = rows_of(found, summaries[0]["seeds"])
+    figures = rows_of(found, summaries[0].seeds)
     tables = f"{as_markdown(*make_table(found))}\n\n{regret_table(figures)}"
     how = ["## How", textwrap.fill(HOW, 120), about(settings, there, summaries)]
     lines = [*map(escaped, failures + notes), *how]

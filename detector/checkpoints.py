@@ -38,7 +38,7 @@ class Fitted:
 
 
 @dataclasses.dataclass
-class Tested:
+class Scored:
     """The test images of a class, an entry each."""
 
     rows: np.ndarray  # of the test split
@@ -54,7 +54,7 @@ class Record:
     history: list[dict]  # of every evaluation
     config: dict
     features: dict  # the sidecar of the features that it was fitted to
-    test: Tested
+    test: Scored
     held_out_scores: np.ndarray
     flow_scores: dict[str, np.ndarray]  # as in ``Fitted``
     simple_scores: dict[str, np.ndarray]
@@ -91,7 +91,7 @@ def save_fitted(config: Config, cache: feature_cache.FeatureCache, fitted: Fitte
         history=fitted.history,
         config=dataclasses.asdict(config),
         features=cache.meta,
-        test=Tested(fitted.test_rows, fitted.labels, fitted.scores),
+        test=Scored(fitted.test_rows, fitted.labels, fitted.scores),
         held_out_scores=fitted.held_scores,
         flow_scores=fitted.flow_scores,
         simple_scores=fitted.simple_scores,
@@ -138,7 +138,7 @@ def read_record(path: Path) -> Record:
         record.history = [undefined_as_nan(entry) for entry in record.history]
         record.result = undefined_as_nan(record.result)
         test = content["test"]
-        record.test = Tested(
+        record.test = Scored(
             np.array(test["rows"], int), np.array(test["labels"], int), np.array(test["scores"], float)
         )
         record.held_out_scores = np.array(record.held_out_scores, float)

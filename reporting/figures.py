@@ -2,11 +2,11 @@
 with their heat maps; of all classes the ROC, curves over the epochs, and the flow beside the simple
 detectors. Those of one seed show the first."""
 
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -19,28 +19,27 @@ from cache.feature_cache import FeatureCache
 from config import UserError
 from detector import heat_map
 from detector.calibration import Threshold
-from detector.checkpoints import Record, Tested
+from detector.checkpoints import Record, Scored
 from detector.detector import place_maps
 from reporting.findings import Left
 from reporting.overlays import overlaid
-from reporting.report import table_rows
+from reporting.report import Summary, table_rows
 from reporting.tables import shorten
 from shell.files import file_name, whole_file
 
 SHEET = 8  # images per row of a contact sheet
 SIDE = 160  # pixels of the longer side of such an image
 BINS = (50, 100)  # of the histograms of normal and anomalous images
-MOST_IN_LEGEND = 20  # classes
+MOST_IN_LEGEND = 20  # names
+NAMES_AS_THEY_ARE = {"text.parse_math": False}  # $ begins no formula
 
 
 class Picture(NamedTuple):
-    """A picture of a run. class_name: of which class; empty for all of them."""
-
     path: Path
     caption: str
-    class_name: str = ""
 
 
+@rc_context(NAMES_AS_THEY_ARE)
 def draw_class(
     cache: FeatureCache,
     images: datasets.ImageSet | None,
@@ -53,18 +52,19 @@ def draw_class(
     if tested or threshold:
         path = folder / f"scores-{file_name(name)}.png"
         save(histogram(left.first, threshold), path)
-        pictures.append(Picture(path, f"Scores of {name}", name))
+        pictures.append(Picture(path, f"Scores of {name}"))
     if images and tested:
         path = folder / f"extremes-{file_name(name)}.jpg"
         try:
             save(contact_sheet(cache, images, left), path)
-            pictures.append(Picture(path, f"Test images of {name} at both ends of the scores", name))
+            pictures.append(Picture(path, f"Test images of {name} at both ends of the scores"))
         except UserError as mistake:  # an image that can no longer be read
             print(f"no contact sheet of {name}: {mistake}")
     return pictures
 
 
-def draw_run(summary: dict, records: dict[str, Record], folder: Path) -> list[Picture]:
+@rc_context(NAMES_AS_THEY_ARE)
+def draw_run(summary: Summary, records: dict[str, Record], folder: Path) -> list[Picture]:
     """Draw the pictures of all classes; one that would be empty is left out. records: of each class's first
     seed."""
     both = {name: record for name, record in records.items() if len(set(record.test.labels)) == 2}
@@ -84,16 +84,10 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(partial, dpi=120, format=path.suffix[1:])
 
 
-def title(axes: Axes, text: str) -> None:
-    """A title in which a name is taken as it is: $ begins no formula."""
-    axes.set_title("\n".join(textwrap.wrap(text, 70)), fontsize="medium", parse_math=False)
-
-
 def legend(owner: Axes | Figure, handles: list, labels: list[str], **options) -> None:
-    """A legend in which names are taken as they are: a leading _ hides nothing, $ begins no formula."""
-    shown = owner.legend(handles, [f" {label}" for label in labels], fontsize="small", **options)
-    for text in shown.get_texts():
-        text.set_parse_math(False)
+    """A legend in which a leading _ hides no name; none where it would fill the figure."""
+    if len(handles) <= MOST_IN_LEGEND:
+        owner.legend(handles, [f" {label}" for label in labels], fontsize="small", **options)
 
 
 # ---------------------------------------------------------------- of a class
@@ -128,12 +122,13 @@ def histogram(record: Record, threshold: Threshold | None) -> Figure:
     axes.set_xticks(ticks, [f"{centre + width * np.sinh(tick):.3g}" for tick in ticks])
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="anomaly score (logarithmic far from the normal images)", ylabel="images per bin")
-    title(axes, f"normal class: {record.result['class']}, seed {record.result['seed']}")
+    name = shorten(record.result["class"], 50)
+    axes.set_title(f"normal class: {name}, seed {record.result['seed']}", fontsize="medium")
     legend(figure, handles, texts, loc="outside lower center")
     return figure
 
 
-def strips(test: Tested) -> dict[str, np.ndarray]:
+def strips(test: Scored) -> dict[str, np.ndarray]:
     """{heading: positions in the test set} of the least and the most anomalous images, truly normal ones
     first; each strip from its end of the scores inwards. A label without images has none."""
     ranked = np.argsort(test.scores, kind="stable")
@@ -162,7 +157,7 @@ def contact_sheet(cache: FeatureCache, images: datasets.ImageSet, left: Left) ->
             words = (f"{score:.4g}", *described(images.labels, row))
             shown = "\n".join(shorten(word, 18) for word in words).encode(errors="replace").decode()
             at = (place * SIDE, len(tiles[0]))
-            axes.text(*at, shown, fontsize="x-small", verticalalignment="top", parse_math=False)
+            axes.text(*at, shown, fontsize="x-small", verticalalignment="top")
         axes.set_xlim(0, SHEET * SIDE)
         axes.set_title(heading, fontsize="medium")
         axes.axis("off")
@@ -197,9 +192,8 @@ def roc(records: dict[str, Record]) -> Figure:
         texts.append(f"{name}  {record.result['auroc']:.3f}")
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.5)
     axes.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
-    title(axes, "ROC: normal class and AUROC")
-    if len(handles) <= MOST_IN_LEGEND:
-        legend(axes, handles, texts)
+    axes.set_title("ROC: normal class and AUROC", fontsize="medium")
+    legend(axes, handles, texts)
     return figure
 
 
@@ -216,13 +210,12 @@ def curves(records: dict[str, Record]) -> Figure:
         above.plot(epochs, auroc, marker=".", color=colour)
         above.plot(result["epoch"], result["auroc"], marker="o", color=colour)
     above.set(xlabel="epoch", ylabel="test AUROC")
-    title(above, "circle: what is reported")
+    above.set_title("circle: what is reported", fontsize="medium")
     below.set(xlabel="epoch", ylabel="loss, nats per channel")
-    title(below, "dashed: training; solid: held-out normal images, if any")
+    below.set_title("dashed: training; solid: held-out normal images, if any", fontsize="medium")
     for axes in (above, below):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(handles) <= MOST_IN_LEGEND:
-        legend(below, handles, list(records))
+    legend(below, handles, list(records))
     return figure
 
 
@@ -231,7 +224,7 @@ def column(history: list[dict], name: str) -> np.ndarray:
     return np.array([entry.get(name) for entry in history], float)
 
 
-def methods(summary: dict) -> Figure:
+def methods(summary: Summary) -> Figure:
     """AUROC of the flow, ± its deviation over the seeds, and of the simple detectors: a line per class and
     one for the mean."""
     rows = table_rows(summary)
@@ -239,13 +232,13 @@ def methods(summary: dict) -> Figure:
     axes, places = figure.subplots(), np.arange(len(rows))
     aurocs, spread = (column(rows, name) for name in ("auroc", "auroc_std"))
     handles: list = [axes.errorbar(aurocs, places, xerr=spread, fmt="o", color="black", capsize=3)]
-    for number, method in enumerate(summary["baselines"]):
+    for number, method in enumerate(summary.baselines):
         marker, colour = "v^<>sDPX*"[number % 9], f"C{number % 9 + 1}"
         handles += axes.plot(column(rows, method), places, marker, color=colour, alpha=0.7)
-    axes.set_yticks(places, [shorten(row["class"], 30) for row in rows], parse_math=False)
+    axes.set_yticks(places, [shorten(row["class"], 30) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top, no marker on the frame
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("AUROC")
-    title(axes, f"flow and simple detectors, seeds {rows[0]['seeds']}")
-    legend(figure, handles, ["flow", *summary["baselines"]], loc="outside lower center", ncols=3)
+    axes.set_title(f"flow and simple detectors, seeds {rows[0]['seeds']}", fontsize="medium")
+    legend(figure, handles, ["flow", *summary.baselines], loc="outside lower center", ncols=3)
     return figure

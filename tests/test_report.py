@@ -10,7 +10,7 @@ from scipy import stats
 
 import utils
 from config import Config
-from detector.checkpoints import Record, Tested
+from detector.checkpoints import Record, Scored
 from reporting import findings, report, tables
 from utils import METRICS
 
@@ -26,7 +26,7 @@ def undefined(name: str, **more) -> dict:
 
 
 def record_of(labels: np.ndarray, scores: np.ndarray) -> Record:
-    test = Tested(np.arange(len(labels)), labels, scores)
+    test = Scored(np.arange(len(labels)), labels, scores)
     return Record(
         result={"class": "cat", "seed": 7, "auroc": 0.8, "epoch": 3}, history=[], test=test,
         held_out_scores=np.empty(0), flow_scores={}, simple_scores={}, config={}, features={}, weights=None,
@@ -48,22 +48,22 @@ RESULTS = [
 FOUND = {"red, round": simple(0.2, kNN=0.5), "b": simple(-0.1, kNN=0.5)}
 
 
-def summary_of(results=RESULTS, found=FOUND, features=None, **knobs) -> dict:
+def summary_of(results=RESULTS, found=FOUND, features=None, **knobs) -> report.Summary:
     return report.summarize(Config(**knobs), results, found, 4000.0, features or {})
 
 
-def csv_of(summary: dict) -> list[dict]:
+def csv_of(summary: report.Summary) -> list[dict]:
     return list(csv.DictReader(report.as_csv(summary).splitlines(keepends=True)))
 
 
 def test_mean_and_deviation_over_seeds():
     """The deviation is the sample's (n - 1), of the seeds' means over the classes."""
     summary = summary_of()
-    assert summary["classes"]["red, round"]["auroc"] == pytest.approx(0.85)
-    assert summary["classes"]["red, round"]["auroc_std"] == pytest.approx(0.1 / 2**0.5)
-    assert summary["mean"]["auroc"] == pytest.approx(0.725)
-    assert summary["mean"]["auroc_std"] == pytest.approx(0.05 / 2**0.5)  # of .70 and .75
-    assert summary["classes"]["b"]["auroc_std"] == 0
+    assert summary.classes["red, round"]["auroc"] == pytest.approx(0.85)
+    assert summary.classes["red, round"]["auroc_std"] == pytest.approx(0.1 / 2**0.5)
+    assert summary.mean["auroc"] == pytest.approx(0.725)
+    assert summary.mean["auroc_std"] == pytest.approx(0.05 / 2**0.5)  # of .70 and .75
+    assert summary.classes["b"]["auroc_std"] == 0
 
 
 def test_margin_is_that_over_the_best_simple_detector():
@@ -119,8 +119,8 @@ def test_every_table_is_of_the_same_rows():
 def test_files_say_how_they_were_made(tmp_path):
     report.write_results(tmp_path, summary := summary_of(clamp=2.5))
     markdown = (tmp_path / "results.md").read_text()
-    versions = [summary["versions"][name] for name in ("commit", "torch", "machine")]
-    for told in (summary["command"], *versions, "seeds 0, 1", "4000 s", "| clamp | 2.5 |"):
+    versions = [summary.versions[name] for name in ("commit", "torch", "machine")]
+    for told in (summary.command, *versions, "seeds 0, 1", "4000 s", "| clamp | 2.5 |"):
         assert told in markdown, told
     kept = json.loads((tmp_path / "results.json").read_text())
     assert kept["mean"]["auroc"] == pytest.approx(0.725) and kept["config"]["clamp"] == 2.5
@@ -155,7 +155,7 @@ def test_undefined_is_null_with_its_reason(tmp_path, more, reason):
     kept = json.loads((tmp_path / "results.json").read_text())
     assert kept["classes"]["bare"]["auroc"] is None and kept["classes"]["bare"]["undefined"] == reason
     assert f"no AUROC ({reason}): bare." in text and text.splitlines()[2].split() == ["bare", *["-"] * 6]
-    assert report.terminal_table(kept) == text, "read again it is the same"
+    assert report.terminal_table(report.read_summary(tmp_path)) == text, "read again it is the same"
 
 
 def test_the_mean_of_a_detector_is_over_all_classes_or_none():
