@@ -51,13 +51,12 @@ def draw_class(
     name, tested, pictures = left.class_name, len(left.first.test.scores), []
     if tested or threshold:
         path = folder / f"scores-{file_name(name)}.png"
-        save(histogram(left.first, threshold), path)
-        pictures.append(Picture(path, f"Scores of {name}"))
+        pictures.append(saved(histogram(left.first, threshold), path, f"Scores of {name}"))
     if images and tested:
         path = folder / f"extremes-{file_name(name)}.jpg"
         try:
-            save(contact_sheet(cache, images, left), path)
-            pictures.append(Picture(path, f"Test images of {name} at both ends of the scores"))
+            sheet = contact_sheet(cache, images, left)
+            pictures.append(saved(sheet, path, f"Test images of {name} at both ends of the scores"))
         except UserError as mistake:  # an image that can no longer be read
             print(f"no contact sheet of {name}: {mistake}")
     return pictures
@@ -67,21 +66,20 @@ def draw_class(
 def draw_run(summary: Summary, records: dict[str, Record], folder: Path) -> list[Picture]:
     """Draw the pictures of all classes; one that would be empty is left out. records: of each class's first
     seed."""
+    pictures = [saved(curves(records), folder / "epochs.png", "Losses and test AUROC over the epochs")]
     both = {name: record for name, record in records.items() if len(set(record.test.labels)) == 2}
-    drawn = {"epochs": (curves(records), "Losses and test AUROC over the epochs")}
     if both:
-        drawn["methods"] = (methods(summary), "AUROC of the flow (± over seeds) and of the simple detectors")
-        drawn["roc"] = (roc(both), "ROC of every class")
-    pictures = [Picture(folder / f"{name}.png", caption) for name, (_, caption) in drawn.items()]
-    for picture, (figure, _) in zip(pictures, drawn.values()):
-        save(figure, picture.path)
+        caption = "AUROC of the flow (± over seeds) and of the simple detectors"
+        pictures.append(saved(methods(summary), folder / "methods.png", caption))
+        pictures.append(saved(roc(both), folder / "roc.png", "ROC of every class"))
     return pictures
 
 
-def save(figure: Figure, path: Path) -> None:
-    """A figure as PNG or JPEG, whole or not at all."""
+def saved(figure: Figure, path: Path, caption: str) -> Picture:
+    """Write a figure as PNG or JPEG, whole or not at all."""
     with whole_file(path) as partial:
         figure.savefig(partial, dpi=120, format=path.suffix[1:])
+    return Picture(path, caption)
 
 
 def legend(owner: Axes | Figure, handles: list, labels: list[str], **options) -> None:

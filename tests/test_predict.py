@@ -220,26 +220,29 @@ def test_rows_flow_and_ctrl_c_is_one_line(here, capsys, monkeypatch, output):
         assert [text.count("\n") for text in seen] == [1, 8, 8], "the header, then eight pictures at a time"
 
 
-def test_pictures_are_scored_as_they_arrive(here, capsys, tmp_path):
-    """A row each, as without --watch; one that is still being written waits, one that has its full size
-    already, too; SIGTERM is one line, status 0."""
-    shots, table, said = (tmp_path / name for name in ("shots", "table", "said"))
+def test_pictures_are_scored_as_they_arrive(here, capsys, tmp_path, monkeypatch):
+    """A row each, as without --watch, in the file at once; one that is still being written waits, one that
+    has its full size already, too; what stays unreadable is told of once; SIGTERM is one line."""
+    shots, table, out, said = (tmp_path / name for name in ("shots", "table", "out", "said"))
     wanted, _, _ = predicted(capsys, "runs/held", *TESTED[:3])
     whole, half, filled = Path(TESTED[1]).read_bytes(), shots / "1.png", shots / "2.bmp"
     content = io.BytesIO()
     Image.open(TESTED[2]).save(content, "BMP")
     shots.mkdir()
     shutil.copy(TESTED[0], shots / "0.png")
-    arguments = predict.parse_arguments(["runs/held", "--watch", str(shots), "--threads", "1"])
-    table.touch()
-    process = processes.start(lambda: guarded(lambda: sys.exit(predict.main(arguments))), table, said)
+    (shots / "bad.png").write_bytes(b"no picture")
+    monkeypatch.setattr(watch, "PATIENCE", 4.0)
+    options = ["--watch", str(shots), "--output", str(table), "--threads", "1"]
+    arguments = predict.parse_arguments(["runs/held", *options])
+    process = processes.start(lambda: guarded(lambda: sys.exit(predict.main(arguments))), out, said)
 
-    def wait_for(rows: int) -> None:
+    def wait_for(path: Path, words: str, count: int = 1) -> None:
         end = time.monotonic() + 120
-        while table.read_text().count("\n") <= rows and time.monotonic() < end:
+        while not path.exists() or path.read_text().count(words) < count:
+            assert time.monotonic() < end, said.read_text()
             time.sleep(0.05)
 
-    wait_for(rows=1)
+    wait_for(table, "\n", 2)
     half.write_bytes(whole[: len(whole) // 2])
     with open(filled, "wb") as stream:
         stream.truncate(len(content.getvalue()))
@@ -247,52 +250,19 @@ def test_pictures_are_scored_as_they_arrive(here, capsys, tmp_path):
         stream.flush()
         time.sleep(2.5)  # they have stayed as they are, and the first was tried
         half.write_bytes(whole)
-        wait_for(rows=2)
+        wait_for(table, "\n", 3)
         stream.write(content.getvalue()[2000:])
-    wait_for(rows=3)
-    assert processes.signalled(process, 0, signal.SIGTERM) == 0
-    assert "skipped" not in said.read_text()
-    assert said.read_text().splitlines()[-1].startswith("3 pictures scored, ")
+    wait_for(table, "\n", 4)
+    wait_for(said, "bad.png")
+    assert processes.signalled(process, 0, signal.SIGTERM) == 1, "as of any run with an unreadable picture"
+    lines = said.read_text().splitlines()
+    assert lines[-1].startswith("3 pictures scored, ") and f", 1 unreadable; rows in {table}" in lines[-1]
+    assert sum("skipped: " in line for line in lines) == 1
     found = written(table)
     assert [row["image"] for row in found] == [str(shots / "0.png"), str(half), str(filled)]
     for row, same in zip(found, wanted):
         assert float(row["score"]) == pytest.approx(float(same["score"]), rel=1e-4)
         assert row["verdict"] == same["verdict"]
-
-
-@pytest.fixture
-def no_waiting(monkeypatch):
-    """--watch takes what is there at once, has no patience, and is ended after a few looks."""
-    looks = iter(range(6))
-
-    def slept(_):
-        if next(looks, None) is None:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(scores.time, "sleep", slept)
-    monkeypatch.setattr(watch, "SETTLED", 1e-9)
-    monkeypatch.setattr(watch, "PATIENCE", 1e-9)
-
-
-def test_rows_of_arrivals_are_in_the_file_at_once(here, capsys, tmp_path, monkeypatch, no_waiting):
-    """Each picture has one row; a second watch adds to the file."""
-    target, there, slept = tmp_path / "x.csv", [], scores.time.sleep
-    monkeypatch.setattr(scores.time, "sleep", lambda _: (there.append(target.read_text()), slept(_)))
-    asked = ["runs/held", "--watch", "images/test/a", "--output", target]
-    _, said, status = predicted(capsys, *asked)
-    assert status == 0 and said.splitlines()[-1].startswith("10 pictures scored, ")
-    assert there and all(TESTED[9] in seen for seen in there)
-    assert sorted(row["image"] for row in written(target)) == TESTED[:10]
-    predicted(capsys, *asked)
-    assert [row["image"] for row in written(target)].count(TESTED[0]) == 2
-
-
-def test_what_stays_unreadable_is_told_and_counted(here, capsys, tmp_path, no_waiting):
-    """Once, as soon as patience ends; the status is 1."""
-    (tmp_path / "bad.png").write_bytes(b"no picture")
-    rows, said, status = predicted(capsys, "runs/held", "--watch", tmp_path)
-    assert rows == [] and status == 1 and said.count("bad.png") == 1
-    assert said.splitlines()[-1] == "0 pictures scored, 0 anomalous, 1 unreadable"
 
 
 MOVED = """(window, document) => [...document.querySelectorAll("section")].map((section) => {
@@ -377,10 +347,12 @@ def test_heat_maps_do_not_come_among_the_pictures(tmp_path, monkeypatch):
             predict.main(predict.parse_arguments(["runs/x", searched, "--heat_maps", folder]))
 
 
-def test_a_name_that_is_no_text_is_written_all_the_same(tmp_path):
-    with scores.table(tmp_path / "x.csv") as put:
-        put(scores.Row("M\udcfcller.png", "a", 1.0, 0.5, "normal"))
-    assert "M\\udcfcller.png" in (tmp_path / "x.csv").read_text(encoding="utf-8")
+def test_a_second_watch_adds_to_the_table(tmp_path):
+    """A name that is no text is written all the same."""
+    for name in ("M\udcfcller.png", "b.png"):
+        with scores.table(tmp_path / "x.csv", at_once=True) as put:
+            put(scores.Row(name, "a", 1.0, 0.5, "normal"))
+    assert [row["image"] for row in written(tmp_path / "x.csv")] == ["M\\udcfcller.png", "b.png"]
 
 
 def test_the_script_ends_with_a_line_and_a_status(fitted):
