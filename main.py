@@ -28,7 +28,7 @@ import train
 import utils
 from cache.feature_cache import FeatureCache
 from config import ClassError, Config, UserError
-from detector import calibration, checkpoints, class_data, detector, memory, runs
+from detector import checkpoints, class_data, detector, memory, runs
 from reporting import figures, findings, pages, report, tables
 from shell import engine
 
@@ -138,19 +138,15 @@ def write_report(config: Config, cache: FeatureCache, results: list[dict], began
     seeds = sorted({result["seed"] for result in results})
     failing = {result["class"] for result in results if "reason" in result}
     whole = list(dict.fromkeys(r["class"] for r in results if r["class"] not in failing))
-    images = (
-        findings.raw_images(config, cache)
-        if drawing or (config.places and config.keep == "weights")
-        else None
-    )
+    looks_at_images = drawing or (config.places and config.keep == "weights")
+    images = findings.raw_images(config, cache) if looks_at_images else None
     found, by_class, records = {}, {}, {}
     for name in whole:
         left = findings.read_class(config, name, seeds)
-        found[name] = findings.of_class(config, cache, images, left)
+        found[name] = findings.of_class(cache, images, left)
         records[name] = dataclasses.replace(left.first, flow_scores={}, simple_scores={})  # the largest parts
         if drawing:
-            threshold = calibration.of_held_out(left.first.held_out_scores, config.false_alarms)
-            by_class[name] = figures.draw_class(cache, images, left, threshold, folder / "figures")
+            by_class[name] = figures.draw_class(cache, images, left, folder / "figures")
     summary = report.summarize(config, results, found, runs.wall_time(results, began), cache.meta)
     of_the_run = figures.draw_run(summary, records, folder / "figures") if drawing and whole else []
     print("\n" + report.write_results(folder, summary))

@@ -41,17 +41,13 @@ class Picture(NamedTuple):
 
 @rc_context(NAMES_AS_THEY_ARE)
 def draw_class(
-    cache: FeatureCache,
-    images: datasets.ImageSet | None,
-    left: Left,
-    threshold: Threshold | None,
-    folder: Path,
+    cache: FeatureCache, images: datasets.ImageSet | None, left: Left, folder: Path
 ) -> list[Picture]:
     """Draw a class's pictures into ``folder``; the contact sheet needs the raw images."""
     name, tested, pictures = left.class_name, len(left.first.test.scores), []
-    if tested or threshold:
+    if tested or left.threshold:
         path = folder / f"scores-{file_name(name)}.png"
-        pictures.append(saved(histogram(left.first, threshold), path, f"Scores of {name}"))
+        pictures.append(saved(histogram(left.first, left.threshold), path, f"Scores of {name}"))
     if images and tested:
         path = folder / f"extremes-{file_name(name)}.jpg"
         try:

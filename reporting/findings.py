@@ -17,12 +17,13 @@ from detector.detector import Detector, load_detector, place_maps
 
 
 class Left(NamedTuple):
-    """What fitting a class left: its records, one per seed, and, where weights are kept and the score reads
-    places, the first seed's detector."""
+    """What fitting a class left: its records, one per seed; of the first seed the threshold, where pictures
+    were held out, and the detector, where weights are kept and the score reads places."""
 
     class_name: str
     records: list[Record]
-    detector: Detector | None
+    threshold: calibration.Threshold | None = None
+    detector: Detector | None = None
 
     @property
     def first(self) -> Record:
@@ -38,7 +39,8 @@ def read_class(config: Config, class_name: str, seeds: Sequence[int]) -> Left:
         detector, record = None, read_record(first)
     reads_places = detector is not None and detector.uses_places
     records = [record, *map(read_record, others)]
-    return Left(class_name, records, detector if reads_places else None)
+    threshold = calibration.of_held_out(record.held_out_scores, config.false_alarms)
+    return Left(class_name, records, threshold, detector if reads_places else None)
 
 
 def raw_images(config: Config, cache: FeatureCache) -> datasets.ImageSet | None:
@@ -55,14 +57,12 @@ def raw_images(config: Config, cache: FeatureCache) -> datasets.ImageSet | None:
         return None
 
 
-def of_class(
-    config: Config, cache: FeatureCache, images: datasets.ImageSet | None, left: Left
-) -> dict[str, dict]:
+def of_class(cache: FeatureCache, images: datasets.ImageSet | None, left: Left) -> dict[str, dict]:
     """{kind of finding: what was found}; empty ones are nothing that could be told."""
     found = against_simple(left.first)
     found["defects"] = per_defect(left.records, cache.labels.test.kind)
-    if limit := calibration.of_held_out(left.first.held_out_scores, config.false_alarms):
-        found["thresholds"] = limit._asdict()
+    if left.threshold:
+        found["thresholds"] = left.threshold._asdict()
     try:
         if images and left.detector:
             found["localisation"] = localisation(cache, images, left, left.detector)

@@ -89,9 +89,10 @@ def test_contact_sheet_shows_the_image_of_each_position(tmp_path, detector):
     images = datasets.ImageSet(labels, lambda split, i: np.full((*sizes[i], 3), 20 * i, np.uint8))
     kept = record([2.0, 0.5, 9.0], [0, 0, 1])
     kept.test.rows = np.array([7, 3, 5])
-    (picture,) = figures.draw_class(cache, images, Left("cat", [kept], detector), None, tmp_path)[1:]
+    left = Left("cat", [kept], None, detector)
+    (picture,) = figures.draw_class(cache, images, left, tmp_path)[1:]
     assert picture.path.name == "extremes-cat.jpg" and Image.open(picture.path).size[0] > 1000
-    lines = figures.contact_sheet(cache, images, Left("cat", [kept], detector)).axes
+    lines = figures.contact_sheet(cache, images, left).axes
     told = [text.get_text() for axes in lines for text in axes.texts]
     assert told[:2] == ["0.5\ncat\nM?3.png", "2\ncat\nM?7.png"] and told[4].startswith("9\nhole\n")
     side = figures.SIDE
