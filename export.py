@@ -45,7 +45,7 @@ if __name__ == "__main__":  # parse before the slow imports
     ARGUMENTS = parse_arguments()
 
 import utils
-from config import LARGEST_IMAGE, UserError
+from config import UserError, make_config
 from detector.exporting import OUTPUTS, export, load, warning
 
 
@@ -55,8 +55,8 @@ def main(arguments: argparse.Namespace) -> None:
     detector = load(arguments.checkpoint, arguments.false_alarms, good, weights)
     size = None
     if arguments.size:
-        size = parse_values({"img_size": arguments.size})["img_size"]
-        if not isinstance(size, tuple) or not all(0 < side <= LARGEST_IMAGE for side in size):
+        size = make_config(parse_values({"img_size": arguments.size})).img_size
+        if not isinstance(size, tuple):
             raise UserError(f"size: expected height x width, as in 384x256, got {arguments.size!r}")
     off = export(detector, arguments.output, size)
     (height, width), written = size or detector.backbone.job.img_size, arguments.output.stat().st_size

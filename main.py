@@ -14,6 +14,7 @@ if __name__ == "__main__":  # parse before the slow imports: -h and mistakes ans
     CONFIG = from_command_line(__doc__)
 
 import csv
+import dataclasses
 import functools
 import math
 import time
@@ -28,7 +29,7 @@ import utils
 from cache.feature_cache import FeatureCache
 from config import ClassError, Config, UserError
 from detector import checkpoints, class_data, detector, memory, runs
-from reporting import figures, findings, report, tables, webpage
+from reporting import figures, findings, pages, report, tables
 from shell import engine
 
 PROCESS_BYTES = 1e9  # of a process of its own, beside the training
@@ -109,7 +110,7 @@ def outcome(pair: runs.ClassSeed, result: dict) -> str:
     return f"{' '.join(pair.class_name.split())} seed {pair.seed}: {told}"
 
 
-def run(config: Config) -> dict:
+def run(config: Config) -> report.Summary:
     """The whole course of one configuration: features, classes, report -> its summary."""
     began = time.time()
     device = utils.set_up(config.device, config.threads)
@@ -129,7 +130,7 @@ def run(config: Config) -> dict:
         return write_report(config, cache, [done[pair] for pair in pairs], began)
 
 
-def write_report(config: Config, cache: FeatureCache, results: list[dict], began: float) -> dict:
+def write_report(config: Config, cache: FeatureCache, results: list[dict], began: float) -> report.Summary:
     """Tables and pictures of a run whose pairs are all done, class by class from what each left -> its
     summary."""
     print("all classes are done: writing the report", flush=True)
@@ -137,26 +138,21 @@ def write_report(config: Config, cache: FeatureCache, results: list[dict], began
     seeds = sorted({result["seed"] for result in results})
     failing = {result["class"] for result in results if "reason" in result}
     whole = list(dict.fromkeys(r["class"] for r in results if r["class"] not in failing))
-    images = (
-        findings.raw_images(config, cache)
-        if drawing or (config.places and config.keep == "weights")
-        else None
-    )
-    found, pictures, records = {}, [], {}
+    looks_at_images = drawing or (config.places and config.keep == "weights")
+    images = findings.raw_images(config, cache) if looks_at_images else None
+    found, by_class, records = {}, {}, {}
     for name in whole:
         left = findings.read_class(config, name, seeds)
-        found[name] = findings.of_class(config, cache, images, left)
-        records[name] = {part: left.first[part] for part in figures.IN_ALL}
+        found[name] = findings.of_class(cache, images, left)
+        records[name] = dataclasses.replace(left.first, flow_scores={}, simple_scores={})  # the largest parts
         if drawing:
-            limit = found[name].get("thresholds")
-            pictures += figures.draw_class(cache, images, left, limit, folder / "figures")
+            by_class[name] = figures.draw_class(cache, images, left, folder / "figures")
     summary = report.summarize(config, results, found, runs.wall_time(results, began), cache.meta)
-    if drawing and whole:
-        pictures = figures.draw_run(summary, records, folder / "figures") + pictures
+    of_the_run = figures.draw_run(summary, records, folder / "figures") if drawing and whole else []
     print("\n" + report.write_results(folder, summary))
-    write_text(folder / "report.html", webpage.page(summary, pictures))
+    write_text(folder / "report.html", pages.run_page(summary, of_the_run, by_class))
     print(f"\nresults in {folder}/report.html (for a browser), results.json, .csv and .md beside it")
-    print(f"wall time {utils.readable_time(summary['wall_time_s'])}")
+    print(f"wall time {utils.readable_time(summary.wall_time_s)}")
     return summary
 
 
@@ -173,7 +169,7 @@ def committed_table(config: Config) -> dict[str, float]:
     return {row["class"]: float(row["auroc"]) for row in rows}
 
 
-def differences(summary: dict, wanted: dict[str, float]) -> list[str]:
+def differences(summary: report.Summary, wanted: dict[str, float]) -> list[str]:
     """What differs by more than TOLERANCE between a run's AUROCs and those of a table, a line each; what only
     one of them has differs, too."""
     found = {row["class"]: row["auroc"] for row in report.table_rows(summary)}
@@ -190,7 +186,7 @@ def main(config: Config) -> None:
     1 when ``check`` finds a difference."""
     wanted = committed_table(config) if config.check else None
     summary = run(config)
-    classes = summary["classes"].values()
+    classes = summary.classes.values()
     failures = [bad[0] for e in classes if (bad := [run for run in e["runs"] if "reason" in run])]
     if failures:
         first = f"class {failures[0]['class']}: {failures[0]['reason']}"

@@ -13,7 +13,7 @@ A run's folder scores every picture by every class of its first seed, a row for 
 p_value: the share of normal pictures that score as high or higher, from the held-out ones;
 verdict: anomalous where that is at most --false_alarms, or, with too few held-out ones for that
 rate, where the score is above all of theirs. Both are empty where none were held out.
-Pictures that cannot be read are left out, listed at the end, and make the exit status 1.
+Pictures that cannot be read are named and left out, and make the exit status 1.
 
 --watch scores the pictures in a folder, then each that arrives there or is written anew, until
 Ctrl-C or SIGTERM. One that has not changed for a second is taken for whole, unless a process of
@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH, too
 
 from shell.command_line import OneLineParser, add_weights_path
-from shell.signals import guarded
+from shell.signals import Interrupted, guarded
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,11 +58,10 @@ if __name__ == "__main__":  # parse before the slow imports
     ARGUMENTS = parse_arguments()
 
 import contextlib
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 
-import numpy as np
 from tqdm import tqdm
 
 import utils
@@ -73,22 +72,20 @@ from detector.picture_detector import PictureDetector, load_picture_detector
 from images import watch
 from images.given import find_images, refuse_among
 from images.images import images_below
-from reporting.overlays import check_folder, draw_heat_maps
-from reporting.scores import check_output, rows_arriving, rows_of, table, tell_counts, tell_thresholds
-from reporting.verdicts import check_page, write_verdicts
+from reporting.overlays import draw_heat_maps
+from reporting.pages import write_verdicts
+from reporting.scores import Row, rows_arriving, rows_of, table, tell_counts, tell_thresholds
 
 
 def check_targets(arguments: argparse.Namespace, files: list[Path]) -> None:
-    """Raise UserError on what cannot be written, or would come among the pictures."""
-    check_output(arguments.output)
-    if arguments.page:
-        check_page(arguments.page)
-        if arguments.watch:
-            raise UserError("page: expected pictures that are there, --watch has no end; leave one out")
+    """Raise UserError, or OSError, on what cannot be written, or would come among the pictures."""
+    if arguments.page and arguments.watch:
+        raise UserError("page: expected pictures that are there, --watch has no end; leave one out")
     if arguments.heat_maps:
         named = map(Path, [arguments.watch] if arguments.watch else arguments.images)
         refuse_among(arguments.heat_maps, [path for path in named if path.is_dir()], files)
-        check_folder(arguments.heat_maps)
+        arguments.heat_maps.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=arguments.heat_maps).close()
 
 
 def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
@@ -100,42 +97,22 @@ def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
         loaded.append(
             load_picture_detector(path, device, arguments.false_alarms, backbone, arguments.weights_path)
         )
-        if loaded[-1].record["features"] != loaded[0].record["features"]:
+        if loaded[-1].record.features != loaded[0].record.features:
             raise UserError(
                 f"the classes in {arguments.checkpoint} were fitted to different features; name one class"
             )
     return loaded
 
 
-def calibrate(detectors: list[PictureDetector], folder: Path) -> list[str]:
-    """Let the one detector's p-values rest on the good pictures of a folder -> those that cannot be read.
-    Raises UserError when none can, and where there are several detectors: the pictures are of one class."""
+def calibrate(detectors: list[PictureDetector], folder: Path) -> None:
+    """Let the one detector's p-values rest on the good pictures of a folder. Raises UserError where one
+    cannot be read, and where there are several detectors: the pictures are of one class."""
     if len(detectors) > 1:
         raise UserError(
             f"calibrate: {folder} holds good pictures of one class, {len(detectors)} are asked for; name it "
             "with --class_name"
         )
-    files = images_below(folder) if folder.is_dir() else []
-    scores, unreadable = [], []
-    for part in progress(rows_of(detectors, files), len(files), "calibrating", True):
-        if isinstance(part, Unreadable):
-            unreadable.append(part.reason)
-        else:
-            scores += [row["score"] for row in part]
-    if not scores:
-        raise UserError(
-            f"calibrate: expected a folder of good pictures, found none that can be read in {folder}"
-        )
-    detectors[0].held_out = np.array(scores)
-    return unreadable
-
-
-def progress(parts: Iterator, total: int, text: str, shown: bool) -> Iterator:
-    """The same parts, with a bar on standard error that counts pictures; none where it is no terminal."""
-    with tqdm(total=total, unit="img", desc=text, disable=None if shown else True) as bar:
-        for part in parts:
-            yield part
-            bar.update(1 if isinstance(part, Unreadable) else len({row["image"] for row in part}))
+    detectors[0].calibrate(images_below(folder))
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -144,53 +121,47 @@ def main(arguments: argparse.Namespace) -> int:
     files = [] if arrivals else find_images(arguments.images)
     check_targets(arguments, files)
     detectors = load_all(arguments)
-    unreadable = calibrate(detectors, arguments.calibrate) if arguments.calibrate else []
-    counts: Counter[str] = Counter()  # of the verdicts of each class
-    drawn: set[Path] = set()
-    on_page: list[dict] = []
-    written, bar = 0, not arrivals and (arguments.output is not None or not sys.stdout.isatty())
+    if arguments.calibrate:
+        calibrate(detectors, arguments.calibrate)
     tell_thresholds(detectors)
+    done, failed, anomalous = 0, 0, Counter[str]()  # pictures, the last of each class
+    drawn: set[Path] = set()
+    on_page: list[Row] = []
     parts = rows_arriving(detectors, arrivals) if arrivals else rows_of(detectors, files)
     ends = [KeyboardInterrupt] if arrivals else []  # as watching does
+    shown = not arrivals and (arguments.output is not None or not sys.stdout.isatty())
     try:
-        with table(arguments.output, at_once=arrivals is not None) as put, contextlib.suppress(*ends):
-            for part in progress(parts, len(files), "scoring", bar):
+        with (
+            table(arguments.output, at_once=arrivals is not None) as put,
+            contextlib.suppress(*ends),
+            tqdm(total=len(files), unit="img", desc="scoring", disable=None if shown else True) as bar,
+        ):
+            for part in parts:
                 if isinstance(part, Unreadable):
-                    unreadable.append(part.reason)
-                    if arrivals:
-                        tell_skipped(part.reason)
+                    failed += 1
+                    tqdm.write(f"skipped: {part.reason}", file=sys.stderr)
+                    bar.update()
                     continue
-                for line in part:
-                    counts[line["class"]] += line["verdict"] == "anomalous"
-                    written += 1
-                    put(line)
+                for row in part:
+                    anomalous[row.class_name] += row.verdict == "anomalous"
+                    put(row)
+                done += len(part) // len(detectors)
+                bar.update(len(part) // len(detectors))
                 if arguments.page:
                     on_page += part
                 if arguments.heat_maps:
                     draw_heat_maps(detectors, part, arguments.heat_maps, drawn)
-    except KeyboardInterrupt:
+    except Interrupted as interrupted:
         kept = f"; {arguments.output} is not written" if arguments.output else ""
-        done = written // len(detectors)
-        print(f"interrupted: {done} of {len(files)} pictures were scored{kept}", file=sys.stderr)
-        return 130
+        interrupted.told = f"{done} of {len(files)} pictures were scored{kept}"
+        raise
     except BrokenPipeError:  # whoever read the rows has seen enough
         sys.stdout = None  # type: ignore[assignment]
         return 0
-    failed = len(unreadable) if arrivals else 0  # else they are listed
-    tell_counts(detectors, counts, written // len(detectors), failed, arguments.output)
+    tell_counts(detectors, anomalous, done, failed, arguments.output)
     if arguments.page:
         write_verdicts(arguments.page, detectors, on_page, partial(tqdm, desc="drawing", disable=None))
-    if drawn and (stale := len(set(arguments.heat_maps.glob("*.png")) - drawn)):
-        others = utils.counted(stale, "PNG")
-        print(f"note: {arguments.heat_maps} also holds {others} of other runs", file=sys.stderr)
-    if not arrivals:
-        for reason in unreadable:
-            tell_skipped(reason)
-    return 1 if unreadable else 0
-
-
-def tell_skipped(reason: str) -> None:
-    print(f"skipped: {reason}", file=sys.stderr, flush=True)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

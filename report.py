@@ -28,7 +28,7 @@ if __name__ == "__main__":  # parse before the slow imports
     ARGUMENTS = parse_arguments()
 
 from reporting import compare
-from reporting.report import terminal_table
+from reporting.report import read_summary, terminal_table
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -36,7 +36,7 @@ def main(arguments: argparse.Namespace) -> None:
     if not names:
         print(compare.list_runs(root))
     elif len(names) == 1:
-        print(terminal_table(compare.read_run(compare.find_run(names[0], root))))
+        print(terminal_table(read_summary(compare.find_run(names[0], root))))
     else:
         print(compare.compare(names[0], names[1], root))
 

@@ -186,8 +186,9 @@ def main(config: Config) -> None:
             checkpoints.save_fitted(config, cache, fitted)
             result, kept = fitted.result, "kept"
     path = checkpoints.checkpoint_path(config, *pair)
+    record = checkpoints.read_record(path)
     print(f"{class_name}: {evaluation.outcome(result)}  {result['seconds']:.0f} s  {kept} in {path}.json")
-    if threshold := calibration.of_record(checkpoints.read_record(path), config.false_alarms):
+    if threshold := calibration.of_held_out(record.held_out_scores, config.false_alarms):
         print(threshold)
         if threshold.warning:
             print(f"warning: {threshold.warning}")

@@ -14,7 +14,6 @@ import argparse
 import csv
 import datetime
 import io
-import json
 import shlex
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from judging import Problem, Row, difference, judge, leave_one_set_out, regret
 import config as knobs
 import utils
 from detector import checkpoints
+from reporting.report import Summary, read_summary
 from reporting.tables import as_markdown, escaped
 from shell.files import write_text
 from shell.signals import KEPT, guarded
@@ -125,32 +125,30 @@ def command_of(entry: Set, settings: dict, name: str, seeds: int, more: dict) ->
 
 
 # ---------------------------------------------------------------- what a run has found
-def scores_of(record: dict) -> dict[str, np.ndarray]:
-    flow = record.get("flow_scores") or {}
-    ours = {name: flow.get(name) for name in OURS if name != WHOLE}
-    named = {WHOLE: record["test"]["scores"], **ours, **(record.get("simple_scores") or {})}
-    return {name: np.array(values, float) for name, values in named.items() if values}
+def scores_of(record: checkpoints.Record) -> dict[str, np.ndarray]:
+    ours = {name: record.flow_scores[name] for name in OURS if name in record.flow_scores}
+    return {WHOLE: record.test.scores, **ours, **record.simple_scores}
 
 
-def read_problems(folder: Path) -> tuple[list[Problem], dict]:
+def read_problems(folder: Path) -> tuple[list[Problem], Summary]:
     """The classes of a finished run that have test images of both labels, and the run's summary. Raises
-    ValueError and OSError."""
-    summary = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    by_class: dict[str, list[dict]] = {}
+    UserError, ValueError and OSError."""
+    summary = read_summary(folder)
+    by_class: dict[str, list[checkpoints.Record]] = {}
     for record in map(checkpoints.read_record, sorted((folder / "classes").glob("*.json"))):
-        result = record["result"]
-        asked = result["class"] in summary["classes"] and result["seed"] in summary["seeds"]
-        if asked and len(set(record["test"]["labels"])) == 2:
+        result = record.result
+        asked = result["class"] in summary.classes and result["seed"] in summary.seeds
+        if asked and len(set(record.test.labels)) == 2:
             by_class.setdefault(result["class"], []).append(record)
     problems = []
     for name, records in by_class.items():
-        records.sort(key=lambda record: record["result"]["seed"])
+        records.sort(key=lambda record: record.result["seed"])
         aurocs: dict[str, list[float]] = {}
         for record in records:
             for title, scores in scores_of(record).items():
-                aurocs.setdefault(title, []).append(utils.auroc(np.array(record["test"]["labels"]), scores))
-        rows, labels = (np.array(records[0]["test"][part], int) for part in ("rows", "labels"))
-        problems.append(Problem(name, rows, labels, scores_of(records[0]), aurocs))
+                aurocs.setdefault(title, []).append(utils.auroc(record.test.labels, scores))
+        test = records[0].test
+        problems.append(Problem(name, test.rows, test.labels, scores_of(records[0]), aurocs))
     if not problems:
         raise ValueError("no class has normal and anomalous test images")
     return problems, summary
@@ -262,13 +260,13 @@ def read_csv(path: Path) -> list[Row]:
         raise knobs.UserError(f"expected a table as results/suite.csv; {path}: {error}") from None
 
 
-def about(settings: dict, sets: list[Set], summaries: list[dict]) -> str:
+def about(settings: dict, sets: list[Set], summaries: list[Summary]) -> str:
     """How the tables came about: the command, and what their figures depend on."""
     versions = utils.versions()
-    precisions = dict.fromkeys(str(summary["features"].get("precision")) for summary in summaries)
+    precisions = dict.fromkeys(str(summary.features.get("precision")) for summary in summaries)
     told = [f"`{shlex.join(['python', 'benchmarks/suite.py', *sys.argv[1:]])}`"]
     told += [f"preset {settings['preset']}", settings["extractor"]]
-    told += [f"seeds {', '.join(map(str, summaries[0]['seeds']))}"]
+    told += [f"seeds {', '.join(map(str, summaries[0].seeds))}"]
     told += [f"{name} {versions[name]}" for name in ("commit", "torch", "timm")]
     told += [versions["machine"], f"features in {' and '.join(precisions)}", f"{datetime.date.today()}"]
     development = ", ".join(entry.name for entry in sets if entry.development) or "none"
@@ -302,13 +300,13 @@ def main(args: argparse.Namespace) -> None:
                 raise ValueError(f"main.py ended with status {status}")
             found[entry.name], summary = read_problems(Path("runs") / f"{args.name}-{entry.name}")
             summaries.append(summary)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, knobs.UserError) as error:
             found[entry.name] = None
             failures.append(f"failed: {entry.name}, {error}")
     if not summaries:
         raise knobs.UserError("; ".join(failures + notes) or f"{args.suite} names no set")
     there = [entry for entry in sets if entry.name in found]
-    figures = rows_of(found, summaries[0]["seeds"])
+    figures = rows_of(found, summaries[0].seeds)
     tables = f"{as_markdown(*make_table(found))}\n\n{regret_table(figures)}"
     how = ["## How", textwrap.fill(HOW, 120), about(settings, there, summaries)]
     lines = [*map(escaped, failures + notes), *how]

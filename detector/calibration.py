@@ -80,7 +80,6 @@ def threshold(held_out: np.ndarray, false_alarms: float) -> Threshold:
     return Threshold(float(ordered[above]), (above + 1) / (n + 1), low, high, n, false_alarms)
 
 
-def of_record(record: dict, false_alarms: float) -> Threshold | None:
-    """The threshold of a fitted class, from its record. None where no pictures were held out."""
-    held_out = record.get("held_out_scores")
-    return threshold(np.array(held_out, float), false_alarms) if held_out else None
+def of_held_out(scores: np.ndarray, false_alarms: float) -> Threshold | None:
+    """The threshold from the scores of held-out pictures. None where none were held out."""
+    return threshold(scores, false_alarms) if len(scores) else None

@@ -38,17 +38,26 @@ class Fitted:
 
 
 @dataclasses.dataclass
+class Scored:
+    """The test images of a class, an entry each."""
+
+    rows: np.ndarray  # of the test split
+    labels: np.ndarray
+    scores: np.ndarray
+
+
+@dataclasses.dataclass
 class Record:
-    """The JSON of a checkpoint, field by field."""
+    """A checkpoint's JSON, field by field; lists are arrays here."""
 
     result: dict  # a row of the table: class, seed, metrics, counts, times
     history: list[dict]  # of every evaluation
     config: dict
     features: dict  # the sidecar of the features that it was fitted to
-    test: dict[str, list]  # rows, labels, scores of the test images
-    held_out_scores: list[float]
-    flow_scores: dict[str, list[float]]
-    simple_scores: dict[str, list[float]]
+    test: Scored
+    held_out_scores: np.ndarray
+    flow_scores: dict[str, np.ndarray]  # as in ``Fitted``
+    simple_scores: dict[str, np.ndarray]
     weights: dict | None  # size and hash of the file beside it; None where none was kept
     scoring: int = SCORING
 
@@ -82,17 +91,13 @@ def save_fitted(config: Config, cache: feature_cache.FeatureCache, fitted: Fitte
         history=fitted.history,
         config=dataclasses.asdict(config),
         features=cache.meta,
-        test={
-            "rows": fitted.test_rows.tolist(),
-            "labels": fitted.labels.tolist(),
-            "scores": fitted.scores.tolist(),
-        },
-        held_out_scores=fitted.held_scores.tolist(),
-        flow_scores={name: scores.tolist() for name, scores in fitted.flow_scores.items()},
-        simple_scores={name: scores.tolist() for name, scores in fitted.simple_scores.items()},
+        test=Scored(fitted.test_rows, fitted.labels, fitted.scores),
+        held_out_scores=fitted.held_scores,
+        flow_scores=fitted.flow_scores,
+        simple_scores=fitted.simple_scores,
         weights=fingerprint(weights) if config.keep != "results" else None,
     )
-    write_sealed(record, vars(content))
+    write_sealed(record, dataclasses.asdict(content))
     return path
 
 
@@ -113,30 +118,37 @@ def fingerprint(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
-def weights_fault(record: dict, path: Path) -> str | None:
+def weights_fault(record: Record, path: Path) -> str | None:
     """What is wrong with the weights beside a record (missing, cut, changed), or None when they are those
     that were written with it."""
-    if record["weights"] is None:
+    if record.weights is None:
         return f"no weights were kept in {path} (keep was results)"
     if not path.is_file():
         return f"the weights {path} are missing"
-    return None if fingerprint(path) == record["weights"] else f"the weights {path} are cut or were changed"
+    return None if fingerprint(path) == record.weights else f"the weights {path} are cut or were changed"
 
 
-def read_record(path: Path) -> dict:
-    """The ``Record`` of a checkpoint, as a dictionary. Raises OSError when it is not there, and ValueError,
-    with the reason in one line, when it was changed or is of another version."""
+def read_record(path: Path) -> Record:
+    """The record of a checkpoint. Raises OSError when it is not there, and ValueError, with the reason in one
+    line, when it was changed or is of another version."""
     file = checkpoint_files(path)[0]
     content = {name: value for name, value in read_sealed(file).items() if name != "checksum"}
     try:
         record = Record(**content)
         record.history = [undefined_as_nan(entry) for entry in record.history]
         record.result = undefined_as_nan(record.result)
-    except (TypeError, AttributeError) as error:
+        test = content["test"]
+        record.test = Scored(
+            np.array(test["rows"], int), np.array(test["labels"], int), np.array(test["scores"], float)
+        )
+        record.held_out_scores = np.array(record.held_out_scores, float)
+        for scores in (record.flow_scores, record.simple_scores):
+            scores |= {name: np.array(values, float) for name, values in scores.items()}
+    except (TypeError, AttributeError, KeyError, OverflowError) as error:
         raise ValueError(f"{file} is no record of this version: {error}") from None
     if record.scoring != SCORING:
         raise ValueError(f"{file} was fitted by a version whose scores are others; train it again")
-    return vars(record)
+    return record
 
 
 def undefined_as_nan(entry: dict) -> dict:
@@ -147,9 +159,9 @@ def undefined_as_nan(entry: dict) -> dict:
     return entry | dict.fromkeys(metrics, float("nan"))
 
 
-def config_of(record: dict) -> Config:
+def config_of(record: Record) -> Config:
     """The configuration that a checkpoint was made with. Raises UserError when it is none of this version."""
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.config.items()}
     try:
         return make_config(values)
     except UserError as error:

@@ -13,7 +13,7 @@ from backbone.token_grid import Bands, centred_window, place_grid_of
 from cache import feature_cache
 from config import Config, UserError
 from detector import memory
-from detector.checkpoints import checkpoint_files, config_of, read_record, weights_fault
+from detector.checkpoints import Record, checkpoint_files, config_of, read_record, weights_fault
 from detector.class_data import EVAL_BATCH, Features, in_batches
 from detector.image_density import ImageDensity, Standardized
 from detector.normalization import JointNormalizer, PatchNormalizer, power_groups
@@ -255,8 +255,8 @@ def build_flow(config: Config, channels: int, grid: tuple[int, int], n_tokens: i
 
 
 # ---------------------------------------------------------------- from a checkpoint
-def load_detector(path: Path) -> tuple[Detector, dict]:
-    """The detector of a checkpoint (either of its two files) and what its JSON says. Unpickles nothing.
+def load_detector(path: Path) -> tuple[Detector, Record]:
+    """The detector of a checkpoint (either of its two files) and its record. Unpickles nothing.
     Raises UserError unless both are what was written together, and every weight is finite."""
     record_file, weights = checkpoint_files(Path(path))
     try:
@@ -267,7 +267,7 @@ def load_detector(path: Path) -> tuple[Detector, dict]:
     if fault := weights_fault(record, weights):
         raise UserError(f"{fault}; train it again")
     try:
-        detector = make_detector(config_of(record), record["features"], record["result"]["n_train"])
+        detector = make_detector(config_of(record), record.features, record.result["n_train"])
         detector.load_saved(load_file(weights))
     except UserError as error:
         raise UserError(f"{record_file}: {error}") from None

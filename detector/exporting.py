@@ -59,10 +59,7 @@ def load(
     if tiles := detector.backbone.tiles:
         raise UserError(f"{path} was fitted to tiles of {tiles} pixels; an exported file cuts none")
     if good:
-        pictures = images_below(good) if good.is_dir() else []
-        if not pictures:
-            raise UserError(f"calibrate: expected a folder of good pictures, found none in {good}")
-        detector.calibrate(pictures)
+        detector.calibrate(images_below(good))
     return detector
 
 

@@ -10,7 +10,7 @@ import utils
 from backbone.token_grid import place_grid_of
 from config import UserError
 from detector import calibration, heat_map, pictures
-from detector.checkpoints import config_of
+from detector.checkpoints import Record, config_of
 from detector.class_data import Features
 from detector.detector import Detector, load_detector
 from images import images
@@ -34,14 +34,14 @@ class PictureDetector:
     def __init__(
         self,
         fitted: Detector,
-        record: dict,
+        record: Record,
         backbone: pictures.FittedBackbone,
         false_alarms: float | None = None,
     ):
         self.fitted, self.record, self.backbone = fitted.to(backbone.device).eval(), record, backbone
-        self.class_name, self.seed = record["result"]["class"], record["result"]["seed"]
-        self.held_out = np.array(record["held_out_scores"], float)
-        self.false_alarms = record["config"]["false_alarms"] if false_alarms is None else false_alarms
+        self.class_name, self.seed = record.result["class"], record.result["seed"]
+        self.held_out = record.held_out_scores
+        self.false_alarms = record.config["false_alarms"] if false_alarms is None else false_alarms
         if not 0 < self.false_alarms <= 0.5:
             raise UserError(f"false_alarms: expected a share above 0 and up to 0.5, got {self.false_alarms}")
 
@@ -149,6 +149,6 @@ def load_picture_detector(
     the fit. Raises UserError: ``load_detector``."""
     fitted, record = load_detector(Path(path))
     backbone = backbone or pictures.FittedBackbone(
-        config_of(record), record["features"], device, precision, weights, Path(path)
+        config_of(record), record.features, device, precision, weights, Path(path)
     )
     return PictureDetector(fitted, record, backbone, false_alarms)

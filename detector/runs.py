@@ -147,15 +147,15 @@ def finished(config: Config, cache: feature_cache.FeatureCache, pair: ClassSeed)
         knobs = fitted_by(checkpoints.config_of(record))
     except (OSError, ValueError, UserError):
         return None
-    result, made_by = record["result"], {"config": knobs, "features": record["features"]}
-    if as_strict_json(made_by | {"scoring": record["scoring"]}) != identity(config, cache):
+    result, made_by = record.result, {"config": knobs, "features": record.features}
+    if as_strict_json(made_by | {"scoring": record.scoring}) != identity(config, cache):
         return None
     if ClassSeed(result["class"], result["seed"]) != pair:
         return None
     if config.keep != "results" and checkpoints.weights_fault(record, checkpoints.checkpoint_files(path)[1]):
         return None
     compared = config.baselines and pair.seed == config.seed and result["n_test"]
-    return None if compared and not record["simple_scores"] else result
+    return None if compared and not record.simple_scores else result
 
 
 def all_finished(config: Config, cache: feature_cache.FeatureCache, pairs: list[ClassSeed]) -> dict:

@@ -3,58 +3,46 @@
 pip install -e FOLDER_OF_THIS_REPOSITORY           # or: sys.path.append("FOLDER_OF_THIS_REPOSITORY")
 from foad_mfff import Detector
 
-The repository's modules have plain names; here they are loaded and then named foad_mfff.config and so on, so
-that neither side takes the other's, and what is made of their classes can be pickled. May import detector and
-config; nothing here imports it."""
+The repository's modules have plain names; here they are foad_mfff.config and so on, which pickle finds, too.
+May import detector and config; nothing here imports it."""
 
+import builtins
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
-from types import FunctionType, ModuleType
-from typing import Any
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
+__path__ = [str(ROOT)]
 
 
-def _loaded() -> list[str]:
-    """The loaded modules under names that this repository has, whoever's they are."""
-    return [name for name in sys.modules if name.partition(".")[0] in OWN - {__name__}]
+def _import(name: str, globals=None, locals=None, fromlist=(), level: int = 0) -> ModuleType:
+    """What ``import name`` is in a module of the repository: ``import utils`` is foad_mfff.utils there."""
+    if name.partition(".")[0] not in OWN:
+        return builtins.__import__(name, globals, locals, fromlist, level)
+    found = builtins.__import__(f"{__name__}.{name}", globals, locals, fromlist, level)
+    return found if fromlist else getattr(found, name.partition(".")[0])
 
 
-@contextmanager
-def _names_lent() -> Iterator[None]:
-    """In the block ``import utils`` is the repository's; before and after, it is the caller's."""
-    theirs = {name: sys.modules.pop(name) for name in _loaded()}
-    sys.path.insert(0, str(ROOT))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(ROOT))
-        for name in _loaded():
-            _rename(sys.modules.pop(name), f"{__name__}.{name}")
-        sys.modules.update(theirs)
+class _Loader(SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module)["__builtins__"] = vars(builtins) | {"__import__": _import}
+        super().exec_module(module)
 
 
-def _rename(module: ModuleType, name: str) -> None:
-    """Let a module, and what is made in it, be found under another name, as pickle does."""
-    _tell_module(vars(module), module.__name__, name)
-    module.__name__ = name
-    sys.modules[name] = module
+class _Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None) -> ModuleSpec | None:
+        spec = super().find_spec(name, path, target) if name.startswith(f"{__name__}.") else None
+        if spec and spec.origin:
+            spec.loader = _Loader(name, spec.origin)
+        return spec
 
 
-def _tell_module(made: Mapping[str, Any], before: str, name: str) -> None:
-    for each in made.values():
-        each = getattr(each, "__func__", each)  # of a static method
-        if isinstance(each, (type, FunctionType)) and each.__module__ == before:
-            each.__module__ = name
-            if isinstance(each, type):
-                _tell_module(vars(each), before, name)
+sys.meta_path.insert(0, _Finder)
 
-
-with _names_lent():
-    from config import UserError
-    from detector.picture_detector import PictureDetector as Detector
+from foad_mfff.config import UserError  # noqa: E402
+from foad_mfff.detector.picture_detector import PictureDetector as Detector  # noqa: E402
 
 __all__ = ["Detector", "UserError"]

@@ -1,7 +1,6 @@
 """The runs of a folder in one list, and two runs side by side: what `python report.py` prints."""
 
 import datetime
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +9,9 @@ import utils
 from config import UserError
 from detector import checkpoints
 from reporting import tables
+from reporting.report import Summary, read_summary
 from reporting.tables import Table, cell, margin_cell, number, shorten
 from shell.files import file_name
-
-
-def read_run(folder: Path) -> dict:
-    """The results.json of a run. Raises UserError."""
-    path = folder / "results.json"
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if {"classes", "mean", "config", "seeds"} <= set(summary):
-            return summary
-    except (OSError, ValueError, TypeError):
-        pass
-    raise UserError(f"{path} holds no results of a run; run main.py again")
 
 
 def list_runs(root: Path) -> str:
@@ -37,10 +25,10 @@ def list_runs(root: Path) -> str:
         name = folder.relative_to(root).as_posix()
         date = f"{datetime.datetime.fromtimestamp(folder.stat().st_mtime):%Y-%m-%d}"
         try:
-            summary = read_run(folder)
-            about = [str(summary["config"][knob]) for knob in ("dataset", "extractor", "preset")]
-            about += [",".join(map(str, summary["seeds"])), number(summary["mean"]["auroc"])]
-        except (UserError, KeyError):
+            summary = read_summary(folder)
+            about = [str(summary.config[knob]) for knob in ("dataset", "extractor", "preset")]
+            about += [",".join(map(str, summary.seeds)), number(summary.mean["auroc"])]
+        except UserError:
             about = ["unfinished", "", "", "", ""]
         table.rows.append([name, *(shorten(word, 18) for word in about), date])
     return tables.as_text(*table)
@@ -59,14 +47,14 @@ def compare(first: str, second: str, root: Path) -> str:
     """Two runs side by side: AUROC per class with the paired difference, and the knobs that differ. Raises
     UserError."""
     folders = [find_run(name, root) for name in (first, second)]
-    a, b = map(read_run, folders)
-    shared = [name for name in a["classes"] if name in b["classes"]]
+    a, b = map(read_summary, folders)
+    shared = [name for name in a.classes if name in b.classes]
     if not shared:
         raise UserError(f"{first} and {second} have no class in common")
-    seed = next((seed for seed in a["seeds"] if seed in b["seeds"]), None)
+    seed = next((seed for seed in a.seeds if seed in b.seeds), None)
     table, margins = Table(["class", "A", "B", "B - A [95 %]"], [], has_mean=True), {}
     for name in shared:
-        aurocs = [cell(run["classes"][name], "auroc", len(run["seeds"])) for run in (a, b)]
+        aurocs = [cell(run.classes[name], "auroc", len(run.seeds)) for run in (a, b)]
         try:
             margins[name] = paired(
                 [folder / "classes" / f"{file_name(name)}-seed{seed}" for folder in folders]
@@ -77,7 +65,7 @@ def compare(first: str, second: str, root: Path) -> str:
         except (OSError, ValueError):
             told = "no seed in common" if seed is None else f"no scores of seed {seed}"
         table.rows.append([name, *aurocs, told])
-    means = [np.mean([run["classes"][name]["auroc"] for name in shared], dtype=float) for run in (a, b)]
+    means = [np.mean([run.classes[name]["auroc"] for name in shared], dtype=float) for run in (a, b)]
     table.rows.append(["mean", *map(number, means), tables.wins_cell(margins.values())])
     note = (
         f"B - A: of seed {seed}, on the same test images, interval by DeLong; counts of classes by Holm's "
@@ -92,18 +80,15 @@ def paired(paths: list[Path]) -> dict:
     """AUROC of the second checkpoint minus that of the first, with its interval. Raises OSError or
     ValueError where one cannot be read, UserError where they cannot be paired."""
     a, b = map(checkpoints.read_record, paths)
-    for part, keys in (("features", ("image_list", "skipped", "precision")), ("test", ("rows", "labels"))):
-        if any(a[part].get(key) != b[part].get(key) for key in keys):
-            raise UserError("other test images or precision")  # either moves AUROC by more than most knobs
-    labels, ours, theirs = (
-        np.array(x) for x in (b["test"]["labels"], b["test"]["scores"], a["test"]["scores"])
-    )
-    return utils.paired_difference(labels, ours, theirs)
+    alike = all(a.features.get(key) == b.features.get(key) for key in ("image_list", "skipped", "precision"))
+    if not alike or not np.array_equal([a.test.rows, a.test.labels], [b.test.rows, b.test.labels]):
+        raise UserError("other test images or precision")  # either moves AUROC by more than most knobs
+    return utils.paired_difference(b.test.labels, b.test.scores, a.test.scores)
 
 
-def differences(a: dict, b: dict) -> str:
+def differences(a: Summary, b: Summary) -> str:
     """The knobs and versions in which two summaries differ, as a table."""
-    of_a, of_b = (summary["config"] | summary.get("versions", {}) for summary in (a, b))
+    of_a, of_b = (summary.config | summary.versions for summary in (a, b))
     table = Table(["differs", "A", "B"], [])
     for name in {**of_a, **of_b}:
         values = [of.get(name, "-") for of in (of_a, of_b)]

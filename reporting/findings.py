@@ -11,38 +11,36 @@ import utils
 from backbone.token_grid import place_grid_of
 from cache.feature_cache import FeatureCache
 from config import Config, UserError
-from detector import calibration, checkpoints, heat_map
+from detector import calibration, heat_map
+from detector.checkpoints import Record, checkpoint_path, read_record
 from detector.detector import Detector, load_detector, place_maps
 
 
 class Left(NamedTuple):
-    """What fitting a class left: its records, one per seed, and, where weights are kept and the score reads
-    places, the first seed's detector."""
+    """What fitting a class left: its records, one per seed; of the first seed the threshold, where pictures
+    were held out, and the detector, where weights are kept and the score reads places."""
 
     class_name: str
-    records: list[dict]
-    detector: Detector | None
+    records: list[Record]
+    threshold: calibration.Threshold | None = None
+    detector: Detector | None = None
 
     @property
-    def first(self) -> dict:
+    def first(self) -> Record:
         return self.records[0]
-
-    @property
-    def rows(self) -> np.ndarray:
-        """The test images, as rows of the test split."""
-        return np.array(self.first["test"]["rows"], int)
 
 
 def read_class(config: Config, class_name: str, seeds: Sequence[int]) -> Left:
     """seeds: the run's, the first one first."""
-    first, *others = (checkpoints.checkpoint_path(config, class_name, seed) for seed in seeds)
+    first, *others = (checkpoint_path(config, class_name, seed) for seed in seeds)
     if config.places and config.keep != "results":
         detector, record = load_detector(first)
     else:
-        detector, record = None, checkpoints.read_record(first)
+        detector, record = None, read_record(first)
     reads_places = detector is not None and detector.uses_places
-    records = [record, *map(checkpoints.read_record, others)]
-    return Left(class_name, records, detector if reads_places else None)
+    records = [record, *map(read_record, others)]
+    threshold = calibration.of_held_out(record.held_out_scores, config.false_alarms)
+    return Left(class_name, records, threshold, detector if reads_places else None)
 
 
 def raw_images(config: Config, cache: FeatureCache) -> datasets.ImageSet | None:
@@ -59,14 +57,12 @@ def raw_images(config: Config, cache: FeatureCache) -> datasets.ImageSet | None:
         return None
 
 
-def of_class(
-    config: Config, cache: FeatureCache, images: datasets.ImageSet | None, left: Left
-) -> dict[str, dict]:
+def of_class(cache: FeatureCache, images: datasets.ImageSet | None, left: Left) -> dict[str, dict]:
     """{kind of finding: what was found}; empty ones are nothing that could be told."""
     found = against_simple(left.first)
     found["defects"] = per_defect(left.records, cache.labels.test.kind)
-    if limit := calibration.of_record(left.first, config.false_alarms):
-        found["thresholds"] = limit._asdict()
+    if left.threshold:
+        found["thresholds"] = left.threshold._asdict()
     try:
         if images and left.detector:
             found["localisation"] = localisation(cache, images, left, left.detector)
@@ -75,32 +71,28 @@ def of_class(
     return found
 
 
-def against_simple(record: dict) -> dict[str, dict]:
+def against_simple(record: Record) -> dict[str, dict]:
     """Metrics of each simple detector, and the flow's margin over the best of them."""
-    labels, scores = (np.array(record["test"][part]) for part in ("labels", "scores"))
-    others = {name: np.array(values) for name, values in record["simple_scores"].items()}
+    labels, others = record.test.labels, record.simple_scores
     if not others:
         return {}
     simple = {name: utils.detection_metrics(labels, values) for name, values in others.items()}
     best = max(simple, key=lambda name: simple[name]["auroc"])
-    return {
-        "simple": simple,
-        "margins": utils.paired_difference(labels, scores, others[best]) | {"best": best},
-    }
+    margin = utils.paired_difference(labels, record.test.scores, others[best])
+    return {"simple": simple, "margins": margin | {"best": best}}
 
 
-def per_defect(records: list[dict], kinds: Sequence[str]) -> dict[str, dict]:
+def per_defect(records: list[Record], kinds: Sequence[str]) -> dict[str, dict]:
     """Of one class, {kind of defect: number of images n, AUROC of the normal test images against them, its
     standard deviation over the seeds}; empty where the anomalous images are of one kind or none.
 
     records: of its seeds. kinds: the kind of defect of every image of the test split."""
     found: dict[str, dict] = {}
-    test = records[0]["test"]
-    own = np.array([kinds[row] for row in test["rows"]], dtype=object)
-    labels = np.array(test["labels"])
+    labels = records[0].test.labels
+    own = np.array([kinds[row] for row in records[0].test.rows], dtype=object)
     for kind in sorted(set(own[labels == 1]) - {""}):  # "": another class
         chosen = (labels == 0) | (own == kind)
-        aurocs = [utils.auroc(labels[chosen], np.array(r["test"]["scores"])[chosen]) for r in records]
+        aurocs = [utils.auroc(labels[chosen], record.test.scores[chosen]) for record in records]
         found[kind] = {
             "n": int(((labels == 1) & (own == kind)).sum()),
             "auroc": float(np.mean(aurocs)),
@@ -114,13 +106,13 @@ def localisation(
 ) -> dict[str, float]:
     """Pixel AUROC and AUPRO of the first seed's heat maps, from cached places; a normal image's mask is
     empty, an anomalous one without a mask is left out. Empty where no test image has a mask."""
-    masks = {row: mask for row in left.rows if (mask := images.mask(int(row))) is not None}
+    rows, labels = left.first.test.rows, left.first.test.labels
+    masks = {row: mask for row in rows if (mask := images.mask(int(row))) is not None}
     if not masks:
         return {}
     size = next(iter(masks.values())).shape
-    normal = left.rows[np.array(left.first["test"]["labels"]) == 0]
-    masks |= {row: np.zeros(size, bool) for row in normal if row not in masks}
-    kept = np.array([row for row in left.rows if row in masks])
+    masks |= {row: np.zeros(size, bool) for row in rows[labels == 0] if row not in masks}
+    kept = np.array([row for row in rows if row in masks])
     grid = place_grid_of(cache.fields)
     maps = place_maps(detector, cache, kept)
     sized = [heat_map.of_places(values, grid, masks[row].shape) for row, values in zip(kept, maps)]

@@ -4,12 +4,14 @@ page and the terminal show."""
 import csv
 import dataclasses
 import io
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 import utils
-from config import FIELDS, Config
+from config import FIELDS, Config, UserError
 from reporting import tables
 from reporting.tables import Table, cell, margin_cell, number, undefined
 from shell.command_line import command_line
@@ -22,36 +24,70 @@ OF_FEATURES = ("weights", "weights_sha256", "precision", "img_size", "tokens", "
 
 
 # ---------------------------------------------------------------- the summary
+@dataclasses.dataclass
+class Summary:
+    """A run's results.json; what is of single classes is by their names."""
+
+    classes: dict[str, dict]  # metrics, mean and deviation over seeds; result of each seed; why undefined
+    mean: dict  # the same metrics, over the classes for which they are defined
+    baselines: dict[str, dict]  # of each simple detector: "classes" with their metrics, "mean" over them
+    margins: dict[str, dict]  # AUROC of the flow minus that of the best simple detector
+    defects: dict[str, dict]  # of each kind of defect: images, AUROC
+    thresholds: dict[str, dict]
+    localisation: dict[str, dict]  # metrics of heat maps
+    config: dict
+    seeds: list[int]
+    features: dict  # the sidecar of the features
+    versions: dict[str, str]
+    wall_time_s: float
+    command: str
+
+
 def summarize(
     config: Config, results: list[dict], found: dict[str, dict], seconds: float, features: dict
-) -> dict:
-    """results.json: per class the mean and standard deviation over seeds, and their mean over the classes for
-    which they are defined (std of the seeds' means). found: {class: what findings.py found of it}."""
+) -> Summary:
+    """results: of every class and seed. found: {class: what findings.py found of it}."""
     by_class: dict[str, dict] = {}
     for name in dict.fromkeys(result["class"] for result in results):
         runs = [result for result in results if result["class"] == name]
         reasons = [reason for run in runs if (reason := why_undefined(run))]
         by_class[name] = _over_seeds([runs]) | {"runs": runs, "undefined": (reasons or [""])[0]}
+    missing = [entry["undefined"] for entry in by_class.values() if entry["undefined"]]
+    told = (
+        f"mean of {len(by_class) - len(missing)} of {len(by_class)} classes: {missing[0]}" if missing else ""
+    )
     simple = {name: entry["simple"] for name, entry in found.items() if entry.get("simple")}
     baselines: dict[str, dict] = {}
     for method in dict.fromkeys(method for metrics in simple.values() for method in metrics):
         per_class = {name: metrics[method] for name, metrics in simple.items() if method in metrics}
-        baselines[method] = {"classes": per_class, "mean": _mean_metrics(per_class, len(simple))}
-    summary = {
-        "classes": by_class,
-        "mean": _over_seeds([entry["runs"] for entry in by_class.values()]),
-        "baselines": baselines,
+        whole = len(per_class) == len(simple)  # the mean of some classes is no match for that of all
+        mean = _over_seeds([[entry] for entry in per_class.values()], METRICS) if whole else {}
+        baselines[method] = {"classes": per_class, "mean": mean}
+    parts = {
+        part: {name: entry[part] for name, entry in found.items() if entry.get(part)}
+        for part in ("margins", "defects", "thresholds", "localisation")
     }
-    for part in ("margins", "defects", "thresholds", "localisation"):
-        summary[part] = {name: entry[part] for name, entry in found.items() if entry.get(part)}
-    return summary | {
-        "config": dataclasses.asdict(config),
-        "seeds": sorted({result["seed"] for result in results}),
-        "features": features,
-        "versions": utils.versions(),
-        "wall_time_s": round(seconds, 1),
-        "command": command_line(),
-    }
+    return Summary(
+        classes=by_class,
+        mean=_over_seeds([entry["runs"] for entry in by_class.values()]) | {"undefined": told},
+        baselines=baselines,
+        **parts,
+        config=dataclasses.asdict(config),
+        seeds=sorted({result["seed"] for result in results}),
+        features=features,
+        versions=utils.versions(),
+        wall_time_s=round(seconds, 1),
+        command=command_line(),
+    )
+
+
+def read_summary(folder: Path) -> Summary:
+    """The results.json of a run. Raises UserError."""
+    path = folder / "results.json"
+    try:
+        return Summary(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{path} holds no results of a run of this version; run main.py again") from None
 
 
 def why_undefined(result: dict) -> str:
@@ -65,11 +101,11 @@ def why_undefined(result: dict) -> str:
     return f"no {'normal' if result['n_anomalous'] else 'anomalous'} test images"
 
 
-def _over_seeds(groups: list[list[dict]]) -> dict:
-    """Mean over groups and seeds of every metric, and the standard deviation over seeds of the groups' mean
+def _over_seeds(groups: list[list[dict]], metrics: Iterable[str] = COLUMNS) -> dict:
+    """Mean over groups and seeds of the metrics, and the standard deviation over seeds of the groups' mean
     (0 for one seed). Groups for which a metric is undefined do not count; NaN where none is left."""
     summary = {}
-    for metric in COLUMNS:
+    for metric in metrics:
         values = np.array([[result[metric] for result in group] for group in groups], float)  # groups, seeds
         defined = values[~np.isnan(values).any(1)]
         per_seed = defined.mean(0) if len(defined) else np.full(1, np.nan)
@@ -79,36 +115,26 @@ def _over_seeds(groups: list[list[dict]]) -> dict:
     return summary
 
 
-def _mean_metrics(per_class: dict[str, dict], n_classes: int) -> dict:
-    """The mean of a simple detector over the classes for which a metric is defined; NaN where none is, and
-    for a detector that some class lacks: the mean of others is no match for that of all."""
-    means = dict.fromkeys(METRICS, float("nan"))
-    for metric in METRICS if len(per_class) == n_classes else ():
-        values = [entry[metric] for entry in per_class.values() if not undefined(entry[metric])]
-        means[metric] = float(np.mean(values)) if values else float("nan")
-    return means
-
-
 # ---------------------------------------------------------------- the tables
-def table_rows(summary: dict) -> list[dict]:
+def table_rows(summary: Summary) -> list[dict]:
     """The rows of the table, of every class and last of their mean, as results.csv has them: {column: text or
     number, not rounded, None or NaN where it is undefined}. Each simple detector has a column, its AUROC."""
-    config, rows = summary["config"], []
-    for name, values in [*summary["classes"].items(), (None, summary["mean"])]:
+    config, rows = summary.config, []
+    for name, values in [*summary.classes.items(), (None, summary.mean)]:
         runs = values.get("runs", [{}])
         simple = {
             method: (table["mean"] if name is None else table["classes"].get(name, {})).get("auroc")
-            for method, table in summary["baselines"].items()
+            for method, table in summary.baselines.items()
         }
         defined = {method: auroc for method, auroc in simple.items() if not undefined(auroc)}
         best = max(defined, key=lambda method: defined[method]) if defined else ""
-        margin = {} if name is None else summary["margins"].get(name, {})
+        margin = {} if name is None else summary.margins.get(name, {})
         rows.append(
             {
                 "class": "mean" if name is None else name,
                 "dataset": config["dataset"],
                 "run": config["modelname"],
-                "seeds": " ".join(map(str, summary["seeds"])),
+                "seeds": " ".join(map(str, summary.seeds)),
                 "epoch": " ".join(str(run["epoch"]) for run in runs if "epoch" in run),
                 **{count: runs[0].get(count) for count in ("n_train", "n_test", "seconds")},
                 **{key: values[key] for metric in COLUMNS for key in (metric, f"{metric}_std")},
@@ -116,63 +142,56 @@ def table_rows(summary: dict) -> list[dict]:
                 "best_simple_auroc": defined.get(best),
                 **{f"margin_{key}": margin.get(key) for key in ("difference", "low", "high")},
                 **simple,
-                "undefined": _missing(summary) if name is None else values["undefined"],
+                "undefined": values["undefined"],
             }
         )
     return rows
 
 
-def _missing(summary: dict) -> str:
-    """For how many classes the mean has no AUROC, and why; empty where nothing is missing."""
-    entries = summary["classes"].values()
-    missing = [entry["undefined"] for entry in entries if entry["undefined"]]
-    return f"mean of {len(entries) - len(missing)} of {len(entries)} classes: {missing[0]}" if missing else ""
-
-
-def main_table(summary: dict) -> Table:
+def main_table(summary: Summary) -> Table:
     """Every metric of the flow, and its lead over the best simple detector of each class; the thresholds
     where nothing was tested."""
-    if summary["thresholds"] and not is_tested(summary):
+    if summary.thresholds and not is_tested(summary):
         return threshold_table(summary)
     header, rows = ["class", *(metric.title for metric in METRICS.values()), "oracle"], []
-    header += ["simple", "flow - simple [95 %]"] if summary["baselines"] else []
-    for row, name in zip(table_rows(summary), [*summary["classes"], None]):
-        cells = [row["class"], cell(row, "auroc", len(summary["seeds"]))]
+    header += ["simple", "flow - simple [95 %]"] if summary.baselines else []
+    for row, name in zip(table_rows(summary), [*summary.classes, None]):
+        cells = [row["class"], cell(row, "auroc", len(summary.seeds))]
         cells += [number(row[column]) for column in (*list(METRICS)[1:], ORACLE)]
-        if summary["baselines"]:
-            margins = summary["margins"]
+        if summary.baselines:
+            margins = summary.margins
             lead = tables.wins_cell(margins.values()) if name is None else margin_cell(margins.get(name))
             cells += [number(row["best_simple_auroc"]), lead]
         rows.append(cells)
     return Table(header, rows, has_mean=True)
 
 
-def threshold_table(summary: dict) -> Table:
+def threshold_table(summary: Summary) -> Table:
     """Where each class's first seed draws the line, and how sure that is."""
     rows = []
-    for name, found in summary["thresholds"].items():
+    for name, found in summary.thresholds.items():
         interval = f"{found['low']:.1%} to {found['high']:.1%}"
         rows.append([name, f"{found['score']:.4g}", f"{found['expected']:.1%}", interval, str(found["n"])])
     return Table(["class", "anomalous above", "false alarms", "95 % interval", "held-out images"], rows)
 
 
-def all_tables(summary: dict) -> dict[str, Table]:
+def all_tables(summary: Summary) -> dict[str, Table]:
     """{heading: table} of results.md and the page; those without content are left out."""
-    n_seeds, methods = len(summary["seeds"]), list(summary["baselines"])
+    n_seeds, methods = len(summary.seeds), list(summary.baselines)
     simple = [[row["class"], *(number(row[method]) for method in methods)] for row in table_rows(summary)]
     defects = [
         [name, kind, str(entry["n"]), cell(entry, "auroc", n_seeds)]
-        for name, kinds in summary["defects"].items()
+        for name, kinds in summary.defects.items()
         for kind, entry in kinds.items()
     ]
     heat = [
         [name, number(found["pixel_auroc"]), number(found["aupro"])]
-        for name, found in summary["localisation"].items()
+        for name, found in summary.localisation.items()
     ]
-    made = {"command": summary["command"], "wall time": f"{summary['wall_time_s']:.0f} s"}
-    made |= summary["versions"]
-    made |= {f"features: {key}": value for key, value in summary["features"].items() if key in OF_FEATURES}
-    changed = {name: value for name, value in summary["config"].items() if value != FIELDS[name].default}
+    made = {"command": summary.command, "wall time": f"{summary.wall_time_s:.0f} s"}
+    made |= summary.versions
+    made |= {f"features: {key}": value for key, value in summary.features.items() if key in OF_FEATURES}
+    changed = {name: value for name, value in summary.config.items() if value != FIELDS[name].default}
     found = {
         "Result": main_table(summary),
         "Simple detectors, AUROC": Table(["class", *methods], simple if methods else [], has_mean=True),
@@ -184,48 +203,44 @@ def all_tables(summary: dict) -> dict[str, Table]:
     return {heading: table for heading, table in found.items() if table.rows}
 
 
-def is_tested(summary: dict) -> bool:
+def is_tested(summary: Summary) -> bool:
     """Whether a class has an AUROC."""
-    return not undefined(summary["mean"]["auroc"])
+    return not undefined(summary.mean["auroc"])
 
 
-def seeds_of(summary: dict) -> str:
-    several = "mean ± standard deviation over the seeds" if len(summary["seeds"]) > 1 else "seed"
-    return f"{several} {', '.join(map(str, summary['seeds']))}"
-
-
-def notes(summary: dict) -> list[str]:
+def notes(summary: Summary) -> list[str]:
     """What a reader of the table must know: the epoch, the seeds, the simple detectors, what is undefined."""
     lines = []
     if is_tested(summary):
-        epoch = "epoch by held-out likelihood" if summary["config"]["patience"] else "last epoch"
+        epoch = "epoch by held-out likelihood" if summary.config["patience"] else "last epoch"
+        over = "mean ± standard deviation over the seeds" if len(summary.seeds) > 1 else "seed"
         lines.append(
-            f"AUROC: {epoch}, {seeds_of(summary)}; oracle: the epoch that is best on the test images. AUPR "
-            "and FPR95: anomalies are the positive class."
+            f"AUROC: {epoch}, {over} {', '.join(map(str, summary.seeds))}; oracle: the epoch that is best on "
+            "the test images. AUPR and FPR95: anomalies are the positive class."
         )
-    if summary["baselines"]:
+    if summary.baselines:
         lines.append(
             "simple: the best simple detector of each class, by its AUROC on the test images. flow - simple: "
             "of the first seed, interval by DeLong; counts of classes by Holm's correction."
         )
     reasons: dict[str, list[str]] = {}
-    for name, values in summary["classes"].items():
+    for name, values in summary.classes.items():
         if values["undefined"]:
             reasons.setdefault(values["undefined"], []).append(name)
     lines += [f"no AUROC ({reason}): {', '.join(names)}." for reason, names in reasons.items()]
-    if skipped := summary["features"].get("skipped"):
+    if skipped := summary.features.get("skipped"):
         shown = utils.first_named(skipped)
         lines.append(f"Left out: {utils.counted(len(skipped), 'unreadable image')}: {shown}.")
     return lines
 
 
 # ---------------------------------------------------------------- rendered
-def terminal_table(summary: dict) -> str:
+def terminal_table(summary: Summary) -> str:
     return "\n".join([tables.as_text(*main_table(summary)), tables.wrapped(notes(summary))])
 
 
-def as_markdown(summary: dict) -> str:
-    config = summary["config"]
+def as_markdown(summary: Summary) -> str:
+    config = summary.config
     parts = [f"# {config['dataset']}, {config['extractor']}, fusion {config['fusion']}"]
     parts += map(tables.escaped, notes(summary))
     for heading, table in all_tables(summary).items():
@@ -233,7 +248,7 @@ def as_markdown(summary: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def as_csv(summary: dict) -> str:
+def as_csv(summary: Summary) -> str:
     text, rows = io.StringIO(), table_rows(summary)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(rows[0])
@@ -242,9 +257,9 @@ def as_csv(summary: dict) -> str:
     return text.getvalue()
 
 
-def write_results(folder: Path, summary: dict) -> str:
+def write_results(folder: Path, summary: Summary) -> str:
     """Write results.json, results.csv and results.md -> the table as text."""
     write_text(folder / "results.md", as_markdown(summary))
     write_text(folder / "results.csv", as_csv(summary))
-    write_json(folder / "results.json", summary)
+    write_json(folder / "results.json", vars(summary))
     return terminal_table(summary)

@@ -8,55 +8,54 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from backbone.resizing import Unreadable
-from config import UserError
 from detector.picture_detector import PictureDetector
 from images import watch
 from images.images import note
 from shell.files import naming, whole_file
 
 COLUMNS = ("image", "class", "score", "p_value", "verdict")
-WriteRow = Callable[[dict], None]
 
 
-def check_output(output: Path | None) -> None:
-    """Raise UserError on a file that is not to be CSV."""
-    if output is not None and output.suffix != ".csv":
-        raise UserError(f"output: expected a name ending in .csv, got {output}")
+class Row(NamedTuple):
+    """What a class says of a picture. p_value, verdict: None where no pictures were held out."""
+
+    image: str
+    class_name: str
+    score: float
+    p_value: float | None
+    verdict: str | None
+
+
+WriteRow = Callable[[Row], None]
 
 
 @contextlib.contextmanager
 def table(output: Path | None, at_once: bool = False) -> Iterator[WriteRow]:
-    """What takes the rows, {column: value}, one by one: CSV on the screen, or a file that is there, whole,
-    when the block ends well, or ``at_once``, row by row, behind those that it has."""
-    if output is None:
-        with naming("standard output"):
-            yield _csv(sys.stdout, headed=False)
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    place = contextlib.nullcontext(output) if at_once else whole_file(output)
-    with (
-        naming(output),
-        place as path,
-        open(path, "a", encoding="utf-8", errors="backslashreplace", newline="") as stream,  # any name
-    ):
-        yield _csv(stream, headed=stream.tell() > 0)
+    """What takes the rows one by one: CSV on the screen, or a file that is there, whole, when the block ends
+    well, or ``at_once``, row by row, behind those that it has."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(naming(output or "standard output"))
+        stream = sys.stdout
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            path = output if at_once else stack.enter_context(whole_file(output))
+            stream = open(path, "a", encoding="utf-8", errors="backslashreplace", newline="")  # any name
+            stack.enter_context(stream)
+        writer = csv.writer(stream, lineterminator="\n")
+        if output is None or not stream.tell():
+            writer.writerow(COLUMNS)
+
+        def put(row: Row) -> None:
+            writer.writerow(row._replace(score=f"{row.score:.6g}"))  # type: ignore[arg-type]
+            stream.flush()
+
+        yield put
 
 
-def _csv(stream, headed: bool) -> WriteRow:
-    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-    if not headed:
-        writer.writeheader()
-
-    def put(row: dict) -> None:
-        writer.writerow(row | {"score": f"{row['score']:.6g}"})
-        stream.flush()
-
-    return put
-
-
-def rows_of(detectors: list[PictureDetector], files: list[Path]) -> Iterator[list[dict] | Unreadable]:
+def rows_of(detectors: list[PictureDetector], files: list[Path]) -> Iterator[list[Row] | Unreadable]:
     """The table's rows, in the order of the files: of some pictures together, or why one cannot be read."""
     waiting = iter(files)
     for rows in detectors[0].backbone.rows(files):
@@ -71,7 +70,7 @@ def rows_of(detectors: list[PictureDetector], files: list[Path]) -> Iterator[lis
 
 def rows_arriving(
     detectors: list[PictureDetector], arrivals: watch.Arrivals
-) -> Iterator[list[dict] | Unreadable]:
+) -> Iterator[list[Row] | Unreadable]:
     """``rows_of`` the pictures that arrive, without an end; one that changed while it was read waits again,
     one that cannot be read is tried again, and told of once there is little hope."""
     print(f"watching {arrivals.folder}; Ctrl-C ends", file=sys.stderr, flush=True)
@@ -82,21 +81,16 @@ def rows_arriving(
             if not isinstance(part, Unreadable):
                 paths = list(itertools.islice(waiting, len(part) // len(detectors)))
                 whole = {str(path) for path in paths if arrivals.done(path)}
-                yield [line for line in part if line["image"] in whole]
+                yield [line for line in part if line.image in whole]
             elif arrivals.given_up(next(waiting)):
                 yield part
         time.sleep(watch.INTERVAL)
 
 
-def row(name: str, fitted: PictureDetector, score: float) -> dict:
+def row(name: str, fitted: PictureDetector, score: float) -> Row:
     known = len(fitted.held_out) > 0
-    return {
-        "image": name,
-        "class": fitted.class_name,
-        "score": float(score),
-        "p_value": round(fitted.p_value(score), 6) if known else None,
-        "verdict": fitted.verdict(score) if known else None,
-    }
+    p_value = round(fitted.p_value(score), 6) if known else None
+    return Row(name, fitted.class_name, float(score), p_value, fitted.verdict(score) if known else None)
 
 
 def tell_thresholds(detectors: list[PictureDetector]) -> None:
@@ -115,7 +109,7 @@ def tell_counts(
     detectors: list[PictureDetector], counts: Counter[str], done: int, failed: int, output: Path | None
 ) -> None:
     """Say on standard error how many pictures were scored, how many each class calls anomalous, how many
-    could not be read, where they are not listed, and where the rows are."""
+    could not be read, and where the rows are."""
     told = [f"{done} pictures scored"]
     for fitted in detectors:
         by = f" by {fitted.class_name}" if len(detectors) > 1 else ""

@@ -84,20 +84,16 @@ def from_command_line(description, argv=None):
     script with one line."""
     try:
         given, rest = build_parser(description).parse_known_args(argv)
+        if rest and rest[0].startswith("-"):
+            raise UserError(unknown("knob", rest[0].split("=")[0], [f"--{name}" for name in FIELDS]))
         if rest:
-            raise UserError(unexpected(rest[0].split("=")[0]))
+            raise UserError(f"expected --knob, got {rest[0]!r}")
         made = make_config(vars(given))
     except UserError as mistake:
         stop(mistake)
     if argv is None:
         before_imports()
     return made
-
-
-def unexpected(argument):
-    """The line for an argument that is no knob."""
-    known = [f"--{name}" for name in FIELDS]
-    return unknown("knob", argument, known) if argument[:1] == "-" else f"expected --knob, got {argument!r}"
 
 
 def run_script(main, config):

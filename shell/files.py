@@ -76,8 +76,9 @@ def write_json(path: Path, content) -> None:
 
 
 def as_strict_json(content):
-    """What a content is once ``write_json`` has written it and it was read again."""
-    return json.loads(json.dumps(content), parse_constant=lambda _: None)
+    """What a content is once ``write_json`` has written it and it was read again: arrays are lists."""
+    text = json.dumps(content, default=lambda array: array.tolist())
+    return json.loads(text, parse_constant=lambda _: None)
 
 
 def checksum(content: dict) -> str:

@@ -39,10 +39,10 @@ def test_checkpoint_gives_the_same_scores(cache, tmp_path, monkeypatch, options)
             held = loaded.score_features(all_of(trainer.data.train, trainer.data.held_rows))
         assert np.allclose(again, fitted.scores, rtol=1e-4, atol=1e-4)
         assert np.allclose(held, fitted.held_scores, rtol=1e-4, atol=1e-4)
-        assert loaded.uses_places == ("places" in options) == content["result"]["reads_places"]
-    assert content["result"] == fitted.result and content["history"] == fitted.history
-    test = content["test"]
-    assert test["scores"] == fitted.scores.tolist() and test["labels"] == fitted.labels.tolist()
+        assert loaded.uses_places == ("places" in options) == content.result["reads_places"]
+    assert content.result == fitted.result and content.history == fitted.history
+    assert np.array_equal(content.test.scores, fitted.scores)
+    assert np.array_equal(content.test.labels, fitted.labels)
     assert checkpoints.config_of(content) == settings(**options)
 
 

@@ -33,7 +33,7 @@ def write_run(
         record = checkpoints.Record(
             result=results[-1], history=[], config={}, weights=None, held_out_scores=[], flow_scores={},
             features={"kind": "map", "grid": [1, 1], "tokens": 2, "n_feat": 4, **images},
-            test={"rows": rows, "labels": LABELS, "scores": scores}, simple_scores={},
+            test=checkpoints.Scored(rows, LABELS, scores), simple_scores={},
         )  # fmt: skip
         path = folder / "classes" / f"{file_name(class_name)}-seed{seed}.json"
         write_sealed(path, dataclasses.asdict(record))
@@ -75,7 +75,6 @@ def test_compare_pairs_each_class(tmp_path):
     "change, told",
     [
         ({"reverse": True}, "other test images or precision"),
-        ({"images": IMAGES | {"image_list": "other"}}, "other test images or precision"),
         ({"images": IMAGES | {"precision": "bfloat16"}}, "other test images or precision"),
         ({"seed": 1}, "no seed in common"),
     ],

@@ -17,7 +17,7 @@ from shell.command_line import from_command_line, run_script
 pytestmark = pytest.mark.slow
 
 SMALL = (
-    "--extractor resnet18 --weights_path random --img_size 32 --threads 1 --workers 0 --precision float32 "
+    "--extractor test_resnet --weights_path random --img_size 32 --threads 1 --workers 0 --precision float32 "
     "--fc_internal 16 --keep weights"
 ).split()
 

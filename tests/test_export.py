@@ -117,7 +117,7 @@ def test_p_values_rest_on_the_files_own_arithmetic(fitted, tmp_path, capsys):
         )
     ]
     assert held_out == pytest.approx(scores[0], rel=1e-6) and held_out != pytest.approx(scores[1], rel=1e-3)
-    with pytest.raises(UserError, match="calibrate: expected a folder of good pictures, found none in no"):
+    with pytest.raises(UserError, match="the folder no cannot be read"):
         export.main(export.parse_arguments([*arguments, "--calibrate", "no"]))
 
 

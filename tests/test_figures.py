@@ -1,27 +1,24 @@
 """The pictures: what is drawn, not how it looks."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from fabricated import GRID, fabricate
 from PIL import Image
-from test_report import summary_of
+from test_report import record_of, summary_of
 
 import datasets
 from detector import calibration
+from detector.checkpoints import Record
 from reporting import figures
 from reporting.findings import Left
 
 
-def record(scores: list, labels: list, **more) -> dict:
-    test = {"scores": scores, "labels": labels, "rows": list(range(len(scores)))}
-    result = {"class": "cat", "seed": 7, "auroc": 0.8, "epoch": 3}
+def record(scores: list, labels: list) -> Record:
     history = [{"epoch": e, "loss": 1.0 - e / 10, "auroc": 0.5 + e / 10} for e in (0, 3, 6)]
-    return {"test": test, "held_out_scores": [], "result": result, "history": history} | more
-
-
-def threshold(held_out: list) -> dict:
-    return calibration.threshold(np.array(held_out), 0.05)._asdict()
+    return dataclasses.replace(record_of(np.array(labels), np.array(scores)), history=history)
 
 
 def texts_of(legend) -> list[str]:
@@ -34,7 +31,7 @@ def test_histogram_counts_every_score(far):
     """In the colours of the legend; scores that run away leave the normal images more than one bin."""
     normal = np.linspace(0, 1, 40)
     kept = record([*normal, *normal + np.geomspace(2, far, 40)], [0] * 40 + [1] * 40)
-    figure = figures.histogram(kept, threshold([0, 1, 1.5]))
+    figure = figures.histogram(kept, calibration.threshold(np.array([0, 1, 1.5]), 0.05))
     axes = figure.axes[0]
     assert axes.get_title() == "normal class: cat, seed 7"
     told, (line,) = texts_of(figure.legends[0]), axes.lines
@@ -49,8 +46,8 @@ def test_histogram_counts_every_score(far):
 
 def test_curves_show_both_losses_and_mark_the_reported_epoch():
     kept = record([0.0], [0])
-    kept["history"] = [entry | {"held_out_loss": 2.0} for entry in kept["history"]]
-    kept["history"][0]["loss"] = None  # nothing was trained yet
+    kept.history = [entry | {"held_out_loss": 2.0} for entry in kept.history]
+    kept.history[0]["loss"] = None  # nothing was trained yet
     above, below = figures.curves({"a": kept}).axes
     assert above.lines[0].get_ydata().tolist() == [0.5, 0.8, 1.1]
     assert (above.lines[1].get_xdata(), above.lines[1].get_ydata()) == ([3], [0.8])
@@ -91,10 +88,11 @@ def test_contact_sheet_shows_the_image_of_each_position(tmp_path, detector):
     labels = datasets.Labels(("cat", "dog"), datasets.Split.of([], []), split)
     images = datasets.ImageSet(labels, lambda split, i: np.full((*sizes[i], 3), 20 * i, np.uint8))
     kept = record([2.0, 0.5, 9.0], [0, 0, 1])
-    kept["test"]["rows"] = [7, 3, 5]
-    (picture,) = figures.draw_class(cache, images, Left("cat", [kept], detector), None, tmp_path)[1:]
+    kept.test.rows = np.array([7, 3, 5])
+    left = Left("cat", [kept], None, detector)
+    (picture,) = figures.draw_class(cache, images, left, tmp_path)[1:]
     assert picture.path.name == "extremes-cat.jpg" and Image.open(picture.path).size[0] > 1000
-    lines = figures.contact_sheet(cache, images, Left("cat", [kept], detector)).axes
+    lines = figures.contact_sheet(cache, images, left).axes
     told = [text.get_text() for axes in lines for text in axes.texts]
     assert told[:2] == ["0.5\ncat\nM?3.png", "2\ncat\nM?7.png"] and told[4].startswith("9\nhole\n")
     side = figures.SIDE

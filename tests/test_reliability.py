@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, make_folder, script
 
 SMALL = (
-    "--dataset folder --dataset_path images --extractor resnet10t --weights_path random --img_size 32 "
+    "--dataset folder --dataset_path images --extractor test_resnet --weights_path random --img_size 32 "
     "--precision float32 --fc_internal 16 --fusion none --threads 1"
 ).split()
 

@@ -10,6 +10,7 @@ from scipy import stats
 
 import utils
 from config import Config
+from detector.checkpoints import Record, Scored
 from reporting import findings, report, tables
 from utils import METRICS
 
@@ -22,6 +23,14 @@ def result(name: str, seed: int, auroc: float, **more) -> dict:
 def undefined(name: str, **more) -> dict:
     """The result of a class whose test images are of one label, or none."""
     return result(name, 0, float("nan"), **{"n_anomalous": 0} | more)
+
+
+def record_of(labels: np.ndarray, scores: np.ndarray) -> Record:
+    test = Scored(np.arange(len(labels)), labels, scores)
+    return Record(
+        result={"class": "cat", "seed": 7, "auroc": 0.8, "epoch": 3}, history=[], test=test,
+        held_out_scores=np.empty(0), flow_scores={}, simple_scores={}, config={}, features={}, weights=None,
+    )  # fmt: skip
 
 
 def simple(low: float = 0.2, **aurocs: float) -> dict:
@@ -39,22 +48,22 @@ RESULTS = [
 FOUND = {"red, round": simple(0.2, kNN=0.5), "b": simple(-0.1, kNN=0.5)}
 
 
-def summary_of(results=RESULTS, found=FOUND, features=None, **knobs) -> dict:
+def summary_of(results=RESULTS, found=FOUND, features=None, **knobs) -> report.Summary:
     return report.summarize(Config(**knobs), results, found, 4000.0, features or {})
 
 
-def csv_of(summary: dict) -> list[dict]:
+def csv_of(summary: report.Summary) -> list[dict]:
     return list(csv.DictReader(report.as_csv(summary).splitlines(keepends=True)))
 
 
 def test_mean_and_deviation_over_seeds():
     """The deviation is the sample's (n - 1), of the seeds' means over the classes."""
     summary = summary_of()
-    assert summary["classes"]["red, round"]["auroc"] == pytest.approx(0.85)
-    assert summary["classes"]["red, round"]["auroc_std"] == pytest.approx(0.1 / 2**0.5)
-    assert summary["mean"]["auroc"] == pytest.approx(0.725)
-    assert summary["mean"]["auroc_std"] == pytest.approx(0.05 / 2**0.5)  # of .70 and .75
-    assert summary["classes"]["b"]["auroc_std"] == 0
+    assert summary.classes["red, round"]["auroc"] == pytest.approx(0.85)
+    assert summary.classes["red, round"]["auroc_std"] == pytest.approx(0.1 / 2**0.5)
+    assert summary.mean["auroc"] == pytest.approx(0.725)
+    assert summary.mean["auroc_std"] == pytest.approx(0.05 / 2**0.5)  # of .70 and .75
+    assert summary.classes["b"]["auroc_std"] == 0
 
 
 def test_margin_is_that_over_the_best_simple_detector():
@@ -62,11 +71,12 @@ def test_margin_is_that_over_the_best_simple_detector():
     generator = np.random.RandomState(0)
     labels = np.arange(40) % 2
     flow, good, bad = (generator.randn(40) + signal * labels for signal in (2.0, 1.0, 0.0))
-    record = {"test": {"labels": labels, "scores": flow}, "simple_scores": {"bad": bad, "good": good}}
+    record = record_of(labels, flow)
+    assert findings.against_simple(record) == {}
+    record.simple_scores = {"bad": bad, "good": good}
     found = findings.against_simple(record)
     assert found["simple"]["bad"] == utils.detection_metrics(labels, bad)
     assert found["margins"] == utils.paired_difference(labels, flow, good) | {"best": "good"}
-    assert findings.against_simple(record | {"simple_scores": {}}) == {}
 
 
 def test_holm():
@@ -109,8 +119,8 @@ def test_every_table_is_of_the_same_rows():
 def test_files_say_how_they_were_made(tmp_path):
     report.write_results(tmp_path, summary := summary_of(clamp=2.5))
     markdown = (tmp_path / "results.md").read_text()
-    versions = [summary["versions"][name] for name in ("commit", "torch", "machine")]
-    for told in (summary["command"], *versions, "seeds 0, 1", "4000 s", "| clamp | 2.5 |"):
+    versions = [summary.versions[name] for name in ("commit", "torch", "machine")]
+    for told in (summary.command, *versions, "seeds 0, 1", "4000 s", "| clamp | 2.5 |"):
         assert told in markdown, told
     kept = json.loads((tmp_path / "results.json").read_text())
     assert kept["mean"]["auroc"] == pytest.approx(0.725) and kept["config"]["clamp"] == 2.5
@@ -145,7 +155,7 @@ def test_undefined_is_null_with_its_reason(tmp_path, more, reason):
     kept = json.loads((tmp_path / "results.json").read_text())
     assert kept["classes"]["bare"]["auroc"] is None and kept["classes"]["bare"]["undefined"] == reason
     assert f"no AUROC ({reason}): bare." in text and text.splitlines()[2].split() == ["bare", *["-"] * 6]
-    assert report.terminal_table(kept) == text, "read again it is the same"
+    assert report.terminal_table(report.read_summary(tmp_path)) == text, "read again it is the same"
 
 
 def test_the_mean_of_a_detector_is_over_all_classes_or_none():
@@ -160,11 +170,8 @@ def test_auroc_of_each_kind_of_defect():
     """Normal images against those of one kind; over seeds, mean and deviation; images of other classes, whose
     kind is empty, are not looked at."""
     kinds = ["good", "good", "hole", "scratch", "hole", ""]
-    test = {"rows": [0, 1, 2, 3, 4, 5], "labels": [0, 0, 1, 1, 1, 1]}
-    records = [
-        {"test": test | {"scores": scores}}
-        for scores in ([1.0, 2.0, 3.0, 1.5, 3.0, 9.0], [1.0, 2.0, 0.0, 1.5, 3.0, 9.0])
-    ]
+    seeds = ([1.0, 2.0, 3.0, 1.5, 3.0, 9.0], [1.0, 2.0, 0.0, 1.5, 3.0, 9.0])
+    records = [record_of(np.array([0, 0, 1, 1, 1, 1]), np.array(scores)) for scores in seeds]
     table = findings.per_defect(records, kinds)
     assert table == {
         "hole": {"n": 2, "auroc": pytest.approx(0.75), "auroc_std": pytest.approx(0.5 / 2**0.5)},

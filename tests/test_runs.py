@@ -83,7 +83,7 @@ def test_processes_come_to_the_table_of_one(run, capsys):
     assert table(together) == table(alone) and not run.fitted, "by processes of their own"
     assert "2 at a time" in told and "for 5 more" in told and "[6/6]" in told
     states = [
-        [checkpoints.read_record(path.with_suffix(""))["weights"] for path in sorted(folder.glob("*.json"))]
+        [checkpoints.read_record(path.with_suffix("")).weights for path in sorted(folder.glob("*.json"))]
         for folder in (Path("runs/run/classes"), Path("runs/together/classes"))
     ]
     assert states[0] == states[1]

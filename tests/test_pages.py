@@ -8,8 +8,8 @@ from browser import FAULTS, in_browser
 from PIL import Image
 from test_report import FOUND, RESULTS, result, simple, summary_of, undefined
 
-from reporting import webpage
 from reporting.figures import Picture
+from reporting.pages import run_page
 
 NASTY = "<script>alert('x')</script> & \"b\" 'c'"
 
@@ -23,7 +23,7 @@ def words_of(page: str) -> str:
 @pytest.fixture
 def picture(tmp_path) -> Picture:
     Image.new("RGB", (2, 2)).save(tmp_path / "p.png")
-    return Picture(tmp_path / "p.png", NASTY, "red, round")
+    return Picture(tmp_path / "p.png", NASTY)
 
 
 def test_page_tells_what_it_must(picture):
@@ -32,8 +32,8 @@ def test_page_tells_what_it_must(picture):
     features = {"precision": "bfloat16", "skipped": ["cut<off>.png"]}
     failed = undefined("bare", reason="the loss is <nan>")
     summary = summary_of([*RESULTS[::2], failed], FOUND | {"b": b}, features, clamp=2.5)
-    seen = words_of(webpage.page(summary, [picture]))
-    made = [summary["command"], *(summary["versions"][name] for name in ("torch", "machine", "commit"))]
+    seen = words_of(run_page(summary, [], {"b": [picture]}))
+    made = [summary.command, *(summary.versions[name] for name in ("torch", "machine", "commit"))]
     figures = ["0.7000", "kNN", "+0.3000 [+0.2000, +0.4000]", "above 1, level 1, below 0", "b hole 7 0.7500"]
     other = ["b 0.9876 0.8765", "67 min", "clamp 2.5", "cut<off>.png", "no AUROC (the loss is <nan>): bare."]
     for told in (*made, *figures, *other):
@@ -43,7 +43,7 @@ def test_page_tells_what_it_must(picture):
 def test_nothing_is_fetched_and_names_break_nothing(picture):
     """No address outside the page in any attribute or style, a policy that forbids it, and one script."""
     summary = summary_of([result(NASTY, 0, 0.5)], {NASTY: simple(kNN=0.5)}, modelname="a<b>&amp;")
-    page = webpage.page(summary, [picture._replace(class_name=NASTY)])
+    page = run_page(summary, [], {NASTY: [picture]})
     assert words_of(page).count(NASTY) >= 4 and "a<b>&amp;" in words_of(page)
     assert page.count("<script") == page.count("</script>") == 1 and page.count("<img") == 1
     addresses = re.findall(r'\b(?:src|href|srcset|action|data)="([^"]*)"', page)
@@ -52,7 +52,7 @@ def test_nothing_is_fetched_and_names_break_nothing(picture):
 
 
 def test_sections_without_content_are_left_out():
-    seen = words_of(webpage.page(summary_of([undefined("bare")], {}), []))
+    seen = words_of(run_page(summary_of([undefined("bare")], {}), [], {}))
     for absent in ("Simple detectors", "Kinds of defect", "Class by class", "Left out", "nan", "None"):
         assert absent not in seen, absent
 
@@ -71,7 +71,7 @@ def test_in_a_browser_pictures_load_and_tables_sort(tmp_path, picture):
     """By number and by name, the mean last; nothing is fetched; a picture that does not load is seen."""
     results = [result(name, 0, auroc) for name, auroc in (("b", 0.5), ("c", 0.1), ("a", 0.9))]
     page = tmp_path / "report.html"
-    page.write_text(webpage.page(summary_of(results, {}), [picture]))
+    page.write_text(run_page(summary_of(results, {}), [picture], {}))
     assert in_browser(page, FAULTS) == [[], [], 1]
     assert in_browser(page, SORTED) == [[*order, "mean"] for order in ("cba", "abc", "abc")]
     page.write_text(page.read_text().replace("base64,", "base64,spoilt"))
