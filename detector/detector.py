@@ -222,7 +222,7 @@ class PlaceFlow(Detector):
 def make_detector(config: Config, features: dict, n_images: int | None = None) -> Detector:
     """The detector that a configuration asks for; arguments and errors as of ``Detector``, and UserError on
     one that is more than the memory holds."""
-    memory.check_detector(config, features)
+    memory.check(config, features)
     return (PlaceFlow if config.score == "joined" else ImageFlow)(config, features, n_images)
 
 

@@ -84,9 +84,8 @@ JOINED = {  # as the preset accurate puts the method together
     "least_steps": 20,
     "holdout": 0.2,
 }
-by_score = pytest.mark.parametrize(
-    "options", [*({"score": name} for name in knobs.SCORES[:3]), JOINED], ids=lambda options: options["score"]
-)
+EVERY_SCORE = [*({"score": name} for name in knobs.SCORES[:3]), JOINED]
+by_score = pytest.mark.parametrize("options", EVERY_SCORE, ids=lambda options: options["score"])
 
 
 def make(cache, class_name: str = "a", seed: int = 0, **more) -> train.Trainer:
