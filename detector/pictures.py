@@ -115,18 +115,18 @@ class FittedBackbone:
         pictures are computed one batch at a time, by all threads, at once; further ones as extraction does
         it."""
         utils.check_default_dtype()
-        numbered = iter(enumerate(pictures))
-        size = 1 if self.tiles else self.job.batch
+        job, numbered = self.job, iter(enumerate(pictures))
+        size = 1 if self.tiles else job.batch
         batches = iter(lambda: list(itertools.islice(numbered, size)), [])
         few = batches if self.tiles else itertools.islice(batches, -(-COMPILED_FROM // size))
         with utils.thread_pool(DECODING_THREADS) as pool:
             for stacks in utils.in_order(pool, self._read, few, DECODING_THREADS):
                 for stack in stacks:
                     with torch.inference_mode():
-                        yield stack if isinstance(stack, Unreadable) else self.job.rows(stack)
+                        yield stack if isinstance(stack, Unreadable) else job.rows(stack)
         if more := next(batches, None):
-            self.job.compile()
-            yield from self.job.computed(self._read, itertools.chain([more], batches))
+            job.compile()
+            yield from job.computed(self._read, itertools.chain([more], batches))
 
     def _read(self, batch: list[tuple[int, Any]]) -> list[Tensor | Unreadable]:
         """Numbered pictures, or their tiles, as the device takes them, of one size stacked."""

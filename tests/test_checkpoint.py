@@ -110,15 +110,6 @@ def reseal(kept, **changes) -> None:
     write_sealed(kept[0], record | {"weights": checkpoints.fingerprint(kept[1])})
 
 
-def test_weights_that_are_not_finite_are_refused(kept):
-    state = load_file(kept[1])
-    name = next(name for name in state if name.endswith("fc1.weight"))
-    state[name][0, 0] = float("inf")
-    save_file(state, kept[1])
-    reseal(kept)
-    assert "not finite" in refused(kept[0]) and name in refused(kept[0])
-
-
 def test_weights_of_another_flow_are_refused(kept):
     state = {k: v.clone() for k, v in load_file(kept[1]).items()}  # older safetensors map the file
     for other in (

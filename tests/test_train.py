@@ -31,7 +31,7 @@ from detector.evaluation import scores_of
 from detector.normalization import power_l2
 
 # ---------------------------------------------------------------- detection
-CLEAR = {"normalize": "power_l2", "meta_epochs": 5}
+CLEAR = {"normalize": "power_l2", "meta_epochs": 3}
 
 
 @by_score
@@ -70,53 +70,29 @@ def test_same_seed_same_scores(cache):
 
 
 # ---------------------------------------------------------------- what each knob does
-@pytest.fixture(scope="module")
-def scores(cache):
-    return fit(cache).scores
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"clamp": 0.5},
-        {"identity_start": True},
-        {"n_coupling_blocks": 3},
-        {"fc_internal": 20},
-        {"normalize": "power_l2"},
-        {"normalize": "power_l2+whiten"},
-        {"bands": True},
-        {"batch_size": 7},
-        {"lr_init": 1e-4},
-        {"lr_schedule": "cosine"},
-        {"max_grad_norm": 1e-3},
-        {"feature_noise": 0.5},
+BASES = {"flow": {}, "hilo": {"fusion": "hilo"}, "joined": JOINED}
+CHANGES = {
+    "flow": [
+        {"clamp": 0.5}, {"identity_start": True}, {"n_coupling_blocks": 3}, {"fc_internal": 20},
+        {"normalize": "power_l2"}, {"normalize": "power_l2+whiten"}, {"bands": True}, {"batch_size": 7},
+        {"lr_init": 1e-4}, {"lr_schedule": "cosine"}, {"max_grad_norm": 1e-3}, {"feature_noise": 0.5},
         {"holdout": 0.25},
     ],
-    ids=str,
-)
-def test_knob_changes_the_outcome(scores, cache, change):
-    assert not np.allclose(scores, fit(cache, **change).scores, rtol=1e-4)
+    "hilo": [{"alpha": 0.25}, {"window": 2}],
+    "joined": [
+        {"fusion": "none"}, {"bands": False}, {"centre_pool": 0.2}, {"batch_size": 9}, {"holdout": 0.3},
+    ],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def joined_scores(cache):
-    return fit(cache, **JOINED).scores
+def scores(cache):
+    return {name: fit(cache, **base).scores for name, base in BASES.items()}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"fusion": "none"}, {"bands": False}, {"centre_pool": 0.2}, {"batch_size": 9}, {"holdout": 0.3}],
-    ids=str,
-)
-def test_knob_changes_the_joined_score(joined_scores, cache, change):
-    assert not np.allclose(joined_scores, fit(cache, **JOINED | change).scores, rtol=1e-4)
-
-
-def test_hilo_knobs_change_the_outcome(cache):
-    plain, *others = (
-        fit(cache, fusion="hilo", **change).scores for change in ({}, {"alpha": 0.25}, {"window": 2})
-    )
-    assert not any(np.allclose(plain, other, rtol=1e-6) for other in others)
+@pytest.mark.parametrize("base, change", [(name, c) for name in BASES for c in CHANGES[name]], ids=str)
+def test_knob_changes_the_outcome(scores, cache, base, change):
+    assert not np.allclose(scores[base], fit(cache, **BASES[base] | change).scores, rtol=1e-5)
 
 
 def test_gradient_clipping(cache, monkeypatch):
