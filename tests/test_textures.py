@@ -29,7 +29,7 @@ def test_a_defect_changes_the_surface_under_its_mask_alone(texture, defect):
 
 def test_textures_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(textures, "TEXTURES", dict(list(textures.TEXTURES.items())[:2]))
-    asked = argparse.Namespace(folder=tmp_path / "t", train=2, good=1, defect=1, seed=0)
+    asked = argparse.Namespace(folder=tmp_path / "t", train=2, good=1, defect=1, size=textures.SIZE, seed=0)
     textures.main(asked)
     labels = datasets.load_images("mvtec", str(asked.folder)).labels
     assert set(labels.classes) == set(textures.TEXTURES)
