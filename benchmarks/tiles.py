@@ -28,7 +28,7 @@ def measure(category: Path, side: int, threads: int) -> tuple[float, float, floa
     """Fit in tiles of a side (0: whole) -> AUROC, the seconds of the fit with its extraction, and those to
     score a picture."""
     name, knobs = f"tiles-{category.name}{side}", {"preset": "accurate", "extractor": "efficientnet_lite0"}
-    knobs |= {"dataset": "folder", "dataset_path": str(category / "train"), "modelname": name}
+    knobs |= {"dataset": "folder", "dataset_path": str(category / "train" / "good"), "modelname": name}
     start = time.perf_counter()
     train.main(make_config(knobs | {"tiles": side, "mirror": False, "threads": threads, "restart": True}))
     fitted = time.perf_counter()
