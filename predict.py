@@ -64,11 +64,10 @@ from functools import partial
 
 from tqdm import tqdm
 
-import utils
 from backbone.resizing import Unreadable
 from config import UserError
 from detector.checkpoints import find_checkpoints
-from detector.picture_detector import PictureDetector, load_picture_detector
+from detector.picture_detector import PictureDetector
 from images import watch
 from images.given import find_images, refuse_among
 from images.images import images_below
@@ -90,13 +89,11 @@ def check_targets(arguments: argparse.Namespace, files: list[Path]) -> None:
 
 def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
     """The detectors asked for; classes of one run share the backbone. Raises UserError."""
-    device = utils.set_up(arguments.device, arguments.threads)
+    asked = (arguments.device, arguments.threads, arguments.false_alarms, arguments.weights_path)
     loaded: list[PictureDetector] = []
     for path in find_checkpoints(arguments.checkpoint, arguments.class_name, arguments.seed):
         backbone = loaded[0].backbone if loaded else None
-        loaded.append(
-            load_picture_detector(path, device, arguments.false_alarms, backbone, arguments.weights_path)
-        )
+        loaded.append(PictureDetector.load(path, *asked, backbone=backbone))
         if loaded[-1].record.features != loaded[0].record.features:
             raise UserError(
                 f"the classes in {arguments.checkpoint} were fitted to different features; name one class"

@@ -26,7 +26,7 @@ from backbone.arithmetic import products
 from cache.feature_cache import FeatureCache
 from config import OWN_PICTURES, ClassError, Config, UserError
 from detector import calibration, checkpoints, evaluation, runs
-from detector.class_data import TokenSource, class_data, features_fault
+from detector.class_data import TokenSource, class_data
 from detector.detector import WHOLE, make_detector
 from detector.preparation import PreparedClass, prepare_data
 from images.tiles import whole_scores
@@ -41,7 +41,10 @@ class Trainer:
     def __init__(self, prepared: PreparedClass):
         self.prepared, self.data, self.detector = prepared, prepared.data, prepared.detector
         self.config = config = prepared.config
-        self.flow = compiled(self.detector.flow) if config.compile else self.detector.flow
+        self.flow = self.detector.flow
+        if config.compile:  # with CUDA graphs where there is a GPU
+            mode = "reduce-overhead" if torch.cuda.is_available() else "default"
+            self.flow = torch.compile(self.flow, mode=mode)
         self.optimizer = make_optimizer(self.detector.flow, config)
         self.order = np.random.RandomState(prepared.seed)
         self.noise = torch.Generator(prepared.device).manual_seed(prepared.seed)
@@ -100,7 +103,10 @@ class Trainer:
         likelihood, or the last where no epoch is selected."""
         now, last = evaluation.evaluate(self.prepared, epoch, loss), not self.config.patience
         if not now.finite and (last or not self.history):  # else an earlier one is best
-            raise ClassError(features_fault(self.data) or self.diverged(epoch))
+            raise ClassError(
+                f"class {self.data.class_name}: scores are not finite in epoch {epoch} at learning rate "
+                f"{self.config.lr_init:g}; try a lower lr_init, max_grad_norm 1, or normalize power_l2"
+            )
         self.history.append(now.entry)
         if loss is None:
             self.before_training = now.test
@@ -110,12 +116,6 @@ class Trainer:
             self.best, self.since_best = now, 0
             if not last:
                 now.state = {name: values.clone() for name, values in self.detector.state_dict().items()}
-
-    def diverged(self, epoch: int) -> str:
-        return (
-            f"class {self.data.class_name}: scores are not finite in epoch {epoch} at learning rate "
-            f"{self.config.lr_init:g}; try a lower lr_init, max_grad_norm 1, or normalize power_l2"
-        )
 
     def fitted(self, seconds: float) -> checkpoints.Fitted:
         """The detector of the best epoch, its scores, and how they came about."""
@@ -147,11 +147,6 @@ def learning_rate(config: Config, progress: float) -> float:
     """The learning rate after the share ``progress`` (0 to 1) of all steps."""
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr_init * (cosine if config.lr_schedule == "cosine" else 1.0)
-
-
-def compiled(flow: nn.Module):
-    """A module as torch.compile makes it for many calls: with CUDA graphs where there is a GPU."""
-    return torch.compile(flow, mode="reduce-overhead" if torch.cuda.is_available() else "default")
 
 
 # ---------------------------------------------------------------- the script

@@ -14,10 +14,12 @@ CONFIDENCE = 0.95  # of the interval of the false-alarm rate
 
 def p_values(held_out: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """The share of normal pictures at least as unusual, (1 + #held-out scores >= score) / (1 + n), of scores
-    of any shape.
+    of any shape; NaN where none were held out.
 
     Among pictures like the n held-out ones, a p-value of at most alpha comes with probability at most alpha,
     whatever the scores are (conformal prediction: Vovk, Gammerman and Shafer 2005, section 2.2)."""
+    if not len(held_out):
+        return np.full(np.shape(scores), np.nan)
     ordered = np.sort(np.asarray(held_out, float))
     return (1 + len(ordered) - np.searchsorted(ordered, scores, side="left")) / (1 + len(ordered))
 
@@ -32,11 +34,6 @@ class Threshold(NamedTuple):
     n: int  # held-out pictures that it rests on
     asked: float
 
-    @property
-    def enough(self) -> bool:
-        """Whether there are enough pictures for the rate that was asked for."""
-        return self.expected <= self.asked
-
     def __str__(self) -> str:
         return (
             f"anomalous: above {self.score:.6g}; false alarms there {self.expected:.2%} "
@@ -47,7 +44,7 @@ class Threshold(NamedTuple):
     @property
     def warning(self) -> str:
         """What to say where the pictures are too few; "" where they are enough."""
-        if self.enough:
+        if self.expected <= self.asked:
             return ""
         return (
             f"a false-alarm rate of {self.asked:g} needs {needed(self.asked)} held-out normal pictures, "

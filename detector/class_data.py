@@ -51,14 +51,12 @@ class TokenSource:
 
     def make_resident(self) -> None:
         """Copy every array to the device's memory, to be read there from now on."""
-        self.resident = {name: self._load(array) for name, array in self.arrays.items()}
-
-    def _load(self, array: feature_cache.CachedArray) -> Tensor:
-        resident = torch.empty(array.shape, dtype=torch.float16, device=self.device)
-        for start in range(0, len(array), 1024):
-            rows = slice(start, start + 1024)
-            resident[rows].copy_(torch.from_numpy(array[rows]))
-        return resident
+        self.resident = {}
+        for name, array in self.arrays.items():
+            self.resident[name] = torch.empty(array.shape, dtype=torch.float16, device=self.device)
+            for start in range(0, len(array), 1024):
+                rows = slice(start, start + 1024)
+                self.resident[name][rows].copy_(torch.from_numpy(array[rows]))
 
     def _rows(self, name: str, index: np.ndarray, on_cpu: bool) -> Tensor:
         """The rows ``index`` of an array, float16."""
@@ -160,21 +158,3 @@ def class_data(
             "images, or the cache is damaged"
         )
     return data
-
-
-def features_fault(data: ClassData) -> str | None:
-    """Where a class's cached features are not finite; None where all are. Reads them all: asked only once
-    something has gone wrong."""
-    for what, part in (("training", "fit"), ("training", "held"), ("test", "test")):
-        source, rows = data.part(part)
-        broken: list[int] = []
-        for batch in in_batches(rows, EVAL_BATCH["cpu"]):
-            arrays = [source.one(name, batch, on_cpu=True).flatten(1) for name in source.arrays]
-            finite = torch.stack([array.isfinite().all(1) for array in arrays]).all(0)
-            broken += batch[~finite.numpy()].tolist()
-        if broken:
-            return (
-                f"class {data.class_name}: the cached features of {len(broken)} of its {what} images are not "
-                f"finite, row {broken[0]} of that split first; the cache is damaged: extract them again"
-            )
-    return None

@@ -102,10 +102,6 @@ class Detector(nn.Module):
             )
         return scores
 
-    def place_map(self, places: Tensor) -> np.ndarray:
-        """How unusual every place is (B, P), where ``uses_places``, from raw place tokens (B, P, E)."""
-        raise NotImplementedError
-
     def load_saved(self, state: dict[str, Tensor]) -> None:
         """Load a state dict, some of whose buffers may have any number of rows."""
         for name in state.keys() & dict(self.named_buffers()).keys():
@@ -223,7 +219,7 @@ class PlaceFlow(Detector):
 def make_detector(config: Config, features: dict, n_images: int | None = None) -> Detector:
     """The detector that a configuration asks for; arguments and errors as of ``Detector``, and UserError on
     one that is more than the memory holds."""
-    memory.check_detector(config, features)
+    memory.check(config, features)
     return (PlaceFlow if config.score == "joined" else ImageFlow)(config, features, n_images)
 
 
@@ -257,7 +253,7 @@ def build_flow(config: Config, channels: int, grid: tuple[int, int], n_tokens: i
 # ---------------------------------------------------------------- from a checkpoint
 def load_detector(path: Path) -> tuple[Detector, Record]:
     """The detector of a checkpoint (either of its two files) and its record. Unpickles nothing.
-    Raises UserError unless both are what was written together, and every weight is finite."""
+    Raises UserError unless both are what was written together."""
     record_file, weights = checkpoint_files(Path(path))
     try:
         record = read_record(record_file)
@@ -274,9 +270,6 @@ def load_detector(path: Path) -> tuple[Detector, Record]:
     except Exception as error:  # files that somebody made: each fails in its own way
         reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
         raise UserError(f"{weights} holds no weights of this version's detector ({reason})") from None
-    broken = [name for name, t in detector.state_dict().items() if not torch.isfinite(t).all()]
-    if broken:
-        raise UserError(f"{weights} holds weights that are not finite ({broken[0]}): train it again")
     return detector.eval(), record
 
 

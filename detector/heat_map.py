@@ -20,22 +20,18 @@ MOST_FALSE = 0.3  # false positive rate up to which AUPRO counts (Bergmann et al
 
 
 # ---------------------------------------------------------------- the maps
-def resized(coarse: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map (rows, columns) at a picture's size (H, W), bilinear, float32."""
-    values = torch.from_numpy(np.ascontiguousarray(coarse, np.float32))[None, None]
-    return F.interpolate(values, size, mode="bilinear", align_corners=False)[0, 0].numpy()
-
-
 def of_places(scores: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """From the scores (P) of the places of a grid (rows, columns) -> (H, W)."""
-    return resized(scores.reshape(grid), size)
+    """From the scores (P) of the places of a grid (rows, columns) -> (H, W) at a picture's ``size``, float32,
+    bilinear."""
+    values = torch.from_numpy(np.ascontiguousarray(scores, np.float32)).view(1, 1, *grid)
+    return F.interpolate(values, size, mode="bilinear", align_corners=False)[0, 0].numpy()
 
 
 def by_occlusion(score: Callable[[Iterator[np.ndarray]], np.ndarray], pixels: np.ndarray) -> np.ndarray:
     """How much the score of a picture (H, W, 3) falls when a part of it is blurred -> (H, W). SIDE x SIDE
     parts, each with half of its neighbours: SIDE^2 + 1 pictures are scored, made as they are asked for."""
     whole, *parts = score(_hidden(pixels))
-    return resized((whole - np.array(parts)).reshape(SIDE, SIDE), pixels.shape[:2])
+    return of_places(whole - np.array(parts), (SIDE, SIDE), pixels.shape[:2])
 
 
 def _hidden(pixels: np.ndarray) -> Iterator[np.ndarray]:

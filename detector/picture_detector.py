@@ -4,15 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import utils
+from backbone.extraction import Rows
+from backbone.resizing import Unreadable
 from backbone.token_grid import place_grid_of
 from config import UserError
-from detector import calibration, heat_map, pictures
+from detector import calibration, heat_map
 from detector.checkpoints import Record, config_of
 from detector.class_data import Features
 from detector.detector import Detector, load_detector
+from detector.pictures import FittedBackbone, are_several
 from images import images
 from images.pixel_scale import PixelScale
 from images.tiles import tiles_of, whole_map
@@ -35,12 +37,11 @@ class PictureDetector:
         self,
         fitted: Detector,
         record: Record,
-        backbone: pictures.FittedBackbone,
+        backbone: FittedBackbone,
         false_alarms: float | None = None,
     ):
         self.fitted, self.record, self.backbone = fitted.to(backbone.device).eval(), record, backbone
-        self.class_name, self.seed = record.result["class"], record.result["seed"]
-        self.held_out = record.held_out_scores
+        self.class_name, self.held_out = record.result["class"], record.held_out_scores
         self.false_alarms = record.config["false_alarms"] if false_alarms is None else false_alarms
         if not 0 < self.false_alarms <= 0.5:
             raise UserError(f"false_alarms: expected a share above 0 and up to 0.5, got {self.false_alarms}")
@@ -52,27 +53,35 @@ class PictureDetector:
         threads: int = 0,
         false_alarms: float | None = None,
         weights_path: str | Path | None = None,
+        precision: str | None = None,
+        backbone: FittedBackbone | None = None,
     ) -> "PictureDetector":
         """A fitted class, from its checkpoint: ``PictureDetector.load(path).score(picture)``.
 
         false_alarms: the share of normal pictures that ``verdict`` may call anomalous; None: the run's knob.
         weights_path: the file that a fit with weights_path took; None: looked for where it was and beside the
-        checkpoint. Raises UserError when the checkpoint or the device is not there."""
-        weights = None if weights_path is None else Path(weights_path)
-        return load_picture_detector(path, utils.set_up(device, threads), false_alarms, weights=weights)
+        checkpoint. precision: of the backbone, as the knob; None: as in the fit. backbone: of a detector that
+        was fitted to the same features. Raises UserError when the checkpoint or the device is not there."""
+        there, path = utils.set_up(device, threads), Path(path)
+        fitted, record = load_detector(path)
+        if backbone is None:
+            weights = Path(weights_path) if weights_path else None
+            config = config_of(record)
+            backbone = FittedBackbone(config, record.features, there, path, precision, weights)
+        return PictureDetector(fitted, record, backbone, false_alarms)
 
     def score(self, picture: Any) -> Any:
         """The anomaly score of a picture (float), or of several (n): higher is more anomalous. Raises
         UserError on one that cannot be read."""
-        several = pictures.are_several(picture)
+        several = are_several(picture)
         scores: list[np.ndarray] = [np.empty(0)]
         for rows in self.backbone.rows(picture if several else [picture]):
-            if isinstance(rows, pictures.Unreadable):
+            if isinstance(rows, Unreadable):
                 raise UserError(rows.reason)
             scores.append(self.score_rows(rows))
         return np.concatenate(scores) if several else float(scores[-1][0])
 
-    def score_rows(self, rows: pictures.Rows) -> np.ndarray:
+    def score_rows(self, rows: Rows) -> np.ndarray:
         """Scores (n) from rows of features, as ``FittedBackbone.rows`` gives them; of the tiles of a picture
         one."""
         scores = self.fitted.score_features(Features.of(rows)).astype(float)
@@ -93,7 +102,7 @@ class PictureDetector:
         if not self.fitted.uses_places and not self.backbone.tiles:
             return heat_map.by_occlusion(self.score, pixels)
         rows = next(iter(self.backbone.rows([pixels])))
-        assert not isinstance(rows, pictures.Unreadable), "pixels can be read"
+        assert not isinstance(rows, Unreadable), "pixels can be read"
         features, size = Features.of(rows), pixels.shape[:2]
         tiles = tiles_of(size, self.backbone.tiles)
         if self.fitted.uses_places:
@@ -115,8 +124,7 @@ class PictureDetector:
     def p_value(self, score: Any) -> Any:
         """How many normal pictures score as high or higher, as a share, of a score or an array of them; NaN
         where none were held out (calibration.p_values)."""
-        known = len(self.held_out) > 0
-        values = calibration.p_values(self.held_out, score) if known else np.full(np.shape(score), np.nan)
+        values = calibration.p_values(self.held_out, score)
         return values if np.ndim(score) else float(values)
 
     @property
@@ -134,21 +142,3 @@ class PictureDetector:
         """Let p-values and verdicts rest on fresh normal pictures instead -> the new threshold."""
         self.held_out = np.atleast_1d(self.score(good))
         return self.threshold
-
-
-def load_picture_detector(
-    path: str | Path,
-    device: torch.device,
-    false_alarms: float | None = None,
-    backbone: pictures.FittedBackbone | None = None,
-    weights: Path | None = None,
-    precision: str | None = None,
-) -> PictureDetector:
-    """A fitted class that scores pictures, from its checkpoint. backbone: of a detector that was fitted to
-    the same features; weights: the file of a fit with weights_path; precision: of the backbone, None: as in
-    the fit. Raises UserError: ``load_detector``."""
-    fitted, record = load_detector(Path(path))
-    backbone = backbone or pictures.FittedBackbone(
-        config_of(record), record.features, device, precision, weights, Path(path)
-    )
-    return PictureDetector(fitted, record, backbone, false_alarms)

@@ -48,9 +48,9 @@ class FittedBackbone:
         config: Config,
         features: dict,
         device: torch.device,
+        checkpoint: Path,
         precision: str | None = None,
         weights: Path | None = None,
-        checkpoint: Path | None = None,
     ):
         """features: the sidecar of the features that the detector was fitted to. precision: of the backbone,
         as the knob says it; None: as in the fit. weights: the file of a fit with weights_path; None: looked
@@ -73,24 +73,20 @@ class FittedBackbone:
     @functools.cached_property
     def job(self) -> extraction.Extraction:
         """The loaded backbone. Raises UserError when it no longer gives the features of the fit."""
-        self.config = dataclasses.replace(self.config, weights_path=self._weights_path())
-        config = self.config
-        identity = cache_identity(config, self.device)
-        self._check(identity.fields)
+        config = dataclasses.replace(self.config, weights_path=self._weights_path())
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be a table of scores
+            identity = cache_identity(config, self.device)
             job = extraction.Extraction(identity, self.device, config.extract_batch, config.workers)
-        self._check({name: value for name, value in job.fields.items() if name != EXAMPLE})
-        if fault := example_fault(self.features.get(EXAMPLE), job.fields[EXAMPLE]):
-            raise UserError(f"the detector does not fit: {fault}")
-        return job
-
-    def _check(self, fields: dict) -> None:
-        for field, now in fields.items():
+        for field, now in job.fields.items():
             fitted_to = self.features.get(field)
-            if field != "precision" and fitted_to != as_strict_json(now):  # which a file may have of its own
+            other = field != EXAMPLE and fitted_to != as_strict_json(now)
+            if other and field != "precision":  # which a file may have of its own
                 raise UserError(
                     f"the detector was fitted to features with {field} {fitted_to}, now it is {now}"
                 )
+        if fault := example_fault(self.features.get(EXAMPLE), job.fields[EXAMPLE]):
+            raise UserError(f"the detector does not fit: {fault}")
+        return job
 
     def _weights_path(self) -> str | None:
         """The knob weights_path for the weights of the fit, wherever their file is now. Raises UserError when
@@ -103,7 +99,7 @@ class FittedBackbone:
                 )
             return fitted_with
         there = Path(fitted_with)
-        beside = [folder / there.name for folder in self.checkpoint.parents[:2]] if self.checkpoint else []
+        beside = [folder / there.name for folder in self.checkpoint.parents[:2]]
         places = [self.weights] if self.weights else [there, *beside]
         for place in filter(Path.is_file, places):
             if weights == backbones.weights_source(self.config.extractor, str(place), self.config.seed):
@@ -119,31 +115,28 @@ class FittedBackbone:
         pictures are computed one batch at a time, by all threads, at once; further ones as extraction does
         it."""
         utils.check_default_dtype()
-        numbered = iter(enumerate(pictures))
+        job, numbered = self.job, iter(enumerate(pictures))
+        size = 1 if self.tiles else job.batch
+        batches = iter(lambda: list(itertools.islice(numbered, size)), [])
+        few = batches if self.tiles else itertools.islice(batches, -(-COMPILED_FROM // size))
         with utils.thread_pool(DECODING_THREADS) as pool:
-            few = numbered if self.tiles else itertools.islice(numbered, COMPILED_FROM)
-            ahead = 1 if self.tiles else DECODING_THREADS * self.job.batch
-            read = utils.in_order(pool, self._read_one, few, ahead)
-            for batch in read if self.tiles else self._batches(itertools.chain.from_iterable(read)):
-                for stack in stack_rows(batch):
+            for stacks in utils.in_order(pool, self._read, few, DECODING_THREADS):
+                for stack in stacks:
                     with torch.inference_mode():
-                        yield stack if isinstance(stack, Unreadable) else self.job.rows(stack)
-        if (more := next(numbered, None)) is not None:
-            self.job.compile()
-            batches = self._batches(itertools.chain([more], numbered))
-            yield from self.job.computed(
-                lambda batch: stack_rows([self._read_one(each)[0] for each in batch]), batches
-            )
+                        yield stack if isinstance(stack, Unreadable) else job.rows(stack)
+        if more := next(batches, None):
+            job.compile()
+            yield from job.computed(self._read, itertools.chain([more], batches))
 
-    def _batches(self, pictures: Iterator) -> Iterator[list]:
-        return iter(lambda: list(itertools.islice(pictures, self.job.batch)), [])
-
-    def _read_one(self, numbered: tuple[int, Any]) -> list[Tensor | Unreadable]:
-        """The tiles of a picture, or it as a whole, as the device takes them."""
-        number, picture = numbered
-        try:
-            pixels = images.pixels_of(picture, self.scale)
-        except UserError as mistake:
-            return [Unreadable(number, str(mistake))]
-        tiles = tiles_of(pixels.shape[:2], self.tiles)
-        return [to_device_size(tile.of(pixels), self.job.img_size) for tile in tiles]
+    def _read(self, batch: list[tuple[int, Any]]) -> list[Tensor | Unreadable]:
+        """Numbered pictures, or their tiles, as the device takes them, of one size stacked."""
+        levels: list[Tensor | Unreadable] = []
+        for number, picture in batch:
+            try:
+                pixels = images.pixels_of(picture, self.scale)
+            except UserError as mistake:
+                levels.append(Unreadable(number, str(mistake)))
+                continue
+            tiles = tiles_of(pixels.shape[:2], self.tiles)
+            levels += [to_device_size(tile.of(pixels), self.job.img_size) for tile in tiles]
+        return stack_rows(levels)

@@ -11,7 +11,7 @@ import utils
 from backbone.arithmetic import products
 from config import ClassError, Config
 from detector import memory
-from detector.class_data import EVAL_BATCH, ClassData, evenly, features_fault, in_batches
+from detector.class_data import EVAL_BATCH, ClassData, evenly, in_batches
 from detector.detector import Detector, ImageFlow, PlaceFlow, make_detector
 from detector.image_density import one_scene
 from detector.normalization import power_groups, spread
@@ -166,7 +166,7 @@ def prepare_data(
     """The class ready for training. features: the sidecar of the cache, as ``Detector`` takes it. Seeds all
     random generators. Raises UserError on settings that do not fit the features or the memory, ClassError on
     features that cannot be normalised."""
-    memory.check_training(config, features, len(data.fit_rows))
+    memory.check(config, features, min(config.batch_size, len(data.fit_rows)))
     utils.keep_freed_memory()
     utils.seed_everything(seed)
     detector = make_detector(config, features, len(data.fit_rows))
@@ -176,7 +176,5 @@ def prepare_data(
         assert isinstance(detector, ImageFlow)
         return PreparedImages(config, data, seed, device, detector)
     except (ValueError, torch.linalg.LinAlgError) as error:
-        name, reason = data.class_name, str(error).splitlines()[0]
-        raise ClassError(
-            features_fault(data) or f"class {name}: its features cannot be normalised ({reason})"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise ClassError(f"class {data.class_name}: its features cannot be normalised ({reason})") from None

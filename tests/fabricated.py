@@ -22,15 +22,9 @@ PLACES = (9, 5)  # places and channels of the fabricated place tokens
 CLASSES, N_TRAIN, N_TEST, C, GRID = ("a", "b", "c"), 40, 20, 32, (3, 3)
 
 
-def fabricate(
-    folder,
-    signal: float = 2.0,
-    scale: float = 1.0,
-    same: str | None = None,
-) -> FeatureCache:
+def fabricate(folder, signal: float = 2.0) -> FeatureCache:
     """A cache of Gaussian tokens: semantic tokens lie ``signal`` apart per channel and class; patch tokens
-    follow them, and so do bands and places. same: a class whose training
-    images are all the same."""
+    follow them, and so do bands and places."""
     generator = np.random.RandomState(0)
     n, centres = math.prod(GRID), generator.randn(len(CLASSES), C)
     counts = dict(zip(SPLITS, (N_TRAIN, N_TEST)))
@@ -40,12 +34,9 @@ def fabricate(
         for s in SPLITS
     }
     tokens = {
-        s: scale * (generator.randn(len(category[s]), 1 + n, C) + signal * centres[category[s]][:, None])
+        s: generator.randn(len(category[s]), 1 + n, C) + signal * centres[category[s]][:, None]
         for s in SPLITS
     }
-    if same:
-        rows = np.flatnonzero(category["train"] == CLASSES.index(same))
-        tokens["train"][rows] = tokens["train"][rows[0]]
     size = Bands(2, 0.15).shape(BAND_CHANNELS)[0]
     textures = generator.randn(len(CLASSES), size)
     bands = {
@@ -84,9 +75,8 @@ JOINED = {  # as the preset accurate puts the method together
     "least_steps": 20,
     "holdout": 0.2,
 }
-by_score = pytest.mark.parametrize(
-    "options", [*({"score": name} for name in knobs.SCORES[:3]), JOINED], ids=lambda options: options["score"]
-)
+EVERY_SCORE = [*({"score": name} for name in knobs.SCORES[:3]), JOINED]
+by_score = pytest.mark.parametrize("options", EVERY_SCORE, ids=lambda options: options["score"])
 
 
 def make(cache, class_name: str = "a", seed: int = 0, **more) -> train.Trainer:

@@ -29,11 +29,11 @@ if __name__ == "__main__":
     assert same is utils and utils.MINE and config.MINE and "mine" in config.__file__
     d = Detector.load("runs/foad_mfff/classes/product-seed0", device="cpu", threads=2)
     score = d.score("new.png")
-    assert score > 0 and 0 < d.p_value(score) <= 1 and d.heat_map("new.png").shape == (32, 32)
+    assert score > 0 and 0 < d.p_value(score) <= 1
     assert d.verdict(score) == ("anomalous" if score > d.threshold.score else "normal")
     with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (1,)) as pool:
-        assert abs(pool.apply(d.score, ("new.png",)) - score) < 1e-4 * score
-        assert pool.apply(type(d).calibrate, (d, ["new.png"])).n == 1
+        threshold = pool.apply(type(d).calibrate, (d, ["new.png"]))
+        assert threshold.n == 1 and abs(threshold.score - score) < 1e-4 * score
         for score_of in (d.score, lambda name: pool.apply(d.score, (name,))):
             try:
                 score_of("nowhere.png")
@@ -53,7 +53,8 @@ def test_a_notebook_and_its_pool_beside_modules_of_the_same_names(tmp_path):
     for name in ("utils", "config", "model", "datasets", "detector"):
         (folder / f"{name}.py").write_text("MINE = True\n")
     with contextlib.chdir(folder):
-        train.main(settings(dataset="folder", dataset_path="product", img_size=(32, 32), holdout=0.3))
+        options = {"dataset": "folder", "dataset_path": "product", "extractor": "resnet10t", "holdout": 0.3}
+        train.main(settings(**options, img_size=(32, 32)))
     (folder / "script.py").write_text(NOTEBOOK)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "script.py"]

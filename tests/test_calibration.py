@@ -19,8 +19,8 @@ def test_above_the_threshold_is_a_small_p_value(n, rate):
     held = np.random.RandomState(n).randn(n)
     found = calibration.threshold(held, rate)
     scores = np.concatenate([held, held + 1e-9, np.linspace(-5, 5, 101)])
-    assert found.enough == (n >= calibration.needed(rate)) == (found.warning == "")
-    limit = rate if found.enough else 1 / (n + 1)
+    assert (n >= calibration.needed(rate)) == (found.warning == "")
+    limit = rate if not found.warning else 1 / (n + 1)
     assert np.array_equal(scores > found.score, calibration.p_values(held, scores) <= limit + 1e-12)
 
 

@@ -46,30 +46,31 @@ def test_checkpoint_gives_the_same_scores(cache, tmp_path, monkeypatch, options)
     assert checkpoints.config_of(content) == settings(**options)
 
 
-def test_checkpoint_that_is_not_there(cache, tmp_path, monkeypatch):
+def test_checkpoint_without_weights(cache, tmp_path, monkeypatch):
+    """None of an older fit stay, either."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="nothing"):
         detector.load_detector(tmp_path / "nothing.json")
-    path = checkpoints.save_fitted(settings(keep="results"), cache, fit(cache))
-    assert path.with_suffix(".json").exists() and not path.with_suffix(".safetensors").exists()
-    with pytest.raises(UserError, match="no weights were kept"):
-        detector.load_detector(path)
-
-
-def test_no_weights_of_an_older_fit_stay(cache, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    _, weights = checkpoints.checkpoint_files(checkpoints.save_fitted(settings(), cache, fit(cache)))
+    fitted = fit(cache)
+    record, weights = checkpoints.checkpoint_files(checkpoints.save_fitted(settings(), cache, fitted))
     assert weights.exists()
-    checkpoints.save_fitted(settings(keep="results"), cache, fit(cache))
-    assert not weights.exists()
+    checkpoints.save_fitted(settings(keep="results"), cache, fitted)
+    assert record.exists() and not weights.exists()
+    with pytest.raises(UserError, match="no weights were kept"):
+        detector.load_detector(record)
 
 
 # ---------------------------------------------------------------- what was changed, cut or made up
+@pytest.fixture(scope="module")
+def fitted(cache):
+    return fit(cache)
+
+
 @pytest.fixture
-def kept(cache, tmp_path, monkeypatch):
+def kept(cache, fitted, tmp_path, monkeypatch):
     """The two files of a checkpoint."""
     monkeypatch.chdir(tmp_path)
-    return checkpoints.checkpoint_files(checkpoints.save_fitted(settings(), cache, fit(cache)))
+    return checkpoints.checkpoint_files(checkpoints.save_fitted(settings(), cache, fitted))
 
 
 def refused(path) -> str:
@@ -84,20 +85,16 @@ def test_a_fit_of_other_formulas_is_refused(kept, monkeypatch):
     assert "fitted by a version whose scores are others; train it again" in refused(kept[0])
 
 
-@pytest.mark.parametrize(
-    "part, name, value",
-    [("config", "clamp", 2.9), ("features", "n_feat", 31), ("test", "scores", [0.0])],
-)
-def test_an_edit_of_the_record_is_noticed(kept, part, name, value):
+def test_an_edit_of_the_record_is_noticed(kept):
     content = json.loads(kept[0].read_text())
     kept[0].write_text(json.dumps(content))  # the layout is no part of the checksum
     detector.load_detector(kept[0])
-    content[part][name] = value
+    content["test"]["scores"] = [0.0]
     kept[0].write_text(json.dumps(content))
     assert "checksum" in refused(kept[0])
 
 
-def test_weights_that_were_cut_or_exchanged(kept, cache):
+def test_weights_that_were_cut_or_exchanged(kept):
     _, weights = kept
     whole = weights.read_bytes()
     for damaged in (whole[:-4], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
@@ -111,16 +108,6 @@ def reseal(kept, **changes) -> None:
     """Change a record and its weights' fingerprint, and seal it again: what a forger would do."""
     record = json.loads(kept[0].read_text()) | changes
     write_sealed(kept[0], record | {"weights": checkpoints.fingerprint(kept[1])})
-
-
-def test_weights_that_are_not_finite_are_refused(kept):
-    state = load_file(kept[1])
-    name = next(name for name in state if name.endswith("fc1.weight"))
-    for value in (float("nan"), float("inf")):
-        state[name][0, 0] = value
-        save_file(state, kept[1])
-        reseal(kept)
-        assert "not finite" in refused(kept[0]) and name in refused(kept[0])
 
 
 def test_weights_of_another_flow_are_refused(kept):
@@ -145,7 +132,7 @@ ANY_JSON = st.recursive(
     max_leaves=10,
 )
 FUZZ = examples(
-    max_examples=60, deadline=None, database=None, derandomize=True,
+    max_examples=25, deadline=None, database=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 

@@ -211,10 +211,6 @@ def test_global_numpy_generator_is_left_alone():
     assert before[2:] == after[2:] and (before[1] == after[1]).all()
 
 
-def test_hidden_is_channels_by_default():
-    assert make_flow(20, (2, 2)).module_list[0].s1.fc1.out_features == 20
-
-
 # ---------------------------------------------------------------- likelihood and scores
 def test_loss_and_likelihood_by_hand():
     z, log_det = torch.tensor([[1.0, 2.0], [0.0, -4.0]]), torch.tensor([0.5, -1.0])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_cache
-from fabricated import CLASSES, JOINED, N_TRAIN, again, fit, settings
+from fabricated import CLASSES, JOINED, N_TRAIN, again, settings
 
 import main
 import train
@@ -275,45 +275,6 @@ def test_a_constant_class_does_not_lose_the_others(run, tmp_path, capsys):
     with pytest.raises(UserError, match="1 of 3 classes"):
         run(modelname="bad", n_seeds=2)  # it is tried again, the others are kept
     assert run.fitted == [("b", 0), ("a", 1), ("b", 1), ("c", 1)]
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize(
-    "options, part",
-    [({}, "tokens"), ({"normalize": "power_l2+whiten"}, "tokens"),
-     *((JOINED, part) for part in ("tokens", "bands", "places"))],
-    ids=str,
-)  # fmt: skip
-def test_features_that_are_not_finite_are_named(cache, split, options, part):
-    """Instead of advice about the learning rate."""
-
-    class Damaged:
-        """The fabricated cache with one value changed as it is read."""
-
-        def __init__(self, array):
-            self.array, self.shape = array, array.shape
-
-        def __len__(self):
-            return len(self.array)
-
-        def __getitem__(self, index):
-            rows = np.array(self.array[index], np.float32)
-            rows[np.asarray(index) == 5, ..., 2] = np.nan
-            return rows
-
-        def semantic(self):
-            return self[np.arange(len(self))][:, 0]
-
-    real = cache.arrays
-    cache = again(cache)
-    cache.arrays = lambda s: {
-        name: Damaged(array) if s == split and name == part else array for name, array in real(s).items()
-    }
-    with pytest.raises(UserError) as mistake:
-        fit(cache, "a", **options)
-    line = str(mistake.value)
-    assert f"1 of its {'training' if split == 'train' else 'test'} images are not finite, row 5" in line
-    assert "damaged" in line and "lr_init" not in line
 
 
 def test_two_training_images_are_no_class(run):

@@ -1,5 +1,6 @@
 """The set makers: textures whose defects are where their masks say, solar cells in MVTec layout."""
 
+import argparse
 import sys
 
 import numpy as np
@@ -26,17 +27,18 @@ def test_a_defect_changes_the_surface_under_its_mask_alone(texture, defect):
     assert changed[~mask].max() <= 0.05 + 1e-9, "nothing outside the mask but its soft edge"
 
 
-def test_textures_on_disk(run_script, tmp_path):
-    command = ("tools/textures.py", "t", "--train", 2, "--good", 1, "--defect", 1)
-    assert run_script(*command).returncode == 0
-    labels = datasets.load_images("mvtec", str(tmp_path / "t")).labels
+def test_textures_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(textures, "TEXTURES", dict(list(textures.TEXTURES.items())[:2]))
+    asked = argparse.Namespace(folder=tmp_path / "t", train=2, good=1, defect=1, size=textures.SIZE, seed=0)
+    textures.main(asked)
+    labels = datasets.load_images("mvtec", str(asked.folder)).labels
     assert set(labels.classes) == set(textures.TEXTURES)
-    train, test, anomalous = labels.one_class("bricks")
+    train, test, anomalous = labels.one_class("weave")
     assert len(train) == 2 and anomalous.sum() == len(textures.DEFECTS) and len(test) == 1 + anomalous.sum()
-    masks = {path.parent.name for path in (tmp_path / "t/bricks/ground_truth").glob("*/*_mask.png")}
+    masks = {path.parent.name for path in asked.folder.glob("*/ground_truth/*/*_mask.png")}
     assert masks == set(textures.DEFECTS)
-    again = run_script(*command)
-    assert again.returncode == 2 and again.stderr.startswith("error: t exists")
+    with pytest.raises(UserError, match="t exists"):
+        textures.main(asked)
 
 
 def test_cells_become_a_set_of_two_categories(tmp_path):

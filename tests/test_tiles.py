@@ -8,9 +8,9 @@ import pytest
 from conftest import texture, tree, write_image
 
 import datasets
+import export
 import train
 from config import Config, UserError
-from detector import exporting
 from detector.picture_detector import PictureDetector
 from images.tiles import OVERLAP, tiles_of, whole_map, whole_scores
 
@@ -98,4 +98,4 @@ def test_a_detector_of_tiles(tmp_path, monkeypatch):
         values = loaded.heat_map(spoilt)
         assert values.shape == (96, 128) and values[70:82, 100:112].mean() > values[:40, :50].mean()
     with pytest.raises(UserError, match="tiles of 64 pixels"):
-        exporting.load(path, None)
+        export.main(export.parse_arguments([str(path), "x.pt2", "--threads", "1"]))
