@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PIXELS, counts, tree, write_image
+from conftest import counts, tree, write_image
 from PIL import Image
 
 from config import UserError
 from datasets import SPLITS, ImageSet, load_images
 from images import images, layouts
+from shell.files import write_text
 
 MVTEC = ("train/good/1.png", "train/good/2.png", "test/good/3.png", "test/scratch/4.png", "test/hole/5.png")
 MASK = np.array([[0, 0, 255, 0]] * 3, np.uint8)
@@ -47,8 +48,17 @@ def marked(found: ImageSet) -> dict[str, bool]:
     return {name: np.array_equal(mask, MASK > 0) for name, mask in masks.items() if mask is not None}
 
 
-# ---------------------------------------------------------------- MVTec-style
-LAYOUTS = {  # data set, a mask, {picture of a category: what it is, nothing where it is left out}
+# ---------------------------------------------------------------- as they are published
+VISA = """object,split,label,image,mask
+01,train,normal,01\\Data\\Images\\Normal\\0.JPG,
+01,test,anomaly,01/Data/Images/Anomaly/2.JPG,01/Data/Masks/Anomaly/2.png
+01,test,normal,01/Data/Images/Normal/1.JPG,
+"""
+ANNOTATED = 'image,label,mask\n01/Data/Images/Anomaly/2.JPG,"melt,scratch",\n'
+OK = {"anomaly_class": "OK", "mask_path": None}
+BAD = {"anomaly_class": "AK", "image_path": "NG/AK/2.jpg", "mask_path": "NG/AK/2.png"}
+REAL_IAD = {"train": [OK | {"image_path": "OK/0.jpg"}], "test": [OK | {"image_path": "OK/1.jpg"}, BAD]}
+LAYOUTS = {  # data set, a mask, {picture of the class 01: what it is, nothing where it is left out}
     "MVTec": ("mvtec", "ground_truth/hole/5_mask.png", {
         "train/good/1.png": "train", "train/dent/2.png": "", "test/good/3.png": "normal",
         "test/scratch/4.png": "scratch", "test/hole/5.png": "hole, masked",
@@ -71,28 +81,55 @@ LAYOUTS = {  # data set, a mask, {picture of a category: what it is, nothing whe
         "train/good/rgb/0.png": "train", "validation/good/rgb/0.png": "held out",
         "test/good/rgb/0.png": "normal", "test/hole/rgb/0.png": "hole, masked", "test/hole/xyz/0.tiff": "",
     }),
+    "VisA": ("VisA", "Data/Masks/Anomaly/2.png", {
+        "Data/Images/Normal/0.JPG": "train", "Data/Images/Normal/1.JPG": "normal",
+        "Data/Images/Anomaly/2.JPG": "melt,scratch, masked",
+    }),
+    "Real-IAD": ("RealIAD", "NG/AK/2.png", {
+        "OK/0.jpg": "train", "OK/1.jpg": "normal", "NG/AK/2.jpg": "AK, masked",
+    }),
+    "magnetic tiles": ("MTD", "MT_Crack/Imgs/exp1_num_4.png", {
+        **{f"MT_Free/Imgs/exp1_num_{i}.jpg": "train" for i in range(4)},
+        "MT_Free/Imgs/exp1_num_4.jpg": "normal", "MT_Crack/Imgs/exp1_num_4.jpg": "crack, masked",
+        "MT_Fray/Imgs/exp2_num_4.jpg": "fray",
+    }),
+}  # fmt: skip
+FILES = {  # beside the pictures: their place, {file: content}
+    "VisA": ("VisA_20220922/01", {
+        "VisA_20220922/split_csv/1cls.csv": VISA,
+        "VisA_20220922/01/image_anno.csv": ANNOTATED,
+    }),
+    "Real-IAD": ("realiad_256/01", {
+        "realiad_jsons/realiad_jsons/01.json": json.dumps(REAL_IAD),
+        "realiad_jsons/realiad_jsons/an object that was not fetched.json": json.dumps(REAL_IAD),
+    }),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_each_picture_of_a_layout_is(tmp_path, layout):
     dataset, mask, pictures = LAYOUTS[layout]
-    tree(tmp_path, *(f"01/{name}" for name in pictures), "other/train/good/1.png", "licence/1.png")
-    write_image(tmp_path / "01" / mask, MASK)
+    place, files = FILES.get(layout, ("01", {}))
+    for name, content in files.items():
+        write_text(tmp_path / name, content)
+    tree(tmp_path / place, *pictures)
+    write_image(tmp_path / place / mask, MASK)
     found = load_images(dataset, str(tmp_path))
-    rows, tested, anomalous = found.labels.one_class("01")
+    assert found.labels.per_category
+    rows, tested, anomalous = found.labels.one_class("magnetic_tile" if dataset == "MTD" else "01")
     train, test = found.labels.train, found.labels.test
     told = {train.names[i]: "held out" if train.held[i] else "train" for i in rows}
     for i, odd in zip(tested, anomalous):
         masked = ", masked" if found.mask(i) is not None else ""
         told[test.names[i]] = (test.kind[i] if odd else "normal") + masked
-    assert told == {f"01/{name}": meaning for name, meaning in pictures.items() if meaning}
+    assert told == {f"{place}/{name}": meaning for name, meaning in pictures.items() if meaning}
 
 
 def test_mvtec_categories(tmp_path):
     """All, one of them alone, or the only folder that holds them."""
     for category in ("bottle", "cable"):
         tree(tmp_path / "sets" / category, *MVTEC)
+    tree(tmp_path / "sets/licence", "1.png")
     for root in (tmp_path, tmp_path / "sets"):
         assert load_images("mvtec", str(root)).labels.classes == ("bottle", "cable")
     assert load_images("mvtec", str(tmp_path / "sets/bottle")).labels.classes == ("bottle",)
@@ -127,7 +164,7 @@ def test_masks_that_are_not_found_are_told(tmp_path, capsys):
     write_image(root / "ground_truth/scratch/4_mask.png", MASK)
     write_image(root / "ground_truth/hole/another.png", MASK)
     load_images("mvtec", str(root))
-    assert "6 defects in hole, no mask for any in ground_truth/hole\n" in capsys.readouterr().err
+    assert "masks for 0 of 6 defects in bottle/hole\n" in capsys.readouterr().err
     write_image(root / "ground_truth/hole/7_mask.png", MASK)
     load_images("mvtec", str(root))
     assert "masks for 1 of 6 defects in bottle/hole\n" in capsys.readouterr().err
@@ -141,32 +178,6 @@ def test_folders_of_masks_and_depth_are_no_pictures(tmp_path, capsys):
     tree(root / "test", *(f"{name}/1.png" for name in ("ground_truth", "masks", "depth")))
     labels = load_images("folder", str(root)).labels
     assert sorted(set(labels.test.kind)) == ["", "hole", "scratch"] and len(labels.train.names) == 2
-
-
-# ---------------------------------------------------------------- Real-IAD
-def real_iad(root: Path) -> None:
-    """An object as it is published, and one whose pictures were not fetched."""
-    ok, ng = ("OK/S0001/jack_1_C{}.jpg", "NG/AK/S0003/jack_3_C1.{}")
-    listed = [{"anomaly_class": "OK", "image_path": ok.format(i), "mask_path": None} for i in range(3)]
-    bad = {"anomaly_class": "AK", "image_path": ng.format("jpg"), "mask_path": ng.format("png")}
-    tree(root / "realiad_256/jack", *(row["image_path"] for row in (*listed, bad)))
-    write_image(root / "realiad_256/jack" / bad["mask_path"], MASK)
-    (root / "realiad_jsons/realiad_jsons").mkdir(parents=True)
-    for name in ("jack", "zipper"):
-        content = {"meta": {"prefix": f"{name}/"}, "train": listed[:2], "test": [listed[2], bad]}
-        (root / f"realiad_jsons/realiad_jsons/{name}.json").write_text(json.dumps(content))
-
-
-def test_real_iad(tmp_path):
-    real_iad(tmp_path)
-    found = load_images("RealIAD", str(tmp_path))
-    assert found.labels.classes == ("jack",) and len(found.labels.train.names) == 2
-    names = ["jack/OK/S0001/jack_1_C2.jpg", "jack/NG/AK/S0003/jack_3_C1.jpg"]
-    assert truth(found, "jack") == dict(zip(names, (0, 1))) and marked(found) == {names[1]: True}
-    assert kinds(found) == dict(zip(names, ("", "AK")))
-    table = tmp_path / "realiad_jsons/realiad_jsons/jack.json"
-    table.write_text(table.read_text()[:-9])
-    assert f"{table} cannot be read" in refused("RealIAD", tmp_path)
 
 
 # ---------------------------------------------------------------- a table in a file
@@ -251,37 +262,7 @@ def test_masks_of_every_mode(tmp_path, mode, values, palette):
         layouts.read_mask(tmp_path / "m.png")
 
 
-# ---------------------------------------------------------------- VisA
-def visa(root: Path) -> list[dict[str, str]]:
-    """Two objects of a few images each, as VisA is published, notes for one -> the rows of its table."""
-    rows = []
-    for name in ("candle", "pcb1"):
-        normal = [f"{name}/Data/Images/Normal/{i:04d}.JPG" for i in range(3)]
-        bad, mask = (f"{name}/Data/{part}" for part in ("Images/Anomaly/000.JPG", "Masks/Anomaly/000.png"))
-        for image, split in zip((*normal, bad), ("train", "train", "test", "test")):
-            kind, own = ("anomaly", mask) if image == bad else ("normal", "")
-            rows.append({"object": name, "split": split, "label": kind, "image": image, "mask": own})
-            write_image(root / image, PIXELS)
-        write_image(root / mask, MASK // 100)
-    table(root / "candle/image_anno.csv", [{"image": rows[3]["image"], "label": "melt,scratch", "mask": ""}])
-    table(root / "split_csv/1cls.csv", rows)
-    return rows
-
-
-def test_visa(tmp_path):
-    rows = visa(tmp_path / "VisA_20220922")
-    found = load_images("VisA", str(tmp_path))
-    assert found.labels.classes == ("candle", "pcb1") and found.labels.per_category
-    for split in SPLITS:
-        names = sorted(row["image"] for row in rows if row["split"] == split)
-        assert found.labels.split(split).names == names
-    bad = [f"{name}/Data/Images/Anomaly/000.JPG" for name in found.labels.classes]
-    assert truth(found, "pcb1") == {bad[1]: 1, "pcb1/Data/Images/Normal/0002.JPG": 0}
-    assert marked(found) == dict.fromkeys(bad, True)
-    assert [kinds(found)[name] for name in bad] == ["melt,scratch", "anomaly"]
-
-
-# ---------------------------------------------------------------- cats and dogs, magnetic tiles
+# ---------------------------------------------------------------- cats and dogs
 @pytest.mark.parametrize("pattern", ["train/{}.{}.jpg", "{}.{}.jpg", "PetImages/{2}/{1}.jpg", "{2}/{1}.jpg"])
 def test_cats_and_dogs_are_split_alike_in_every_form(tmp_path, pattern):
     """Kaggle's and Microsoft's; Kaggle's unlabelled pictures are not read."""
@@ -296,22 +277,6 @@ def test_cats_and_dogs_are_split_alike_in_every_form(tmp_path, pattern):
     assert counts(labels, "train") == {"cat": 12, "dog": 12}
 
 
-def test_magnetic_tiles(tmp_path):
-    folder = "Magnetic-tile-defect-datasets.-master/"
-    free = [f"{folder}MT_Free/Imgs/exp1_num_{i}.jpg" for i in range(10)]
-    bad = [f"{folder}MT_{kind}/Imgs/exp1_num_{i}.jpg" for kind in ("Blowhole", "Crack") for i in (3, 4)]
-    root = tree(tmp_path, *free, *bad, f"{folder}Other/1.jpg")
-    for name in (*free, *bad):
-        write_image((root / name).with_suffix(".png"), MASK * (name in bad))
-    found = load_images("MTD", str(root))
-    anomalous = truth(found, "magnetic_tile")
-    short = [name.removeprefix(folder) for name in bad]
-    assert sorted(name for name, is_bad in anomalous.items() if is_bad) == sorted(short)
-    assert len(found.labels.train.names) == 8 and len(anomalous) == 6
-    assert set(kinds(found).values()) == {"", "blowhole", "crack"}
-    assert marked(found) == dict.fromkeys(short, True)
-
-
 # ---------------------------------------------------------------- missing, or in the wrong place
 LOOKED = {  # data set -> what was looked for, and files that are enough to be taken for it
     "folder": ("{train,test}/<class>/*", "train/a/1.png", "test/a/1.png"),
@@ -320,7 +285,7 @@ LOOKED = {  # data set -> what was looked for, and files that are enough to be t
     "mvtec": ("<category>/train/good", "bottle/train/good/1.png", "bottle/test/good/1.png"),
     "BTAD": ("<category>/train/good (or ok)", "01/train/ok/1.png", "02/train/ok/1.png"),
     "VisA": ("split_csv/1cls.csv", "split_csv/1cls.csv"),
-    "RealIAD": ("realiad_jsons/<object>.json", "realiad_jsons/a.json"),
+    "RealIAD": ("realiad_jsons/<object>.json", "realiad_jsons/a.json", "realiad_1024/a/1.jpg"),
     "MTD": ("MT_Free/Imgs", "MT_Free/Imgs/1.jpg"),
 }
 
