@@ -86,6 +86,11 @@ class Labels:
         """The number of images in both splits."""
         return len(self.train.names) + len(self.test.names)
 
+    def kept(self, rows: dict[str, np.ndarray]) -> "Labels":
+        """The labels of these images of each split, in the order of ``rows``."""
+        train, test = (self.split(split).kept(rows[split]) for split in SPLITS)
+        return dataclasses.replace(self, train=train, test=test)
+
     def one_class(self, class_name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Indices of the normal training images, indices of the test images, and test labels (0 normal, 1
         anomalous)."""
@@ -171,9 +176,8 @@ class ImageSet:
 
     def kept(self, rows: dict[str, np.ndarray]) -> "ImageSet":
         """These images of each split, in the order of ``rows``."""
-        train, test = (self.labels.split(split).kept(rows[split]) for split in SPLITS)
-        labels = dataclasses.replace(self.labels, train=train, test=test)
-        return ImageSet(labels, {s: [self.images[s][i] for i in rows[s]] for s in SPLITS}, self.scale)
+        kept = {split: [self.images[split][i] for i in rows[split]] for split in SPLITS}
+        return ImageSet(self.labels.kept(rows), kept, self.scale)
 
     def listed(self, chosen: Sequence[tuple[str, str]]) -> "ImageSet":
         """The images ``chosen`` (split, name), of both splits, as one training split without labels. Raises

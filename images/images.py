@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +111,11 @@ def find_below(
     return sorted(files)
 
 
-def listed(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted, but for what is hidden. Raises UserError when it cannot be read."""
-    try:
-        return sorted(path for path in folder.iterdir() if not is_hidden(path.name))
-    except OSError as error:
-        _refuse(error)
-        raise
+def listed(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of the folders in a folder and those of its files, sorted, but for what is hidden. Raises
+    UserError when it cannot be read."""
+    _, folders, files = next(os.walk(folder, onerror=_refuse))
+    return sorted(filterfalse(is_hidden, folders)), sorted(filterfalse(is_hidden, files))
 
 
 def _refuse(error: OSError) -> None:
@@ -126,10 +125,9 @@ def _refuse(error: OSError) -> None:
 
 
 def tell_skipped(skipped: Counter) -> str:
-    """As in "3 files that are no images (.txt 2, .csv 1)"."""
+    """As in "3 files or folders that are no images (.txt 2, .csv 1)"."""
     named = ", ".join(f"{reason} {count}" for reason, count in skipped.most_common(6))
-    more = ", ..." if len(skipped) > 6 else ""
-    return f"{sum(skipped.values())} files or folders that are no images ({named}{more})"
+    return f"{sum(skipped.values())} files or folders that are no images ({named})"
 
 
 # ---------------------------------------------------------------- the same files?

@@ -61,7 +61,7 @@ class Search:
 def subfolders(folder: Path) -> list[str]:
     """The names of the folders in a folder, sorted, hidden ones left out; none where it is no folder. Raises
     UserError when it cannot be read."""
-    return [path.name for path in images.listed(folder) if path.is_dir()] if folder.is_dir() else []
+    return images.listed(folder)[0] if folder.is_dir() else []
 
 
 def folded(name: str) -> str:
@@ -76,34 +76,36 @@ def inside(folder: Path, name: str) -> Path:
     return folder / (name if name in same or not same else same[0])
 
 
-def what_is_there(folder: Path) -> str:
-    """What a message says was found at a path: "... is not there", "... holds a, b and 3 more"."""
-    if not folder.is_dir():
-        return f"{folder.resolve()} is {'a file, no folder' if folder.exists() else 'not there'}"
-    names = [path.name + "/" * path.is_dir() for path in images.listed(folder)]
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    holds = f"holds {', '.join(names[:4])}{more}" if names else "is empty"
-    return f"{folder.resolve()} {holds}"
-
-
-def not_as_expected(root: Path, expected: str, holds: Callable[[Path], object]) -> UserError:
+def not_as_expected(
+    root: Path, expected: str, holds: Callable[[Path], object] = lambda folder: False
+) -> UserError:
     """The line for a folder that does not hold a data set: what was expected and what is there. Where a
-    folder at most three below it, or the one above it, does, that is the advice."""
+    folder at most three below it, or the one above it, ``holds`` one, that is the advice."""
     level, near = [root], []
     for _ in range(3):
         level = [folder / name for folder in level[:1000] for name in subfolders(folder)]
         near += level
     found = next((folder for folder in [*near, root.resolve().parent] if holds(folder)), None)
     advice = f"; {found} does: give --dataset_path {found}" if found else ""
-    return UserError(f"dataset_path: expected {expected}, but {what_is_there(root)}{advice}")
+    return UserError(f"dataset_path: expected {expected}, but {root.resolve()} {what_is_there(root)}{advice}")
+
+
+def what_is_there(path: Path) -> str:
+    """As in "is not there", "holds a/, b.txt and 3 more"."""
+    if not path.is_dir():
+        return "is a file, no folder" if path.exists() else "is not there"
+    folders, files = images.listed(path)
+    names = [*(f"{name}/" for name in folders), *files]
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"holds {', '.join(names[:4])}{more}" if names else "is empty"
 
 
 def place_of(root: Path, expected: str, holds: Callable[[Path], object]) -> Path:
     """The folder that ``holds`` a data set: root, or the only folder in it. Raises ``not_as_expected``."""
     below = subfolders(root)
-    places = [root, root / below[0]] if len(below) == 1 else [root]
-    if found := next((folder for folder in places if holds(folder)), None):
-        return found
+    for place in [root, root / below[0]] if len(below) == 1 else [root]:
+        if holds(place):
+            return place
     raise not_as_expected(root, expected, holds)
 
 
@@ -121,7 +123,7 @@ def folders(root: Path, search: Search) -> Iterator[Row]:
     if not trained and not places[1].is_dir():
         return normal_only(places[0], search, root.resolve().name)
     if empty := next((place for place in places if place.is_dir() and not subfolders(place)), None):
-        raise not_as_expected(empty, f"a folder of images per class in {empty}", lambda folder: False)
+        raise not_as_expected(empty, f"a folder of images per class in {empty}")
     return _labelled(search, root, SPLITS, trained)
 
 
@@ -162,8 +164,8 @@ def _masks_in(folders: list[Path], root: Path) -> dict[tuple[str, ...], Path]:
 def _known_by(path: Path, root: Path) -> tuple[str, ...]:
     """What the name of a picture has in common with that of its mask, in any case and format. 3D-AD has
     pictures in rgb and masks beside it."""
-    names = map(folded, path.relative_to(root).with_suffix("").parts)
-    return tuple(name for name in names if name not in (*PLACES, *MASK_FOLDERS, "rgb"))
+    *above, name = map(folded, path.relative_to(root).with_suffix("").parts)
+    return *(folder for folder in above if folder not in (*PLACES, *MASK_FOLDERS, "rgb")), name
 
 
 def normal_only(root: Path, search: Search, name: str | None = None) -> Iterator[Row]:

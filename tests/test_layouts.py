@@ -142,19 +142,18 @@ def test_what_any_mask_of_a_picture_marks_is_marked(tmp_path):
     assert load_images("mvtec", str(root)).mask(0)[0].tolist() == [False, False, True, True]
 
 
-@pytest.mark.parametrize("name", ["b5_mask.PNG", "B5.tif", "B5/a.png"])
-@pytest.mark.parametrize("place", ["ground_truth/hole", "Masks/Hole", "test/hole/gt"])
+@pytest.mark.parametrize(
+    "place, name",
+    [("ground_truth/hole", "b5_mask.PNG"), ("Masks/Hole", "B5.tif"), ("test/hole/gt", "B5/a.png")],
+)
 def test_masks_are_found_in_any_case_format_and_place(tmp_path, place, name):
     root = tree(tmp_path / "bottle", "train/good/1.png", "test/hole/B5.png", "test/hole/deep/6.png")
-    write_image(root / place / name, MASK)
-    write_image(root / place / "deep/6_mask.png", MASK)
+    for mask in (name, "deep/6_mask.png", "mask.png"):
+        write_image(root / place / mask, MASK)
     for dataset in ("mvtec", "folder"):
         found = load_images(dataset, str(root))
-        assert (
-            marked(found)
-            == {"test/hole/B5.png": True, "test/hole/deep/6.png": True}
-            == dict.fromkeys(kinds(found), True)
-        )
+        assert marked(found) == {"test/hole/B5.png": True, "test/hole/deep/6.png": True}
+        assert marked(found).keys() == kinds(found).keys()
 
 
 def test_masks_that_are_not_found_are_told(tmp_path, capsys):
@@ -230,25 +229,20 @@ def test_a_table_of_categories(tmp_path):
         ("1.png,train", "expected the columns path, split, label"),
         ("1.png,val,a", "gives 1.png the split 'val' and the label 'a'"),
         ("1.png,test,", "the label ''"),
-        ("2.png,train,a", "2.png, which is not there, nor are 0 others of its 1"),
-        ("1.png,train,a,m.png", "m.png, which is not there"),
+        ("1.png,train,a,m.png", "m.png, which is not there, nor are 0 others of its 1"),
     ],
 )
 def test_mistakes_in_a_table(tmp_path, row, told):
     tree(tmp_path, "1.png")
     (tmp_path / "labels.csv").write_text(f"path,split,label,mask\n{row}\n")
     assert told in refused("csv", tmp_path)
-    assert f"{tmp_path}/x is not there" in refused("csv", tmp_path / "x")
 
 
 # ---------------------------------------------------------------- masks
-BLACKS, WHITE_FIRST = (0, 0, 0, 0, 0, 0), (255, 255, 255, 0, 0, 0)
-
-
 @pytest.mark.parametrize(
     "mode, values, palette",
-    [("1", (0, 255), ()), ("L", (0, 1), ()), ("RGB", (0, 9), ()), ("LA", (0, 9), ()), ("I;16", (0, 300), ())]
-    + [("P", (0, 1), BLACKS), ("P", (1, 0), WHITE_FIRST)],
+    [("1", (0, 255), ()), ("L", (0, 1), ()), ("LA", (0, 9), ()), ("I;16", (0, 300), ())]
+    + [("P", (0, 1), (0,) * 6), ("P", (1, 0), (255, 255, 255, 0, 0, 0))],  # of blacks alone; white first
 )
 def test_masks_of_every_mode(tmp_path, mode, values, palette):
     """Palettes by their colours, whatever their order; of blacks alone by their numbers."""
@@ -263,7 +257,7 @@ def test_masks_of_every_mode(tmp_path, mode, values, palette):
 
 
 # ---------------------------------------------------------------- cats and dogs
-@pytest.mark.parametrize("pattern", ["train/{}.{}.jpg", "{}.{}.jpg", "PetImages/{2}/{1}.jpg", "{2}/{1}.jpg"])
+@pytest.mark.parametrize("pattern", ["train/{}.{}.jpg", "PetImages/{2}/{1}.jpg", "{2}/{1}.jpg"])
 def test_cats_and_dogs_are_split_alike_in_every_form(tmp_path, pattern):
     """Kaggle's and Microsoft's; Kaggle's unlabelled pictures are not read."""
     names = [pattern.format(name, i, name.title()) for name in layouts.PETS for i in range(15)]
@@ -280,10 +274,9 @@ def test_cats_and_dogs_are_split_alike_in_every_form(tmp_path, pattern):
 # ---------------------------------------------------------------- missing, or in the wrong place
 LOOKED = {  # data set -> what was looked for, and files that are enough to be taken for it
     "folder": ("{train,test}/<class>/*", "train/a/1.png", "test/a/1.png"),
-    "lbot": ("{train,test}/<class>/*", "train/normal/1.png"),
+    "csv": ("one called labels.csv", "labels.csv"),
     "CatsvsDogs": ("train/cat.0.jpg", "train/cat.0.jpg", "train/dog.0.jpg"),
     "mvtec": ("<category>/train/good", "bottle/train/good/1.png", "bottle/test/good/1.png"),
-    "BTAD": ("<category>/train/good (or ok)", "01/train/ok/1.png", "02/train/ok/1.png"),
     "VisA": ("split_csv/1cls.csv", "split_csv/1cls.csv"),
     "RealIAD": ("realiad_jsons/<object>.json", "realiad_jsons/a.json", "realiad_1024/a/1.jpg"),
     "MTD": ("MT_Free/Imgs", "MT_Free/Imgs/1.jpg"),
@@ -297,15 +290,10 @@ def test_what_was_looked_for_and_found(tmp_path, dataset):
     absent = tmp_path / "absent"
     line = refused(dataset, absent)
     assert looked in line and f"{absent} is not there" in line and not absent.exists()
-    (tmp_path / "a file").touch()
-    assert f"{tmp_path / 'a file'} is a file, no folder" in refused(dataset, tmp_path / "a file")
-    (tmp_path / "empty").mkdir()
-    assert f"{tmp_path / 'empty'} is empty" in refused(dataset, tmp_path / "empty")
     tree(tmp_path / "full", *(f"{name}/pictures/1.png" for name in "abcdef"))
     assert looked in (line := refused(dataset, tmp_path / "full"))
     assert "holds a/, b/, c/, d/ and 2 more" in line
     for name in (*names, "empty/x"):
-        (tmp_path / "un/packed" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "un/packed" / name).touch()
+        write_text(tmp_path / "un/packed" / name, "")
     for root in (tmp_path, tmp_path / "un/packed/empty"):
         assert f"--dataset_path {tmp_path / 'un/packed'}" in refused(dataset, root)
