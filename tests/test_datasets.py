@@ -7,27 +7,16 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from conftest import PIXELS, counts, tree
+from conftest import PIXELS, counts, tree, truth
 from fabricated import settings
 from sklearn.datasets import load_digits
 
 import datasets
 import extractor
 from config import Config, UserError
-from datasets import SPLITS, Labels, choose_classes, load_images
+from datasets import SPLITS, choose_classes, load_images
 from detector import class_data
-from images.images import note_once, read_image
-
-
-@pytest.fixture(autouse=True)
-def nothing_told():
-    note_once.cache_clear()
-
-
-def truth(labels: Labels, class_name: str) -> dict[str, int]:
-    """{name: 1 where anomalous} of the test images of a class."""
-    _, rows, anomalous = labels.one_class(class_name)
-    return {labels.test.names[i]: int(a) for i, a in zip(rows, anomalous)}
+from images.images import read_image
 
 
 # ---------------------------------------------------------------- digits
@@ -49,28 +38,22 @@ def test_digits():
 
 
 # ---------------------------------------------------------------- folders
-def test_folder_labels(texture_folder):
-    """Image folders serve for a data set that torchvision knows, too."""
-    found = load_images("folder", str(texture_folder))
+def test_folder_labels(tmp_path):
+    """What is of no class is anomalous for all. Image folders serve for a set that torchvision knows, too."""
+    root = tree(tmp_path, *(f"{split}/{name}/{i}.png" for split in SPLITS for name in "ab" for i in range(2)))
+    tree(root, "test/odd/1.png")
+    found = load_images("folder", str(root))
     labels = found.labels
-    assert labels.classes == ("apple", "leaf", "sky") and not labels.per_category
-    assert counts(labels, "train") == dict.fromkeys(labels.classes, 24)
-    train, test, anomalous = labels.one_class("leaf")
-    assert {labels.train.names[i].split("/")[1] for i in train} == {"leaf"} and len(train) == 24
-    assert test.tolist() == list(range(36))
-    assert anomalous.tolist() == [int("/leaf/" not in labels.test.names[i]) for i in test]
-    for i in (0, 30, 71):
-        assert (found.read("train", i) == read_image(texture_folder / labels.train.names[i])).all()
+    assert labels.classes == ("a", "b") and not labels.per_category
+    train, _, _ = labels.one_class("b")
+    assert [labels.train.names[i] for i in train] == ["train/b/0.png", "train/b/1.png"]
+    for name in labels.classes:
+        assert truth(labels, name) == {test: int(f"/{name}/" not in test) for test in labels.test.names}
+    assert labels.test.kind == [""] * 4 + ["odd"]
+    for i, name in enumerate(labels.train.names):
+        assert (found.read("train", i) == read_image(root / name)).all()
     for name in ("cifar10", "STL10", "CatsvsDogs"):
-        assert load_images(name, str(texture_folder)).labels.as_json() == labels.as_json()
-
-
-def test_test_only_folder_is_anomalous_for_all(tmp_path):
-    root = tree(tmp_path, "train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png", "test/odd/1.png")
-    labels = load_images("folder", str(root)).labels
-    assert labels.classes == ("a", "b") and labels.test.kind == ["", "", "odd"]
-    assert truth(labels, "a") == {"test/a/1.png": 0, "test/b/1.png": 1, "test/odd/1.png": 1}
-    assert truth(labels, "b") == {"test/a/1.png": 1, "test/b/1.png": 0, "test/odd/1.png": 1}
+        assert load_images(name, str(root)).labels.as_json() == labels.as_json()
 
 
 @pytest.mark.parametrize("dataset, below", [("folder", ""), ("lbot", "train/")])

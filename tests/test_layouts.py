@@ -1,27 +1,21 @@
 """The folders that data sets are published in, and what is said when they are not as expected."""
 
-import csv
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import counts, tree, write_image
+from conftest import counts, tree, truth, write_image
 from PIL import Image
 
 from config import UserError
-from datasets import SPLITS, ImageSet, load_images
-from images import images, layouts
+from datasets import ImageSet, load_images
+from images import layouts
 from shell.files import write_text
 
 MVTEC = ("train/good/1.png", "train/good/2.png", "test/good/3.png", "test/scratch/4.png", "test/hole/5.png")
 MASK = np.array([[0, 0, 255, 0]] * 3, np.uint8)
-
-
-@pytest.fixture(autouse=True)
-def nothing_told():
-    images.note_once.cache_clear()
 
 
 def refused(dataset: str, root: Path) -> str:
@@ -29,12 +23,6 @@ def refused(dataset: str, root: Path) -> str:
     with pytest.raises(UserError) as told:
         load_images(dataset, str(root))
     return str(told.value)
-
-
-def truth(found: ImageSet, class_name: str) -> dict[str, int]:
-    """{name: 1 where anomalous} of the test images of a class."""
-    _, rows, anomalous = found.labels.one_class(class_name)
-    return {found.labels.test.names[i]: int(a) for i, a in zip(rows, anomalous)}
 
 
 def kinds(found: ImageSet) -> dict[str, str]:
@@ -180,46 +168,34 @@ def test_folders_of_masks_and_depth_are_no_pictures(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- a table in a file
-def table(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def test_a_table_of_classes(tmp_path):
     """Labels like the names of folders; masks for some; paths below the table, or whole ones."""
     root = tree(tmp_path / "set", "a/1.png", "a/2.png", "b/1.png", "b/2.png")
     write_image(tmp_path / "m.png", MASK)
     away = (tree(tmp_path / "away", "3.png") / "3.png").as_posix()
-    rows = [
-        ("a/1.png", "train", "cat", ""),
-        ("b/1.png", "Validation", "cat", ""),
-        ("b/2.png", "train", "dog", ""),
-        ("a\\2.png", "Test", "Cat ", ""),
-        (away, "test", "hole", "../m.png"),
-    ]
-    table(root / "labels.csv", [dict(zip(layouts.Row._fields, row)) for row in rows])
+    rows = ("a/1.png,train,cat,", "b/1.png,Validation,cat,", "b/2.png,train,dog,", "a\\2.png,Test,Cat ,")
+    lines = ("path,split,label,mask", *rows, f"{away},test,hole,../m.png")
+    write_text(root / "labels.csv", "\r\n".join(lines))
     for named in (root, root / "labels.csv"):
         found = load_images("csv", str(named))
         assert found.labels.classes == ("cat", "dog") and not found.labels.per_category
         assert found.labels.train.held.tolist() == [False, True, False]
-        assert truth(found, "cat") == {"a/2.png": 0, away: 1} and truth(found, "dog")["a/2.png"] == 1
+        assert truth(found.labels, "cat") == {"a/2.png": 0, away: 1}
+        assert truth(found.labels, "dog") == {"a/2.png": 1, away: 1}
         assert kinds(found)[away] == "hole" and marked(found) == {away: True}
 
 
 def test_a_table_of_categories(tmp_path):
     """<class>/<condition>: each class is tested on its own; without mask column."""
     root = tree(tmp_path, *(f"{i}.png" for i in range(5)))
-    labels = ("bolt/good", "nut", "bolt/ok", "bolt/bent", "nut/Normal")
-    rows = [{"path": f"{i}.png", "split": SPLITS[i > 1], "label": label} for i, label in enumerate(labels)]
-    table(root / "labels.csv", rows)
-    found = load_images("csv", str(root))
-    assert found.labels.classes == ("bolt", "nut") and found.labels.per_category
-    assert truth(found, "bolt") == {"2.png": 0, "3.png": 1} and truth(found, "nut") == {"4.png": 0}
-    assert found.labels.test.kind == ["", "bent", ""]
-    table(root / "labels.csv", [*rows, rows[4] | {"label": "screw/good"}])
+    rows = ["0.png,train,bolt/good", "1.png,train,nut", "2.png,test,bolt/ok", "3.png,test,bolt/bent"]
+    lines = ["path,split,label", *rows, "4.png,test,nut/Normal"]
+    write_text(root / "labels.csv", "\n".join(lines))
+    labels = load_images("csv", str(root)).labels
+    assert labels.classes == ("bolt", "nut") and labels.per_category
+    assert truth(labels, "bolt") == {"2.png": 0, "3.png": 1} and truth(labels, "nut") == {"4.png": 0}
+    assert labels.test.kind == ["", "bent", ""]
+    write_text(root / "labels.csv", "\n".join([*lines, "4.png,test,screw/good"]))
     assert "expected training pictures of screw" in refused("csv", root)
 
 
