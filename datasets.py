@@ -110,12 +110,9 @@ class Labels:
 
     @classmethod
     def from_json(cls, content: dict) -> "Labels":
-        """The labels of ``as_json``. Raises UserError on any other content."""
-        try:
-            train, test = (Split.of(**content[split]) for split in SPLITS)
-            return cls(tuple(content["classes"]), train, test, content["per_category"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"expected labels, got other content ({error!r})") from None
+        """The labels of ``as_json``. Raises KeyError, TypeError or ValueError on any other content."""
+        train, test = (Split.of(**content[split]) for split in SPLITS)
+        return cls(tuple(content["classes"]), train, test, content["per_category"])
 
 
 # ---------------------------------------------------------------- images

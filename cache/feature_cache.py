@@ -83,7 +83,7 @@ class ImageList:
             content = read_sealed(path)
             labels, scale = Labels.from_json(content["labels"]), content.get("pixel_scale")
             return cls(labels, content["hashes"], content["sizes"], scale, content["unreadable"])
-        except (OSError, ValueError, KeyError, UserError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def write(self, path: Path) -> None:

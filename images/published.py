@@ -39,14 +39,21 @@ def load(dataset: str, root: Path) -> tuple[list[str], dict[str, np.ndarray], di
     try:
         found = [_read(dataset, root, split) for split in SPLITS]
     except Exception:  # absent or changed; of Fashion-MNIST, which has no checksums, also cut off
-        _refuse_without_source(dataset, root)
+        url, folder, archives = _source(FORMS[dataset])
+        if not all((root / name).is_file() for name in archives) and not utils.reachable(url):
+            raise not_as_expected(
+                root,
+                f"{dataset} whole in {root / folder}, or, to unpack, {root / archives[0]} (from {url}, which "
+                f"is not reachable), or image folders {root}/{{train,test}}/<class>/*",
+                lambda place: (place / folder).is_dir(),
+            ) from None
         try:
             found = [_read(dataset, root, split, download=True) for split in SPLITS]
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(
                 f"dataset_path: {dataset} in {root} can be neither read nor fetched ({reason}); delete it "
-                f"there and fetch it from {_source(FORMS[dataset])[0]} again"
+                f"there and fetch it from {url} again"
             ) from None
     classes, pixels, category = zip(*found)
     names = [name.replace("/", "_").replace(" ", "_") for name in classes[0]]
@@ -77,16 +84,3 @@ def _source(kind: Any) -> tuple[str, str, list[str]]:
     if kind is tv.FashionMNIST:
         return kind.mirrors[0], "FashionMNIST/raw", [f"FashionMNIST/raw/{name}" for name, _ in kind.resources]
     return kind.url, kind.base_folder, [kind.filename]
-
-
-def _refuse_without_source(dataset: str, root: Path) -> None:
-    """Raise UserError unless the archives lie there or their host can be reached."""
-    url, folder, archives = _source(FORMS[dataset])
-    if all((root / name).is_file() for name in archives) or utils.reachable(url):
-        return
-    raise not_as_expected(
-        root,
-        f"{dataset} whole in {root / folder}, or, to unpack, {root / archives[0]} (from {url}, which is not "
-        f"reachable), or image folders {root}/{{train,test}}/<class>/*",
-        lambda place: (place / folder).is_dir(),
-    )

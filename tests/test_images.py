@@ -55,12 +55,9 @@ def test_transparent_is_white(tmp_path):
 TURNED = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10
 STORED = {  # EXIF orientation -> what a camera stores of TURNED
     1: TURNED,
-    2: TURNED[:, ::-1],
     3: TURNED[::-1, ::-1],
-    4: TURNED[::-1],
     5: TURNED.transpose(1, 0, 2),
     6: np.rot90(TURNED),
-    7: np.rot90(TURNED, 2).transpose(1, 0, 2),
     8: np.rot90(TURNED, -1),
 }
 
