@@ -25,7 +25,7 @@ from config import UserError
 from images import images
 
 SPLITS = ("train", "test")
-ROW_SPLITS = ("train", "validation", "test")
+# Folders of pictures in a category, and their splits.
 PLACES = {"train": "train", "validation": "validation", "test": "test", "test_public": "test"}
 NORMAL_NAMES = ("good", "ok", "normal")  # conditions, and folders, of normal pictures
 MASK_FOLDERS = ("ground_truth", "gt", "mask", "masks")
@@ -110,16 +110,13 @@ def place_of(root: Path, expected: str, holds: Callable[[Path], object]) -> Path
 
 
 # ---------------------------------------------------------------- folders per class
-def own_pictures(root: Path, search: Search) -> Iterator[Row]:
-    """Folders per class (``folders``), or normal pictures alone (``normal_only``)."""
-    return folders(root, search) if inside(root, "train").is_dir() else normal_only(root, search)
-
-
 def folders(root: Path, search: Search) -> Iterator[Row]:
     """``{train,test}/<class>/**``, masks of what is no class in ``ground_truth/<its name>``; without test/,
-    no test images."""
+    no test images. Or normal pictures alone (``normal_only``), in ``root`` or in its train/."""
     places = [inside(root, split) for split in SPLITS]
     trained = {folded(name) for name in subfolders(places[0])}
+    if not places[0].is_dir():
+        return normal_only(root, search)
     if not trained and not places[1].is_dir():
         return normal_only(places[0], search, root.resolve().name)
     if empty := next((place for place in places if place.is_dir() and not subfolders(place)), None):
@@ -361,9 +358,9 @@ def read_mask(path: Path) -> np.ndarray:
 
 # ---------------------------------------------------------------- all of them
 READERS: dict[str, Callable[[Path, Search], Iterator[Row]]] = {
-    "folder": own_pictures,
+    "folder": folders,
     "csv": labels_file,
-    "lbot": own_pictures,
+    "lbot": folders,
     "CatsvsDogs": cats_vs_dogs,
     "mvtec": mvtec,
     "BTAD": mvtec,
@@ -378,7 +375,7 @@ def read_table(dataset: str, path: Path) -> list[Row]:
     UserError, also where a table in a file names what is not there, or another split."""
     search = Search()
     rows = list(READERS.get(dataset, folders)(path, search))
-    if odd := next((row for row in rows if row.split not in ROW_SPLITS or not row.label), None):
+    if odd := next((row for row in rows if row.split not in PLACES.values() or not row.label), None):
         raise UserError(
             f"dataset_path: {path} gives {odd.path.name} the split {odd.split!r} and the label "
             f"{odd.label!r}; expected train, validation or test, and a label"
