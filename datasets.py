@@ -9,18 +9,19 @@ import functools
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from config import Config, UserError, unknown
-from images import images, layouts, published, tiles
-from images.layouts import SPLITS, Table
+from images import images, layouts, published
+from images.layouts import SPLITS, Row
 from images.pixel_scale import PixelScale
+from images.tiles import Tile, tiles_of
 from shell.values import class_names
 
 OTHER = -1  # the category of test images of no class that one can train on: always anomalous
@@ -85,6 +86,11 @@ class Labels:
         """The number of images in both splits."""
         return len(self.train.names) + len(self.test.names)
 
+    def kept(self, rows: dict[str, np.ndarray]) -> "Labels":
+        """The labels of these images of each split, in the order of ``rows``."""
+        train, test = (self.split(split).kept(rows[split]) for split in SPLITS)
+        return dataclasses.replace(self, train=train, test=test)
+
     def one_class(self, class_name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Indices of the normal training images, indices of the test images, and test labels (0 normal, 1
         anomalous)."""
@@ -104,72 +110,82 @@ class Labels:
 
     @classmethod
     def from_json(cls, content: dict) -> "Labels":
-        """The labels of ``as_json``. Raises UserError on any other content."""
-        try:
-            train, test = (Split.of(**content[split]) for split in SPLITS)
-            return cls(tuple(content["classes"]), train, test, content["per_category"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"expected labels, got other content ({error!r})") from None
+        """The labels of ``as_json``. Raises KeyError, TypeError or ValueError on any other content."""
+        train, test = (Split.of(**content[split]) for split in SPLITS)
+        return cls(tuple(content["classes"]), train, test, content["per_category"])
+
+
+# ---------------------------------------------------------------- images
+class RawImage(NamedTuple):
+    """An image file, or pixels (H, W, 3) uint8; of it a tile, or all. mask: marks its defect."""
+
+    source: Path | np.ndarray
+    mask: Path | None = None
+    tile: Tile | None = None
+
+    def read(self, scale: PixelScale) -> np.ndarray:
+        """(H, W, 3) uint8. scale: of the data set. Raises UserError that names an unreadable file."""
+        if self.tile:
+            return self.tile.of(_decoded(self.source, scale))  # type: ignore[arg-type]  # files alone
+        return images.pixels_of(self.source, scale)
+
+    def identify(self) -> str:
+        """A hash of the content, of a file's bytes or of pixels, whatever names and places are."""
+        if isinstance(self.source, np.ndarray):
+            content = hashlib.sha256(np.ascontiguousarray(self.source).data).hexdigest()[:32]
+        else:
+            content = images.content_hash(self.source)
+        if self.tile is None or content == images.UNREADABLE:
+            return content
+        return hashlib.sha256(json.dumps([content, self.tile]).encode()).hexdigest()[:32]
+
+    def size(self) -> tuple[int, int]:
+        """Height and width. Raises UserError on an unreadable file."""
+        if self.tile:
+            return self.tile.height, self.tile.width
+        return self.source.shape[:2] if isinstance(self.source, np.ndarray) else images.size_of(self.source)
+
+
+_decoded = functools.lru_cache(maxsize=4)(images.pixels_of)  # whose tiles are asked for one after the other
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """A data set's labels and its images.
-
-    read(split, i) -> (H, W, 3) uint8; raises UserError that names an unreadable image. identify(split, i):
-    a hash of the image's content, of a file's bytes or of pixels; it does not depend on names and places.
-    masks: where the defect of each test image is marked, or None; () without any. size(split, i): height and
-    width of an image in a file, without its pixels; raises UserError. scale: of pixels of more than eight
-    bits, which the training images decide."""
+    """A data set's labels and its images, of each split in the order of its labels. scale: of pixels of more
+    than eight bits, which the training images decide."""
 
     labels: Labels
-    read: Callable[[str, int], np.ndarray]
-    identify: Callable[[str, int], str] = lambda split, i: ""
-    from_files: bool = True
-    masks: tuple[Path | None, ...] = ()
-    size: Callable[[str, int], tuple[int, int]] | None = None
+    images: dict[str, list[RawImage]]
     scale: PixelScale = dataclasses.field(default_factory=PixelScale)
+
+    def read(self, split: str, i: int) -> np.ndarray:
+        """An image, (H, W, 3) uint8. Raises UserError that names an unreadable one."""
+        return self.images[split][i].read(self.scale)
+
+    def identify(self, split: str, i: int) -> str:
+        """A hash of an image's content."""
+        return self.images[split][i].identify()
 
     def hashes(self, split: str) -> list[str]:
         """The content hash of every image of a split, in order; HASHING_THREADS files are read at a time."""
-        parts = np.array_split(np.arange(len(self.labels.split(split).names)), HASHING_THREADS)
-        with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            found = pool.map(lambda rows: [self.identify(split, int(i)) for i in rows], parts)
-            return [image for hashes in found for image in hashes]
+        with ThreadPool(HASHING_THREADS) as pool:
+            return pool.map(RawImage.identify, self.images[split])
 
     def kept(self, rows: dict[str, np.ndarray]) -> "ImageSet":
         """These images of each split, in the order of ``rows``."""
-        train, test = (self.labels.split(split).kept(rows[split]) for split in SPLITS)
-        labels = dataclasses.replace(self.labels, train=train, test=test)
-        masks = tuple(self.masks[i] for i in rows["test"]) if self.masks else ()
-        return self._of({split: [(split, int(i)) for i in rows[split]] for split in SPLITS}, labels, masks)
+        kept = {split: [self.images[split][i] for i in rows[split]] for split in SPLITS}
+        return ImageSet(self.labels.kept(rows), kept, self.scale)
 
     def listed(self, chosen: Sequence[tuple[str, str]]) -> "ImageSet":
         """The images ``chosen`` (split, name), of both splits, as one training split without labels. Raises
         UserError on one that is not there."""
-        numbers = {(s, name): (s, i) for s in SPLITS for i, name in enumerate(self.labels.split(s).names)}
-        if gone := [name for split, name in chosen if (split, name) not in numbers]:
+        there = {
+            (s, name): im for s in SPLITS for name, im in zip(self.labels.split(s).names, self.images[s])
+        }
+        if gone := [name for split, name in chosen if (split, name) not in there]:
             raise UserError(f"{gone[0]} has gone since the images were listed; run it again")
         labels = Labels((), Split.of([name for _, name in chosen], [OTHER] * len(chosen)), Split.of([], []))
-        return self._of({"train": [numbers[image] for image in chosen]}, labels)
-
-    def _of(self, rows: dict[str, list[tuple[str, int]]], labels: Labels, masks: tuple = ()) -> "ImageSet":
-        """The set whose images are those of these splits and numbers here."""
-        size = self.size
-        return ImageSet(
-            labels,
-            lambda split, i: self.read(*rows[split][i]),
-            lambda split, i: self.identify(*rows[split][i]),
-            self.from_files,
-            masks,
-            size and (lambda split, i: size(*rows[split][i])),
-            self.scale,
-        )
-
-    def size_of(self, split: str, i: int) -> tuple[int, int]:
-        """Height and width of an image. Raises UserError on one that cannot be read."""
-        height, width = self.size(split, i) if self.size else self.read(split, i).shape[:2]
-        return height, width
+        return ImageSet(labels, {"train": [there[image] for image in chosen]}, self.scale)
 
     def sizes(self, most: int) -> dict[str, list[tuple[int, int]]]:
         """Height and width of training images by class, of at most so many, evenly spaced, without those that
@@ -177,14 +193,15 @@ class ImageSet:
         train, found = self.labels.train, defaultdict(list)
         for i in np.linspace(0, len(train.names) - 1, min(most, len(train.names))).astype(int):
             with contextlib.suppress(UserError):
-                size = self.size_of("train", int(i))
+                size = self.images["train"][i].size()
                 found[self.labels.classes[train.category[i]]].append(size)
         return dict(found)
 
     def mask(self, i: int) -> np.ndarray | None:
         """Where the defect of test image i is, (H, W) bool; None where the data set does not say. Raises
         UserError on an unreadable mask."""
-        return layouts.read_mask(path) if self.masks and (path := self.masks[i]) else None
+        path = self.images["test"][i].mask
+        return layouts.read_mask(path) if path else None
 
 
 def choose_classes(labels: Labels, class_name: str) -> list[str]:
@@ -197,14 +214,11 @@ def choose_classes(labels: Labels, class_name: str) -> list[str]:
         return list(labels.classes)
     if class_name in labels.classes:  # the whole text is one class, whatever it is made of
         return [class_name]
-    known = {layouts.folded(name): name for name in labels.classes} | {name: name for name in labels.classes}
-    chosen = []
-    for name in class_names(class_name):
-        found = known.get(name, known.get(layouts.folded(name)))
-        if found is None:
-            raise UserError(unknown("class", name.strip(), ["all", *labels.classes]))
-        chosen.append(found)
-    return list(dict.fromkeys(chosen))
+    known = {layouts.folded(name): name for name in labels.classes}
+    asked = class_names(class_name)
+    if absent := [name.strip() for name in asked if layouts.folded(name) not in known]:
+        raise UserError(unknown("class", absent[0], ["all", *labels.classes]))
+    return list(dict.fromkeys(known[layouts.folded(name)] for name in asked))
 
 
 def repeated(labels: Labels, hashes: dict[str, list[str]]) -> str:
@@ -224,24 +238,15 @@ def repeated(labels: Labels, hashes: dict[str, list[str]]) -> str:
 
 
 # ---------------------------------------------------------------- raw images
-def collection(dataset: str) -> str:
-    """The name of the images of a data set: CIFAR100_fine has CIFAR100's, sorted into 100 classes."""
-    return dataset.removesuffix("_fine")
-
-
 def load_images(dataset: str, dataset_path: str | None) -> ImageSet:
     """The images of a data set. Raises UserError when they are not where ``dataset_path`` (None:
-    data/<its collection>) says."""
+    data/<dataset>) says."""
     if dataset == "digits":
         return _digits()
-    root = Path(dataset_path or f"data/{collection(dataset)}")
-    if dataset not in published.FORMS:
-        return _file_set(layouts.read_table(layouts.READERS[dataset], root))
-    if not all((root / split).is_dir() for split in SPLITS):
+    root = Path(dataset_path or f"data/{dataset.removesuffix('_fine')}")  # the same images, finer classes
+    if dataset in published.FORMS and not all((root / split).is_dir() for split in SPLITS):
         return _array_set(*published.load(dataset, root))
-    if dataset != collection(dataset):
-        raise UserError(f"{dataset}: in the image folders of {root} each folder is a class; take CIFAR100")
-    return _file_set(layouts.read_table(layouts.folders, root))
+    return _file_set(layouts.read_table(dataset, root), root if root.is_dir() else root.parent)
 
 
 def images_of(config: Config) -> ImageSet:
@@ -283,76 +288,47 @@ def _array_set(
 ) -> ImageSet:
     names = {split: [f"{split}/{i}" for i in range(len(pixels[split]))] for split in SPLITS}
     train, test = (Split.of(names[split], category[split]) for split in SPLITS)
-    labels = Labels(tuple(classes), train, test)
-
-    def identify(split: str, i: int) -> str:
-        return hashlib.sha256(np.ascontiguousarray(pixels[split][i]).data).hexdigest()[:32]
-
-    return ImageSet(labels, lambda split, i: pixels[split][i], identify, from_files=False)
+    rows = {split: [RawImage(image) for image in pixels[split]] for split in SPLITS}
+    return ImageSet(Labels(tuple(classes), train, test), rows)
 
 
-class _Files(NamedTuple):
-    """The image files of each split, in order, as an ``ImageSet`` asks for them; in another process, too."""
-
-    paths: dict[str, list[Path]]
-    scale: PixelScale
-
-    def read(self, split: str, i: int) -> np.ndarray:
-        return images.read_image(self.paths[split][i], self.scale)
-
-    def identify(self, split: str, i: int) -> str:
-        return images.content_hash(self.paths[split][i])
-
-    def size(self, split: str, i: int) -> tuple[int, int]:
-        return images.size_of(self.paths[split][i])
+def _file_set(table: list[Row], root: Path) -> ImageSet:
+    """The images of a table, those that are held out among the training images; their names begin at
+    ``root``."""
+    rows = {split: [row for row in table if (row.split == "test") == (split == "test")] for split in SPLITS}
+    files = {split: [RawImage(row.path, row.mask) for row in rows[split]] for split in SPLITS}
+    scale = PixelScale(measure=partial(images.measured, [row.path for row in rows["train"]]))
+    return ImageSet(labels_of(rows, root), files, scale)
 
 
-def _file_set(table: Table) -> ImageSet:
-    """The images of a table; their names are relative to its root."""
-    rows = _by_split(table)
-    paths = {split: [row.path for row in rows[split]] for split in SPLITS}
-    files = _Files(paths, PixelScale(measure=partial(images.measured, paths["train"])))
-    masks = tuple(row.mask for row in rows["test"])
-    return ImageSet(
-        labels_of(table), files.read, files.identify, masks=masks, size=files.size, scale=files.scale
-    )
-
-
-def _by_split(table: Table) -> dict[str, list[layouts.Row]]:
-    """The rows of each split; what is held out is of the training images."""
-    test = [row for row in table.rows if row.split == "test"]
-    return {"train": [row for row in table.rows if row.split != "test"], "test": test}
-
-
-def labels_of(table: Table) -> Labels:
+def labels_of(rows: dict[str, list[Row]], root: Path) -> Labels:
     """The labels of a table (images/layouts.py). Its classes are those of the training images, sorted; names
     that differ in case, Unicode form or spaces only are one. Raises UserError on a test image of a class that
     is tested on its own and has no training images."""
-    parts = {row.label: row.label.partition("/") for row in table.rows}
-    per_category = any(slash for _, slash, _ in parts.values())
+    labels = {row.label for split in SPLITS for row in rows[split]}
+    per_category = any("/" in label for label in labels)
     classes: dict[str, str] = {}
-    for name in sorted({parts[row.label][0] for row in table.rows if row.split != "test"}):
+    for name in sorted({row.label.partition("/")[0] for row in rows["train"]}):
         classes.setdefault(layouts.folded(name), name)
     number = {name: i for i, name in enumerate(classes)}
     meanings = {}
-    for label, (name, _, condition) in parts.items():
+    for label in labels:
+        name, _, condition = label.partition("/")
         category = number.get(layouts.folded(name), OTHER)
         if per_category and category == OTHER:
             raise UserError(f"dataset_path: expected training pictures of {name}, which test pictures are of")
         defect = condition != "" and layouts.folded(condition) not in layouts.NORMAL_NAMES
         meanings[label] = category, defect, condition if defect else label if category == OTHER else ""
-    splits, below = {}, f"{table.root.as_posix()}/"
-    for split, rows in _by_split(table).items():
-        categories, defects, kinds = zip(*(meanings[row.label] for row in rows)) if rows else ((), (), ())
-        names = [row.path.as_posix().removeprefix(below) for row in rows]
-        splits[split] = Split.of(names, categories, defects, kinds, [r.split == "validation" for r in rows])
-    return Labels(tuple(classes.values()), **splits, per_category=per_category)
+
+    def split_of(rows: list[Row]) -> Split:
+        category, defect, kind = ([meanings[row.label][part] for row in rows] for part in range(3))
+        names = [row.path.as_posix().removeprefix(f"{root.as_posix()}/") for row in rows]
+        return Split.of(names, category, defect, kind, [row.split == "validation" for row in rows])
+
+    return Labels(tuple(classes.values()), split_of(rows["train"]), split_of(rows["test"]), per_category)
 
 
 # ---------------------------------------------------------------- tiles
-PICTURES_KEPT = 4  # decoded, while their tiles are asked for one after the other
-
-
 def tiled(pictures: ImageSet, side: int) -> ImageSet:
     """The tiles (images/tiles.py) of training pictures, each an image of its picture's class. Raises
     UserError on a set with test images: theirs would be tiles with the labels of whole pictures."""
@@ -361,36 +337,18 @@ def tiled(pictures: ImageSet, side: int) -> ImageSet:
             f"tiles: expected a folder of good pictures alone, got {tested} test images, too; give that of "
             "the good ones, and score the others with predict.py"
         )
-    parts: list[tuple[int, tiles.Tile | None]] = []  # of a picture whose size cannot be read: None
-    for i in range(len(pictures.labels.train.names)):
+    parts: list[tuple[int, Tile | None]] = []
+    for i, picture in enumerate(pictures.images["train"]):
         try:
-            parts += [(i, tile) for tile in tiles.tiles_of(pictures.size_of("train", i), side)]
+            parts += [(i, tile) for tile in tiles_of(picture.size(), side)]
         except UserError:  # raised again when it is read
             parts.append((i, None))
-    whole = functools.lru_cache(PICTURES_KEPT)(partial(pictures.read, "train"))
     train = pictures.labels.train.kept([i for i, _ in parts])
     named = zip(train.names, parts)
     names = [f"{name}#{tile.top},{tile.left}" if tile else f"{name}#" for name, (_, tile) in named]
-
-    def read(split: str, i: int) -> np.ndarray:
-        picture, tile = parts[i]
-        pixels = whole(picture)
-        if tile and (part := tile.of(pixels)).shape[:2] != tile[2:]:
-            raise UserError(f"tiles: {train.names[i]} has too many pixels to cut; cut it before")
-        return part if tile else pixels
-
-    def identify(split: str, i: int) -> str:
-        content = pictures.identify("train", parts[i][0])
-        if content == images.UNREADABLE:
-            return content
-        return hashlib.sha256(json.dumps([content, parts[i][1]]).encode()).hexdigest()[:32]
-
-    def size(split: str, i: int) -> tuple[int, int]:
-        picture, tile = parts[i]
-        return tile[2:] if tile else pictures.size_of("train", picture)
-
     labels = dataclasses.replace(pictures.labels, train=dataclasses.replace(train, names=names))
-    return ImageSet(labels, read, identify, pictures.from_files, size=size, scale=pictures.scale)
+    found = [pictures.images["train"][i]._replace(tile=tile) for i, tile in parts]
+    return ImageSet(labels, {"train": found, "test": []}, pictures.scale)
 
 
 def picture_of(name: str) -> str:

@@ -51,7 +51,7 @@ class ImageList:
             return listed
         if (rows := before.rows_in(listed)) is not None:
             hashes = {split: [listed.hashes[split][i] for i in rows[split]] for split in SPLITS}
-            listed = cls(_kept(listed.labels, rows), hashes)
+            listed = cls(listed.labels.kept(rows), hashes)
         return cls(
             listed.labels, listed.hashes, dict(before.sizes), before.pixel_scale, list(before.unreadable)
         )
@@ -83,7 +83,7 @@ class ImageList:
             content = read_sealed(path)
             labels, scale = Labels.from_json(content["labels"]), content.get("pixel_scale")
             return cls(labels, content["hashes"], content["sizes"], scale, content["unreadable"])
-        except (OSError, ValueError, KeyError, UserError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def write(self, path: Path) -> None:
@@ -102,12 +102,6 @@ class ImageList:
         return checksum(as_strict_json(of | {split: self._known_by(split) for split in SPLITS}))[:16]
 
 
-def _kept(labels: Labels, rows: dict[str, np.ndarray]) -> Labels:
-    """The labels of these images of each split, in the order of ``rows``."""
-    train, test = (labels.split(split).kept(rows[split]) for split in SPLITS)
-    return dataclasses.replace(labels, train=train, test=test)
-
-
 class FeatureCache:
     """The features of a data set's images as they are in a store; an image that is not there is left out, its
     name in ``skipped``. Files are opened when rows are read, in whatever process: a cache can be pickled."""
@@ -123,7 +117,7 @@ class FeatureCache:
             for split, (shard, _) in found.items()
             for i in np.flatnonzero(shard < 0)
         ]
-        self.labels = _kept(images.labels, self._rows)
+        self.labels = images.labels.kept(self._rows)
 
     @functools.cached_property
     def meta(self) -> dict:

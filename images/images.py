@@ -18,7 +18,8 @@ import stat
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +111,11 @@ def find_below(
     return sorted(files)
 
 
-def listed(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted, but for what is hidden. Raises UserError when it cannot be read."""
-    try:
-        return sorted(path for path in folder.iterdir() if not is_hidden(path.name))
-    except OSError as error:
-        _refuse(error)
-        raise
+def listed(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of the folders in a folder and those of its files, sorted, but for what is hidden. Raises
+    UserError when it cannot be read."""
+    _, folders, files = next(os.walk(folder, onerror=_refuse))
+    return sorted(filterfalse(is_hidden, folders)), sorted(filterfalse(is_hidden, files))
 
 
 def _refuse(error: OSError) -> None:
@@ -126,53 +125,36 @@ def _refuse(error: OSError) -> None:
 
 
 def tell_skipped(skipped: Counter) -> str:
-    """As in "3 files that are no images (.txt 2, .csv 1)"."""
+    """As in "3 files or folders that are no images (.txt 2, .csv 1)"."""
     named = ", ".join(f"{reason} {count}" for reason, count in skipped.most_common(6))
-    more = ", ..." if len(skipped) > 6 else ""
-    return f"{sum(skipped.values())} files or folders that are no images ({named}{more})"
+    return f"{sum(skipped.values())} files or folders that are no images ({named})"
 
 
 # ---------------------------------------------------------------- the same files?
 def content_hash(path: Path) -> str:
     """A hash of all bytes of a file: 32 hexadecimal digits of its SHA-256; UNREADABLE where it cannot be
     read. Read once in a process as long as size and time of change stay."""
-    try:
+    with contextlib.suppress(OSError):
         found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            return UNREADABLE
-        return _hashed(os.fspath(path), found.st_size, found.st_mtime_ns, found.st_ino)
-    except OSError:
-        return UNREADABLE
+        if stat.S_ISREG(found.st_mode):
+            return _hashed(os.fspath(path), found.st_size, found.st_mtime_ns, found.st_ino)
+    return UNREADABLE
 
 
 @functools.lru_cache(maxsize=1_000_000)
 def _hashed(path: str, size: int, changed: int, inode: int) -> str:
     with open(path, "rb", buffering=0) as stream:
-        if size > 1 << 16:
-            return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
-        return hashlib.sha256(stream.read()).hexdigest()[:32]  # 60,000 files of 900 bytes in 0.7 s
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
 
 
 # ---------------------------------------------------------------- pixels
 def read_image(path: Path, scale: PixelScale | None = None) -> np.ndarray:
     """An image file as (H, W, 3) uint8 (see the top of this file). scale: of its data set. Raises UserError
     that names it when it cannot be read."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("no regular file")
-        with opened(path) as image:
-            if getattr(image, "is_animated", False):
-                note_once("of pictures of several frames the first is taken")
-            return of_pillow(image, scale)
-    except MemoryError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"no image {path}: there is no such file") from None
-    except Exception as error:  # every format fails in its own way on damaged bytes
-        reason = _in_a_line(error).replace(f" {str(path)!r}", "")  # Pillow names the file once more
-        raise UserError(
-            f"unreadable image {path} ({reason}); repair it or take it out of the folder"
-        ) from None
+    with opened(path) as image:
+        if getattr(image, "is_animated", False):
+            note_once("of pictures of several frames the first is taken")
+        return of_pillow(image, scale)
 
 
 def pixels_of(picture: Any, scale: PixelScale | None = None) -> np.ndarray:
@@ -182,12 +164,8 @@ def pixels_of(picture: Any, scale: PixelScale | None = None) -> np.ndarray:
     if isinstance(picture, (str, Path)):
         return read_image(Path(picture), scale)
     if isinstance(picture, Image.Image):
-        try:
+        with readable(picture):  # of a file, perhaps, which is read only now
             return of_pillow(picture, scale)
-        except MemoryError:
-            raise
-        except Exception as error:  # as of a file, which may be read only now
-            raise UserError(f"unreadable Pillow image ({_in_a_line(error)})") from None
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.size:
         if picture.ndim == 2:
             return np.repeat(picture[..., None], 3, 2)
@@ -200,32 +178,44 @@ def pixels_of(picture: Any, scale: PixelScale | None = None) -> np.ndarray:
     )
 
 
-def _in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {[*str(error).splitlines(), ''][0][:120]}"
+@contextlib.contextmanager
+def readable(picture: Path | Image.Image) -> Iterator[None]:
+    """Whatever fails in the block is a UserError in one line that names the picture."""
+    what = f"image {picture}" if isinstance(picture, Path) else "Pillow image"
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise UserError(f"no {what}: there is no such file") from None
+    except Exception as error:  # every format fails in its own way on damaged bytes
+        reason = f"{type(error).__name__}: {[*str(error).splitlines(), ''][0][:120]}"
+        reason = reason.replace(f" {str(picture)!r}", "")  # Pillow names the file once more
+        raise UserError(f"unreadable {what} ({reason})") from None
 
 
-def opened(path: Path) -> Image.Image:
-    """An image file, opened. Raises ValueError on one of more than MOST_PIXELS, and what Pillow raises."""
-    image = Image.open(path, formats=formats())
-    if image.width * image.height > MOST_PIXELS:
-        image.close()
-        raise ValueError(
-            f"{image.width} x {image.height} pixels, more than the {MOST_PIXELS // 10**6} million taken"
-        )
-    return image
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """An image file, for the block, not decoded yet. Raises UserError where it is absent, no regular file, of
+    more than MOST_PIXELS or of no format, and on what fails in the block (``readable``)."""
+    with readable(path):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("no regular file")
+        with Image.open(path, formats=formats()) as image:
+            if image.width * image.height > MOST_PIXELS:
+                size = f"{image.width} x {image.height} pixels"
+                raise ValueError(f"{size}, more than the {MOST_PIXELS // 10**6} million taken")
+            yield image
 
 
 def size_of(path: Path) -> tuple[int, int]:
     """Height and width of an image file as ``read_image`` turns it, from its head alone. Raises UserError
     when that cannot be read."""
-    try:
-        with opened(path) as image:
-            # PNG's own getexif decodes the whole image; a TIFF's size is turned already
-            exif = {} if image.format == "TIFF" else Image.Image.getexif(image)
-            width, height = image.size
-            return (width, height) if exif.get(ORIENTATION, 1) in SIDEWAYS else (height, width)
-    except Exception as error:  # every format fails in its own way on damaged bytes
-        raise UserError(f"unreadable image {path} ({type(error).__name__})") from None
+    with opened(path) as image:
+        # PNG's own getexif decodes the whole image; a TIFF's size is turned already
+        exif = {} if image.format == "TIFF" else Image.Image.getexif(image)
+        width, height = image.size
+        return (width, height) if exif.get(ORIENTATION, 1) in SIDEWAYS else (height, width)
 
 
 def of_pillow(image: Image.Image, scale: PixelScale | None = None) -> np.ndarray:

@@ -1,5 +1,5 @@
-"""Data sets of image files, in whatever folders they come: each reader gives one table of path, split, label
-and mask.
+"""Data sets of image files, in whatever folders they come: each reader yields the rows of one table of path,
+split, label and mask.
 
 The split is train, test or validation: training pictures that are held out. A label is a class: images of it
 train, and every test image with another label is anomalous. Or it is ``<class>/<condition>``, where each
@@ -13,7 +13,7 @@ import csv
 import json
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,8 @@ from config import UserError
 from images import images
 
 SPLITS = ("train", "test")
-ROW_SPLITS = ("train", "validation", "test")
+# Folders of pictures in a category, and their splits.
+PLACES = {"train": "train", "validation": "validation", "test": "test", "test_public": "test"}
 NORMAL_NAMES = ("good", "ok", "normal")  # conditions, and folders, of normal pictures
 MASK_FOLDERS = ("ground_truth", "gt", "mask", "masks")
 NO_PICTURES = frozenset((*MASK_FOLDERS, "xyz", "depth"))  # folders inside a class's: masks, or depth
@@ -38,13 +39,6 @@ class Row(NamedTuple):
     split: str
     label: str
     mask: Path | None = None
-
-
-class Table(NamedTuple):
-    """A data set. root: what the names of its images are relative to."""
-
-    root: Path
-    rows: list[Row]
 
 
 class Search:
@@ -67,7 +61,7 @@ class Search:
 def subfolders(folder: Path) -> list[str]:
     """The names of the folders in a folder, sorted, hidden ones left out; none where it is no folder. Raises
     UserError when it cannot be read."""
-    return [path.name for path in images.listed(folder) if path.is_dir()] if folder.is_dir() else []
+    return images.listed(folder)[0] if folder.is_dir() else []
 
 
 def folded(name: str) -> str:
@@ -82,108 +76,96 @@ def inside(folder: Path, name: str) -> Path:
     return folder / (name if name in same or not same else same[0])
 
 
-def what_is_there(folder: Path) -> str:
-    """What a message says was found at a path: "... is not there", "... holds a, b and 3 more"."""
-    if not folder.is_dir():
-        return f"{folder.resolve()} is {'a file, no folder' if folder.exists() else 'not there'}"
-    names = [path.name + "/" * path.is_dir() for path in images.listed(folder)]
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    holds = f"holds {', '.join(names[:4])}{more}" if names else "is empty"
-    return f"{folder.resolve()} {holds}"
-
-
 def not_as_expected(
-    root: Path, expected: str, holds: Callable[[Path], object], advice: str = ""
+    root: Path, expected: str, holds: Callable[[Path], object] = lambda folder: False
 ) -> UserError:
     """The line for a folder that does not hold a data set: what was expected and what is there. Where a
-    folder at most three below it, or the one above it, does, that is the advice."""
+    folder at most three below it, or the one above it, ``holds`` one, that is the advice."""
     level, near = [root], []
     for _ in range(3):
         level = [folder / name for folder in level[:1000] for name in subfolders(folder)]
         near += level
-    if found := next((folder for folder in [*near, root.resolve().parent] if holds(folder)), None):
-        advice = f"; {found} does: give --dataset_path {found}"
-    return UserError(f"dataset_path: expected {expected}, but {what_is_there(root)}{advice}")
+    found = next((folder for folder in [*near, root.resolve().parent] if holds(folder)), None)
+    advice = f"; {found} does: give --dataset_path {found}" if found else ""
+    return UserError(f"dataset_path: expected {expected}, but {root.resolve()} {what_is_there(root)}{advice}")
+
+
+def what_is_there(path: Path) -> str:
+    """As in "is not there", "holds a/, b.txt and 3 more"."""
+    if not path.is_dir():
+        return "is a file, no folder" if path.exists() else "is not there"
+    folders, files = images.listed(path)
+    names = [*(f"{name}/" for name in folders), *files]
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"holds {', '.join(names[:4])}{more}" if names else "is empty"
 
 
 def place_of(root: Path, expected: str, holds: Callable[[Path], object]) -> Path:
     """The folder that ``holds`` a data set: root, or the only folder in it. Raises ``not_as_expected``."""
     below = subfolders(root)
-    places = [root, root / below[0]] if len(below) == 1 else [root]
-    if found := next((folder for folder in places if holds(folder)), None):
-        return found
+    for place in [root, root / below[0]] if len(below) == 1 else [root]:
+        if holds(place):
+            return place
     raise not_as_expected(root, expected, holds)
 
 
 # ---------------------------------------------------------------- folders per class
-def own_pictures(root: Path, search: Search) -> Table:
-    """Folders per class (``folders``), or normal pictures alone (``normal_only``)."""
-    return folders(root, search) if inside(root, "train").is_dir() else normal_only(root, search)
-
-
-def folders(root: Path, search: Search) -> Table:
+def folders(root: Path, search: Search) -> Iterator[Row]:
     """``{train,test}/<class>/**``, masks of what is no class in ``ground_truth/<its name>``; without test/,
-    no test images."""
+    no test images. Or normal pictures alone (``normal_only``), in ``root`` or in its train/."""
     places = [inside(root, split) for split in SPLITS]
-    trained = [folded(name) for name in subfolders(places[0])]
+    trained = {folded(name) for name in subfolders(places[0])}
+    if not places[0].is_dir():
+        return normal_only(root, search)
     if not trained and not places[1].is_dir():
         return normal_only(places[0], search, root.resolve().name)
-    rows: list[Row] = []
-    for split, place in zip(SPLITS, places):
-        if split == "train" or place.is_dir():
-            found = list(_labelled(search, root, place, split, trained))
-            if not found:
-                raise not_as_expected(place, f"a folder of images per class in {place}", lambda folder: False)
-            rows += found
-            if beside := Search().inside(place):
-                search.notes.append(f"{len(beside)} pictures beside the folders in {place} are not taken")
-    return Table(root, rows)
+    if empty := next((place for place in places if place.is_dir() and not subfolders(place)), None):
+        raise not_as_expected(empty, f"a folder of images per class in {empty}")
+    return _labelled(search, root, SPLITS, trained)
 
 
 def _labelled(
-    search: Search, root: Path, place: Path, split: str, normal: Container[str], before: str = ""
+    search: Search, root: Path, places: Iterable[str], normal: Container[str], before: str = ""
 ) -> Iterator[Row]:
-    """The images of the folders in a place below ``root``, whose names are their labels, behind ``before``;
-    with the masks of those whose names are not among the ``normal`` ones."""
-    marked = _mask_folders(root) + _mask_folders(place)
-    for spelt in subfolders(place):
-        kind = folded(spelt)
-        if kind in NO_PICTURES and kind not in normal:
-            continue
-        rows = [Row(path, split, before + spelt) for path in search.below(place / spelt)]
-        places = [inside(folder, spelt) for folder in marked] + _mask_folders(place / spelt)
-        if kind not in normal and places:
-            masks = {name: mask for folder in reversed(places) for name, mask in _masks_in(folder).items()}
-            rows = [row._replace(mask=_mask_of(row.path.relative_to(place / spelt), masks)) for row in rows]
-            if not any(row.mask for row in rows):
-                where = places[0].relative_to(root)
-                search.notes.append(f"{len(rows)} defects in {spelt}, no mask for any in {where}")
-        yield from rows
+    """The pictures in ``<place>/<kind>/**`` below ``root``, labelled by their kinds, behind ``before``; with
+    the masks of those whose kinds are not among the ``normal`` ones."""
+    there = [(inside(root, place), PLACES[place]) for place in places]
+    kinds = [(place / name, split) for place, split in there for name in subfolders(place)]
+    masks = _masks_in([root, *(place for place, _ in there), *(kind for kind, _ in kinds)], root)
+    for place, _ in there:
+        if beside := Search().inside(place):
+            search.notes.append(f"{len(beside)} pictures beside the folders in {place} are not taken")
+    for kind, split in kinds:
+        is_normal = folded(kind.name) in normal
+        if is_normal or folded(kind.name) not in NO_PICTURES:
+            pictures = search.below(kind)
+            own = [None if is_normal else masks.get(_known_by(path, root)) for path in pictures]
+            if masks and not is_normal and not all(own):
+                count = f"{len(own) - own.count(None)} of {len(own)}"
+                search.notes.append(f"masks for {count} defects in {before}{kind.name}")
+            yield from (Row(path, split, before + kind.name, mask) for path, mask in zip(pictures, own))
 
 
-def _mask_folders(folder: Path) -> list[Path]:
-    return [folder / name for name in subfolders(folder) if folded(name) in MASK_FOLDERS]
-
-
-def _masks_in(folder: Path) -> dict[str, Path]:
-    """{folded name below a folder, without ending: path} of the pictures there and the folders of some."""
+def _masks_in(folders: list[Path], root: Path) -> dict[tuple[str, ...], Path]:
+    """The masks in the MASK_FOLDERS that lie in these folders, by what their pictures are ``_known_by``: by
+    name, or name and _mask, or a folder of several."""
     found = {}
-    for mask in images.find_below(folder, Counter()) if folder.is_dir() else []:
-        name = mask.relative_to(folder)
-        found[folded(str(name.parent))] = mask.parent
-        found[folded(str(name.with_suffix("")))] = mask
+    for place in (folder / name for folder in folders for name in subfolders(folder)):
+        for mask in images.find_below(place, Counter()) if folded(place.name) in MASK_FOLDERS else []:
+            *above, name = _known_by(mask, root)
+            found[*above,] = mask.parent
+            found[*above, name.removesuffix("_mask")] = mask
     return found
 
 
-def _mask_of(picture: Path, masks: dict[str, Path]) -> Path | None:
-    """Where the defect of a picture is marked: by its name, or its name and _mask, in any case and format, or
-    a folder of masks. A folder rgb has its masks beside it."""
-    parts = [part for part in picture.with_suffix("").parts if part.lower() != "rgb"]
-    name = folded(str(Path(*parts)))
-    return masks.get(f"{name}_mask", masks.get(name))
+def _known_by(path: Path, root: Path) -> tuple[str, ...]:
+    """What the name of a picture has in common with that of its mask, in any case and format. 3D-AD has
+    pictures in rgb and masks beside it."""
+    *above, name = map(folded, path.relative_to(root).with_suffix("").parts)
+    return *(folder for folder in above if folder not in (*PLACES, *MASK_FOLDERS, "rgb")), name
 
 
-def normal_only(root: Path, search: Search, name: str | None = None) -> Table:
+def normal_only(root: Path, search: Search, name: str | None = None) -> Iterator[Row]:
     """Pictures of one thing that lie in a folder itself, all normal: one class of the folder's name (or of
     ``name``), no test images. Subfolders are searched only where the folder's own name says that all in it
     is normal. Raises UserError when no pictures lie there."""
@@ -191,25 +173,18 @@ def normal_only(root: Path, search: Search, name: str | None = None) -> Table:
     if below and not pictures and folded(own_name) in NORMAL_NAMES:
         pictures, below = search.below(root), []
     if not pictures:
-        good = [name for name in below if folded(name) in NORMAL_NAMES]
-        good = good or [name for name in below if Search().inside(root / name)]
-        named = root / good[0] if len(good) == 1 else f"{root}/<one of {', '.join(good[:4])}>"
         raise not_as_expected(
             root,
             f"images as {root}/{{train,test}}/<class>/*, or normal pictures in {root} itself",
-            lambda folder: subfolders(folder / "train"),
-            f"; give the folder of the normal ones: --dataset_path {named}" if good else "",
+            lambda folder: subfolders(folder / "train") or folded(folder.name) in NORMAL_NAMES,
         )
     if below:
         search.notes.append(f"only the pictures in {root} itself are taken, not those in {below[0]}")
-    return Table(root, [Row(path, "train", name or own_name or "normal") for path in pictures])
+    yield from (Row(path, "train", name or own_name or "normal") for path in pictures)
 
 
 # ---------------------------------------------------------------- categories with defective specimens
-PLACES = {"train": "train", "validation": "validation", "test": "test", "test_public": "test"}
-
-
-def mvtec(root: Path, search: Search) -> Table:
+def mvtec(root: Path, search: Search) -> Iterator[Row]:
     """``<category>/train/good``, ``<category>/test/<good or defect>``,
     ``<category>/ground_truth/<defect>``; "ok" serves for "good" (BTAD). root may also be one such category,
     or a folder that holds nothing but their folder.
@@ -218,13 +193,8 @@ def mvtec(root: Path, search: Search) -> Table:
     for each picture), 3D-AD (``<defect>/rgb``, masks in ``<defect>/gt``); their ``validation`` pictures are
     held out."""
     expected = f"categories in {root}, <category>/train/good (or ok) and <category>/test/<good or defect>"
-    rows = [
-        row
-        for name, category in _categories(place_of(root, expected, _categories)).items()
-        for place, split in PLACES.items()
-        for row in _labelled(search, category, inside(category, place), split, NORMAL_NAMES, f"{name}/")
-    ]
-    return Table(root, rows)
+    for name, category in _categories(place_of(root, expected, _categories)).items():
+        yield from _labelled(search, category, PLACES, NORMAL_NAMES, f"{name}/")
 
 
 def _categories(root: Path) -> dict[str, Path]:
@@ -239,7 +209,7 @@ def _trains_normal(category: Path) -> bool:
 
 
 # ---------------------------------------------------------------- tables
-def labels_file(path: Path, search: Search) -> Table:
+def labels_file(path: Path, search: Search) -> Iterator[Row]:
     """A CSV file with the columns path (from the file's own folder), split, label and perhaps mask; or a
     folder that has one called labels.csv."""
     table = path / "labels.csv" if path.is_dir() else path
@@ -247,61 +217,53 @@ def labels_file(path: Path, search: Search) -> Table:
         columns = ", ".join(Row._fields)
         expected = f"a CSV file with the columns {columns}, or a folder with one called labels.csv"
         raise not_as_expected(path, expected, lambda folder: (folder / "labels.csv").is_file())
-    listed = _read_table(table, ("path", "split", "label"))
-    rows = [(row["path"], row["split"], row["label"], row.get("mask")) for row in listed]
-    return Table(table.parent, _rows(table, table.parent, rows))
+    for row in _read_table(table, ("path", "split", "label")):
+        yield _named(table.parent, row["path"], row["split"], row["label"], row.get("mask"))
 
 
-def visa(root: Path, search: Search) -> Table:
+def visa(root: Path, search: Search) -> Iterator[Row]:
     """VisA: ``split_csv/1cls.csv`` says which image of ``<object>/Data/Images/{Normal,Anomaly}`` is in
     which split, and which mask is its; ``<object>/image_anno.csv``, where it is there, says what is wrong.
     Also in its converted form, MVTec-style categories."""
     if _categories(root):
-        return mvtec(root, search)
+        yield from mvtec(root, search)
+        return
     where = Path("split_csv", "1cls.csv")
     expected = f"VisA as {root / where} and the folders <object>/Data/Images that it names"
     base = place_of(root, expected, lambda folder: (folder / where).is_file())
-    table = base / where
-    listed = _read_table(table, ("object", "split", "label", "image", "mask"))
+    listed = _read_table(base / where, ("object", "split", "label", "image", "mask"))
     notes = [base / name / "image_anno.csv" for name in {row["object"] for row in listed}]
     noted = [row for note in notes if note.is_file() for row in _read_table(note, ("image", "label"))]
     wrong = {row["image"]: row["label"] for row in noted}
-    rows = [
-        (row["image"], row["split"], f"{row['object']}/{wrong.get(row['image'], row['label'])}", row["mask"])
-        for row in sorted(listed, key=lambda row: row["image"])
-    ]
-    return Table(base, _rows(table, base, rows))
+    for row in sorted(listed, key=lambda row: row["image"]):
+        label = f"{row['object']}/{wrong.get(row['image'], row['label'])}"
+        yield _named(base, row["image"], row["split"], label, row["mask"])
 
 
-def real_iad(root: Path, search: Search) -> Table:
+def real_iad(root: Path, search: Search) -> Iterator[Row]:
     """Real-IAD: ``realiad_jsons/<object>.json``, or a folder deeper, says which pictures of
     ``realiad_1024/<object>`` (or 512, or 256) are in which split. An object without its folder is left
     out."""
     expected = f"Real-IAD as {root}/realiad_1024/<object> and {root}/realiad_jsons/<object>.json"
-    root = place_of(root, expected, _real_iad_tables)
-    base = next((f for size in (1024, 512, 256) if (f := root / f"realiad_{size}").is_dir()), root)
-    found: list[Row] = []
-    for table in _real_iad_tables(root):
+    for table, folder in _real_iad_objects(place_of(root, expected, _real_iad_objects)):
         try:
             content = json.loads(table.read_text(encoding="utf-8"))
-            place = base / content["meta"]["prefix"]
-            rows = [
-                (row["image_path"], split, f"{table.stem}/{row['anomaly_class']}", row["mask_path"])
-                for split in SPLITS
-                for row in content[split]
-            ]
+            for split in SPLITS:
+                for row in content[split]:
+                    label = f"{table.stem}/{row['anomaly_class']}"
+                    yield _named(folder, row["image_path"], split, label, row["mask_path"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"dataset_path: {table} cannot be read ({error!r})") from None
-        if place.is_dir():
-            found += _rows(table, place, rows)
-    if not found:
-        raise not_as_expected(root, expected, lambda folder: False)
-    return Table(base, found)
 
 
-def _real_iad_tables(root: Path) -> list[Path]:
+def _real_iad_objects(root: Path) -> list[tuple[Path, Path]]:
+    """The table and the folder of each object."""
+    bases = [folder for size in (1024, 512, 256) if (folder := root / f"realiad_{size}").is_dir()]
     places = (root / "realiad_jsons", root / "realiad_jsons" / "realiad_jsons")
-    return sorted(path for place in places for path in place.glob("*.json"))
+    tables = sorted(table for place in places for table in place.glob("*.json"))
+    return [
+        (table, base / table.stem) for base in bases[:1] for table in tables if (base / table.stem).is_dir()
+    ]
 
 
 def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
@@ -316,36 +278,18 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     return rows
 
 
-def _rows(table: Path, base: Path, listed: Iterable[tuple[str, str, str, str | None]]) -> list[Row]:
-    """What a table in a file lists; its paths begin at ``base``, or at the root of the file system. Raises
-    UserError on what is not there, and on another split."""
-    rows = [
-        Row(_named(base, path), folded(split), label.strip(), _named(base, mask) if mask else None)
-        for path, split, label, mask in listed
-    ]
-    if other := next((row for row in rows if row.split not in ROW_SPLITS or not row.label), None):
-        raise UserError(
-            f"dataset_path: {table} gives {other.path.name} the split {other.split!r} and the label "
-            f"{other.label!r}; expected train, validation or test, and a label"
-        )
-    missing = [path for row in rows for path in (row.path, row.mask) if path and not path.exists()]
-    if missing:
-        raise UserError(
-            f"dataset_path: {table} names {missing[0].absolute()}, which is not there, nor are "
-            f"{len(missing) - 1} others of its {len(rows)} images and their masks"
-        )
-    return rows
-
-
-def _named(base: Path, name: str) -> Path:
-    """The file of that name; Windows writes its folders with backslashes."""
-    path = base / name
-    return path if "\\" not in name or path.exists() else base / name.replace("\\", "/")
+def _named(base: Path, path: str, split: str, label: str, mask: str | None) -> Row:
+    """What a row in a file says. Its paths begin at ``base``, or at the root of the file system; Windows
+    writes their folders with backslashes."""
+    names = (name if (base / name).exists() else name.replace("\\", "/") for name in (path, mask or ""))
+    image, marked = (base / name for name in names)
+    return Row(image, folded(split), label.strip(), marked if mask else None)
 
 
 # ---------------------------------------------------------------- sets without a split of their own
 TRAIN_SHARE = 0.8  # of each class's normal pictures
-PETS = ("cat", "dog")
+PETS = {"cat": "[Cc]at", "dog": "[Dd]og"}
+PET_FILES = ("train/{}.*.jpg", "{}.*.jpg", "PetImages/{}/[!.]*.jpg", "{}/[!.]*.jpg")  # Kaggle's, Microsoft's
 
 
 def split_by_rule(files: list[Path], label: str) -> list[Row]:
@@ -358,71 +302,65 @@ def split_by_rule(files: list[Path], label: str) -> list[Row]:
     return [Row(path, SPLITS[i not in trained], label) for i, path in enumerate(ordered)]
 
 
-def cats_vs_dogs(root: Path, search: Search) -> Table:
+def cats_vs_dogs(root: Path, search: Search) -> Iterator[Row]:
     """Cats and dogs: ``{train,test}/<class>/*``, Kaggle's flat ``train/cat.0.jpg``, or Microsoft's
     ``PetImages/{Cat,Dog}/0.jpg``; the last two split by ``split_by_rule``, 10,000 of each class to train
     and 2,500 to test, the same pictures in both. Kaggle's test1/ has no labels and is not read."""
     if all(subfolders(root / split) for split in SPLITS):
-        return folders(root, search)
+        yield from folders(root, search)
+        return
     expected = (
         f"cats and dogs as {root}/{{train,test}}/{{cat,dog}}/*, {root / 'train' / 'cat.0.jpg'} (Kaggle) or "
         f"{root / 'PetImages' / 'Cat'} (Microsoft)"
     )
-    pets = _pets(place_of(root, expected, _pets))
-    return Table(root, [row for name, files in pets.items() for row in split_by_rule(files, name)])
+    for name, files in _pets(place_of(root, expected, _pets)).items():
+        yield from split_by_rule(files, name)
 
 
 def _pets(root: Path) -> dict[str, list[Path]]:
-    """The pictures of each pet in Kaggle's form or in Microsoft's; {} if in neither."""
-    for folder in (root / "train", root):
-        found = {name: list(folder.glob(f"{name}.*.jpg")) for name in PETS}
-        if all(found.values()):
-            return found
-    for folder in (root / "PetImages", root):
-        found = {name: Search().inside(inside(folder, name)) for name in PETS}
+    """The pictures of each pet; {} in none of the forms."""
+    for form in PET_FILES:
+        found = {name: list(root.glob(form.format(spelt))) for name, spelt in PETS.items()}
         if all(found.values()):
             return found
     return {}
 
 
-def magnetic_tiles(root: Path, search: Search) -> Table:
+def magnetic_tiles(root: Path, search: Search) -> Iterator[Row]:
     """Magnetic tile defects: ``MT_Free/Imgs/*.jpg`` are normal, ``MT_<Kind>/Imgs/*.jpg`` are defective,
     their masks .png beside them. The free ones are split by ``split_by_rule``; all defective ones are
     tested."""
     expected = f"magnetic tiles as {root / 'MT_Free' / 'Imgs'}, and MT_Blowhole, MT_Break, ... beside it"
     base = place_of(root, expected, lambda folder: (folder / "MT_Free").is_dir())
-    rows = split_by_rule([*base.glob("MT_Free/Imgs/*.jpg")], "magnetic_tile/good")
-    for path in sorted(base.glob("MT_*/Imgs/*.jpg")):
-        kind, mask = path.parts[-3].removeprefix("MT_").lower(), path.with_suffix(".png")
-        if kind != "free":
-            rows.append(Row(path, "test", f"magnetic_tile/{kind}", mask if mask.exists() else None))
-    return Table(base, sorted(rows, key=lambda row: row.path.parts[-3]))
+    for folder in sorted(base.glob("MT_*/Imgs")):
+        kind, pictures = folder.parent.name.removeprefix("MT_").lower(), sorted(folder.glob("*.jpg"))
+        if kind == "free":
+            yield from split_by_rule(pictures, "magnetic_tile/good")
+            continue
+        for path in pictures:
+            mask = path.with_suffix(".png")
+            yield Row(path, "test", f"magnetic_tile/{kind}", mask if mask.exists() else None)
 
 
 def read_mask(path: Path) -> np.ndarray:
     """A mask of a defect, (H, W) bool: True where the file is not black, of a JPEG where it is nearer to
     white; of a folder, where any file in it is. Raises UserError."""
-    try:
-        if path.is_dir():
-            return np.logical_or.reduce([read_mask(part) for part in images.images_below(path, Counter())])
-        with images.opened(path) as image:
-            if image.mode == "P":  # by the colour; of a palette of blacks by the number
-                coloured = np.asarray(image.convert("RGB")).max(2) > 0
-                return coloured if coloured.any() else np.asarray(image) > 0
-            one = image.mode in ("1", "L", "F") or image.mode.startswith("I")
-            least = 127 if image.format == "JPEG" else 0  # its black is not quite black
-            return np.asarray(image if one else image.convert("L")) > least
-    except UserError:
-        raise
-    except Exception as error:  # every format fails in its own way
-        raise UserError(f"unreadable mask {path} ({type(error).__name__})") from None
+    if path.is_dir():
+        return np.logical_or.reduce([read_mask(part) for part in images.images_below(path, Counter())])
+    with images.opened(path) as image:
+        if image.mode == "P":  # by the colour; of a palette of blacks by the number
+            coloured = np.asarray(image.convert("RGB")).max(2) > 0
+            return coloured if coloured.any() else np.asarray(image) > 0
+        one = image.mode in ("1", "L", "F") or image.mode.startswith("I")
+        least = 127 if image.format == "JPEG" else 0  # its black is not quite black
+        return np.asarray(image if one else image.convert("L")) > least
 
 
 # ---------------------------------------------------------------- all of them
-READERS: dict[str, Callable[[Path, Search], Table]] = {
-    "folder": own_pictures,
+READERS: dict[str, Callable[[Path, Search], Iterator[Row]]] = {
+    "folder": folders,
     "csv": labels_file,
-    "lbot": own_pictures,
+    "lbot": folders,
     "CatsvsDogs": cats_vs_dogs,
     "mvtec": mvtec,
     "BTAD": mvtec,
@@ -432,20 +370,23 @@ READERS: dict[str, Callable[[Path, Search], Table]] = {
 }
 
 
-def read_table(reader: Callable[[Path, Search], Table], path: Path) -> Table:
+def read_table(dataset: str, path: Path) -> list[Row]:
     """The table of a data set; what was passed over, and which masks are lacking, is told in a line. Raises
-    UserError."""
-    search, masks = Search(), defaultdict(list)
-    table = reader(path, search)
-    for row in table.rows:
-        masks[row.split, row.label].append(row.mask is not None)
-    search.notes += [
-        f"masks for {sum(found)} of {len(found)} defects in {label}"
-        for (_, label), found in masks.items()
-        if any(found) and not all(found)
-    ]
+    UserError, also where a table in a file names what is not there, or another split."""
+    search = Search()
+    rows = list(READERS.get(dataset, folders)(path, search))
+    if odd := next((row for row in rows if row.split not in PLACES.values() or not row.label), None):
+        raise UserError(
+            f"dataset_path: {path} gives {odd.path.name} the split {odd.split!r} and the label "
+            f"{odd.label!r}; expected train, validation or test, and a label"
+        )
+    if missing := [file for row in rows for file in (row.path, row.mask) if file and not file.exists()]:
+        raise UserError(
+            f"dataset_path: {path} names {missing[0].absolute()}, which is not there, nor are "
+            f"{len(missing) - 1} others of its {len(rows)} images and their masks"
+        )
     if search.skipped:
         images.note_once(f"passed over in {path}: {images.tell_skipped(search.skipped)}")
     if search.notes:
         images.note_once(f"{path}: {utils.first_named(search.notes, '; ')}")
-    return table
+    return rows

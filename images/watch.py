@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import math
 import os
 import signal
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import UserError
-from images.images import find_below, note
+from images.images import find_below, note_once
 
 INTERVAL = 0.5  # seconds between two looks at the folder
 SETTLED = 1.0  # seconds that a file has to stay as it is before it is taken for whole
@@ -20,11 +21,11 @@ PATIENCE = 30.0
 
 
 class Seen(NamedTuple):
-    """A file as it was last seen. since: the time of the first look at it as it is; None once it is done."""
+    """A file as it was last seen. state: its time of change and size. since: the time of the first look at it
+    as it is; infinite once it is done."""
 
-    changed: int
-    size: int
-    since: float | None
+    state: tuple[int, int]
+    since: float
 
 
 class Arrivals:
@@ -34,7 +35,7 @@ class Arrivals:
 
     def __init__(self, folder: Path):
         """Raises UserError unless it is a folder that can be read."""
-        self.folder, self.lost = folder, False
+        self.folder = folder
         self.seen: dict[Path, Seen] = {}
         if not folder.is_dir():
             raise UserError(f"watch: expected a folder, got {folder}")
@@ -44,45 +45,36 @@ class Arrivals:
         """Look once -> the pictures that are whole by now, the earliest first. A folder that cannot be read
         for a while has none."""
         try:
-            files = find_below(self.folder, Counter())
-            self.lost = False
+            states = {path: state_of(path) for path in find_below(self.folder, Counter())}
         except (UserError, OSError) as error:
-            if not self.lost:
-                note(f"{error}; looking for it again")
-            self.lost = True
+            note_once(f"{error}; looking for it again")
             return []
         before, self.seen = self.seen, {}
-        for path in files:
-            if state := state_of(path):
-                known = before.get(path)
-                same = known is not None and known[:2] == state
-                self.seen[path] = known if known and same else Seen(*state, time.monotonic())
-        whole = [(self.seen[path].changed, path) for path in self.seen if self._is_whole(path)]
+        for path, state in states.items():
+            if state:
+                new = Seen(state, time.monotonic())
+                known = before.get(path, new)
+                self.seen[path] = known if known.state == state else new
+        whole = [(seen.state, path) for path, seen in self.seen.items() if is_whole(path, seen.since)]
         return [path for _, path in sorted(whole)]
 
-    def _is_whole(self, path: Path) -> bool:
-        since = self.seen[path].since
-        age = 0 if since is None else time.monotonic() - since
-        return age >= PATIENCE or age >= SETTLED and not being_written(path)
+    def settles(self, path: Path, unreadable: bool = False) -> bool:
+        """Whether what was found of a ready picture counts; it then needs no further look, until it changes.
+        It does not where the picture has changed since it was ready; one that is ``unreadable`` is tried
+        again for as long as it may still be in the writing, and passed over once it has gone."""
+        last, state = self.seen[path], state_of(path)
+        if state is None:  # moved on once it was read
+            return not unreadable
+        counts = state == last.state and not (unreadable and time.monotonic() - last.since < PATIENCE)
+        if counts:
+            self.seen[path] = last._replace(since=math.inf)
+        return counts
 
-    def done(self, path: Path) -> bool:
-        """A picture was taken and needs no further look, until it changes. False: it has changed since it was
-        ready, what was taken of it does not count."""
-        state, last = state_of(path), self.seen[path]
-        if state and state == last[:2]:
-            self.seen[path] = last._replace(since=None)
-        return state in (None, last[:2])  # None: moved on once it was read
 
-    def given_up(self, path: Path) -> bool:
-        """Of a picture that could not be read: whether it will not be tried again. It will be for as long as
-        it may still be in the writing; one that has gone will not, and is done without a word."""
-        last = self.seen.get(path)
-        if last is None or last.since is None or not path.exists():
-            return False
-        if time.monotonic() - last.since < PATIENCE:
-            return False
-        self.done(path)
-        return True
+def is_whole(path: Path, since: float) -> bool:
+    """Whether a file that is as it is since then can be taken for whole."""
+    age = time.monotonic() - since
+    return age >= PATIENCE or age >= SETTLED and not being_written(path)
 
 
 def state_of(path: Path) -> tuple[int, int] | None:

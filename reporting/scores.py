@@ -80,9 +80,9 @@ def rows_arriving(
         for part in rows_of(detectors, files):
             if not isinstance(part, Unreadable):
                 paths = list(itertools.islice(waiting, len(part) // len(detectors)))
-                whole = {str(path) for path in paths if arrivals.done(path)}
+                whole = {str(path) for path in paths if arrivals.settles(path)}
                 yield [line for line in part if line.image in whole]
-            elif arrivals.given_up(next(waiting)):
+            elif arrivals.settles(next(waiting), unreadable=True):
                 yield part
         time.sleep(watch.INTERVAL)
 

@@ -31,6 +31,7 @@ import model
 from cache import feature_cache
 from cache.shards import write_shard
 from cache.store import Store
+from images.images import note_once
 from shell import signals
 
 torch.set_num_threads(1)
@@ -85,6 +86,18 @@ PIXELS = np.full((5, 4, 3), 90, np.uint8)
 def counts(labels: datasets.Labels, split: str) -> dict:
     """{class: images} of a split."""
     return {name: int((labels.split(split).category == i).sum()) for i, name in enumerate(labels.classes)}
+
+
+def truth(labels: datasets.Labels, class_name: str) -> dict[str, int]:
+    """{name: 1 where anomalous} of the test images of a class."""
+    _, rows, anomalous = labels.one_class(class_name)
+    return {labels.test.names[i]: int(a) for i, a in zip(rows, anomalous)}
+
+
+@pytest.fixture(autouse=True)
+def nothing_told():
+    """What is told once in a run is told once in a test."""
+    note_once.cache_clear()
 
 
 def tree(root: Path, *names: str) -> Path:

@@ -7,27 +7,15 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from conftest import PIXELS, counts, tree
+from conftest import PIXELS, counts, tree, truth
 from fabricated import settings
 from sklearn.datasets import load_digits
 
-import datasets
 import extractor
 from config import Config, UserError
-from datasets import SPLITS, Labels, choose_classes, load_images
+from datasets import SPLITS, choose_classes, load_images
 from detector import class_data
-from images.images import note_once, read_image
-
-
-@pytest.fixture(autouse=True)
-def nothing_told():
-    note_once.cache_clear()
-
-
-def truth(labels: Labels, class_name: str) -> dict[str, int]:
-    """{name: 1 where anomalous} of the test images of a class."""
-    _, rows, anomalous = labels.one_class(class_name)
-    return {labels.test.names[i]: int(a) for i, a in zip(rows, anomalous)}
+from images.images import read_image
 
 
 # ---------------------------------------------------------------- digits
@@ -49,28 +37,22 @@ def test_digits():
 
 
 # ---------------------------------------------------------------- folders
-def test_folder_labels(texture_folder):
-    """Image folders serve for a data set that torchvision knows, too."""
-    found = load_images("folder", str(texture_folder))
+def test_folder_labels(tmp_path):
+    """What is of no class is anomalous for all. Image folders serve for a set that torchvision knows, too."""
+    root = tree(tmp_path, *(f"{split}/{name}/{i}.png" for split in SPLITS for name in "ab" for i in range(2)))
+    tree(root, "test/odd/1.png")
+    found = load_images("folder", str(root))
     labels = found.labels
-    assert labels.classes == ("apple", "leaf", "sky") and not labels.per_category
-    assert counts(labels, "train") == dict.fromkeys(labels.classes, 24)
-    train, test, anomalous = labels.one_class("leaf")
-    assert {labels.train.names[i].split("/")[1] for i in train} == {"leaf"} and len(train) == 24
-    assert test.tolist() == list(range(36))
-    assert anomalous.tolist() == [int("/leaf/" not in labels.test.names[i]) for i in test]
-    for i in (0, 30, 71):
-        assert (found.read("train", i) == read_image(texture_folder / labels.train.names[i])).all()
+    assert labels.classes == ("a", "b") and not labels.per_category
+    train, _, _ = labels.one_class("b")
+    assert [labels.train.names[i] for i in train] == ["train/b/0.png", "train/b/1.png"]
+    for name in labels.classes:
+        assert truth(labels, name) == {test: int(f"/{name}/" not in test) for test in labels.test.names}
+    assert labels.test.kind == [""] * 4 + ["odd"]
+    for i, name in enumerate(labels.train.names):
+        assert (found.read("train", i) == read_image(root / name)).all()
     for name in ("cifar10", "STL10", "CatsvsDogs"):
-        assert load_images(name, str(texture_folder)).labels.as_json() == labels.as_json()
-
-
-def test_test_only_folder_is_anomalous_for_all(tmp_path):
-    root = tree(tmp_path, "train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png", "test/odd/1.png")
-    labels = load_images("folder", str(root)).labels
-    assert labels.classes == ("a", "b") and labels.test.kind == ["", "", "odd"]
-    assert truth(labels, "a") == {"test/a/1.png": 0, "test/b/1.png": 1, "test/odd/1.png": 1}
-    assert truth(labels, "b") == {"test/a/1.png": 1, "test/b/1.png": 0, "test/odd/1.png": 1}
+        assert load_images(name, str(root)).labels.as_json() == labels.as_json()
 
 
 @pytest.mark.parametrize("dataset, below", [("folder", ""), ("lbot", "train/")])
@@ -79,7 +61,7 @@ def test_normal_pictures_only(tmp_path, dataset, below):
     root = tree(tmp_path / "bolt", *(f"{below}{i}.png" for i in range(3)), f"{below}.hidden.png")
     found = load_images(dataset, str(root))
     assert found.labels.classes == ("bolt",) and found.labels.test.names == []
-    assert found.labels.train.names == ["0.png", "1.png", "2.png"]
+    assert found.labels.train.names == [f"{below}{i}.png" for i in range(3)]
     train, test, anomalous = found.labels.one_class("bolt")
     assert train.tolist() == [0, 1, 2] and len(test) == len(anomalous) == 0
     assert (found.read("train", 2) == PIXELS + 2).all()
@@ -97,11 +79,9 @@ def test_what_is_not_taken_is_told(tmp_path, capsys):
 
 
 def test_folders_that_are_no_split(tmp_path):
-    """The advice is the folder whose name says that it is normal, else a choice."""
+    """The advice is the folder whose name says that it is normal."""
     with pytest.raises(UserError, match="holds bad/, good/.*--dataset_path [^ ]*/good$"):
         load_images("folder", str(tree(tmp_path / "x", "good/1.png", "bad/2.png")))
-    with pytest.raises(UserError, match="--dataset_path [^ ]*/<one of a, b>$"):
-        load_images("lbot", str(tree(tmp_path / "z", "a/1.png", "b/2.png")))
 
 
 KAESE = [unicodedata.normalize(form, "käse") for form in ("NFC", "NFD")]
@@ -145,27 +125,20 @@ def test_what_a_data_set_holds_out_does_not_train(cache):
         assert len(other.held_rows) == usual and (other.held_rows == before.held_rows).all()
 
 
-def test_the_same_picture_in_both_splits_or_under_two_labels_is_told(tmp_path):
-    root = tree(tmp_path, "train/good/1.png", "test/good/2.png", "test/hole/3.png")
+def test_the_same_picture_in_both_splits_or_under_two_labels_is_told(tmp_path, capsys):
+    """By every script that asks for features."""
+    root = tree(tmp_path / "set", "train/good/1.png", "test/good/2.png", "test/hole/3.png")
     shutil.copy(root / "train/good/1.png", root / "train/good/again.png")  # nothing wrong with that
+    options = {"extractor": "resnet10t", "weights_path": "random", "img_size": (32, 32), "workers": 0}
+    options |= {"dataset": "mvtec", "dataset_path": str(root), "feature_path": str(tmp_path / "features")}
 
     def told() -> str:
-        found = load_images("mvtec", str(root))
-        return datasets.repeated(found.labels, {split: found.hashes(split) for split in SPLITS})
+        extractor.ensure_features(Config(device="cpu", threads=1, **options), torch.device("cpu"))
+        return capsys.readouterr().err
 
-    assert told() == ""
+    assert "twice" not in told()
     shutil.copy(root / "train/good/1.png", root / "test/good/2.png")
-    line = "the same picture twice: {} in train and test, {} under two labels; {} is {}"
-    assert told() == line.format(1, 0, "test/good/2.png", "train/good/1.png")
+    line = "note: the same picture twice: {} in train and test, {} under two labels; {} is {}\n"
+    assert line.format(1, 0, "test/good/2.png", "train/good/1.png") in told()
     shutil.copy(root / "train/good/1.png", root / "test/hole/3.png")
-    assert told() == line.format(2, 1, "test/good/2.png", "train/good/1.png")
-
-
-def test_every_script_tells_of_the_same_picture_twice(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    root = tree(tmp_path / "set", "train/a/1.png", "test/a/2.png")
-    shutil.copy(root / "train/a/1.png", root / "test/a/2.png")
-    options = {"extractor": "resnet10t", "weights_path": "random", "img_size": (32, 32), "workers": 0}
-    config = Config(dataset="folder", dataset_path=str(root), device="cpu", threads=1, **options)
-    extractor.ensure_features(config, torch.device("cpu"))
-    assert "note: the same picture twice: 1 in train and test, 0 under" in capsys.readouterr().err
+    assert line.format(2, 1, "test/good/2.png", "train/good/1.png") in told()

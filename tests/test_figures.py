@@ -86,7 +86,8 @@ def test_contact_sheet_shows_the_image_of_each_position(tmp_path, detector):
     names, kinds = [f"test/cat/M\udcfc{i}.png" for i in range(8)], ["", "", "", "", "", "hole", "", ""]
     split = datasets.Split.of(names, [0] * 8, [False] * 8, kinds)
     labels = datasets.Labels(("cat", "dog"), datasets.Split.of([], []), split)
-    images = datasets.ImageSet(labels, lambda split, i: np.full((*sizes[i], 3), 20 * i, np.uint8))
+    pixels = [np.full((*sizes.get(i, (9, 9)), 3), 20 * i, np.uint8) for i in range(8)]
+    images = datasets.ImageSet(labels, {"test": list(map(datasets.RawImage, pixels))})
     kept = record([2.0, 0.5, 9.0], [0, 0, 1])
     kept.test.rows = np.array([7, 3, 5])
     left = Left("cat", [kept], None, detector)

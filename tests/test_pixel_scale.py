@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -12,7 +11,6 @@ import train
 from config import Config
 from detector.picture_detector import PictureDetector
 
-CPU = torch.device("cpu")
 RUN = {
     "dataset": "folder", "extractor": "resnet10t", "threads": 1, "weights_path": "random",
     "img_size": (64, 64), "precision": "float32", "workers": 0, "device": "cpu", "fc_internal": 8,
@@ -26,11 +24,12 @@ def save(path: Path, gray: np.ndarray, bits: int) -> None:
     Image.fromarray(values.astype(np.uint8 if bits == 8 else np.uint16)).save(path)
 
 
-@pytest.fixture
-def sets(tmp_path, monkeypatch) -> dict[int, Config]:
-    """The same twelve dark pictures in 8 and 12 bits."""
+def test_a_data_set_and_its_detector_keep_the_scale_of_the_training_pictures(tmp_path, monkeypatch, capsys):
+    """Twelve dark pictures in 8 and 12 bits. A single darker one, a file of another number of bits: none is
+    stretched. What exceeds the scale, also in the folder later, is clipped and counted."""
     monkeypatch.chdir(tmp_path)
     configs = {bits: Config(**RUN, dataset_path=f"of{bits}", modelname=f"of{bits}") for bits in (8, 12)}
+    scores = []
     for bits, config in configs.items():
         Path(config.dataset_path).mkdir()
         generator = np.random.RandomState(0)
@@ -38,28 +37,16 @@ def sets(tmp_path, monkeypatch) -> dict[int, Config]:
             gray = generator.randint(0, 128, (48, 48))
             gray[0, 0] = 255
             save(Path(config.dataset_path, f"{i}.png"), gray, bits)
-    return configs
-
-
-def test_the_scale_stays_with_the_data_set(sets, capsys):
-    """What comes to the folder later and exceeds it is clipped, and counted."""
-    before = extractor.ensure_features(sets[12], CPU).meta["pixel_scale"]
-    save(Path("of12/later.png"), np.full((48, 48), 255), 16)
-    cache = extractor.ensure_features(sets[12], CPU, thorough=True)
-    assert cache.meta["pixel_scale"] == before == {"integer": [0, 4095]} and cache.labels.count() == 13
-    assert "1 picture with pixels beyond [0, 4095]" in capsys.readouterr().err
-
-
-def test_a_detector_keeps_the_scale_of_its_training_pictures(sets):
-    """A single dark picture, a file of another number of bits: none is stretched."""
-    scores = []
-    for bits in (8, 12):
-        train.main(sets[bits])
+        train.main(config)
         fitted = PictureDetector.load(f"runs/of{bits}/classes/of{bits}-seed0", "cpu", 1)
         save(Path("new.png"), np.arange(48 * 48).reshape(48, 48) % 32, bits)
         scores.append([fitted.score("new.png"), fitted.score(Image.open("new.png"))])
         assert fitted.pixels("new.png").max() == 31
     assert np.ptp(scores) < 1e-4 * np.max(scores)
-    save(Path("bright.png"), np.full((48, 48), 255), 16)
-    fitted.score("bright.png")
+    save(Path("of12/later.png"), np.full((48, 48), 255), 16)
+    fitted.score("of12/later.png")
     assert fitted.backbone.scale.beyond().startswith("1 picture ")
+    capsys.readouterr()
+    cache = extractor.ensure_features(configs[12], torch.device("cpu"), thorough=True)
+    assert cache.meta["pixel_scale"] == {"integer": [0, 4095]} and cache.labels.count() == 13
+    assert "1 picture with pixels beyond [0, 4095]" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def test_tiles_of_a_set_are_its_images(tmp_path):
     assert [datasets.picture_of(name) for name in names] == [f"{p}.png" for p in "aaabbcdd"]
     assert set(tiles.labels.train.category) == {0} and len(tiles.labels.train.defect) == 8
     assert (tiles.read("train", 1) == whole.read("train", 0)[:, 33:97]).all()
-    assert tiles.size("train", 1) == (64, 64)
+    assert tiles.images["train"][1].size() == (64, 64)
     hashes = tiles.hashes("train")
     assert hashes[3:5] == hashes[6:] and len(set(hashes)) == 6
     with pytest.raises(UserError, match="c.png"):

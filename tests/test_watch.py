@@ -37,7 +37,7 @@ def test_a_picture_is_taken_once_it_has_stayed_as_it_is(arrivals, clock):
     (folder / "b.png").write_bytes(b"half")
     (folder / "b.tmp").write_bytes(b"no picture by its name")
     assert looked(arrivals, clock) == ["a.png"]
-    arrivals.done(folder / "a.png")
+    arrivals.settles(folder / "a.png")
     (folder / "b.png").write_bytes(b"half and whole")
     assert looked(arrivals, clock) == []
     write_image(folder / "day 2" / "c.png", PIXELS)
@@ -45,7 +45,7 @@ def test_a_picture_is_taken_once_it_has_stayed_as_it_is(arrivals, clock):
     assert looked(arrivals, clock) == []
     assert looked(arrivals, clock) == ["b.png", "day 2/c.png"], "the earliest first"
     for name in ("b.png", "day 2/c.png"):
-        arrivals.done(folder / name)
+        arrivals.settles(folder / name)
     assert looked(arrivals, clock) == []
     write_image(folder / "a.png", PIXELS + 1)  # written anew: taken again
     assert looked(arrivals, clock) == [] and looked(arrivals, clock) == ["a.png"]
@@ -68,35 +68,39 @@ def test_a_picture_that_changes_while_it_is_read(arrivals, clock):
     """Was not taken, and is ready anew."""
     assert looked(arrivals, clock) == ["a.png"]
     os.utime(arrivals.folder / "a.png", (1, 1))
-    assert not arrivals.done(arrivals.folder / "a.png")
+    assert not arrivals.settles(arrivals.folder / "a.png")
     assert looked(arrivals, clock) == [] and looked(arrivals, clock) == ["a.png"]
-    assert arrivals.done(arrivals.folder / "a.png") and looked(arrivals, clock) == []
+    assert arrivals.settles(arrivals.folder / "a.png") and looked(arrivals, clock) == []
 
 
 def test_what_cannot_be_read_is_tried_again_for_a_while(arrivals, clock):
     path = arrivals.folder / "a.png"
     for _ in range(3):
-        assert looked(arrivals, clock) == ["a.png"] and not arrivals.given_up(path)
+        assert looked(arrivals, clock) == ["a.png"] and not arrivals.settles(path, unreadable=True)
     path.write_bytes(b"more, but not all")
     looked(arrivals, clock)
     clock[0] += watch.PATIENCE - watch.SETTLED - 1
-    assert looked(arrivals, clock) == ["a.png"] and not arrivals.given_up(path), "it has changed since"
-    assert looked(arrivals, clock) == ["a.png"] and arrivals.given_up(path)
-    assert looked(arrivals, clock) == [] and not arrivals.given_up(path), "told once"
+    assert looked(arrivals, clock) == ["a.png"] and not arrivals.settles(path, unreadable=True), (
+        "it has changed since"
+    )
+    assert looked(arrivals, clock) == ["a.png"] and arrivals.settles(path, unreadable=True)
+    assert looked(arrivals, clock) == [], "told once"
 
 
 def test_a_picture_or_a_folder_that_has_gone(arrivals, clock, capsys):
     folder = arrivals.folder
     assert looked(arrivals, clock) == ["a.png"]
-    arrivals.done(folder / "a.png")
+    arrivals.settles(folder / "a.png")
     away = folder.rename(folder.with_name("away"))
     assert looked(arrivals, clock) == looked(arrivals, clock) == []
     assert capsys.readouterr().err.count("note:") == 1
     away.rename(folder)
     assert looked(arrivals, clock) == looked(arrivals, clock) == [], "what was done stays done"
+    write_image(folder / "a.png", PIXELS + 1)
+    assert looked(arrivals, clock) == [] and looked(arrivals, clock) == ["a.png"]
     (folder / "a.png").unlink()
     clock[0] += watch.PATIENCE
-    assert not arrivals.given_up(folder / "a.png")
+    assert not arrivals.settles(folder / "a.png", unreadable=True)
     assert looked(arrivals, clock) == [] and arrivals.seen == {}, "nothing is kept of what has gone"
     with pytest.raises(UserError, match="watch: expected a folder"):
         watch.Arrivals(folder / "a.png")
