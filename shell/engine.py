@@ -31,7 +31,11 @@ def outcomes(executor: Executor | None, function: Callable, items: Iterable) -> 
     if executor is None:
         yield from ((item, function(item)) for item in items)
         return
-    futures = {executor.submit(function, item): item for item in items}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:  # processes that begin now leave these signals to this one: a terminal sends Ctrl-C to all
+        futures = {executor.submit(function, item): item for item in items}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     for future in as_completed(futures):
         yield futures[future], future.result()
 
@@ -40,12 +44,14 @@ def outcomes(executor: Executor | None, function: Callable, items: Iterable) -> 
 @contextlib.contextmanager
 def in_processes(count: int, threads: int) -> Iterator[Executor | None]:
     """An executor of ``count`` processes (spawned), each with so many threads for linear algebra; none for
-    one process. They end with this one, however it ends, and are ended at once when the block raises, Ctrl-C,
-    too. Raises UserError when one of them is killed."""
+    one process. They write neither bars nor to standard output, end with this one, however it ends, and are
+    ended at once when the block raises, Ctrl-C, too. Raises UserError when one of them is killed."""
     if count == 1:
         yield None
         return
-    pool = _Processes(count, threads)
+    before = dict(os.environ)
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}  # they inherit it
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
     try:
         yield pool
         pool.shutdown()
@@ -59,26 +65,9 @@ def in_processes(count: int, threads: int) -> Iterator[Executor | None]:
                 "classes are kept, --threads 1 goes on with one at a time"
             ) from None
         raise
-
-
-class _Processes(ProcessPoolExecutor):
-    """Processes that inherit their number of threads, leave the signals that end a script to this one (a
-    terminal sends Ctrl-C to all), and write neither bars nor to standard output."""
-
-    def __init__(self, count: int, threads: int):
-        super().__init__(count, multiprocessing.get_context("spawn"), _begin)
-        self.inherited = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
-
-    def submit(self, *task, **named) -> Future:  # starts a process where one is missing
-        before = {name: os.environ.get(name) for name in self.inherited}
-        os.environ.update(self.inherited)
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-        try:
-            return super().submit(*task, **named)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+    finally:
+        os.environ.clear()
+        os.environ |= before
 
 
 def _begin() -> None:
