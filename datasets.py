@@ -85,6 +85,11 @@ class Labels:
         """The number of images in both splits."""
         return len(self.train.names) + len(self.test.names)
 
+    def kept(self, rows: dict[str, np.ndarray]) -> "Labels":
+        """The labels of these images of each split, in the order of ``rows``."""
+        train, test = (self.split(split).kept(rows[split]) for split in SPLITS)
+        return dataclasses.replace(self, train=train, test=test)
+
     def one_class(self, class_name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Indices of the normal training images, indices of the test images, and test labels (0 normal, 1
         anomalous)."""
@@ -139,10 +144,9 @@ class ImageSet:
 
     def kept(self, rows: dict[str, np.ndarray]) -> "ImageSet":
         """These images of each split, in the order of ``rows``."""
-        train, test = (self.labels.split(split).kept(rows[split]) for split in SPLITS)
-        labels = dataclasses.replace(self.labels, train=train, test=test)
         masks = tuple(self.masks[i] for i in rows["test"]) if self.masks else ()
-        return self._of({split: [(split, int(i)) for i in rows[split]] for split in SPLITS}, labels, masks)
+        numbers = {split: [(split, int(i)) for i in rows[split]] for split in SPLITS}
+        return self._of(numbers, self.labels.kept(rows), masks)
 
     def listed(self, chosen: Sequence[tuple[str, str]]) -> "ImageSet":
         """The images ``chosen`` (split, name), of both splits, as one training split without labels. Raises

@@ -26,7 +26,7 @@ from backbone.arithmetic import products
 from cache.feature_cache import FeatureCache
 from config import OWN_PICTURES, ClassError, Config, UserError
 from detector import calibration, checkpoints, evaluation, runs
-from detector.class_data import TokenSource, class_data, features_fault
+from detector.class_data import TokenSource, class_data
 from detector.detector import WHOLE, make_detector
 from detector.preparation import PreparedClass, prepare_data
 from images.tiles import whole_scores
@@ -100,7 +100,7 @@ class Trainer:
         likelihood, or the last where no epoch is selected."""
         now, last = evaluation.evaluate(self.prepared, epoch, loss), not self.config.patience
         if not now.finite and (last or not self.history):  # else an earlier one is best
-            raise ClassError(features_fault(self.data) or self.diverged(epoch))
+            raise ClassError(self.diverged(epoch))
         self.history.append(now.entry)
         if loss is None:
             self.before_training = now.test
@@ -165,7 +165,6 @@ def make_trainer(
 
 
 def main(config: Config) -> None:
-    began = time.time()
     device = utils.set_up(config.device, config.threads)
     given = f"give it with --class_name (now {config.class_name!r})"
     advice = f"train.py fits one class: {given}; main.py fits several"
@@ -182,7 +181,6 @@ def main(config: Config) -> None:
         if result is None:
             train, test = (TokenSource(cache.arrays(split), device) for split in datasets.SPLITS)
             fitted = make_trainer(config, cache, *pair, train, test).run()
-            fitted.result |= runs.times(began)
             checkpoints.save_fitted(config, cache, fitted)
             result, kept = fitted.result, "kept"
     path = checkpoints.checkpoint_path(config, *pair)

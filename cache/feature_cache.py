@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-import config as knobs
 from cache.shards import CachedArray
 from cache.store import IDENTITY, Store
-from config import UserError
+from config import UserError, unknown
 from datasets import SPLITS, ImageSet, Labels
 from shell.files import as_strict_json, checksum, read_sealed, write_sealed
 
@@ -51,7 +50,7 @@ class ImageList:
             return listed
         if (rows := before.rows_in(listed)) is not None:
             hashes = {split: [listed.hashes[split][i] for i in rows[split]] for split in SPLITS}
-            listed = cls(_kept(listed.labels, rows), hashes)
+            listed = cls(listed.labels.kept(rows), hashes)
         return cls(
             listed.labels, listed.hashes, dict(before.sizes), before.pixel_scale, list(before.unreadable)
         )
@@ -102,12 +101,6 @@ class ImageList:
         return checksum(as_strict_json(of | {split: self._known_by(split) for split in SPLITS}))[:16]
 
 
-def _kept(labels: Labels, rows: dict[str, np.ndarray]) -> Labels:
-    """The labels of these images of each split, in the order of ``rows``."""
-    train, test = (labels.split(split).kept(rows[split]) for split in SPLITS)
-    return dataclasses.replace(labels, train=train, test=test)
-
-
 class FeatureCache:
     """The features of a data set's images as they are in a store; an image that is not there is left out, its
     name in ``skipped``. Files are opened when rows are read, in whatever process: a cache can be pickled."""
@@ -123,7 +116,7 @@ class FeatureCache:
             for split, (shard, _) in found.items()
             for i in np.flatnonzero(shard < 0)
         ]
-        self.labels = _kept(images.labels, self._rows)
+        self.labels = images.labels.kept(self._rows)
 
     @functools.cached_property
     def meta(self) -> dict:
@@ -171,8 +164,8 @@ def prune(root: Path, named: str) -> None:
     files = sorted(list_file(root, "*").parent.glob("*.json"))
     lists = {path.stem: found for path in files if (found := ImageList.read(path))}
     names = [] if named == "list" else [name.strip() for name in named.split(",")]
-    if unknown := [name for name in names if name not in lists]:
-        raise UserError(knobs.unknown("data set", unknown[0], ["list", *lists]))
+    if strange := [name for name in names if name not in lists]:
+        raise UserError(unknown("data set", strange[0], ["list", *lists]))
     for path in sorted(root.glob(f"*/{IDENTITY}")):
         store = Store(path.parent)
         counts = {name: (store.find(each.all_hashes())[0] >= 0).sum() for name, each in lists.items()}

@@ -69,8 +69,6 @@ class Shard(NamedTuple):
 def write_shard(store: Path, of: str, images: list[str], arrays: dict[str, np.ndarray]) -> None:
     """Add rows, float16 (n, ...) of each array, of images (n) to a store. Raises UserError on values that are
     not finite."""
-    if any(len(values) != len(images) or values.dtype != DTYPE for values in arrays.values()):
-        raise ValueError(f"expected {len(images)} rows of float16, got {[v.shape for v in arrays.values()]}")
     if any((values.view(np.int16) & EXPONENT == EXPONENT).any() for values in arrays.values()):
         raise UserError(
             "the backbone gave features that are not finite or exceed float16; try --precision float32, and "
@@ -103,16 +101,13 @@ def read_shard(folder: Path) -> Shard:
 
 
 # ---------------------------------------------------------------- reading rows
-@functools.cache
-def _damage(file: File) -> str | None:
-    """``File.damage``, thorough, once in a process: no shard is ever written again in its place."""
-    return file.damage(thorough=True)
+_damage = functools.cache(File.damage)  # once in a process: no shard is ever written again in its place
 
 
 def opened(file: File) -> io.FileIO:
     """A file of rows, checked the first time in a process; it is closed when nobody holds it. Raises
     Damaged."""
-    if damage := _damage(file):
+    if damage := _damage(file, thorough=True):
         raise Damaged(
             f"the features in {file.path} are damaged ({damage}); python extractor.py with the same settings "
             "mends that and leaves the rest as it is"

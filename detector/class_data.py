@@ -160,21 +160,3 @@ def class_data(
             "images, or the cache is damaged"
         )
     return data
-
-
-def features_fault(data: ClassData) -> str | None:
-    """Where a class's cached features are not finite; None where all are. Reads them all: asked only once
-    something has gone wrong."""
-    for what, part in (("training", "fit"), ("training", "held"), ("test", "test")):
-        source, rows = data.part(part)
-        broken: list[int] = []
-        for batch in in_batches(rows, EVAL_BATCH["cpu"]):
-            arrays = [source.one(name, batch, on_cpu=True).flatten(1) for name in source.arrays]
-            finite = torch.stack([array.isfinite().all(1) for array in arrays]).all(0)
-            broken += batch[~finite.numpy()].tolist()
-        if broken:
-            return (
-                f"class {data.class_name}: the cached features of {len(broken)} of its {what} images are not "
-                f"finite, row {broken[0]} of that split first; the cache is damaged: extract them again"
-            )
-    return None

@@ -11,7 +11,7 @@ import utils
 from backbone.arithmetic import products
 from config import ClassError, Config
 from detector import memory
-from detector.class_data import EVAL_BATCH, ClassData, evenly, features_fault, in_batches
+from detector.class_data import EVAL_BATCH, ClassData, evenly, in_batches
 from detector.detector import Detector, ImageFlow, PlaceFlow, make_detector
 from detector.image_density import one_scene
 from detector.normalization import power_groups, spread
@@ -177,6 +177,4 @@ def prepare_data(
         return PreparedImages(config, data, seed, device, detector)
     except (ValueError, torch.linalg.LinAlgError) as error:
         name, reason = data.class_name, str(error).splitlines()[0]
-        raise ClassError(
-            features_fault(data) or f"class {name}: its features cannot be normalised ({reason})"
-        ) from None
+        raise ClassError(f"class {name}: its features cannot be normalised ({reason})") from None

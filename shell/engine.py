@@ -14,8 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from config import UserError
@@ -59,7 +58,7 @@ def in_processes(count: int, threads: int) -> Iterator[Executor | None]:
         for child in multiprocessing.active_children():
             child.kill()
         pool.shutdown(wait=False, cancel_futures=True)
-        if isinstance(error, BrokenProcessPool):
+        if isinstance(error, BrokenExecutor):
             raise UserError(
                 "a process that fitted a class was ended from outside, for want of memory perhaps; finished "
                 "classes are kept, --threads 1 goes on with one at a time"
@@ -126,7 +125,7 @@ class _Workers(Executor):
         self.client, self.executor = client, client.get_executor()
         self.run = _anywhere(str(ROOT), os.getcwd(), code())
 
-    def submit(self, function, /, *arguments, **named) -> Future:
+    def submit(self, function, /, *arguments, **named):
         task = pickle.dumps(functools.partial(function, *arguments, **named))
         return self.executor.submit(self.run, task)
 
@@ -166,11 +165,7 @@ def work(task: bytes, made_of: str) -> object:
             f"cluster: the worker {worker.address} runs other code than this script, from before a change or "
             "of another folder; start it again"
         )
-    try:
-        todo = pickle.loads(task)
-    except ImportError as error:
-        raise UserError(f"cluster: the worker {worker.address} lacks a package: {error}") from None
-    return todo()
+    return pickle.loads(task)()
 
 
 @functools.cache

@@ -46,7 +46,7 @@ def fabricate(
     if same:
         rows = np.flatnonzero(category["train"] == CLASSES.index(same))
         tokens["train"][rows] = tokens["train"][rows[0]]
-    size = Bands(2, 0.15).shape(BAND_CHANNELS)[0]
+    size = Bands().shape(BAND_CHANNELS)[0]
     textures = generator.randn(len(CLASSES), size)
     bands = {
         s: 3 + 0.3 * (generator.randn(len(category[s]), size) + signal * textures[category[s]])
