@@ -32,6 +32,7 @@ def normalization_in_effect(config: Config, features: dict) -> str:
 
 WHOLE = "whole score"  # its name in tables: the score that the knob asks for
 LOW_DEPTHS = 2  # how many of the deepest depths give their low band to the joint token
+PLACES_WEIGHT = 1.5  # of the places in the whole score where the image's weight is 1 (docs/method.md, eq. 23)
 USUAL = 3.0  # standard deviations at which a heat map begins
 
 
@@ -194,7 +195,7 @@ class PlaceFlow(Detector):
         z, likelihoods = self.latents(inputs, image.shape[0])
         places = self.place_unit(self.places.most_unusual(likelihoods))
         return {
-            WHOLE: image + self.one_scene * places,
+            WHOLE: image + PLACES_WEIGHT * self.one_scene * places,
             "image part": image,
             "places": places,
             "likelihood": likelihoods.mean(1),

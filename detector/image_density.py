@@ -13,7 +13,7 @@ from model import squared_distances
 DRAWN = 0.5  # where kernels are centred between the mean of all tokens (0) and a training image's (1)
 BANDWIDTHS = 40  # tried, a factor of 1.12 apart
 KERNEL_RIDGE = 10.0  # of the kernels' metric, in units of the mean variance
-ONE_SCENE, SEVERAL = 0.29, 0.39  # spread up to which a class shows one scene, and from which it shows several
+ONE_SCENE, SEVERAL = 0.15, 0.39  # spread up to which a class shows one scene, and from which it shows several
 FLOOR = 1e-6  # of an energy before its logarithm
 
 
@@ -90,12 +90,10 @@ class ImageDensity(nn.Module):
         self.kernel_scale.copy_((values + KERNEL_RIDGE * average).clamp_min(EPS).rsqrt())
         self.kernel_rest.copy_(1 / (KERNEL_RIDGE * average).clamp_min(EPS))
         inside = (joint - self.gaussian.principal.mean) @ self.gaussian.principal.directions
-        energies = self.gaussian.energies(inside, torch.zeros(n))  # nothing of them lies outside
-        left_out = energies / (1 - (1 - shrinkage) * energies / n).clamp_min(1e-3) * (n / (n - 1)) ** 2
-        self.gaussian_unit.fit(self._log(left_out))
+        self.gaussian_unit.fit(self._log(left_out_energies(inside, values, average, shrinkage)))
         scaled = inside * self.kernel_scale
         self.centres = (DRAWN * scaled).half()
-        distances = squared_distances(scaled, self.centres.float()).fill_diagonal_(torch.inf)
+        distances = left_out_distances(scaled, self.centres.float())
         self.bandwidth.copy_(best_bandwidth(distances, channels))
         self.kernel_unit.fit(self._log(kernel_energy(distances, self.bandwidth, channels) * channels))
         return self
@@ -110,6 +108,33 @@ class ImageDensity(nn.Module):
         distances = distances + (outside * self.kernel_rest).unsqueeze(1)
         kernels = kernel_energy(distances, self.bandwidth, self.channels) * self.channels
         return torch.stack([self.gaussian_unit(self._log(gaussian)), self.kernel_unit(self._log(kernels))], 1)
+
+
+def left_out_energies(inside: Tensor, values: Tensor, average: Tensor, shrinkage: float) -> Tensor:
+    """The squared Mahalanobis distance of each training image (n) under the Gaussian of the n - 1 others with
+    the same shrinkage ρ, from the tokens' coordinates (n, k) in their principal directions, the variances (k)
+    there and their mean () over all D channels (docs/method.md, eq. 20).
+
+    Without image i, at d from the mean of all n: the mean is d / (n - 1) further away, the covariance n / (n
+    - 1) (S - d dᵀ / (n - 1)), whose inverse Sherman and Morrison give."""
+    n, coordinates = len(inside), inside.double()
+    squares, more = coordinates.square(), n / (n - 1)
+    channels = values.sum() / average
+    averages = more * (average - squares.sum(1, keepdim=True) / ((n - 1) * channels))
+    kept = more * (1 - shrinkage) * values + shrinkage * averages  # (n, k)
+    energies = (squares / kept.clamp_min(EPS)).sum(1)
+    own = (1 - shrinkage) * more / (n - 1)
+    return (more**2 * energies / (1 - own * energies).clamp_min(1e-6)).float()
+
+
+def left_out_distances(tokens: Tensor, centres: Tensor) -> Tensor:
+    """Squared distances of each training image to the centres of the n - 1 others in a metric fitted to
+    these, infinite to its own, from tokens and centres (n, k) in the metric of all, M = (S + r I)⁻¹ (eq. 22).
+
+    Without image i, at d from the mean, M becomes M + M d dᵀ M / (n - 1 - dᵀ M d) (Sherman and Morrison)."""
+    away = tokens.square().sum(1, keepdim=True) - tokens @ centres.T
+    left = (len(tokens) - 1 - tokens.square().sum(1, keepdim=True)).clamp_min(1e-3)
+    return (squared_distances(tokens, centres) + away.square() / left).fill_diagonal_(torch.inf)
 
 
 def kernel_energy(distances: Tensor, bandwidth: Tensor, channels: int) -> Tensor:

@@ -27,6 +27,13 @@ SIZE = 224  # pixels
 ROWS, COLUMNS = np.mgrid[:SIZE, :SIZE].astype(float)
 
 
+def set_size(size: int) -> None:
+    """Have all that follows make pictures of so many pixels a side; defects keep their size in pixels."""
+    global SIZE, ROWS, COLUMNS
+    SIZE = size
+    ROWS, COLUMNS = np.mgrid[:size, :size].astype(float)
+
+
 # ---------------------------------- textures: coordinates in units of the side, rng -> (SIZE, SIZE) in [0, 1]
 def smooth_noise(rng, sigma):
     """Gaussian noise blurred over ``sigma`` pixels (one number, or one per axis), scaled to [0, 1]."""
@@ -200,6 +207,7 @@ def generate(root: Path, n_train: int, n_good: int, n_defect: int, seed: int) ->
 
 
 def main(args: argparse.Namespace) -> None:
+    set_size(args.size)
     with new_set(args.folder, args.seed) as partial:
         count = generate(partial, args.train, args.good, args.defect, args.seed)
     print(f"{count} images of {len(TEXTURES)} textures in {args.folder}")
@@ -213,5 +221,6 @@ if __name__ == "__main__":
     parser.add_argument("--train", type=int, default=120, help="good training images per texture [120]")
     parser.add_argument("--good", type=int, default=40, help="good test images per texture [40]")
     parser.add_argument("--defect", type=int, default=20, help="test images per texture and defect [20]")
+    parser.add_argument("--size", type=int, default=SIZE, help=f"pixels of the pictures' side [{SIZE}]")
     parser.add_argument("--seed", type=int, default=0, help="of the set [0]")
     guarded(main, parser.parse_args())
