@@ -289,7 +289,8 @@ def test_places_are_read_where_images_show_one_scene(tmp_path, width, monkeypatc
 @pytest.mark.parametrize("width", [0.1, 3.3], ids=["one scene", "between"])
 def test_the_joined_score_adds_image_and_places(tmp_path, width):
     """Of the image: the Gaussian's where the class shows one scene, the kernels' where several; of the
-    places, weighted likewise and by 1.5: their mean over the most unusual ones, in units of the held-out images'."""
+    places, weighted likewise and by 1.5: their mean over the most unusual ones, in units of the held-out
+    images'."""
     trainer, fitted = fit(fabricate(tmp_path / "c", spread=width))
     parts, weight = fitted.detector, float(fitted.detector.one_scene)
     assert (weight == 1) == (width == 0.1) and weight > 0
