@@ -16,8 +16,8 @@ if __name__ == "__main__":  # parse before the slow imports: -h and mistakes ans
     CONFIG = from_command_line(__doc__)
 
 import math
-import time
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
 import numpy as np
@@ -27,14 +27,16 @@ import datasets
 import utils
 from backbone import backbones
 from backbone.identity import Identity, cache_identity, size_for
-from backbone.storing import Wanted, check_disk, extract_missing
+from backbone.storing import Wanted, extract
 from cache.feature_cache import FeatureCache, ImageList, feature_folder, list_file, prune
 from cache.shards import DTYPE
 from cache.store import Store
 from config import Config, UserError
-from datasets import SPLITS, ImageSet
+from datasets import SPLITS
 from images.images import note
 from shell import engine
+
+EXTRACT = "run python extractor.py with the same settings, or set pretrained False"
 
 
 def ensure_features(
@@ -44,40 +46,43 @@ def ensure_features(
     thorough: bool = False,
     executor: Executor | None = None,
 ) -> FeatureCache:
-    """The features of a configuration's images; what is missing is extracted first, unless ``pretrained``
-    says that it is there.
+    """The features of a configuration's images. What is missing is extracted first; with ``pretrained``
+    nothing is, and the images need not be there.
 
     check: called with what ``FeatureCache.meta`` will say of the features before any is extracted, to refuse
     what will not go with them. thorough: as extractor.py does it: every byte that is there is checked,
     ``restart`` is obeyed. executor: of the processes that extract, if not this one. Raises UserError."""
     path = list_file(feature_folder(config.feature_path), datasets.name_of(config))
-    before, restart = ImageList.read(path), thorough and config.restart
-    images = None if before and config.pretrained else datasets.images_of(config)
-    listed = ImageList.of(images, before) if images else before
-    assert listed is not None
+    restart = thorough and config.restart and not config.pretrained
+    before = None if restart else ImageList.read(path)
+    images = None if config.pretrained else datasets.images_of(config)
+    if not (listed := ImageList.of(images, before) if images else before):
+        raise UserError(f"no features are listed in {path}; {EXTRACT}")
     if images:
         datasets.choose_classes(images.labels, config.class_name)  # a mistake shows before the extraction
-        if listed.pixel_scale is not None and not restart:
+        if listed.pixel_scale is not None:
             images.scale.ranges = listed.pixel_scale
         listed.pixel_scale = images.scale.ranges
         if line := datasets.repeated(listed.labels, listed.hashes):
             note(line)
     size, chosen = None, f"{config.extractor} {config.img_size}"
     if config.img_size == "auto":
-        if restart or chosen not in listed.sizes:
+        if chosen not in listed.sizes:
             listed.sizes[chosen] = list(size_for(config.extractor, images))
         size = listed.sizes[chosen]
     identity = cache_identity(config, device, size, listed.pixel_scale)
     store = Store(identity.folder, identity.fields, verified=listed.all_hashes() if thorough else ())
-    if images and not config.pretrained:
+    if images:
         again = set(listed.all_hashes()) if restart else set[str]()
         store.remove(store.damaged + [s.folder for s in store.shards if not again.isdisjoint(s.images)])
-        missing = absent_from(store, listed)
-        if config.unreadable == "skip" and not restart:
-            missing = [image for image in missing if image.hash not in listed.unreadable]
+        missing = absent_from(store, listed, but=listed.unreadable if config.unreadable == "skip" else ())
         if missing:
-            found = extract(config, identity, images, store, missing, device, check, executor)
+            where = "by other processes" if executor else f"on {device}"
+            announce(identity, store.folder, len(missing), where, check)
+            found = extract(config, identity, images, store, missing, device, executor)
             listed.unreadable += [image.hash for image in found]
+            if line := images.scale.beyond():
+                note(line)
         else:
             print(f"features: {'all sound' if thorough else 'reusing the cache'}: {store.folder}", flush=True)
         absent = {image.hash for image in absent_from(store, listed)}
@@ -86,82 +91,64 @@ def ensure_features(
             listed.write(path)
     else:
         print(f"features: {store.folder} (pretrained True: taken as they are)", flush=True)
-    refuse_missing(store, listed)
-    return as_wanted(FeatureCache(store, listed), config.unreadable)
+    return complete(store, listed, config.unreadable)
 
 
-def as_wanted(cache: FeatureCache, unreadable: str) -> FeatureCache:
-    """The same, once it is said which images are left out. Raises UserError where they are not to be."""
+# ---------------------------------------------------------------- what is there
+def complete(store: Store, listed: ImageList, unreadable: str) -> FeatureCache:
+    """The features of the images, once it is said which cannot be read and are left out. Raises UserError on
+    an image that could be read and has none, and, where ``unreadable`` is stop, on one that cannot be."""
+    missing = absent_from(store, listed, but=listed.unreadable)
+    if missing or not store.fields:
+        some = f"{len(missing)} of {utils.counted(listed.labels.count(), 'image')}"
+        raise UserError(f"{some} have no features in {store.folder}; {EXTRACT}")
+    cache = FeatureCache(store, listed)
+    told = f"{utils.counted(len(cache.skipped), 'unreadable image')}: {utils.first_named(cache.skipped)}"
+    if cache.skipped and unreadable == "stop":
+        if len(cache.skipped) > utils.MOST_NAMED:
+            print(*cache.skipped, sep="\n", file=sys.stderr)
+        raise UserError(
+            f"{told}; repair them or take them out, or leave them out with --unreadable skip; the "
+            f"features of the others are kept in {cache.folder}"
+        )
     if cache.skipped:
-        told = f"{utils.counted(len(cache.skipped), 'unreadable image')}: {utils.first_named(cache.skipped)}"
-        if unreadable == "stop":
-            if len(cache.skipped) > utils.MOST_NAMED:
-                print(*cache.skipped, sep="\n", file=sys.stderr)
-            raise UserError(
-                f"{told}; repair them or take them out, or leave them out with --unreadable skip; the "
-                f"features of the others are kept in {cache.folder}"
-            )
         print(f"features: left out, {told}", flush=True)
     return cache
 
 
-# ---------------------------------------------------------------- what is there
-def refuse_missing(store: Store, listed: ImageList) -> None:
-    """Raise UserError where an image has no features but could be read."""
-    missing = [image for image in absent_from(store, listed) if image.hash not in listed.unreadable]
-    if missing or not store.fields:
-        some = f"{len(missing)} of {utils.counted(listed.labels.count(), 'image')} have "
-        raise UserError(
-            f"{some if store.fields else ''}no features in {store.folder}; run python extractor.py with the "
-            "same settings, or set pretrained False"
-        )
-
-
-def absent_from(store: Store, listed: ImageList) -> list[Wanted]:
-    """The images without features, each content once."""
+def absent_from(store: Store, listed: ImageList, but: Sequence[str] = ()) -> list[Wanted]:
+    """The images without features, each content once, but those of the hashes ``but``."""
     absent: dict[str, Wanted] = {}
     for split in SPLITS:
         hashes, names = listed.hashes[split], listed.labels.split(split).names
         for i in np.flatnonzero(store.find(hashes)[0] < 0):
             absent.setdefault(hashes[i], Wanted(split, names[i], hashes[i]))
-    return list(absent.values())
+    return [image for image in absent.values() if image.hash not in but]
 
 
 # ---------------------------------------------------------------- what is missing
-def extract(
-    config: Config,
-    identity: Identity,
-    images: ImageSet,
-    store: Store,
-    missing: list[Wanted],
-    device: torch.device,
-    check: Callable[[dict], object] | None = None,
-    executor: Executor | None = None,
-) -> list[Wanted]:
-    """Extract what is missing -> the images that cannot be read; the rest as for ``ensure_features``. Raises
-    UserError; what is done is kept."""
-    height, width = identity.img_size
+def announce(
+    identity: Identity, folder: Path, count: int, where: str, check: Callable[[dict], object] | None
+) -> None:
+    """Say what will be extracted of so many images, once it is checked. Raises UserError where ``check``
+    does, and where it does not fit on the disk."""
     shapes, fields = identity.what_is_kept(backbones.outline(identity.extractor, identity.img_size))
     if check is not None:
         check(fields)
-    count, size = len(missing), len(missing) * DTYPE.itemsize * sum(map(math.prod, shapes.values()))
-    check_disk(store.folder, size)
-    store.sweep()
-    where = "by other processes" if executor else f"on {device}"
+    size = count * DTYPE.itemsize * sum(map(math.prod, shapes.values()))
+    free = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.exists())).free
+    if size > free:
+        raise UserError(
+            f"the features need {size / 1e9:.2f} GB, the disk of {folder} has {free / 1e9:.2f} GB free; "
+            "free some, or choose a smaller token_grid"
+        )
+    height, width = identity.img_size
     print(
         f"extracting {count} images with {identity.extractor} at {height}x{width} {where} in "
         f"{identity.precision}: {fields['tokens']} tokens of {fields['n_feat']} channels each, "
-        f"{size / 1e9:.2g} GB in {store.folder}",
+        f"{size / 1e9:.2g} GB in {folder}",
         flush=True,
     )
-    start = time.perf_counter()
-    unreadable = extract_missing(config, identity, images, store, missing, device, executor)
-    took = time.perf_counter() - start
-    print(f"extracted {count} images in {took:.0f} s, {count / took:.0f} images/s", flush=True)
-    if line := images.scale.beyond():
-        note(line)
-    store.look()
-    return unreadable
 
 
 def main(config: Config) -> None:

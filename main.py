@@ -8,7 +8,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH
 
 from shell.command_line import from_command_line, run_script
 from shell.files import write_text
-from shell.signals import Interrupted
 
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
     CONFIG = from_command_line(__doc__)
@@ -44,11 +43,10 @@ def fit_pairs(
     pairs: list[runs.ClassSeed],
     device: torch.device,
     cluster: Executor | None,
-    began: float,
 ) -> dict[runs.ClassSeed, dict]:
     """Fit every class with every seed that is not finished. Each is kept as soon as it is there. A class that
-    cannot be fitted stops no other. began: the run, in s since 1970."""
-    done = runs.all_finished(config, cache, pairs)
+    cannot be fitted stops no other."""
+    done = {pair: result for pair in pairs if (result := runs.finished(config, cache, pair))}
     missing = [pair for pair in pairs if pair not in done]
     at_once = 1 if cluster else processes(config, cache.meta, device, len(pairs))
     threads = config.threads or 1 if cluster else max(1, torch.get_num_threads() // at_once)
@@ -57,9 +55,9 @@ def fit_pairs(
     start = time.perf_counter()
     with engine.in_processes(at_once, threads) as executor:
         if executor := executor or cluster:
-            task = functools.partial(fit_there, config, cache, threads, began)
+            task = functools.partial(fit_there, config, cache, threads)
         else:
-            task = functools.partial(fit_here, config, cache, token_sources(cache, device), began)
+            task = functools.partial(fit_here, config, cache, token_sources(cache, device))
         for number, (pair, result) in enumerate(engine.outcomes(executor, task, missing), 1):
             done[pair], left = result, len(missing) - number
             each = (time.perf_counter() - start) / number
@@ -81,15 +79,14 @@ def token_sources(cache: FeatureCache, device: torch.device) -> list[class_data.
     return [class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS]
 
 
-def fit_there(config: Config, cache: FeatureCache, threads: int, began: float, pair: runs.ClassSeed) -> dict:
+def fit_there(config: Config, cache: FeatureCache, threads: int, pair: runs.ClassSeed) -> dict:
     """``fit_here`` in another process, perhaps on another machine."""
     device = utils.set_up(config.device, threads)
     torch.cuda.empty_cache()  # of the pair before: tokens stay on a GPU where they fit into what is free
-    runs.check_settled(config, cache)
-    return fit_here(config, cache, token_sources(cache, device), began, pair)
+    return fit_here(config, cache, token_sources(cache, device), pair)
 
 
-def fit_here(config: Config, cache: FeatureCache, sources: list, began: float, pair: runs.ClassSeed) -> dict:
+def fit_here(config: Config, cache: FeatureCache, sources: list, pair: runs.ClassSeed) -> dict:
     """Fit one class with one seed and keep what comes of it -> its result. One that cannot be fitted has a
     result with the reason and without figures."""
     try:
@@ -97,8 +94,7 @@ def fit_here(config: Config, cache: FeatureCache, sources: list, began: float, p
     except ClassError as mistake:
         reason = str(mistake).removeprefix(f"class {pair.class_name}: ")
         nothing = dict.fromkeys(report.COLUMNS, float("nan"))
-        return {"class": pair.class_name, "seed": pair.seed, **nothing, "reason": reason, **runs.times(began)}
-    fitted.result |= runs.times(began)
+        return {"class": pair.class_name, "seed": pair.seed, **nothing, "reason": reason}
     checkpoints.save_fitted(config, cache, fitted)
     return fitted.result
 
@@ -112,7 +108,7 @@ def outcome(pair: runs.ClassSeed, result: dict) -> str:
 
 def run(config: Config) -> report.Summary:
     """The whole course of one configuration: features, classes, report -> its summary."""
-    began = time.time()
+    began = time.perf_counter()
     device = utils.set_up(config.device, config.threads)
     with runs.writing(config), engine.on_cluster(config.cluster) as cluster:
         check = functools.partial(detector.make_detector, config)
@@ -121,18 +117,14 @@ def run(config: Config) -> report.Summary:
         seeds = range(config.seed, config.seed + config.n_seeds)
         pairs = [runs.ClassSeed(class_name, seed) for seed in seeds for class_name in classes]
         runs.settle(config, cache, pairs)
-        try:
-            done = fit_pairs(config, cache, pairs, device, cluster, began)
-        except Interrupted as interrupted:
-            interrupted.told = runs.go_on(config, cache, pairs)
-            raise
+        done = fit_pairs(config, cache, pairs, device, cluster)
         runs.sweep_up(config)  # which lists the folders, too: NFS may not show what others wrote before that
-        return write_report(config, cache, [done[pair] for pair in pairs], began)
+        return write_report(config, cache, [done[pair] for pair in pairs], time.perf_counter() - began)
 
 
-def write_report(config: Config, cache: FeatureCache, results: list[dict], began: float) -> report.Summary:
+def write_report(config: Config, cache: FeatureCache, results: list[dict], seconds: float) -> report.Summary:
     """Tables and pictures of a run whose pairs are all done, class by class from what each left -> its
-    summary."""
+    summary. seconds: since this run began, without those before it that it goes on with."""
     print("all classes are done: writing the report", flush=True)
     folder, drawing = checkpoints.run_folder(config), config.keep == "all"
     seeds = sorted({result["seed"] for result in results})
@@ -147,7 +139,7 @@ def write_report(config: Config, cache: FeatureCache, results: list[dict], began
         records[name] = dataclasses.replace(left.first, flow_scores={}, simple_scores={})  # the largest parts
         if drawing:
             by_class[name] = figures.draw_class(cache, images, left, folder / "figures")
-    summary = report.summarize(config, results, found, runs.wall_time(results, began), cache.meta)
+    summary = report.summarize(config, results, found, seconds, cache.meta)
     of_the_run = figures.draw_run(summary, records, folder / "figures") if drawing and whole else []
     print("\n" + report.write_results(folder, summary))
     write_text(folder / "report.html", pages.run_page(summary, of_the_run, by_class))

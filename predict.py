@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH, too
 
 from shell.command_line import OneLineParser, add_weights_path
-from shell.signals import Interrupted, guarded
+from shell.signals import guarded
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -148,10 +148,6 @@ def main(arguments: argparse.Namespace) -> int:
                     on_page += part
                 if arguments.heat_maps:
                     draw_heat_maps(detectors, part, arguments.heat_maps, drawn)
-    except Interrupted as interrupted:
-        kept = f"; {arguments.output} is not written" if arguments.output else ""
-        interrupted.told = f"{done} of {len(files)} pictures were scored{kept}"
-        raise
     except BrokenPipeError:  # whoever read the rows has seen enough
         sys.stdout = None  # type: ignore[assignment]
         return 0

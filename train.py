@@ -160,7 +160,6 @@ def make_trainer(
 
 
 def main(config: Config) -> None:
-    began = time.time()
     device = utils.set_up(config.device, config.threads)
     given = f"give it with --class_name (now {config.class_name!r})"
     advice = f"train.py fits one class: {given}; main.py fits several"
@@ -177,7 +176,6 @@ def main(config: Config) -> None:
         if result is None:
             train, test = (TokenSource(cache.arrays(split), device) for split in datasets.SPLITS)
             fitted = make_trainer(config, cache, *pair, train, test).run()
-            fitted.result |= runs.times(began)
             checkpoints.save_fitted(config, cache, fitted)
             result, kept = fitted.result, "kept"
     path = checkpoints.checkpoint_path(config, *pair)

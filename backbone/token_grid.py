@@ -58,8 +58,7 @@ class TokenGrid:
         if self.side > min(grid):
             raise UserError(
                 f"token_grid: {self.side}x{self.side} is more than the backbone's {grid[0]}x{grid[1]} "
-                f"patches; "
-                f"choose at most {min(grid)}, or full"
+                f"patches; choose at most {min(grid)}, or full"
             )
         return self.side, self.side
 
@@ -118,9 +117,8 @@ class Bands:
     place left out.
 
     Per depth and channel: ``low``, the map's mean under a Gaussian window on its centre (sigma in shares of
-    its sides; 0: the plain mean); ``rings`` numbers, the root mean energy of the map's DCT in rings of
-    frequency, without the constant; ``peak``, the root of the largest local energy (3 x 3 mean of the squared
-    deviation)."""
+    its sides); ``rings`` numbers, the root mean energy of the map's DCT in rings of frequency, without the
+    constant; ``peak``, the root of the largest local energy (3 x 3 mean of the squared deviation)."""
 
     rings: int = 2
     sigma: float = 0.15
@@ -151,11 +149,8 @@ class Bands:
 
     def _measure_map(self, features: Tensor) -> Tensor:
         grid = (int(features.shape[2]), int(features.shape[3]))  # tracing has tensors for them
-        mean = features.mean((2, 3))
-        deviation = features - mean[..., None, None]
-        low = mean
-        if self.sigma:
-            low = torch.matmul(features.flatten(2), centred_window(grid, self.sigma).to(features.device))
+        deviation = features - features.mean((2, 3), keepdim=True)
+        low = torch.matmul(features.flatten(2), centred_window(grid, self.sigma).to(features.device))
         energy = self._ring_energies(deviation, grid) / math.prod(grid)
         peak = mean_of_neighbours(deviation.square()).amax((2, 3)).sqrt()
         return torch.cat([low, energy.sqrt().flatten(1), peak], 1)

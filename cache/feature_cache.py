@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-import config as knobs
 from cache.shards import CachedArray
 from cache.store import IDENTITY, Store
-from config import UserError
+from config import UserError, unknown
 from datasets import SPLITS, ImageSet, Labels
 from shell.files import as_strict_json, checksum, read_sealed, write_sealed
 
@@ -165,8 +164,8 @@ def prune(root: Path, named: str) -> None:
     files = sorted(list_file(root, "*").parent.glob("*.json"))
     lists = {path.stem: found for path in files if (found := ImageList.read(path))}
     names = [] if named == "list" else [name.strip() for name in named.split(",")]
-    if unknown := [name for name in names if name not in lists]:
-        raise UserError(knobs.unknown("data set", unknown[0], ["list", *lists]))
+    if strange := [name for name in names if name not in lists]:
+        raise UserError(unknown("data set", strange[0], ["list", *lists]))
     for path in sorted(root.glob(f"*/{IDENTITY}")):
         store = Store(path.parent)
         counts = {name: (store.find(each.all_hashes())[0] >= 0).sum() for name, each in lists.items()}

@@ -8,7 +8,7 @@ Shards are never changed. Their names are drawn at random, so that any number of
 write into one store; a row that two of them have written is there twice, which does no harm."""
 
 import functools
-import itertools
+import io
 import json
 import math
 import os
@@ -69,8 +69,6 @@ class Shard(NamedTuple):
 def write_shard(store: Path, of: str, images: list[str], arrays: dict[str, np.ndarray]) -> None:
     """Add rows, float16 (n, ...) of each array, of images (n) to a store. Raises UserError on values that are
     not finite."""
-    if any(len(values) != len(images) or values.dtype != DTYPE for values in arrays.values()):
-        raise ValueError(f"expected {len(images)} rows of float16, got {[v.shape for v in arrays.values()]}")
     if any((values.view(np.int16) & EXPONENT == EXPONENT).any() for values in arrays.values()):
         raise UserError(
             "the backbone gave features that are not finite or exceed float16; try --precision float32, and "
@@ -103,31 +101,18 @@ def read_shard(folder: Path) -> Shard:
 
 
 # ---------------------------------------------------------------- reading rows
-class OpenFile:
-    """A file that is open for as long as somebody holds it."""
-
-    def __init__(self, path: Path):
-        self.path, self.handle = path, os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "handle"):
-            os.close(self.handle)
+_damage = functools.cache(File.damage)  # once in a process: no shard is ever written again in its place
 
 
-@functools.cache
-def _damage(file: File) -> str | None:
-    """``File.damage``, thorough, once in a process: no shard is ever written again in its place."""
-    return file.damage(thorough=True)
-
-
-def opened(file: File) -> OpenFile:
-    """A file of rows, checked the first time in a process. Raises Damaged."""
-    if damage := _damage(file):
+def opened(file: File) -> io.FileIO:
+    """A file of rows, checked the first time in a process; it is closed when nobody holds it. Raises
+    Damaged."""
+    if damage := _damage(file, thorough=True):
         raise Damaged(
             f"the features in {file.path} are damaged ({damage}); python extractor.py with the same settings "
             "mends that and leaves the rest as it is"
         )
-    return OpenFile(file.path)
+    return io.FileIO(file.path)
 
 
 class CachedArray:
@@ -150,11 +135,12 @@ class CachedArray:
     def __getitem__(self, index: np.ndarray | slice | int) -> np.ndarray:
         wanted = np.asarray(self._numbers[index])
         rows = np.empty((wanted.size, *self.shape[1:]), DTYPE)
-        shard, row = self._shard[wanted.reshape(-1)], self._row[wanted.reshape(-1)]
-        ends = np.flatnonzero((np.diff(shard) != 0) | (np.diff(row) != 1)) + 1  # of runs, each read at once
-        for start, stop in itertools.pairwise([0, *ends.tolist(), wanted.size]):
-            if start < stop:
-                self._read(int(shard[start]), int(row[start]), rows[start:stop])
+        places = zip(self._shard[wanted].flat, self._row[wanted].flat)
+        for values, (shard, row) in zip(rows, places):
+            file = self._open(shard)
+            at = self._first[shard] + int(row) * self._row_size
+            if os.preadv(file.fileno(), [values], at) != values.nbytes:
+                raise Damaged(f"the features in {file.name} have been cut while they were read")
         return rows.reshape(*wanted.shape, *self.shape[1:])
 
     def semantic(self) -> np.ndarray:
@@ -162,15 +148,5 @@ class CachedArray:
         tokens, order = np.empty((len(self), self.shape[2]), DTYPE), np.argsort(self._shard, kind="stable")
         numbers, starts = np.unique(self._shard[order], return_index=True)
         for shard, wanted in zip(numbers.tolist(), np.split(order, starts[1:])):
-            tokens[wanted] = np.load(self._open(shard).path, mmap_mode="r")[self._row[wanted], 0]
+            tokens[wanted] = np.load(self._open(shard).name, mmap_mode="r")[self._row[wanted], 0]
         return tokens
-
-    def _read(self, shard: int, row: int, into: np.ndarray) -> None:
-        """Fill an array from a shard's file, from the beginning of a row on."""
-        file, at = self._open(shard), self._first[shard] + row * self._row_size
-        left = into.reshape(-1).view(np.uint8).data
-        while left:
-            count = os.preadv(file.handle, [left], at)
-            if not count:
-                raise Damaged(f"the features in {file.path} have been cut while they were read")
-            left, at = left[count:], at + count

@@ -21,7 +21,7 @@ import numpy as np
 import utils
 from cache.shards import Damaged, Shard, read_shard, write_shard
 from config import UserError
-from shell.files import as_strict_json, checksum, partial_of, read_sealed, write_sealed
+from shell.files import as_strict_json, checksum, read_sealed, write_sealed
 
 FORMAT = 4
 IDENTITY = "identity.json"
@@ -81,9 +81,9 @@ class Store:
         """Make an empty store one of these features. Raises UserError where it is one of others."""
         if self.fields:
             refuse_others(self.folder, self.fields, fields)
-            return
-        write_sealed(self.folder / IDENTITY, {"format": FORMAT, "fields": fields})
-        self.look()  # the identity may have been lost alone
+        else:
+            write_sealed(self.folder / IDENTITY, {"format": FORMAT, "fields": fields})
+            self.look()  # the identity may have been lost alone
 
     def remove(self, folders: list[Path]) -> None:
         """Remove shards; with the last one, the store's identity."""
@@ -113,11 +113,10 @@ class Store:
         return sum(file.size for shard in self.shards for file in shard.files.values())
 
     def sweep(self) -> None:
-        """Remove what this process, or another one long ago, has left half written."""
-        own = partial_of(self.folder / "x").name.removeprefix(".x")
+        """Remove what a process has left half written long ago."""
         for path in self.folder.glob(".*.partial"):
             with contextlib.suppress(OSError):  # whoever writes it has finished it
-                if path.name.endswith(own) or time.time() - path.stat().st_mtime > ABANDONED:
+                if time.time() - path.stat().st_mtime > ABANDONED:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _recorded_fields(self) -> dict:

@@ -7,7 +7,6 @@ this very configuration on these very features. Layout of runs/<modelname>/: ``r
 import contextlib
 import os
 import socket
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,7 +15,6 @@ from filelock import FileLock, Timeout
 from cache import feature_cache
 from config import OWN_PICTURES, Config, UserError, knobs_affecting
 from detector import checkpoints
-from shell.command_line import to_go_on
 from shell.files import as_strict_json, read_sealed, write_sealed
 
 
@@ -93,15 +91,6 @@ def settle(config: Config, cache: feature_cache.FeatureCache, pairs: list[ClassS
     write_sealed(folder / "run.json", identity(config, cache))
 
 
-def check_settled(config: Config, cache: feature_cache.FeatureCache) -> None:
-    """Raise UserError in a process that does not see the run's folder as ``settle`` has left it."""
-    if differences(config, cache):
-        raise UserError(
-            f"{socket.gethostname()} does not see {checkpoints.run_folder(config).resolve()} as the machine "
-            "does that started the run; both need the same folder there"
-        )
-
-
 def differences(config: Config, cache: feature_cache.FeatureCache) -> str:
     """In one line, the knobs and the fields of the features in which the run's folder is of another
     configuration; empty where it is of this one."""
@@ -114,14 +103,10 @@ def differences(config: Config, cache: feature_cache.FeatureCache) -> str:
         old, new = there.get(part, {}), wanted[part]
         for name in dict.fromkeys((*new, *old)):
             if old.get(name) != new.get(name):
-                told[name] = f"{name} {_short(old.get(name))} there, {_short(new.get(name))} now"
+                told[name] = f"{name} {str(old.get(name)):.40} there, {str(new.get(name)):.40} now"
     if there.get("scoring") != wanted["scoring"]:
         told["scoring"] = "scores are made by other formulas there"
     return ", ".join(told.values())
-
-
-def _short(value) -> str:
-    return text if len(text := str(value)) < 40 else f"{text[:36]}..."
 
 
 def drop(config: Config, pairs: list[ClassSeed] | None = None) -> None:
@@ -156,31 +141,3 @@ def finished(config: Config, cache: feature_cache.FeatureCache, pair: ClassSeed)
         return None
     compared = config.baselines and pair.seed == config.seed and result["n_test"]
     return None if compared and not record.simple_scores else result
-
-
-def all_finished(config: Config, cache: feature_cache.FeatureCache, pairs: list[ClassSeed]) -> dict:
-    """{pair: result} of those that are finished."""
-    return {pair: result for pair in pairs if (result := finished(config, cache, pair))}
-
-
-def go_on(config: Config, cache: feature_cache.FeatureCache, pairs: list[ClassSeed]) -> str:
-    """What an interrupted run has kept, and the command that goes on with it."""
-    done = len(all_finished(config, cache, pairs))
-    return f"{done} of {len(pairs)} classes are kept; go on with: {to_go_on()}"
-
-
-# ---------------------------------------------------------------- how long it took
-def times(began: float) -> dict:
-    """When the run that made a result began, and that it has the result now, as it keeps them (s since
-    1970)."""
-    return {"began": began, "ended": time.time()}
-
-
-def wall_time(results: list[dict], began: float) -> float:
-    """The seconds in which this run, begun at ``began``, or those that made its results were at work: what
-    was done at the same time counts once, pauses between runs do not."""
-    total, until = 0.0, 0.0
-    for start, end in sorted([*((r["began"], r["ended"]) for r in results), (began, time.time())]):
-        total += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return total

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -111,8 +110,3 @@ def run_script(main, config):
 def command_line() -> str:
     """The command that runs this script as it was run, for a shell."""
     return "python " + shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
-
-
-def to_go_on() -> str:
-    """The command that goes on with what is kept: the same without ``--restart``, which would drop it."""
-    return re.sub(r" --restart([ =]\w+)?(?= -|$)", "", command_line())

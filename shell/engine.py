@@ -14,8 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Executor, Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from config import UserError
@@ -31,7 +30,11 @@ def outcomes(executor: Executor | None, function: Callable, items: Iterable) -> 
     if executor is None:
         yield from ((item, function(item)) for item in items)
         return
-    futures = {executor.submit(function, item): item for item in items}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:  # processes that begin now leave these signals to this one: a terminal sends Ctrl-C to all
+        futures = {executor.submit(function, item): item for item in items}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     for future in as_completed(futures):
         yield futures[future], future.result()
 
@@ -40,12 +43,14 @@ def outcomes(executor: Executor | None, function: Callable, items: Iterable) -> 
 @contextlib.contextmanager
 def in_processes(count: int, threads: int) -> Iterator[Executor | None]:
     """An executor of ``count`` processes (spawned), each with so many threads for linear algebra; none for
-    one process. They end with this one, however it ends, and are ended at once when the block raises, Ctrl-C,
-    too. Raises UserError when one of them is killed."""
+    one process. They write neither bars nor to standard output, end with this one, however it ends, and are
+    ended at once when the block raises, Ctrl-C, too. Raises UserError when one of them is killed."""
     if count == 1:
         yield None
         return
-    pool = _Processes(count, threads)
+    before = dict(os.environ)
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}  # they inherit it
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin)
     try:
         yield pool
         pool.shutdown()
@@ -53,32 +58,15 @@ def in_processes(count: int, threads: int) -> Iterator[Executor | None]:
         for child in multiprocessing.active_children():
             child.kill()
         pool.shutdown(wait=False, cancel_futures=True)
-        if isinstance(error, BrokenProcessPool):
+        if isinstance(error, BrokenExecutor):
             raise UserError(
                 "a process that fitted a class was ended from outside, for want of memory perhaps; finished "
                 "classes are kept, --threads 1 goes on with one at a time"
             ) from None
         raise
-
-
-class _Processes(ProcessPoolExecutor):
-    """Processes that inherit their number of threads, leave the signals that end a script to this one (a
-    terminal sends Ctrl-C to all), and write neither bars nor to standard output."""
-
-    def __init__(self, count: int, threads: int):
-        super().__init__(count, multiprocessing.get_context("spawn"), _begin)
-        self.inherited = {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
-
-    def submit(self, *task, **named) -> Future:  # starts a process where one is missing
-        before = {name: os.environ.get(name) for name in self.inherited}
-        os.environ.update(self.inherited)
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-        try:
-            return super().submit(*task, **named)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+    finally:
+        os.environ.clear()
+        os.environ |= before
 
 
 def _begin() -> None:
@@ -137,7 +125,7 @@ class _Workers(Executor):
         self.client, self.executor = client, client.get_executor()
         self.run = _anywhere(str(ROOT), os.getcwd(), code())
 
-    def submit(self, function, /, *arguments, **named) -> Future:
+    def submit(self, function, /, *arguments, **named):
         task = pickle.dumps(functools.partial(function, *arguments, **named))
         return self.executor.submit(self.run, task)
 
@@ -177,11 +165,7 @@ def work(task: bytes, made_of: str) -> object:
             f"cluster: the worker {worker.address} runs other code than this script, from before a change or "
             "of another folder; start it again"
         )
-    try:
-        todo = pickle.loads(task)
-    except ImportError as error:
-        raise UserError(f"cluster: the worker {worker.address} lacks a package: {error}") from None
-    return todo()
+    return pickle.loads(task)()
 
 
 @functools.cache

@@ -21,11 +21,11 @@ WANT_OF_MEMORY = (  # as Python, torch, CUDA and oneDNN put it, the last without
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal that asks a script to end. told: what is kept, and how to go on, where that is known."""
+    """A signal that asks a script to end."""
 
     def __init__(self, number=signal.SIGINT):
         super().__init__()
-        self.number, self.told = number, ""
+        self.number = number
 
 
 def is_guest() -> bool:
@@ -52,8 +52,8 @@ def _interrupt(number, frame):
 
 def guarded(main, *arguments, told="no file is left half-written") -> None:
     """Run ``main(*arguments)``; a user's mistake, a full disk, want of memory, Ctrl-C or a signal to end
-    stops the script with one line. told: what is said of an interruption that does not say it itself. In a
-    notebook Ctrl-C is KeyboardInterrupt."""
+    stops the script with one line. told: what is said of an interruption. In a notebook Ctrl-C is
+    KeyboardInterrupt."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a name's character that the encoding lacks
     try:
@@ -73,7 +73,7 @@ def guarded(main, *arguments, told="no file is left half-written") -> None:
     except UnicodeEncodeError as error:  # the name of a file, on its way to the screen
         stop(f"a name is not valid UTF-8: {error.object[:200]!r}; rename it")
     except Interrupted as interrupted:
-        print(f"interrupted: {interrupted.told or told}", file=sys.stderr)
+        print(f"interrupted: {told}", file=sys.stderr)
         end_now(128 + interrupted.number)
 
 

@@ -25,6 +25,7 @@ class Cluster:
         log = self.folder / f"{len(self.started)}.log"
         run = [Path(sys.executable).with_name("dask"), *command, "--host", "127.0.0.1", "--no-dashboard"]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment["DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES"] = "1"  # workers that a task may cost
         with log.open("w") as output:
             self.started.append(
                 subprocess.Popen(run, cwd=self.folder, env=environment, stdout=output, stderr=output)

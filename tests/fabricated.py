@@ -1,7 +1,6 @@
 """A fabricated cache of three classes, a small flow that learns in a moment, and what makes a trainer of
 them."""
 
-import copy
 import math
 
 import numpy as np
@@ -37,7 +36,7 @@ def fabricate(folder, signal: float = 2.0) -> FeatureCache:
         s: generator.randn(len(category[s]), 1 + n, C) + signal * centres[category[s]][:, None]
         for s in SPLITS
     }
-    size = Bands(2, 0.15).shape(BAND_CHANNELS)[0]
+    size = Bands().shape(BAND_CHANNELS)[0]
     textures = generator.randn(len(CLASSES), size)
     bands = {
         s: 3 + 0.3 * (generator.randn(len(category[s]), size) + signal * textures[category[s]])
@@ -86,13 +85,6 @@ def make(cache, class_name: str = "a", seed: int = 0, **more) -> train.Trainer:
 
 def fit(cache, class_name: str = "a", seed: int = 0, **more) -> checkpoints.Fitted:
     return make(cache, class_name, seed, **more).run()
-
-
-def again(cache: FeatureCache) -> FeatureCache:
-    """The same features once more: to be changed by a test."""
-    other = copy.copy(cache)
-    vars(other).pop("meta", None)  # made when it is first asked for
-    return other
 
 
 CHOOSING = {"holdout": 0.25, "patience": 3, "lr_init": 0.02}

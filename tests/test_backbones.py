@@ -12,7 +12,7 @@ SMALL = (
 
 @pytest.mark.parametrize(
     "extractor, preset",
-    [("vit_tiny_patch16_224", "paper"), ("mobilenetv3_large_100", "accurate")],
+    [("test_vit", "paper"), ("test_efficientnet", "accurate")],
 )
 def test_the_whole_course(run_script, tmp_path, extractor, preset):
     make_folder(tmp_path / "images", n_train=16, n_test=3)

@@ -10,7 +10,6 @@ from test_imports import FILES
 
 import config
 from config import FIELDS, PRESETS, Config, make_config
-from shell import command_line
 from shell.command_line import from_command_line
 
 
@@ -153,15 +152,3 @@ def test_mistakes_are_one_line(capsys, arguments, told):
 
 
 # ---------------------------------------------------------------- scripts
-@pytest.mark.parametrize(
-    "given, wanted",
-    [
-        ("--restart", ""),
-        ("--seed 3 --restart True --window 2", "--seed 3 --window 2"),
-        ("--restart=True --modelname x", "--modelname x"),
-        ("--modelname 'a --restartb'", "--modelname 'a --restartb'"),
-    ],
-)
-def test_the_command_that_goes_on_drops_nothing(given, wanted, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["/x/main.py", *shlex.split(given)])
-    assert command_line.to_go_on() == f"python main.py {wanted}".strip()

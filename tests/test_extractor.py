@@ -28,10 +28,6 @@ from datasets import SPLITS
 CPU = torch.device("cpu")
 
 
-def grid_named(name: str, pooling: str = "correct") -> TokenGrid:
-    return TokenGrid(name, pooling)
-
-
 def load_backbone(config: Config) -> backbones.Backbone:
     size = config.img_size or backbones.own_size(config.extractor)
     return backbones.load_backbone(config.extractor, size, config.weights_path, config.seed)
@@ -58,10 +54,9 @@ def settings(name: str, size=None, **more) -> Config:
 
 
 TINY = {  # timm model -> (image size, grid, C, prefix tokens in timm's sequence; None for a map)
-    "vit_tiny_patch16_224": ((64, 96), (4, 6), 192, 1),
-    "deit_tiny_distilled_patch16_224": ((64, 64), (4, 4), 192, 2),
+    "test_vit": ((64, 96), (4, 6), 64, 1),
     "vit_small_patch14_reg4_dinov2": ((42, 70), (3, 5), 384, 5),
-    "resnet18": ((64, 96), (2, 3), 512, None),
+    "test_resnet": ((64, 96), (2, 3), 96, None),
     "swin_tiny_patch4_window7_224": ((224, 224), (7, 7), 768, None),
 }
 
@@ -88,14 +83,10 @@ def test_tokens_are_timms(name):
 
 
 # ---------------------------------------------------------------- pooling
-def numbered(grid, channels: int = 5, batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, 1 + math.prod(grid), channels, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("grid, side", [((6, 6), 2), ((6, 9), 3), ((4, 4), 4), ((8, 2), 1)])
+@pytest.mark.parametrize("grid, side", [((6, 9), 3), ((4, 4), 4), ((8, 2), 1)])
 def test_pooled_grid(grid, side):
-    tokens = numbered(grid)
-    pooled = grid_named(str(side)).pool(tokens, grid)
+    tokens = torch.randn(2, 1 + math.prod(grid), 5, generator=torch.Generator().manual_seed(0))
+    pooled = TokenGrid(str(side), "correct").pool(tokens, grid)
     assert pooled.shape == (2, 1 + side * side, 5) and torch.equal(pooled[:, 0], tokens[:, 0])
     height, width = grid[0] // side, grid[1] // side
     cells = tokens[:, 1:].unflatten(1, grid)
@@ -107,13 +98,11 @@ def test_pooled_grid(grid, side):
 
 def test_a_grid_of_more_than_there_are():
     with pytest.raises(UserError, match="at most 3"):
-        grid_named("9").cached_shape((7, 3))
+        TokenGrid("9", "correct").cached_shape((7, 3))
 
 
 # ---------------------------------------------------------------- weights
-@pytest.mark.parametrize(
-    "name, suffix", [("vit_tiny_patch16_224", ".safetensors"), ("efficientnet_lite0", ".pth")]
-)
+@pytest.mark.parametrize("name, suffix", [("test_vit", ".safetensors"), ("efficientnet_lite0", ".pth")])
 def test_weights_file_round_trip(tmp_path, name, suffix):
     """Of a model fine-tuned on other classes, too: its classifier is not asked for."""
     torch.manual_seed(5)
@@ -137,17 +126,17 @@ class Executes:
 
 def test_weights_that_would_execute(tmp_path):
     proof = tmp_path / "executed"
-    for number, content in enumerate((Executes(proof), {"state_dict": {"conv1.weight": Executes(proof)}})):
-        torch.save(content, tmp_path / f"{number}.pth")
-        (tmp_path / f"{number}.bin").write_bytes(pickle.dumps(content))
-        for path in (tmp_path / f"{number}.pth", tmp_path / f"{number}.bin"):
-            assert "would execute" in refused(path, "resnet18")
+    content = {"state_dict": {"conv1.weight": Executes(proof)}}
+    torch.save(content, tmp_path / "zipped.pth")
+    (tmp_path / "plain.bin").write_bytes(pickle.dumps(content))
+    for name in ("zipped.pth", "plain.bin"):
+        assert "would execute" in refused(tmp_path / name, "test_resnet")
     assert not proof.exists()
-    pickle.loads((tmp_path / "0.bin").read_bytes())
+    pickle.loads((tmp_path / "plain.bin").read_bytes())
     assert proof.exists(), "loaded carelessly, it does execute"
 
 
-def refused(path, name="vit_tiny_patch16_224") -> str:
+def refused(path, name="test_vit") -> str:
     with pytest.raises(UserError) as mistake:
         load_backbone(settings(name, weights_path=str(path)))
     return str(mistake.value)
@@ -155,13 +144,11 @@ def refused(path, name="vit_tiny_patch16_224") -> str:
 
 def test_wrong_weights(tmp_path):
     """The file is named, and the first tensor that is missing, left over or of another shape."""
-    deeper = timm.create_model("resnet18").state_dict()
-    torch.save(deeper, tmp_path / "resnet.pth")
-    assert "resnet.pth" in refused(tmp_path / "resnet.pth")
-    save_file(deeper | {"layer1.2.conv1.weight": torch.zeros(1)}, tmp_path / "deeper.safetensors")
-    assert "layer1.2.conv1.weight" in refused(tmp_path / "deeper.safetensors", "resnet18")
-    torch.save(timm.create_model("vit_tiny_patch16_224", depth=11).state_dict(), tmp_path / "shallow.pth")
-    assert "blocks.11" in refused(tmp_path / "shallow.pth")
+    deeper = timm.create_model("test_resnet").state_dict() | {"layer1.2.conv1.weight": torch.zeros(1)}
+    save_file(deeper, tmp_path / "deeper.safetensors")
+    assert "layer1.2.conv1.weight" in refused(tmp_path / "deeper.safetensors", "test_resnet")
+    torch.save(timm.create_model("test_vit", depth=5).state_dict(), tmp_path / "shallow.pth")
+    assert "shallow.pth" in (line := refused(tmp_path / "shallow.pth")) and "blocks.5" in line
     (tmp_path / "garbage.safetensors").write_bytes(b"no weights at all")
     assert "garbage" in refused(tmp_path / "garbage.safetensors")
     assert "nowhere.pth" in refused(tmp_path / "nowhere.pth")
@@ -176,10 +163,10 @@ def test_lite0_takes_the_packages_weights():
     assert all(torch.equal(a, b) for a, b in zip(loaded.values(), packaged.values()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_speed_up_changes_no_tokens(dtype):
     """Half precision on any processor, too."""
-    plain = load_backbone(settings("mobilenetv3_small_050", (32, 32)))
+    plain = load_backbone(settings("test_efficientnet", (32, 32)))
     fast = backbones.speed_up(copy.deepcopy(plain), CPU, dtype)
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -190,9 +177,7 @@ def test_speed_up_changes_no_tokens(dtype):
 
 
 # ---------------------------------------------------------------- mistakes
-@pytest.mark.parametrize(
-    "name, size", [("vit_tiny_patch16_224", (8, 8)), ("swin_tiny_patch4_window7_224", (3, 3))]
-)
+@pytest.mark.parametrize("name, size", [("test_vit", (8, 8)), ("swin_tiny_patch4_window7_224", (3, 3))])
 def test_image_size_that_does_not_fit(name, size):
     with pytest.raises(UserError, match=f"{size[0]}x{size[1]}"):
         load_backbone(settings(name, size))
@@ -240,7 +225,7 @@ def test_cache_holds_the_backbones_tokens(mixed, options):
 
 def test_pretrained(mixed, capsys):
     """True: the features serve without the raw images; and are demanded."""
-    with pytest.raises(UserError, match="no features in features/resnet18.*python extractor.py"):
+    with pytest.raises(UserError, match="no features are listed in features/datasets/.*extractor.py"):
         extractor.ensure_features(small(mixed, pretrained=True), CPU)
     wanted = extractor.ensure_features(small(mixed), CPU).tokens("test")[:]
     write_image(mixed / "test/b/new.png", texture(1, np.random.RandomState(9)))
@@ -321,12 +306,6 @@ def test_with_mirror_an_image_and_its_mirror_image_give_mirrored_features(mixed)
     torch.testing.assert_close(found["bands"], mirrored["bands"], **near)
 
 
-def test_features_that_are_not_finite(mixed, tmp_path):
-    with pytest.raises(UserError, match="finite"):
-        extractor.ensure_features(small(mixed, pixel_norm=(0.5, 0.5, 0.5, 1e-12, 1e-12, 1e-12)), CPU)
-    assert not list(tmp_path.glob("features/*/*.npy"))
-
-
 def test_unknown_class_shows_before_extraction(mixed, tmp_path):
     with pytest.raises(UserError, match="unknown class"):
         extractor.ensure_features(small(mixed, class_name="c"), CPU)
@@ -338,7 +317,6 @@ def test_unknown_class_shows_before_extraction(mixed, tmp_path):
     "base, change",
     [
         ({"token_grid": "2"}, {"token_grid": "released2"}),
-        ({}, {"bands": True}),
         ({}, {"places": 3}),
         ({}, {"pixel_norm": (0.5,) * 6}),
     ],
@@ -373,8 +351,6 @@ def test_resize_by_matrices_is_pillows(before, after):
         got.permute(0, 2, 3, 1).numpy() - np.stack([np.asarray(image) for image in wanted]).astype(float)
     )
     shrinks = after[0] < before[0] or after[1] < before[1]
-    if not shrinks:
-        assert torch.equal(got, resizing.resized(torch.from_numpy(noise).permute(0, 3, 1, 2), after).float())
     if not shrinks:
         assert torch.equal(got, resizing.resized(torch.from_numpy(noise).permute(0, 3, 1, 2), after).float())
     assert off.max() == 0 if shrinks else off.max() <= 2 and (off > 0).mean() < 0.01

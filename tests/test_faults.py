@@ -34,7 +34,7 @@ SMALL = {  # script -> its options
     "extractor.py": "--dataset folder --extractor test_resnet --weights_path random --img_size 32 "
     "--token_grid 1 --precision float32 --threads 1 --workers 0",
     "main.py": "--fusion none --n_coupling_blocks 1 --fc_internal 8 --meta_epochs 1 --sub_epochs 1 "
-    "--baselines False --modelname run",
+    "--baselines False --modelname run --keep weights",
 }
 
 

@@ -172,11 +172,10 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     found, images = opened(tmp_path / "store"), hashes_of("ab")
     found.begin(FIELDS | MADE)
     good = rows(images)
-    for value in (np.nan, np.inf):
-        broken = good["tokens"].copy()
-        broken[1, 2, 3] = value
-        with pytest.raises(UserError, match="not finite"):
-            write_shard(found.folder, found.of, images, good | {"tokens": broken})
+    broken = good["tokens"].copy()
+    broken[1, 2, 3] = np.inf
+    with pytest.raises(UserError, match="not finite"):
+        write_shard(found.folder, found.of, images, good | {"tokens": broken})
     write_shard(found.folder, found.of, images, good)
 
     def full(*_):

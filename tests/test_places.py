@@ -208,7 +208,7 @@ def fabricate(folder, spread: float, light: float = 0.0, n_train: int = N_TRAIN)
         s: Split.of([f"{s}{i}" for i in range(len(o))], np.zeros(len(o), int), o) for s, o in odd.items()
     }
     tokens = {s: 4 + spread * generator.randn(len(o), 1 + N, C) for s, o in odd.items()}
-    size = Bands(2, 0.15).shape((2, 3))[0]
+    size = Bands().shape((2, 3))[0]
     bands = {s: 5 + 0.2 * generator.randn(len(o), size) for s, o in odd.items()}
     lights = {s: generator.randn(len(o), 1, 1) for s, o in odd.items()}
     places = {s: generator.randn(len(o), PLACES, E) + light * lights[s] for s, o in odd.items()}

@@ -1,7 +1,5 @@
 """Full batches of larger jobs on a CPU are computed by OpenVINO: what it gives is what PyTorch gives."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -37,9 +35,9 @@ def rows_of(job, count: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "name, size, options",
     [
-        ("resnet18", (64, 96), {"bands": True, "places": 4, "mirror": True}),
-        ("vit_tiny_patch16_224", (64, 96), {"bands": True, "places": 3, "token_grid": "2"}),
-        ("tf_efficientnet_lite0", (64, 64), {"token_grid": "1", "workers": 0}),
+        ("test_resnet", (64, 96), {"bands": True, "places": 4, "mirror": True}),
+        ("test_vit", (64, 96), {"bands": True, "places": 3, "token_grid": "2"}),
+        ("test_efficientnet", (64, 64), {"token_grid": "1", "workers": 0}),
     ],
     ids=str,
 )
@@ -72,7 +70,7 @@ class Changing(nn.Module):
     "module, told", [(Factored(), "No conversion rule"), (Changing(), "it computes other numbers")], ids=str
 )
 def test_a_backbone_that_it_cannot_run_goes_to_pytorch(capsys, module, told):
-    job = job_of("resnet18", (32, 32))
+    job = job_of("test_resnet", (32, 32))
     module.rows = lambda values: {"tokens": values[0]}
     job.module = module
     job.compile()
@@ -80,12 +78,6 @@ def test_a_backbone_that_it_cannot_run_goes_to_pytorch(capsys, module, told):
     assert len(rows_of(job, 7)["tokens"]) == 7
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and told in line
-    assert line.startswith("OpenVINO cannot run resnet18 (") and line.endswith("PyTorch does, more slowly\n")
-
-
-def test_without_the_package(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    job = job_of("resnet18", (32, 32))
-    job.compile()
-    assert len(rows_of(job, 3)["tokens"]) == 3
-    assert "OpenVINO cannot run resnet18 (import of openvino halted" in capsys.readouterr().err
+    assert line.startswith("OpenVINO cannot run test_resnet (") and line.endswith(
+        "PyTorch does, more slowly\n"
+    )
