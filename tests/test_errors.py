@@ -6,11 +6,13 @@ status, in this process."""
 
 import importlib
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import write_image
+from conftest import ROOT, write_image
 
 from shell.command_line import from_command_line, run_script
 
@@ -75,3 +77,12 @@ def test_mistakes(run_here, tmp_path, tmp_path_factory, script, given, told):
 def test_mistakes_in_a_process(run_script, tmp_path, script):
     options = ("--dataset", "folder", "--dataset_path", "nowhere", "--threads", "1", "--class_name", "a")
     assert "nowhere" in one_line(run_script(script, *options)) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["main.py", "export.py"])
+def test_scripts_find_their_modules_where_python_looks_nowhere(tmp_path, script):
+    """As under PYTHONSAFEPATH."""
+    ran = subprocess.run(
+        [sys.executable, "-P", ROOT / script, "-h"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ran.returncode == 0 and not ran.stderr and ran.stdout.startswith("usage:")

@@ -197,7 +197,7 @@ def test_a_run_scores_by_every_class(here, capsys):
 
 
 @pytest.mark.parametrize("output", [None, "x.csv"])
-def test_rows_flow_and_ctrl_c_is_one_line(here, capsys, monkeypatch, output):
+def test_rows_flow_and_what_ctrl_c_ends_is_whole_or_not_there(here, capsys, monkeypatch, output):
     """What was scored is out before the next pictures are looked at; a file is whole or not there."""
     real, seen = predict.rows_of, []
 
@@ -209,10 +209,8 @@ def test_rows_flow_and_ctrl_c_is_one_line(here, capsys, monkeypatch, output):
             yield part
 
     monkeypatch.setattr(predict, "rows_of", interrupted)
-    with pytest.raises(Interrupted) as ended:
+    with pytest.raises(Interrupted):
         predicted(capsys, "runs/held", *TESTED, *(["--output", output] if output else []))
-    ending = "; x.csv is not written" if output else ""
-    assert ended.value.told == f"16 of 20 pictures were scored{ending}"
     if output:
         assert seen == ["", "", ""] and not list(here.glob("*x.csv*"))
     else:
