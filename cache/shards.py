@@ -9,6 +9,7 @@ write into one store; a row that two of them have written is there twice, which 
 
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -135,11 +136,12 @@ class CachedArray:
     def __getitem__(self, index: np.ndarray | slice | int) -> np.ndarray:
         wanted = np.asarray(self._numbers[index])
         rows = np.empty((wanted.size, *self.shape[1:]), DTYPE)
-        places = zip(self._shard[wanted].flat, self._row[wanted].flat)
-        for values, (shard, row) in zip(rows, places):
-            file = self._open(shard)
-            at = self._first[shard] + int(row) * self._row_size
-            if os.preadv(file.fileno(), [values], at) != values.nbytes:
+        shard, row = self._shard[wanted.reshape(-1)], self._row[wanted.reshape(-1)]
+        ends = np.flatnonzero((np.diff(shard) != 0) | (np.diff(row) != 1)) + 1  # of runs, each read at once
+        for start, stop in itertools.pairwise([0, *ends.tolist(), wanted.size] if wanted.size else ()):
+            values, number = rows[start:stop], int(shard[start])
+            file, at = self._open(number), self._first[number] + int(row[start]) * self._row_size
+            if os.preadv(file.fileno(), [values.data], at) != values.nbytes:
                 raise Damaged(f"the features in {file.name} have been cut while they were read")
         return rows.reshape(*wanted.shape, *self.shape[1:])
 

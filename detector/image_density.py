@@ -129,11 +129,11 @@ def left_out_energies(inside: Tensor, values: Tensor, average: Tensor, shrinkage
 
 def left_out_distances(tokens: Tensor, centres: Tensor) -> Tensor:
     """Squared distances of each training image to the centres of the n - 1 others in a metric fitted to
-    these, infinite to its own, from tokens and centres (n, k) in the metric of all, M = (S + r I)⁻¹ (eq. 22).
+    these, infinite to its own, from tokens and centres (n, k) in the metric of all, M = (S + r I)⁻¹ (eq. 21).
 
     Without image i, at d from the mean, M becomes M + M d dᵀ M / (n - 1 - dᵀ M d) (Sherman and Morrison)."""
-    away = tokens.square().sum(1, keepdim=True) - tokens @ centres.T
-    left = (len(tokens) - 1 - tokens.square().sum(1, keepdim=True)).clamp_min(1e-3)
+    own = tokens.square().sum(1, keepdim=True)
+    away, left = own - tokens @ centres.T, (len(tokens) - 1 - own).clamp_min(1e-3)
     return (squared_distances(tokens, centres) + away.square() / left).fill_diagonal_(torch.inf)
 
 
