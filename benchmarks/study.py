@@ -3,9 +3,9 @@
 python benchmarks/study.py paper --only cifar10 --knobs extractor=vit_tiny_patch16_224 weights_path=FILE
 python benchmarks/study.py context --only castings,surfaces,materials,textures --seeds 3
 
-paper: the paper's fusion modules after some epochs, and what hilo makes of the mean patch alone. context:
-what a place sees of the other places (preset accurate). The sets are those of benchmarks/suite.toml; the
-table goes to results/STUDY.md, its figures to STUDY.csv beside it."""
+paper: the paper's fusion modules after some epochs. controls: the same where patches, tokens or layers are
+others. context: what a place sees of the other places (preset accurate). The sets are those of
+benchmarks/suite.toml; the table goes to results/STUDY.md, its figures to STUDY.csv beside it."""
 
 import argparse
 import datetime
@@ -31,13 +31,13 @@ import datasets
 import extractor
 import utils
 from config import UserError, make_config
-from detector import places
+from detector import checkpoints, places
 from detector.class_data import TokenSource
 from reporting.tables import as_markdown
 from shell.files import write_text
 from shell.signals import KEPT, guarded
 from shell.values import parse_values
-from train import make_trainer
+from train import Trainer, make_trainer
 
 HOW = (
     "AUROC, mean over a set's classes (± standard deviation over the seeds). Last column: the difference to "
@@ -47,24 +47,40 @@ HOW = (
 
 
 # ---------------------------------------------------------------- what differs
-def only(*kept: int) -> Callable[[Tensor], Tensor]:
-    """Of the tokens (B, N, C) that a token sees, those numbers; the others are zero."""
-    return lambda seen: torch.stack([seen[:, i] * (i in kept) for i in range(seen.shape[1])], 1)
+Change = Callable[[Tensor, bool], Tensor]  # tokens (B, N, C) that a batch sees, whether it is trained on
+
+
+def only(*kept: int) -> Change:
+    """Of the tokens that a token sees, those numbers; the others are zero."""
+    return lambda seen, _: torch.stack([seen[:, i] * (i in kept) for i in range(seen.shape[1])], 1)
+
+
+def of_normal_images() -> Change:
+    """In training the own tokens; in scoring those of images that were trained on last."""
+    last: list[Tensor] = []
+
+    def change(seen: Tensor, training: bool) -> Tensor:
+        if training:
+            last[:] = [seen]
+            return seen
+        return last[0][torch.arange(len(seen)) % len(last[0])]
+
+    return change
 
 
 class Variant(NamedTuple):
-    """change: what is done to the tokens (B, N, C) that a batch sees, in training and scoring. near, ring:
-    of detector/places.py."""
+    """change: what is done to the tokens that a batch sees. near, ring: of detector/places.py."""
 
     name: str
     knobs: dict = {}
-    change: Callable[[Tensor], Tensor] | None = None
+    change: Change | None = None
     near: int = places.NEAR
     ring: int = places.RING
 
 
 class Study(NamedTuple):
-    """knobs: of all variants. scores: which of the detector's. epochs: after which, besides the last."""
+    """knobs: of all variants. scores: which of the detector's. epochs: after which, besides the last; none:
+    as the detector is trained without a study."""
 
     knobs: dict
     scores: tuple[str, ...]
@@ -72,16 +88,41 @@ class Study(NamedTuple):
     variants: list[Variant]
 
 
+HILO, WHITENED = {"fusion": "hilo"}, {"normalize": "power_l2+whiten", "identity_start": True}
+ADDITIVE = {"clamp": 1e-6}  # of the log-scales: all of them are zero
 STUDIES = {
     "paper": Study(
-        {"preset": "paper", "holdout": 0.0, "meta_epochs": 10},
+        {"preset": "paper", "holdout": 0.0, "meta_epochs": 20},
         ("latent", "likelihood"),
-        (1, 2, 5),
+        (1, 2, 5, 10),
         [
             Variant("no fusion", {"fusion": "none"}),
             Variant("class attention", {"fusion": "class_attention"}),
-            Variant("hilo", {"fusion": "hilo"}),
-            Variant("hilo of the mean patch", {"fusion": "hilo"}, lambda seen: seen.mean(1, True) + 0 * seen),
+            Variant("hilo", HILO),
+            Variant("spectral", {"fusion": "spectral"}),
+        ],
+    ),
+    "controls": Study(
+        {"preset": "paper", "holdout": 0.0, "meta_epochs": 10},
+        ("latent", "likelihood"),
+        (1, 2),
+        [
+            Variant("hilo", HILO),
+            Variant("no fusion", {"fusion": "none"}),
+            Variant("class attention", {"fusion": "class_attention"}),
+            Variant("hilo of the mean patch", HILO, lambda seen, _: seen.mean(1, True).expand_as(seen)),
+            Variant("hilo of zeros", HILO, lambda seen, _: torch.zeros_like(seen)),
+            Variant("hilo, scored with a normal image's patches", HILO, of_normal_images()),
+            Variant(
+                "hilo, trained with another image's patches",
+                HILO,
+                lambda seen, training: seen.roll(1, 0) if training else seen,
+            ),
+            Variant("hilo, additive", HILO | ADDITIVE),
+            Variant("no fusion, additive", {"fusion": "none"} | ADDITIVE),
+            Variant("hilo, whitened", HILO | WHITENED),
+            Variant("no fusion, whitened", {"fusion": "none"} | WHITENED),
+            Variant("class attention, whitened", {"fusion": "class_attention"} | WHITENED),
         ],
     ),
     "context": Study(
@@ -95,7 +136,7 @@ STUDIES = {
             Variant("low band, position", change=only(0, 2)),
             Variant("high band, position", change=only(1, 2)),
             Variant("its own neighbourhood, too", near=-1, ring=1),
-            Variant("hilo over the three", {"fusion": "hilo"}),
+            Variant("hilo over the three", HILO),
             Variant("class attention over the three", {"fusion": "class_attention"}),
         ],
     ),
@@ -105,12 +146,12 @@ STUDIES = {
 class Changed(nn.Module):
     """A flow whose tokens see something else."""
 
-    def __init__(self, flow: nn.Module, change: Callable[[Tensor], Tensor]):
+    def __init__(self, flow: nn.Module, change: Change):
         super().__init__()
         self.flow, self.change = flow, change
 
     def forward(self, tokens: Tensor, seen: list[Tensor]) -> tuple[Tensor, Tensor]:
-        return self.flow(tokens, [self.change(each) for each in seen])
+        return self.flow(tokens, [self.change(each, self.training) for each in seen])
 
 
 # ---------------------------------------------------------------- a variant, class and seed
@@ -127,7 +168,7 @@ def fit(study: str, number: int, of_set: str, knobs: dict, class_name: str, seed
     trainer = make_trainer(config, cache, class_name, seed, train, test)
     if variant.change:
         trainer.flow = trainer.detector.flow = Changed(trainer.detector.flow, variant.change)
-    fitted, labels = trainer.run(), trainer.data.labels
+    fitted, labels = trained(trainer, chosen.epochs), trainer.data.labels
     last = {WHOLE: fitted.scores, **fitted.flow_scores}
     found = {
         f"{variant.name}, epoch {entry['epoch']}: {score}": entry[f"{score}_auroc"]
@@ -140,6 +181,17 @@ def fit(study: str, number: int, of_set: str, knobs: dict, class_name: str, seed
     for name, values in (scores | fitted.simple_scores).items():
         found[name] = utils.auroc(labels, values)
     return [Row(name, of_set, class_name, seed, auroc) for name, auroc in found.items()]
+
+
+def trained(trainer: Trainer, epochs: tuple[int, ...]) -> checkpoints.Fitted:
+    """Train; where epochs are named, the test images are scored after these and the last alone."""
+    if not epochs:
+        return trainer.run()
+    for epoch in range(1, trainer.epochs + 1):
+        loss = trainer.train_epoch()
+        if epoch in epochs or epoch == trainer.epochs:
+            trainer.evaluate(epoch, loss)
+    return trainer.fitted(0)
 
 
 def tasks(study: str, sets: list[Set], more: dict, seeds: int) -> list[tuple]:
