@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -150,10 +149,6 @@ class ImageSet:
         """An image, (H, W, 3) uint8. Raises UserError that names an unreadable one."""
         return self.images[split][i].read(self.scale)
 
-    def identify(self, split: str, i: int) -> str:
-        """A hash of an image's content."""
-        return self.images[split][i].identify()
-
     def hashes(self, split: str) -> list[str]:
         """The content hash of every image of a split, in order; HASHING_THREADS files are read at a time."""
         with ThreadPool(HASHING_THREADS) as pool:
@@ -256,11 +251,10 @@ def name_of(config: Config) -> str:
 
 
 def _array_set(arrays: dict[str, published.Arrays]) -> ImageSet:
-    splits, rows = {}, {}
-    for split, (_, pixels, category) in arrays.items():
-        splits[split] = Split.of([f"{split}/{i}" for i in range(len(pixels))], category)
-        rows[split] = [RawImage(image) for image in pixels]
-    return ImageSet(Labels(tuple(arrays["train"][0]), **splits), rows)
+    rows = {split: [RawImage(image) for image in pixels] for split, (_, pixels, _) in arrays.items()}
+    names = {split: [f"{split}/{i}" for i in range(len(images))] for split, images in rows.items()}
+    train, test = (Split.of(names[split], arrays[split][2]) for split in SPLITS)
+    return ImageSet(Labels(tuple(arrays["train"][0]), train, test), rows)
 
 
 def _file_set(table: list[Row], root: Path) -> ImageSet:
@@ -295,7 +289,7 @@ def _file_set(table: list[Row], root: Path) -> ImageSet:
     if any(masks) and not all(masks):
         images.note_once(f"masks for {len(masks) - masks.count(None)} of {len(masks)} defects in {root}")
     files = {split: [RawImage(row.path, row.mask) for row in rows[split]] for split in SPLITS}
-    scale = PixelScale(measure=partial(images.measured, [row.path for row in rows["train"]]))
+    scale = PixelScale(measure=functools.partial(images.measured, [row.path for row in rows["train"]]))
     return ImageSet(labels, files, scale)
 
 

@@ -33,6 +33,9 @@ BITS_PER_SAMPLE = 258  # a TIFF's tag
 MOST_PIXELS = 64_000_000  # decoded and copied once these take some 0.5 GB
 # Known to Pillow, and no pictures that it decodes itself: EPS starts Ghostscript, the others have no decoder.
 NOT_DECODED = {"EPS", "WMF", "HDF5", "GRIB", "BUFR", "MPEG"}
+Image.init()
+FORMATS = tuple(name for name in Image.OPEN if name not in NOT_DECODED)
+ENDINGS = frozenset(end for end, name in Image.registered_extensions().items() if name in FORMATS)
 ORIENTATION = 0x0112  # EXIF: how to turn the stored image
 SIDEWAYS = (5, 6, 7, 8)  # the turns that change height for width
 UNREADABLE = "unreadable"  # in place of the hash of a file that cannot be read
@@ -50,19 +53,6 @@ note_once = functools.cache(note)  # a run reads its data set several times
 
 
 # ---------------------------------------------------------------- which files
-@functools.cache
-def formats() -> tuple[str, ...]:
-    """The formats that the installed Pillow decodes."""
-    Image.init()
-    return tuple(name for name in Image.OPEN if name not in NOT_DECODED)
-
-
-@functools.cache
-def extensions() -> frozenset[str]:
-    """The endings of these formats, with dot and in lower case."""
-    return frozenset(end for end, name in Image.registered_extensions().items() if name in formats())
-
-
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is passed over without a word: __MACOSX is what a Mac's zip adds."""
     return name.startswith(".") or name == "__MACOSX"
@@ -84,10 +74,10 @@ def image_files(
             path, ending = os.path.join(place, name), os.path.splitext(name)[1].lower()
             if is_hidden(name):
                 continue
-            if ending in extensions() and os.path.isfile(path):
+            if ending in ENDINGS and os.path.isfile(path):
                 files.append(Path(path))
             else:
-                skipped["no regular file" if ending in extensions() else ending or "without ending"] += 1
+                skipped["no regular file" if ending in ENDINGS else ending or "without ending"] += 1
         entered.add(real)
     return sorted(files)
 
@@ -144,7 +134,7 @@ def opened(picture: Any) -> Iterator[Image.Image]:
         if isinstance(picture, Path) and not stat.S_ISREG(os.stat(picture).st_mode):
             raise ValueError("no regular file")
         is_open = isinstance(picture, Image.Image)
-        with contextlib.nullcontext(picture) if is_open else Image.open(picture, formats=formats()) as image:
+        with contextlib.nullcontext(picture) if is_open else Image.open(picture, formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 size = f"{image.width} x {image.height} pixels"
                 raise ValueError(f"{size}, more than the {MOST_PIXELS // 10**6} million taken")

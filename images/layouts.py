@@ -110,31 +110,26 @@ def _labelled(
     root: Path, skipped: Counter, places: Iterable[str], normal: Container[str], before: str = ""
 ) -> Iterator[Row]:
     """The pictures in ``<place>/<kind>/**`` below ``root``, labelled by their kinds, behind ``before``; with
-    the masks of those whose kinds are not among the ``normal`` ones."""
-    there = [(inside(root, place), PLACES[place]) for place in places]
-    kinds = [(place / name, split) for place, split in there for name in subfolders(place)]
-    masks = _masks_in([root, *(place for place, _ in there), *(kind for kind, _ in kinds)], root)
-    for place, _ in there:
-        if place.is_dir() and (beside := image_files(place, Counter(), deep=False)):
+    the masks of those whose kinds are not among the ``normal`` ones, by what both are ``_known_by``: by name,
+    or name and _mask, or a folder of several."""
+    there = {inside(root, place): PLACES[place] for place in places}
+    kinds = [(place / name, split) for place, split in there.items() for name in subfolders(place)]
+    masks = {}
+    for place in [root, *there, *(kind for kind, _ in kinds)]:
+        for folder in (place / name for name in subfolders(place) if folded(name) in MASK_FOLDERS):
+            for mask in image_files(folder, Counter()):
+                *above, name = _known_by(mask, root)
+                masks[*above,] = mask.parent
+                masks[*above, name.removesuffix("_mask")] = mask
+    for place in filter(Path.is_dir, there):
+        if beside := image_files(place, Counter(), deep=False):
             skipped[f"pictures beside the folders in {place}"] = len(beside)
     for kind, split in kinds:
         is_normal = folded(kind.name) in normal
         if is_normal or folded(kind.name) not in NO_PICTURES:
             for path in images_below(kind, skipped, NO_PICTURES):
-                mask = None if is_normal else masks.get(_known_by(path, root))
-                yield Row(path, split, before + kind.name, mask)
-
-
-def _masks_in(places: list[Path], root: Path) -> dict[tuple[str, ...], Path]:
-    """The masks in the MASK_FOLDERS that lie in these folders, by what their pictures are ``_known_by``: by
-    name, or name and _mask, or a folder of several."""
-    found = {}
-    for place in (folder / name for folder in places for name in subfolders(folder)):
-        for mask in image_files(place, Counter()) if folded(place.name) in MASK_FOLDERS else []:
-            *above, name = _known_by(mask, root)
-            found[*above,] = mask.parent
-            found[*above, name.removesuffix("_mask")] = mask
-    return found
+                marked = None if is_normal else masks.get(_known_by(path, root))
+                yield Row(path, split, before + kind.name, marked)
 
 
 def _known_by(path: Path, root: Path) -> tuple[str, ...]:
@@ -239,11 +234,10 @@ def real_iad(root: Path, skipped: Counter) -> Iterator[Row]:
 
 def _real_iad_objects(root: Path) -> list[tuple[Path, Path]]:
     """The table and the folder of each object."""
-    bases = [folder for size in (1024, 512, 256) if (folder := root / f"realiad_{size}").is_dir()]
-    places = (root / "realiad_jsons", root / "realiad_jsons" / "realiad_jsons")
-    tables = sorted(table for place in places for table in place.glob("*.json"))
-    found = [(table, base / table.stem) for base in bases[:1] for table in tables]
-    return [(table, folder) for table, folder in found if folder.is_dir()]
+    bases = (root / f"realiad_{size}" for size in (1024, 512, 256))
+    base = next(filter(Path.is_dir, bases), root)
+    tables = sorted((root / "realiad_jsons").glob("**/*.json"))
+    return [(table, base / table.stem) for table in tables if (base / table.stem).is_dir()]
 
 
 def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
@@ -260,9 +254,14 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 
 def _named(base: Path, path: str, split: str, label: str, mask: str | None) -> Row:
     """What a row in a file says. Its paths begin at ``base``, or at the root of the file system; Windows
-    writes their folders with backslashes."""
+    writes their folders with backslashes. Raises UserError where they name nothing, or the split none."""
     names = (name if (base / name).exists() else name.replace("\\", "/") for name in (path, mask or ""))
     image, marked = (base / name for name in names)
+    if gone := [file.absolute() for file in (image, marked) if not file.exists()]:
+        raise UserError(f"dataset_path: a table in {base} names {gone[0]}, which is not there")
+    if folded(split) not in PLACES.values() or not label.strip():
+        told = f"a table in {base} gives {path} the split {split!r} and the label {label!r}"
+        raise UserError(f"dataset_path: {told}; expected train, validation or test, and a label")
     return Row(image, folded(split), label.strip(), marked if mask else None)
 
 
@@ -278,20 +277,9 @@ READERS: dict[str, Callable[[Path, Counter], Iterator[Row]]] = {
 
 
 def read_table(dataset: str, path: Path) -> list[Row]:
-    """The table of a data set; what was passed over is told in a line. Raises UserError, also where a table
-    in a file names what is not there, or another split."""
+    """The table of a data set; what was passed over is told in a line. Raises UserError."""
     skipped = Counter[str]()
     rows = list(READERS.get(dataset, folders)(path, skipped))
-    if odd := next((row for row in rows if row.split not in PLACES.values() or not row.label), None):
-        raise UserError(
-            f"dataset_path: {path} gives {odd.path.name} the split {odd.split!r} and the label "
-            f"{odd.label!r}; expected train, validation or test, and a label"
-        )
-    if missing := [file for row in rows for file in (row.path, row.mask) if file and not file.exists()]:
-        raise UserError(
-            f"dataset_path: {path} names {missing[0].absolute()}, which is not there, nor are "
-            f"{len(missing) - 1} others of its {len(rows)} images and their masks"
-        )
     tell_skipped(path, skipped)
     return rows
 

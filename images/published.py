@@ -46,8 +46,8 @@ def load(dataset: str, root: Path) -> dict[str, Arrays]:
         kind, reason = FORMS[dataset], f"{type(error).__name__}: {error}".splitlines()[0]
         url = kind.mirrors[0] if dataset == "fashion" else kind.url
         raise UserError(
-            f"dataset_path: {dataset} in {root} can be neither read nor fetched ({reason}); expected its files "
-            f"from {url}, none of them changed or cut off, or image folders {root}/{{train,test}}/<class>/*"
+            f"dataset_path: {dataset} in {root} can be neither read nor fetched ({reason}); expected its "
+            f"whole files from {url}, or image folders {root}/{{train,test}}/<class>/*"
         ) from None
 
 

@@ -187,7 +187,7 @@ def test_no_program_is_started_for_an_image(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", None)
     with pytest.raises(UserError, match="a.png"):
         images.pixels_of(tmp_path / "a.png")
-    assert ".eps" not in images.extensions() and ".pdf" not in images.extensions()
+    assert not {".eps", ".pdf"} & images.ENDINGS
 
 
 # ---------------------------------------------------------------- refused
