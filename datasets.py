@@ -45,13 +45,12 @@ class Split:
     held: np.ndarray
 
     @classmethod
-    def of(cls, names: Iterable, category: Iterable, defect=None, kind=None, held=None) -> "Split":
-        """From any sequences; those left out are of no defects and of nothing held out."""
+    def of(cls, names: Iterable[str], category, defect=False, kind="", held=False) -> "Split":
+        """From sequences, or one value for all. Raises ValueError where they are not of one length."""
         names = list(names)
-        no = np.zeros(len(names), bool)
-        flags = [no if column is None else np.asarray(column, bool) for column in (defect, held)]
-        kinds = [""] * len(names) if kind is None else list(kind)
-        return cls(names, np.asarray(category, np.int64), flags[0], kinds, flags[1])
+        full = functools.partial(np.full, len(names))
+        kinds = full(kind, object).tolist()
+        return cls(names, full(category, np.int64), full(defect, bool), kinds, full(held, bool))
 
     def kept(self, rows: Sequence[int] | np.ndarray) -> "Split":
         """These images of the split, in the order of ``rows``."""
@@ -195,9 +194,7 @@ def choose_classes(labels: Labels, class_name: str) -> list[str]:
     if class_name == "all":
         return list(labels.classes)
     known = {layouts.folded(name): name for name in labels.classes}
-    asked = (
-        [class_name] if class_name in labels.classes else class_names(class_name)
-    )  # whatever it is made of
+    asked = [class_name] if class_name in labels.classes else class_names(class_name)
     if absent := [name.strip() for name in asked if layouts.folded(name) not in known]:
         raise UserError(unknown("class", absent[0], ["all", *labels.classes]))
     return list(dict.fromkeys(known[layouts.folded(name)] for name in asked))
