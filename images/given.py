@@ -33,4 +33,4 @@ def refuse_among(folder: Path, searched: list[Path], files: list[Path]) -> None:
     picture the next time that the folders ``searched`` are."""
     place, beside = folder.resolve(), {file.parent.resolve() for file in files}
     if place in beside or any(place.is_relative_to(path.resolve()) for path in searched):
-        raise UserError(f"expected a folder apart from the pictures, got {folder}")
+        raise UserError(f"expected a folder apart from the pictures in or above it, got {folder}")

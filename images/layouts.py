@@ -1,13 +1,11 @@
-"""Data sets of image files, in whatever folders they come: each reader yields the rows of one table of path,
-split, label and mask.
+"""Data sets of image files, in whatever folders they come: each reader yields the rows of one table.
 
 The split is train, test or validation: training pictures that are held out. A label is a class: images of it
 train, and every test image with another label is anomalous. Or it is ``<class>/<condition>``, where each
-class is tested on images of its own: ``bottle/good`` (or ok, or normal) and ``bottle/hole``. ``load_images``
-in datasets.py turns the table into labels.
+class is tested on images of its own: ``bottle/good`` (or ok, or normal) and ``bottle/hole``.
 
 A reader takes the path that the user named, and a counter of what it passes over there. It raises UserError
-that says what it expected and what is there."""
+that says what it expected and what is there. datasets.py turns the table into labels."""
 
 import csv
 import json
@@ -141,9 +139,8 @@ def _known_by(path: Path, root: Path) -> tuple[str, ...]:
 
 # ---------------------------------------------------------------- categories with defective specimens
 def mvtec(root: Path, skipped: Counter) -> Iterator[Row]:
-    """``<category>/train/good``, ``<category>/test/<good or defect>``,
-    ``<category>/ground_truth/<defect>``; "ok" serves for "good" (BTAD). root may also be one such category,
-    or a folder that holds nothing but their folder.
+    """``<category>/train/good``, ``<category>/test/<good or defect>``, ``<category>/ground_truth/<defect>``;
+    "ok" serves for "good" (BTAD). root may also be one such category, or hold nothing but their folder.
 
     So are the later MVTec sets: AD 2 (``test_public``, with ``ground_truth`` in it), LOCO (a folder of masks
     for each picture), 3D-AD (``<defect>/rgb``, masks in ``<defect>/gt``); their ``validation`` pictures are
@@ -199,7 +196,7 @@ def labels_file(path: Path, skipped: Counter) -> Iterator[Row]:
 
 def visa(root: Path, skipped: Counter) -> Iterator[Row]:
     """VisA: ``split_csv/1cls.csv`` says which image of ``<object>/Data/Images/{Normal,Anomaly}`` is in
-    which split, and which mask is its; ``<object>/image_anno.csv``, where it is there, says what is wrong.
+    which split, and which mask is its; ``<object>/image_anno.csv``, if there, says what is wrong.
     Also in its converted form, MVTec-style categories."""
     if _categories(root):
         yield from mvtec(root, skipped)
@@ -218,8 +215,7 @@ def visa(root: Path, skipped: Counter) -> Iterator[Row]:
 
 def real_iad(root: Path, skipped: Counter) -> Iterator[Row]:
     """Real-IAD: ``realiad_jsons/<object>.json``, or a folder deeper, says which pictures of
-    ``realiad_1024/<object>`` (or 512, or 256) are in which split. An object without its folder is left
-    out."""
+    ``realiad_1024/<object>`` (or 512, or 256) are in which split. Objects without a folder are left out."""
     expected = f"Real-IAD as {root}/realiad_1024/<object> and {root}/realiad_jsons/<object>.json"
     for table, folder in _real_iad_objects(place_of(root, expected, _real_iad_objects)):
         try:

@@ -96,12 +96,11 @@ def test_a_folder_spelt_otherwise_is_the_same_class(tmp_path, train, test):
 
 def test_a_split_without_images(tmp_path):
     tree(tmp_path, "train/a/1.png")
-    (tmp_path / "test").mkdir()
-    with pytest.raises(UserError, match=f"per class in {tmp_path / 'test'}, but .* is empty"):
-        load_images("folder", str(tmp_path))
-    (tmp_path / "test/a").mkdir()
-    with pytest.raises(UserError, match="no images in .*a"):
-        load_images("folder", str(tmp_path))
+    empty = f"per class in {tmp_path / 'test'}, but .* is empty"
+    for folder, told in (("test", empty), ("test/a", "no images in .*a")):
+        (tmp_path / folder).mkdir()
+        with pytest.raises(UserError, match=told):
+            load_images("folder", str(tmp_path))
 
 
 # ---------------------------------------------------------------- what labels and images are known by
