@@ -1,7 +1,7 @@
 """Raw images with one-class labels and splits.
 
-Files of images are found by images/layouts.py and read by images/images.py, the binary files of published
-data sets by images/published.py, scikit-learn's digits here (docs/data.md)."""
+Files of images are found by images/layouts.py and read by images/images.py; published arrays are read by
+images/published.py (docs/data.md)."""
 
 import contextlib
 import dataclasses
@@ -10,18 +10,19 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+import utils
 from config import Config, UserError, unknown
 from images import images, layouts, published
 from images.layouts import SPLITS, Row
 from images.pixel_scale import PixelScale
 from images.tiles import Tile, tiles_of
+from shell.files import as_strict_json
 from shell.values import class_names
 
 OTHER = -1  # the category of test images of no class that one can train on: always anomalous
@@ -31,7 +32,7 @@ HASHING_THREADS = 8  # threads that hash files: a shared folder answers many at 
 # ---------------------------------------------------------------- labels
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """What is known of the images of one split, without the images.
+    """What is known of the images of one split, without the images, a column each.
 
     names: a stable name per image. category (n): its index into the classes, or OTHER. defect (n): whether
     it is a defective specimen of its category. kind: what is wrong with it, in the data set's words; ""
@@ -44,27 +45,17 @@ class Split:
     held: np.ndarray
 
     @classmethod
-    def of(cls, names: Iterable[str], category, defect=None, kind=None, held=None) -> "Split":
-        """From any sequences; those left out are of no defects and of nothing held out."""
+    def of(cls, names: Iterable[str], category, defect=False, kind="", held=False) -> "Split":
+        """From sequences, or one value for all. Raises ValueError where they are not of one length."""
         names = list(names)
-        no = np.zeros(len(names), bool)
-        return cls(
-            names,
-            np.asarray(category, np.int64),
-            no if defect is None else np.asarray(defect, bool),
-            [""] * len(names) if kind is None else list(kind),
-            no if held is None else np.asarray(held, bool),
-        )
+        full = functools.partial(np.full, len(names))
+        kinds = full(kind, object).tolist()
+        return cls(names, full(category, np.int64), full(defect, bool), kinds, full(held, bool))
 
     def kept(self, rows: Sequence[int] | np.ndarray) -> "Split":
         """These images of the split, in the order of ``rows``."""
         index = np.asarray(rows, np.int64)
-        names, kind = ([values[i] for i in index] for values in (self.names, self.kind))
-        return Split(names, self.category[index], self.defect[index], kind, self.held[index])
-
-    def as_json(self) -> dict:
-        """What ``of`` takes, made of lists."""
-        return {name: v if isinstance(v, list) else v.tolist() for name, v in vars(self).items()}
+        return Split.of(*(np.array(column, object)[index] for column in vars(self).values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,17 +87,13 @@ class Labels:
         anomalous)."""
         chosen = self.classes.index(class_name)
         train = np.flatnonzero((self.train.category == chosen) & ~self.train.defect)
-        if self.per_category:
-            test = np.flatnonzero(self.test.category == chosen)
-        else:
-            test = np.arange(len(self.test.category))
-        anomalous = (self.test.category[test] != chosen) | self.test.defect[test]
-        return train, test, anomalous.astype(np.int64)
+        own = self.test.category == chosen
+        test = np.flatnonzero(own | (not self.per_category))
+        return train, test, (~own | self.test.defect)[test].astype(np.int64)
 
     def as_json(self) -> dict:
         """What ``from_json`` takes, made of lists."""
-        content = {"classes": list(self.classes), "per_category": self.per_category}
-        return content | {split: self.split(split).as_json() for split in SPLITS}
+        return as_strict_json(vars(self) | {split: vars(self.split(split)) for split in SPLITS})
 
     @classmethod
     def from_json(cls, content: dict) -> "Labels":
@@ -132,9 +119,8 @@ class RawImage(NamedTuple):
     def identify(self) -> str:
         """A hash of the content, of a file's bytes or of pixels, whatever names and places are."""
         if isinstance(self.source, np.ndarray):
-            content = hashlib.sha256(np.ascontiguousarray(self.source).data).hexdigest()[:32]
-        else:
-            content = images.content_hash(self.source)
+            return hashlib.sha256(np.ascontiguousarray(self.source).data).hexdigest()[:32]
+        content = images.content_hash(self.source)
         if self.tile is None or content == images.UNREADABLE:
             return content
         return hashlib.sha256(json.dumps([content, self.tile]).encode()).hexdigest()[:32]
@@ -162,10 +148,6 @@ class ImageSet:
         """An image, (H, W, 3) uint8. Raises UserError that names an unreadable one."""
         return self.images[split][i].read(self.scale)
 
-    def identify(self, split: str, i: int) -> str:
-        """A hash of an image's content."""
-        return self.images[split][i].identify()
-
     def hashes(self, split: str) -> list[str]:
         """The content hash of every image of a split, in order; HASHING_THREADS files are read at a time."""
         with ThreadPool(HASHING_THREADS) as pool:
@@ -179,9 +161,8 @@ class ImageSet:
     def listed(self, chosen: Sequence[tuple[str, str]]) -> "ImageSet":
         """The images ``chosen`` (split, name), of both splits, as one training split without labels. Raises
         UserError on one that is not there."""
-        there = {
-            (s, name): im for s in SPLITS for name, im in zip(self.labels.split(s).names, self.images[s])
-        }
+        named = {split: zip(self.labels.split(split).names, self.images[split]) for split in SPLITS}
+        there = {(split, name): image for split in SPLITS for name, image in named[split]}
         if gone := [name for split, name in chosen if (split, name) not in there]:
             raise UserError(f"{gone[0]} has gone since the images were listed; run it again")
         labels = Labels((), Split.of([name for _, name in chosen], [OTHER] * len(chosen)), Split.of([], []))
@@ -212,10 +193,8 @@ def choose_classes(labels: Labels, class_name: str) -> list[str]:
             raise UserError(f"class {name!r}: the name of its folder is not valid UTF-8; rename it")
     if class_name == "all":
         return list(labels.classes)
-    if class_name in labels.classes:  # the whole text is one class, whatever it is made of
-        return [class_name]
     known = {layouts.folded(name): name for name in labels.classes}
-    asked = class_names(class_name)
+    asked = [class_name] if class_name in labels.classes else class_names(class_name)
     if absent := [name.strip() for name in asked if layouts.folded(name) not in known]:
         raise UserError(unknown("class", absent[0], ["all", *labels.classes]))
     return list(dict.fromkeys(known[layouts.folded(name)] for name in asked))
@@ -225,27 +204,26 @@ def repeated(labels: Labels, hashes: dict[str, list[str]]) -> str:
     """The line on images of the same content (``ImageSet.hashes`` of each split) in both splits, or under two
     labels; "" without any."""
     first: dict[str, tuple] = {}
-    tested, relabelled, example = 0, 0, ""
+    twice: list[str] = []
     for split in SPLITS:
         rows = labels.split(split)
         for image, name, *label in zip(hashes[split], rows.names, rows.category, rows.defect):
-            other_split, other, other_label = first.setdefault(image, (split, name, label))
-            if image != images.UNREADABLE and (other_split != split or other_label != label):
-                tested, relabelled = tested + (other_split != split), relabelled + (other_label != label)
-                example = example or f"{name} is {other}"
-    counts = f"{tested} in train and test, {relabelled} under two labels"
-    return f"the same picture twice: {counts}; {example}" if example else ""
+            other, *there = first.setdefault(image, (name, split, label))
+            if image != images.UNREADABLE and there != [split, label]:
+                twice.append(f"{name} is {other}")
+    told = f"{utils.counted(len(twice), 'picture')} in train and test or under two labels, too"
+    return f"{told}: {utils.first_named(twice, '; ')}" if twice else ""
 
 
 # ---------------------------------------------------------------- raw images
 def load_images(dataset: str, dataset_path: str | None) -> ImageSet:
     """The images of a data set. Raises UserError when they are not where ``dataset_path`` (None:
     data/<dataset>) says."""
-    if dataset == "digits":
-        return _digits()
     root = Path(dataset_path or f"data/{dataset.removesuffix('_fine')}")  # the same images, finer classes
+    if dataset == "digits":
+        return _array_set(published.digits())
     if dataset in published.FORMS and not all((root / split).is_dir() for split in SPLITS):
-        return _array_set(*published.load(dataset, root))
+        return _array_set(published.load(dataset, root))
     return _file_set(layouts.read_table(dataset, root), root if root.is_dir() else root.parent)
 
 
@@ -269,63 +247,47 @@ def name_of(config: Config) -> str:
     return f"{name}-{folder}-{hashlib.sha256(str(place).encode(errors='surrogateescape')).hexdigest()[:6]}"
 
 
-def _digits() -> ImageSet:
-    """scikit-learn's 1,797 digits, 8 x 8; a fixed stratified split into halves (docs/method.md, section
-    6)."""
-    from sklearn.datasets import load_digits  # slow to import, and needed here alone
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    pixels = np.repeat((digits.images * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=3)
-    halves = train_test_split(np.arange(len(pixels)), test_size=0.5, random_state=0, stratify=digits.target)
-    rows = {split: np.sort(half) for split, half in zip(SPLITS, halves)}
-    by_split = ({split: values[i] for split, i in rows.items()} for values in (pixels, digits.target))
-    return _array_set([str(digit) for digit in range(10)], *by_split)
-
-
-def _array_set(
-    classes: list[str], pixels: dict[str, np.ndarray], category: dict[str, np.ndarray]
-) -> ImageSet:
-    names = {split: [f"{split}/{i}" for i in range(len(pixels[split]))] for split in SPLITS}
-    train, test = (Split.of(names[split], category[split]) for split in SPLITS)
-    rows = {split: [RawImage(image) for image in pixels[split]] for split in SPLITS}
-    return ImageSet(Labels(tuple(classes), train, test), rows)
+def _array_set(arrays: dict[str, published.Arrays]) -> ImageSet:
+    rows = {split: [RawImage(image) for image in pixels] for split, (_, pixels, _) in arrays.items()}
+    names = {split: [f"{split}/{i}" for i in range(len(images))] for split, images in rows.items()}
+    train, test = (Split.of(names[split], arrays[split][2]) for split in SPLITS)
+    return ImageSet(Labels(tuple(arrays["train"][0]), train, test), rows)
 
 
 def _file_set(table: list[Row], root: Path) -> ImageSet:
-    """The images of a table, those that are held out among the training images; their names begin at
-    ``root``."""
+    """The images of a table (images/layouts.py), those that are held out among the training images; their
+    names begin at ``root``. Classes are those of the training images, sorted; names that differ in case,
+    Unicode form or spaces only are one. A line tells where some of the defects lack masks. Raises UserError
+    on a test image of a class that is tested on its own and has no training images."""
     rows = {split: [row for row in table if (row.split == "test") == (split == "test")] for split in SPLITS}
-    files = {split: [RawImage(row.path, row.mask) for row in rows[split]] for split in SPLITS}
-    scale = PixelScale(measure=partial(images.measured, [row.path for row in rows["train"]]))
-    return ImageSet(labels_of(rows, root), files, scale)
-
-
-def labels_of(rows: dict[str, list[Row]], root: Path) -> Labels:
-    """The labels of a table (images/layouts.py). Its classes are those of the training images, sorted; names
-    that differ in case, Unicode form or spaces only are one. Raises UserError on a test image of a class that
-    is tested on its own and has no training images."""
-    labels = {row.label for split in SPLITS for row in rows[split]}
-    per_category = any("/" in label for label in labels)
     classes: dict[str, str] = {}
     for name in sorted({row.label.partition("/")[0] for row in rows["train"]}):
         classes.setdefault(layouts.folded(name), name)
     number = {name: i for i, name in enumerate(classes)}
-    meanings = {}
-    for label in labels:
+    per_category = any("/" in row.label for row in table)
+
+    @functools.cache
+    def meaning(label: str) -> tuple[int, bool, str]:
+        """Category, defect and kind (``Split``)."""
         name, _, condition = label.partition("/")
         category = number.get(layouts.folded(name), OTHER)
         if per_category and category == OTHER:
             raise UserError(f"dataset_path: expected training pictures of {name}, which test pictures are of")
         defect = condition != "" and layouts.folded(condition) not in layouts.NORMAL_NAMES
-        meanings[label] = category, defect, condition if defect else label if category == OTHER else ""
+        return category, defect, condition if defect else label if category == OTHER else ""
 
     def split_of(rows: list[Row]) -> Split:
-        category, defect, kind = ([meanings[row.label][part] for row in rows] for part in range(3))
+        category, defect, kind = ([meaning(row.label)[part] for row in rows] for part in range(3))
         names = [row.path.as_posix().removeprefix(f"{root.as_posix()}/") for row in rows]
         return Split.of(names, category, defect, kind, [row.split == "validation" for row in rows])
 
-    return Labels(tuple(classes.values()), split_of(rows["train"]), split_of(rows["test"]), per_category)
+    labels = Labels(tuple(classes.values()), split_of(rows["train"]), split_of(rows["test"]), per_category)
+    masks = [row.mask for row, kind in zip(rows["test"], labels.test.kind) if kind]
+    if any(masks) and not all(masks):
+        images.note_once(f"masks for {len(masks) - masks.count(None)} of {len(masks)} defects in {root}")
+    files = {split: [RawImage(row.path, row.mask) for row in rows[split]] for split in SPLITS}
+    scale = PixelScale(measure=functools.partial(images.measured, [row.path for row in rows["train"]]))
+    return ImageSet(labels, files, scale)
 
 
 # ---------------------------------------------------------------- tiles
@@ -337,17 +299,19 @@ def tiled(pictures: ImageSet, side: int) -> ImageSet:
             f"tiles: expected a folder of good pictures alone, got {tested} test images, too; give that of "
             "the good ones, and score the others with predict.py"
         )
-    parts: list[tuple[int, Tile | None]] = []
+    rows: list[int] = []
+    found: list[RawImage] = []
     for i, picture in enumerate(pictures.images["train"]):
         try:
-            parts += [(i, tile) for tile in tiles_of(picture.size(), side)]
+            tiles = [picture._replace(tile=tile) for tile in tiles_of(picture.size(), side)]
         except UserError:  # raised again when it is read
-            parts.append((i, None))
-    train = pictures.labels.train.kept([i for i, _ in parts])
-    named = zip(train.names, parts)
-    names = [f"{name}#{tile.top},{tile.left}" if tile else f"{name}#" for name, (_, tile) in named]
-    labels = dataclasses.replace(pictures.labels, train=dataclasses.replace(train, names=names))
-    found = [pictures.images["train"][i]._replace(tile=tile) for i, tile in parts]
+            tiles = [picture]
+        rows += [i] * len(tiles)
+        found += tiles
+    train = pictures.labels.train.kept(rows)
+    places = [f"{image.tile.top},{image.tile.left}" if image.tile else "" for image in found]
+    train = dataclasses.replace(train, names=[f"{name}#{at}" for name, at in zip(train.names, places)])
+    labels = dataclasses.replace(pictures.labels, train=train)
     return ImageSet(labels, {"train": found, "test": []}, pictures.scale)
 
 

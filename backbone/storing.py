@@ -118,7 +118,7 @@ def extract_images(
     def write(shard: Batch) -> None:
         numbers, arrays = shard
         for i in numbers:
-            if chosen.identify("train", i) != wanted[i].hash:
+            if chosen.images["train"][i].identify() != wanted[i].hash:
                 name = wanted[i].name
                 raise UserError(f"{name} has changed while its features were extracted; run it again")
         write_shard(store.folder, store.of, [wanted[i].hash for i in numbers], arrays)

@@ -17,25 +17,20 @@ def find_images(names: list[str]) -> list[Path]:
         path = Path(name)
         if name == "-":
             lines = os.fsdecode(sys.stdin.buffer.read()).replace("\r\n", "\n").split("\n")
-            images += [Path(line) for line in lines if line.strip()]
-        elif path.is_dir():
-            images += images_below(path)
+            found = [Path(line) for line in lines if line.strip()]
         elif path.exists():
-            images.append(path)
-        elif found := sorted(Path(path) for path in glob.glob(name, recursive=True) if os.path.isfile(path)):
-            images += found
+            found = images_below(path) if path.is_dir() else [path]
         else:
-            raise UserError(f"no file or folder {name}, and no files that it matches as a pattern")
-    if not images:
-        raise UserError("no pictures given: files, folders, globs or, for -, a line each on standard input")
+            found = sorted(path for path in map(Path, glob.glob(name, recursive=True)) if path.is_file())
+        if not found:
+            raise UserError(f"{name}: expected files, folders, globs, or - and a line each on standard input")
+        images += found
     return images
 
 
 def refuse_among(folder: Path, searched: list[Path], files: list[Path]) -> None:
     """Raise UserError where PNGs written to ``folder`` would replace one of the files, or be taken for a
     picture the next time that the folders ``searched`` are."""
-    place = folder.resolve()
-    among = [path for path in searched if place.is_relative_to(path.resolve())]
-    among += [path for path in {file.parent for file in files} if path.resolve() == place]
-    if among:
-        raise UserError(f"expected a folder apart from the pictures in {among[0]}, got {folder}")
+    place, beside = folder.resolve(), {file.parent.resolve() for file in files}
+    if place in beside or any(place.is_relative_to(path.resolve()) for path in searched):
+        raise UserError(f"expected a folder apart from the pictures in or above it, got {folder}")

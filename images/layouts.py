@@ -1,13 +1,11 @@
-"""Data sets of image files, in whatever folders they come: each reader yields the rows of one table of path,
-split, label and mask.
+"""Data sets of image files, in whatever folders they come: each reader yields the rows of one table.
 
 The split is train, test or validation: training pictures that are held out. A label is a class: images of it
 train, and every test image with another label is anomalous. Or it is ``<class>/<condition>``, where each
-class is tested on images of its own: ``bottle/good`` (or ok, or normal) and ``bottle/hole``. ``load_images``
-in datasets.py turns the table into labels.
+class is tested on images of its own: ``bottle/good`` (or ok, or normal) and ``bottle/hole``.
 
-A reader takes the path that the user named, or raises UserError that says where it looked, what it found
-there and what it expected."""
+A reader takes the path that the user named, and a counter of what it passes over there. It raises UserError
+that says what it expected and what is there. datasets.py turns the table into labels."""
 
 import csv
 import json
@@ -22,7 +20,7 @@ import numpy as np
 
 import utils
 from config import UserError
-from images import images
+from images.images import image_files, images_below, is_hidden, opened, tell_skipped
 
 SPLITS = ("train", "test")
 # Folders of pictures in a category, and their splits.
@@ -41,27 +39,11 @@ class Row(NamedTuple):
     mask: Path | None = None
 
 
-class Search:
-    """Finds image files; keeps what is to be told of it, once."""
-
-    def __init__(self) -> None:
-        self.skipped, self.notes = Counter[str](), list[str]()
-
-    def below(self, folder: Path) -> list[Path]:
-        """The pictures in a folder and its subfolders but NO_PICTURES; raises UserError where there are
-        none."""
-        return images.images_below(folder, self.skipped, NO_PICTURES)
-
-    def inside(self, folder: Path) -> list[Path]:
-        """The pictures in a folder itself, sorted; none where it is no folder."""
-        return images.find_below(folder, self.skipped, deep=False) if folder.is_dir() else []
-
-
 # ---------------------------------------------------------------- names of folders
 def subfolders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted, hidden ones left out; none where it is no folder. Raises
-    UserError when it cannot be read."""
-    return images.listed(folder)[0] if folder.is_dir() else []
+    """The names of the folders in a folder, sorted, hidden ones left out; none where it is no folder."""
+    there = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path.name for path in there if path.is_dir() and not is_hidden(path.name))
 
 
 def folded(name: str) -> str:
@@ -76,28 +58,13 @@ def inside(folder: Path, name: str) -> Path:
     return folder / (name if name in same or not same else same[0])
 
 
-def not_as_expected(
-    root: Path, expected: str, holds: Callable[[Path], object] = lambda folder: False
-) -> UserError:
-    """The line for a folder that does not hold a data set: what was expected and what is there. Where a
-    folder at most three below it, or the one above it, ``holds`` one, that is the advice."""
-    level, near = [root], []
-    for _ in range(3):
-        level = [folder / name for folder in level[:1000] for name in subfolders(folder)]
-        near += level
-    found = next((folder for folder in [*near, root.resolve().parent] if holds(folder)), None)
-    advice = f"; {found} does: give --dataset_path {found}" if found else ""
-    return UserError(f"dataset_path: expected {expected}, but {root.resolve()} {what_is_there(root)}{advice}")
-
-
-def what_is_there(path: Path) -> str:
-    """As in "is not there", "holds a/, b.txt and 3 more"."""
-    if not path.is_dir():
-        return "is a file, no folder" if path.exists() else "is not there"
-    folders, files = images.listed(path)
-    names = [*(f"{name}/" for name in folders), *files]
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"holds {', '.join(names[:4])}{more}" if names else "is empty"
+def not_as_expected(root: Path, expected: str) -> UserError:
+    """The line for a folder that does not hold a data set: what was expected and what is there."""
+    there = "is a file, no folder" if root.exists() else "is not there"
+    if root.is_dir():
+        names = sorted(f"{path.name}{'/' * path.is_dir()}" for path in root.iterdir())
+        there = f"holds {utils.first_named(names)}" if names else "is empty"
+    return UserError(f"dataset_path: expected {expected}, but {root.resolve()} {there}")
 
 
 def place_of(root: Path, expected: str, holds: Callable[[Path], object]) -> Path:
@@ -106,56 +73,61 @@ def place_of(root: Path, expected: str, holds: Callable[[Path], object]) -> Path
     for place in [root, root / below[0]] if len(below) == 1 else [root]:
         if holds(place):
             return place
-    raise not_as_expected(root, expected, holds)
+    raise not_as_expected(root, expected)
 
 
 # ---------------------------------------------------------------- folders per class
-def folders(root: Path, search: Search) -> Iterator[Row]:
+def folders(root: Path, skipped: Counter) -> Iterator[Row]:
     """``{train,test}/<class>/**``, masks of what is no class in ``ground_truth/<its name>``; without test/,
     no test images. Or normal pictures alone (``normal_only``), in ``root`` or in its train/."""
-    places = [inside(root, split) for split in SPLITS]
-    trained = {folded(name) for name in subfolders(places[0])}
-    if not places[0].is_dir():
-        return normal_only(root, search)
-    if not trained and not places[1].is_dir():
-        return normal_only(places[0], search, root.resolve().name)
+    train, test = places = [inside(root, split) for split in SPLITS]
+    trained = {folded(name) for name in subfolders(train)}
+    if not train.is_dir():
+        return normal_only(root, skipped)
+    if not trained and not test.is_dir():
+        return normal_only(train, skipped, root.resolve().name)
     if empty := next((place for place in places if place.is_dir() and not subfolders(place)), None):
         raise not_as_expected(empty, f"a folder of images per class in {empty}")
-    return _labelled(search, root, SPLITS, trained)
+    return _labelled(root, skipped, SPLITS, trained)
+
+
+def normal_only(root: Path, skipped: Counter, name: str | None = None) -> Iterator[Row]:
+    """Pictures of one thing that lie in a folder itself, all normal: one class of the folder's name (or of
+    ``name``), no test images. Subfolders are searched only where the folder's own name says that all in it
+    is normal. Raises UserError when no pictures lie there."""
+    own_name, there = root.resolve().name, root.is_dir()
+    deep = there and folded(own_name) in NORMAL_NAMES and not image_files(root, Counter(), deep=False)
+    pictures = image_files(root, skipped, NO_PICTURES, deep) if there else []
+    if not pictures:
+        expected = f"images as {root}/{{train,test}}/<class>/*, or normal pictures in {root} itself"
+        raise not_as_expected(root, expected)
+    yield from (Row(path, "train", name or own_name or "normal") for path in pictures)
 
 
 def _labelled(
-    search: Search, root: Path, places: Iterable[str], normal: Container[str], before: str = ""
+    root: Path, skipped: Counter, places: Iterable[str], normal: Container[str], before: str = ""
 ) -> Iterator[Row]:
     """The pictures in ``<place>/<kind>/**`` below ``root``, labelled by their kinds, behind ``before``; with
-    the masks of those whose kinds are not among the ``normal`` ones."""
-    there = [(inside(root, place), PLACES[place]) for place in places]
-    kinds = [(place / name, split) for place, split in there for name in subfolders(place)]
-    masks = _masks_in([root, *(place for place, _ in there), *(kind for kind, _ in kinds)], root)
-    for place, _ in there:
-        if beside := Search().inside(place):
-            search.notes.append(f"{len(beside)} pictures beside the folders in {place} are not taken")
+    the masks of those whose kinds are not among the ``normal`` ones, by what both are ``_known_by``: by name,
+    or name and _mask, or a folder of several."""
+    there = {inside(root, place): PLACES[place] for place in places}
+    kinds = [(place / name, split) for place, split in there.items() for name in subfolders(place)]
+    masks = {}
+    for place in [root, *there, *(kind for kind, _ in kinds)]:
+        for folder in (place / name for name in subfolders(place) if folded(name) in MASK_FOLDERS):
+            for mask in image_files(folder, Counter()):
+                *above, name = _known_by(mask, root)
+                masks[*above,] = mask.parent
+                masks[*above, name.removesuffix("_mask")] = mask
+    for place in filter(Path.is_dir, there):
+        if beside := image_files(place, Counter(), deep=False):
+            skipped[f"pictures beside the folders in {place}"] = len(beside)
     for kind, split in kinds:
         is_normal = folded(kind.name) in normal
         if is_normal or folded(kind.name) not in NO_PICTURES:
-            pictures = search.below(kind)
-            own = [None if is_normal else masks.get(_known_by(path, root)) for path in pictures]
-            if masks and not is_normal and not all(own):
-                count = f"{len(own) - own.count(None)} of {len(own)}"
-                search.notes.append(f"masks for {count} defects in {before}{kind.name}")
-            yield from (Row(path, split, before + kind.name, mask) for path, mask in zip(pictures, own))
-
-
-def _masks_in(folders: list[Path], root: Path) -> dict[tuple[str, ...], Path]:
-    """The masks in the MASK_FOLDERS that lie in these folders, by what their pictures are ``_known_by``: by
-    name, or name and _mask, or a folder of several."""
-    found = {}
-    for place in (folder / name for folder in folders for name in subfolders(folder)):
-        for mask in images.find_below(place, Counter()) if folded(place.name) in MASK_FOLDERS else []:
-            *above, name = _known_by(mask, root)
-            found[*above,] = mask.parent
-            found[*above, name.removesuffix("_mask")] = mask
-    return found
+            for path in images_below(kind, skipped, NO_PICTURES):
+                marked = None if is_normal else masks.get(_known_by(path, root))
+                yield Row(path, split, before + kind.name, marked)
 
 
 def _known_by(path: Path, root: Path) -> tuple[str, ...]:
@@ -165,68 +137,69 @@ def _known_by(path: Path, root: Path) -> tuple[str, ...]:
     return *(folder for folder in above if folder not in (*PLACES, *MASK_FOLDERS, "rgb")), name
 
 
-def normal_only(root: Path, search: Search, name: str | None = None) -> Iterator[Row]:
-    """Pictures of one thing that lie in a folder itself, all normal: one class of the folder's name (or of
-    ``name``), no test images. Subfolders are searched only where the folder's own name says that all in it
-    is normal. Raises UserError when no pictures lie there."""
-    pictures, below, own_name = search.inside(root), subfolders(root), root.resolve().name
-    if below and not pictures and folded(own_name) in NORMAL_NAMES:
-        pictures, below = search.below(root), []
-    if not pictures:
-        raise not_as_expected(
-            root,
-            f"images as {root}/{{train,test}}/<class>/*, or normal pictures in {root} itself",
-            lambda folder: subfolders(folder / "train") or folded(folder.name) in NORMAL_NAMES,
-        )
-    if below:
-        search.notes.append(f"only the pictures in {root} itself are taken, not those in {below[0]}")
-    yield from (Row(path, "train", name or own_name or "normal") for path in pictures)
-
-
 # ---------------------------------------------------------------- categories with defective specimens
-def mvtec(root: Path, search: Search) -> Iterator[Row]:
-    """``<category>/train/good``, ``<category>/test/<good or defect>``,
-    ``<category>/ground_truth/<defect>``; "ok" serves for "good" (BTAD). root may also be one such category,
-    or a folder that holds nothing but their folder.
+def mvtec(root: Path, skipped: Counter) -> Iterator[Row]:
+    """``<category>/train/good``, ``<category>/test/<good or defect>``, ``<category>/ground_truth/<defect>``;
+    "ok" serves for "good" (BTAD). root may also be one such category, or hold nothing but their folder.
 
     So are the later MVTec sets: AD 2 (``test_public``, with ``ground_truth`` in it), LOCO (a folder of masks
     for each picture), 3D-AD (``<defect>/rgb``, masks in ``<defect>/gt``); their ``validation`` pictures are
     held out."""
     expected = f"categories in {root}, <category>/train/good (or ok) and <category>/test/<good or defect>"
     for name, category in _categories(place_of(root, expected, _categories)).items():
-        yield from _labelled(search, category, PLACES, NORMAL_NAMES, f"{name}/")
+        yield from _labelled(category, skipped, PLACES, NORMAL_NAMES, f"{name}/")
 
 
 def _categories(root: Path) -> dict[str, Path]:
     """{name: folder} of the MVTec-style categories that root is or holds."""
-    if _trains_normal(root):
+
+    def trains_normal(category: Path) -> bool:
+        return any(folded(name) in NORMAL_NAMES for name in subfolders(inside(category, "train")))
+
+    if trains_normal(root):
         return {root.resolve().name: root}
-    return {name: root / name for name in subfolders(root) if _trains_normal(root / name)}
+    return {name: root / name for name in subfolders(root) if trains_normal(root / name)}
 
 
-def _trains_normal(category: Path) -> bool:
-    return any(folded(name) in NORMAL_NAMES for name in subfolders(inside(category, "train")))
+def magnetic_tiles(root: Path, skipped: Counter) -> Iterator[Row]:
+    """Magnetic tile defects: ``MT_Free/Imgs/*.jpg`` are normal, ``MT_<Kind>/Imgs/*.jpg`` are defective, and
+    tested, their masks .png beside them. The free ones are published without a split: sorted by the number in
+    their name, then by name, they are shuffled by numpy's RandomState(0); the first 80 % (rounded) train."""
+    expected = f"magnetic tiles as {root / 'MT_Free' / 'Imgs'}, and MT_Blowhole, MT_Break, ... beside it"
+    base = place_of(root, expected, lambda folder: (folder / "MT_Free").is_dir())
+    for folder in sorted(base.glob("MT_*/Imgs")):
+        kind, pictures = folder.parent.name.removeprefix("MT_").lower(), sorted(folder.glob("*.jpg"))
+        if kind == "free":
+            pictures.sort(key=lambda path: int((re.findall("[0-9]+", path.stem) or [-1])[-1]))
+            shuffled = np.random.RandomState(0).permutation(len(pictures))
+            trained = set(shuffled[: round(0.8 * len(pictures))].tolist())
+            for i, path in enumerate(pictures):
+                yield Row(path, SPLITS[i not in trained], "magnetic_tile/good")
+            continue
+        for path in pictures:
+            mask = path.with_suffix(".png")
+            yield Row(path, "test", f"magnetic_tile/{kind}", mask if mask.exists() else None)
 
 
 # ---------------------------------------------------------------- tables
-def labels_file(path: Path, search: Search) -> Iterator[Row]:
+def labels_file(path: Path, skipped: Counter) -> Iterator[Row]:
     """A CSV file with the columns path (from the file's own folder), split, label and perhaps mask; or a
     folder that has one called labels.csv."""
     table = path / "labels.csv" if path.is_dir() else path
     if not table.is_file():
         columns = ", ".join(Row._fields)
         expected = f"a CSV file with the columns {columns}, or a folder with one called labels.csv"
-        raise not_as_expected(path, expected, lambda folder: (folder / "labels.csv").is_file())
+        raise not_as_expected(path, expected)
     for row in _read_table(table, ("path", "split", "label")):
         yield _named(table.parent, row["path"], row["split"], row["label"], row.get("mask"))
 
 
-def visa(root: Path, search: Search) -> Iterator[Row]:
+def visa(root: Path, skipped: Counter) -> Iterator[Row]:
     """VisA: ``split_csv/1cls.csv`` says which image of ``<object>/Data/Images/{Normal,Anomaly}`` is in
-    which split, and which mask is its; ``<object>/image_anno.csv``, where it is there, says what is wrong.
+    which split, and which mask is its; ``<object>/image_anno.csv``, if there, says what is wrong.
     Also in its converted form, MVTec-style categories."""
     if _categories(root):
-        yield from mvtec(root, search)
+        yield from mvtec(root, skipped)
         return
     where = Path("split_csv", "1cls.csv")
     expected = f"VisA as {root / where} and the folders <object>/Data/Images that it names"
@@ -240,10 +213,9 @@ def visa(root: Path, search: Search) -> Iterator[Row]:
         yield _named(base, row["image"], row["split"], label, row["mask"])
 
 
-def real_iad(root: Path, search: Search) -> Iterator[Row]:
+def real_iad(root: Path, skipped: Counter) -> Iterator[Row]:
     """Real-IAD: ``realiad_jsons/<object>.json``, or a folder deeper, says which pictures of
-    ``realiad_1024/<object>`` (or 512, or 256) are in which split. An object without its folder is left
-    out."""
+    ``realiad_1024/<object>`` (or 512, or 256) are in which split. Objects without a folder are left out."""
     expected = f"Real-IAD as {root}/realiad_1024/<object> and {root}/realiad_jsons/<object>.json"
     for table, folder in _real_iad_objects(place_of(root, expected, _real_iad_objects)):
         try:
@@ -258,12 +230,10 @@ def real_iad(root: Path, search: Search) -> Iterator[Row]:
 
 def _real_iad_objects(root: Path) -> list[tuple[Path, Path]]:
     """The table and the folder of each object."""
-    bases = [folder for size in (1024, 512, 256) if (folder := root / f"realiad_{size}").is_dir()]
-    places = (root / "realiad_jsons", root / "realiad_jsons" / "realiad_jsons")
-    tables = sorted(table for place in places for table in place.glob("*.json"))
-    return [
-        (table, base / table.stem) for base in bases[:1] for table in tables if (base / table.stem).is_dir()
-    ]
+    bases = (root / f"realiad_{size}" for size in (1024, 512, 256))
+    base = next(filter(Path.is_dir, bases), root)
+    tables = sorted((root / "realiad_jsons").glob("**/*.json"))
+    return [(table, base / table.stem) for table in tables if (base / table.stem).is_dir()]
 
 
 def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
@@ -280,90 +250,22 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 
 def _named(base: Path, path: str, split: str, label: str, mask: str | None) -> Row:
     """What a row in a file says. Its paths begin at ``base``, or at the root of the file system; Windows
-    writes their folders with backslashes."""
+    writes their folders with backslashes. Raises UserError where they name nothing, or the split none."""
     names = (name if (base / name).exists() else name.replace("\\", "/") for name in (path, mask or ""))
     image, marked = (base / name for name in names)
+    if gone := [file.absolute() for file in (image, marked) if not file.exists()]:
+        raise UserError(f"dataset_path: a table in {base} names {gone[0]}, which is not there")
+    if folded(split) not in PLACES.values() or not label.strip():
+        told = f"a table in {base} gives {path} the split {split!r} and the label {label!r}"
+        raise UserError(f"dataset_path: {told}; expected train, validation or test, and a label")
     return Row(image, folded(split), label.strip(), marked if mask else None)
 
 
-# ---------------------------------------------------------------- sets without a split of their own
-TRAIN_SHARE = 0.8  # of each class's normal pictures
-PETS = {"cat": "[Cc]at", "dog": "[Dd]og"}
-PET_FILES = ("train/{}.*.jpg", "{}.*.jpg", "PetImages/{}/[!.]*.jpg", "{}/[!.]*.jpg")  # Kaggle's, Microsoft's
-
-
-def split_by_rule(files: list[Path], label: str) -> list[Row]:
-    """The rows of pictures that are published without a split. Sorted by the number in their name, then by
-    name, they are shuffled by numpy's RandomState(0).permutation; the first 80 % (rounded) train."""
-    numbered = [(int((re.findall("[0-9]+", path.stem) or [-1])[-1]), path.name, path) for path in files]
-    ordered = [path for *_, path in sorted(numbered)]
-    shuffled = np.random.RandomState(0).permutation(len(ordered))
-    trained = set(shuffled[: round(TRAIN_SHARE * len(ordered))].tolist())
-    return [Row(path, SPLITS[i not in trained], label) for i, path in enumerate(ordered)]
-
-
-def cats_vs_dogs(root: Path, search: Search) -> Iterator[Row]:
-    """Cats and dogs: ``{train,test}/<class>/*``, Kaggle's flat ``train/cat.0.jpg``, or Microsoft's
-    ``PetImages/{Cat,Dog}/0.jpg``; the last two split by ``split_by_rule``, 10,000 of each class to train
-    and 2,500 to test, the same pictures in both. Kaggle's test1/ has no labels and is not read."""
-    if all(subfolders(root / split) for split in SPLITS):
-        yield from folders(root, search)
-        return
-    expected = (
-        f"cats and dogs as {root}/{{train,test}}/{{cat,dog}}/*, {root / 'train' / 'cat.0.jpg'} (Kaggle) or "
-        f"{root / 'PetImages' / 'Cat'} (Microsoft)"
-    )
-    for name, files in _pets(place_of(root, expected, _pets)).items():
-        yield from split_by_rule(files, name)
-
-
-def _pets(root: Path) -> dict[str, list[Path]]:
-    """The pictures of each pet; {} in none of the forms."""
-    for form in PET_FILES:
-        found = {name: list(root.glob(form.format(spelt))) for name, spelt in PETS.items()}
-        if all(found.values()):
-            return found
-    return {}
-
-
-def magnetic_tiles(root: Path, search: Search) -> Iterator[Row]:
-    """Magnetic tile defects: ``MT_Free/Imgs/*.jpg`` are normal, ``MT_<Kind>/Imgs/*.jpg`` are defective,
-    their masks .png beside them. The free ones are split by ``split_by_rule``; all defective ones are
-    tested."""
-    expected = f"magnetic tiles as {root / 'MT_Free' / 'Imgs'}, and MT_Blowhole, MT_Break, ... beside it"
-    base = place_of(root, expected, lambda folder: (folder / "MT_Free").is_dir())
-    for folder in sorted(base.glob("MT_*/Imgs")):
-        kind, pictures = folder.parent.name.removeprefix("MT_").lower(), sorted(folder.glob("*.jpg"))
-        if kind == "free":
-            yield from split_by_rule(pictures, "magnetic_tile/good")
-            continue
-        for path in pictures:
-            mask = path.with_suffix(".png")
-            yield Row(path, "test", f"magnetic_tile/{kind}", mask if mask.exists() else None)
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """A mask of a defect, (H, W) bool: True where the file is not black, of a JPEG where it is nearer to
-    white; of a folder, where any file in it is. Raises UserError."""
-    if path.is_dir():
-        return np.logical_or.reduce([read_mask(part) for part in images.images_below(path, Counter())])
-    with images.opened(path) as image:
-        if image.mode == "P":  # by the colour; of a palette of blacks by the number
-            coloured = np.asarray(image.convert("RGB")).max(2) > 0
-            return coloured if coloured.any() else np.asarray(image) > 0
-        one = image.mode in ("1", "L", "F") or image.mode.startswith("I")
-        least = 127 if image.format == "JPEG" else 0  # its black is not quite black
-        return np.asarray(image if one else image.convert("L")) > least
-
-
 # ---------------------------------------------------------------- all of them
-READERS: dict[str, Callable[[Path, Search], Iterator[Row]]] = {
-    "folder": folders,
+READERS: dict[str, Callable[[Path, Counter], Iterator[Row]]] = {
+    **dict.fromkeys(("folder", "lbot", "CatsvsDogs"), folders),
+    **dict.fromkeys(("mvtec", "BTAD"), mvtec),
     "csv": labels_file,
-    "lbot": folders,
-    "CatsvsDogs": cats_vs_dogs,
-    "mvtec": mvtec,
-    "BTAD": mvtec,
     "VisA": visa,
     "RealIAD": real_iad,
     "MTD": magnetic_tiles,
@@ -371,22 +273,22 @@ READERS: dict[str, Callable[[Path, Search], Iterator[Row]]] = {
 
 
 def read_table(dataset: str, path: Path) -> list[Row]:
-    """The table of a data set; what was passed over, and which masks are lacking, is told in a line. Raises
-    UserError, also where a table in a file names what is not there, or another split."""
-    search = Search()
-    rows = list(READERS.get(dataset, folders)(path, search))
-    if odd := next((row for row in rows if row.split not in PLACES.values() or not row.label), None):
-        raise UserError(
-            f"dataset_path: {path} gives {odd.path.name} the split {odd.split!r} and the label "
-            f"{odd.label!r}; expected train, validation or test, and a label"
-        )
-    if missing := [file for row in rows for file in (row.path, row.mask) if file and not file.exists()]:
-        raise UserError(
-            f"dataset_path: {path} names {missing[0].absolute()}, which is not there, nor are "
-            f"{len(missing) - 1} others of its {len(rows)} images and their masks"
-        )
-    if search.skipped:
-        images.note_once(f"passed over in {path}: {images.tell_skipped(search.skipped)}")
-    if search.notes:
-        images.note_once(f"{path}: {utils.first_named(search.notes, '; ')}")
+    """The table of a data set; what was passed over is told in a line. Raises UserError."""
+    skipped = Counter[str]()
+    rows = list(READERS.get(dataset, folders)(path, skipped))
+    tell_skipped(path, skipped)
     return rows
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """A mask of a defect, (H, W) bool: True where the file is not black, of a JPEG where it is nearer to
+    white; of a folder, where any file in it is. Raises UserError."""
+    if path.is_dir():
+        return np.logical_or.reduce([read_mask(part) for part in images_below(path, Counter())])
+    with opened(path) as image:
+        if image.mode == "P":  # by the colour; of a palette of blacks by the number
+            coloured = np.asarray(image.convert("RGB")).max(2) > 0
+            return coloured if coloured.any() else np.asarray(image) > 0
+        one = image.mode in ("1", "L", "F") or image.mode.startswith("I")
+        least = 127 if image.format == "JPEG" else 0  # its black is not quite black
+        return np.asarray(image if one else image.convert("L")) > least

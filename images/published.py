@@ -1,4 +1,5 @@
-"""CIFAR-10, CIFAR-100, Fashion-MNIST and STL-10 as they are published, read by torchvision -> arrays.
+"""CIFAR-10, CIFAR-100, Fashion-MNIST and STL-10 as they are published, read by torchvision, and
+scikit-learn's digits -> arrays.
 
 What lies in the folder is read (nothing is unpickled before its checksum is right), an archive that lies
 there is unpacked, what is absent is downloaded where there is a network."""
@@ -10,11 +11,11 @@ from typing import Any
 import numpy as np
 from torchvision import datasets as tv
 
-import utils
 from config import UserError
-from images.layouts import SPLITS, not_as_expected
+from images.layouts import SPLITS
 
 STL10_CLASSES = "airplane bird car cat deer dog horse monkey ship truck".split()
+Arrays = tuple[list[str], np.ndarray, np.ndarray]  # classes; of a split pixels (n, H, W, 3) uint8, categories
 
 
 class LabelledSTL10(tv.STL10):
@@ -32,38 +33,26 @@ FORMS: dict[str, Any] = {
 }
 
 
-def load(dataset: str, root: Path) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """A data set in its published form: its classes, and of each split pixels (n, H, W, 3) uint8 and
-    categories (n), indices into the classes. Raises UserError where it is absent, cut off or changed and
-    cannot be fetched."""
+def load(dataset: str, root: Path) -> dict[str, Arrays]:
+    """The arrays of both splits of a data set in its published form. Raises UserError where it is absent, cut
+    off or changed and cannot be fetched."""
     try:
-        found = [_read(dataset, root, split) for split in SPLITS]
+        return {split: _read(dataset, root, split) for split in SPLITS}
     except Exception:  # absent or changed; of Fashion-MNIST, which has no checksums, also cut off
-        url, folder, archives = _source(FORMS[dataset])
-        if not all((root / name).is_file() for name in archives) and not utils.reachable(url):
-            raise not_as_expected(
-                root,
-                f"{dataset} whole in {root / folder}, or, to unpack, {root / archives[0]} (from {url}, which "
-                f"is not reachable), or image folders {root}/{{train,test}}/<class>/*",
-                lambda place: (place / folder).is_dir(),
-            ) from None
-        try:
-            found = [_read(dataset, root, split, download=True) for split in SPLITS]
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(
-                f"dataset_path: {dataset} in {root} can be neither read nor fetched ({reason}); delete it "
-                f"there and fetch it from {url} again"
-            ) from None
-    classes, pixels, category = zip(*found)
-    names = [name.replace("/", "_").replace(" ", "_") for name in classes[0]]
-    return names, dict(zip(SPLITS, pixels)), dict(zip(SPLITS, category))
+        pass
+    try:
+        return {split: _read(dataset, root, split, download=True) for split in SPLITS}
+    except Exception as error:
+        kind, reason = FORMS[dataset], f"{type(error).__name__}: {error}".splitlines()[0]
+        url = kind.mirrors[0] if dataset == "fashion" else kind.url
+        raise UserError(
+            f"dataset_path: {dataset} in {root} can be neither read nor fetched ({reason}); expected its "
+            f"whole files from {url}, or image folders {root}/{{train,test}}/<class>/*"
+        ) from None
 
 
-def _read(
-    dataset: str, root: Path, split: str, download: bool = False
-) -> tuple[list, np.ndarray, np.ndarray]:
-    """The classes, and pixels and categories of a split. Raises whatever torchvision does."""
+def _read(dataset: str, root: Path, split: str, download: bool = False) -> Arrays:
+    """A split, whose categories are indices into the classes. Raises whatever torchvision does."""
     kind = FORMS[dataset]
     if dataset == "STL10":
         stl10 = kind(str(root), split=split, download=download)
@@ -76,11 +65,18 @@ def _read(
         classes, category = meta["coarse_label_names"], content["coarse_labels"]
     if pixels.ndim == 3:  # gray
         pixels = np.broadcast_to(pixels[..., None], (*pixels.shape, 3))
-    return classes, pixels, np.asarray(category, np.int64)
+    names = [name.replace("/", "_").replace(" ", "_") for name in classes]
+    return names, pixels, np.asarray(category, np.int64)
 
 
-def _source(kind: Any) -> tuple[str, str, list[str]]:
-    """Where a data set comes from, and below its folder the place of its files and of its archives."""
-    if kind is tv.FashionMNIST:
-        return kind.mirrors[0], "FashionMNIST/raw", [f"FashionMNIST/raw/{name}" for name, _ in kind.resources]
-    return kind.url, kind.base_folder, [kind.filename]
+def digits() -> dict[str, Arrays]:
+    """scikit-learn's 1,797 digits, 8 x 8; a fixed stratified split into halves (docs/method.md, section
+    6)."""
+    from sklearn.datasets import load_digits  # slow to import, and needed here alone
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    pixels = np.repeat((digits.images * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=3)
+    halves = train_test_split(np.arange(len(pixels)), test_size=0.5, random_state=0, stratify=digits.target)
+    rows = {split: np.sort(half) for split, half in zip(SPLITS, halves)}
+    return {s: (list("0123456789"), pixels[rows[s]], digits.target[rows[s]]) for s in SPLITS}

@@ -7,9 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-OVERLAP = (
-    0.25  # of a tile's side that neighbours share, at least: what a cut divides lies whole in another one
-)
+OVERLAP = 0.25  # of a tile's side that neighbours share, at least: what one cuts lies whole in another
 
 
 class Tile(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import UserError
-from images.images import find_below, note_once
+from images.images import image_files, note_once
 
 INTERVAL = 0.5  # seconds between two looks at the folder
 SETTLED = 1.0  # seconds that a file has to stay as it is before it is taken for whole
@@ -24,7 +24,7 @@ class Seen(NamedTuple):
     """A file as it was last seen. state: its time of change and size. since: the time of the first look at it
     as it is; infinite once it is done."""
 
-    state: tuple[int, int]
+    state: tuple[int, int] | None
     since: float
 
 
@@ -39,23 +39,20 @@ class Arrivals:
         self.seen: dict[Path, Seen] = {}
         if not folder.is_dir():
             raise UserError(f"watch: expected a folder, got {folder}")
-        find_below(folder, Counter())
+        image_files(folder, Counter())
 
     def ready(self) -> list[Path]:
         """Look once -> the pictures that are whole by now, the earliest first. A folder that cannot be read
         for a while has none."""
         try:
-            states = {path: state_of(path) for path in find_below(self.folder, Counter())}
+            found = {path: state_of(path) for path in image_files(self.folder, Counter())}
         except (UserError, OSError) as error:
             note_once(f"{error}; looking for it again")
             return []
-        before, self.seen = self.seen, {}
-        for path, state in states.items():
-            if state:
-                new = Seen(state, time.monotonic())
-                known = before.get(path, new)
-                self.seen[path] = known if known.state == state else new
-        whole = [(seen.state, path) for path, seen in self.seen.items() if is_whole(path, seen.since)]
+        now, before = time.monotonic(), self.seen
+        same = {path: path in before and before[path].state == state for path, state in found.items()}
+        self.seen = {p: before[p] if same[p] else Seen(state, now) for p, state in found.items() if state}
+        whole = [(seen.state, path) for path, seen in self.seen.items() if is_whole(path, now - seen.since)]
         return [path for _, path in sorted(whole)]
 
     def settles(self, path: Path, unreadable: bool = False) -> bool:
@@ -71,12 +68,6 @@ class Arrivals:
         return counts
 
 
-def is_whole(path: Path, since: float) -> bool:
-    """Whether a file that is as it is since then can be taken for whole."""
-    age = time.monotonic() - since
-    return age >= PATIENCE or age >= SETTLED and not being_written(path)
-
-
 def state_of(path: Path) -> tuple[int, int] | None:
     """Time of change and size of a file; None where it has gone."""
     try:
@@ -86,15 +77,18 @@ def state_of(path: Path) -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_size
 
 
-def being_written(path: Path) -> bool:
-    """Whether a process of this machine has a file open for writing: Linux then refuses a lease on it. False
-    where that cannot be told: on other systems, for another user's file, for writers on other machines."""
+def is_whole(path: Path, age: float) -> bool:
+    """Whether a file that has stayed as it is for so many seconds can be taken for whole: unless a process of
+    this machine has it open for writing, when Linux refuses a lease on it. That cannot be told on other
+    systems, of another user's file, and of writers on other machines."""
+    if not SETTLED <= age < PATIENCE:
+        return age >= PATIENCE
     try:
         with open(path, "rb") as stream:  # which ends the lease
             fcntl.fcntl(stream, fcntl.F_SETSIG, signal.SIGURG)  # to who holds one on what is opened: ignored
             fcntl.fcntl(stream, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError as error:
-        return error.errno == errno.EAGAIN
+        return error.errno != errno.EAGAIN
     except AttributeError:
-        return False
-    return False
+        pass
+    return True

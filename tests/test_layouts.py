@@ -1,12 +1,11 @@
 """The folders that data sets are published in, and what is said when they are not as expected."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import counts, tree, truth, write_image
+from conftest import tree, truth, write_image
 from PIL import Image
 
 from config import UserError
@@ -145,16 +144,13 @@ def test_masks_are_found_in_any_case_format_and_place(tmp_path, place, name):
 
 
 def test_masks_that_are_not_found_are_told(tmp_path, capsys):
-    root = tree(tmp_path / "bottle", *MVTEC, *(f"test/hole/{i}.png" for i in range(6, 11)))
+    root = tree(tmp_path / "bottle", *MVTEC)
     load_images("mvtec", str(root))
     assert capsys.readouterr().err == "", "a set may have none at all"
     write_image(root / "ground_truth/scratch/4_mask.png", MASK)
     write_image(root / "ground_truth/hole/another.png", MASK)
     load_images("mvtec", str(root))
-    assert "masks for 0 of 6 defects in bottle/hole\n" in capsys.readouterr().err
-    write_image(root / "ground_truth/hole/7_mask.png", MASK)
-    load_images("mvtec", str(root))
-    assert "masks for 1 of 6 defects in bottle/hole\n" in capsys.readouterr().err
+    assert "masks for 1 of 2 defects" in capsys.readouterr().err
 
 
 def test_folders_of_masks_and_depth_are_no_pictures(tmp_path, capsys):
@@ -205,7 +201,7 @@ def test_a_table_of_categories(tmp_path):
         ("1.png,train", "expected the columns path, split, label"),
         ("1.png,val,a", "gives 1.png the split 'val' and the label 'a'"),
         ("1.png,test,", "the label ''"),
-        ("1.png,train,a,m.png", "m.png, which is not there, nor are 0 others of its 1"),
+        ("1.png,train,a,m.png", "m.png, which is not there"),
     ],
 )
 def test_mistakes_in_a_table(tmp_path, row, told):
@@ -232,44 +228,21 @@ def test_masks_of_every_mode(tmp_path, mode, values, palette):
         layouts.read_mask(tmp_path / "m.png")
 
 
-# ---------------------------------------------------------------- cats and dogs
-@pytest.mark.parametrize("pattern", ["train/{}.{}.jpg", "PetImages/{2}/{1}.jpg", "{2}/{1}.jpg"])
-def test_cats_and_dogs_are_split_alike_in_every_form(tmp_path, pattern):
-    """Kaggle's and Microsoft's; Kaggle's unlabelled pictures are not read."""
-    names = [pattern.format(name, i, name.title()) for name in layouts.PETS for i in range(15)]
-    labels = load_images("CatsvsDogs", str(tree(tmp_path, *names, "test1/1.jpg"))).labels
-    assert labels.classes == ("cat", "dog") and not labels.per_category
-    held = sorted(np.random.RandomState(0).permutation(15)[12:])
-    for number, name in enumerate(layouts.PETS):
-        own = [n for n, c in zip(labels.test.names, labels.test.category) if c == number]
-        assert all(name in n.lower() for n in own)
-        assert [int(re.findall("[0-9]+", n)[-1]) for n in own] == held
-    assert counts(labels, "train") == {"cat": 12, "dog": 12}
-
-
 # ---------------------------------------------------------------- missing, or in the wrong place
-LOOKED = {  # data set -> what was looked for, and files that are enough to be taken for it
-    "folder": ("{train,test}/<class>/*", "train/a/1.png", "test/a/1.png"),
-    "csv": ("one called labels.csv", "labels.csv"),
-    "CatsvsDogs": ("train/cat.0.jpg", "train/cat.0.jpg", "train/dog.0.jpg"),
-    "mvtec": ("<category>/train/good", "bottle/train/good/1.png", "bottle/test/good/1.png"),
-    "VisA": ("split_csv/1cls.csv", "split_csv/1cls.csv"),
-    "RealIAD": ("realiad_jsons/<object>.json", "realiad_jsons/a.json", "realiad_1024/a/1.jpg"),
-    "MTD": ("MT_Free/Imgs", "MT_Free/Imgs/1.jpg"),
+LOOKED = {  # data set -> what was looked for
+    "folder": "{train,test}/<class>/*",
+    "csv": "one called labels.csv",
+    "mvtec": "<category>/train/good",
+    "VisA": "split_csv/1cls.csv",
+    "RealIAD": "realiad_jsons/<object>.json",
+    "MTD": "MT_Free/Imgs",
 }
 
 
 @pytest.mark.parametrize("dataset", LOOKED)
 def test_what_was_looked_for_and_found(tmp_path, dataset):
-    """Where it lies two folders deeper, or one folder up, the right --dataset_path is named."""
-    looked, *names = LOOKED[dataset]
     absent = tmp_path / "absent"
     line = refused(dataset, absent)
-    assert looked in line and f"{absent} is not there" in line and not absent.exists()
-    tree(tmp_path / "full", *(f"{name}/pictures/1.png" for name in "abcdef"))
-    assert looked in (line := refused(dataset, tmp_path / "full"))
-    assert "holds a/, b/, c/, d/ and 2 more" in line
-    for name in (*names, "empty/x"):
-        write_text(tmp_path / "un/packed" / name, "")
-    for root in (tmp_path, tmp_path / "un/packed/empty"):
-        assert f"--dataset_path {tmp_path / 'un/packed'}" in refused(dataset, root)
+    assert LOOKED[dataset] in line and f"{absent} is not there" in line and not absent.exists()
+    tree(tmp_path / "full", *(f"{name}/pictures/1.png" for name in "ba"))
+    assert LOOKED[dataset] in (line := refused(dataset, tmp_path / "full")) and "holds a/, b/" in line

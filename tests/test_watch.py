@@ -66,11 +66,12 @@ def test_a_picture_of_full_size_that_is_still_being_filled(arrivals, clock):
 
 def test_a_picture_that_changes_while_it_is_read(arrivals, clock):
     """Was not taken, and is ready anew."""
+    path = arrivals.folder / "a.png"
     assert looked(arrivals, clock) == ["a.png"]
-    os.utime(arrivals.folder / "a.png", (1, 1))
-    assert not arrivals.settles(arrivals.folder / "a.png")
+    os.utime(path, (1, 1))
+    assert not arrivals.settles(path)
     assert looked(arrivals, clock) == [] and looked(arrivals, clock) == ["a.png"]
-    assert arrivals.settles(arrivals.folder / "a.png") and looked(arrivals, clock) == []
+    assert arrivals.settles(path) and looked(arrivals, clock) == []
 
 
 def test_what_cannot_be_read_is_tried_again_for_a_while(arrivals, clock):
