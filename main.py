@@ -7,7 +7,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH, too
 
 from shell.command_line import from_command_line, run_script
-from shell.files import write_text
 
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
     CONFIG = from_command_line(__doc__)
@@ -26,10 +25,11 @@ import extractor
 import train
 import utils
 from cache.feature_cache import FeatureCache
-from config import ClassError, Config, UserError
-from detector import checkpoints, class_data, detector, memory, runs
+from config import Config, UserError
+from detector import checkpoints, detector, memory, runs
 from reporting import figures, findings, pages, report, tables
 from shell import engine
+from shell.files import write_text
 
 PROCESS_BYTES = 1e9  # of a process of its own, beside the training
 TABLES = Path(__file__).resolve().parent / "results"  # committed ones, a preset each
@@ -55,14 +55,16 @@ def fit_pairs(
     start = time.perf_counter()
     with engine.in_processes(at_once, threads) as executor:
         if executor := executor or cluster:
-            task = functools.partial(fit_there, config, cache, threads)
+            task = functools.partial(train.fit_there, config, cache, threads)
         else:
-            task = functools.partial(fit_here, config, cache, token_sources(cache, device))
+            task = functools.partial(train.fit, config, cache, train.token_sources(cache, device))
         for number, (pair, result) in enumerate(engine.outcomes(executor, task, missing), 1):
             done[pair], left = result, len(missing) - number
-            each = (time.perf_counter() - start) / number
-            time_left = f", about {utils.readable_time(left * each)} for {left} more" if left else ""
-            print(f"[{len(done)}/{len(pairs)}] {outcome(pair, result)}{time_left}", flush=True)
+            told = f"AUROC {tables.number(result['auroc'])}  {result.get('seconds', 0):.0f} s"
+            told = f"{' '.join(pair.class_name.split())} seed {pair.seed}: {result.get('reason', told)}"
+            time_left = utils.readable_time(left * (time.perf_counter() - start) / number)
+            more = f", about {time_left} for {left} more" if left else ""
+            print(f"[{len(done)}/{len(pairs)}] {told}{more}", flush=True)
     return done
 
 
@@ -73,37 +75,6 @@ def processes(config: Config, features: dict, device: torch.device, pairs: int) 
         return 1
     each = PROCESS_BYTES + memory.training_bytes(config, features, config.batch_size)
     return max(1, min(torch.get_num_threads(), int(min(utils.available_memory() / each, pairs))))
-
-
-def token_sources(cache: FeatureCache, device: torch.device) -> list[class_data.TokenSource]:
-    return [class_data.TokenSource(cache.arrays(split), device) for split in datasets.SPLITS]
-
-
-def fit_there(config: Config, cache: FeatureCache, threads: int, pair: runs.ClassSeed) -> dict:
-    """``fit_here`` in another process, perhaps on another machine."""
-    device = utils.set_up(config.device, threads)
-    torch.cuda.empty_cache()  # of the pair before: tokens stay on a GPU where they fit into what is free
-    return fit_here(config, cache, token_sources(cache, device), pair)
-
-
-def fit_here(config: Config, cache: FeatureCache, sources: list, pair: runs.ClassSeed) -> dict:
-    """Fit one class with one seed and keep what comes of it -> its result. One that cannot be fitted has a
-    result with the reason and without figures."""
-    try:
-        fitted = train.make_trainer(config, cache, *pair, *sources).run()
-    except ClassError as mistake:
-        reason = str(mistake).removeprefix(f"class {pair.class_name}: ")
-        nothing = dict.fromkeys(report.COLUMNS, float("nan"))
-        return {"class": pair.class_name, "seed": pair.seed, **nothing, "reason": reason}
-    checkpoints.save_fitted(config, cache, fitted)
-    return fitted.result
-
-
-def outcome(pair: runs.ClassSeed, result: dict) -> str:
-    """What a class has come to, in one line, whatever it is called."""
-    tested = f"AUROC {tables.number(result['auroc'])}" if result.get("n_test") else "no test images"
-    told = result.get("reason") or f"{tested}  {result['seconds']:.0f} s"
-    return f"{' '.join(pair.class_name.split())} seed {pair.seed}: {told}"
 
 
 def run(config: Config) -> report.Summary:
@@ -148,16 +119,15 @@ def write_report(config: Config, cache: FeatureCache, results: list[dict], secon
     return summary
 
 
-# ---------------------------------------------------------------- the committed table
+# ---------------------------------------------------------------- the script
 def committed_table(config: Config) -> dict[str, float]:
     """{class, and mean: AUROC} of the preset's committed table. Raises UserError where there is none."""
-    path = TABLES / f"{config.preset}.csv"
-    if not path.exists():
-        raise UserError(f"check: there is no committed table {path.name}")
-    with path.open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    path, rows = TABLES / f"{config.preset}.csv", []
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as stream:
+            rows = list(csv.DictReader(stream))
     if not rows or report.ORACLE not in rows[0]:  # the suite's, of several data sets
-        raise UserError(f"check: {path.name} is no table of a run of main.py")
+        raise UserError(f"check: there is no committed table {path.name} of a run of main.py")
     return {row["class"]: float(row["auroc"]) for row in rows}
 
 
@@ -178,19 +148,17 @@ def main(config: Config) -> None:
     1 when ``check`` finds a difference."""
     wanted = committed_table(config) if config.check else None
     summary = run(config)
-    classes = summary.classes.values()
-    failures = [bad[0] for e in classes if (bad := [run for run in e["runs"] if "reason" in run])]
-    if failures:
-        first = f"class {failures[0]['class']}: {failures[0]['reason']}"
-        raise UserError(f"{len(failures)} of {len(classes)} classes could not be fitted: {first}")
+    tried = [result for entry in summary.classes.values() for result in entry["runs"]]
+    failed = {result["class"]: result["reason"] for result in tried if "reason" in result}
+    if failed:
+        told = f"{len(failed)} of {len(summary.classes)} classes could not be fitted: class "
+        raise UserError(told + ": ".join(next(iter(failed.items()))))
     if wanted:
         different = differences(summary, wanted)
-        print("\n".join(different) or f"equal within ± {TOLERANCE:.4f}".replace("0.", "."))
+        print("\n".join(different) or "equal within ± .0005")
         if different:
             raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    from main import main as by_name  # other processes know the tasks by this module's name
-
-    run_script(by_name, CONFIG)
+    run_script(main, CONFIG)

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import utils
 from backbone.arithmetic import products
@@ -23,8 +22,6 @@ class Evaluation:
     held: np.ndarray  # whole scores of the held-out images
     test: dict[str, np.ndarray]  # scores of the test images by their names
     finite: bool  # whether all scores are; else the held-out loss is infinite
-    # of the detector, where it may be gone back to
-    state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def held_out_loss(self) -> float:
@@ -70,18 +67,17 @@ def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluat
     return Evaluation(entry, held[WHOLE], test, finite)
 
 
-def result_of(prepared: PreparedClass, best: Evaluation, history: list[dict], seconds: float) -> dict:
-    """The result of a class, as tables and its record have it, from the evaluation that counts, whose scores
-    are finite. seconds: what training took."""
+def result_of(prepared: PreparedClass, last: Evaluation, history: list[dict], seconds: float) -> dict:
+    """The result of a class, as tables and its record have it, from the last evaluation, whose scores are
+    finite. seconds: what training took."""
     data = prepared.data
-    # the start, where it is only looked at for comparison, is no epoch that could be reported
-    reportable = [entry for entry in history if entry["epoch"] or prepared.config.patience] or history
+    trained = [entry for entry in history if entry["epoch"]] or history  # the start is for comparison
     return {
         "class": data.class_name,
         "seed": prepared.seed,
-        **utils.detection_metrics(data.labels, best.test[WHOLE]),
-        "best_on_test_auroc": max(entry["auroc"] for entry in reportable),
-        **{key: value for key, value in best.entry.items() if key != "auroc"},
+        **utils.detection_metrics(data.labels, last.test[WHOLE]),
+        "best_on_test_auroc": max(entry["auroc"] for entry in trained),
+        **{key: value for key, value in last.entry.items() if key != "auroc"},
         "reads_places": prepared.detector.uses_places,
         "n_train": len(data.fit_rows),
         "n_held_out": len(data.held_rows),

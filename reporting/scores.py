@@ -97,12 +97,8 @@ def tell_thresholds(detectors: list[PictureDetector]) -> None:
     """Say on standard error where the verdicts draw the line, and where that rests on too little."""
     for fitted in detectors:
         name = f"{fitted.class_name}: " if len(detectors) > 1 else ""
-        if not len(fitted.held_out):
-            print(f"{name}no verdicts: no normal pictures were held out; --calibrate FOLDER", file=sys.stderr)
-            continue
-        print(f"{name}{fitted.threshold}", file=sys.stderr)
-        if fitted.threshold.warning:
-            print(f"warning: {name}{fitted.threshold.warning}", file=sys.stderr)
+        none = "no verdicts: no normal pictures were held out; --calibrate FOLDER"
+        print(f"{name}{fitted.threshold if len(fitted.held_out) else none}", file=sys.stderr)
 
 
 def tell_counts(

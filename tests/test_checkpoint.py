@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from fabricated import CHOOSING, JOINED, all_of, fit, make, settings
+from fabricated import JOINED, all_of, fit, make, settings
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from config import UserError
 from detector import checkpoints, detector
 from shell.files import checksum, write_sealed
+from train import train
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -23,20 +24,20 @@ from shell.files import checksum, write_sealed
         {},
         {"score": "latent_knn", "normalize": "power_l2+whiten", "bands": True},
         {"fusion": "hilo", "score": "likelihood"},
-        {**JOINED, **CHOOSING, "meta_epochs": 3},
+        {**JOINED, "meta_epochs": 3},
     ],
     ids=str,
 )
 def test_checkpoint_gives_the_same_scores(cache, tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
-    trainer = make(cache, **options)
-    fitted = trainer.run()
+    prepared = make(cache, **options)
+    fitted = train(prepared)
     path = checkpoints.save_fitted(settings(**options), cache, fitted)
     for suffix in (".json", ".safetensors"):
         loaded, content = detector.load_detector(path.with_name(path.name + suffix))
         with torch.no_grad():
-            again = loaded.score_features(all_of(trainer.data.test, fitted.test_rows))
-            held = loaded.score_features(all_of(trainer.data.train, trainer.data.held_rows))
+            again = loaded.score_features(all_of(prepared.data.test, fitted.test_rows))
+            held = loaded.score_features(all_of(prepared.data.train, prepared.data.held_rows))
         assert np.allclose(again, fitted.scores, rtol=1e-4, atol=1e-4)
         assert np.allclose(held, fitted.held_scores, rtol=1e-4, atol=1e-4)
         assert loaded.uses_places == ("places" in options) == content.result["reads_places"]
@@ -175,9 +176,9 @@ def test_bytes_of_any_kind_are_one_line(kept, content, which, at):
 
 
 def test_a_score_that_is_not_finite_is_no_verdict(cache):
-    trainer = make(cache, score="likelihood")
-    fitted = trainer.run()
-    features = trainer.data.test[fitted.test_rows]
+    prepared = make(cache, score="likelihood")
+    fitted = train(prepared)
+    features = prepared.data.test[fitted.test_rows]
     features.semantic[3] = float("nan")
     with pytest.raises(UserError, match="image 3"):
         fitted.detector.score_features(features)

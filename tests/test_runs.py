@@ -23,11 +23,11 @@ def run(cache, tmp_path, monkeypatch):
     """run(knob=value, ...) -> results.json of main.main on a fabricated cache, in tmp_path. ``run.cache`` may
     be another cache; ``run.fitted`` lists the cells that were fitted since it was last cleared."""
     monkeypatch.chdir(tmp_path)
-    real = train.make_trainer
+    real = train.fit
 
-    def make_trainer(config, cache, class_name, seed, *sources):
-        go.fitted.append((class_name, seed))
-        return real(config, cache, class_name, seed, *sources)
+    def fit(config, cache, sources, pair):
+        go.fitted.append(pair)
+        return real(config, cache, sources, pair)
 
     def go(**more) -> dict:
         config = settings(**{"modelname": "run", "keep": "weights", **more})
@@ -35,7 +35,7 @@ def run(cache, tmp_path, monkeypatch):
         return results(config)
 
     go.fitted, go.cache = [], cache
-    monkeypatch.setattr(train, "make_trainer", make_trainer)
+    monkeypatch.setattr(train, "fit", fit)
     monkeypatch.setattr(main.extractor, "ensure_features", lambda *_, **__: go.cache)
     return go
 
