@@ -44,7 +44,7 @@ BACKBONES = {  # name here -> timm model (the released code's names; any other t
 SIZES = {f"dinov2_{letter}": (224, 224) for letter in "sbl"}
 FUSIONS = ("class_attention", "hilo", "spectral", "bands", "none")
 NORMALIZATIONS = ("auto", "none", "power_l2", "power_l2+whiten")
-SCORES = ("latent", "likelihood", "latent_knn", "joined")
+SCORES = ("latent", "likelihood", "joined")
 
 
 def knob(affects, default, text, choices=None, low=None, high=None):
@@ -122,7 +122,7 @@ class Config:
     feature_noise: float = fit(0.0, "standard deviation of Gaussian noise added to the normalised semantic token in training", low=0.0, high=1000000.0)
     holdout: float | None = fit(None, "share of the normal training images held out to measure likelihood, and for thresholds; none: a tenth of one's own pictures (folder, csv), which get verdicts, 0 of other data sets", low=0.0, high=0.5)
     # scoring
-    score: str = fit("latent", "anomaly score: latent (mean z^2), likelihood (negative log-likelihood), latent_knn (neighbours in latent space); joined: the flow moves the places of the image instead, and its least likely ones are joined with a density of the image (needs places)", SCORES)
+    score: str = fit("latent", "anomaly score: latent (mean z^2), likelihood (negative log-likelihood); joined: the flow moves the places of the image instead, and its least likely ones are joined with a density of the image (needs places)", SCORES)
     false_alarms: float = run(0.05, "share of normal pictures that may be called anomalous: the threshold, from the held-out normal ones", low=1e-06, high=0.5)
     baselines: bool = run(False, "main.py: nearest neighbours and Gaussian on the same features, in the same table")
 
