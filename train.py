@@ -85,7 +85,7 @@ def count_epochs(prepared: PreparedClass) -> tuple[int, int]:
     return config.meta_epochs * sub_epochs, sub_epochs
 
 
-def train(prepared: PreparedClass) -> checkpoints.Fitted:
+def train(prepared: PreparedClass) -> checkpoints.Record:
     """Train the flow of one class, and evaluate it. Raises ClassError on scores that are not finite."""
     began, (epochs, sub_epochs) = time.perf_counter(), count_epochs(prepared)
     evaluations = [evaluate(prepared, 0, None)] if prepared.compares or not epochs else []
@@ -97,33 +97,25 @@ def train(prepared: PreparedClass) -> checkpoints.Fitted:
 
 def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> evaluation.Evaluation:
     """Measure held-out and test images after an epoch. Raises ClassError on scores that are not finite."""
-    name, now = prepared.data.class_name, evaluation.evaluate(prepared, epoch, loss)
-    if not now.finite:
-        raise ClassError(
-            f"class {name}: scores are not finite in epoch {epoch} at learning rate "
-            f"{prepared.config.lr_init:g}; try a lower lr_init, max_grad_norm 1, or normalize power_l2"
-        )
-    tqdm.write(f"{name}  {now}")
+    now = evaluation.evaluate(prepared, epoch, loss)
+    tqdm.write(f"{prepared.data.class_name}  {now}")
     return now
 
 
 def fitted(
     prepared: PreparedClass, evaluations: list[evaluation.Evaluation], seconds: float
-) -> checkpoints.Fitted:
-    """The detector after the last evaluation, its scores, and how they came about."""
+) -> checkpoints.Record:
+    """The scores of the last evaluation, and how they came about."""
     first, last, data = evaluations[0], evaluations[-1], prepared.data
     flow_scores = {name: scores for name, scores in last.test.items() if name != WHOLE}
-    if first.entry["epoch"] == 0:
+    if first.epoch == 0:
         flow_scores |= {f"{name}, before training": scores for name, scores in first.test.items()}
-    history = [each.entry for each in evaluations]
-    return checkpoints.Fitted(
-        detector=prepared.detector,
-        scores=last.test[WHOLE],
-        labels=data.labels,
-        test_rows=data.test_rows,
-        held_scores=whole_scores(last.held, data.held_pictures) if data.held_pictures else last.held,
-        history=history,
+    history = [each.entry() for each in evaluations]
+    return checkpoints.Record(
         result=evaluation.result_of(prepared, last, history, seconds),
+        history=history,
+        test=checkpoints.Scored(data.test_rows, data.labels, last.test[WHOLE]),
+        held_out_scores=whole_scores(last.held, data.held_pictures) if data.held_pictures else last.held,
         flow_scores=flow_scores,
         simple_scores=evaluation.simple_scores(prepared) if prepared.compares else {},
     )
@@ -147,13 +139,14 @@ def fit(config: Config, cache: FeatureCache, sources: list[TokenSource], pair: r
     """Fit one class with one seed and keep what comes of it -> its result. One that cannot be fitted has a
     result with the reason and without figures."""
     try:
-        done = train(prepare(config, cache, sources, *pair))
+        prepared = prepare(config, cache, sources, *pair)
+        record = train(prepared)
     except ClassError as mistake:
         reason = str(mistake).removeprefix(f"class {pair.class_name}: ")
         nothing = dict.fromkeys(COLUMNS, float("nan"))
         return {"class": pair.class_name, "seed": pair.seed, **nothing, "reason": reason}
-    checkpoints.save_fitted(config, cache, done)
-    return done.result
+    checkpoints.save_fitted(config, cache.meta, prepared.detector, record)
+    return record.result
 
 
 def fit_there(config: Config, cache: FeatureCache, threads: int, pair: runs.ClassSeed) -> dict:

@@ -168,7 +168,7 @@ def fit(study: str, number: int, of_set: str, knobs: dict, class_name: str, seed
     if variant.change:
         prepared.detector.flow = Changed(prepared.detector.flow, variant.change)
     fitted, labels = trained(prepared, chosen.epochs), prepared.data.labels
-    last = {WHOLE: fitted.scores, **fitted.flow_scores}
+    last = {WHOLE: fitted.test.scores, **fitted.flow_scores}
     found = {
         f"{variant.name}, epoch {entry['epoch']}: {score}": entry[f"{score}_auroc"]
         for entry in fitted.history
@@ -182,7 +182,7 @@ def fit(study: str, number: int, of_set: str, knobs: dict, class_name: str, seed
     return [Row(name, of_set, class_name, seed, auroc) for name, auroc in found.items()]
 
 
-def trained(prepared: PreparedClass, epochs: tuple[int, ...]) -> checkpoints.Fitted:
+def trained(prepared: PreparedClass, epochs: tuple[int, ...]) -> checkpoints.Record:
     """Train; where epochs are named, the test images are scored after these and the last alone."""
     if not epochs:
         return train.train(prepared)

@@ -1,6 +1,7 @@
 """The detector of one normal class: from cached tokens to scores; loaded from its checkpoint."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,11 +74,11 @@ class Detector(nn.Module):
             groups.append(features.bands[:, columns.start : columns.stop])
         return torch.cat([power_l2(group) for group in groups] if self.powered else groups, 1)
 
-    def inputs(self, features: Features) -> tuple[Inputs | None, Tensor]:
-        """What ``scores`` takes: what the flow takes, and what is known of the images (B) beside it."""
+    def inputs(self, features: Features) -> tuple[Any, Tensor]:
+        """What ``scores`` takes: of what the flow takes, and what is known of the images (B) beside it."""
         raise NotImplementedError
 
-    def scores(self, inputs: Inputs | None, beside: Tensor) -> dict[str, Tensor]:
+    def scores(self, inputs: Any, beside: Tensor) -> dict[str, Tensor]:
         """The anomaly scores (B) of images, higher = more anomalous, by the names that tables have."""
         raise NotImplementedError
 
@@ -129,7 +130,7 @@ class ImageFlow(Detector):
             return Inputs(tokens, tokens.new_zeros(tokens.shape[0], 0, tokens.shape[1])), outside
         return Inputs(tokens, self.patch_normalizer(features.patches)), outside
 
-    def scores(self, inputs: Inputs, outside: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+    def scores(self, inputs: Inputs, outside: Tensor) -> dict[str, Tensor]:
         z, log_det = self.flow(inputs.tokens, [inputs.seen])
         scores = {
             "likelihood": model.negative_log_likelihood(z, log_det, outside, self.channels),
@@ -153,18 +154,9 @@ class PlaceFlow(Detector):
         self.register_buffer("one_scene", torch.ones(()))  # the weight of image_density.one_scene
         self.uses_places = True
 
-    def inputs(self, features: Features) -> tuple[Inputs | None, Tensor]:
-        """What the flow takes of the places (None where they are not read), and the image part (B)."""
-        image = self.image_part(self.joint(features))
-        return self.place_inputs(features.places) if self.uses_places else None, image
-
-    def place_inputs(self, places: Tensor) -> Inputs:
-        """What the flow takes of all places of images, from raw place tokens (B, P, E) -> (B P, ...)."""
-        return self.places.inputs(self.places.whiten(places))
-
-    def likelihoods(self, places: Tensor) -> Tensor:
-        """Negative log-likelihoods (B, P) of all places of images, from raw place tokens (B, P, E)."""
-        return self.latents(self.place_inputs(places))[1]
+    def inputs(self, features: Features) -> tuple[Tensor | None, Tensor]:
+        """The place tokens (B, P, E), None where they are not read, and the image part (B)."""
+        return features.places if self.uses_places else None, self.image_part(self.joint(features))
 
     def image_part(self, joint: Tensor) -> Tensor:
         """How unusual the image is as a whole (B), in standard deviations, from its power-normalised joint
@@ -172,24 +164,25 @@ class PlaceFlow(Detector):
         gaussian, kernels = self.image(joint).unbind(1)
         return self.one_scene * gaussian + (1 - self.one_scene) * kernels
 
-    def latents(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """z (B, P, E) and negative log-likelihoods (B, P) of all places of B images."""
-        if self.at_start:
-            z, log_det = inputs.tokens, inputs.tokens.new_zeros(len(inputs.tokens))
-        else:
-            z, log_det = self.flow(inputs.tokens, [inputs.seen])
-        shape = (-1, self.places.count)
-        return z.unflatten(0, shape), model.negative_log_likelihood(z, log_det).unflatten(0, shape)
+    def latents(self, whitened: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B, P, E) and negative log-likelihoods (B, P) of all places of images, from their whitened tokens
+        (B, P, E)."""
+        z, seen = self.places.inputs(whitened)
+        log_det = z.new_zeros(z.shape[0])
+        if not self.at_start:
+            z, log_det = self.flow(z, [seen])
+        z = z.view(whitened.shape)
+        return z, model.negative_log_likelihood(z, log_det.view(z.shape[:2]))
 
-    def scores(self, inputs: Inputs | None, image: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        if inputs is None:
+    def scores(self, places: Tensor | None, image: Tensor) -> dict[str, Tensor]:
+        if places is None:
             return {WHOLE: image, "image part": image}
-        z, likelihoods = self.latents(inputs)
-        places = self.place_unit(self.places.most_unusual(likelihoods))
+        z, likelihoods = self.latents(self.places.whiten(places))
+        most_unusual = self.place_unit(self.places.most_unusual(likelihoods))
         return {
-            WHOLE: image + PLACES_WEIGHT * self.one_scene * places,
+            WHOLE: image + PLACES_WEIGHT * self.one_scene * most_unusual,
             "image part": image,
-            "places": places,
+            "places": most_unusual,
             "likelihood": likelihoods.mean(1),
             "latent": z.square().mean((1, 2)),
         }
@@ -199,7 +192,8 @@ class PlaceFlow(Detector):
         """How unusual every place is (B, P), in standard deviations of the place's own log-likelihood beyond
         the three that few places of a normal picture reach, from raw place tokens (B, P, E)."""
         with products(places.device):
-            return (self.places.unusual(self.likelihoods(places)) - USUAL).cpu().numpy()
+            _, likelihoods = self.latents(self.places.whiten(places))
+            return (self.places.unusual(likelihoods) - USUAL).cpu().numpy()
 
     def read_places(self, one_scene: float) -> None:
         """Weigh the parts: 1 where the class's normal images show one scene, 0 where places are not read."""

@@ -26,14 +26,16 @@ POOL_BATCH = 250  # images whose patch tokens are held at once when semantic tok
 
 class Prepared:
     """One class, ready for training, its flow at its start. Images are numbered from 0 within their part
-    ("fit", "held" or "test": ``ClassData.part``)."""
+    ("fit", "held" or "test": ``ClassData.parts``)."""
 
     steps_per_epoch = 0  # 0 where there is nothing to train
     loss_scale = 1  # what the loss is times
     at_once: int  # images per forward pass in evaluation
 
-    def __init__(self, config: Config, data: ClassData, seed: int, device: torch.device):
+    def __init__(self, config: Config, data: ClassData, features: dict, seed: int, device: torch.device):
         self.config, self.data, self.seed, self.device = config, data, seed, device
+        n = len(data.fit_rows)
+        self.detector = make_detector(config, features, n, batch=min(config.batch_size, n))
         # whether simple detectors are fitted beside the flow: with the first seed, whose figures tables have
         self.compares = config.baselines and seed == config.seed and len(data.test_rows) > 0
         # power-normalised joint tokens (n, D) of every part, on the CPU, where simple detectors ask for them
@@ -46,18 +48,20 @@ class Prepared:
 class PreparedImages(Prepared):
     """A class whose flow moves the images' tokens."""
 
-    def __init__(self, config: Config, data: ClassData, seed: int, device: torch.device, detector: ImageFlow):
-        super().__init__(config, data, seed, device)
-        self.steps_per_epoch = math.ceil(len(data.fit_rows) / config.batch_size)
-        self.at_once = EVAL_BATCH[device.type]
+    detector: ImageFlow
+
+    def fit(self) -> None:
+        """Fit what comes before the flow, on the CPU."""
+        detector, data = self.detector, self.data
+        self.steps_per_epoch = math.ceil(len(data.fit_rows) / self.config.batch_size)
+        self.at_once = EVAL_BATCH[self.device.type]
         if detector.powered:
             detector.normalizer.fit(joint_tokens(detector, data, "fit"))
         if detector.whitens and self.compares:
-            self.joint = {part: joint_tokens(detector, data, part) for part in data.PARTS}
+            self.joint = {part: joint_tokens(detector, data, part) for part in data.parts}
         if (patches := detector.patch_normalizer) and (patches.powered or patches.reduces):
-            sample = data.train.features(evenly(data.fit_rows, PATCH_SAMPLE), on_cpu=True)
+            sample = data.train.on_cpu()[evenly(data.fit_rows, PATCH_SAMPLE)]
             patches.fit(sample.patches.flatten(0, 1))
-        self.detector = detector.to(device)
 
     def epoch(self, order: np.random.RandomState) -> list[np.ndarray]:
         """The batches of one epoch: the numbers of all training images in a new order."""
@@ -70,32 +74,34 @@ class PreparedImages(Prepared):
     @torch.no_grad()
     def taken(self, part: str, batch: np.ndarray) -> tuple[Inputs, Tensor]:
         """What ``Detector.scores`` takes of images of a part."""
-        source, rows = self.data.part(part)
+        source, rows = self.data.parts[part]
         return self.detector.inputs(source[rows[batch]])
 
 
 class PreparedPlaces(Prepared):
     """A class whose flow moves the places of its images."""
 
+    detector: PlaceFlow
     at_once = PLACE_BATCH
 
-    def __init__(self, config: Config, data: ClassData, seed: int, device: torch.device, detector: PlaceFlow):
-        super().__init__(config, data, seed, device)
-        joint = {part: joint_tokens(detector, data, part) for part in data.PARTS}
+    def fit(self) -> None:
+        """Fit what comes before the flow, on the CPU."""
+        detector, data, device = self.detector, self.data, self.device
+        joint = {part: joint_tokens(detector, data, part) for part in data.parts}
         if self.compares:
             self.joint = joint
         detector.image.fit(joint["fit"])
         detector.read_places(one_scene(spread(data.train.semantic(data.fit_rows))))
         if detector.uses_places:
-            self._prepare_places(detector.places)
-        self.detector = detector.to(device)
+            self.fit_places(detector.places)
+        detector.to(device)
         with torch.no_grad(), products(device):
             self.image = {part: detector.image_part(joint[part].to(device)) for part in ("held", "test")}
 
-    def _prepare_places(self, places: Places) -> None:
+    def fit_places(self, places: Places) -> None:
         """Whiten the places of the training images, each as if it had been left out of the fit."""
         config, whiten = self.config, places.whiten
-        sample = self.data.train.one("places", evenly(self.data.fit_rows, PLACE_SAMPLE), on_cpu=True)
+        sample = self.data.train.on_cpu().one("places", evenly(self.data.fit_rows, PLACE_SAMPLE))
         whiten.fit(sample)
         self.whitened = whiten.left_out(torch.cat([whiten(each) for each in sample.split(PLACE_BATCH)]))
         seen = [places.inputs(each).seen.half() for each in self.whitened.split(PLACE_BATCH)]
@@ -120,19 +126,17 @@ class PreparedPlaces(Prepared):
         if not detector.uses_places:
             return
         known = self.whitened[evenly(np.arange(len(self.whitened)), PLACE_SCALE)].to(self.device)
-        likelihoods = [detector.latents(places.inputs(each))[1] for each in known.split(PLACE_BATCH)]
+        likelihoods = [detector.latents(each)[1] for each in known.split(PLACE_BATCH)]
         places.fit_scale(torch.cat(likelihoods))
-        batches = in_batches(self.data.held_rows, self.at_once)
-        held = (detector.likelihoods(self.data.train.one("places", batch)) for batch in batches)
-        detector.place_unit.fit(torch.cat([places.most_unusual(each) for each in held]))
+        held = (self.data.train.one("places", rows) for rows in in_batches(self.data.held_rows, PLACE_BATCH))
+        worst = [places.most_unusual(detector.latents(places.whiten(each))[1]) for each in held]
+        detector.place_unit.fit(torch.cat(worst))
 
-    def taken(self, part: str, batch: np.ndarray) -> tuple[Inputs | None, Tensor]:
+    def taken(self, part: str, batch: np.ndarray) -> tuple[Tensor | None, Tensor]:
         """What ``Detector.scores`` takes of images of a part."""
-        image = self.image[part][torch.from_numpy(batch).to(self.device)]
-        if not self.detector.uses_places:
-            return None, image
-        source, rows = self.data.part(part)
-        return self.detector.place_inputs(source.one("places", rows[batch])), image
+        source, rows = self.data.parts[part]
+        places = source.one("places", rows[batch]) if self.detector.uses_places else None
+        return places, self.image[part][torch.from_numpy(batch).to(self.device)]
 
 
 PreparedClass = PreparedImages | PreparedPlaces
@@ -140,9 +144,9 @@ PreparedClass = PreparedImages | PreparedPlaces
 
 def joint_tokens(detector: Detector, data: ClassData, part: str) -> Tensor:
     """The joint tokens (n, D) of the images of a part, on the CPU, as is the detector."""
-    source, rows = data.part(part)
+    source, rows = data.parts[part]
     batches = in_batches(rows, POOL_BATCH)
-    return torch.cat([detector.joint(source.features(batch, on_cpu=True)) for batch in batches])
+    return torch.cat([detector.joint(source.on_cpu()[batch]) for batch in batches])
 
 
 def prepare_data(
@@ -153,12 +157,12 @@ def prepare_data(
     features that cannot be normalised."""
     utils.keep_freed_memory()
     utils.seed_everything(seed)
-    detector = make_detector(config, features, n := len(data.fit_rows), min(config.batch_size, n))
+    kind = PreparedPlaces if config.score == "joined" else PreparedImages
+    prepared = kind(config, data, features, seed, device)
     try:
-        if isinstance(detector, PlaceFlow):
-            return PreparedPlaces(config, data, seed, device, detector)
-        assert isinstance(detector, ImageFlow)
-        return PreparedImages(config, data, seed, device, detector)
+        prepared.fit()
     except (ValueError, torch.linalg.LinAlgError) as error:
         reason = str(error).splitlines()[0]
         raise ClassError(f"class {data.class_name}: its features cannot be normalised ({reason})") from None
+    prepared.detector.to(device)
+    return prepared

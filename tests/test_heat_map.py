@@ -48,10 +48,10 @@ def test_aupro_is_the_plain_one(levels, most_false):
         np.zeros((9, 9), bool)
     ]
     maps = [np.round((generator.rand(*mask.shape) + 0.5 * mask) * levels) for mask in masks]
-    counts = heat_map.count_pixels(maps, masks)
-    assert heat_map.aupro(counts, most_false) == pytest.approx(plain_aupro(maps, masks, most_false), abs=1e-9)
+    found = heat_map.localisation(maps, masks, most_false)
+    assert found["aupro"] == pytest.approx(plain_aupro(maps, masks, most_false), abs=1e-9)
     labels, values = (np.concatenate([each.ravel() for each in all_of]) for all_of in (masks, maps))
-    assert heat_map.pixel_auroc(counts) == pytest.approx(roc_auc_score(labels, values), abs=1e-9)
+    assert found["pixel_auroc"] == pytest.approx(roc_auc_score(labels, values), abs=1e-9)
 
 
 def test_aupro_by_hand():

@@ -57,7 +57,7 @@ def fitted(tmp_path_factory):
     os.chdir(folder)
     try:
         for name, options in (
-            ("held", {"holdout": 0.3, "score": "latent_knn"}),
+            ("held", {"holdout": 0.3, "score": "latent"}),
             ("plain", {"holdout": 0.0, "score": "likelihood"}),
             ("joined", {"holdout": 0.3, "bands": True, "score": "joined", "places": 4, "least_steps": 9}),
         ):
