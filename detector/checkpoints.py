@@ -106,9 +106,8 @@ def read_record(path: Path) -> Record:
     try:
         record = Record(**content)
         for entry in (record.result, *record.history):  # metrics of one label only stand as null in JSON
-            undefined = [
-                name for name in entry if entry[name] is None and name.split("_")[-1] in utils.METRICS
-            ]
+            nulls = [name for name, value in entry.items() if value is None]
+            undefined = [name for name in nulls if name.split("_")[-1] in utils.METRICS]
             entry |= dict.fromkeys(undefined, float("nan"))
         rows, labels, scores = (content["test"][name] for name in ("rows", "labels", "scores"))
         record.test = Scored(np.array(rows, int), np.array(labels, int), np.array(scores, float))
