@@ -82,7 +82,7 @@ class Config:
     seed: int = run(0, "first random seed; every class starts from it alike", low=0, high=2**31)
     keep: str = run("all", "what a run keeps beside the figures: all; weights of every class and seed (safetensors), but no pictures (score histograms, ROC, curves over epochs, contact sheets); or results alone", ("all", "weights", "results"))
     cluster: str | None = run(None, "extract and fit on the workers of a Dask cluster, given by its scheduler's address (tcp://host:8786) or file (docs/scale.md); none: on this machine")
-    check: bool = run(False, "main.py: compare the AUROCs with the preset's committed table, results/<preset>.csv, and end with exit status 1 where one differs by more than .0005")
+    check: bool = run(False, "main.py: compare the AUROCs of the preset quickstart with the committed table, results/quickstart.csv, and end with exit status 1 where one differs by more than .0005")
     # data
     tiles: int = run(0, "cut the pictures of a folder of good ones into tiles of so many pixels a side, at their own resolution, a quarter overlapping: for defects that vanish in a picture made small; predict.py then gives one score, that of the worst tile, and one heat map for the whole picture; 0: whole pictures", low=0, high=4096)
     feature_path: str | None = run(None, "folder of the features of all data sets and backbones; none: features")

@@ -32,20 +32,17 @@ from shell import engine
 from shell.files import write_text
 
 PROCESS_BYTES = 1e9  # of a process of its own, beside the training
-TABLES = Path(__file__).resolve().parent / "results"  # committed ones, a preset each
+TABLE = Path(__file__).resolve().parent / "results/quickstart.csv"  # the committed one
 TOLERANCE = 5e-4  # of an AUROC, between two machines
 
 
-# ---------------------------------------------------------------- running
-def fit_pairs(
-    config: Config,
-    cache: FeatureCache,
-    pairs: list[runs.ClassSeed],
-    device: torch.device,
-    cluster: Executor | None,
-) -> dict[runs.ClassSeed, dict]:
-    """Fit every class with every seed that is not finished. Each is kept as soon as it is there. A class that
-    cannot be fitted stops no other."""
+def fit_all(config: Config, cache: FeatureCache, device: torch.device, cluster: Executor | None) -> list:
+    """Fit every class with every seed that is not finished -> the results of all. Each is kept as soon as it
+    is there. A class that cannot be fitted stops no other."""
+    classes = datasets.choose_classes(cache.labels, config.class_name)
+    seeds = range(config.seed, config.seed + config.n_seeds)
+    pairs = [runs.ClassSeed(class_name, seed) for seed in seeds for class_name in classes]
+    runs.settle(config, cache, pairs)
     done = {pair: result for pair in pairs if (result := runs.finished(config, cache, pair))}
     missing = [pair for pair in pairs if pair not in done]
     at_once = 1 if cluster else processes(config, cache.meta, device, len(pairs))
@@ -61,11 +58,12 @@ def fit_pairs(
         for number, (pair, result) in enumerate(engine.outcomes(executor, task, missing), 1):
             done[pair], left = result, len(missing) - number
             told = f"AUROC {tables.number(result['auroc'])}  {result.get('seconds', 0):.0f} s"
-            told = f"{' '.join(pair.class_name.split())} seed {pair.seed}: {result.get('reason', told)}"
             time_left = utils.readable_time(left * (time.perf_counter() - start) / number)
             more = f", about {time_left} for {left} more" if left else ""
-            print(f"[{len(done)}/{len(pairs)}] {told}{more}", flush=True)
-    return done
+            name = " ".join(pair.class_name.split())  # whatever it is called, in one line
+            told = f"{name} seed {pair.seed}: {result.get('reason', told)}{more}"
+            print(f"[{len(done)}/{len(pairs)}] {told}", flush=True)
+    return [done[pair] for pair in pairs]
 
 
 def processes(config: Config, features: dict, device: torch.device, pairs: int) -> int:
@@ -84,13 +82,9 @@ def run(config: Config) -> report.Summary:
     with runs.writing(config), engine.on_cluster(config.cluster) as cluster:
         check = functools.partial(detector.make_detector, config)
         cache = extractor.ensure_features(config, device, check, executor=cluster)
-        classes = datasets.choose_classes(cache.labels, config.class_name)
-        seeds = range(config.seed, config.seed + config.n_seeds)
-        pairs = [runs.ClassSeed(class_name, seed) for seed in seeds for class_name in classes]
-        runs.settle(config, cache, pairs)
-        done = fit_pairs(config, cache, pairs, device, cluster)
+        results = fit_all(config, cache, device, cluster)
         runs.sweep_up(config)  # which lists the folders, too: NFS may not show what others wrote before that
-        return write_report(config, cache, [done[pair] for pair in pairs], time.perf_counter() - began)
+        return write_report(config, cache, results, time.perf_counter() - began)
 
 
 def write_report(config: Config, cache: FeatureCache, results: list[dict], seconds: float) -> report.Summary:
@@ -119,21 +113,11 @@ def write_report(config: Config, cache: FeatureCache, results: list[dict], secon
     return summary
 
 
-# ---------------------------------------------------------------- the script
-def committed_table(config: Config) -> dict[str, float]:
-    """{class, and mean: AUROC} of the preset's committed table. Raises UserError where there is none."""
-    path, rows = TABLES / f"{config.preset}.csv", []
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as stream:
-            rows = list(csv.DictReader(stream))
-    if not rows or report.ORACLE not in rows[0]:  # the suite's, of several data sets
-        raise UserError(f"check: there is no committed table {path.name} of a run of main.py")
-    return {row["class"]: float(row["auroc"]) for row in rows}
-
-
-def differences(summary: report.Summary, wanted: dict[str, float]) -> list[str]:
-    """What differs by more than TOLERANCE between a run's AUROCs and those of a table, a line each; what only
-    one of them has differs, too."""
+def differences(summary: report.Summary) -> list[str]:
+    """What differs by more than TOLERANCE between a run's AUROCs and those of the committed table, a line
+    each; what only one of them has differs, too."""
+    with TABLE.open(encoding="utf-8", newline="") as stream:
+        wanted = {row["class"]: float(row["auroc"]) for row in csv.DictReader(stream)}
     found = {row["class"]: row["auroc"] for row in report.table_rows(summary)}
     pairs = {name: (found.get(name, math.nan), wanted.get(name, math.nan)) for name in found | wanted}
     return [
@@ -146,15 +130,16 @@ def differences(summary: report.Summary, wanted: dict[str, float]) -> list[str]:
 def main(config: Config) -> None:
     """Raises UserError, once everything is reported, when a class could not be fitted; SystemExit with status
     1 when ``check`` finds a difference."""
-    wanted = committed_table(config) if config.check else None
+    if config.check and config.preset != TABLE.stem:
+        raise UserError(f"check: there is a committed table of the preset {TABLE.stem} alone")
     summary = run(config)
-    tried = [result for entry in summary.classes.values() for result in entry["runs"]]
-    failed = {result["class"]: result["reason"] for result in tried if "reason" in result}
+    results = [result for entry in summary.classes.values() for result in entry["runs"]]
+    failed = {result["class"]: result["reason"] for result in results if "reason" in result}
     if failed:
         told = f"{len(failed)} of {len(summary.classes)} classes could not be fitted: class "
         raise UserError(told + ": ".join(next(iter(failed.items()))))
-    if wanted:
-        different = differences(summary, wanted)
+    if config.check:
+        different = differences(summary)
         print("\n".join(different) or "equal within ± .0005")
         if different:
             raise SystemExit(1)

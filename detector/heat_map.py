@@ -1,53 +1,21 @@
-"""Where is it? Heat maps of pictures, how good they are against masks of the defects, and their overlays.
-
-Two kinds (compared by tools/heat_maps.py): of place tokens, how unusual each place is under its own
-Gaussian, where the score reads places; else by occlusion, how much the score falls when a part of the
-picture is blurred, which any detector allows."""
-
-from collections.abc import Callable, Iterator
+"""Where is it? Heat maps of pictures, from how unusual each of their places is, and how good they are against
+masks of the defects."""
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
 from scipy import ndimage
 from torch.nn import functional as F
 
 HOT = 3.0  # standard deviations that the colours of a map span at least
-SIDE = 8  # parts of a picture's side that occlusion blurs one after the other
 LEVELS = 2**20  # between the coldest and the hottest pixel of a class
 MOST_FALSE = 0.3  # false positive rate up to which AUPRO counts (Bergmann et al. 2019, MVTec AD)
 
 
-# ---------------------------------------------------------------- the maps
 def of_places(scores: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     """From the scores (P) of the places of a grid (rows, columns) -> (H, W) at a picture's ``size``, float32,
     bilinear."""
     values = torch.from_numpy(np.ascontiguousarray(scores, np.float32)).view(1, 1, *grid)
     return F.interpolate(values, size, mode="bilinear", align_corners=False)[0, 0].numpy()
-
-
-def by_occlusion(score: Callable[[Iterator[np.ndarray]], np.ndarray], pixels: np.ndarray) -> np.ndarray:
-    """How much the score of a picture (H, W, 3) falls when a part of it is blurred -> (H, W). SIDE x SIDE
-    parts, each with half of its neighbours: SIDE^2 + 1 pictures are scored, made as they are asked for."""
-    whole, *parts = score(_hidden(pixels))
-    return of_places(whole - np.array(parts), (SIDE, SIDE), pixels.shape[:2])
-
-
-def _hidden(pixels: np.ndarray) -> Iterator[np.ndarray]:
-    """The picture, and with each of its parts blurred."""
-    yield pixels
-    height, width = pixels.shape[:2]
-    radius = max(height, width) / SIDE
-    blurred = np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
-    for i in range(SIDE):
-        for j in range(SIDE):
-            rows, columns = (
-                slice(max(0, int((k - 0.5) * side / SIDE)), int(np.ceil((k + 1.5) * side / SIDE)))
-                for k, side in ((i, height), (j, width))
-            )
-            picture = pixels.copy()
-            picture[rows, columns] = blurred[rows, columns]
-            yield picture
 
 
 # ---------------------------------------------------------------- how good they are

@@ -19,6 +19,8 @@ from images import images
 from images.pixel_scale import PixelScale
 from images.tiles import tiles_of, whole_map
 
+NO_PLACES = "its score reads no places (score joined does, of pictures of one scene)"
+
 
 class PictureDetector:
     """A fitted class as it is used: pictures in; scores, p-values, verdicts and heat maps out.
@@ -92,34 +94,18 @@ class PictureDetector:
         return images.pixels_of(picture, PixelScale(self.backbone.scale.ranges))
 
     def heat_map(self, picture: Any) -> np.ndarray:
-        """How unusual each place of a picture is, (H, W) float32 at its size. Raises UserError on a picture
-        that cannot be read.
-
-        Where the score reads places: in standard deviations beyond ``USUAL``, which few places of a normal
-        picture reach. Else, of tiles, how far each one's score is above their median; of a whole picture by
-        occlusion: how much the score falls when a part is blurred."""
+        """How unusual each place of a picture is, (H, W) float32 at its size, in standard deviations beyond
+        ``USUAL``, which few places of a normal picture reach. Raises UserError on a picture that cannot be
+        read, and where the score reads no places."""
         pixels = self.pixels(picture)
-        if not self.fitted.uses_places and not self.backbone.tiles:
-            return heat_map.by_occlusion(self.score, pixels)
+        if not self.fitted.uses_places:
+            raise UserError(f"no heat maps by {self.class_name}: {NO_PLACES}")
         rows = next(iter(self.backbone.rows([pixels])))
         assert not isinstance(rows, Unreadable), "pixels can be read"
-        features, size = Features.of(rows), pixels.shape[:2]
-        tiles = tiles_of(size, self.backbone.tiles)
-        if self.fitted.uses_places:
-            values, grid = self.fitted.place_map(features.places), place_grid_of(self.backbone.features)
-            maps = [heat_map.of_places(each, grid, (t.height, t.width)) for each, t in zip(values, tiles)]
-        else:
-            scores = self.fitted.score_features(features)
-            maps = [np.full((t.height, t.width), s) for s, t in zip(scores - np.median(scores), tiles)]
-        return whole_map(maps, tiles, size)
-
-    @property
-    def least_heat(self) -> float:
-        """What a heat map's colours span at least, in standard deviations: of a place's own, or, by
-        occlusion, of the held-out scores; 0 where none were held out."""
-        if self.fitted.uses_places:
-            return heat_map.HOT
-        return heat_map.HOT * float(self.held_out.std()) if len(self.held_out) else 0.0
+        values, grid = self.fitted.place_map(Features.of(rows).places), place_grid_of(self.backbone.features)
+        tiles = tiles_of(pixels.shape[:2], self.backbone.tiles)
+        maps = [heat_map.of_places(each, grid, (t.height, t.width)) for each, t in zip(values, tiles)]
+        return whole_map(maps, tiles, pixels.shape[:2])
 
     def p_value(self, score: Any) -> Any:
         """How many normal pictures score as high or higher, as a share, of a score or an array of them; NaN

@@ -115,7 +115,7 @@ def test_a_torch_file_is_the_detector_whose_p_values_rest_on_its_own_arithmetic(
 
 def test_file_that_says_something_else_is_refused():
     """Of each picture alone, or of all together."""
-    wanted, images = np.array([1.0, -8.0, 2.0]), torch.zeros(3, 2, 2, 3)
+    wanted, images = np.array([1.0, -8.0, 2.0]), np.zeros((3, 2, 2, 3))
     for together, alone in ((1.001, 1.0), (1.0, 1.001)):
 
         def run(part, together=together, alone=alone):

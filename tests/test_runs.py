@@ -257,24 +257,23 @@ def test_classes_that_cannot_be_fitted_do_not_lose_the_others(run, tmp_path, cap
 
 # ---------------------------------------------------------------- the committed table
 def test_a_run_is_checked_against_the_committed_table(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(main, "TABLES", tmp_path / "tables")
-    with pytest.raises(UserError, match="no committed table paper.csv"):
+    monkeypatch.setattr(main, "TABLE", tmp_path / "quickstart.csv")
+    with pytest.raises(UserError, match="committed table of the preset quickstart alone"):
         run(check=True)
     assert not run.fitted, "told before anything is fitted"
     run()
     text = Path("runs/run/results.csv").read_text()
-    (tmp_path / "tables").mkdir()
-    (tmp_path / "tables/paper.csv").write_text(text)
+    main.TABLE.write_text(text)
     capsys.readouterr()
-    run(check=True)
+    run(check=True, preset="quickstart")
     assert "equal within ± .0005" in capsys.readouterr().out
     lines = text.splitlines(keepends=True)
     place = lines[0].split(",").index("auroc")
     fields = lines[1].split(",")
     fields[place] = str(float(fields[place]) - 0.001)
-    (tmp_path / "tables/paper.csv").write_text("".join([lines[0], ",".join(fields), *lines[3:]]))
+    main.TABLE.write_text("".join([lines[0], ",".join(fields), *lines[3:]]))
     with pytest.raises(SystemExit, match="1"):
-        run(check=True)
+        run(check=True, preset="quickstart")
     told = capsys.readouterr().out.splitlines()[-2:]
     assert told[0].startswith("a: AUROC ") and "in the table" in told[0]
     assert told[1].startswith("b: AUROC ") and told[1].endswith(", - in the table")
