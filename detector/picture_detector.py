@@ -1,5 +1,6 @@
 """A fitted class as it is used: pictures in; scores, p-values, verdicts and heat maps out."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from backbone.resizing import Unreadable
 from backbone.token_grid import place_grid_of
 from config import UserError
 from detector import calibration, heat_map
-from detector.checkpoints import Record, config_of
+from detector.checkpoints import Record
 from detector.class_data import Features
 from detector.detector import Detector, load_detector
 from detector.pictures import FittedBackbone, are_several
@@ -22,31 +23,23 @@ from images.tiles import tiles_of, whole_map
 NO_PLACES = "its score reads no places (score joined does, of pictures of one scene)"
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class PictureDetector:
     """A fitted class as it is used: pictures in; scores, p-values, verdicts and heat maps out.
 
-    A picture is a path, a Pillow image or an array (H, W, 3) or (H, W) of uint8. held_out: scores of held-out
-    normal pictures, which p-values and verdicts rest on; may be empty.
-
-    It can be pickled, for joblib, Dask or a pool; each process loads the backbone at its first picture. Start
-    processes by spawn: a child forked after a score hangs in torch's threads. Several that share the cores
-    take one thread each:
+    A picture is a path, a Pillow image or an array (H, W, 3) or (H, W) of uint8. It can be pickled, for
+    joblib, Dask or a pool; each process loads the backbone at its first picture. Start processes by spawn: a
+    child forked after a score hangs in torch's threads. Several that share the cores take one thread each:
 
     with multiprocessing.get_context("spawn").Pool(4, torch.set_num_threads, (1,)) as pool:
         scores = pool.map(detector.score, paths)"""
 
-    def __init__(
-        self,
-        fitted: Detector,
-        record: Record,
-        backbone: FittedBackbone,
-        false_alarms: float | None = None,
-    ):
-        self.fitted, self.record, self.backbone = fitted.to(backbone.device).eval(), record, backbone
-        self.class_name, self.held_out = record.result["class"], record.held_out_scores
-        self.false_alarms = record.config["false_alarms"] if false_alarms is None else false_alarms
-        if not 0 < self.false_alarms <= 0.5:
-            raise UserError(f"false_alarms: expected a share above 0 and up to 0.5, got {self.false_alarms}")
+    fitted: Detector
+    record: Record
+    backbone: FittedBackbone
+    false_alarms: float
+    class_name: str
+    held_out: np.ndarray  # scores of normal pictures, which p-values and verdicts rest on; may be empty
 
     @staticmethod
     def load(
@@ -66,11 +59,12 @@ class PictureDetector:
         was fitted to the same features. Raises UserError when the checkpoint or the device is not there."""
         there, path = utils.set_up(device, threads), Path(path)
         fitted, record = load_detector(path)
-        if backbone is None:
-            weights = Path(weights_path) if weights_path else None
-            config = config_of(record)
-            backbone = FittedBackbone(config, record.features, there, path, precision, weights)
-        return PictureDetector(fitted, record, backbone, false_alarms)
+        rate = record.config["false_alarms"] if false_alarms is None else false_alarms
+        if not 0 < rate <= 0.5:
+            raise UserError(f"false_alarms: expected a share above 0 and up to 0.5, got {rate}")
+        backbone = backbone or FittedBackbone(record, path, there, precision, weights_path)
+        name, held_out = record.result["class"], record.held_out_scores
+        return PictureDetector(fitted.to(there), record, backbone, rate, name, held_out)
 
     def score(self, picture: Any) -> Any:
         """The anomaly score of a picture (float), or of several (n): higher is more anomalous. Raises
