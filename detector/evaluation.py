@@ -42,10 +42,8 @@ class Evaluation:
 @torch.no_grad()
 def scores_of(prepared: PreparedClass, part: str) -> dict[str, np.ndarray]:
     """Scores (n) of the images of a part as the flow now is, by their names: ``Detector.scores``."""
-    _, rows = prepared.data.parts[part]
-    batches = in_batches(np.arange(len(rows)), prepared.at_once)
     with products(prepared.device):
-        scores = [prepared.detector.scores(*prepared.taken(part, batch)) for batch in batches]
+        scores = [prepared.detector.scores(*taken) for taken in prepared.taken(part)]
     return {name: torch.cat([each[name] for each in scores]).cpu().numpy() for name in scores[0]}
 
 

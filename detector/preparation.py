@@ -2,6 +2,7 @@
 them."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -25,12 +26,10 @@ POOL_BATCH = 250  # images whose patch tokens are held at once when semantic tok
 
 
 class Prepared:
-    """One class, ready for training, its flow at its start. Images are numbered from 0 within their part
-    ("fit", "held" or "test": ``ClassData.parts``)."""
+    """One class, ready for training, its flow at its start. Parts: ``ClassData.parts``."""
 
     steps_per_epoch = 0  # 0 where there is nothing to train
     loss_scale = 1  # what the loss is times
-    at_once: int  # images per forward pass in evaluation
 
     def __init__(self, config: Config, data: ClassData, features: dict, seed: int, device: torch.device):
         self.config, self.data, self.seed, self.device = config, data, seed, device
@@ -54,7 +53,6 @@ class PreparedImages(Prepared):
         """Fit what comes before the flow, on the CPU."""
         detector, data = self.detector, self.data
         self.steps_per_epoch = math.ceil(len(data.fit_rows) / self.config.batch_size)
-        self.at_once = EVAL_BATCH[self.device.type]
         if detector.powered:
             detector.normalizer.fit(joint_tokens(detector, data, "fit"))
         if detector.whitens and self.compares:
@@ -69,20 +67,19 @@ class PreparedImages(Prepared):
 
     def inputs(self, batch: np.ndarray) -> Inputs:
         """What the flow takes of a training batch."""
-        return self.taken("fit", batch)[0]
+        return self.detector.inputs(self.data.train[self.data.fit_rows[batch]])[0]
 
-    @torch.no_grad()
-    def taken(self, part: str, batch: np.ndarray) -> tuple[Inputs, Tensor]:
-        """What ``Detector.scores`` takes of images of a part."""
+    def taken(self, part: str) -> Iterator[tuple[Inputs, Tensor]]:
+        """What ``Detector.scores`` takes of the images of a part, in batches."""
         source, rows = self.data.parts[part]
-        return self.detector.inputs(source[rows[batch]])
+        for batch in in_batches(rows, EVAL_BATCH[self.device.type]):
+            yield self.detector.inputs(source[batch])
 
 
 class PreparedPlaces(Prepared):
     """A class whose flow moves the places of its images."""
 
     detector: PlaceFlow
-    at_once = PLACE_BATCH
 
     def fit(self) -> None:
         """Fit what comes before the flow, on the CPU."""
@@ -132,11 +129,11 @@ class PreparedPlaces(Prepared):
         worst = [places.most_unusual(detector.latents(places.whiten(each))[1]) for each in held]
         detector.place_unit.fit(torch.cat(worst))
 
-    def taken(self, part: str, batch: np.ndarray) -> tuple[Tensor | None, Tensor]:
-        """What ``Detector.scores`` takes of images of a part."""
+    def taken(self, part: str) -> Iterator[tuple[Tensor | None, Tensor]]:
+        """What ``Detector.scores`` takes of the images of a part, in batches."""
         source, rows = self.data.parts[part]
-        places = source.one("places", rows[batch]) if self.detector.uses_places else None
-        return places, self.image[part][torch.from_numpy(batch).to(self.device)]
+        for batch, image in zip(in_batches(rows, PLACE_BATCH), self.image[part].split(PLACE_BATCH)):
+            yield source.one("places", batch) if self.detector.uses_places else None, image
 
 
 PreparedClass = PreparedImages | PreparedPlaces

@@ -46,13 +46,10 @@ def test_power_l2():
     assert torch.equal(power_l2(torch.zeros(2, C)), torch.zeros(2, C)), "an empty token stays finite"
 
 
-def test_spread():
-    assert spread(torch.ones(5, 8)) == pytest.approx(0, abs=1e-6)
-    assert spread(torch.eye(8)) == pytest.approx(1, rel=1e-5), "no two have anything in common"
-
-
 def test_spread_does_not_depend_on_how_many_images_there_are():
     """On the mean over draws: without its correction that of three images is two thirds of it."""
+    assert spread(torch.ones(5, 8)) == pytest.approx(0, abs=1e-6)
+    assert spread(torch.eye(8)) == pytest.approx(1, rel=1e-5), "no two have anything in common"
     generator = torch.Generator().manual_seed(0)
     tokens = 1 + torch.randn(6000, 8, generator=generator)
     few, many = (np.mean([spread(part) for part in tokens.split(n)]) for n in (3, 2000))
@@ -82,11 +79,10 @@ def test_an_image_that_is_there_twice_leaves_no_direction_of_rounding(copies):
     assert again.median() < 3 * once.median()
 
 
-@pytest.mark.parametrize("name", NORMALIZATIONS)
-def test_constant_channel_stays_finite(name):
+def test_constant_channel_stays_finite():
     tokens = correlated(50)
     tokens[:, 2] = 4.0
-    assert all(got.isfinite().all() for got in make(name, 50).fit(tokens)(tokens))
+    assert all(got.isfinite().all() for got in make("power_l2+whiten", 50).fit(tokens)(tokens))
 
 
 def test_standardization():
@@ -122,16 +118,6 @@ def test_whitening_is_the_plain_one(n, monkeypatch):
     assert got.square().numpy() == pytest.approx(each[:, :count], rel=1e-3, abs=1e-3)
     wanted = each[:, count:].sum(1)
     assert outside.numpy() == pytest.approx(wanted, rel=1e-3, abs=1e-3) and (wanted.max() > 1) == (n < C)
-
-
-@pytest.mark.parametrize("name", NORMALIZATIONS)
-def test_state_travels(name):
-    """A fitted normaliser's buffers are all it needs."""
-    tokens = correlated(5)
-    fitted, other = make(name, 5).fit(tokens), make(name, 5)
-    other.load_state_dict(fitted.state_dict())
-    for got, wanted in zip(other(tokens + 1), fitted(tokens + 1)):
-        assert torch.equal(got, wanted)
 
 
 # ---------------------------------------------------------------- patch tokens
