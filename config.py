@@ -44,7 +44,7 @@ BACKBONES = {  # name here -> timm model (the released code's names; any other t
 SIZES = {f"dinov2_{letter}": (224, 224) for letter in "sbl"}
 FUSIONS = ("class_attention", "hilo", "spectral", "bands", "none")
 NORMALIZATIONS = ("auto", "none", "power_l2", "power_l2+whiten")
-SCORES = ("latent", "likelihood", "latent_knn", "joined")
+SCORES = ("latent", "likelihood", "joined")
 
 
 def knob(affects, default, text, choices=None, low=None, high=None):
@@ -82,7 +82,7 @@ class Config:
     seed: int = run(0, "first random seed; every class starts from it alike", low=0, high=2**31)
     keep: str = run("all", "what a run keeps beside the figures: all; weights of every class and seed (safetensors), but no pictures (score histograms, ROC, curves over epochs, contact sheets); or results alone", ("all", "weights", "results"))
     cluster: str | None = run(None, "extract and fit on the workers of a Dask cluster, given by its scheduler's address (tcp://host:8786) or file (docs/scale.md); none: on this machine")
-    check: bool = run(False, "main.py: compare the AUROCs with the preset's committed table, results/<preset>.csv, and end with exit status 1 where one differs by more than .0005")
+    check: bool = run(False, "main.py: compare the AUROCs of the preset quickstart with the committed table, results/quickstart.csv, and end with exit status 1 where one differs by more than .0005")
     # data
     tiles: int = run(0, "cut the pictures of a folder of good ones into tiles of so many pixels a side, at their own resolution, a quarter overlapping: for defects that vanish in a picture made small; predict.py then gives one score, that of the worst tile, and one heat map for the whole picture; 0: whole pictures", low=0, high=4096)
     feature_path: str | None = run(None, "folder of the features of all data sets and backbones; none: features")
@@ -121,9 +121,8 @@ class Config:
     max_grad_norm: float = fit(0.0, "clip the gradient to this norm; 0: no clipping, as in the released code", low=0.0, high=1e+30)
     feature_noise: float = fit(0.0, "standard deviation of Gaussian noise added to the normalised semantic token in training", low=0.0, high=1000000.0)
     holdout: float | None = fit(None, "share of the normal training images held out to measure likelihood, and for thresholds; none: a tenth of one's own pictures (folder, csv), which get verdicts, 0 of other data sets", low=0.0, high=0.5)
-    patience: int = fit(0, "report the epoch that is best on the held-out normals, and end training so many meta epochs behind it; 0: report the last epoch", low=0, high=10**6)
     # scoring
-    score: str = fit("latent", "anomaly score: latent (mean z^2), likelihood (negative log-likelihood), latent_knn (neighbours in latent space); joined: the flow moves the places of the image instead, and its least likely ones are joined with a density of the image (needs places)", SCORES)
+    score: str = fit("latent", "anomaly score: latent (mean z^2), likelihood (negative log-likelihood); joined: the flow moves the places of the image instead, and its least likely ones are joined with a density of the image (needs places)", SCORES)
     false_alarms: float = run(0.05, "share of normal pictures that may be called anomalous: the threshold, from the held-out normal ones", low=1e-06, high=0.5)
     baselines: bool = run(False, "main.py: nearest neighbours and Gaussian on the same features, in the same table")
 
@@ -142,7 +141,6 @@ FITS = (  # what has to hold of the knobs together -> the line where it does not
     (lambda c: not isinstance(c.img_size, tuple) or len(c.img_size) == 2 and all(side in range(1, LARGEST_IMAGE + 1) for side in c.img_size), "img_size: expected a height and a width of 1 to 4096 pixels, got {img_size}"),
     (lambda c: c.pixel_norm is None or len(c.pixel_norm) == 6 and all(isinstance(x, int | float) and math.isfinite(x) for x in c.pixel_norm) and min(c.pixel_norm[3:]) > 0, "pixel_norm: expected three finite numbers and three positive ones, got {pixel_norm}"),
     (lambda c: not 0 < c.centre_pool < NARROWEST, "centre_pool: expected 0 or at least 0.01 of a side, got {centre_pool:g}"),
-    (lambda c: not c.patience or held_share(c.holdout, c.dataset), "patience needs held-out normal images: set holdout, say 0.1"),
     (lambda c: c.score != "joined" or c.places, "score joined needs place tokens: set places, say 14 (it is 0)"),
     (lambda c: c.score != "joined" or c.least_steps, "score joined needs a number of training steps: set least_steps, say 400 (it is 0)"),
     (lambda c: c.score != "joined" or held_share(c.holdout, c.dataset), "score joined needs held-out normal images: set holdout, say 0.1"),

@@ -7,16 +7,13 @@ python export.py runs/foad_mfff/classes/cat-seed0 cat.pt2 --size 480x640
 Input "images" (n, H, W, 3) uint8, any n, RGB; H and W are the backbone's own, or those of
 --size, which are resized inside as Pillow does. Outputs "score" (n), "p_value" (n) among the
 held-out normal pictures (NaN without any) and "anomalous" (n), whether the score is above the
-threshold at --false_alarms. The file is compared with the detector before it is put in its
-place.
+threshold at --false_alarms. The file is compared with the detector before it is put in its place.
 
-The arithmetic is float32, and whatever runs the file is to keep to it: OpenVINO computes in
-bfloat16 on newer processors unless INFERENCE_PRECISION_HINT is f32, as in
-core.compile_model("cat.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}); scores are a
-hundredth off otherwise, and verdicts near the threshold flip. The ONNX file's metadata say so
-("precision"). Held-out scores of a fit in bfloat16 differ from it: --calibrate
-FOLDER rests p-values and verdicts on fresh good pictures, scored as the file scores them; so
-does a fit with --precision float32."""
+It computes in float32, and so must what runs it: OpenVINO does with
+core.compile_model("cat.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}); in the bfloat16 that
+it takes by itself scores are a hundredth off. Held-out scores of a fit in bfloat16 are, too:
+--calibrate FOLDER rests p-values and verdicts on fresh good pictures, scored as the file scores
+them; so does a fit with --precision float32."""
 
 import argparse
 import sys
@@ -60,11 +57,8 @@ from images.images import images_below
 from shell.files import whole_file
 
 TOLERANCE = 1e-4  # of the largest score, between the file's scores and the detector's
-OUTPUTS = ("score", "p_value", "anomalous")
-PRECISION = (  # in the metadata of an ONNX file
-    "float32, as its p-values and verdicts were made; OpenVINO computes in bfloat16 on newer processors "
-    "unless it is asked for INFERENCE_PRECISION_HINT f32"
-)
+OUTPUTS = ["score", "p_value", "anomalous"]
+PRECISION = "float32; OpenVINO: INFERENCE_PRECISION_HINT f32"  # in the metadata of an ONNX file
 Run = Callable[[np.ndarray], list[np.ndarray]]  # images -> score, p-value, verdict
 
 
@@ -75,9 +69,8 @@ class Exported(nn.Module):
         super().__init__()
         self.img_size, self.features = detector.backbone.job.img_size, detector.backbone.job.module
         self.fitted = detector.fitted.requires_grad_(False)
-        held_out = torch.from_numpy(detector.held_out).float()
-        self.register_buffer("held_out", held_out)
-        limit = detector.threshold.score if len(held_out) else float("inf")
+        limit = detector.threshold.score if len(detector.held_out) else float("inf")
+        self.register_buffer("held_out", torch.from_numpy(detector.held_out).float())
         self.register_buffer("limit", torch.tensor(limit))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +90,6 @@ def examples(count: int, size: tuple[int, int]) -> Tensor:
     return (torch.stack(smooth) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-# ---------------------------------------------------------------- the two formats
 def write_pt2(program: torch.export.ExportedProgram, path: Path) -> Run:
     """Write a file of torch.export -> what runs it."""
     content = io.BytesIO()
@@ -117,17 +109,16 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> Run:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            f"ONNX needs packages ({error.name} is missing): pip install onnx onnxscript onnxruntime"
-        ) from None
-    names = {"input_names": ["images"], "output_names": list(OUTPUTS)}
+        needed = "pip install onnx onnxscript onnxruntime"
+        raise UserError(f"ONNX needs packages ({error.name} is missing): {needed}") from None
+    names = {"input_names": ["images"], "output_names": OUTPUTS}
     made = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
     onnx.helper.set_model_props(made, {"precision": PRECISION})
     path.write_bytes(made.SerializeToString())
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # --threads; of its own it takes every core
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(list(OUTPUTS), {"images": images})
+    return lambda images: session.run(OUTPUTS, {"images": images})
 
 
 WRITERS = {".onnx": write_onnx, ".pt2": write_pt2}
@@ -136,10 +127,7 @@ WRITERS = {".onnx": write_onnx, ".pt2": write_pt2}
 def write(detector: PictureDetector, output: Path, size: tuple[int, int]) -> float:
     """Write the file for pictures of ``size`` -> how far its scores are from the detector's, as a share of
     the largest. Raises UserError when that is too far, and leaves no file then."""
-    if output.suffix not in WRITERS:
-        raise UserError(f"output: expected a name ending in .onnx or .pt2, got {output}")
-    images = examples(5, size)
-    module = Exported(detector).eval()
+    images, module = examples(5, size), Exported(detector).eval()
     batch = {"images": {0: torch.export.Dim("batch", min=1, max=2**20)}}
     with torch.no_grad():
         pixels = resize_like_pillow(images.permute(0, 3, 1, 2), module.img_size)
@@ -151,13 +139,13 @@ def write(detector: PictureDetector, output: Path, size: tuple[int, int]) -> flo
             reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
             raise UserError(f"this detector cannot be exported by torch.export ({reason})") from None
         with whole_file(output) as partial:
-            return compare(wanted, WRITERS[output.suffix](program, partial), images)
+            return compare(wanted, WRITERS[output.suffix](program, partial), images.numpy())
 
 
-def compare(wanted: np.ndarray, run: Run, images: Tensor) -> float:
+def compare(wanted: np.ndarray, run: Run, images: np.ndarray) -> float:
     """How far the scores of the file are from the detector's, one by one and together. Raises UserError."""
-    alone = [run(images[i : i + 1].numpy())[0] for i in range(len(images))]
-    far = np.abs(np.array([run(images.numpy())[0], np.concatenate(alone)]) - wanted).max(0)
+    alone = np.concatenate([run(images[i : i + 1])[0] for i in range(len(images))])
+    far = np.abs(np.array([run(images)[0], alone]) - wanted).max(0)
     off = float(far.max()) / float(np.abs(wanted).max())
     if not off <= TOLERANCE:
         raise UserError(
@@ -168,24 +156,17 @@ def compare(wanted: np.ndarray, run: Run, images: Tensor) -> float:
     return off
 
 
-# ---------------------------------------------------------------- the script
 def main(arguments: argparse.Namespace) -> None:
-    detector = PictureDetector.load(
-        arguments.checkpoint,
-        "cpu",
-        arguments.threads,
-        arguments.false_alarms,
-        arguments.weights_path,
-        precision="float32",
-    )
-    backbone, good, output = detector.backbone, arguments.calibrate, arguments.output
-    if tiles := backbone.tiles:
-        raise UserError(
-            f"{arguments.checkpoint} was fitted to tiles of {tiles} pixels; an exported file cuts none"
-        )
+    output, good = arguments.output, arguments.calibrate
+    if output.suffix not in WRITERS:
+        raise UserError(f"output: expected a name ending in .onnx or .pt2, got {output}")
+    asked = (arguments.threads, arguments.false_alarms, arguments.weights_path)
+    detector = PictureDetector.load(arguments.checkpoint, "cpu", *asked, precision="float32")
+    if tiles := detector.backbone.tiles:
+        raise UserError(f"it was fitted to tiles of {tiles} pixels; an exported file cuts none")
     if good:
         detector.calibrate(images_below(good))
-    size = backbone.job.img_size
+    size = detector.backbone.job.img_size
     if arguments.size:
         size = make_config(parse_values({"img_size": arguments.size})).img_size
         if not isinstance(size, tuple):
@@ -195,7 +176,7 @@ def main(arguments: argparse.Namespace) -> None:
         f"{output}: {output.stat().st_size / 1e6:.1f} MB, images (n, {height}, {width}, 3) uint8 -> "
         f"{', '.join(OUTPUTS)}; scores within {off:.1e} of the detector's"
     )
-    precision, count = backbone.features["precision"], len(detector.held_out)
+    precision, count = detector.backbone.features["precision"], len(detector.held_out)
     if count and precision != "float32" and not good:
         print(
             f"warning: p-values and verdicts rest on {count} held-out scores in {precision}, the file "

@@ -13,7 +13,8 @@ A run's folder scores every picture by every class of its first seed, a row for 
 p_value: the share of normal pictures that score as high or higher, from the held-out ones;
 verdict: anomalous where that is at most --false_alarms, or, with too few held-out ones for that
 rate, where the score is above all of theirs. Both are empty where none were held out.
-Pictures that cannot be read are named and left out, and make the exit status 1.
+Pictures that cannot be read are named and left out, and make the exit status 1. Heat maps are
+of classes whose score reads places (score joined, of pictures of one scene).
 
 --watch scores the pictures in a folder, then each that arrives there or is written anew, until
 Ctrl-C or SIGTERM. One that has not changed for a second is taken for whole, unless a process of
@@ -35,12 +36,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", type=Path, help="a run, runs/<modelname>, or a class: .../classes/<class>-seed<n>")
     asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument(
-        "images", nargs="*", default=[], help="files, folders, globs; - reads a list from standard input"
-    )
-    asked.add_argument(
-        "--watch", type=Path, metavar="FOLDER", help="score pictures as they arrive there, until Ctrl-C"
-    )
+    asked.add_argument("images", nargs="*", default=[], help="files, folders, globs; -: a list from stdin")
+    asked.add_argument("--watch", type=Path, metavar="FOLDER", help="score pictures as they arrive there")
     add("--class_name", help="of a run: these classes only, separated by commas (in a name: \\,) [all]")
     add("--seed", type=int, help="of a run: this seed [the first]")
     add("--output", type=Path, metavar="FILE", help="write the CSV there, not to the screen")
@@ -58,7 +55,6 @@ if __name__ == "__main__":  # parse before the slow imports
     ARGUMENTS = parse_arguments()
 
 import contextlib
-import tempfile
 from collections import Counter
 from functools import partial
 
@@ -73,18 +69,7 @@ from images.given import find_images, refuse_among
 from images.images import images_below
 from reporting.overlays import draw_heat_maps
 from reporting.pages import write_verdicts
-from reporting.scores import Row, rows_arriving, rows_of, table, tell_counts, tell_thresholds
-
-
-def check_targets(arguments: argparse.Namespace, files: list[Path]) -> None:
-    """Raise UserError, or OSError, on what cannot be written, or would come among the pictures."""
-    if arguments.page and arguments.watch:
-        raise UserError("page: expected pictures that are there, --watch has no end; leave one out")
-    if arguments.heat_maps:
-        named = map(Path, [arguments.watch] if arguments.watch else arguments.images)
-        refuse_among(arguments.heat_maps, [path for path in named if path.is_dir()], files)
-        arguments.heat_maps.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=arguments.heat_maps).close()
+from reporting.scores import Row, rows_arriving, rows_of, table, tell_counts, tell_verdicts
 
 
 def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
@@ -98,56 +83,54 @@ def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
             raise UserError(
                 f"the classes in {arguments.checkpoint} were fitted to different features; name one class"
             )
+    if good := arguments.calibrate:
+        if len(loaded) > 1:
+            raise UserError(
+                f"calibrate: {good} holds good pictures of one class, {len(loaded)} are asked for; name it "
+                "with --class_name"
+            )
+        loaded[0].calibrate(images_below(good))
     return loaded
-
-
-def calibrate(detectors: list[PictureDetector], folder: Path) -> None:
-    """Let the one detector's p-values rest on the good pictures of a folder. Raises UserError where one
-    cannot be read, and where there are several detectors: the pictures are of one class."""
-    if len(detectors) > 1:
-        raise UserError(
-            f"calibrate: {folder} holds good pictures of one class, {len(detectors)} are asked for; name it "
-            "with --class_name"
-        )
-    detectors[0].calibrate(images_below(folder))
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Score the pictures -> the exit status: 1 where some could not be read."""
     arrivals = watch.Arrivals(arguments.watch) if arguments.watch else None
     files = [] if arrivals else find_images(arguments.images)
-    check_targets(arguments, files)
+    if arguments.page and arrivals:
+        raise UserError("page: expected pictures that are there, --watch has no end; leave one out")
+    if folder := arguments.heat_maps:
+        searched = [Path(name) for name in [arguments.watch, *arguments.images] if name]
+        refuse_among(folder, [path for path in searched if path.is_dir()], files)
+        folder.mkdir(parents=True, exist_ok=True)
     detectors = load_all(arguments)
-    if arguments.calibrate:
-        calibrate(detectors, arguments.calibrate)
-    tell_thresholds(detectors)
+    tell_verdicts(detectors, heat_maps=bool(arguments.page or folder))
     done, failed, anomalous = 0, 0, Counter[str]()  # pictures, the last of each class
     drawn: set[Path] = set()
     on_page: list[Row] = []
     parts = rows_arriving(detectors, arrivals) if arrivals else rows_of(detectors, files)
     ends = [KeyboardInterrupt] if arrivals else []  # as watching does
-    shown = not arrivals and (arguments.output is not None or not sys.stdout.isatty())
+    hidden = arrivals or arguments.output is None and sys.stdout.isatty()
     try:
         with (
             table(arguments.output, at_once=arrivals is not None) as put,
             contextlib.suppress(*ends),
-            tqdm(total=len(files), unit="img", desc="scoring", disable=None if shown else True) as bar,
+            tqdm(total=len(files), unit="img", desc="scoring", disable=True if hidden else None) as bar,
         ):
             for part in parts:
+                bar.update()
                 if isinstance(part, Unreadable):
                     failed += 1
                     tqdm.write(f"skipped: {part.reason}", file=sys.stderr)
-                    bar.update()
                     continue
+                done += 1
                 for row in part:
                     anomalous[row.class_name] += row.verdict == "anomalous"
                     put(row)
-                done += len(part) // len(detectors)
-                bar.update(len(part) // len(detectors))
                 if arguments.page:
                     on_page += part
-                if arguments.heat_maps:
-                    draw_heat_maps(detectors, part, arguments.heat_maps, drawn)
+                if folder:
+                    draw_heat_maps(detectors, part, folder, drawn)
     except BrokenPipeError:  # whoever read the rows has seen enough
         sys.stdout = None  # type: ignore[assignment]
         return 0

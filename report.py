@@ -12,16 +12,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH, too
 
 from shell.command_line import OneLineParser
-from shell.signals import guarded, stop
+from shell.signals import guarded
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="the name of a run in runs/, or its folder")
-    arguments = parser.parse_or_stop()
-    if len(arguments.runs) > 2:
-        stop(f"expected two runs at most, got {len(arguments.runs)}")
-    return arguments
+    parser.add_argument("run", nargs="?", help="the name of a run in runs/, or its folder")
+    parser.add_argument("other", nargs="?", help="that of the run to compare it with")
+    return parser.parse_or_stop()
 
 
 if __name__ == "__main__":  # parse before the slow imports
@@ -32,13 +30,13 @@ from reporting.report import read_summary, terminal_table
 
 
 def main(arguments: argparse.Namespace) -> None:
-    root, names = Path("runs"), arguments.runs
-    if not names:
-        print(compare.list_runs(root))
-    elif len(names) == 1:
-        print(terminal_table(read_summary(compare.find_run(names[0], root))))
+    root, run, other = Path("runs"), arguments.run, arguments.other
+    if other:
+        print(compare.compare(run, other, root))
+    elif run:
+        print(terminal_table(read_summary(compare.find_run(run, root))))
     else:
-        print(compare.compare(names[0], names[1], root))
+        print(compare.list_runs(root))
 
 
 if __name__ == "__main__":

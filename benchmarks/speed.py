@@ -151,7 +151,8 @@ def compare_steps(args: argparse.Namespace, device: torch.device) -> Table:
         torch.manual_seed(0)
         ours, theirs = same_flows(args.channels, device)
         tokens = torch.randn(batch, 65, args.channels, device=device)
-        adam, plain_adam = train.make_optimizer(ours, Config()), transcription.make_optimizer(theirs)
+        adam = torch.optim.Adam(ours.parameters(), lr=Config.lr_init, **train.ADAM)
+        plain_adam = transcription.make_optimizer(theirs)
         jobs = {
             "theirs": lambda: transcription.step(theirs, plain_adam, tokens),
             "ours": lambda: our_step(ours, adam, tokens),

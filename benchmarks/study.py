@@ -29,15 +29,15 @@ from suite import ROOT, WHOLE, Set, as_csv, auroc_cell, read_suite, why_left_out
 
 import datasets
 import extractor
+import train
 import utils
 from config import UserError, make_config
-from detector import checkpoints, places
-from detector.class_data import TokenSource
+from detector import checkpoints, evaluation, places
+from detector.preparation import PreparedClass
 from reporting.tables import as_markdown
 from shell.files import write_text
 from shell.signals import KEPT, guarded
 from shell.values import parse_values
-from train import Trainer, make_trainer
 
 HOW = (
     "AUROC, mean over a set's classes (± standard deviation over the seeds). Last column: the difference to "
@@ -164,34 +164,35 @@ def fit(study: str, number: int, of_set: str, knobs: dict, class_name: str, seed
     config, device = make_config(chosen.knobs | knobs | variant.knobs | more), torch.device("cpu")
     places.NEAR, places.RING = variant.near, variant.ring
     cache = extractor.ensure_features(config, device)
-    train, test = (TokenSource(cache.arrays(split), device) for split in datasets.SPLITS)
-    trainer = make_trainer(config, cache, class_name, seed, train, test)
+    prepared = train.prepare(config, cache, train.token_sources(cache, device), class_name, seed)
     if variant.change:
-        trainer.flow = trainer.detector.flow = Changed(trainer.detector.flow, variant.change)
-    fitted, labels = trained(trainer, chosen.epochs), trainer.data.labels
-    last = {WHOLE: fitted.scores, **fitted.flow_scores}
+        prepared.detector.flow = Changed(prepared.detector.flow, variant.change)
+    fitted, labels = trained(prepared, chosen.epochs), prepared.data.labels
+    last = {WHOLE: fitted.test.scores, **fitted.flow_scores}
     found = {
         f"{variant.name}, epoch {entry['epoch']}: {score}": entry[f"{score}_auroc"]
         for entry in fitted.history
         for score in chosen.scores
         if entry["epoch"] in chosen.epochs
     }
-    epoch = f", epoch {trainer.epochs}" if chosen.epochs else ""
+    epoch = f", epoch {fitted.history[-1]['epoch']}" if chosen.epochs else ""
     scores = {f"{variant.name}{epoch}: {name}": last[name] for name in chosen.scores if name in last}
     for name, values in (scores | fitted.simple_scores).items():
         found[name] = utils.auroc(labels, values)
     return [Row(name, of_set, class_name, seed, auroc) for name, auroc in found.items()]
 
 
-def trained(trainer: Trainer, epochs: tuple[int, ...]) -> checkpoints.Fitted:
+def trained(prepared: PreparedClass, epochs: tuple[int, ...]) -> checkpoints.Record:
     """Train; where epochs are named, the test images are scored after these and the last alone."""
     if not epochs:
-        return trainer.run()
-    for epoch in range(1, trainer.epochs + 1):
-        loss = trainer.train_epoch()
-        if epoch in epochs or epoch == trainer.epochs:
-            trainer.evaluate(epoch, loss)
-    return trainer.fitted(0)
+        return train.train(prepared)
+    last, _ = train.count_epochs(prepared)
+    evaluations = [
+        evaluation.evaluate(prepared, epoch, loss)
+        for epoch, loss in train.train_epochs(prepared)
+        if epoch in (*epochs, last)
+    ]
+    return train.fitted(prepared, evaluations, 0)
 
 
 def tasks(study: str, sets: list[Set], more: dict, seeds: int) -> list[tuple]:

@@ -35,21 +35,16 @@ class Threshold(NamedTuple):
     asked: float
 
     def __str__(self) -> str:
-        return (
+        told = (
             f"anomalous: above {self.score:.6g}; false alarms there {self.expected:.2%} "
             f"({self.low:.2%} to {self.high:.2%} with {CONFIDENCE:.0%} confidence), from {self.n} "
             "held-out normal pictures"
         )
-
-    @property
-    def warning(self) -> str:
-        """What to say where the pictures are too few; "" where they are enough."""
         if self.expected <= self.asked:
-            return ""
+            return told
         return (
-            f"a false-alarm rate of {self.asked:g} needs {needed(self.asked)} held-out normal pictures, "
-            f"there are {self.n}: the threshold is the greatest of their scores, at a rate of "
-            f"{self.expected:.3g}"
+            f"{told}\nwarning: a false-alarm rate of {self.asked:g} needs {needed(self.asked)} of them: the "
+            f"threshold is the greatest of their scores, at a rate of {self.expected:.3g}"
         )
 
 

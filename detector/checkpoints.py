@@ -7,34 +7,16 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 import config as knobs
 import utils
-from cache import feature_cache
 from config import Config, UserError, make_config
 from shell.files import file_name, read_sealed, sha256_of_file, whole_file, write_sealed
 from shell.values import class_names
 
 # Of the formulas that scores are made by: kept with what they made, and raised with every change of them.
 SCORING = 4
-
-
-@dataclasses.dataclass
-class Fitted:
-    """What fitting a class left: the detector at the chosen epoch, its scores, and how it came about."""
-
-    detector: nn.Module  # a detector.detector.Detector
-    scores: np.ndarray  # of the test images
-    labels: np.ndarray
-    test_rows: np.ndarray
-    held_scores: np.ndarray  # of the held-out normal training images; empty where none were held out
-    history: list[dict]
-    result: dict
-    # scores of the test images by their names (``Detector.scores``): others than ``scores`` at the chosen
-    # epoch, and all "..., before training"
-    flow_scores: dict[str, np.ndarray]
-    simple_scores: dict[str, np.ndarray]  # of simple detectors
 
 
 @dataclasses.dataclass
@@ -48,17 +30,21 @@ class Scored:
 
 @dataclasses.dataclass
 class Record:
-    """A checkpoint's JSON, field by field; lists are arrays here."""
+    """What fitting a class came to beside its detector; a checkpoint's JSON, field by field, where arrays are
+    lists."""
 
     result: dict  # a row of the table: class, seed, metrics, counts, times
     history: list[dict]  # of every evaluation
-    config: dict
-    features: dict  # the sidecar of the features that it was fitted to
     test: Scored
-    held_out_scores: np.ndarray
-    flow_scores: dict[str, np.ndarray]  # as in ``Fitted``
-    simple_scores: dict[str, np.ndarray]
-    weights: dict | None  # size and hash of the file beside it; None where none was kept
+    held_out_scores: np.ndarray  # of the held-out normal training images; empty where none were held out
+    # scores of the test images by their names (``Detector.scores``): others than those of ``test`` at the
+    # last epoch, and all "..., before training"
+    flow_scores: dict[str, np.ndarray]
+    simple_scores: dict[str, np.ndarray]  # of simple detectors
+    # known once it is kept:
+    config: dict = dataclasses.field(default_factory=dict)
+    features: dict = dataclasses.field(default_factory=dict)  # the sidecar of those that it was fitted to
+    weights: dict | None = None  # size and hash of the file beside it; None where none was kept
     scoring: int = SCORING
 
 
@@ -77,40 +63,24 @@ def checkpoint_path(config: Config, class_name: str, seed: int) -> Path:
     return run_folder(config) / "classes" / f"{file_name(class_name)}-seed{seed}"
 
 
-def save_fitted(config: Config, cache: feature_cache.FeatureCache, fitted: Fitted) -> Path:
-    """Keep a fitted class: its weights, then its record, which has their size and hash. Raises UserError when
-    they cannot be written."""
-    path = checkpoint_path(config, fitted.result["class"], fitted.result["seed"])
-    record, weights = checkpoint_files(path)
-    record.unlink(missing_ok=True)  # an older run's: it would not fit what is written now
+def save_fitted(config: Config, features: dict, detector: nn.Module, record: Record) -> Path:
+    """Keep a fitted class: its weights, then its record, which has their size and hash. features: the sidecar
+    of the cache. Raises UserError when they cannot be written."""
+    path = checkpoint_path(config, record.result["class"], record.result["seed"])
+    file, weights = checkpoint_files(path)
+    file.unlink(missing_ok=True)  # an older run's: it would not fit what is written now
     weights.unlink(missing_ok=True)
     if config.keep != "results":
-        save_weights(fitted.detector.state_dict(), weights)
-    content = Record(
-        result=fitted.result,
-        history=fitted.history,
-        config=dataclasses.asdict(config),
-        features=cache.meta,
-        test=Scored(fitted.test_rows, fitted.labels, fitted.scores),
-        held_out_scores=fitted.held_scores,
-        flow_scores=fitted.flow_scores,
-        simple_scores=fitted.simple_scores,
-        weights=fingerprint(weights) if config.keep != "results" else None,
-    )
-    write_sealed(record, dataclasses.asdict(content))
-    return path
-
-
-def save_weights(state: dict[str, Tensor], path: Path) -> None:
-    """Write a state dict, whole or not at all. Raises UserError on a full disk or a folder that may not be
-    written."""
-    with whole_file(path) as partial:
+        state = {name: values.contiguous().cpu() for name, values in detector.state_dict().items()}
         try:
-            save_file({name: t.contiguous().cpu() for name, t in state.items()}, partial)
+            with whole_file(weights) as partial:
+                save_file(state, partial)
         except SafetensorError as error:
-            raise UserError(
-                f"the weights {path} cannot be written ({error}); make space on its disk"
-            ) from None
+            raise UserError(f"{weights} cannot be written ({error}); make space on its disk") from None
+    record.weights = fingerprint(weights) if config.keep != "results" else None
+    record.config, record.features = dataclasses.asdict(config), features
+    write_sealed(file, dataclasses.asdict(record))
+    return path
 
 
 def fingerprint(path: Path) -> dict:
@@ -135,12 +105,12 @@ def read_record(path: Path) -> Record:
     content = {name: value for name, value in read_sealed(file).items() if name != "checksum"}
     try:
         record = Record(**content)
-        record.history = [undefined_as_nan(entry) for entry in record.history]
-        record.result = undefined_as_nan(record.result)
-        test = content["test"]
-        record.test = Scored(
-            np.array(test["rows"], int), np.array(test["labels"], int), np.array(test["scores"], float)
-        )
+        for entry in (record.result, *record.history):  # metrics of one label only stand as null in JSON
+            nulls = [name for name, value in entry.items() if value is None]
+            undefined = [name for name in nulls if name.split("_")[-1] in utils.METRICS]
+            entry |= dict.fromkeys(undefined, float("nan"))
+        rows, labels, scores = (content["test"][name] for name in ("rows", "labels", "scores"))
+        record.test = Scored(np.array(rows, int), np.array(labels, int), np.array(scores, float))
         record.held_out_scores = np.array(record.held_out_scores, float)
         for scores in (record.flow_scores, record.simple_scores):
             scores |= {name: np.array(values, float) for name, values in scores.items()}
@@ -149,14 +119,6 @@ def read_record(path: Path) -> Record:
     if record.scoring != SCORING:
         raise ValueError(f"{file} was fitted by a version whose scores are others; train it again")
     return record
-
-
-def undefined_as_nan(entry: dict) -> dict:
-    """Metrics that were undefined (one label only) stand as null in JSON; here as NaN again."""
-    metrics = (
-        name for name, value in entry.items() if value is None and name.split("_")[-1] in utils.METRICS
-    )
-    return entry | dict.fromkeys(metrics, float("nan"))
 
 
 def config_of(record: Record) -> Config:

@@ -58,24 +58,23 @@ class TokenSource:
                 rows = slice(start, start + 1024)
                 self.resident[name][rows].copy_(torch.from_numpy(array[rows]))
 
-    def _rows(self, name: str, index: np.ndarray, on_cpu: bool) -> Tensor:
+    def on_cpu(self) -> "TokenSource":
+        """The same rows, read to the CPU."""
+        return TokenSource(self.arrays, torch.device("cpu"))
+
+    def _rows(self, name: str, index: np.ndarray) -> Tensor:
         """The rows ``index`` of an array, float16."""
-        if on_cpu or self.resident is None:
-            rows = torch.from_numpy(self.arrays[name][index])
-            return rows if on_cpu else rows.to(self.device)
+        if self.resident is None:
+            return torch.from_numpy(self.arrays[name][index]).to(self.device)
         return self.resident[name].index_select(0, torch.from_numpy(index).to(self.device))
 
-    def features(self, index: np.ndarray, on_cpu: bool = False) -> Features:
-        """The features of the images ``index``, on the device, but for the places: few classes need them."""
-        names = [name for name in self.arrays if name != "places"]
-        return Features.of({name: self._rows(name, index, on_cpu) for name in names})
-
     def __getitem__(self, index: np.ndarray) -> Features:
-        return self.features(index)
+        """The features of the images ``index``, on the device, but for the places: few classes need them."""
+        return Features.of({name: self._rows(name, index) for name in self.arrays if name != "places"})
 
-    def one(self, name: str, index: np.ndarray, on_cpu: bool = False) -> Tensor:
+    def one(self, name: str, index: np.ndarray) -> Tensor:
         """One array of the images ``index``, float32, on the device, without reading the rest."""
-        return self._rows(name, index, on_cpu).float()
+        return self._rows(name, index).float()
 
     @functools.cached_property
     def _semantic(self) -> Tensor:
@@ -113,12 +112,11 @@ class ClassData:
     labels: np.ndarray  # of test_rows: 0 normal, 1 anomalous
     held_pictures: list[str] | None = None  # with tiles: the picture that each of held_rows is of
 
-    PARTS = ("fit", "held", "test")
-
-    def part(self, name: str) -> tuple[TokenSource, np.ndarray]:
-        """Where the images of a part are read, and their rows there."""
-        source = self.test if name == "test" else self.train
-        return source, {"fit": self.fit_rows, "held": self.held_rows, "test": self.test_rows}[name]
+    @property
+    def parts(self) -> dict[str, tuple[TokenSource, np.ndarray]]:
+        """By part, where its images are read, and their rows there."""
+        rows = {"fit": self.fit_rows, "held": self.held_rows, "test": self.test_rows}
+        return {part: (self.test if part == "test" else self.train, rows[part]) for part in rows}
 
 
 def class_data(

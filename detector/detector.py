@@ -1,6 +1,7 @@
 """The detector of one normal class: from cached tokens to scores; loaded from its checkpoint."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from detector import memory
 from detector.checkpoints import Record, checkpoint_files, config_of, read_record, weights_fault
 from detector.class_data import EVAL_BATCH, Features, in_batches
 from detector.image_density import ImageDensity, Standardized
-from detector.normalization import JointNormalizer, PatchNormalizer, power_groups
+from detector.normalization import NORMALIZATIONS, PatchNormalizer, power_l2
 from detector.places import SEEN, Places
 from model import Inputs
 
@@ -41,6 +42,7 @@ class Detector(nn.Module):
     ``make_detector`` makes the one that a configuration asks for."""
 
     flow: nn.Module
+    powered = whitens = True  # whether groups of the joint token are power-normalised, the whole whitened
     uses_places = False
     at_start = False  # whether the flow is known to be the identity: places need not pass it
 
@@ -56,32 +58,27 @@ class Detector(nn.Module):
         self.band_columns: list[range] = []
         if config.bands:
             self.band_columns = joined_bands(tuple(features["band_channels"]))
-        widths = [features["n_feat"], *map(len, self.band_columns)]
-        ends = np.cumsum(widths)
-        self.groups = [range(end - width, end) for end, width in zip(ends, widths)]  # normalised together
-        self.channels = sum(widths)  # of the joint token
-
-    def directions(self, n_images: int | None) -> int:
-        """In how many directions the joint tokens of so many images differ."""
-        return max(1, min(self.channels, n_images - 1)) if n_images else self.channels
+        self.channels = features["n_feat"] + sum(map(len, self.band_columns))  # of the joint token
+        # in which the joint tokens of so many images differ
+        self.directions = max(1, min(self.channels, n_images - 1)) if n_images else self.channels
 
     def joint(self, features: Features) -> Tensor:
-        """The joint token (B, D), as it is cached: the semantic token (re-pooled under ``centre_pool``) and,
-        with bands, the chosen sub-band energies."""
+        """The joint token (B, D): the semantic token (re-pooled under ``centre_pool``) and, with bands, the
+        chosen sub-band energies, each group by ``power_l2`` unless nothing is normalised."""
         semantic = features.semantic
         if self.window is not None:
             semantic = torch.matmul(self.window, features.patches[:, : len(self.window)])
-        if not self.band_columns:
-            return semantic
-        assert features.bands is not None, "bands are cached"
-        chosen = [features.bands[:, group.start : group.stop] for group in self.band_columns]
-        return torch.cat([semantic, *chosen], 1)
+        groups = [semantic]
+        for columns in self.band_columns:
+            assert features.bands is not None, "bands are cached"
+            groups.append(features.bands[:, columns.start : columns.stop])
+        return torch.cat([power_l2(group) for group in groups] if self.powered else groups, 1)
 
-    def inputs(self, features: Features) -> tuple[Inputs | None, Tensor]:
-        """What ``scores`` takes: what the flow takes, and what is known of the images (B) beside it."""
+    def inputs(self, features: Features) -> tuple[Any, Tensor]:
+        """What ``scores`` takes: of what the flow takes, and what is known of the images (B) beside it."""
         raise NotImplementedError
 
-    def scores(self, inputs: Inputs | None, beside: Tensor) -> dict[str, Tensor]:
+    def scores(self, inputs: Any, beside: Tensor) -> dict[str, Tensor]:
         """The anomaly scores (B) of images, higher = more anomalous, by the names that tables have."""
         raise NotImplementedError
 
@@ -112,19 +109,18 @@ class Detector(nn.Module):
 
 class ImageFlow(Detector):
     """The paper's detector: the flow moves the image's token, and its coupling layers see the fused patch
-    tokens. Scores: mean z², the likelihood, or neighbours in latent space (docs/method.md, section 4)."""
+    tokens. Scores: mean z², or the likelihood (docs/method.md, section 4)."""
 
     def __init__(self, config: Config, features: dict, n_images: int | None = None):
         super().__init__(config, features, n_images)
         self.score_name = config.score
-        name, grid = normalization_in_effect(config, features), tuple(features["grid"])
-        leading = self.directions(n_images if name.endswith("whiten") else None)
-        self.normalizer = JointNormalizer(name, self.groups, leading)
-        fused = config.fusion != "none"
-        self.patch_normalizer = PatchNormalizer(name, features["n_feat"], leading) if fused else None
-        self.flow = build_flow(config, leading, grid, features["tokens"] - 1 if fused else 0)
-        # latents of the training images, where the score is latent_knn
-        self.register_buffer("reference", torch.zeros(0, leading, dtype=torch.float16))
+        name, fused = normalization_in_effect(config, features), config.fusion != "none"
+        self.powered, self.whitens = name != "none", name.endswith("whiten")
+        channels = self.directions if self.whitens else self.channels
+        self.normalizer: nn.Module = NORMALIZATIONS[name](self.channels, channels)
+        self.patch_normalizer = PatchNormalizer(self.powered, features["n_feat"], channels) if fused else None
+        n_tokens = features["tokens"] - 1 if fused else 0
+        self.flow = build_flow(config, channels, tuple(features["grid"]), n_tokens)
 
     def inputs(self, features: Features) -> tuple[Inputs, Tensor]:
         """The joint tokens (B, k) and what they see (B, N, k), normalised; and the squared length (B) of what
@@ -134,15 +130,12 @@ class ImageFlow(Detector):
             return Inputs(tokens, tokens.new_zeros(tokens.shape[0], 0, tokens.shape[1])), outside
         return Inputs(tokens, self.patch_normalizer(features.patches)), outside
 
-    def scores(self, inputs: Inputs, outside: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+    def scores(self, inputs: Inputs, outside: Tensor) -> dict[str, Tensor]:
         z, log_det = self.flow(inputs.tokens, [inputs.seen])
         scores = {
             "likelihood": model.negative_log_likelihood(z, log_det, outside, self.channels),
             "latent": z.square().mean(1),
         }
-        if len(self.reference):
-            distances = model.squared_distances(z, self.reference.float()) + outside.unsqueeze(1)
-            scores["latent_knn"] = model.nearest_neighbours(distances)
         return {WHOLE: scores[self.score_name], **scores}
 
 
@@ -157,18 +150,13 @@ class PlaceFlow(Detector):
         self.flow = build_flow(config, channels, (1, SEEN), SEEN)
         self.places = Places(place_grid_of(features), channels)
         self.place_unit = Standardized()
-        self.image = ImageDensity(self.channels, self.directions(n_images))
+        self.image = ImageDensity(self.channels, self.directions)
         self.register_buffer("one_scene", torch.ones(()))  # the weight of image_density.one_scene
         self.uses_places = True
 
-    def inputs(self, features: Features) -> tuple[Inputs | None, Tensor]:
-        """What the flow takes of the places (None where they are not read), and the image part (B)."""
-        image = self.image_part(power_groups(self.joint(features), self.groups))
-        return self.place_inputs(features.places) if self.uses_places else None, image
-
-    def place_inputs(self, places: Tensor) -> Inputs:
-        """What the flow takes of all places of images, from raw place tokens (B, P, E) -> (B P, ...)."""
-        return self.places.inputs(self.places.whiten(places))
+    def inputs(self, features: Features) -> tuple[Tensor | None, Tensor]:
+        """The place tokens (B, P, E), None where they are not read, and the image part (B)."""
+        return features.places if self.uses_places else None, self.image_part(self.joint(features))
 
     def image_part(self, joint: Tensor) -> Tensor:
         """How unusual the image is as a whole (B), in standard deviations, from its power-normalised joint
@@ -176,24 +164,25 @@ class PlaceFlow(Detector):
         gaussian, kernels = self.image(joint).unbind(1)
         return self.one_scene * gaussian + (1 - self.one_scene) * kernels
 
-    def latents(self, inputs: Inputs, images: int) -> tuple[Tensor, Tensor]:
-        """z (B, P, E) and negative log-likelihoods (B, P) of the places of B images."""
-        if self.at_start:
-            z, log_det = inputs.tokens, inputs.tokens.new_zeros(len(inputs.tokens))
-        else:
-            z, log_det = self.flow(inputs.tokens, [inputs.seen])
-        shape = (images, self.places.count)
-        return z.unflatten(0, shape), model.negative_log_likelihood(z, log_det).unflatten(0, shape)
+    def latents(self, whitened: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B, P, E) and negative log-likelihoods (B, P) of all places of images, from their whitened tokens
+        (B, P, E)."""
+        z, seen = self.places.inputs(whitened)
+        log_det = z.new_zeros(z.shape[0])
+        if not self.at_start:
+            z, log_det = self.flow(z, [seen])
+        z = z.view(whitened.shape)
+        return z, model.negative_log_likelihood(z, log_det.view(z.shape[:2]))
 
-    def scores(self, inputs: Inputs | None, image: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        if inputs is None:
+    def scores(self, places: Tensor | None, image: Tensor) -> dict[str, Tensor]:
+        if places is None:
             return {WHOLE: image, "image part": image}
-        z, likelihoods = self.latents(inputs, image.shape[0])
-        places = self.place_unit(self.places.most_unusual(likelihoods))
+        z, likelihoods = self.latents(self.places.whiten(places))
+        most_unusual = self.place_unit(self.places.most_unusual(likelihoods))
         return {
-            WHOLE: image + PLACES_WEIGHT * self.one_scene * places,
+            WHOLE: image + PLACES_WEIGHT * self.one_scene * most_unusual,
             "image part": image,
-            "places": places,
+            "places": most_unusual,
             "likelihood": likelihoods.mean(1),
             "latent": z.square().mean((1, 2)),
         }
@@ -203,7 +192,7 @@ class PlaceFlow(Detector):
         """How unusual every place is (B, P), in standard deviations of the place's own log-likelihood beyond
         the three that few places of a normal picture reach, from raw place tokens (B, P, E)."""
         with products(places.device):
-            _, likelihoods = self.latents(self.place_inputs(places), len(places))
+            _, likelihoods = self.latents(self.places.whiten(places))
             return (self.places.unusual(likelihoods) - USUAL).cpu().numpy()
 
     def read_places(self, one_scene: float) -> None:
@@ -216,10 +205,10 @@ class PlaceFlow(Detector):
         self.read_places(float(self.one_scene))
 
 
-def make_detector(config: Config, features: dict, n_images: int | None = None) -> Detector:
-    """The detector that a configuration asks for; arguments and errors as of ``Detector``, and UserError on
-    one that is more than the memory holds."""
-    memory.check(config, features)
+def make_detector(config: Config, features: dict, n_images: int | None = None, batch: int = 0) -> Detector:
+    """The detector that a configuration asks for; arguments and errors as of ``Detector``, and UserError
+    where it, or training it by batches of so many images, is more than the memory holds."""
+    memory.check(config, features, batch)
     return (PlaceFlow if config.score == "joined" else ImageFlow)(config, features, n_images)
 
 

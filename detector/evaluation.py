@@ -4,84 +4,88 @@ import dataclasses
 
 import numpy as np
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
 import utils
 from backbone.arithmetic import products
+from config import ClassError
 from detector import baselines
 from detector.class_data import evenly, in_batches
 from detector.detector import WHOLE
 from detector.preparation import PLACE_BATCH, PLACE_SAMPLE, PreparedClass
 from model import LOG_ROOT_2PI
 
+AUROCS = {"auroc": WHOLE, "latent_auroc": "latent", "likelihood_auroc": "likelihood"}  # of which score
+
 
 @dataclasses.dataclass
 class Evaluation:
     """What a class has come to after an epoch."""
 
-    entry: dict  # of the history: epoch, loss, held_out_loss where images are held out, AUROCs by score
+    epoch: int
+    loss: float | None  # of training; None before it
+    held_out_loss: float | None  # nats per channel; None where nothing is held out, or has a likelihood
+    aurocs: dict[str, float]  # as in ``AUROCS``; NaN where there is no such score
     held: np.ndarray  # whole scores of the held-out images
     test: dict[str, np.ndarray]  # scores of the test images by their names
-    finite: bool  # whether all scores are; else the held-out loss is infinite
-    # of the detector, where it may be gone back to
-    state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
-    @property
-    def held_out_loss(self) -> float:
-        """Nats per channel; NaN where nothing is held out."""
-        return self.entry.get("held_out_loss", float("nan"))
+    def entry(self) -> dict:
+        """Of the history, as the record has it."""
+        return {"epoch": self.epoch, "loss": self.loss, "held_out_loss": self.held_out_loss, **self.aurocs}
 
     def __str__(self) -> str:
-        loss = self.entry["loss"]
-        trained = "before training" if loss is None else f"loss {loss:.4f}"
-        held = f"  held-out loss {self.held_out_loss:.4f}" if "held_out_loss" in self.entry else ""
-        tested = f"  AUROC {self.entry['auroc']:.4f}" if len(self.test[WHOLE]) else ""
-        return f"epoch {self.entry['epoch']}  {trained}{held}{tested}"
+        trained = "before training" if self.loss is None else f"loss {self.loss:.4f}"
+        held = "" if self.held_out_loss is None else f"  held-out loss {self.held_out_loss:.4f}"
+        tested = f"  AUROC {self.aurocs['auroc']:.4f}" if len(self.test[WHOLE]) else ""
+        return f"epoch {self.epoch}  {trained}{held}{tested}"
 
 
 @torch.no_grad()
 def scores_of(prepared: PreparedClass, part: str) -> dict[str, np.ndarray]:
     """Scores (n) of the images of a part as the flow now is, by their names: ``Detector.scores``."""
-    _, rows = prepared.data.part(part)
-    batches = in_batches(np.arange(len(rows)), prepared.at_once)
     with products(prepared.device):
-        scores = [prepared.detector.scores(*prepared.taken(part, batch)) for batch in batches]
+        scores = [prepared.detector.scores(*taken) for taken in prepared.taken(part)]
     return {name: torch.cat([each[name] for each in scores]).cpu().numpy() for name in scores[0]}
 
 
 @torch.no_grad()
 def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluation:
-    """Measure the held-out normals and the test images as the flow now is. loss: of the epoch, None before
-    training."""
+    """Measure the held-out normals and the test images as the flow now is, and tell it. loss: of the epoch,
+    None before training. Raises ClassError on scores that are not finite."""
+    config, data = prepared.config, prepared.data
     prepared.detector.eval()
-    prepared.detector.at_start = loss is None and prepared.config.identity_start
+    prepared.detector.at_start = loss is None and config.identity_start
     with products(prepared.device):
         prepared.refit()
     held, test = scores_of(prepared, "held"), scores_of(prepared, "test")
-    entry: dict = {"epoch": epoch, "loss": loss}
+    if not all(np.isfinite(scores).all() for scores in (*held.values(), *test.values())):
+        raise ClassError(
+            f"class {data.class_name}: scores are not finite in epoch {epoch} at learning rate "
+            f"{config.lr_init:g}; try a lower lr_init, max_grad_norm 1, or normalize power_l2"
+        )
+    held_out_loss = None
     if "likelihood" in held and len(held[WHOLE]):
-        entry["held_out_loss"] = float(held["likelihood"].mean() - LOG_ROOT_2PI)  # as of training, eq. 11
-    finite = all(np.isfinite(scores).all() for scores in (*held.values(), *test.values()))
-    if not finite:
-        entry["held_out_loss"] = float("inf")
-    for column, name in (("auroc", WHOLE), ("latent_auroc", "latent"), ("likelihood_auroc", "likelihood")):
-        known = name in test
-        entry[column] = utils.auroc(prepared.data.labels, np.nan_to_num(test[name])) if known else np.nan
-    return Evaluation(entry, held[WHOLE], test, finite)
+        held_out_loss = float(held["likelihood"].mean() - LOG_ROOT_2PI)  # as of training, eq. 11
+    aurocs = {
+        column: utils.auroc(data.labels, test[name]) if name in test else np.nan
+        for column, name in AUROCS.items()
+    }
+    now = Evaluation(epoch, loss, held_out_loss, aurocs, held[WHOLE], test)
+    tqdm.write(f"{data.class_name}  {now}")
+    return now
 
 
-def result_of(prepared: PreparedClass, best: Evaluation, history: list[dict], seconds: float) -> dict:
-    """The result of a class, as tables and its record have it, from the evaluation that counts, whose scores
-    are finite. seconds: what training took."""
+def result_of(prepared: PreparedClass, last: Evaluation, history: list[dict], seconds: float) -> dict:
+    """The result of a class, as tables and its record have it, from the last evaluation. seconds: what
+    training took."""
     data = prepared.data
-    # the start, where it is only looked at for comparison, is no epoch that could be reported
-    reportable = [entry for entry in history if entry["epoch"] or prepared.config.patience] or history
+    trained = [entry for entry in history if entry["epoch"]] or history  # the start is for comparison
     return {
         "class": data.class_name,
         "seed": prepared.seed,
-        **utils.detection_metrics(data.labels, best.test[WHOLE]),
-        "best_on_test_auroc": max(entry["auroc"] for entry in reportable),
-        **{key: value for key, value in best.entry.items() if key != "auroc"},
+        **last.entry(),
+        **utils.detection_metrics(data.labels, last.test[WHOLE]),
+        "best_on_test_auroc": max(entry["auroc"] for entry in trained),
         "reads_places": prepared.detector.uses_places,
         "n_train": len(data.fit_rows),
         "n_held_out": len(data.held_rows),
@@ -112,10 +116,10 @@ def simple_scores(prepared: PreparedClass) -> dict[str, np.ndarray]:
         scores["Gaussian, joint token"] = baselines.gaussian(train, prepared.joint["test"])
         scores["kNN, joint token"] = baselines.neighbours(train, prepared.joint["test"])
     if prepared.detector.uses_places:
-        reference = data.train.one("places", evenly(normal, PLACE_SAMPLE), on_cpu=True)
+        reference = data.train.on_cpu().one("places", evenly(normal, PLACE_SAMPLE))
         batches = in_batches(data.test_rows, PLACE_BATCH)
         for name, fitted_to in baselines.PLACES.items():
             score = fitted_to(reference)
-            parts = [score(data.test.one("places", batch, on_cpu=True)) for batch in batches]
+            parts = [score(data.test.on_cpu().one("places", batch)) for batch in batches]
             scores[name] = torch.cat(parts).numpy()
     return scores

@@ -90,7 +90,8 @@ class ImageDensity(nn.Module):
         self.kernel_scale.copy_((values + KERNEL_RIDGE * average).clamp_min(EPS).rsqrt())
         self.kernel_rest.copy_(1 / (KERNEL_RIDGE * average).clamp_min(EPS))
         inside = (joint - self.gaussian.principal.mean) @ self.gaussian.principal.directions
-        self.gaussian_unit.fit(self._log(left_out_energies(inside, values, average, shrinkage)))
+        left_out = left_out_energies(inside, values, average, shrinkage, channels)
+        self.gaussian_unit.fit(self._log(left_out))
         scaled = inside * self.kernel_scale
         self.centres = (DRAWN * scaled).half()
         distances = left_out_distances(scaled, self.centres.float())
@@ -110,16 +111,17 @@ class ImageDensity(nn.Module):
         return torch.stack([self.gaussian_unit(self._log(gaussian)), self.kernel_unit(self._log(kernels))], 1)
 
 
-def left_out_energies(inside: Tensor, values: Tensor, average: Tensor, shrinkage: float) -> Tensor:
+def left_out_energies(
+    inside: Tensor, values: Tensor, average: Tensor, shrinkage: float, channels: int
+) -> Tensor:
     """The squared Mahalanobis distance of each training image (n) under the Gaussian of the n - 1 others with
     the same shrinkage ρ, from the tokens' coordinates (n, k) in their principal directions, the variances (k)
     there and their mean () over all D channels (docs/method.md, eq. 20).
 
     Without image i, at d from the mean of all n: the mean is d / (n - 1) further away, the covariance n / (n
     - 1) (S - d dᵀ / (n - 1)), whose inverse Sherman and Morrison give."""
-    n, coordinates = len(inside), inside.double()
-    squares, more = coordinates.square(), n / (n - 1)
-    channels = values.sum() / average
+    n = len(inside)
+    squares, more = inside.double().square(), n / (n - 1)
     averages = more * (average - squares.sum(1, keepdim=True) / ((n - 1) * channels))
     kept = more * (1 - shrinkage) * values + shrinkage * averages  # (n, k)
     energies = (squares / kept.clamp_min(EPS)).sum(1)

@@ -1,8 +1,7 @@
 """Feature normalisation before the flow, fitted on normal training features only and saved with the
 checkpoint.
 
-Backbone features are badly scaled for a flow: a few channels carry most of the variance. ``NORMALIZATIONS``
-names the choices."""
+Backbone features are badly scaled for a flow: a few channels carry most of the variance."""
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +12,6 @@ from backbone.arithmetic import is_traced
 EPS = 1e-12
 NO_VARIANCE = 1e-12  # of a direction, in units of the largest
 RIDGE = 1e-6  # in units of the mean eigenvalue: what float32 needs to tell directions from rounding
-
-# The normalisations by name, as the steps they take in this order.
-NORMALIZATIONS: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "power_l2": ("power_l2",),
-    "power_l2+whiten": ("power_l2", "whiten"),
-}
 
 
 def spread(tokens: Tensor) -> float:
@@ -36,11 +28,6 @@ def power_l2(tokens: Tensor) -> Tensor:
     rooted = tokens.abs().sqrt_()
     rooted = rooted * tokens.sign() if is_traced() else rooted.copysign_(tokens)  # ONNX has no copysign
     return rooted.div_(torch.linalg.vector_norm(rooted, dim=-1, keepdim=True).clamp_min_(EPS))
-
-
-def power_groups(joint: Tensor, groups: list[range]) -> Tensor:
-    """Each group of columns by ``power_l2``: (..., D) -> (..., D)."""
-    return torch.cat([power_l2(joint[..., group.start : group.stop]) for group in groups], -1)
 
 
 def principal_directions(centred: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,65 +73,70 @@ class Principal(nn.Module):
         return inside, outside if self.partial else torch.zeros_like(outside)
 
 
-class JointNormalizer(nn.Module):
-    """Joint tokens (B, D) -> what the flow takes: tokens (B, k) and the squared length (B) of what lies in no
-    direction of the training images (0 where k = D). Its buffers are fitted by ``fit``.
+class Standardization(nn.Module):
+    """Joint tokens (B, D) -> what the flow takes: tokens (B, D) less their mean, by one factor of mean square
+    1; and the squared length (B) of what it does not see: 0. Before ``fit``, the tokens as they are."""
 
-    name (NORMALIZATIONS): "none"; "power_l2": each group of columns by itself, then one shift and scale for
-    all; "power_l2+whiten": then in the principal directions, largest variance first, each scaled to (λ + r
-    λ̄)^(-1/2), with λ̄ the mean variance and r = ``RIDGE``; what lies outside of them by (r λ̄)^(-1/2)
-    (docs/method.md, eq. 12). One factor for all makes the mean square of the tokens 1."""
-
-    def __init__(self, name: str, groups: list[range], directions: int):
+    def __init__(self, channels: int, _directions: int):
         super().__init__()
-        self.steps, self.groups = NORMALIZATIONS[name], groups
-        self.whitens = "whiten" in self.steps
-        channels = sum(map(len, groups))
-        if self.whitens:
-            self.principal = Principal(channels, directions)
-            self.register_buffer("rest_scale", torch.ones(()))
-        else:
-            self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("scale", torch.ones(directions if self.whitens else 1))
-
-    def power(self, joint: Tensor) -> Tensor:
-        """Each group of columns by ``power_l2``, where the normalisation says so: (B, D) -> (B, D)."""
-        return power_groups(joint, self.groups) if self.steps else joint
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("scale", torch.ones(1))
 
     @torch.no_grad()
-    def fit(self, joint: Tensor) -> "JointNormalizer":
+    def fit(self, tokens: Tensor) -> "Standardization":
         """Fit to the normal training images' joint tokens (n, D), float32."""
-        tokens = self.power(joint)
-        if self.whitens:
-            values, average = self.principal.fit(tokens)
-            floor = RIDGE * average + EPS
-            scale = (values + floor).rsqrt()
-            size = (values * scale.square()).mean().clamp_min(EPS)
-            self.scale.copy_(scale / size.sqrt())
-            self.rest_scale.copy_(1 / (floor * size))
-        elif self.steps:
-            self.mean.copy_(tokens.mean(0))
-            self.scale.fill_(((tokens - self.mean).square().mean() + EPS).rsqrt())
+        self.mean.copy_(tokens.mean(0))
+        self.scale.fill_(((tokens - self.mean).square().mean() + EPS).rsqrt())
         return self
 
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return (tokens - self.mean) * self.scale, tokens.new_zeros(tokens.shape[0])
+
+
+class Whitening(nn.Module):
+    """Joint tokens (B, D) -> what the flow takes: tokens (B, k) in the principal directions, largest variance
+    first, each scaled to (λ + r λ̄)^(-1/2), with λ̄ the mean variance and r = ``RIDGE``; and the squared
+    length (B) of what lies outside of them, over r λ̄ (docs/method.md, eq. 12). One factor for all makes the
+    mean square of the tokens 1."""
+
+    def __init__(self, channels: int, directions: int):
+        super().__init__()
+        self.principal = Principal(channels, directions)
+        self.register_buffer("scale", torch.ones(directions))
+        self.register_buffer("rest_scale", torch.ones(()))
+
     @torch.no_grad()
-    def forward(self, joint: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.power(joint)
-        if self.whitens:
-            inside, outside = self.principal(tokens)
-            return inside * self.scale, outside * self.rest_scale
-        nothing = joint.new_zeros(joint.shape[0])
-        return (tokens - self.mean) * self.scale if self.steps else tokens, nothing
+    def fit(self, tokens: Tensor) -> "Whitening":
+        """Fit to the normal training images' joint tokens (n, D), float32."""
+        values, average = self.principal.fit(tokens)
+        floor = RIDGE * average + EPS
+        scale = (values + floor).rsqrt()
+        size = (values * scale.square()).mean().clamp_min(EPS)
+        self.scale.copy_(scale / size.sqrt())
+        self.rest_scale.copy_(1 / (floor * size))
+        return self
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        inside, outside = self.principal(tokens)
+        return inside * self.scale, outside * self.rest_scale
+
+
+# By name: what is done to joint tokens, whose groups are power-normalised first; not so, nor fitted: none.
+NORMALIZATIONS: dict[str, type[Standardization | Whitening]] = {
+    "none": Standardization,
+    "power_l2": Standardization,
+    "power_l2+whiten": Whitening,
+}
 
 
 class PatchNormalizer(nn.Module):
-    """Patch tokens (B, N, E) -> what the fusion takes (B, N, C), C the flow's channels: normalised by one
-    shift and scale after ``power_l2``; more channels than C brought down to their principal directions, fewer
-    filled up with zeros. "none": as they are, but for the channels. Its buffers are fitted by ``fit``."""
+    """Patch tokens (B, N, E) -> what the fusion takes (B, N, C), C the flow's channels: where ``powered``, by
+    one shift and scale after ``power_l2``; more channels than C brought down to their principal directions,
+    fewer filled up with zeros. Its buffers are fitted by ``fit``."""
 
-    def __init__(self, name: str, channels: int, flow_channels: int):
+    def __init__(self, powered: bool, channels: int, flow_channels: int):
         super().__init__()
-        self.steps, self.missing = NORMALIZATIONS[name], max(0, flow_channels - channels)
+        self.powered, self.missing = powered, max(0, flow_channels - channels)
         self.reduces = channels > flow_channels
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(()))
@@ -154,24 +146,23 @@ class PatchNormalizer(nn.Module):
     @torch.no_grad()
     def fit(self, patches: Tensor) -> "PatchNormalizer":
         """Fit to patch tokens (m, E) of normal training images, float32."""
-        tokens = power_l2(patches) if self.steps else patches
-        if self.steps or self.reduces:
-            self.mean.copy_(tokens.mean(0))
+        tokens = power_l2(patches) if self.powered else patches
+        self.mean.copy_(tokens.mean(0))
         centred = tokens - self.mean
         if self.reduces:
             values, vectors = torch.linalg.eigh((centred.T @ centred / len(centred)).double())
             self.directions.copy_(vectors.flip(1)[:, : self.directions.shape[1]])
             centred = centred @ self.directions
-        if self.steps:
+        if self.powered:
             self.scale.copy_((centred.square().mean() + EPS).rsqrt())
         return self
 
     @torch.no_grad()
     def forward(self, patches: Tensor) -> Tensor:
-        if self.steps or self.reduces:
-            patches = (power_l2(patches) if self.steps else patches.clone()).sub_(self.mean)
+        if self.powered or self.reduces:
+            patches = (power_l2(patches) if self.powered else patches) - self.mean
         if self.reduces:
             patches = torch.matmul(patches, self.directions)
-        if self.steps:
+        if self.powered:
             patches = patches * self.scale
         return F.pad(patches, (0, self.missing)) if self.missing else patches

@@ -1,5 +1,6 @@
 """A fitted class as it is used: pictures in; scores, p-values, verdicts and heat maps out."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from backbone.resizing import Unreadable
 from backbone.token_grid import place_grid_of
 from config import UserError
 from detector import calibration, heat_map
-from detector.checkpoints import Record, config_of
+from detector.checkpoints import Record
 from detector.class_data import Features
 from detector.detector import Detector, load_detector
 from detector.pictures import FittedBackbone, are_several
@@ -19,32 +20,26 @@ from images import images
 from images.pixel_scale import PixelScale
 from images.tiles import tiles_of, whole_map
 
+NO_PLACES = "its score reads no places (score joined does, of pictures of one scene)"
 
+
+@dataclasses.dataclass(eq=False, repr=False)
 class PictureDetector:
     """A fitted class as it is used: pictures in; scores, p-values, verdicts and heat maps out.
 
-    A picture is a path, a Pillow image or an array (H, W, 3) or (H, W) of uint8. held_out: scores of held-out
-    normal pictures, which p-values and verdicts rest on; may be empty.
-
-    It can be pickled, for joblib, Dask or a pool; each process loads the backbone at its first picture. Start
-    processes by spawn: a child forked after a score hangs in torch's threads. Several that share the cores
-    take one thread each:
+    A picture is a path, a Pillow image or an array (H, W, 3) or (H, W) of uint8. It can be pickled, for
+    joblib, Dask or a pool; each process loads the backbone at its first picture. Start processes by spawn: a
+    child forked after a score hangs in torch's threads. Several that share the cores take one thread each:
 
     with multiprocessing.get_context("spawn").Pool(4, torch.set_num_threads, (1,)) as pool:
         scores = pool.map(detector.score, paths)"""
 
-    def __init__(
-        self,
-        fitted: Detector,
-        record: Record,
-        backbone: FittedBackbone,
-        false_alarms: float | None = None,
-    ):
-        self.fitted, self.record, self.backbone = fitted.to(backbone.device).eval(), record, backbone
-        self.class_name, self.held_out = record.result["class"], record.held_out_scores
-        self.false_alarms = record.config["false_alarms"] if false_alarms is None else false_alarms
-        if not 0 < self.false_alarms <= 0.5:
-            raise UserError(f"false_alarms: expected a share above 0 and up to 0.5, got {self.false_alarms}")
+    fitted: Detector
+    record: Record
+    backbone: FittedBackbone
+    false_alarms: float
+    class_name: str
+    held_out: np.ndarray  # scores of normal pictures, which p-values and verdicts rest on; may be empty
 
     @staticmethod
     def load(
@@ -64,11 +59,12 @@ class PictureDetector:
         was fitted to the same features. Raises UserError when the checkpoint or the device is not there."""
         there, path = utils.set_up(device, threads), Path(path)
         fitted, record = load_detector(path)
-        if backbone is None:
-            weights = Path(weights_path) if weights_path else None
-            config = config_of(record)
-            backbone = FittedBackbone(config, record.features, there, path, precision, weights)
-        return PictureDetector(fitted, record, backbone, false_alarms)
+        rate = record.config["false_alarms"] if false_alarms is None else false_alarms
+        if not 0 < rate <= 0.5:
+            raise UserError(f"false_alarms: expected a share above 0 and up to 0.5, got {rate}")
+        backbone = backbone or FittedBackbone(record, path, there, precision, weights_path)
+        name, held_out = record.result["class"], record.held_out_scores
+        return PictureDetector(fitted.to(there), record, backbone, rate, name, held_out)
 
     def score(self, picture: Any) -> Any:
         """The anomaly score of a picture (float), or of several (n): higher is more anomalous. Raises
@@ -92,34 +88,18 @@ class PictureDetector:
         return images.pixels_of(picture, PixelScale(self.backbone.scale.ranges))
 
     def heat_map(self, picture: Any) -> np.ndarray:
-        """How unusual each place of a picture is, (H, W) float32 at its size. Raises UserError on a picture
-        that cannot be read.
-
-        Where the score reads places: in standard deviations beyond ``USUAL``, which few places of a normal
-        picture reach. Else, of tiles, how far each one's score is above their median; of a whole picture by
-        occlusion: how much the score falls when a part is blurred."""
+        """How unusual each place of a picture is, (H, W) float32 at its size, in standard deviations beyond
+        ``USUAL``, which few places of a normal picture reach. Raises UserError on a picture that cannot be
+        read, and where the score reads no places."""
         pixels = self.pixels(picture)
-        if not self.fitted.uses_places and not self.backbone.tiles:
-            return heat_map.by_occlusion(self.score, pixels)
+        if not self.fitted.uses_places:
+            raise UserError(f"no heat maps by {self.class_name}: {NO_PLACES}")
         rows = next(iter(self.backbone.rows([pixels])))
         assert not isinstance(rows, Unreadable), "pixels can be read"
-        features, size = Features.of(rows), pixels.shape[:2]
-        tiles = tiles_of(size, self.backbone.tiles)
-        if self.fitted.uses_places:
-            values, grid = self.fitted.place_map(features.places), place_grid_of(self.backbone.features)
-            maps = [heat_map.of_places(each, grid, (t.height, t.width)) for each, t in zip(values, tiles)]
-        else:
-            scores = self.fitted.score_features(features)
-            maps = [np.full((t.height, t.width), s) for s, t in zip(scores - np.median(scores), tiles)]
-        return whole_map(maps, tiles, size)
-
-    @property
-    def least_heat(self) -> float:
-        """What a heat map's colours span at least, in standard deviations: of a place's own, or, by
-        occlusion, of the held-out scores; 0 where none were held out."""
-        if self.fitted.uses_places:
-            return heat_map.HOT
-        return heat_map.HOT * float(self.held_out.std()) if len(self.held_out) else 0.0
+        values, grid = self.fitted.place_map(Features.of(rows).places), place_grid_of(self.backbone.features)
+        tiles = tiles_of(pixels.shape[:2], self.backbone.tiles)
+        maps = [heat_map.of_places(each, grid, (t.height, t.width)) for each, t in zip(values, tiles)]
+        return whole_map(maps, tiles, pixels.shape[:2])
 
     def p_value(self, score: Any) -> Any:
         """How many normal pictures score as high or higher, as a share, of a score or an array of them; NaN

@@ -21,7 +21,8 @@ from backbone.extraction import COMPILED_FROM, Rows
 from backbone.identity import cache_identity
 from backbone.resizing import Unreadable, stack_rows, to_device_size
 from cache.store import EXAMPLE, example_fault
-from config import Config, UserError
+from config import UserError
+from detector.checkpoints import Record, config_of
 from images import images
 from images.pixel_scale import PixelScale
 from images.tiles import tiles_of
@@ -45,26 +46,27 @@ class FittedBackbone:
 
     def __init__(
         self,
-        config: Config,
-        features: dict,
-        device: torch.device,
+        record: Record,
         checkpoint: Path,
+        device: torch.device,
         precision: str | None = None,
-        weights: Path | None = None,
+        weights: str | Path | None = None,
     ):
-        """features: the sidecar of the features that the detector was fitted to. precision: of the backbone,
-        as the knob says it; None: as in the fit. weights: the file of a fit with weights_path; None: looked
-        for where it was, and beside the ``checkpoint``."""
+        """Of a fitted class. precision: of the backbone, as the knob says it; None: as in the fit. weights:
+        the file of a fit with weights_path; None: looked for where it was, and beside the ``checkpoint``."""
+        self.features = features = record.features
         self.config = dataclasses.replace(
-            config,
+            config_of(record),
             device=str(device),
             compile=False,
             precision=precision or features["precision"],
             img_size=tuple(features["img_size"]),  # of the fit, where the pictures decided it
         )
         self.scale = PixelScale(features.get("pixel_scale", {}))
-        self.features, self.device, self.weights, self.checkpoint = features, device, weights, checkpoint
-        self.tiles = config.tiles  # pixels of the side of those that pictures are cut into; 0: they are not
+        self.device, self.checkpoint, self.weights = device, checkpoint, weights and Path(weights)
+        self.tiles = (
+            self.config.tiles
+        )  # pixels of the side of those that pictures are cut into; 0: they are not
 
     def __getstate__(self) -> dict:
         """Without the loaded backbone: a copy in another process loads its own."""
@@ -78,12 +80,9 @@ class FittedBackbone:
             identity = cache_identity(config, self.device)
             job = extraction.Extraction(identity, self.device, config.extract_batch, config.workers)
         for field, now in job.fields.items():
-            fitted_to = self.features.get(field)
-            other = field != EXAMPLE and fitted_to != as_strict_json(now)
-            if other and field != "precision":  # which a file may have of its own
-                raise UserError(
-                    f"the detector was fitted to features with {field} {fitted_to}, now it is {now}"
-                )
+            known = self.features.get(field)
+            if field not in (EXAMPLE, "precision") and known != as_strict_json(now):
+                raise UserError(f"the detector was fitted to features with {field} {known}, now it is {now}")
         if fault := example_fault(self.features.get(EXAMPLE), job.fields[EXAMPLE]):
             raise UserError(f"the detector does not fit: {fault}")
         return job
@@ -94,9 +93,7 @@ class FittedBackbone:
         fitted_with, weights = self.config.weights_path, self.features["weights"]
         if fitted_with in (None, "random"):
             if self.weights:
-                raise UserError(
-                    f"weights_path: the detector was fitted with {weights}, no file; leave it out"
-                )
+                raise UserError(f"weights_path: it was fitted with {weights}, no file; leave it out")
             return fitted_with
         there = Path(fitted_with)
         beside = [folder / there.name for folder in self.checkpoint.parents[:2]]

@@ -2,6 +2,7 @@
 them."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor
 import utils
 from backbone.arithmetic import products
 from config import ClassError, Config
-from detector import memory
 from detector.class_data import EVAL_BATCH, ClassData, evenly, in_batches
 from detector.detector import Detector, ImageFlow, PlaceFlow, make_detector
 from detector.image_density import one_scene
-from detector.normalization import power_groups, spread
+from detector.normalization import spread
+from detector.places import Places
 from model import Inputs
 
 PLACE_SAMPLE = 500  # images whose places are fitted to
@@ -25,41 +26,40 @@ POOL_BATCH = 250  # images whose patch tokens are held at once when semantic tok
 
 
 class Prepared:
-    """One class, ready for training, its flow at its start. Images are numbered from 0 within their part
-    ("fit", "held" or "test": ``ClassData.part``)."""
+    """One class, ready for training, its flow at its start. Parts: ``ClassData.parts``."""
 
     steps_per_epoch = 0  # 0 where there is nothing to train
     loss_scale = 1  # what the loss is times
-    at_once: int  # images per forward pass in evaluation
 
-    def __init__(self, config: Config, data: ClassData, seed: int, device: torch.device):
+    def __init__(self, config: Config, data: ClassData, features: dict, seed: int, device: torch.device):
         self.config, self.data, self.seed, self.device = config, data, seed, device
+        n = len(data.fit_rows)
+        self.detector = make_detector(config, features, n, batch=min(config.batch_size, n))
+        # whether simple detectors are fitted beside the flow: with the first seed, whose figures tables have
+        self.compares = config.baselines and seed == config.seed and len(data.test_rows) > 0
         # power-normalised joint tokens (n, D) of every part, on the CPU, where simple detectors ask for them
         self.joint: dict[str, Tensor] = {}
 
-    @property
-    def compares(self) -> bool:
-        """Whether simple detectors are fitted beside the flow: with the first seed, whose figures the table
-        has."""
-        return self.config.baselines and self.seed == self.config.seed and len(self.data.test_rows) > 0
+    def refit(self) -> None:
+        """Fit what comes after the flow, as the flow now is."""
 
 
 class PreparedImages(Prepared):
     """A class whose flow moves the images' tokens."""
 
-    def __init__(self, config: Config, data: ClassData, seed: int, device: torch.device, detector: ImageFlow):
-        super().__init__(config, data, seed, device)
-        self.steps_per_epoch = math.ceil(len(data.fit_rows) / config.batch_size)
-        self.at_once = EVAL_BATCH[device.type]
-        normalizer, patches = detector.normalizer, detector.patch_normalizer
-        if normalizer.steps:
-            normalizer.fit(joint_tokens(detector, data, "fit"))
-        if normalizer.whitens and self.compares:
-            self.joint = {part: normalizer.power(joint_tokens(detector, data, part)) for part in data.PARTS}
-        if patches is not None and (patches.steps or patches.reduces):
-            sample = data.train.features(evenly(data.fit_rows, PATCH_SAMPLE), on_cpu=True)
+    detector: ImageFlow
+
+    def fit(self) -> None:
+        """Fit what comes before the flow, on the CPU."""
+        detector, data = self.detector, self.data
+        self.steps_per_epoch = math.ceil(len(data.fit_rows) / self.config.batch_size)
+        if detector.powered:
+            detector.normalizer.fit(joint_tokens(detector, data, "fit"))
+        if detector.whitens and self.compares:
+            self.joint = {part: joint_tokens(detector, data, part) for part in data.parts}
+        if (patches := detector.patch_normalizer) and (patches.powered or patches.reduces):
+            sample = data.train.on_cpu()[evenly(data.fit_rows, PATCH_SAMPLE)]
             patches.fit(sample.patches.flatten(0, 1))
-        self.detector = detector.to(device)
 
     def epoch(self, order: np.random.RandomState) -> list[np.ndarray]:
         """The batches of one epoch: the numbers of all training images in a new order."""
@@ -67,60 +67,50 @@ class PreparedImages(Prepared):
 
     def inputs(self, batch: np.ndarray) -> Inputs:
         """What the flow takes of a training batch."""
-        return self.taken("fit", batch)[0]
+        return self.detector.inputs(self.data.train[self.data.fit_rows[batch]])[0]
 
-    def refit(self) -> None:
-        """Keep the latents of the training images, where the score is by their neighbours."""
-        if self.config.score == "latent_knn":
-            batches = in_batches(np.arange(len(self.data.fit_rows)), self.at_once)
-            latents = [self.detector.flow(tokens, [seen])[0] for tokens, seen in map(self.inputs, batches)]
-            self.detector.reference = torch.cat(latents).half()
-
-    @torch.no_grad()
-    def taken(self, part: str, batch: np.ndarray) -> tuple[Inputs, Tensor]:
-        """What ``Detector.scores`` takes of images of a part."""
-        source, rows = self.data.part(part)
-        return self.detector.inputs(source[rows[batch]])
+    def taken(self, part: str) -> Iterator[tuple[Inputs, Tensor]]:
+        """What ``Detector.scores`` takes of the images of a part, in batches."""
+        source, rows = self.data.parts[part]
+        for batch in in_batches(rows, EVAL_BATCH[self.device.type]):
+            yield self.detector.inputs(source[batch])
 
 
 class PreparedPlaces(Prepared):
     """A class whose flow moves the places of its images."""
 
-    at_once = PLACE_BATCH
+    detector: PlaceFlow
 
-    def __init__(self, config: Config, data: ClassData, seed: int, device: torch.device, detector: PlaceFlow):
-        super().__init__(config, data, seed, device)
-        self.detector = detector
-        joint = {
-            part: power_groups(joint_tokens(detector, data, part), detector.groups) for part in data.PARTS
-        }
+    def fit(self) -> None:
+        """Fit what comes before the flow, on the CPU."""
+        detector, data, device = self.detector, self.data, self.device
+        joint = {part: joint_tokens(detector, data, part) for part in data.parts}
+        if self.compares:
+            self.joint = joint
         detector.image.fit(joint["fit"])
         detector.read_places(one_scene(spread(data.train.semantic(data.fit_rows))))
         if detector.uses_places:
-            self._prepare_places(device)
+            self.fit_places(detector.places)
         detector.to(device)
         with torch.no_grad(), products(device):
             self.image = {part: detector.image_part(joint[part].to(device)) for part in ("held", "test")}
-        if self.compares:
-            self.joint = joint
 
-    def _prepare_places(self, device: torch.device) -> None:
+    def fit_places(self, places: Places) -> None:
         """Whiten the places of the training images, each as if it had been left out of the fit."""
-        config, places = self.config, self.detector.places
-        sample = self.data.train.one("places", evenly(self.data.fit_rows, PLACE_SAMPLE), on_cpu=True)
-        whiten = places.whiten.fit(sample)
+        config, whiten = self.config, places.whiten
+        sample = self.data.train.on_cpu().one("places", evenly(self.data.fit_rows, PLACE_SAMPLE))
+        whiten.fit(sample)
         self.whitened = whiten.left_out(torch.cat([whiten(each) for each in sample.split(PLACE_BATCH)]))
-        self.tokens = self.whitened.flatten(0, 1).to(device)
         seen = [places.inputs(each).seen.half() for each in self.whitened.split(PLACE_BATCH)]
-        self.seen = torch.cat(seen).to(device)
+        self.seen = torch.cat(seen).to(self.device)
+        self.tokens = self.whitened.flatten(0, 1).to(self.device)
         # of all steps as many for each evaluation: an epoch of places is no pass over all
         self.steps_per_epoch = math.ceil(config.least_steps / (config.meta_epochs * config.sub_epochs))
         self.loss_scale = self.tokens.shape[1]  # nats per place: Adam's ε is large beside smaller gradients
 
     def epoch(self, order: np.random.RandomState) -> list[np.ndarray]:
         """The batches of one epoch: numbers of random places of random images."""
-        shape = (self.steps_per_epoch, self.config.batch_size)
-        return list(order.randint(len(self.tokens), size=shape))
+        return list(order.randint(len(self.tokens), size=(self.steps_per_epoch, self.config.batch_size)))
 
     def inputs(self, batch: np.ndarray) -> Inputs:
         """What the flow takes of a training batch."""
@@ -133,21 +123,17 @@ class PreparedPlaces(Prepared):
         if not detector.uses_places:
             return
         known = self.whitened[evenly(np.arange(len(self.whitened)), PLACE_SCALE)].to(self.device)
-        latents = [detector.latents(places.inputs(each), len(each)) for each in known.split(PLACE_BATCH)]
-        places.fit_scale(torch.cat([likelihoods for _, likelihoods in latents]))
-        worst = []
-        for batch in in_batches(self.data.held_rows, self.at_once):
-            inputs = detector.place_inputs(self.data.train.one("places", batch))
-            worst.append(places.most_unusual(detector.latents(inputs, len(batch))[1]))
+        likelihoods = [detector.latents(each)[1] for each in known.split(PLACE_BATCH)]
+        places.fit_scale(torch.cat(likelihoods))
+        held = (self.data.train.one("places", rows) for rows in in_batches(self.data.held_rows, PLACE_BATCH))
+        worst = [places.most_unusual(detector.latents(places.whiten(each))[1]) for each in held]
         detector.place_unit.fit(torch.cat(worst))
 
-    def taken(self, part: str, batch: np.ndarray) -> tuple[Inputs | None, Tensor]:
-        """What ``Detector.scores`` takes of images of a part."""
-        image = self.image[part][torch.from_numpy(batch).to(self.device)]
-        if not self.detector.uses_places:
-            return None, image
-        source, rows = self.data.part(part)
-        return self.detector.place_inputs(source.one("places", rows[batch])), image
+    def taken(self, part: str) -> Iterator[tuple[Tensor | None, Tensor]]:
+        """What ``Detector.scores`` takes of the images of a part, in batches."""
+        source, rows = self.data.parts[part]
+        for batch, image in zip(in_batches(rows, PLACE_BATCH), self.image[part].split(PLACE_BATCH)):
+            yield source.one("places", batch) if self.detector.uses_places else None, image
 
 
 PreparedClass = PreparedImages | PreparedPlaces
@@ -155,9 +141,9 @@ PreparedClass = PreparedImages | PreparedPlaces
 
 def joint_tokens(detector: Detector, data: ClassData, part: str) -> Tensor:
     """The joint tokens (n, D) of the images of a part, on the CPU, as is the detector."""
-    source, rows = data.part(part)
+    source, rows = data.parts[part]
     batches = in_batches(rows, POOL_BATCH)
-    return torch.cat([detector.joint(source.features(batch, on_cpu=True)).clone() for batch in batches])
+    return torch.cat([detector.joint(source.on_cpu()[batch]) for batch in batches])
 
 
 def prepare_data(
@@ -166,15 +152,14 @@ def prepare_data(
     """The class ready for training. features: the sidecar of the cache, as ``Detector`` takes it. Seeds all
     random generators. Raises UserError on settings that do not fit the features or the memory, ClassError on
     features that cannot be normalised."""
-    memory.check(config, features, min(config.batch_size, len(data.fit_rows)))
     utils.keep_freed_memory()
     utils.seed_everything(seed)
-    detector = make_detector(config, features, len(data.fit_rows))
+    kind = PreparedPlaces if config.score == "joined" else PreparedImages
+    prepared = kind(config, data, features, seed, device)
     try:
-        if isinstance(detector, PlaceFlow):
-            return PreparedPlaces(config, data, seed, device, detector)
-        assert isinstance(detector, ImageFlow)
-        return PreparedImages(config, data, seed, device, detector)
+        prepared.fit()
     except (ValueError, torch.linalg.LinAlgError) as error:
         reason = str(error).splitlines()[0]
         raise ClassError(f"class {data.class_name}: its features cannot be normalised ({reason})") from None
+    prepared.detector.to(device)
+    return prepared

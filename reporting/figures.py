@@ -163,7 +163,7 @@ def tile(pixels: np.ndarray, places: np.ndarray | None, grid: tuple[int, int] | 
     the same under its heat map below it."""
     shown = [Image.fromarray(pixels)]
     if places is not None and grid:
-        shown = list(overlaid(pixels, heat_map.of_places(places, grid, pixels.shape[:2]), heat_map.HOT, SIDE))
+        shown = overlaid(pixels, heat_map.of_places(places, grid, pixels.shape[:2]), SIDE)
     return np.vstack([np.asarray(ImageOps.pad(picture, (SIDE, SIDE), color="white")) for picture in shown])
 
 

@@ -9,42 +9,46 @@ from PIL import Image
 from torch.nn import functional as F
 
 from config import UserError
+from detector.heat_map import HOT
 from detector.picture_detector import PictureDetector
 from reporting.scores import Row
 from shell.files import file_name, whole_file
 
 
-def overlaid(
-    pixels: np.ndarray, values: np.ndarray, least: float, side: int | None = None
-) -> tuple[Image.Image, Image.Image]:
-    """The picture (H, W, 3), and the same under the map (H, W), no side longer than ``side``. The colours
-    begin at 0 and end at ``least`` or at the greatest value, so that a normal picture stays dark."""
+def overlaid(pixels: np.ndarray, values: np.ndarray | None, side: int | None = None) -> list[Image.Image]:
+    """The picture (H, W, 3), no side longer than ``side``, and, where there is a map (H, W), the same under
+    it. The colours begin at 0 and end at ``HOT`` or at the greatest value: a normal picture stays dark."""
     from matplotlib import colormaps  # slow to import, and needed by few
 
-    heat = torch.from_numpy(values / max(least, float(values.max()), 1e-9)).clamp(0, 1)
     picture = Image.fromarray(pixels)
     if side:
         picture.thumbnail((side, side))
+    if values is None:
+        return [picture]
+    heat = torch.from_numpy(values / max(HOT, float(values.max()))).clamp(0, 1)
     hottest = F.adaptive_max_pool2d(heat[None], picture.size[::-1])[0]  # a small place stays to be seen
     colours = (colormaps["inferno"](hottest.numpy())[..., :3] * 255).astype(np.uint8)
-    return picture, Image.blend(picture, Image.fromarray(colours), 0.55)
+    return [picture, Image.blend(picture, Image.fromarray(colours), 0.55)]
 
 
 def draw_heat_maps(detectors: list[PictureDetector], rows: list[Row], folder: Path, drawn: set[Path]) -> None:
-    """A PNG for each row: the picture, and beside it its heat map. drawn: those of this run, to which these
-    are added; names that are alike get a number, what an earlier run left takes none."""
+    """A PNG for each row of a class whose score reads places: the picture, and beside it its heat map. drawn:
+    those of this run, to which these are added; names that are alike get a number, what an earlier run left
+    takes none."""
+    by_class = {fitted.class_name: fitted for fitted in detectors if fitted.fitted.uses_places}
     for row in rows:
-        fitted = next(known for known in detectors if known.class_name == row.class_name)
+        if not (fitted := by_class.get(row.class_name)):
+            continue
         name = Path(row.image).stem
         stem, number = file_name(f"{name}-{row.class_name}" if len(detectors) > 1 else name), 1
         while (path := folder / f"{stem}{f'-{number}' * (number > 1)}.png") in drawn:
             number += 1
         try:
-            pixels, values = fitted.pixels(row.image), fitted.heat_map(row.image)
+            pixels = fitted.pixels(row.image)
         except UserError as gone:  # or changed since it was scored
             print(f"no heat map: {gone}", file=sys.stderr)
             continue
-        both = np.hstack([np.asarray(picture) for picture in overlaid(pixels, values, fitted.least_heat)])
+        both = np.hstack([*map(np.asarray, overlaid(pixels, fitted.heat_map(pixels)))])
         with whole_file(path) as partial:
             Image.fromarray(both).save(partial, "PNG")
         drawn.add(path)

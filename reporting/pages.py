@@ -14,7 +14,6 @@ from PIL import Image
 import utils
 from config import UserError
 from detector.picture_detector import PictureDetector
-from images.images import pixels_of
 from reporting import report
 from reporting.figures import Picture
 from reporting.overlays import overlaid
@@ -61,7 +60,7 @@ def run_page(summary: report.Summary, of_the_run: list[Picture], by_class: dict[
 
 # ---------------------------------------------------------------- verdicts
 def write_verdicts(page: Path, detectors: list[PictureDetector], rows: list[Row], progress: Any) -> None:
-    """Write a page of scored pictures: sorted by score, a heat map beside each, a threshold to move.
+    """Write a page of scored pictures: sorted by score, heat maps beside them, a threshold to move.
     progress: passes pictures that are drawn on, as tqdm does."""
     classes = []
     for fitted in detectors:
@@ -86,13 +85,15 @@ def _limits(fitted: PictureDetector, cards: list[dict]) -> dict:
 
 
 def _pictures(fitted: PictureDetector, image: str) -> dict[str, str]:
-    """The picture, and the same under its heat map, small, as addresses that hold them; none of a picture
-    that can no longer be read."""
+    """The picture and, where the score reads places, the same under its heat map, small, as addresses that
+    hold them; none of a picture that can no longer be read."""
     try:
-        both = overlaid(pixels_of(image), fitted.heat_map(image), fitted.least_heat, SIDE)
+        pixels = fitted.pixels(image)
     except UserError:
         return {}
-    return dict(zip((f"picture {image}", f"heat map of {image}"), map(_address, both)))
+    values = fitted.heat_map(pixels) if fitted.fitted.uses_places else None
+    shown = overlaid(pixels, values, SIDE)
+    return dict(zip((f"picture {image}", f"heat map of {image}"), map(_address, shown)))
 
 
 def _address(picture: Image.Image) -> str:

@@ -212,11 +212,10 @@ def notes(summary: Summary) -> list[str]:
     """What a reader of the table must know: the epoch, the seeds, the simple detectors, what is undefined."""
     lines = []
     if is_tested(summary):
-        epoch = "epoch by held-out likelihood" if summary.config["patience"] else "last epoch"
         over = "mean ± standard deviation over the seeds" if len(summary.seeds) > 1 else "seed"
         lines.append(
-            f"AUROC: {epoch}, {over} {', '.join(map(str, summary.seeds))}; oracle: the epoch that is best on "
-            "the test images. AUPR and FPR95: anomalies are the positive class."
+            f"AUROC: last epoch, {over} {', '.join(map(str, summary.seeds))}; oracle: the epoch that is best "
+            "on the test images. AUPR and FPR95: anomalies are the positive class."
         )
     if summary.baselines:
         lines.append(

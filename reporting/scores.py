@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import itertools
 import sys
 import time
 from collections import Counter
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from backbone.resizing import Unreadable
-from detector.picture_detector import PictureDetector
+from detector.picture_detector import NO_PLACES, PictureDetector
 from images import watch
 from images.images import note
 from shell.files import naming, whole_file
@@ -56,16 +55,16 @@ def table(output: Path | None, at_once: bool = False) -> Iterator[WriteRow]:
 
 
 def rows_of(detectors: list[PictureDetector], files: list[Path]) -> Iterator[list[Row] | Unreadable]:
-    """The table's rows, in the order of the files: of some pictures together, or why one cannot be read."""
+    """Of each file in turn what every class says of it, or why it cannot be read."""
     waiting = iter(files)
     for rows in detectors[0].backbone.rows(files):
         if isinstance(rows, Unreadable):
             next(waiting)
             yield rows
             continue
-        columns = [(fitted, fitted.score_rows(rows)) for fitted in detectors]
-        named = [str(next(waiting)) for _ in columns[0][1]]
-        yield [row(name, fitted, scores[i]) for i, name in enumerate(named) for fitted, scores in columns]
+        for scores in zip(*(fitted.score_rows(rows) for fitted in detectors)):
+            name = str(next(waiting))
+            yield [row(name, fitted, score) for fitted, score in zip(detectors, scores)]
 
 
 def rows_arriving(
@@ -76,13 +75,8 @@ def rows_arriving(
     print(f"watching {arrivals.folder}; Ctrl-C ends", file=sys.stderr, flush=True)
     while True:
         files = arrivals.ready()
-        waiting = iter(files)
-        for part in rows_of(detectors, files):
-            if not isinstance(part, Unreadable):
-                paths = list(itertools.islice(waiting, len(part) // len(detectors)))
-                whole = {str(path) for path in paths if arrivals.settles(path)}
-                yield [line for line in part if line.image in whole]
-            elif arrivals.settles(next(waiting), unreadable=True):
+        for path, part in zip(files, rows_of(detectors, files)):
+            if arrivals.settles(path, unreadable=isinstance(part, Unreadable)):
                 yield part
         time.sleep(watch.INTERVAL)
 
@@ -93,16 +87,14 @@ def row(name: str, fitted: PictureDetector, score: float) -> Row:
     return Row(name, fitted.class_name, float(score), p_value, fitted.verdict(score) if known else None)
 
 
-def tell_thresholds(detectors: list[PictureDetector]) -> None:
-    """Say on standard error where the verdicts draw the line, and where that rests on too little."""
+def tell_verdicts(detectors: list[PictureDetector], heat_maps: bool) -> None:
+    """Say on standard error where the verdicts draw the line, and of which classes there are no heat maps."""
     for fitted in detectors:
         name = f"{fitted.class_name}: " if len(detectors) > 1 else ""
-        if not len(fitted.held_out):
-            print(f"{name}no verdicts: no normal pictures were held out; --calibrate FOLDER", file=sys.stderr)
-            continue
-        print(f"{name}{fitted.threshold}", file=sys.stderr)
-        if fitted.threshold.warning:
-            print(f"warning: {name}{fitted.threshold.warning}", file=sys.stderr)
+        none = "no verdicts: no normal pictures were held out; --calibrate FOLDER"
+        print(f"{name}{fitted.threshold if len(fitted.held_out) else none}", file=sys.stderr)
+        if heat_maps and not fitted.fitted.uses_places:
+            print(f"{name}no heat maps: {NO_PLACES}", file=sys.stderr)
 
 
 def tell_counts(

@@ -74,7 +74,7 @@ def test_centred_pooling_is_a_gaussian():
         torch.softmax(-0.5 * ((torch.arange(n) - (n - 1) / 2) / (0.2 * n)).square(), 0) for n in (3, 4)
     )
     wanted = torch.einsum("bijc,i,j->bc", tokens[:, 1:].unflatten(1, (3, 4)), rows, columns)
-    assert torch.allclose(detector.Detector(config, fields).joint(features), wanted, atol=1e-6)
+    assert torch.allclose(detector.Detector(config, fields).joint(features), power_l2(wanted), atol=1e-6)
 
 
 # ---------------------------------------------------------------- the detector
@@ -111,7 +111,6 @@ def settings(**more) -> Config:
         "bands": True,
         "score": "likelihood",
         "holdout": 0.25,
-        "patience": 3,
         "normalize": "power_l2+whiten",
         "fusion": "spectral",
         "n_coupling_blocks": 2,
@@ -124,9 +123,9 @@ def settings(**more) -> Config:
 
 
 def fit(cache, **more):
-    sources = [class_data.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]
-    trainer = train.make_trainer(settings(**more), cache, "a", 0, *sources)
-    return trainer, trainer.run()
+    sources = train.token_sources(cache, torch.device("cpu"))
+    prepared = train.prepare(settings(**more), cache, sources, "a", 0)
+    return prepared, train.train(prepared)
 
 
 @pytest.mark.parametrize("meaning, texture", [(3.0, 0.0), (0.0, 5.0)], ids=["meaning", "texture"])
@@ -141,14 +140,12 @@ def test_the_joint_token_is_the_semantic_one_and_its_sub_bands(tmp_path):
     """Low bands of the two deepest depths, rings and peaks of all three; a root of each group by itself."""
     channels = (3, 4, 6)
     cache = fabricate(tmp_path / "c", meaning=1.0, texture=0.5, channels=channels)
-    trainer, fitted = fit(cache, fusion="none")
-    features = trainer.data.train[trainer.data.fit_rows]
+    prepared, _ = fit(cache, fusion="none")
+    features = prepared.data.train[prepared.data.fit_rows]
     # of each depth: low, two rings, peak
     depths = features.bands.split([4 * width for width in channels], 1)
     low = [depth[:, :width] for depth, width in zip(depths[1:], channels[1:])]
     others = [part for depth, width in zip(depths, channels) for part in depth[:, width:].split(width, 1)]
-    wanted = [features.semantic, *low, *others]
-    joint = fitted.detector.joint(features)
-    assert torch.equal(joint, torch.cat(wanted, 1)) and fitted.detector.channels == joint.shape[1]
-    rooted = torch.cat([power_l2(part) for part in wanted], 1)
-    assert torch.allclose(fitted.detector.normalizer.power(joint), rooted, atol=1e-6)
+    wanted = torch.cat([power_l2(part) for part in (features.semantic, *low, *others)], 1)
+    joint = prepared.detector.joint(features)
+    assert torch.allclose(joint, wanted, atol=1e-6) and prepared.detector.channels == joint.shape[1]

@@ -143,7 +143,6 @@ def test_flag_without_a_value():
         ("--img_size 1x2x3", "img_size"),
         ("--pixel_norm 0.5,0.5,0.5,1,1,0", "pixel_norm"),
         ("--token_grid releasedfull", "token_grid.*releasedfull"),
-        ("--patience 3", "patience.*holdout"),
         ("--score joined", "joined.*places"),
     ],
 )

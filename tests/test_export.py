@@ -32,7 +32,7 @@ OPTIONS = {
         "identity_start": True,
         "feature_path": "features/joined",
     },
-    "latent_knn": {"score": "latent_knn", "precision": "bfloat16", "mirror": True},
+    "latent": {"precision": "bfloat16", "mirror": True},
 }
 
 
@@ -98,9 +98,9 @@ def test_a_torch_file_is_the_detector_whose_p_values_rest_on_its_own_arithmetic(
     path, good = tmp_path / "x.pt2", fitted / "images/test/leaf"
     with monkeypatch.context() as patch:  # a file takes seconds
         patch.setattr(export, "write", lambda _, output, size: float(output.write_bytes(b"")))
-        exported("latent_knn", path)
+        exported("latent", path)
     assert "held-out scores in bfloat16, the file computes in float32" in capsys.readouterr().err
-    detector = exported("latent_knn", path, "--calibrate", good)
+    detector = exported("latent", path, "--calibrate", good)
     assert "warning" not in capsys.readouterr().err
     detector.calibrate(sorted(good.iterdir()))
     module = torch.export.load(path).module()
@@ -115,7 +115,7 @@ def test_a_torch_file_is_the_detector_whose_p_values_rest_on_its_own_arithmetic(
 
 def test_file_that_says_something_else_is_refused():
     """Of each picture alone, or of all together."""
-    wanted, images = np.array([1.0, -8.0, 2.0]), torch.zeros(3, 2, 2, 3)
+    wanted, images = np.array([1.0, -8.0, 2.0]), np.zeros((3, 2, 2, 3))
     for together, alone in ((1.001, 1.0), (1.0, 1.001)):
 
         def run(part, together=together, alone=alone):
@@ -136,7 +136,7 @@ def test_mistakes(fitted, tmp_path, monkeypatch):
         ("x.pt2", ("--calibrate", "no"), "the folder no cannot be read"),
     ):
         with pytest.raises(UserError, match=told):
-            exported("latent_knn", tmp_path / output, *options)
+            exported("latent", tmp_path / output, *options)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime"):
         export.write_onnx(None, tmp_path / "x.onnx")

@@ -58,18 +58,6 @@ def test_round_trip(name, dtype, tolerance):
     assert (forward + reverse).abs().max() < tolerance * max(1, forward.abs().max().item())
 
 
-@pytest.mark.parametrize(
-    "channels, grid, batch", [(2, (1, 1), 1), (7, (1, 3), 2), (32, (5, 2), 3), (65, (2, 2), 5)]
-)
-def test_round_trip_sizes(channels, grid, batch):
-    torch.manual_seed(0)
-    flow = make_flow(channels, grid, n_blocks=4, hidden=9, fusion="class_attention").double()
-    x, p = torch.randn(batch, channels).double(), torch.randn(batch, math.prod(grid), channels).double()
-    z, forward = flow(x, [p])
-    back, reverse = flow(z, [p], rev=True)
-    assert (back - x).abs().max() < 1e-10 and (forward + reverse).abs().max() < 1e-10
-
-
 @every_variant
 def test_log_det_against_autograd(name):
     flow, x, p, _, _ = make(name, batch=2)
@@ -87,10 +75,10 @@ def test_log_det_against_autograd(name):
 @every_variant
 def test_equals_plain_transcription(name):
     """Tokens permuted in every layer and projected one by one give what the layer's channel order gives."""
-    flow, x, p, grid, window = make(name, n_blocks=4)
+    flow, x, p, grid, window = make(name, n_blocks=4, clamp=1.3)
     with torch.no_grad():
         z, log_det = flow(x, [p])
-        wanted, wanted_log_det = reference.flow(flow, x, p, grid, window)
+        wanted, wanted_log_det = reference.flow(flow, x, p, grid, window, clamp=1.3)
     assert (z - wanted).abs().max() < 1e-6 * wanted.abs().max()
     assert (log_det - wanted_log_det).abs().max() < 1e-6 * wanted_log_det.abs().max()
 
@@ -125,15 +113,6 @@ def test_clamp_bounds_the_scales():
         assert (flow(x, [p])[1] - bound).abs().max() < 1e-6 * bound
 
 
-def test_clamp_in_transcription():
-    flow, x, p, grid, window = make("hilo both", clamp=1.3)
-    wanted, wanted_log_det = reference.flow(flow, x, p, grid, window, clamp=1.3)
-    z, log_det = flow(x, [p])
-    assert (z - wanted).abs().max() < 1e-6 * wanted.abs().max() and (
-        log_det - wanted_log_det
-    ).abs().max() < 1e-6 * wanted_log_det.abs().max()
-
-
 def test_latents_are_limited():
     flow, x, p, _, _ = make("none")
     assert flow(x * 1e12, [p])[0].abs().max() == 1e6
@@ -155,26 +134,6 @@ def test_gains_are_one_at_the_start():
 
 
 # ---------------------------------------------------------------- FrEIA's contract
-def coupling(dims_in=((10,),), dims_c=((4, 10),)):
-    return model.FusedCoupling(
-        list(dims_in),
-        list(dims_c),
-        seed=0,
-        make_subnet=lambda d, out: model.Subnet(d, out, 8, None, False),
-        clamp=3.0,
-    )
-
-
-def test_coupling_contract():
-    layer = coupling()
-    x, p = torch.randn(3, 10), torch.randn(3, 4, 10)
-    (z,), log_det = layer([x], [p])
-    (back,), reverse = layer([z], [p], rev=True)
-    assert z.shape == x.shape and log_det.shape == (3,)
-    assert (back - x).abs().max() < 1e-4 and (log_det + reverse).abs().max() < 1e-4
-    assert layer.output_dims([(10,)]) == [(10,)]
-
-
 @pytest.mark.parametrize(
     "dims_in, dims_c",
     [
@@ -187,28 +146,14 @@ def test_coupling_contract():
 )
 def test_coupling_refuses_wrong_sizes(dims_in, dims_c):
     with pytest.raises(ValueError, match="FusedCoupling takes one .* of shape .*, got "):
-        coupling(dims_in, dims_c)
+        model.FusedCoupling(dims_in, dims_c, seed=0, make_subnet=None, clamp=3.0)
 
 
-@pytest.mark.parametrize(
-    "channels, grid, options",
-    [
-        (64, (5, 8), {"fusion": "spectral"}),  # fewer than 6 rows
-        (64, (6, 6), {"fusion": "fourier"}),
-    ],
-)
-def test_build_flow_refuses_wrong_sizes(channels, grid, options):
+@pytest.mark.parametrize("grid, fusion", [((5, 8), "spectral"), ((6, 6), "fourier")])
+def test_build_flow_refuses_wrong_sizes(grid, fusion):
+    """Fewer than 6 rows, and a fusion that is not there."""
     with pytest.raises(ValueError):
-        make_flow(channels, grid, **options)
-
-
-def test_global_numpy_generator_is_left_alone():
-    np.random.seed(11)
-    before = np.random.get_state()
-    flow = make_flow(20, (2, 2))
-    flow(torch.randn(2, 20), [torch.randn(2, 4, 20)])
-    after = np.random.get_state()
-    assert before[2:] == after[2:] and (before[1] == after[1]).all()
+        make_flow(64, grid, fusion=fusion)
 
 
 # ---------------------------------------------------------------- likelihood and scores

@@ -144,7 +144,7 @@ def test_flow_training(flow_file):
 
 
 class GoldenSource:
-    """What Trainer wants of a TokenSource, out of a fixture's features."""
+    """What training wants of a TokenSource, out of a fixture's features."""
 
     def __init__(self, features: torch.Tensor):
         self.rows = features.flatten(0, 1)
@@ -164,22 +164,22 @@ def test_trainer_takes_the_released_steps(flow_file):
     source = GoldenSource(golden["features"])
     rows = np.arange(len(source.rows))
     data = class_data.ClassData("golden", source, source, rows, rows[:0], rows, np.zeros(len(rows), int))
-    settings = config.Config(
-        fusion="class_attention",
-        n_coupling_blocks=blocks,
-        fc_internal=hidden,
-    )
+    batches = rows.reshape(len(semantic), -1)  # an epoch each, so that each has its loss
+    sizes_of_flow = {"n_coupling_blocks": blocks, "fc_internal": hidden}
+    settings = config.Config(fusion="class_attention", meta_epochs=len(batches), **sizes_of_flow)
     features = {"n_feat": channels, "grid": grid_of(n), "tokens": 1 + n, "kind": "tokens"}
     prepared = preparation.prepare_data(settings, data, features, 0, torch.device("cpu"))
-    trainer = train.Trainer(prepared)
-    trainer.detector.flow.load_state_dict(parameters(golden))
-    losses = torch.stack([trainer.train_step(batch) for batch in rows.reshape(len(semantic), -1)])
+    detector = prepared.detector
+    detector.flow.load_state_dict(parameters(golden))
+    given = iter(batches)
+    prepared.epoch = lambda order: [next(given)]
+    losses = torch.tensor([loss for _, loss in train.train_epochs(prepared)])
     assert_close(losses, golden["train.losses"], TRAINED, "train.losses")
     features = class_data.Features(semantic[0], patches[0])
     with torch.no_grad():
-        (tokens, seen), _ = trainer.detector.eval().inputs(features)
-        z, _ = trainer.detector.flow(tokens, [seen])
-        score = trainer.detector.score(features, "latent")
+        (tokens, seen), _ = detector.eval().inputs(features)
+        z, _ = detector.flow(tokens, [seen])
+        score = detector.score(features, "latent")
     assert_close(z, golden["train.z_after"], TRAINED, "train.z_after")
     assert_close(score, golden["train.z_after"].square().mean(1), TRAINED, "score afterwards")
 

@@ -12,8 +12,9 @@ from sklearn.metrics import roc_auc_score
 
 import main
 import predict
-from config import Config
+from config import Config, UserError
 from detector import heat_map
+from detector.detector import PlaceFlow
 from detector.picture_detector import PictureDetector
 from reporting import overlays
 
@@ -48,10 +49,10 @@ def test_aupro_is_the_plain_one(levels, most_false):
         np.zeros((9, 9), bool)
     ]
     maps = [np.round((generator.rand(*mask.shape) + 0.5 * mask) * levels) for mask in masks]
-    counts = heat_map.count_pixels(maps, masks)
-    assert heat_map.aupro(counts, most_false) == pytest.approx(plain_aupro(maps, masks, most_false), abs=1e-9)
+    found = heat_map.localisation(maps, masks, most_false)
+    assert found["aupro"] == pytest.approx(plain_aupro(maps, masks, most_false), abs=1e-9)
     labels, values = (np.concatenate([each.ravel() for each in all_of]) for all_of in (masks, maps))
-    assert heat_map.pixel_auroc(counts) == pytest.approx(roc_auc_score(labels, values), abs=1e-9)
+    assert found["pixel_auroc"] == pytest.approx(roc_auc_score(labels, values), abs=1e-9)
 
 
 def test_aupro_by_hand():
@@ -79,20 +80,9 @@ def test_map_of_places_keeps_its_places():
     assert values[10:20, 60:].mean() > 0.5 and values[25:, :40].max() == 0
 
 
-def test_occlusion_finds_the_part_that_the_score_comes_from():
-    picture = np.full((64, 96, 3), 128, np.uint8)
-    picture[40:46, 70:76] = [255, 0, 0]  # the score: how red the reddest pixel is
-    values = heat_map.by_occlusion(
-        lambda images: np.array([(i[..., 0].astype(float) - i[..., 1]).max() for i in images]), picture
-    )
-    row, column = np.unravel_index(values.argmax(), values.shape)
-    assert values.shape == (64, 96) and abs(row - 43) <= 12 and abs(column - 73) <= 18
-    assert values[:20, :40].max() == 0 < values.max()
-
-
 def test_overlay():
     """The picture, and the same under its map."""
-    picture, under = overlays.overlaid(np.zeros((30, 50, 3), np.uint8), np.random.rand(30, 50), 0.0)
+    picture, under = overlays.overlaid(np.zeros((30, 50, 3), np.uint8), np.full((30, 50), 3.0))
     assert picture.size == under.size == (50, 30) and not np.any(picture) and np.any(under)
 
 
@@ -150,9 +140,13 @@ def test_heat_map_of_a_picture(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_detector_without_places_blurs(run):
-    loaded = PictureDetector.load("runs/heat/classes/belt-seed0", "cpu", 1)
-    loaded.fitted.read_places(0.0)
-    wanted = heat_map.by_occlusion(loaded.score, np.asarray(Image.open(GOOD).convert("RGB")))
-    assert np.array_equal(loaded.heat_map(GOOD), wanted) and wanted.std() > 0
-    assert loaded.least_heat == pytest.approx(3 * np.std(loaded.record.held_out_scores))
+def test_a_detector_that_reads_no_places_says_so(run, tmp_path, capsys, monkeypatch):
+    """Once, and scores all the same."""
+    read_places = PlaceFlow.read_places
+    monkeypatch.setattr(PlaceFlow, "read_places", lambda self, _: read_places(self, 0.0))
+    asked = ["runs/heat", GOOD, GOOD, "--heat_maps", str(tmp_path), "--threads", "1"]
+    assert predict.main(predict.parse_arguments(asked)) == 0 and not list(tmp_path.iterdir())
+    told = capsys.readouterr()
+    assert told.err.count("no heat maps: its score reads no places") == 1 and told.out.count(GOOD) == 2
+    with pytest.raises(UserError, match="no heat maps by belt: its score reads no places"):
+        PictureDetector.load("runs/heat/classes/belt-seed0", "cpu", 1).heat_map(GOOD)

@@ -136,11 +136,3 @@ def test_standardized():
 def test_one_scene_is_a_ramp():
     found = [one_scene(spread) for spread in (0.0, 0.15, 0.27, 0.33, 0.39, 1.0)]
     assert found == pytest.approx([1, 1, 0.5, 0.25, 0, 0])
-
-
-def test_state_travels():
-    known, unseen = tokens(9, 20), tokens(5, 20, seed=1)
-    density, other = fitted(known), ImageDensity(20, 8)
-    other.centres = torch.empty_like(density.centres)
-    other.load_state_dict(density.state_dict())
-    assert torch.equal(other(unseen), density(unseen))

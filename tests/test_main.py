@@ -70,7 +70,7 @@ def test_a_fusion_that_does_not_go_with_the_grid_is_refused_before_extraction(
 
 
 def test_main_detects_and_says_so(run_folder):
-    """Classes done and to come, the time that is left, the table; no bar where nobody looks."""
+    """Classes done and to come, the time that is left, the table; no bar where nobody looks; its files."""
     folder, done = run_folder
     results = results_of(root=folder)
     assert list(results["classes"]) == ["apple", "sky"]
@@ -85,10 +85,6 @@ def test_main_detects_and_says_so(run_folder):
     for told in (mean, "fitting 4 flows of 4", "for 3 more", "[4/4]", "report.html"):
         assert told in done.stdout, told
     assert "for 0 more" not in done.stdout and "it/s" not in done.stderr and "%|" not in done.stderr
-
-
-def test_main_leaves_its_files(run_folder):
-    folder, _ = run_folder
     run = folder / "runs/run"
     assert {path.name for path in folder.iterdir()} == {"features", "runs"}
     assert all("sky" in (run / f"results.{ending}").read_text() for ending in ("md", "csv", "json"))

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from fabricated import fit, settings
+from fabricated import make, settings
 
 import datasets
+import train
 from config import Config, UserError
 from datasets import Labels, Split
 from detector import checkpoints, detector
@@ -35,10 +36,11 @@ def test_every_class_has_files_of_its_own():
 
 def test_checkpoints_of_strange_classes(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fitted = fit(cache)
+    prepared = make(cache)
+    record = train.train(prepared)
     for name in STRANGE:
-        fitted.result["class"] = name
-        path = checkpoints.save_fitted(settings(), cache, fitted)
+        record.result["class"] = name
+        path = checkpoints.save_fitted(settings(), cache.meta, prepared.detector, record)
         for file in (path, *checkpoints.checkpoint_files(path)):
             assert detector.load_detector(file)[1].result["class"] == name
     assert [found.name for found in tmp_path.iterdir()] == ["runs"]

@@ -74,6 +74,6 @@ def test_own_folders_hold_some_out():
     assert knobs.held_share(None, "folder") == knobs.held_share(None, "csv") == 0.1
     assert knobs.held_share(None, "mvtec") == 0
     assert knobs.held_share(0.0, "folder") == 0 and knobs.held_share(0.2, "folder") == 0.2
-    patient = knobs.make_config({"dataset": "folder", "patience": 3})
+    joined = knobs.make_config({"dataset": "folder", **JOINED})
     with pytest.raises(UserError, match="set holdout"):
-        dataclasses.replace(patient, dataset="mvtec")
+        dataclasses.replace(joined, dataset="mvtec")

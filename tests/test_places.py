@@ -13,10 +13,10 @@ import train
 import utils
 from backbone.token_grid import Bands, Places, place_grid, rotation
 from config import Config
-from datasets import SPLITS, Labels, Split
+from datasets import Labels, Split
 from detector import baselines, class_data
 from detector.image_density import one_scene
-from detector.normalization import power_groups, spread
+from detector.normalization import spread
 from detector.places import Places as PlaceModule
 from detector.places import PlaceWhitening, bands_around, position
 
@@ -231,13 +231,12 @@ def settings(**more) -> Config:
 
 
 def make(cache, seed=0, **more):
-    sources = [class_data.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS]
-    return train.make_trainer(settings(**more), cache, "a", seed, *sources)
+    return train.prepare(settings(**more), cache, train.token_sources(cache, torch.device("cpu")), "a", seed)
 
 
 def fit(cache, **more):
-    trainer = make(cache, **more)
-    return trainer, trainer.run()
+    prepared = make(cache, **more)
+    return prepared, train.train(prepared)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +247,7 @@ def surface(tmp_path_factory):
 def test_a_defect_of_one_place_is_found_where_images_are_alike(surface):
     _, fitted = surface
     assert fitted.result["reads_places"] and fitted.result["auroc"] > 0.9
-    image = utils.auroc(fitted.labels, fitted.flow_scores["image part"])
+    image = utils.auroc(fitted.test.labels, fitted.flow_scores["image part"])
     assert image < 0.75, "the rest of the image does not show it"
 
 
@@ -256,14 +255,14 @@ def test_training_learns_what_the_places_of_an_image_have_in_common(tmp_path):
     """Their light: with the bands of its image a place's is known, without them it is not. A defect is a
     place whose light is that of another image."""
     cache = fabricate(tmp_path / "c", spread=0.1, light=3.0, n_train=150)
-    options = {"least_steps": 100, "lr_init": 1e-2, "lr_schedule": "cosine", "patience": 1}
+    options = {"least_steps": 100, "lr_init": 1e-2, "lr_schedule": "cosine", "baselines": True}
     bands, none = (fit(cache, fusion=fusion, **options)[1] for fusion in ("bands", "none"))
     start, trained = (entry["held_out_loss"] for entry in bands.history)
     blind_start, blind = (entry["held_out_loss"] for entry in none.history)
     assert start == pytest.approx(blind_start, abs=1e-6) and start == pytest.approx(blind, abs=0.05)
     assert trained < start - 0.15
     before, after, without = (
-        utils.auroc(each.labels, each.flow_scores[name])
+        utils.auroc(each.test.labels, each.flow_scores[name])
         for each, name in ((bands, "places, before training"), (bands, "places"), (none, "places"))
     )
     assert before < 0.6 and without < 0.6 and after > 0.9
@@ -277,13 +276,13 @@ def test_places_are_read_where_images_show_one_scene(tmp_path, width, monkeypatc
     monkeypatch.setattr(
         class_data.TokenSource, "_rows", lambda self, name, *of: read.append(name) or plain(self, name, *of)
     )
-    trainer, fitted = fit(fabricate(tmp_path / "c", spread=width))
-    alike = one_scene(spread(trainer.data.train.semantic(trainer.data.fit_rows))) > 0
+    prepared, fitted = fit(fabricate(tmp_path / "c", spread=width))
+    alike = one_scene(spread(prepared.data.train.semantic(prepared.data.fit_rows))) > 0
     assert alike == (width == 0.1) == fitted.result["reads_places"] == ("places" in read)
-    assert fitted.detector.uses_places == bool(fitted.detector.one_scene) == alike
-    assert fitted.result["epoch"] == int(alike) and (trainer.step == 20) == alike
+    assert prepared.detector.uses_places == bool(prepared.detector.one_scene) == alike
+    assert fitted.result["epoch"] == int(alike)
     if not alike:
-        assert np.array_equal(fitted.scores, fitted.flow_scores["image part"])
+        assert np.array_equal(fitted.test.scores, fitted.flow_scores["image part"])
 
 
 @pytest.mark.parametrize("width", [0.1, 3.3], ids=["one scene", "between"])
@@ -291,28 +290,28 @@ def test_the_joined_score_adds_image_and_places(tmp_path, width):
     """Of the image: the Gaussian's where the class shows one scene, the kernels' where several; of the
     places, weighted likewise and by 1.5: their mean over the most unusual ones, in units of the held-out
     images'."""
-    trainer, fitted = fit(fabricate(tmp_path / "c", spread=width))
-    parts, weight = fitted.detector, float(fitted.detector.one_scene)
+    prepared, fitted = fit(fabricate(tmp_path / "c", spread=width))
+    parts, weight = prepared.detector, float(prepared.detector.one_scene)
     assert (weight == 1) == (width == 0.1) and weight > 0
-    source, rows = trainer.data.test, fitted.test_rows
+    source, rows = prepared.data.test, fitted.test.rows
     with torch.no_grad():
-        both = parts.image(power_groups(parts.joint(source[rows]), parts.groups)).numpy()
+        both = parts.image(parts.joint(source[rows])).numpy()
         worst, known = (
             3 + parts.place_map(data.one("places", own)).max(1)  # one of 49 places
-            for data, own in ((source, rows), (trainer.data.train, trainer.data.held_rows))
+            for data, own in ((source, rows), (prepared.data.train, prepared.data.held_rows))
         )
     image = weight * both[:, 0] + (1 - weight) * both[:, 1]
     places = (worst - known.mean()) / known.std(ddof=1)
     assert fitted.flow_scores["image part"] == pytest.approx(image, rel=1e-3, abs=1e-3)
     assert fitted.flow_scores["places"] == pytest.approx(places, rel=1e-3, abs=1e-3)
-    assert fitted.scores == pytest.approx(image + 1.5 * weight * places, rel=1e-3, abs=1e-3)
+    assert fitted.test.scores == pytest.approx(image + 1.5 * weight * places, rel=1e-3, abs=1e-3)
 
 
 def test_places_maps_are_high_at_the_defects(surface):
-    trainer, fitted = surface
-    places = trainer.data.test.one("places", fitted.test_rows)
-    values = fitted.detector.place_map(places)
-    defective = np.flatnonzero(fitted.labels)
+    prepared, fitted = surface
+    places = prepared.data.test.one("places", fitted.test.rows)
+    values = prepared.detector.place_map(places)
+    defective = np.flatnonzero(fitted.test.labels)
     found = values[defective].argmax(1) == places[defective].abs().mean(2).argmax(1).numpy()
     assert values.shape == (N_TEST, PLACES) and found.mean() > 0.8
     normal = np.delete(values, defective, 0)
@@ -323,7 +322,7 @@ def test_places_maps_are_high_at_the_defects(surface):
 def test_simple_detectors_of_places_find_the_defect(surface):
     _, fitted = surface
     for name in baselines.PLACES:
-        assert utils.auroc(fitted.labels, fitted.simple_scores[name]) > 0.9, name
+        assert utils.auroc(fitted.test.labels, fitted.simple_scores[name]) > 0.9, name
 
 
 def test_simple_detectors_belong_to_the_first_seed(surface, tmp_path):

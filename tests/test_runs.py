@@ -23,11 +23,11 @@ def run(cache, tmp_path, monkeypatch):
     """run(knob=value, ...) -> results.json of main.main on a fabricated cache, in tmp_path. ``run.cache`` may
     be another cache; ``run.fitted`` lists the cells that were fitted since it was last cleared."""
     monkeypatch.chdir(tmp_path)
-    real = train.make_trainer
+    real = train.fit
 
-    def make_trainer(config, cache, class_name, seed, *sources):
-        go.fitted.append((class_name, seed))
-        return real(config, cache, class_name, seed, *sources)
+    def fit(config, cache, sources, pair):
+        go.fitted.append(pair)
+        return real(config, cache, sources, pair)
 
     def go(**more) -> dict:
         config = settings(**{"modelname": "run", "keep": "weights", **more})
@@ -35,7 +35,7 @@ def run(cache, tmp_path, monkeypatch):
         return results(config)
 
     go.fitted, go.cache = [], cache
-    monkeypatch.setattr(train, "make_trainer", make_trainer)
+    monkeypatch.setattr(train, "fit", fit)
     monkeypatch.setattr(main.extractor, "ensure_features", lambda *_, **__: go.cache)
     return go
 
@@ -257,24 +257,23 @@ def test_classes_that_cannot_be_fitted_do_not_lose_the_others(run, tmp_path, cap
 
 # ---------------------------------------------------------------- the committed table
 def test_a_run_is_checked_against_the_committed_table(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(main, "TABLES", tmp_path / "tables")
-    with pytest.raises(UserError, match="no committed table paper.csv"):
+    monkeypatch.setattr(main, "TABLE", tmp_path / "quickstart.csv")
+    with pytest.raises(UserError, match="committed table of the preset quickstart alone"):
         run(check=True)
     assert not run.fitted, "told before anything is fitted"
     run()
     text = Path("runs/run/results.csv").read_text()
-    (tmp_path / "tables").mkdir()
-    (tmp_path / "tables/paper.csv").write_text(text)
+    main.TABLE.write_text(text)
     capsys.readouterr()
-    run(check=True)
+    run(check=True, preset="quickstart")
     assert "equal within ± .0005" in capsys.readouterr().out
     lines = text.splitlines(keepends=True)
     place = lines[0].split(",").index("auroc")
     fields = lines[1].split(",")
     fields[place] = str(float(fields[place]) - 0.001)
-    (tmp_path / "tables/paper.csv").write_text("".join([lines[0], ",".join(fields), *lines[3:]]))
+    main.TABLE.write_text("".join([lines[0], ",".join(fields), *lines[3:]]))
     with pytest.raises(SystemExit, match="1"):
-        run(check=True)
+        run(check=True, preset="quickstart")
     told = capsys.readouterr().out.splitlines()[-2:]
     assert told[0].startswith("a: AUROC ") and "in the table" in told[0]
     assert told[1].startswith("b: AUROC ") and told[1].endswith(", - in the table")

@@ -90,10 +90,9 @@ def test_a_detector_of_tiles(tmp_path, monkeypatch):
     good = texture(0, np.random.RandomState(1), 128)[:96]
     spoilt = good.copy()
     spoilt[70:82, 100:112] = np.random.RandomState(2).randint(0, 256, (12, 12, 3))
-    for places in (True, False):
-        loaded.fitted.read_places(float(places))
-        assert loaded.score(spoilt) > loaded.score(good)
-        values = loaded.heat_map(spoilt)
-        assert values.shape == (96, 128) and values[70:82, 100:112].mean() > values[:40, :50].mean()
+    loaded.fitted.read_places(1.0)
+    assert loaded.score(spoilt) > loaded.score(good)
+    values = loaded.heat_map(spoilt)
+    assert values.shape == (96, 128) and values[70:82, 100:112].mean() > values[:40, :50].mean()
     with pytest.raises(UserError, match="tiles of 64 pixels"):
         export.main(export.parse_arguments([str(path), "x.pt2", "--threads", "1"]))

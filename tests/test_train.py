@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from fabricated import (
-    CHOOSING,
     EVERY_SCORE,
     JOINED,
     N_TEST,
@@ -27,7 +26,6 @@ import utils
 from config import ClassError
 from detector import class_data, detector
 from detector.detector import WHOLE
-from detector.evaluation import scores_of
 from detector.normalization import power_l2
 
 # ---------------------------------------------------------------- detection
@@ -51,11 +49,10 @@ def test_result_and_history(cache):
     assert (result["class"], result["seed"], result["epoch"]) == ("b", 7, 3)
     assert (result["n_train"], result["n_held_out"], result["n_test"]) == (N_TRAIN, 0, 3 * N_TEST)
     assert [entry["epoch"] for entry in fitted.history] == [1, 2, 3]
-    assert result["auroc"] == fitted.history[-1]["auroc"] == utils.auroc(fitted.labels, fitted.scores), (
-        "the last epoch is the headline"
-    )
+    auroc = utils.auroc(fitted.test.labels, fitted.test.scores)
+    assert result["auroc"] == fitted.history[-1]["auroc"] == auroc, "the last epoch is the headline"
     assert result["best_on_test_auroc"] == max(entry["auroc"] for entry in fitted.history)
-    assert fitted.labels.tolist() == [int(not N_TEST <= row < 2 * N_TEST) for row in fitted.test_rows]
+    assert fitted.test.labels.tolist() == [int(not N_TEST <= row < 2 * N_TEST) for row in fitted.test.rows]
 
 
 # ---------------------------------------------------------------- reproducing
@@ -65,8 +62,8 @@ def test_same_seed_same_scores(cache):
     fit(cache, "c", seed=9)  # what ran before does not matter
     torch.rand(3), np.random.rand(3)
     again = fit(cache, **options)
-    assert np.array_equal(first.scores, again.scores) and first.history == again.history
-    assert not np.array_equal(first.scores, fit(cache, seed=1, **options).scores)
+    assert np.array_equal(first.test.scores, again.test.scores) and first.history == again.history
+    assert not np.array_equal(first.test.scores, fit(cache, seed=1, **options).test.scores)
 
 
 # ---------------------------------------------------------------- what each knob does
@@ -87,69 +84,85 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def scores(cache):
-    return {name: fit(cache, **base).scores for name, base in BASES.items()}
+    return {name: fit(cache, **base).test.scores for name, base in BASES.items()}
 
 
 @pytest.mark.parametrize("base, change", [(name, c) for name in BASES for c in CHANGES[name]], ids=str)
 def test_knob_changes_the_outcome(scores, cache, base, change):
-    assert not np.allclose(scores[base], fit(cache, **BASES[base] | change).scores, rtol=1e-5)
+    assert not np.allclose(scores[base], fit(cache, **BASES[base] | change).test.scores, rtol=1e-5)
 
 
-def test_gradient_clipping(cache, monkeypatch):
+@pytest.fixture
+def optimizers(monkeypatch):
+    """The optimisers that training makes; the learning rates of their steps are in ``rates``."""
+    made, real = [], torch.optim.Adam
+
+    class Adam(real):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.rates = []
+            made.append(self)
+
+        def step(self, *arguments):
+            self.rates.append(self.param_groups[0]["lr"])
+            super().step(*arguments)
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    return made
+
+
+def test_gradient_clipping(cache, optimizers, monkeypatch):
     monkeypatch.setitem(train.ADAM, "weight_decay", 0.0)
-    trainer = make(cache, max_grad_norm=1e-3)
-    trainer.train_step(np.arange(8))
-    averages = [state["exp_avg"] for state in trainer.optimizer.state.values()]
+    fit(cache, max_grad_norm=1e-3, batch_size=N_TRAIN)
+    averages = [state["exp_avg"] for state in optimizers[0].state.values()]
     norm = torch.stack([average.norm() for average in averages]).norm() / (1 - 0.8)
     assert norm == pytest.approx(1e-3, rel=1e-3), "after one step, (1 - beta_1) times the gradient"
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_learning_rates(cache, optimizers, schedule):
+    fit(cache, lr_schedule=schedule, meta_epochs=2, batch_size=16)
+    steps = 2 * math.ceil(N_TRAIN / 16)
+    waves = [0.5 * (1 + math.cos(math.pi * i / steps)) if schedule == "cosine" else 1 for i in range(steps)]
+    assert optimizers[0].rates == pytest.approx([1e-3 * wave for wave in waves], rel=1e-9)
 
 
 def test_feature_noise_is_for_training_only(cache):
     """Without learning, noise leaves no trace in the scores."""
     noisy, clean = (fit(cache, lr_init=0.0, feature_noise=noise) for noise in (3.0, 0.0))
-    assert np.array_equal(noisy.scores, clean.scores)
+    assert np.array_equal(noisy.test.scores, clean.test.scores)
     assert noisy.result["loss"] > clean.result["loss"] + 1
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_learning_rates(cache, schedule):
-    trainer = make(cache, lr_schedule=schedule, meta_epochs=2, batch_size=16)
-    steps, seen = 2 * math.ceil(N_TRAIN / 16), []
-    for _ in range(steps):
-        trainer.train_step(np.arange(16))
-        seen.append(trainer.optimizer.param_groups[0]["lr"])
-    wanted = [
-        1e-3 * (0.5 * (1 + math.cos(math.pi * i / steps)) if schedule == "cosine" else 1)
-        for i in range(steps)
-    ]
-    assert seen == pytest.approx(wanted, rel=1e-9)
-
-
-def test_every_training_image_once_per_epoch(cache, monkeypatch):
-    trainer, seen = make(cache, "b", holdout=0.1, meta_epochs=1), []
-    monkeypatch.setattr(trainer, "train_step", lambda batch: seen.append(batch) or torch.zeros(()))
-    for _ in range(2):
-        trainer.train_epoch()
-    half = len(seen) // 2
-    assert [len(batch) for batch in seen[:half]] == [8, 8, 8, 8, 4]
-    first, second = np.concatenate(seen[:half]), np.concatenate(seen[half:])
+def test_noise_is_of_the_size_that_is_asked_for(cache, monkeypatch):
+    """On the tokens that the flow is trained on, each image once in every epoch, in another order."""
+    prepared, batches, noise = make(cache, "b", holdout=0.1, feature_noise=0.25, meta_epochs=2), [], []
+    inputs, flow = prepared.inputs, prepared.detector.flow
+    monkeypatch.setattr(prepared, "inputs", lambda batch: batches.append(batch) or inputs(batch))
+    flow.register_forward_pre_hook(lambda _, given: noise.append(given[0] - inputs(batches[-1]).tokens))
+    list(train.train_epochs(prepared))
+    assert [len(batch) for batch in batches] == 2 * [8, 8, 8, 8, 4]
+    first, second = np.concatenate(batches[:5]), np.concatenate(batches[5:])
     assert sorted(first) == sorted(second) == list(range(36)) and not np.array_equal(first, second)
-    taken = trainer.prepared.inputs(first[:8]).tokens
-    assert torch.equal(taken, trainer.data.train[trainer.data.fit_rows[first[:8]]].semantic)
+    noise = torch.cat(noise)
+    assert noise.std().item() == pytest.approx(0.25, rel=0.05) and abs(noise.mean().item()) < 0.02
+    assert torch.equal(
+        inputs(first[:8]).tokens, prepared.data.train[prepared.data.fit_rows[first[:8]]].semantic
+    )
 
 
 def test_holdout(cache):
-    trainer = make(cache, "b", holdout=0.23)
-    fit_rows, held = set(trainer.data.fit_rows.tolist()), set(trainer.data.held_rows.tolist())
+    prepared = make(cache, "b", holdout=0.23)
+    fit_rows, held = set(prepared.data.fit_rows.tolist()), set(prepared.data.held_rows.tolist())
     assert (
         len(held) == math.ceil(0.23 * N_TRAIN)
         and not fit_rows & held
         and fit_rows | held == set(range(N_TRAIN, 2 * N_TRAIN))
     )
     assert set(make(cache, "b", seed=1, holdout=0.23).data.held_rows.tolist()) != held
-    fitted = trainer.run()
+    fitted = train.train(prepared)
     with torch.no_grad():
-        z, log_det = latents_of(fitted.detector, trainer.data.train, trainer.data.held_rows)
+        z, log_det = latents_of(prepared.detector, prepared.data.train, prepared.data.held_rows)
     assert fitted.result["held_out_loss"] == pytest.approx(
         model.loss_per_image(z, log_det).mean().item(), rel=1e-5
     )
@@ -159,7 +172,7 @@ def test_holdout(cache):
 def test_sub_epochs(cache):
     """Two sub-epochs of one meta epoch are two meta epochs, with one evaluation instead of two."""
     sub, meta = fit(cache, sub_epochs=2), fit(cache, meta_epochs=2)
-    assert np.array_equal(sub.scores, meta.scores)
+    assert np.array_equal(sub.test.scores, meta.test.scores)
     assert [e["epoch"] for e in sub.history] == [2] and [e["epoch"] for e in meta.history] == [1, 2]
 
 
@@ -167,10 +180,10 @@ def test_sub_epochs(cache):
 @pytest.mark.parametrize("options", [*EVERY_SCORE, {"score": "likelihood", "fusion": "none"}], ids=str)
 def test_scores_of_tables_are_the_detectors_by_that_name(cache, options):
     """Each name of the table, of held-out images too, and of an image alone."""
-    trainer = make(cache, **{"holdout": 0.2} | options)
-    fitted = trainer.run()
-    named = {WHOLE: fitted.scores} | {n: s for n, s in fitted.flow_scores.items() if "before" not in n}
-    data, scorer = trainer.data, fitted.detector.eval()
+    prepared = make(cache, **{"holdout": 0.2} | options)
+    fitted = train.train(prepared)
+    named = {WHOLE: fitted.test.scores} | {n: s for n, s in fitted.flow_scores.items() if "before" not in n}
+    data, scorer = prepared.data, prepared.detector.eval()
     if options == JOINED:
         assert set(named) == {WHOLE, "image part", "places", "likelihood", "latent"}
     else:
@@ -183,77 +196,29 @@ def test_scores_of_tables_are_the_detectors_by_that_name(cache, options):
             alone = scorer.score(all_of(data.test, data.test_rows[:1]), name).numpy()
             assert alone == pytest.approx(wanted[:1], rel=1e-4, abs=1e-4), name
     held = scorer.score_features(all_of(data.train, data.held_rows))
-    assert held == pytest.approx(fitted.held_scores, rel=1e-4, abs=1e-4)
+    assert held == pytest.approx(fitted.held_out_scores, rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("score", knobs.SCORES[:3])
+@pytest.mark.parametrize("score", knobs.SCORES[:2])
 def test_scores_are_what_they_are_called(cache, score):
-    trainer = make(cache, score=score)
-    fitted = trainer.run()
+    prepared = make(cache, score=score)
+    fitted = train.train(prepared)
     with torch.no_grad():
-        z, log_det = latents_of(fitted.detector, trainer.data.test, fitted.test_rows)
-        known, _ = latents_of(fitted.detector, trainer.data.train, trainer.data.fit_rows)
+        z, log_det = latents_of(prepared.detector, prepared.data.test, fitted.test.rows)
     wanted = {
         "latent": (z**2).mean(1),
         "likelihood": ((z**2).sum(1) / 2 + C / 2 * math.log(2 * math.pi) - log_det) / C,
-        "latent_knn": (z[:, None] - known[None]).norm(dim=2).sort(dim=1).values[:, :2].mean(1),
     }
-    assert np.allclose(fitted.scores, wanted[score].numpy(), rtol=1e-3)
+    assert np.allclose(fitted.test.scores, wanted[score].numpy(), rtol=1e-3)
 
 
 def test_normalizers_see_normal_training_images_only(cache):
     """The statistics are those of all of the class's own training images, without the held-out ones."""
-    trainer = make(cache, "c", normalize="power_l2", holdout=0.2)
-    fitted, known = trainer.detector, trainer.data.train[trainer.data.fit_rows]
+    prepared = make(cache, "c", normalize="power_l2", holdout=0.2)
+    fitted, known = prepared.detector, prepared.data.train[prepared.data.fit_rows]
     assert torch.allclose(fitted.normalizer.mean, power_l2(known.semantic).mean(0), atol=1e-5)
     patches = power_l2(known.patches.flatten(0, 1)).mean(0)
     assert torch.allclose(fitted.patch_normalizer.mean, patches, atol=1e-4)
-
-
-# ---------------------------------------------------------------- choosing the epoch
-def test_epoch_by_likelihood(cache):
-    """The epoch with the lowest held-out loss is reported, and training ends ``patience`` evaluations behind
-    it."""
-    full = fit(cache, **CHOOSING | {"patience": 100}, meta_epochs=14)
-    losses = [entry["held_out_loss"] for entry in full.history]
-    best = int(np.argmin(losses))
-    assert len(losses) == 15 and full.result["epoch"] == best and full.result["held_out_loss"] == losses[best]
-    assert full.result["auroc"] == full.history[best]["auroc"]
-    running = np.minimum.accumulate(losses)
-    for patience in (1, 2):
-        stopped = fit(cache, **CHOOSING | {"patience": patience}, meta_epochs=14)
-        ends = next(i for i in range(patience, 15) if running[i] == running[i - patience])
-        assert ends < 14, "the learning rate of this test is to overfit"
-        assert [entry["held_out_loss"] for entry in stopped.history] == losses[: ends + 1]
-        assert stopped.result["epoch"] == int(np.argmin(losses[: ends + 1]))
-
-
-@pytest.mark.parametrize("options", [{"score": "latent_knn"}, JOINED], ids=str)
-def test_chosen_epoch_is_the_detectors(cache, options):
-    """Scores, detector and epoch belong together, though training went on."""
-    trainer = make(cache, **(CHOOSING | options | {"patience": 2}), meta_epochs=14)
-    fitted = trainer.run()
-    assert fitted.result["epoch"] < len(fitted.history)
-    again = fitted.detector.score_features(all_of(trainer.data.test, fitted.test_rows))
-    assert np.allclose(again, fitted.scores, rtol=1e-4, atol=1e-4)
-    loss = scores_of(trainer.prepared, "held")["likelihood"].mean()
-    wanted = fitted.result["held_out_loss"] + 0.5 * math.log(2 * math.pi)
-    assert loss == pytest.approx(wanted, abs=1e-3)
-    assert fitted.result["held_out_loss"] == min(entry["held_out_loss"] for entry in fitted.history)
-
-
-def test_noise_is_of_the_size_that_is_asked_for(cache):
-    """On the tokens that the flow is trained on, and on these alone."""
-    trainer = make(cache, feature_noise=0.25, meta_epochs=1)
-    batch = np.arange(16)
-    seen, flow = [], trainer.flow
-    trainer.flow = lambda tokens, patches: (seen.append(tokens), flow(tokens, patches))[1]
-    clean = trainer.prepared.inputs(batch).tokens
-    for _ in range(20):
-        trainer.train_step(batch)
-    noise = torch.stack(seen) - clean
-    assert noise.std().item() == pytest.approx(0.25, rel=0.05) and abs(noise.mean().item()) < 0.02
-    assert torch.equal(trainer.prepared.inputs(batch).tokens, clean)
 
 
 # ---------------------------------------------------------------- mistakes
@@ -266,17 +231,6 @@ def test_training_that_diverges(cache, options):
     assert "class a: scores are not finite in epoch " in line and "1e+30" in line and "lr_init" in line
 
 
-def test_training_that_diverges_behind_a_good_epoch(cache):
-    """Leaves that one, where epochs are chosen."""
-    trainer = make(cache, patience=3, meta_epochs=4, holdout=0.2)
-    trainer.evaluate(0, None)
-    with torch.no_grad():
-        next(trainer.detector.flow.parameters()).fill_(torch.nan)
-    trainer.evaluate(2, 0.1)
-    assert trainer.best.entry["epoch"] == 0 and trainer.since_best == 1
-    assert np.isfinite(trainer.fitted(0.0).scores).all()
-
-
 def test_auto_normalises_maps_and_leaves_transformers(cache):
     for kind, name in (("map", "power_l2+whiten"), ("tokens", "none")):
         assert detector.normalization_in_effect(settings(), {"kind": kind}) == name
@@ -284,10 +238,8 @@ def test_auto_normalises_maps_and_leaves_transformers(cache):
 
 
 def test_a_small_class_gets_its_least_number_of_steps(cache):
-    trainer = make(cache, least_steps=37, meta_epochs=2)
-    trainer.run()
-    assert trainer.step == trainer.steps >= 37 and trainer.step - 10 < 37
-    assert [entry["epoch"] for entry in trainer.history] == [4, 8]
+    fitted = fit(cache, least_steps=37, meta_epochs=2)
+    assert [entry["epoch"] for entry in fitted.history] == [4, 8], "of five steps each"
 
 
 def test_features_that_cannot_be_normalised_are_the_classes_fault(cache, monkeypatch):
