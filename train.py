@@ -26,9 +26,10 @@ import utils
 from backbone.arithmetic import products
 from cache.feature_cache import FeatureCache
 from config import OWN_PICTURES, ClassError, Config, UserError
-from detector import calibration, checkpoints, evaluation, runs
+from detector import calibration, checkpoints, runs
 from detector.class_data import TokenSource, class_data
 from detector.detector import WHOLE, make_detector
+from detector.evaluation import Evaluation, evaluate, outcome, result_of, simple_scores
 from detector.preparation import PreparedClass, prepare_data
 from images.tiles import whole_scores
 from model import loss_per_image
@@ -95,16 +96,7 @@ def train(prepared: PreparedClass) -> checkpoints.Record:
     return fitted(prepared, evaluations, time.perf_counter() - began)
 
 
-def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> evaluation.Evaluation:
-    """Measure held-out and test images after an epoch. Raises ClassError on scores that are not finite."""
-    now = evaluation.evaluate(prepared, epoch, loss)
-    tqdm.write(f"{prepared.data.class_name}  {now}")
-    return now
-
-
-def fitted(
-    prepared: PreparedClass, evaluations: list[evaluation.Evaluation], seconds: float
-) -> checkpoints.Record:
+def fitted(prepared: PreparedClass, evaluations: list[Evaluation], seconds: float) -> checkpoints.Record:
     """The scores of the last evaluation, and how they came about."""
     first, last, data = evaluations[0], evaluations[-1], prepared.data
     flow_scores = {name: scores for name, scores in last.test.items() if name != WHOLE}
@@ -112,12 +104,12 @@ def fitted(
         flow_scores |= {f"{name}, before training": scores for name, scores in first.test.items()}
     history = [each.entry() for each in evaluations]
     return checkpoints.Record(
-        result=evaluation.result_of(prepared, last, history, seconds),
+        result=result_of(prepared, last, history, seconds),
         history=history,
         test=checkpoints.Scored(data.test_rows, data.labels, last.test[WHOLE]),
         held_out_scores=whole_scores(last.held, data.held_pictures) if data.held_pictures else last.held,
         flow_scores=flow_scores,
-        simple_scores=evaluation.simple_scores(prepared) if prepared.compares else {},
+        simple_scores=simple_scores(prepared) if prepared.compares else {},
     )
 
 
@@ -176,7 +168,7 @@ def main(config: Config) -> None:
     if "reason" in result:
         raise UserError(f"class {name}: {result['reason']}")
     path = checkpoints.checkpoint_path(config, *pair)
-    print(f"{name}: {evaluation.outcome(result)}  {result['seconds']:.0f} s  {kept} in {path}.json")
+    print(f"{name}: {outcome(result)}  {result['seconds']:.0f} s  {kept} in {path}.json")
     held_out = checkpoints.read_record(path).held_out_scores
     if threshold := calibration.of_held_out(held_out, config.false_alarms):
         print(threshold)

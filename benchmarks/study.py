@@ -32,7 +32,7 @@ import extractor
 import train
 import utils
 from config import UserError, make_config
-from detector import checkpoints, places
+from detector import checkpoints, evaluation, places
 from detector.preparation import PreparedClass
 from reporting.tables import as_markdown
 from shell.files import write_text
@@ -188,7 +188,7 @@ def trained(prepared: PreparedClass, epochs: tuple[int, ...]) -> checkpoints.Rec
         return train.train(prepared)
     last, _ = train.count_epochs(prepared)
     evaluations = [
-        train.evaluate(prepared, epoch, loss)
+        evaluation.evaluate(prepared, epoch, loss)
         for epoch, loss in train.train_epochs(prepared)
         if epoch in (*epochs, last)
     ]

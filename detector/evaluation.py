@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import utils
 from backbone.arithmetic import products
@@ -49,8 +50,8 @@ def scores_of(prepared: PreparedClass, part: str) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluation:
-    """Measure the held-out normals and the test images as the flow now is. loss: of the epoch, None before
-    training. Raises ClassError on scores that are not finite."""
+    """Measure the held-out normals and the test images as the flow now is, and tell it. loss: of the epoch,
+    None before training. Raises ClassError on scores that are not finite."""
     config, data = prepared.config, prepared.data
     prepared.detector.eval()
     prepared.detector.at_start = loss is None and config.identity_start
@@ -69,7 +70,9 @@ def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluat
         column: utils.auroc(data.labels, test[name]) if name in test else np.nan
         for column, name in AUROCS.items()
     }
-    return Evaluation(epoch, loss, held_out_loss, aurocs, held[WHOLE], test)
+    now = Evaluation(epoch, loss, held_out_loss, aurocs, held[WHOLE], test)
+    tqdm.write(f"{data.class_name}  {now}")
+    return now
 
 
 def result_of(prepared: PreparedClass, last: Evaluation, history: list[dict], seconds: float) -> dict:
