@@ -36,9 +36,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", type=Path, help="a run, runs/<modelname>, or a class: .../classes/<class>-seed<n>")
     asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument(
-        "images", nargs="*", default=[], help="files, folders, globs; - reads a list from stdin"
-    )
+    asked.add_argument("images", nargs="*", default=[], help="files, folders, globs; -: a list from stdin")
     asked.add_argument("--watch", type=Path, metavar="FOLDER", help="score pictures as they arrive there")
     add("--class_name", help="of a run: these classes only, separated by commas (in a name: \\,) [all]")
     add("--seed", type=int, help="of a run: this seed [the first]")
