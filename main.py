@@ -164,7 +164,7 @@ def committed_table(config: Config) -> dict[str, float]:
 def differences(summary: report.Summary, wanted: dict[str, float]) -> list[str]:
     """What differs by more than TOLERANCE between a run's AUROCs and those of a table, a line each; what only
     one of them has differs, too."""
-    found = {row["class"]: row["auroc"] for row in report.table_rows(summary)}
+    found = {row["class"]: row["auroc"] for row in summary.rows}
     pairs = {name: (found.get(name, math.nan), wanted.get(name, math.nan)) for name in found | wanted}
     return [
         f"{name}: AUROC {tables.number(ours)}, {tables.number(theirs)} in the table"

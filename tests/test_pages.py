@@ -1,5 +1,6 @@
 """report.html: whole in itself, whatever the names; what it must tell; in a browser, too."""
 
+import dataclasses
 import html
 import re
 
@@ -28,7 +29,8 @@ def picture(tmp_path) -> Picture:
 
 def test_page_tells_what_it_must(picture):
     defects = {"hole": {"n": 7, "auroc": 0.75, "auroc_std": 0.1}}
-    b = FOUND["b"] | {"defects": defects, "localisation": {"pixel_auroc": 0.9876, "aupro": 0.8765}}
+    heat = {"pixel_auroc": 0.9876, "aupro": 0.8765}
+    b = dataclasses.replace(FOUND["b"], defects=defects, localisation=heat)
     features = {"precision": "bfloat16", "skipped": ["cut<off>.png"]}
     failed = undefined("bare", reason="the loss is <nan>")
     summary = summary_of([*RESULTS[::2], failed], FOUND | {"b": b}, features, clamp=2.5)

@@ -47,8 +47,9 @@ def results(config: Config) -> dict:
 def table(results: dict) -> dict:
     """The figures of a run, without times."""
     return {
-        name: {k: v for k, v in entry.items() if k != "runs"} for name, entry in results["classes"].items()
-    } | {"mean": results["mean"], "baselines": results["baselines"], "margins": results["margins"]}
+        name: {k: v for k, v in entry.items() if k not in ("runs", "seconds")}
+        for name, entry in results["classes"].items()
+    } | {"mean": results["mean"], "found": results["found"]}
 
 
 def files(folder="runs/run/classes"):
