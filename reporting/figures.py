@@ -158,22 +158,17 @@ def described(labels: datasets.Labels, row: int) -> tuple[str, str]:
 
 
 # ---------------------------------------------------------------- of all classes
-def legend_of_classes(axes: Axes) -> None:
-    """None where it would fill the figure. Labels begin with a space, as matplotlib hides those with _."""
-    if len(axes.get_legend_handles_labels()[0]) <= MOST_IN_LEGEND:
-        axes.legend(fontsize="small")
-
-
 def roc(records: dict[str, Record]) -> Figure:
     """The ROC curves of classes whose test images are of both labels."""
     figure, (axes,) = new_figure(6.5, 6)
     for name, record in records.items():
         fpr, tpr, _ = roc_curve(record.test.labels, record.test.scores)
-        axes.plot(fpr, tpr, label=f" {name}  {record.result['auroc']:.3f}")
+        axes.plot(fpr, tpr, label=f" {name}  {record.result['auroc']:.3f}")  # labels with _ are not shown
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.5)
     axes.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
     axes.set_title("ROC: normal class and AUROC", fontsize="medium")
-    legend_of_classes(axes)
+    if len(records) <= MOST_IN_LEGEND:
+        axes.legend(fontsize="small")
     return figure
 
 
@@ -194,7 +189,8 @@ def curves(records: dict[str, Record]) -> Figure:
     below.set_title("dashed: training; solid: held-out normal images, if any", fontsize="medium")
     for axes in (above, below):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend_of_classes(below)
+    if len(records) <= MOST_IN_LEGEND:
+        below.legend(fontsize="small")
     return figure
 
 
