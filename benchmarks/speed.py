@@ -349,9 +349,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="turns [5]")
     parser.add_argument("--device", default="auto", help="[auto]")
     parser.add_argument("--threads", type=int, default=0, help="[all]")
-    parser.add_argument(
-        "--busy", type=int, default=0, help="extraction, run: again beside so many busy cores"
-    )
+    parser.add_argument("--busy", type=int, default=0, help="extraction, run: and beside so many busy cores")
     parser.add_argument("--channels", type=int, default=768, help="step: C = H [768]")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64, 128], help="step: sizes")
     parser.add_argument("--dataset", default="cifar10", help="[cifar10]")

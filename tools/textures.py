@@ -25,14 +25,15 @@ from shell.command_line import OneLineParser
 from shell.signals import guarded
 
 
-def set_size(size: int = 224) -> None:
+SIZE = 224  # pixels
+ROWS, COLUMNS = np.mgrid[:SIZE, :SIZE].astype(float)
+
+
+def set_size(size: int) -> None:
     """Have all that follows make pictures of so many pixels a side; defects keep their size in pixels."""
     global SIZE, ROWS, COLUMNS
     SIZE = size
     ROWS, COLUMNS = np.mgrid[:size, :size].astype(float)
-
-
-set_size()
 
 
 # ---------------------------------- textures: coordinates in units of the side, rng -> (SIZE, SIZE) in [0, 1]
