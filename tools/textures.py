@@ -24,7 +24,6 @@ from config import UserError
 from shell.command_line import OneLineParser
 from shell.signals import guarded
 
-
 SIZE = 224  # pixels
 ROWS, COLUMNS = np.mgrid[:SIZE, :SIZE].astype(float)
 
