@@ -118,7 +118,7 @@ def differences(summary: report.Summary) -> list[str]:
     each; what only one of them has differs, too."""
     with TABLE.open(encoding="utf-8", newline="") as stream:
         wanted = {row["class"]: float(row["auroc"]) for row in csv.DictReader(stream)}
-    found = {row["class"]: row["auroc"] for row in report.table_rows(summary)}
+    found = {row["class"]: row["auroc"] for row in summary.rows}
     pairs = {name: (found.get(name, math.nan), wanted.get(name, math.nan)) for name in found | wanted}
     return [
         f"{name}: AUROC {tables.number(ours)}, {tables.number(theirs)} in the table"

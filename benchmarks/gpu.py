@@ -30,19 +30,14 @@ from backbone import arithmetic, resizing
 from backbone.extraction import Extraction
 from backbone.identity import cache_identity
 from reporting.tables import as_markdown
+from shell.command_line import OneLineParser
 from shell.files import write_text
 
 CPU = torch.device("cpu")
 WHOLE = {"extractor": "VIT", "channels": 768, "images": 1500, "classes": 2, "repeats": 3}
 SMALL = {"extractor": "test_vit", "channels": 16, "images": 24, "classes": 1, "repeats": 1}
 SMALL_DIGITS = "--extractor test_efficientnet --img_size 64 --fusion none --sub_epochs 1".split()
-ON_DIGITS = {
-    "dataset": "digits",
-    "dataset_path": None,
-    "weights_path": "random",
-    "batches": [32, 128],
-    "busy": 0,
-}
+ON_DIGITS = dict(dataset="digits", dataset_path=None, weights_path="random", batches=[32, 128], busy=0)
 
 Tell = Callable[[str, str], None]  # a row of the table: what, value
 
@@ -131,9 +126,7 @@ PHASES |= {name: functools.partial(timed, name) for name in ("step", "extraction
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="[cuda]")
     parser.add_argument("--threads", type=int, default=0, help="[all]")
     parser.add_argument("--small", action="store_true", help="a minute instead of ten")

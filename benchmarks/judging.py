@@ -120,53 +120,42 @@ class Row(NamedTuple):
     auroc: float
 
 
-def set_means(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
-    """{set: {detector: its mean AUROC over seeds, then over classes}} of the detectors that all classes of a
-    set have."""
-    seeds: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+def set_means(rows: Iterable[Row]) -> dict[str, dict[str, np.ndarray]]:
+    """{set: {detector: its mean AUROC over the classes with every seed}} of the detectors that all classes of
+    a set have."""
+    by_set: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for row in rows:
-        seeds[row.set][row.detector][row.of_class].append(row.auroc)
-    found = {}
-    for name, detectors in seeds.items():
-        most = max(map(len, detectors.values()))
-        found[name] = {
-            detector: float(np.mean([np.mean(values) for values in classes.values()]))
-            for detector, classes in detectors.items()
-            if len(classes) == most
-        }
-    return found
+        by_set[row.set][row.detector][row.of_class].append(row.auroc)
+    most = {name: max(map(len, detectors.values())) for name, detectors in by_set.items()}
+    return {
+        name: {title: np.mean([*own.values()], 0) for title, own in of.items() if len(own) == most[name]}
+        for name, of in by_set.items()
+    }
 
 
-def regret(rows: Iterable[Row], ours: str, others: Iterable[str]) -> dict[str, tuple[float, str]]:
+def regret(rows: Iterable[Row], ours: str, others: list[str]) -> dict[str, tuple[float, str]]:
     """{set: (AUROC of ``ours`` minus that of the best of ``others`` on this set, which one that is)}: below
     zero where somebody who knew the set would have taken another. Sets that lack either are left out."""
-    others, found = list(others), {}
+    found = {}
     for name, means in set_means(rows).items():
         there = [other for other in others if other in means]
         if ours in means and there:
-            best = max(there, key=lambda other: means[other])
-            found[name] = means[ours] - means[best], best
+            best = max(there, key=lambda other: means[other].mean())
+            found[name] = float(means[ours].mean() - means[best].mean()), best
     return found
 
 
-class LeftOut(NamedTuple):
-    """A set that had no part in the choice: the setting chosen by the mean of all other sets, what it has on
-    this one, and the setting that is best on it."""
-
-    set: str
-    chosen: str
-    auroc: float
-    best: str
-    best_auroc: float
-
-
-def leave_one_set_out(runs: dict[str, Iterable[Row]], detector: str) -> list[LeftOut]:
-    """runs: {setting: rows}. Each set that all settings have with the detector, left out of the choice in
-    turn; with fewer than two such sets none."""
-    of_run = {name: set_means(rows) for name, rows in runs.items()}
+def leave_one_set_out(runs: dict[str, list[Row]], detector: str) -> list[tuple[str, str, float, str, float]]:
+    """Each set that all settings have with the detector, left out of the choice in turn -> its name, the
+    setting chosen by the mean of all other sets, what that one has on it, the setting that is best on it, and
+    what that one has; with fewer than two such sets none. runs: {setting: rows}."""
     aurocs = {
-        run: {name: means[detector] for name, means in sets.items() if detector in means}
-        for run, sets in of_run.items()
+        run: {
+            name: float(means[detector].mean())
+            for name, means in set_means(rows).items()
+            if detector in means
+        }
+        for run, rows in runs.items()
     }
     sets = [name for name in next(iter(aurocs.values())) if all(name in own for own in aurocs.values())]
     found = []
@@ -174,5 +163,5 @@ def leave_one_set_out(runs: dict[str, Iterable[Row]], detector: str) -> list[Lef
         others = [other for other in sets if other != name]
         chosen = max(aurocs, key=lambda run: np.mean([aurocs[run][other] for other in others]))
         best = max(aurocs, key=lambda run: aurocs[run][name])
-        found.append(LeftOut(name, chosen, aurocs[chosen][name], best, aurocs[best][name]))
+        found.append((name, chosen, aurocs[chosen][name], best, aurocs[best][name]))
     return found

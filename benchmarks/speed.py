@@ -10,7 +10,6 @@ What is compared runs in turns; a figure is the median of --repeats turns, in br
 highest."""
 
 import argparse
-import functools
 import json
 import os
 import shlex
@@ -19,9 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -44,18 +42,16 @@ from backbone.extraction import Extraction
 from backbone.identity import Identity, cache_identity
 from config import Config, make_config
 from reporting.tables import as_markdown
+from shell.command_line import OneLineParser
 
 ROOT = Path(__file__).resolve().parents[1]
 Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
 # ---------------------------------------------------------------- measuring
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def seconds(task: Callable[[], object], device: torch.device) -> float:
+    """Of a task, with all that it has a GPU do."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
     wait(device)
     start = time.perf_counter()
     task()
@@ -97,22 +93,15 @@ def burning(cores: int) -> Iterator[None]:
             program.wait()
 
 
-def memory_of(pid: int) -> int:
-    """Bytes that a process and its descendants hold, pages that they share counted once."""
-    try:
-        process = psutil.Process(pid)
-        return sum(each.memory_full_info().pss for each in (process, *process.children(recursive=True)))
-    except psutil.Error:
-        return 0  # one ended in between
-
-
 def measured(command: list[str], folder: Path) -> tuple[float, int]:
-    """Run a script in a folder -> seconds, its start included, and peak memory in bytes. Raises
-    CalledProcessError, its last words on the screen."""
+    """Run a script in a folder -> seconds, its start included, and peak memory in bytes, pages that it shares
+    with its descendants counted once. Raises CalledProcessError, its last words on the screen."""
     peak, start = 0, time.perf_counter()
-    process = subprocess.Popen([sys.executable, *command], cwd=folder, stdout=subprocess.DEVNULL)
+    process = psutil.Popen([sys.executable, *command], cwd=folder, stdout=subprocess.DEVNULL)
     while process.poll() is None:
-        peak = max(peak, memory_of(process.pid))
+        with suppress(psutil.Error):  # one ended in between
+            family = (process, *process.children(recursive=True))
+            peak = max(peak, sum(each.memory_full_info().pss for each in family))
         time.sleep(0.1)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
@@ -215,10 +204,11 @@ def compare_extraction(args: argparse.Namespace, device: torch.device) -> Table:
         return plain_tokens(plain, images, "train", range(count), identity.fields)
 
     def extracted(job: Extraction) -> None:
-        deque(({name: values.cpu() for name, values in r.items()} for r in job.features(images)), maxlen=0)
+        for batch in job.features(images):
+            _ = [values.cpu() for values in batch.values()]
 
-    ways = functools.partial(extracted, by_torch), functools.partial(extracted, ours)
-    jobs = {"the released loop": released, "PyTorch": ways[0], "ours": ways[1]}
+    jobs = {"the released loop": released}
+    jobs |= {"PyTorch": lambda: extracted(by_torch), "ours": lambda: extracted(ours)}
     found = {}
     for cores in sorted({0, args.busy}):
         with burning(cores):
@@ -308,26 +298,27 @@ def compare_reading(args: argparse.Namespace, device: torch.device) -> Table:
     ours, rows = features.tokens("train"), []
     batches = np.random.default_rng(0).integers(0, len(ours), (300, 32))
 
-    def in_order(array) -> None:
-        deque((np.array(array[start : start + 64]) for start in range(0, len(array), 64)), maxlen=0)
+    def read(array, parts) -> None:
+        for part in parts:
+            np.array(array[part])
 
-    def at_random(array) -> None:
-        deque((np.array(array[batch]) for batch in batches), maxlen=0)
-
-    def semantic(array) -> None:
-        np.array(array[:, 0]) if isinstance(array, np.memmap) else array.semantic()
-
-    ways = {"in order": in_order, "300 random batches of 32": at_random, "all semantic tokens": semantic}
+    ways = {
+        "in order": lambda array: read(array, [slice(i, i + 64) for i in range(0, len(array), 64)]),
+        "300 random batches of 32": lambda array: read(array, batches),
+        "all semantic tokens": lambda array: (
+            np.array(array[:, 0]) if isinstance(array, np.memmap) else array.semantic()
+        ),
+    }
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         np.save(Path(scratch, "plain.npy"), ours[:])
-        for name, read in ways.items():
+        for name, way in ways.items():
             found: dict[str, list[float]] = {"one .npy": [], "ours": []}
             for _ in range(args.repeats):
                 plain = np.load(Path(scratch, "plain.npy"), mmap_mode="r")
                 for values, array in zip(found.values(), (plain, ours)):
                     if args.cold:
                         forget(Path(scratch), features.folder)
-                    values.append(seconds(lambda: read(array), device))
+                    values.append(seconds(lambda: way(array), device))
             rows.append([name, *(shown(values, "{:.3f}") for values in found.values())])
     return [f"{' x '.join(map(str, ours.shape))} float16, s", "one .npy", "ours"], rows
 
@@ -354,16 +345,12 @@ COMMANDS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--repeats", type=int, default=5, help="turns [5]")
     parser.add_argument("--device", default="auto", help="[auto]")
     parser.add_argument("--threads", type=int, default=0, help="[all]")
-    parser.add_argument(
-        "--busy", type=int, default=0, help="extraction, run: again beside so many busy cores"
-    )
+    parser.add_argument("--busy", type=int, default=0, help="extraction, run: and beside so many busy cores")
     parser.add_argument("--channels", type=int, default=768, help="step: C = H [768]")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 64, 128], help="step: sizes")
     parser.add_argument("--dataset", default="cifar10", help="[cifar10]")

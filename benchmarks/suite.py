@@ -25,14 +25,15 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from judging import Problem, Row, difference, judge, leave_one_set_out, regret
+from judging import Problem, Row, difference, judge, leave_one_set_out, regret, set_means
 
 import config as knobs
 import utils
-from detector import checkpoints
+from detector.checkpoints import Record, read_record
 from reporting.report import Summary, read_summary
 from reporting.tables import as_markdown, escaped
-from shell.files import write_text
+from shell.command_line import OneLineParser
+from shell.files import file_name, write_text
 from shell.signals import KEPT, guarded
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +45,7 @@ OURS = {  # ours -> what it is compared with
 JUDGED = (WHOLE, PLACES)  # what everything else is compared with
 BEST = "best simple of each class"
 DRAWS = 10_000  # of the bootstrap
+UNDEFINED = np.array([np.nan])  # what a detector has that a set lacks
 HOW = (
     "AUROC, mean over a set's classes, then over the sets (± standard deviation over the seeds); in "
     f"brackets: over the sets that a detector has. {BEST}: chosen by AUROC on the test images. Differences: "
@@ -81,39 +83,29 @@ class Set(NamedTuple):
 def read_suite(path: Path, only: str | None = None) -> tuple[dict, list[Set]]:
     """The preset and the extractor of a suite's file, and its sets, all or those named in ``only``. Raises
     UserError."""
+    settings = {"preset": "paper", "extractor": "efficientnet_lite0"}
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        settings |= tomllib.loads(path.read_text(encoding="utf-8"))
+        sets = {entry["name"]: Set(**entry) for entry in settings.pop("set", [])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise knobs.UserError(f"expected a suite's file, as benchmarks/suite.toml; {path}: {error}") from None
-    entries = content.pop("set", [])
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise knobs.UserError(f"{path}: expected tables [[set]], got set = {entries!r}")
-    for keys, known in ((content, ("preset", "extractor")), *((entry, Set._fields) for entry in entries)):
-        for key in keys:
-            if key not in known:
-                raise knobs.UserError(f"{path}: {knobs.unknown('key', key, known)}")
-    for needed in ("name", "dataset"):
-        if not all(needed in entry for entry in entries):
-            raise knobs.UserError(f"{path}: every [[set]] needs a {needed}")
-    sets = {entry["name"]: Set(**entry) for entry in entries}
     chosen = [name.strip() for name in only.split(",")] if only else list(sets)
     for name in chosen:
         if name not in sets:
             raise knobs.UserError(knobs.unknown("set", name, sets))
-    return {"preset": "paper", "extractor": "efficientnet_lite0"} | content, [sets[name] for name in chosen]
+    return settings, [sets[name] for name in chosen]
 
 
 def why_left_out(entry: Set) -> str:
     """Prepare a set that is not there -> in one line, why it still is not; empty where it is."""
     if entry.path is None or Path(entry.path).exists():
         return ""
-    if entry.prepare:
-        command = shlex.split(entry.prepare)
-        command[0] = sys.executable if command[0] == "python" else command[0]
-        if subprocess.run(command).returncode == 0 and Path(entry.path).exists():
-            return ""
-        return f"left out: {entry.name}, `{entry.prepare}` did not make {entry.path}"
-    return f"left out: {entry.name}, {entry.path} is not there"
+    if not entry.prepare:
+        return f"left out: {entry.name}, {entry.path} is not there"
+    first, *others = shlex.split(entry.prepare)
+    made = subprocess.run([sys.executable if first == "python" else first, *others]).returncode == 0
+    there = made and Path(entry.path).exists()
+    return "" if there else f"left out: {entry.name}, `{entry.prepare}` did not make {entry.path}"
 
 
 def command_of(entry: Set, settings: dict, name: str, seeds: int, more: dict) -> list[str]:
@@ -125,7 +117,7 @@ def command_of(entry: Set, settings: dict, name: str, seeds: int, more: dict) ->
 
 
 # ---------------------------------------------------------------- what a run has found
-def scores_of(record: checkpoints.Record) -> dict[str, np.ndarray]:
+def scores_of(record: Record) -> dict[str, np.ndarray]:
     ours = {name: record.flow_scores[name] for name in OURS if name in record.flow_scores}
     return {WHOLE: record.test.scores, **ours, **record.simple_scores}
 
@@ -133,35 +125,24 @@ def scores_of(record: checkpoints.Record) -> dict[str, np.ndarray]:
 def read_problems(folder: Path) -> tuple[list[Problem], Summary]:
     """The classes of a finished run that have test images of both labels, and the run's summary. Raises
     UserError, ValueError and OSError."""
-    summary = read_summary(folder)
-    by_class: dict[str, list[checkpoints.Record]] = {}
-    for record in map(checkpoints.read_record, sorted((folder / "classes").glob("*.json"))):
-        result = record.result
-        asked = result["class"] in summary.classes and result["seed"] in summary.seeds
-        if asked and len(set(record.test.labels)) == 2:
-            by_class.setdefault(result["class"], []).append(record)
-    problems = []
-    for name, records in by_class.items():
-        records.sort(key=lambda record: record.result["seed"])
-        aurocs: dict[str, list[float]] = {}
-        for record in records:
-            for title, scores in scores_of(record).items():
-                aurocs.setdefault(title, []).append(utils.auroc(record.test.labels, scores))
-        test = records[0].test
-        problems.append(Problem(name, test.rows, test.labels, scores_of(records[0]), aurocs))
+    summary, problems = read_summary(folder), []
+    for name in sorted(summary.classes, key=lambda name: f"{file_name(name)}-"):  # in the order of the files
+        paths = [folder / "classes" / f"{file_name(name)}-seed{seed}" for seed in summary.seeds]
+        records = [read_record(path) for path in paths]
+        test, scores = records[0].test, [scores_of(record) for record in records]
+        aurocs = {
+            title: [utils.auroc(each.test.labels, own[title]) for each, own in zip(records, scores)]
+            for title in scores[0]
+            if all(title in own for own in scores)
+        }
+        if len(set(test.labels)) == 2:
+            problems.append(Problem(name, test.rows, test.labels, scores[0], aurocs))
     if not problems:
         raise ValueError("no class has normal and anomalous test images")
     return problems, summary
 
 
 # ---------------------------------------------------------------- the tables
-def set_aurocs(problems: list[Problem], title: str) -> np.ndarray:
-    """A detector's mean AUROC over the classes with every seed; NaN where a class lacks it."""
-    if not all(title in problem.aurocs for problem in problems):
-        return np.array([np.nan])
-    return np.mean([problem.aurocs[title] for problem in problems], 0)
-
-
 def auroc_cell(values: np.ndarray) -> str:
     """A mean AUROC of every seed; empty where it is undefined."""
     if np.isnan(values).any():
@@ -181,50 +162,47 @@ def make_table(found: dict[str, list[Problem] | None], draws: int = DRAWS) -> tu
     simple = [title for title in titles if title not in OURS]
     detectors = [*(title for title in OURS if title in titles), *simple]
     judged = [judge(problems, detectors, simple, draws, [0, i]) for i, problems in enumerate(done.values())]
+    means = set_means(rows_of(found))
+    for name, of_set in zip(done, judged):
+        means[name][BEST] = of_set.points[:, -1].mean(keepdims=True)
     header = ["detector", *found, "mean"]
     header += [text for ours in JUDGED for text in (f"{ours} - it [95 %]", "win / level / loss (Holm)")]
     rows = []
     for k, title in enumerate([*detectors, BEST] if simple else detectors):
-        means = {name: set_aurocs(problems, title) for name, problems in done.items()}
-        if title == BEST:
-            means = {name: s.points[:, k].mean(keepdims=True) for name, s in zip(done, judged)}
-        row = [title, *("failed" if name not in done else auroc_cell(means[name]) for name in found)]
-        have = [values for values in means.values() if not np.isnan(values).any()]
+        own = {name: means[name].get(title, UNDEFINED) if name in done else None for name in found}
+        row = [title, *("failed" if values is None else auroc_cell(values) for values in own.values())]
+        have = [values for values in own.values() if values is not None and not np.isnan(values).any()]
         row.append(bracketed(auroc_cell(np.mean(have, 0)), len(have) < len(done)))
         for ours in JUDGED:
-            if ours not in OURS.get(title, JUDGED) or ours not in detectors:
-                row += ["", ""]
-                continue
-            it = difference(judged, detectors.index(ours), k)
+            shown = ours in detectors and ours in OURS.get(title, JUDGED)
+            it = difference(judged, detectors.index(ours), k) if shown else None
             row += [bracketed(str(it), it.sets < len(done)), it.wins] if it else ["", ""]
         rows.append(row)
     return header, rows
 
 
-def rows_of(found: dict[str, list[Problem] | None], seeds: list[int]) -> list[Row]:
+def rows_of(found: dict[str, list[Problem] | None], first_seed: int = 0) -> list[Row]:
     """An AUROC per set, class, detector and seed."""
-    problems = [(name, problem) for name, of_set in found.items() for problem in of_set or ()]
     return [
         Row(title, name, problem.name, seed, value)
-        for name, problem in problems
+        for name, problems in found.items()
+        for problem in problems or ()
         for title, values in problem.aurocs.items()
-        for seed, value in zip(seeds, values)
+        for seed, value in enumerate(values, first_seed)
     ]
 
 
 def regret_table(rows: list[Row]) -> str:
     """Per set, what the whole score loses to the best simple detector and to the better of its parts."""
     simple = [title for title in dict.fromkeys(row.detector for row in rows) if title not in OURS]
-    kinds = {f"{WHOLE} - best simple": simple, f"{WHOLE} - better part": (IMAGE, PLACES)}
+    kinds = {f"{WHOLE} - best simple": simple, f"{WHOLE} - better part": [IMAGE, PLACES]}
     found = [regret(rows, WHOLE, others) for others in kinds.values()]
-
-    def cell(losses: dict[str, tuple[float, str]], name: str) -> str:
-        return "{:+.4f} ({})".format(*losses[name]) if name in losses else ""
-
-    sets = dict.fromkeys(name for losses in found for name in losses)
-    lines = [[name, *(cell(losses, name) for losses in found)] for name in sets]
-    values = [[value for value, _ in losses.values()] for losses in found]
+    lines = [
+        [name, *("{:+.4f} ({})".format(*own[name]) if name in own else "" for own in found)]
+        for name in dict.fromkeys(name for own in found for name in own)
+    ]
     for title, of_all in (("mean", np.mean), ("worst", np.min)):
+        values = [[value for value, _ in own.values()] for own in found]
         lines.append([title, *(f"{of_all(own):+.4f}" if own else "" for own in values)])
     return f"## Regret\n\n{as_markdown(['set', *kinds], lines)}\n\n{REGRET}"
 
@@ -234,11 +212,9 @@ def choice_table(runs: dict[str, list[Row]]) -> str:
     found = leave_one_set_out(runs, WHOLE)
     if not found:
         raise knobs.UserError(f"expected at least two sets with a {WHOLE} in all of {', '.join(runs)}")
-    mean, best = (float(np.mean(values)) for values in list(zip(*found))[2::2])
-    lines = [
-        [name, chosen, f"{auroc:.4f}", best_one, f"{most:.4f}"]
-        for name, chosen, auroc, best_one, most in [*found, ("mean", "", mean, "", best)]
-    ]
+    _, _, aurocs, _, best = zip(*found)
+    found.append(("mean", "", float(np.mean(aurocs)), "", float(np.mean(best))))
+    lines = [[name, run, f"{auroc:.4f}", other, f"{most:.4f}"] for name, run, auroc, other, most in found]
     header = ["set", f"best by the mean {WHOLE} of all other sets", "AUROC", "best on this set", "AUROC"]
     return f"## Settings chosen without the set\n\n{as_markdown(header, lines)}"
 
@@ -282,8 +258,7 @@ def main(args: argparse.Namespace) -> None:
     if args.suite is None:
         raise knobs.UserError("expected the list of sets, as benchmarks/suite.toml, or --compare")
     settings, sets = read_suite(args.suite, args.only)
-    if args.preset:
-        settings["preset"] = args.preset
+    settings |= {"preset": args.preset} if args.preset else {}
     more = dict(pair.partition("=")[::2] for pair in args.knobs)
     settings |= {name: value for name, value in more.items() if name in settings}
     found, notes, failures, summaries = {}, [], [], []
@@ -292,8 +267,8 @@ def main(args: argparse.Namespace) -> None:
             notes.append(left_out)
             print(left_out, flush=True)
             continue
-        of_set = (entry.trial if args.trial else {}) | more
         print(f"== {entry.name}", flush=True)
+        of_set = (entry.trial if args.trial else {}) | more
         status = subprocess.run(command_of(entry, settings, args.name, args.seeds, of_set)).returncode
         try:
             if status:
@@ -305,13 +280,13 @@ def main(args: argparse.Namespace) -> None:
             failures.append(f"failed: {entry.name}, {error}")
     if not summaries:
         raise knobs.UserError("; ".join(failures + notes) or f"{args.suite} names no set")
-    there = [entry for entry in sets if entry.name in found]
-    figures = rows_of(found, summaries[0].seeds)
+    figures = rows_of(found, summaries[0].seeds[0])
     tables = f"{as_markdown(*make_table(found))}\n\n{regret_table(figures)}"
+    there = [entry for entry in sets if entry.name in found]
     how = ["## How", textwrap.fill(HOW, 120), about(settings, there, summaries)]
-    lines = [*map(escaped, failures + notes), *how]
+    parts = [f"# {args.name}", tables, *map(escaped, failures + notes), *how]
     out = args.out or Path("results") / f"{args.name}{'-trial' if args.trial else ''}.md"
-    write_text(out, f"# {args.name}\n\n{tables}\n\n" + "\n\n".join(lines) + "\n")
+    write_text(out, "\n\n".join(parts) + "\n")
     write_text(out.with_suffix(".csv"), as_csv(figures))
     print(f"\n{tables}\n\nin {out} and {out.with_suffix('.csv')}", flush=True)
     if failures:
@@ -328,9 +303,7 @@ def compare(files: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", type=Path, nargs="?", help="the list of sets, as benchmarks/suite.toml")
     parser.add_argument("--preset", help="[the suite's]")
     parser.add_argument("--only", help="sets to run, separated by commas [all]")

@@ -20,6 +20,7 @@ import utils
 from config import make_config
 from detector.picture_detector import PictureDetector
 from reporting.tables import as_markdown
+from shell.command_line import OneLineParser
 from shell.files import write_text
 from shell.signals import guarded
 
@@ -58,9 +59,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("categories", type=Path, nargs="+", help="folders with train/good and test/KIND")
     parser.add_argument("--tiles", default="0,512,256", help="sides to compare, 0: whole [0,512,256]")
     parser.add_argument("--threads", type=int, default=1)

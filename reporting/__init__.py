@@ -1,3 +1,3 @@
-"""What a person reads of a run: its summary, tables, figures, heat maps and page; two runs side by side.
+"""What a person reads of a run: its summary, tables, figures, heat maps and page.
 
 Fits nothing. May import detector and all that detector may."""

@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from sklearn.metrics import roc_curve
 
 import datasets
@@ -19,11 +19,11 @@ from cache.feature_cache import FeatureCache
 from config import UserError
 from detector import heat_map
 from detector.calibration import Threshold
-from detector.checkpoints import Record, Scored
+from detector.checkpoints import Record
 from detector.detector import place_maps
 from reporting.findings import Left
 from reporting.overlays import overlaid
-from reporting.report import Summary, table_rows
+from reporting.report import Summary
 from reporting.tables import shorten
 from shell.files import file_name, whole_file
 
@@ -78,10 +78,10 @@ def saved(figure: Figure, path: Path, caption: str) -> Picture:
     return Picture(path, caption)
 
 
-def legend(owner: Axes | Figure, handles: list, labels: list[str], **options) -> None:
-    """A legend in which a leading _ hides no name; none where it would fill the figure."""
-    if len(handles) <= MOST_IN_LEGEND:
-        owner.legend(handles, [f" {label}" for label in labels], fontsize="small", **options)
+def new_figure(width: float, height: float, n: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure in inches with ``n`` axes, one below the other."""
+    figure = Figure((width, height), layout="constrained")
+    return figure, list(figure.subplots(n, 1, squeeze=False)[:, 0])
 
 
 # ---------------------------------------------------------------- of a class
@@ -95,76 +95,57 @@ def histogram(record: Record, threshold: Threshold | None) -> Figure:
     low, centre, high = np.quantile(normal, [0.05, 0.5, 0.95])
     width = max(high - low, 1e-9 * float(np.ptp(scores)), 1e-12)
     places = np.arcsinh((scores - centre) / width)
-    figure = Figure((7, 4.8), layout="constrained")
-    axes, texts = figure.subplots(), []
-    handles: list = []
     span = (places.min() - 0.01, places.max() + 0.01)
-    kinds = ("normal" if tested else "held-out normal", "anomalous")
-    for label, (kind, bins) in enumerate(zip(kinds, BINS)):
+    figure, (axes,) = new_figure(7, 4.8)
+    for label, kind in enumerate(("normal" if tested else "held-out normal", "anomalous")):
         own = labels == label
-        if not own.any():
-            continue
-        handles.append(axes.hist(places[own], bins, range=span, alpha=0.6, color=f"C{label}")[2])
-        above = f", {(scores[own] > threshold.score).mean():.1%} above" if threshold else ""
-        texts.append(f"{kind}: {own.sum()} images{above}")
+        if own.any():
+            above = f", {(scores[own] > threshold.score).mean():.1%} above" if threshold else ""
+            text = f"{kind}: {own.sum()} images{above}"
+            axes.hist(places[own], BINS[label], range=span, alpha=0.6, color=f"C{label}", label=text)
     if threshold:
-        at = np.arcsinh((threshold.score - centre) / width)
-        handles.append(axes.axvline(at, color="black", linestyle="--", linewidth=1))
         rates = f"{threshold.expected:.1%} ({threshold.low:.1%} to {threshold.high:.1%})"
-        texts.append(f"threshold {threshold.score:.4g}: false alarms expected {rates}")
+        text = f"threshold {threshold.score:.4g}: false alarms expected {rates}"
+        at = np.arcsinh((threshold.score - centre) / width)
+        axes.axvline(at, color="black", linestyle="--", linewidth=1, label=text)
     ticks = np.linspace(*span, 8)
     axes.set_xticks(ticks, [f"{centre + width * np.sinh(tick):.3g}" for tick in ticks])
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="anomaly score (logarithmic far from the normal images)", ylabel="images per bin")
     name = shorten(record.result["class"], 50)
     axes.set_title(f"normal class: {name}, seed {record.result['seed']}", fontsize="medium")
-    legend(figure, handles, texts, loc="outside lower center")
+    figure.legend(loc="outside lower center", fontsize="small")
     return figure
 
 
-def strips(test: Scored) -> dict[str, np.ndarray]:
-    """{heading: positions in the test set} of the least and the most anomalous images, truly normal ones
-    first; each strip from its end of the scores inwards. A label without images has none."""
-    ranked = np.argsort(test.scores, kind="stable")
-    found: dict[str, np.ndarray] = {}
-    for label, kind in ((0, "normal"), (1, "anomalous")):
-        own = ranked[test.labels[ranked] == label]
-        if len(own):
-            found |= {f"{kind}, lowest scores": own[:SHEET], f"{kind}, highest scores": own[::-1][:SHEET]}
-    return found
-
-
 def contact_sheet(cache: FeatureCache, images: datasets.ImageSet, left: Left) -> Figure:
-    """The strips, every image with its score, what it shows and its name; below it its heat map where the
-    score reads places."""
-    test = left.first.test
-    lines = strips(test)
-    height = 3.6 if left.detector else 2.2
-    figure = Figure((1.4 * SHEET, height * len(lines)), layout="constrained")
-    for axes, (heading, positions) in zip(figure.subplots(len(lines), 1, squeeze=False)[:, 0], lines.items()):
-        rows, scores = test.rows[positions], test.scores[positions]
+    """The least and the most anomalous test images, truly normal ones first, each strip from its end of the
+    scores inwards: every image with its score, what it shows and its name; below it its heat map where the
+    score reads places. A label without images has no strip."""
+    test, strips = left.first.test, dict[str, np.ndarray]()
+    ranked = np.argsort(test.scores, kind="stable")
+    for label in sorted(set(test.labels)):
+        own, kind = ranked[test.labels[ranked] == label], ("normal", "anomalous")[label]
+        strips |= {f"{kind}, lowest scores": own[:SHEET], f"{kind}, highest scores": own[::-1][:SHEET]}
+    rows_high = 2 if left.detector else 1
+    figure, all_axes = new_figure(1.4 * SHEET, (0.8 + 1.4 * rows_high) * len(strips), len(strips))
+    for axes, (heading, positions) in zip(all_axes, strips.items()):
+        rows = test.rows[positions]
         maps = place_maps(left.detector, cache, rows) if left.detector else [None] * len(rows)
-        grid = place_grid_of(cache.fields) if left.detector else None
-        tiles = [tile(images.read("test", int(row)), places, grid) for row, places in zip(rows, maps)]
-        axes.imshow(np.hstack(tiles))
-        for place, (row, score) in enumerate(zip(rows, scores)):
+        for place, (row, score, values) in enumerate(zip(rows, test.scores[positions], maps)):
+            pixels, left_edge, heat = images.read("test", int(row)), place * SIDE, None
+            if values is not None:
+                heat = heat_map.of_places(values, place_grid_of(cache.fields), pixels.shape[:2])
+            shown = overlaid(pixels, heat, SIDE)
+            tiles = [np.asarray(ImageOps.pad(each, (SIDE, SIDE), color="white")) for each in shown]
+            axes.imshow(np.vstack(tiles), extent=(left_edge, left_edge + SIDE, len(shown) * SIDE, 0))
             words = (f"{score:.4g}", *described(images.labels, row))
-            shown = "\n".join(shorten(word, 18) for word in words).encode(errors="replace").decode()
-            at = (place * SIDE, len(tiles[0]))
-            axes.text(*at, shown, fontsize="x-small", verticalalignment="top")
+            text = "\n".join(shorten(word, 18) for word in words).encode(errors="replace").decode()
+            axes.text(left_edge, len(shown) * SIDE, text, fontsize="x-small", verticalalignment="top")
         axes.set_xlim(0, SHEET * SIDE)
         axes.set_title(heading, fontsize="medium")
         axes.axis("off")
     return figure
-
-
-def tile(pixels: np.ndarray, places: np.ndarray | None, grid: tuple[int, int] | None) -> np.ndarray:
-    """An image in its own shape in a square of SIDE pixels, and, where the scores of its places are given,
-    the same under its heat map below it."""
-    shown = [Image.fromarray(pixels)]
-    if places is not None and grid:
-        shown = overlaid(pixels, heat_map.of_places(places, grid, pixels.shape[:2]), SIDE)
-    return np.vstack([np.asarray(ImageOps.pad(picture, (SIDE, SIDE), color="white")) for picture in shown])
 
 
 def described(labels: datasets.Labels, row: int) -> tuple[str, str]:
@@ -178,38 +159,37 @@ def described(labels: datasets.Labels, row: int) -> tuple[str, str]:
 # ---------------------------------------------------------------- of all classes
 def roc(records: dict[str, Record]) -> Figure:
     """The ROC curves of classes whose test images are of both labels."""
-    figure = Figure((6.5, 6), layout="constrained")
-    axes, handles, texts = figure.subplots(), [], []
+    figure, (axes,) = new_figure(6.5, 6)
     for name, record in records.items():
         fpr, tpr, _ = roc_curve(record.test.labels, record.test.scores)
-        handles += axes.plot(fpr, tpr)
-        texts.append(f"{name}  {record.result['auroc']:.3f}")
+        axes.plot(fpr, tpr, label=f" {name}  {record.result['auroc']:.3f}")  # labels with _ are not shown
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.5)
     axes.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
     axes.set_title("ROC: normal class and AUROC", fontsize="medium")
-    legend(axes, handles, texts)
+    if len(records) <= MOST_IN_LEGEND:
+        axes.legend(fontsize="small")
     return figure
 
 
 def curves(records: dict[str, Record]) -> Figure:
     """The test AUROC over the epochs, with the reported epoch marked, and the loss on training batches
     (dashed) and on held-out images (solid)."""
-    figure = Figure((7, 7), layout="constrained")
-    (above, below), handles = figure.subplots(2, 1), []
-    for number, record in enumerate(records.values()):
+    figure, (above, below) = new_figure(7, 7, 2)
+    for number, (name, record) in enumerate(records.items()):
         history, result, colour = record.history, record.result, f"C{number % 10}"
         epochs, loss, held, auroc = (column(history, x) for x in ("epoch", "loss", "held_out_loss", "auroc"))
-        below.plot(epochs, loss, "--", marker=".", color=colour, linewidth=1)
-        handles += below.plot(epochs, held, marker=".", color=colour)
-        above.plot(epochs, auroc, marker=".", color=colour)
-        above.plot(result["epoch"], result["auroc"], marker="o", color=colour)
+        below.plot(epochs, loss, f"{colour}.--", linewidth=1)
+        below.plot(epochs, held, f"{colour}.-", label=f" {name}")
+        above.plot(epochs, auroc, f"{colour}.-")
+        above.plot(result["epoch"], result["auroc"], f"{colour}o")
     above.set(xlabel="epoch", ylabel="test AUROC")
     above.set_title("circle: what is reported", fontsize="medium")
     below.set(xlabel="epoch", ylabel="loss, nats per channel")
     below.set_title("dashed: training; solid: held-out normal images, if any", fontsize="medium")
     for axes in (above, below):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend(below, handles, list(records))
+    if len(records) <= MOST_IN_LEGEND:
+        below.legend(fontsize="small")
     return figure
 
 
@@ -221,18 +201,17 @@ def column(history: list[dict], name: str) -> np.ndarray:
 def methods(summary: Summary) -> Figure:
     """AUROC of the flow, ± its deviation over the seeds, and of the simple detectors: a line per class and
     one for the mean."""
-    rows = table_rows(summary)
-    figure = Figure((7, 1.8 + 0.28 * len(rows)), layout="constrained")
-    axes, places = figure.subplots(), np.arange(len(rows))
-    aurocs, spread = (column(rows, name) for name in ("auroc", "auroc_std"))
-    handles: list = [axes.errorbar(aurocs, places, xerr=spread, fmt="o", color="black", capsize=3)]
+    rows = summary.rows
+    figure, (axes,) = new_figure(7, 1.8 + 0.28 * len(rows))
+    aurocs, spread, places = column(rows, "auroc"), column(rows, "auroc_std"), np.arange(len(rows))
+    axes.errorbar(aurocs, places, xerr=spread, fmt="o", color="black", capsize=3, label="flow")
     for number, method in enumerate(summary.baselines):
         marker, colour = "v^<>sDPX*"[number % 9], f"C{number % 9 + 1}"
-        handles += axes.plot(column(rows, method), places, marker, color=colour, alpha=0.7)
+        axes.plot(column(rows, method), places, f"{colour}{marker}", alpha=0.7, label=method)
     axes.set_yticks(places, [shorten(row["class"], 30) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top, no marker on the frame
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("AUROC")
     axes.set_title(f"flow and simple detectors, seeds {rows[0]['seeds']}", fontsize="medium")
-    legend(figure, handles, ["flow", *summary.baselines], loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", fontsize="small", ncols=3)
     return figure

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image
 
 import utils
 from config import UserError
@@ -24,23 +23,20 @@ MOST_DRAWN = 200  # pictures of a class, those with the highest scores; the othe
 SIDE = 320  # pixels of a drawn picture, at most
 
 
-def template(name: str) -> jinja2.Template:
-    """A template beside this file: escapes every value, and fails on a name that is not given."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["data_uri"] = data_uri
-    return environment.get_template(name)
-
-
 def data_uri(content: bytes) -> str:
     """A PNG or JPEG as an address that holds it."""
     kind = "png" if content.startswith(b"\x89PNG") else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.filters["data_uri"] = data_uri
 
 
 def run_page(summary: report.Summary, of_the_run: list[Picture], by_class: dict[str, list[Picture]]) -> str:
@@ -48,7 +44,7 @@ def run_page(summary: report.Summary, of_the_run: list[Picture], by_class: dict[
     config = summary.config
     about = [config["dataset"], config["extractor"], f"preset {config['preset']}, fusion {config['fusion']}"]
     about += [utils.readable_time(summary.wall_time_s), f"{datetime.datetime.now():%Y-%m-%d %H:%M}"]
-    return template("report.html").render(
+    return TEMPLATES.get_template("report.html").render(
         title=config["modelname"],
         about=", ".join(about),
         notes=report.notes(summary),
@@ -58,7 +54,6 @@ def run_page(summary: report.Summary, of_the_run: list[Picture], by_class: dict[
     )
 
 
-# ---------------------------------------------------------------- verdicts
 def write_verdicts(page: Path, detectors: list[PictureDetector], rows: list[Row], progress: Any) -> None:
     """Write a page of scored pictures: sorted by score, heat maps beside them, a threshold to move.
     progress: passes pictures that are drawn on, as tqdm does."""
@@ -68,20 +63,18 @@ def write_verdicts(page: Path, detectors: list[PictureDetector], rows: list[Row]
         cards = [row._asdict() | {"pictures": {}} for row in ranked if row.class_name == fitted.class_name]
         for card in progress(cards[:MOST_DRAWN]):
             card["pictures"] = _pictures(fitted, card["image"])
-        classes.append({"name": fitted.class_name, "cards": cards, **_limits(fitted, cards)})
-    names = ", ".join(each["name"] for each in classes)
+        held_out = fitted.held_out.tolist()
+        scores = [card["score"] for card in cards]
+        threshold = fitted.threshold.score if held_out else max(scores, default=0.0)
+        told = str(fitted.threshold) if held_out else "no threshold: no normal pictures were held out"
+        limits = sorted({*scores, *held_out, threshold})
+        chosen = {"limits": limits, "chosen": limits.index(threshold), "told": told, "held_out": held_out}
+        classes.append({"name": fitted.class_name, "cards": cards, **chosen})
+    title = f"Verdicts: {', '.join(fitted.class_name for fitted in detectors)}"
     about = f"{len(rows) // len(detectors)} pictures"
-    text = template("verdicts.html").render(title=f"Verdicts: {names}", about=about, classes=classes)
-    write_text(page, text)
-
-
-def _limits(fitted: PictureDetector, cards: list[dict]) -> dict:
-    """Where a class's threshold lies among those that it may have."""
-    scores, held_out = [card["score"] for card in cards], fitted.held_out.tolist()
-    threshold = fitted.threshold.score if held_out else max(scores, default=0.0)
-    limits = sorted({*scores, *held_out, threshold})
-    told = str(fitted.threshold) if held_out else "no threshold: no normal pictures were held out"
-    return {"held_out": held_out, "limits": limits, "chosen": limits.index(threshold), "told": told}
+    write_text(
+        page, TEMPLATES.get_template("verdicts.html").render(title=title, about=about, classes=classes)
+    )
 
 
 def _pictures(fitted: PictureDetector, image: str) -> dict[str, str]:
@@ -92,11 +85,9 @@ def _pictures(fitted: PictureDetector, image: str) -> dict[str, str]:
     except UserError:
         return {}
     values = fitted.heat_map(pixels) if fitted.fitted.uses_places else None
-    shown = overlaid(pixels, values, SIDE)
-    return dict(zip((f"picture {image}", f"heat map of {image}"), map(_address, shown)))
-
-
-def _address(picture: Image.Image) -> str:
-    content = io.BytesIO()
-    picture.save(content, "JPEG", quality=85)
-    return data_uri(content.getvalue())
+    found = {}
+    for name, picture in zip((f"picture {image}", f"heat map of {image}"), overlaid(pixels, values, SIDE)):
+        content = io.BytesIO()
+        picture.save(content, "JPEG", quality=85)
+        found[name] = data_uri(content.getvalue())
+    return found

@@ -25,16 +25,24 @@ OF_FEATURES = ("weights", "weights_sha256", "precision", "img_size", "tokens", "
 
 # ---------------------------------------------------------------- the summary
 @dataclasses.dataclass
+class Found:
+    """What a class came to beside its score; what could not be told is empty."""
+
+    simple: dict[str, dict] = dataclasses.field(default_factory=dict)  # metrics of each simple detector
+    margin: dict = dataclasses.field(default_factory=dict)  # of the flow over the best: paired_difference
+    defects: dict[str, dict] = dataclasses.field(default_factory=dict)  # by kind: images n, AUROC
+    threshold: dict = dataclasses.field(default_factory=dict)  # the fields of calibration.Threshold
+    localisation: dict = dataclasses.field(default_factory=dict)  # metrics of heat maps
+
+
+@dataclasses.dataclass
 class Summary:
     """A run's results.json; what is of single classes is by their names."""
 
-    classes: dict[str, dict]  # metrics, mean and deviation over seeds; result of each seed; why undefined
-    mean: dict  # the same metrics, over the classes for which they are defined
-    baselines: dict[str, dict]  # of each simple detector: "classes" with their metrics, "mean" over them
-    margins: dict[str, dict]  # AUROC of the flow minus that of the best simple detector
-    defects: dict[str, dict]  # of each kind of defect: images, AUROC
-    thresholds: dict[str, dict]
-    localisation: dict[str, dict]  # metrics of heat maps
+    classes: dict[str, dict]  # its row of results.csv, and "runs": the result of every seed
+    mean: dict  # the last row: over the classes for which a metric is defined
+    baselines: list[str]  # the names of the simple detectors
+    found: dict[str, Found]
     config: dict
     seeds: list[int]
     features: dict  # the sidecar of the features
@@ -42,38 +50,59 @@ class Summary:
     wall_time_s: float
     command: str
 
+    @property
+    def rows(self) -> list[dict]:
+        """Of results.csv: {column: text or number, not rounded, None or NaN where it is undefined}."""
+        return [*self.classes.values(), self.mean]
+
 
 def summarize(
-    config: Config, results: list[dict], found: dict[str, dict], seconds: float, features: dict
+    config: Config, results: list[dict], found: dict[str, Found], seconds: float, features: dict
 ) -> Summary:
-    """results: of every class and seed. found: {class: what findings.py found of it}."""
-    by_class: dict[str, dict] = {}
-    for name in dict.fromkeys(result["class"] for result in results):
-        runs = [result for result in results if result["class"] == name]
-        reasons = [reason for run in runs if (reason := why_undefined(run))]
-        by_class[name] = _over_seeds([runs]) | {"runs": runs, "undefined": (reasons or [""])[0]}
-    missing = [entry["undefined"] for entry in by_class.values() if entry["undefined"]]
-    told = (
-        f"mean of {len(by_class) - len(missing)} of {len(by_class)} classes: {missing[0]}" if missing else ""
-    )
-    simple = {name: entry["simple"] for name, entry in found.items() if entry.get("simple")}
-    baselines: dict[str, dict] = {}
-    for method in dict.fromkeys(method for metrics in simple.values() for method in metrics):
-        per_class = {name: metrics[method] for name, metrics in simple.items() if method in metrics}
-        whole = len(per_class) == len(simple)  # the mean of some classes is no match for that of all
-        mean = _over_seeds([[entry] for entry in per_class.values()], METRICS) if whole else {}
-        baselines[method] = {"classes": per_class, "mean": mean}
-    parts = {
-        part: {name: entry[part] for name, entry in found.items() if entry.get(part)}
-        for part in ("margins", "defects", "thresholds", "localisation")
+    """results: of every class and seed."""
+    seeds = sorted({result["seed"] for result in results})
+    about = {"dataset": config.dataset, "run": config.modelname, "seeds": " ".join(map(str, seeds))}
+    simple = [entry.simple for entry in found.values() if entry.simple]
+    methods = list(dict.fromkeys(method for own in simple for method in own))
+
+    def row(name: str, runs: list[dict], metrics: dict, aurocs: dict, margin: dict, undefined: str) -> dict:
+        best = best_of(aurocs)
+        return {
+            "class": name,
+            **about,
+            "epoch": " ".join(str(run["epoch"]) for run in runs if "epoch" in run),
+            **{count: runs[0].get(count) for count in ("n_train", "n_test", "seconds")},
+            **metrics,
+            "best_simple": best,
+            "best_simple_auroc": aurocs.get(best),
+            **{f"margin_{key}": margin.get(key) for key in ("difference", "low", "high")},
+            **{method: aurocs.get(method) for method in methods},
+            "undefined": undefined,
+        }
+
+    by_class: dict[str, list[dict]] = {}
+    for result in results:
+        by_class.setdefault(result["class"], []).append(result)
+    classes = {}
+    for name, runs in by_class.items():
+        own = found.get(name, Found())
+        aurocs = {method: metrics["auroc"] for method, metrics in own.simple.items()}
+        reason = next(filter(None, map(why_undefined, runs)), "")
+        classes[name] = row(name, runs, over_seeds([runs]), aurocs, own.margin, reason) | {"runs": runs}
+    missing = [entry["undefined"] for entry in classes.values() if entry["undefined"]]
+    told = f"mean of {len(classes) - len(missing)} of {len(classes)} classes: {missing[0]}" if missing else ""
+    means = {  # the mean of some classes is no match for that of all
+        method: over_seeds([[own[method]] for own in simple], ["auroc"])["auroc"]
+        for method in methods
+        if all(method in own for own in simple)
     }
     return Summary(
-        classes=by_class,
-        mean=_over_seeds([entry["runs"] for entry in by_class.values()]) | {"undefined": told},
-        baselines=baselines,
-        **parts,
+        classes=classes,
+        mean=row("mean", [{}], over_seeds(by_class.values()), means, {}, told),
+        baselines=methods,
+        found=found,
         config=dataclasses.asdict(config),
-        seeds=sorted({result["seed"] for result in results}),
+        seeds=seeds,
         features=features,
         versions=utils.versions(),
         wall_time_s=round(seconds, 1),
@@ -85,23 +114,22 @@ def read_summary(folder: Path) -> Summary:
     """The results.json of a run. Raises UserError."""
     path = folder / "results.json"
     try:
-        return Summary(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = {name: Found(**parts) for name, parts in content.pop("found").items()}
+        return Summary(**content, found=found)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{path} holds no results of a run of this version; run main.py again") from None
 
 
 def why_undefined(result: dict) -> str:
     """Why a class has no AUROC; empty where it has one."""
-    if not undefined(result["auroc"]):
-        return ""
-    if "reason" in result:  # it could not be fitted
-        return result["reason"]
-    if not result["n_test"]:
-        return "no test images"
-    return f"no {'normal' if result['n_anomalous'] else 'anomalous'} test images"
+    if "reason" in result or not undefined(result["auroc"]):
+        return result.get("reason", "")  # one that could not be fitted has a reason
+    missing = "normal " if result["n_anomalous"] else "anomalous " if result["n_test"] else ""
+    return f"no {missing}test images"
 
 
-def _over_seeds(groups: list[list[dict]], metrics: Iterable[str] = COLUMNS) -> dict:
+def over_seeds(groups: Iterable[list[dict]], metrics: Iterable[str] = COLUMNS) -> dict[str, float]:
     """Mean over groups and seeds of the metrics, and the standard deviation over seeds of the groups' mean
     (0 for one seed). Groups for which a metric is undefined do not count; NaN where none is left."""
     summary = {}
@@ -110,86 +138,48 @@ def _over_seeds(groups: list[list[dict]], metrics: Iterable[str] = COLUMNS) -> d
         defined = values[~np.isnan(values).any(1)]
         per_seed = defined.mean(0) if len(defined) else np.full(1, np.nan)
         summary[metric] = float(per_seed.mean())
-        spread = per_seed.std(ddof=1) if len(per_seed) > 1 else 0 * per_seed[0]
-        summary[f"{metric}_std"] = float(spread)
+        summary[f"{metric}_std"] = float(per_seed.std(ddof=1) if len(per_seed) > 1 else 0 * per_seed[0])
     return summary
 
 
+def best_of(aurocs: dict[str, float]) -> str:
+    """The detector with the highest AUROC; empty where none is defined."""
+    defined = {name: auroc for name, auroc in aurocs.items() if not undefined(auroc)}
+    return max(defined, key=lambda name: defined[name], default="")
+
+
 # ---------------------------------------------------------------- the tables
-def table_rows(summary: Summary) -> list[dict]:
-    """The rows of the table, of every class and last of their mean, as results.csv has them: {column: text or
-    number, not rounded, None or NaN where it is undefined}. Each simple detector has a column, its AUROC."""
-    config, rows = summary.config, []
-    for name, values in [*summary.classes.items(), (None, summary.mean)]:
-        runs = values.get("runs", [{}])
-        simple = {
-            method: (table["mean"] if name is None else table["classes"].get(name, {})).get("auroc")
-            for method, table in summary.baselines.items()
-        }
-        defined = {method: auroc for method, auroc in simple.items() if not undefined(auroc)}
-        best = max(defined, key=lambda method: defined[method]) if defined else ""
-        margin = {} if name is None else summary.margins.get(name, {})
-        rows.append(
-            {
-                "class": "mean" if name is None else name,
-                "dataset": config["dataset"],
-                "run": config["modelname"],
-                "seeds": " ".join(map(str, summary.seeds)),
-                "epoch": " ".join(str(run["epoch"]) for run in runs if "epoch" in run),
-                **{count: runs[0].get(count) for count in ("n_train", "n_test", "seconds")},
-                **{key: values[key] for metric in COLUMNS for key in (metric, f"{metric}_std")},
-                "best_simple": best,
-                "best_simple_auroc": defined.get(best),
-                **{f"margin_{key}": margin.get(key) for key in ("difference", "low", "high")},
-                **simple,
-                "undefined": values["undefined"],
-            }
-        )
-    return rows
-
-
 def main_table(summary: Summary) -> Table:
-    """Every metric of the flow, and its lead over the best simple detector of each class; the thresholds
-    where nothing was tested."""
-    if summary.thresholds and not is_tested(summary):
-        return threshold_table(summary)
-    header, rows = ["class", *(metric.title for metric in METRICS.values()), "oracle"], []
-    header += ["simple", "flow - simple [95 %]"] if summary.baselines else []
-    for row, name in zip(table_rows(summary), [*summary.classes, None]):
-        cells = [row["class"], cell(row, "auroc", len(summary.seeds))]
-        cells += [number(row[column]) for column in (*list(METRICS)[1:], ORACLE)]
-        if summary.baselines:
-            margins = summary.margins
-            lead = tables.wins_cell(margins.values()) if name is None else margin_cell(margins.get(name))
-            cells += [number(row["best_simple_auroc"]), lead]
-        rows.append(cells)
-    return Table(header, rows, has_mean=True)
-
-
-def threshold_table(summary: Summary) -> Table:
-    """Where each class's first seed draws the line, and how sure that is."""
+    """Every metric of the flow, and its lead over the best simple detector of each class; where nothing was
+    tested, where each class's first seed draws the line, and how sure that is."""
+    lines = {name: found.threshold for name, found in summary.found.items() if found.threshold}
+    if lines and undefined(summary.mean["auroc"]):
+        header = ["class", "anomalous above", "false alarms", "95 % interval", "held-out images"]
+        forms = ("{score:.4g}", "{expected:.1%}", "{low:.1%} to {high:.1%}", "{n}")
+        return Table(header, [[name, *(f.format(**line) for f in forms)] for name, line in lines.items()])
+    header = ["class", *(metric.title for metric in METRICS.values()), "oracle"]
+    margins = [summary.found.get(name, Found()).margin for name in summary.classes]
     rows = []
-    for name, found in summary.thresholds.items():
-        interval = f"{found['low']:.1%} to {found['high']:.1%}"
-        rows.append([name, f"{found['score']:.4g}", f"{found['expected']:.1%}", interval, str(found["n"])])
-    return Table(["class", "anomalous above", "false alarms", "95 % interval", "held-out images"], rows)
+    for row, lead in zip(summary.rows, [*map(margin_cell, margins), tables.wins_cell(margins)]):
+        figures = [number(row[column]) for column in (*list(METRICS)[1:], ORACLE)]
+        rows.append([row["class"], cell(row, "auroc", len(summary.seeds)), *figures])
+        rows[-1] += [number(row["best_simple_auroc"]), lead] if summary.baselines else []
+    return Table(header + ["simple", "flow - simple [95 %]"] * bool(summary.baselines), rows, has_mean=True)
 
 
 def all_tables(summary: Summary) -> dict[str, Table]:
     """{heading: table} of results.md and the page; those without content are left out."""
-    n_seeds, methods = len(summary.seeds), list(summary.baselines)
-    simple = [[row["class"], *(number(row[method]) for method in methods)] for row in table_rows(summary)]
+    methods, of_classes = summary.baselines, summary.found.items()
+    simple = [[row["class"], *(number(row[method]) for method in methods)] for row in summary.rows]
     defects = [
-        [name, kind, str(entry["n"]), cell(entry, "auroc", n_seeds)]
-        for name, kinds in summary.defects.items()
-        for kind, entry in kinds.items()
+        [name, kind, str(entry["n"]), cell(entry, "auroc", len(summary.seeds))]
+        for name, found in of_classes
+        for kind, entry in found.defects.items()
     ]
     heat = [
-        [name, number(found["pixel_auroc"]), number(found["aupro"])]
-        for name, found in summary.localisation.items()
+        [name, *map(number, found.localisation.values())] for name, found in of_classes if found.localisation
     ]
-    made = {"command": summary.command, "wall time": f"{summary.wall_time_s:.0f} s"}
-    made |= summary.versions
+    made = {"command": summary.command, "wall time": f"{summary.wall_time_s:.0f} s", **summary.versions}
     made |= {f"features: {key}": value for key, value in summary.features.items() if key in OF_FEATURES}
     changed = {name: value for name, value in summary.config.items() if value != FIELDS[name].default}
     found = {
@@ -203,15 +193,10 @@ def all_tables(summary: Summary) -> dict[str, Table]:
     return {heading: table for heading, table in found.items() if table.rows}
 
 
-def is_tested(summary: Summary) -> bool:
-    """Whether a class has an AUROC."""
-    return not undefined(summary.mean["auroc"])
-
-
 def notes(summary: Summary) -> list[str]:
     """What a reader of the table must know: the epoch, the seeds, the simple detectors, what is undefined."""
     lines = []
-    if is_tested(summary):
+    if not undefined(summary.mean["auroc"]):
         over = "mean ± standard deviation over the seeds" if len(summary.seeds) > 1 else "seed"
         lines.append(
             f"AUROC: last epoch, {over} {', '.join(map(str, summary.seeds))}; oracle: the epoch that is best "
@@ -223,10 +208,9 @@ def notes(summary: Summary) -> list[str]:
             "of the first seed, interval by DeLong; counts of classes by Holm's correction."
         )
     reasons: dict[str, list[str]] = {}
-    for name, values in summary.classes.items():
-        if values["undefined"]:
-            reasons.setdefault(values["undefined"], []).append(name)
-    lines += [f"no AUROC ({reason}): {', '.join(names)}." for reason, names in reasons.items()]
+    for name, row in summary.classes.items():
+        reasons.setdefault(row["undefined"], []).append(name)
+    lines += [f"no AUROC ({reason}): {', '.join(names)}." for reason, names in reasons.items() if reason]
     if skipped := summary.features.get("skipped"):
         shown = utils.first_named(skipped)
         lines.append(f"Left out: {utils.counted(len(skipped), 'unreadable image')}: {shown}.")
@@ -247,18 +231,14 @@ def as_markdown(summary: Summary) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def as_csv(summary: Summary) -> str:
-    text, rows = io.StringIO(), table_rows(summary)
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0])
-    for row in rows:
-        writer.writerow("" if value != value else value for value in row.values())  # NaN is not itself
-    return text.getvalue()
-
-
 def write_results(folder: Path, summary: Summary) -> str:
     """Write results.json, results.csv and results.md -> the table as text."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, summary.mean, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in summary.rows:
+        writer.writerow({name: "" if value != value else value for name, value in row.items()})  # NaN
+    write_text(folder / "results.csv", text.getvalue())
     write_text(folder / "results.md", as_markdown(summary))
-    write_text(folder / "results.csv", as_csv(summary))
-    write_json(folder / "results.json", vars(summary))
+    write_json(folder / "results.json", dataclasses.asdict(summary))
     return terminal_table(summary)

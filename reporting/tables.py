@@ -2,7 +2,6 @@
 
 import math
 import textwrap
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -23,9 +22,9 @@ def undefined(value: float | None) -> bool:
     return value is None or math.isnan(value)
 
 
-def number(value: float | None, digits: int = 4) -> str:
+def number(value: float | None) -> str:
     """A figure of a table; - where it is undefined."""
-    return "-" if undefined(value) else f"{value:.{digits}f}"
+    return "-" if undefined(value) else f"{value:.4f}"
 
 
 def cell(values: dict, metric: str, n_seeds: int) -> str:
@@ -34,17 +33,17 @@ def cell(values: dict, metric: str, n_seeds: int) -> str:
     return mean if mean == "-" or n_seeds < 2 else f"{mean} ± {number(values[f'{metric}_std'])}"
 
 
-def margin_cell(margin: dict | None) -> str:
-    """A difference of AUROCs with its 95 % interval."""
-    if margin is None or undefined(margin["difference"]):
+def margin_cell(margin: dict) -> str:
+    """A difference of AUROCs with its 95 % interval (``utils.paired_difference``)."""
+    if undefined(margin.get("difference")):
         return "-"
     return f"{margin['difference']:+.4f} [{margin['low']:+.4f}, {margin['high']:+.4f}]"
 
 
-def wins_cell(margins: Iterable[dict], level: float = 0.05) -> str:
+def wins_cell(margins: list[dict], level: float = 0.05) -> str:
     """In how many classes a difference is above zero, level with it, and below it: by the Gaussian (DeLong's)
     whose 95 % intervals they have, with Holm's correction for how many classes are looked at."""
-    known = [margin for margin in margins if not undefined(margin["difference"])]
+    known = [margin for margin in margins if not undefined(margin.get("difference"))]
     difference = np.array([margin["difference"] for margin in known])
     error = np.array([margin["high"] - margin["low"] for margin in known]) / (2 * 1.96)
     sure = holm(2 * ndtr(-np.abs(difference) / np.maximum(error, 1e-300))) <= level
@@ -62,23 +61,19 @@ def holm(p: np.ndarray) -> np.ndarray:
 def shorten(text: str, width: int) -> str:
     """A name on one line of at most ``width`` characters, its middle left out where it is longer."""
     text = " ".join(text.split())
-    if len(text) <= width:
-        return text
     tail = (width - 1) // 2
-    return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
+    return text if len(text) <= width else f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
 
 
 def as_text(header: list[str], rows: list[list[str]], has_mean: bool = False) -> str:
     """The table in columns, TERMINAL wide at most: the first column, of names, gives way."""
-    lines = [list(line) for line in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
     left = max(8, TERMINAL - sum(widths[1:]) - 2 * (len(header) - 1))
-    for line in lines:
-        line[0] = shorten(line[0], left)
+    lines = [[shorten(first, left), *others] for first, *others in (header, *rows)]
     widths[0] = max(len(line[0]) for line in lines)
-    text = ["  ".join(cell.ljust(size) for cell, size in zip(line, widths)).rstrip() for line in lines]
+    text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     rule = "-" * max(map(len, text))
-    return "\n".join([text[0], rule, *text[1:-1], *([rule] if has_mean else []), text[-1]])
+    return "\n".join([text[0], rule, *text[1:-1], *[rule] * has_mean, text[-1]])
 
 
 def wrapped(notes: list[str]) -> str:

@@ -7,10 +7,11 @@ import pytest
 from conftest import script
 from test_report import result
 
+import report as command
 import utils
-from config import Config, UserError
+from config import Config
 from detector import checkpoints
-from reporting import compare, report
+from reporting import report
 from reporting.tables import margin_cell
 from shell.files import file_name, write_sealed
 
@@ -51,7 +52,7 @@ def test_list_says_what_every_run_is(tmp_path):
     write_run(tmp_path, "done", {"a": scores_of(9.0)}, dataset="digits", extractor="efficientnet_lite0")
     (write_run(tmp_path, "grid/begun", {"a": scores_of(0.0)}) / "results.json").unlink()
     (write_run(tmp_path, "odd", {"a": scores_of(0.0)}) / "results.json").write_text("[]")
-    lines = lines_of(text := compare.list_runs(tmp_path))
+    lines = lines_of(text := command.list_runs(tmp_path))
     assert max(map(len, text.splitlines())) <= 100
     assert lines["done"].split()[1:6] == ["digits", "efficientnet_lite0", "paper", "0", "1.0000"]
     assert "unfinished" in lines["grid/begun"] and "unfinished" in lines["odd"]
@@ -62,7 +63,7 @@ def test_compare_pairs_each_class(tmp_path):
     weak, strong = scores_of(0.5), scores_of(4.0, 1)
     write_run(tmp_path, "a", {"x": weak, "y": strong, "z": weak}, clamp=2.0)
     write_run(tmp_path, "b", {"y": strong, "x": strong}, clamp=2.5)
-    lines = lines_of(text := compare.compare("a", "b", tmp_path))
+    lines = lines_of(text := command.compare(["a", "b"], tmp_path))
     wanted = utils.paired_difference(np.array(LABELS), np.array(strong), np.array(weak))
     assert wanted["low"] > 0 and margin_cell(wanted) in lines["x"] and "z" not in lines
     aurocs = [f"{utils.auroc(np.array(LABELS), np.array(scores)):.4f}" for scores in (weak, strong)]
@@ -82,22 +83,15 @@ def test_compare_pairs_each_class(tmp_path):
 def test_what_cannot_be_paired_is_told(tmp_path, change, told):
     write_run(tmp_path, "a", {"x": scores_of(1.0)})
     folder = write_run(tmp_path, "b", {"x": scores_of(1.0)}, **change)
-    lines = lines_of(compare.compare("a", str(folder), tmp_path))
+    lines = lines_of(command.compare(["a", str(folder)], tmp_path))
     assert lines["x"].endswith(told) and lines["mean"].endswith("-")
-
-
-def test_runs_that_are_not_there(tmp_path):
-    write_run(tmp_path, "a", {"x": scores_of(1.0)})
-    write_run(tmp_path, "b", {"y": scores_of(1.0)})
-    with pytest.raises(UserError, match="no finished run 'c'.*there are: a, b"):
-        compare.find_run("c", tmp_path)
-    with pytest.raises(UserError, match="no class in common"):
-        compare.compare("a", "b", tmp_path)
 
 
 def test_script(tmp_path):
     write_run(tmp_path / "runs", "one", {"x": scores_of(1.0)})
+    write_run(tmp_path / "runs", "other", {"y": scores_of(1.0)})
     for names, told in (((), "data set"), (("one",), "FPR95"), (("one", "one"), "+0.0000")):
         assert told in script("report.py", *names, cwd=tmp_path).stdout
-    done = script("report.py", "two", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'two'" in done.stderr
+    for names, told in ((("two",), "no finished run 'two'"), (("one", "other"), "no class in common")):
+        done = script("report.py", *names, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and told in done.stderr

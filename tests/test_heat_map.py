@@ -118,7 +118,7 @@ def run(tmp_path_factory):
 
 @pytest.mark.slow
 def test_run_says_where_the_defects_are(run):
-    found = json.loads(Path("runs/heat/results.json").read_text())["localisation"]["belt"]
+    found = json.loads(Path("runs/heat/results.json").read_text())["found"]["belt"]["localisation"]
     assert 0.7 < found["pixel_auroc"] < 1 and 0 <= found["aupro"] <= 1
 
 

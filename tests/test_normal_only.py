@@ -47,7 +47,7 @@ def test_main_on_good_pictures_alone(good, capsys):
     assert result["auroc"] is None and result["n_test"] == 0 and result["n_train"] == 24
     assert "no test images" in said and "nan" not in said
     results = json.loads(Path("runs/foad_mfff/results.json").read_text())
-    assert results["classes"]["good"]["auroc"] is None and results["margins"] == {}
+    assert results["classes"]["good"]["auroc"] is None and not results["found"]["good"]["margin"]
     drawn = {path.name for path in Path("runs/foad_mfff/figures").glob("*.png")}
     assert "roc.png" not in drawn and not any(name.startswith("extremes") for name in drawn)
     loaded = PictureDetector.load("runs/foad_mfff/classes/good-seed0", "cpu", 1)

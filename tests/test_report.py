@@ -3,11 +3,13 @@
 import csv
 import json
 import math
+import types
 
 import numpy as np
 import pytest
 from scipy import stats
 
+import datasets
 import utils
 from config import Config
 from detector.checkpoints import Record, Scored
@@ -33,10 +35,10 @@ def record_of(labels: np.ndarray, scores: np.ndarray) -> Record:
     )  # fmt: skip
 
 
-def simple(low: float = 0.2, **aurocs: float) -> dict:
+def simple(low: float = 0.2, **aurocs: float) -> report.Found:
     """What findings.py tells of a class: simple detectors by their AUROC, and the flow's margin."""
     metrics = {method: dict.fromkeys(METRICS, auroc) for method, auroc in aurocs.items()}
-    return {"simple": metrics, "margins": {"difference": 0.3, "low": low, "high": 0.6 - low}}
+    return report.Found(metrics, {"difference": 0.3, "low": low, "high": 0.6 - low})
 
 
 RESULTS = [
@@ -52,18 +54,16 @@ def summary_of(results=RESULTS, found=FOUND, features=None, **knobs) -> report.S
     return report.summarize(Config(**knobs), results, found, 4000.0, features or {})
 
 
-def csv_of(summary: report.Summary) -> list[dict]:
-    return list(csv.DictReader(report.as_csv(summary).splitlines(keepends=True)))
+def rows_of(folder) -> list[dict]:
+    with (folder / "results.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 def test_mean_and_deviation_over_seeds():
-    """The deviation is the sample's (n - 1), of the seeds' means over the classes."""
-    summary = summary_of()
-    assert summary.classes["red, round"]["auroc"] == pytest.approx(0.85)
-    assert summary.classes["red, round"]["auroc_std"] == pytest.approx(0.1 / 2**0.5)
-    assert summary.mean["auroc"] == pytest.approx(0.725)
-    assert summary.mean["auroc_std"] == pytest.approx(0.05 / 2**0.5)  # of .70 and .75
-    assert summary.classes["b"]["auroc_std"] == 0
+    """The deviation is the sample's (n - 1), of the seeds' means over the classes: .70 and .75."""
+    found = [(row["auroc"], row["auroc_std"]) for row in summary_of().rows]
+    spread = 0.1 / 2**0.5
+    assert np.allclose(found, [(0.85, spread), (0.6, 0), (0.725, spread / 2)])
 
 
 def test_margin_is_that_over_the_best_simple_detector():
@@ -71,21 +71,19 @@ def test_margin_is_that_over_the_best_simple_detector():
     generator = np.random.RandomState(0)
     labels = np.arange(40) % 2
     flow, good, bad = (generator.randn(40) + signal * labels for signal in (2.0, 1.0, 0.0))
-    record = record_of(labels, flow)
-    assert findings.against_simple(record) == {}
+    record, empty = record_of(labels, flow), datasets.Split.of([str(i) for i in range(40)], [])
+    cache = types.SimpleNamespace(labels=datasets.Labels((), empty, empty))
+    assert findings.of_class(cache, None, findings.Left("cat", [record])) == report.Found()
     record.simple_scores = {"bad": bad, "good": good}
-    found = findings.against_simple(record)
-    assert found["simple"]["bad"] == utils.detection_metrics(labels, bad)
-    assert found["margins"] == utils.paired_difference(labels, flow, good) | {"best": "good"}
-
-
-def test_holm():
-    """Worked by hand: .01 x 4, then .02 x 3, then .03 x 2 is less than that, then .5."""
-    assert tables.holm(np.array([0.03, 0.01, 0.5, 0.02])) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    found = findings.of_class(cache, None, findings.Left("cat", [record]))
+    assert found.simple["bad"] == utils.detection_metrics(labels, bad)
+    assert found.margin == utils.paired_difference(labels, flow, good)
 
 
 def test_classes_are_counted_by_holms_correction():
-    """Of eight classes, an interval that just excludes zero is no win; of one, it is."""
+    """Worked by hand: .01 x 4, then .02 x 3, then .03 x 2 is less than that, then .5. Of eight classes, an
+    interval that just excludes zero is no win; of one, it is."""
+    assert tables.holm(np.array([0.03, 0.01, 0.5, 0.02])) == pytest.approx([0.06, 0.04, 0.5, 0.06])
 
     def margin(difference: float, p: float) -> dict:
         half = 1.96 * abs(difference) / stats.norm.isf(p / 2)
@@ -99,10 +97,11 @@ def test_classes_are_counted_by_holms_correction():
     assert tables.wins_cell([unknown]) == "-"
 
 
-def test_every_table_is_of_the_same_rows():
-    """csv, md, terminal: each class and the mean, metrics, best simple detector, margin."""
-    summary = summary_of()
-    first, second, mean = csv_of(summary)
+def test_every_table_is_of_the_same_rows(tmp_path):
+    """csv, md, terminal: each class and the mean, metrics, best simple detector, margin; md says how they
+    were made."""
+    text = report.write_results(tmp_path, summary := summary_of(clamp=2.5))
+    first, second, mean = rows_of(tmp_path)
     assert [row["class"] for row in (first, second, mean)] == ["red, round", "b", "mean"]
     assert float(first["auroc"]) == pytest.approx(0.85) and float(mean["kNN"]) == 0.5
     about = [first[column] for column in ("dataset", "run", "seeds", "epoch", "n_train")]
@@ -112,25 +111,17 @@ def test_every_table_is_of_the_same_rows():
     assert header[1:5] == ["AUROC", "AUPR", "FPR95", "oracle"]
     wanted = ["red, round", "0.8500 ± 0.0707", *["0.8500"] * 3, "0.5000", "+0.3000 [+0.2000, +0.4000]"]
     assert rows[0] == wanted and rows[2][-1] == "above 1, level 1, below 0"
-    assert f"| {' | '.join(wanted)} |" in report.as_markdown(summary)
-    assert "  ".join(wanted[1:]) in report.terminal_table(summary).replace("       ", "  ")
-
-
-def test_files_say_how_they_were_made(tmp_path):
-    report.write_results(tmp_path, summary := summary_of(clamp=2.5))
     markdown = (tmp_path / "results.md").read_text()
-    versions = [summary.versions[name] for name in ("commit", "torch", "machine")]
-    for told in (summary.command, *versions, "seeds 0, 1", "4000 s", "| clamp | 2.5 |"):
+    made = [summary.command, *(summary.versions[name] for name in ("commit", "torch", "machine"))]
+    for told in (f"| {' | '.join(wanted)} |", *made, "seeds 0, 1", "4000 s", "| clamp | 2.5 |"):
         assert told in markdown, told
-    kept = json.loads((tmp_path / "results.json").read_text())
-    assert kept["mean"]["auroc"] == pytest.approx(0.725) and kept["config"]["clamp"] == 2.5
+    assert "  ".join(wanted[1:]) in text.replace("       ", "  ")
 
 
 @pytest.mark.parametrize("name", ["a,b", 'a "b"', "a\nb", " a ", "ü|<b>"])
 def test_any_name_survives(tmp_path, name):
     report.write_results(tmp_path, summary_of([result(name, 0, 0.5)], {}))
-    with (tmp_path / "results.csv").open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = rows_of(tmp_path)
     assert [row["class"] for row in rows] == [name, "mean"] and None not in rows[0]
     lines = [line for line in (tmp_path / "results.md").read_text().splitlines() if line.startswith("|")][:4]
     assert "<b>" not in lines[2] and len({line.replace(r"\|", "").count("|") for line in lines}) == 1
@@ -148,7 +139,7 @@ def test_undefined_is_null_with_its_reason(tmp_path, more, reason):
     """Never a number; the mean is that of the other classes, and says so."""
     summary = summary_of([undefined("bare", **more), result("b", 0, 0.6)], {"b": FOUND["b"]})
     text = report.write_results(tmp_path, summary)
-    bare, other, mean = csv_of(summary)
+    bare, other, mean = rows_of(tmp_path)
     assert (bare["auroc"], bare["auroc_std"], bare["kNN"], bare["undefined"]) == ("", "", "", reason)
     assert other["undefined"] == "" and float(mean["auroc"]) == pytest.approx(0.6)
     assert mean["undefined"] == f"mean of 1 of 2 classes: {reason}"
@@ -161,7 +152,7 @@ def test_undefined_is_null_with_its_reason(tmp_path, more, reason):
 def test_the_mean_of_a_detector_is_over_all_classes_or_none():
     """One that only an easy class has is not the best of all."""
     found = {"easy": simple(kNN=0.97, PaDiM=0.99), "hard": simple(kNN=0.6)}
-    easy, _, mean = report.table_rows(summary_of([result("easy", 0, 0.9), result("hard", 0, 0.7)], found))
+    easy, _, mean = summary_of([result("easy", 0, 0.9), result("hard", 0, 0.7)], found).rows
     assert (mean["best_simple"], mean["best_simple_auroc"]) == ("kNN", pytest.approx(0.785))
     assert (easy["best_simple"], easy["best_simple_auroc"]) == ("PaDiM", 0.99)
 

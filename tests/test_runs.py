@@ -45,10 +45,13 @@ def results(config: Config) -> dict:
 
 
 def table(results: dict) -> dict:
-    """The figures of a run, without times."""
-    return {
-        name: {k: v for k, v in entry.items() if k != "runs"} for name, entry in results["classes"].items()
-    } | {"mean": results["mean"], "baselines": results["baselines"], "margins": results["margins"]}
+    """The figures of a run, without its name and times."""
+    rows = results["classes"] | {"mean": results["mean"]}
+    figures = {
+        name: {column: value for column, value in row.items() if column not in ("run", "runs", "seconds")}
+        for name, row in rows.items()
+    }
+    return figures | {"found": results["found"]}
 
 
 def files(folder="runs/run/classes"):

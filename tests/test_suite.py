@@ -154,10 +154,14 @@ def test_the_suite_at_a_tiny_size(run_script, tmp_path, texture_folder):
     assert done.returncode == 2 and "error: expected at least two sets" in done.stderr
 
 
-def test_the_committed_suite():
-    """Its sets are data sets of this program, and what prepares them is there."""
+def test_the_list_of_sets(tmp_path):
+    """The committed one's are data sets of this program, and what prepares them is there; a mistake is
+    told."""
     _, sets = suite.read_suite(ROOT / "benchmarks/suite.toml")
     assert {"digits", "textures", "cells", "cifar10"} < {entry.name for entry in sets}
     for entry in sets:
         assert entry.dataset in suite.knobs.DATASETS and entry.development
         assert not entry.prepare or (ROOT / entry.prepare.split()[1]).is_file()
+    (tmp_path / "suite.toml").write_text('[[set]]\nname = "x"\ndata = "digits"')
+    with pytest.raises(suite.knobs.UserError, match="suite.toml.*'data'"):
+        suite.read_suite(tmp_path / "suite.toml")

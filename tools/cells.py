@@ -17,6 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import config as knobs
+from shell.command_line import OneLineParser
 from shell.signals import guarded
 from tools.textures import new_set
 
@@ -38,10 +39,9 @@ def places(lines: list[str], seed: int) -> dict[str, str]:
     for kind in KINDS:
         good = [path for path, probability, own in cells if own == kind and float(probability) == 0]
         order = np.random.RandomState(seed).permutation(len(good))
-        train = {good[i] for i in order[: int(0.8 * len(good))]}
-        found |= {path: f"{kind}/{'train' if path in train else 'test'}/good" for path in good}
-        bad = (path for path, probability, own in cells if own == kind and float(probability) > 0)
-        found |= {path: f"{kind}/test/defective" for path in bad}
+        found |= {path: f"{kind}/test/defective" for path, _, own in cells if own == kind}
+        found |= dict.fromkeys(good, f"{kind}/test/good")
+        found |= {good[i]: f"{kind}/train/good" for i in order[: int(0.8 * len(good))]}
     return found
 
 
@@ -55,14 +55,9 @@ def write_set(folder: Path, source: Path, seed: int) -> None:
     print(f"{len(found)} images of {len(KINDS)} kinds of cells in {folder}")
 
 
-def main(args: argparse.Namespace) -> None:
-    write_set(args.folder, package_data(), args.seed)
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write; must not exist")
     parser.add_argument("--seed", type=int, default=0, help="of the split [0]")
-    guarded(main, parser.parse_args())
+    args = parser.parse_args()
+    guarded(lambda: write_set(args.folder, package_data(), args.seed))

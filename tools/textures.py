@@ -21,6 +21,7 @@ from scipy.ndimage import gaussian_filter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import UserError
+from shell.command_line import OneLineParser
 from shell.signals import guarded
 
 SIZE = 224  # pixels
@@ -63,10 +64,10 @@ def brushed(x, y, rng):
     return 0.3 + 0.4 * smooth_noise(rng, (0.7, 18.0))
 
 
-TEXTURES = {"weave": weave, "stripes": stripes, "grain": grain, "bricks": bricks, "brushed": brushed}
-TINTS = {
-    "weave": (0.9, 0.8, 0.6), "stripes": (0.6, 0.75, 0.9), "grain": (0.8, 0.8, 0.8),
-    "bricks": (0.9, 0.55, 0.45), "brushed": (0.75, 0.75, 0.78),
+TEXTURES = {  # and their tints
+    "weave": (weave, (0.9, 0.8, 0.6)), "stripes": (stripes, (0.6, 0.75, 0.9)),
+    "grain": (grain, (0.8, 0.8, 0.8)), "bricks": (bricks, (0.9, 0.55, 0.45)),
+    "brushed": (brushed, (0.75, 0.75, 0.78)),
 }  # fmt: skip
 
 
@@ -77,8 +78,8 @@ def surface(texture, rng):
     x, y = scale * COLUMNS / SIZE, scale * ROWS / SIZE
     turned_x = x * np.cos(angle) - y * np.sin(angle) + shift[0]
     turned_y = x * np.sin(angle) + y * np.cos(angle) + shift[1]
-    pattern = TEXTURES[texture](turned_x, turned_y, rng)
-    return (0.25 + 0.6 * pattern)[..., None] * np.array(TINTS[texture])
+    pattern, tint = TEXTURES[texture]
+    return (0.25 + 0.6 * pattern(turned_x, turned_y, rng))[..., None] * np.array(tint)
 
 
 def photograph(image, rng):
@@ -86,8 +87,7 @@ def photograph(image, rng):
     in [0, 1] -> the same."""
     direction, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.3)
     across = (COLUMNS / SIZE - 0.5) * np.cos(direction) + (ROWS / SIZE - 0.5) * np.sin(direction)
-    slanted = 1 + slope * across
-    light = rng.uniform(0.85, 1.1) * slanted * (0.95 + 0.1 * smooth_noise(rng, 40))
+    light = rng.uniform(0.85, 1.1) * (1 + slope * across) * (0.95 + 0.1 * smooth_noise(rng, 40))
     image = gaussian_filter(image * light[..., None], (*[rng.uniform(0, 0.7)] * 2, 0))
     noise = np.sqrt(0.015**2 + 0.0006 * np.clip(image, 0, 1))
     return np.clip(image + noise * rng.standard_normal(image.shape), 0, 1)
@@ -154,9 +154,7 @@ def stain(image, size, contrast, rng):
     return opacity, np.broadcast_to(rng.uniform(0.1, 0.8, 3), image.shape)
 
 
-DEFECTS = {
-    "scratch": scratch, "crack": crack, "spot": spot, "blurred": blurred, "shifted": shifted, "stain": stain,
-}  # fmt: skip
+DEFECTS = {each.__name__: each for each in (scratch, crack, spot, blurred, shifted, stain)}
 
 
 def damage(image, defect, rng):
@@ -214,9 +212,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write; must not exist")
     parser.add_argument("--train", type=int, default=120, help="good training images per texture [120]")
     parser.add_argument("--good", type=int, default=40, help="good test images per texture [40]")
