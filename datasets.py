@@ -214,11 +214,12 @@ def choose_classes(labels: Labels, class_name: str) -> list[str]:
         return list(labels.classes)
     if class_name in labels.classes:  # the whole text is one class, whatever it is made of
         return [class_name]
+    names = class_names(class_name)
+    asked = {layouts.folded(name): name.strip() for name in names}
     known = {layouts.folded(name): name for name in labels.classes}
-    asked = class_names(class_name)
-    if absent := [name.strip() for name in asked if layouts.folded(name) not in known]:
+    if absent := [name for folded, name in asked.items() if folded not in known]:
         raise UserError(unknown("class", absent[0], ["all", *labels.classes]))
-    return list(dict.fromkeys(known[layouts.folded(name)] for name in asked))
+    return [known[folded] for folded in asked]
 
 
 def repeated(labels: Labels, hashes: dict[str, list[str]]) -> str:

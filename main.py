@@ -41,12 +41,12 @@ def fit_pairs(
     config: Config,
     cache: FeatureCache,
     pairs: list[runs.ClassSeed],
+    done: dict[runs.ClassSeed, dict],
     device: torch.device,
     cluster: Executor | None,
-) -> dict[runs.ClassSeed, dict]:
-    """Fit every class with every seed that is not finished. Each is kept as soon as it is there. A class that
-    cannot be fitted stops no other."""
-    done = {pair: result for pair in pairs if (result := runs.finished(config, cache, pair))}
+) -> None:
+    """Fit every class with every seed that is not ``done``, and add its result. Each is kept as soon as it is
+    there. A class that cannot be fitted stops no other."""
     missing = [pair for pair in pairs if pair not in done]
     at_once = 1 if cluster else processes(config, cache.meta, device, len(pairs))
     threads = config.threads or 1 if cluster else max(1, torch.get_num_threads() // at_once)
@@ -63,7 +63,6 @@ def fit_pairs(
             each = (time.perf_counter() - start) / number
             time_left = f", about {utils.readable_time(left * each)} for {left} more" if left else ""
             print(f"[{len(done)}/{len(pairs)}] {outcome(pair, result)}{time_left}", flush=True)
-    return done
 
 
 def processes(config: Config, features: dict, device: torch.device, pairs: int) -> int:
@@ -116,8 +115,8 @@ def run(config: Config) -> report.Summary:
         classes = datasets.choose_classes(cache.labels, config.class_name)
         seeds = range(config.seed, config.seed + config.n_seeds)
         pairs = [runs.ClassSeed(class_name, seed) for seed in seeds for class_name in classes]
-        runs.settle(config, cache, pairs)
-        done = fit_pairs(config, cache, pairs, device, cluster)
+        done = runs.settle(config, cache, pairs)
+        fit_pairs(config, cache, pairs, done, device, cluster)
         runs.sweep_up(config)  # which lists the folders, too: NFS may not show what others wrote before that
         return write_report(config, cache, [done[pair] for pair in pairs], time.perf_counter() - began)
 

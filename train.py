@@ -24,7 +24,7 @@ import extractor
 import utils
 from backbone.arithmetic import products
 from cache.feature_cache import FeatureCache
-from config import OWN_PICTURES, ClassError, Config, UserError
+from config import ClassError, Config
 from detector import calibration, checkpoints, evaluation, runs
 from detector.class_data import TokenSource, class_data
 from detector.detector import WHOLE, make_detector
@@ -161,18 +161,12 @@ def make_trainer(
 
 def main(config: Config) -> None:
     device = utils.set_up(config.device, config.threads)
-    given = f"give it with --class_name (now {config.class_name!r})"
-    advice = f"train.py fits one class: {given}; main.py fits several"
-    if config.class_name == "all" and not config.pretrained and not is_one_class(config):
-        raise UserError(advice)
     with runs.writing(config):
-        cache = extractor.ensure_features(config, device, functools.partial(make_detector, config))
-        class_name, *more = datasets.choose_classes(cache.labels, config.class_name)
-        if more:
-            raise UserError(advice)
+        check = functools.partial(make_detector, config)
+        cache = extractor.ensure_features(config, device, check, one_class=True)
+        (class_name,) = datasets.choose_classes(cache.labels, config.class_name)
         pair = runs.ClassSeed(class_name, config.seed)
-        runs.settle(config, cache, [pair])
-        result, kept = runs.finished(config, cache, pair), "kept from an earlier run"
+        result, kept = runs.settle(config, cache, [pair]).get(pair), "kept from an earlier run"
         if result is None:
             train, test = (TokenSource(cache.arrays(split), device) for split in datasets.SPLITS)
             fitted = make_trainer(config, cache, *pair, train, test).run()
@@ -185,11 +179,6 @@ def main(config: Config) -> None:
         print(threshold)
         if threshold.warning:
             print(f"warning: {threshold.warning}")
-
-
-def is_one_class(config: Config) -> bool:
-    """Whether one's own pictures are of one class, which needs no name then. Raises UserError."""
-    return config.dataset in OWN_PICTURES and len(datasets.images_of(config).labels.classes) == 1
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Images whose features are missing -> shards of a store, by this process or by those of an executor."""
 
+import contextlib
 import functools
+import math
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,10 +16,12 @@ from tqdm import tqdm
 
 import datasets
 import utils
+from backbone.backbones import outline
 from backbone.extraction import COMPILED_FROM, MOST_IN_BATCH, SHARDS_AT_ONCE, Extraction
 from backbone.identity import Identity
 from backbone.resizing import Unreadable
-from cache.shards import write_shard
+from cache.feature_cache import Wanted
+from cache.shards import DTYPE, write_shard
 from cache.store import Store
 from config import Config, UserError
 from datasets import ImageSet
@@ -27,14 +32,6 @@ SHARD_ROWS, SHARD_SECONDS = MOST_IN_BATCH, 30.0  # of one shard, at most: what a
 Batch = tuple[list[int], dict[str, np.ndarray]]  # numbers of images, and their rows of each array
 
 
-class Wanted(NamedTuple):
-    """An image whose features are missing: its split, its name there, the hash of its content."""
-
-    split: str
-    name: str
-    hash: str
-
-
 def extract(
     config: Config,
     identity: Identity,
@@ -42,47 +39,74 @@ def extract(
     store: Store,
     wanted: list[Wanted],
     device: torch.device,
+    check: Callable[[dict], object] | None,
     executor: Executor | None,
 ) -> list[Wanted]:
     """Compute and write the features of images by this process or, where there is one, by an executor's ->
-    those that cannot be read. Raises UserError; what is done is kept."""
+    those that cannot be read. Raises UserError; what is done is kept.
+
+    check: called with the fields that tell what an image leaves, to refuse them."""
+    size = SHARD_ROWS if executor else -(-len(wanted) // SHARDS_AT_ONCE[device.type])
+    parts = [wanted[first : first + size] for first in range(0, len(wanted), size)]
+    announce(identity, store.folder, len(wanted), "by other processes" if executor else f"on {device}", check)
     store.sweep()
     unreadable: list[Wanted] = []
     with tqdm(total=len(wanted), unit="img", disable=utils.no_bar(), smoothing=0.05) as bar:
         if executor:
-            task = functools.partial(extract_elsewhere, config, identity, uuid.uuid4().hex)
-            for part, left_out in outcomes(executor, task, in_parts(wanted, SHARD_ROWS)):
-                unreadable += left_out
-                bar.update(len(part))
+            task = functools.partial(extract_elsewhere, config, identity, store.folder, uuid.uuid4().hex)
         else:
             job = Extraction(identity, device, config.extract_batch, config.workers)
             store.begin(job.fields)
-            parts = in_parts(wanted, -(-len(wanted) // SHARDS_AT_ONCE[device.type]))
-            here = functools.partial(extract_images, job, images, store, advance=bar.update)
-            with utils.thread_pool(len(parts)) as pool:
-                for _, left_out in outcomes(pool if len(parts) > 1 else None, here, parts):
-                    unreadable += left_out
+            task = functools.partial(extract_images, job, images, store, advance=bar.update)
+        threads = len(parts) > 1 and not executor
+        with utils.thread_pool(len(parts)) if threads else contextlib.nullcontext(executor) as pool:
+            for part, left_out in outcomes(pool, task, parts):
+                unreadable += left_out
+                bar.update(len(part) if executor else 0)
     store.look()
     return unreadable
 
 
-def in_parts(wanted: list[Wanted], size: int) -> list[list[Wanted]]:
-    return [wanted[first : first + size] for first in range(0, len(wanted), size)]
+def announce(
+    identity: Identity, folder: Path, count: int, where: str, check: Callable[[dict], object] | None
+) -> None:
+    """Say what will be extracted of so many images, once it is checked. Raises UserError where ``check``
+    does, and where it does not fit on the disk."""
+    backbone = outline(identity.extractor, identity.img_size)
+    shapes, fields = backbone.what_is_kept(identity.grid, identity.of_maps)
+    if check is not None:
+        check(fields)
+    size = count * DTYPE.itemsize * sum(map(math.prod, shapes.values()))
+    free = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.exists())).free
+    if size > free:
+        raise UserError(
+            f"the features need {size / 1e9:.2f} GB, the disk of {folder} has {free / 1e9:.2f} GB free; "
+            "free some, or choose a smaller token_grid"
+        )
+    height, width = identity.img_size
+    print(
+        f"extracting {count} images with {identity.extractor} at {height}x{width} {where} in "
+        f"{identity.precision}: {fields['tokens']} tokens of {fields['n_feat']} channels each, "
+        f"{size / 1e9:.2g} GB in {folder}",
+        flush=True,
+    )
 
 
-def extract_elsewhere(config: Config, identity: Identity, of: str, wanted: list[Wanted]) -> list[Wanted]:
-    """``extract_images`` in whatever process, with one thread unless ``threads`` says more. of: which job it
-    is of; another one may find other images, of the same configuration."""
-    return extract_images(*_loaded(config, identity, of), wanted)
+def extract_elsewhere(
+    config: Config, identity: Identity, folder: Path, of: str, wanted: list[Wanted]
+) -> list[Wanted]:
+    """``extract_images`` in whatever process, with one thread unless ``threads`` says more. folder: of the
+    store. of: which job it is of; another one may find other images, of the same configuration."""
+    return extract_images(*_loaded(config, identity, folder, of), wanted)
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(config: Config, identity: Identity, of: str) -> tuple[Extraction, ImageSet, Store]:
+def _loaded(config: Config, identity: Identity, folder: Path, of: str) -> tuple[Extraction, ImageSet, Store]:
     """Kept from one task to the next."""
     device, images = utils.set_up(config.device, config.threads or 1), datasets.images_of(config)
     images.scale.ranges = identity.fields.get("pixel_scale", {})
     job = Extraction(identity, device, config.extract_batch, config.workers)
-    store = Store(identity.folder, identity.fields)
+    store = Store(folder, identity.fields)
     store.begin(job.fields)
     return job, images, store
 

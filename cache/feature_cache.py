@@ -4,6 +4,7 @@ disk."""
 import dataclasses
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,14 @@ def list_file(root: Path, name: str) -> Path:
     return root / "datasets" / f"{name}.json"
 
 
+class Wanted(NamedTuple):
+    """An image whose features are missing: its split, its name there, the hash of its content."""
+
+    split: str
+    name: str
+    hash: str
+
+
 @dataclasses.dataclass
 class ImageList:
     """The images of a data set, without the images: what is kept of it beside the stores.
@@ -46,7 +55,7 @@ class ImageList:
         """The list of these images; what was found out ``before`` holds while one of them is the same. If all
         are, but for their names, they keep their order: what was fitted to them stays what it is."""
         listed = cls(images.labels, {split: images.hashes(split) for split in SPLITS})
-        if before is None or set(before.all_hashes()).isdisjoint(listed.all_hashes()):
+        if before is None or set(before.all_hashes).isdisjoint(listed.all_hashes):
             return listed
         if (rows := before.rows_in(listed)) is not None:
             hashes = {split: [listed.hashes[split][i] for i in rows[split]] for split in SPLITS}
@@ -92,8 +101,18 @@ class ImageList:
         """What ``write`` writes, made of lists."""
         return vars(self) | {"labels": self.labels.as_json()}
 
+    @property
     def all_hashes(self) -> list[str]:
         return [image for split in SPLITS for image in self.hashes[split]]
+
+    def absent_from(self, store: Store) -> list[Wanted]:
+        """The images without features, each content once."""
+        absent: dict[str, Wanted] = {}
+        for split in SPLITS:
+            hashes, names = self.hashes[split], self.labels.split(split).names
+            for i in np.flatnonzero(store.find(hashes)[0] < 0):
+                absent.setdefault(hashes[i], Wanted(split, names[i], hashes[i]))
+        return list(absent.values())
 
     def fingerprint(self) -> str:
         """A hash of the images and their labels, whatever their names are."""
@@ -103,7 +122,8 @@ class ImageList:
 
 class FeatureCache:
     """The features of a data set's images as they are in a store; an image that is not there is left out, its
-    name in ``skipped``. Files are opened when rows are read, in whatever process: a cache can be pickled."""
+    name in ``skipped``, its hash in ``absent``. Files are opened when rows are read, in whatever process: a
+    cache can be pickled."""
 
     def __init__(self, store: Store, images: ImageList):
         self.folder, self.fields, self.of, self.images = store.folder, store.fields, store.of, images
@@ -111,11 +131,9 @@ class FeatureCache:
         found = {split: store.find(images.hashes[split]) for split in SPLITS}
         self._rows = {split: np.flatnonzero(shard >= 0) for split, (shard, _) in found.items()}
         self._places = {s: [each[self._rows[s]] for each in found[s]] for s in SPLITS}  # shard and row
-        self.skipped = [
-            images.labels.split(split).names[i]
-            for split, (shard, _) in found.items()
-            for i in np.flatnonzero(shard < 0)
-        ]
+        gone = [(split, i) for split in SPLITS for i in np.flatnonzero(found[split][0] < 0)]
+        self.skipped = [images.labels.split(split).names[i] for split, i in gone]
+        self.absent = {images.hashes[split][i] for split, i in gone}
         self.labels = images.labels.kept(self._rows)
 
     @functools.cached_property
@@ -168,11 +186,11 @@ def prune(root: Path, named: str) -> None:
         raise UserError(unknown("data set", strange[0], ["list", *lists]))
     for path in sorted(root.glob(f"*/{IDENTITY}")):
         store = Store(path.parent)
-        counts = {name: (store.find(each.all_hashes())[0] >= 0).sum() for name, each in lists.items()}
+        counts = {name: (store.find(each.all_hashes)[0] >= 0).sum() for name, each in lists.items()}
         of = ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "of no data set"
         print(f"{path.parent}: {(size := store.size()) / 1e6:.1f} MB ({of})", flush=True)
         if names:
-            store.keep_only({image for name in names for image in lists[name].all_hashes()})
+            store.keep_only({image for name in names for image in lists[name].all_hashes})
             print(f"  {(size - store.size()) / 1e6:.1f} MB dropped", flush=True)
     for name in lists:
         if names and name not in names:

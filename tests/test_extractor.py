@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def load_backbone(config: Config) -> backbones.Backbone:
-    size = config.img_size or backbones.own_size(config.extractor)
+    size = config.img_size or backbones.timm_model(config.extractor).own_size
     return backbones.load_backbone(config.extractor, size, config.weights_path, config.seed)
 
 
@@ -324,15 +324,15 @@ def test_unknown_class_shows_before_extraction(mixed, tmp_path):
 )
 def test_identity_follows_what_changes_the_features(base, change):
     first, second = (cache_identity(settings("resnet18", (32, 32), **o), CPU) for o in (base, base | change))
-    assert first.fields != second.fields and first.folder != second.folder
+    assert first.fields != second.fields and first.name != second.name
 
 
 def test_a_store_has_a_name_that_can_be_read():
     """It stays what it is when a knob changes that changes no features."""
     options = {"token_grid": "released8", "bands": True, "places": 3, "mirror": True}
     for more in ({}, {"window": 5}, {"fusion": "none"}, {"centre_pool": 0.2}, {"dataset": "CIFAR100"}):
-        folder = cache_identity(settings("resnet18", (32, 48), **options, **more), CPU).folder
-        assert str(folder) == "features/resnet18-32x48-8-bands-places3-mirror-a07be2bb"
+        name = cache_identity(settings("resnet18", (32, 48), **options, **more), CPU).name
+        assert name == "resnet18-32x48-8-bands-places3-mirror-a07be2bb"
 
 
 # ---------------------------------------------------------------- the resize by matrices

@@ -15,8 +15,14 @@ from datasets import OTHER, SPLITS, Labels, Split
 
 N, C = 3, 5
 SHAPES = {"tokens": (1 + N, C), "bands": (2,)}
-FIELDS = {"extractor": "tiny", "img_size": (32, 48), "norm_mean": (0.5, 0.5, 0.5), "token_grid": "full"}
-MADE = {"precision": "float32", "weights_sha256": "abc", "n_feat": C, "grid": (1, N), "shapes": SHAPES}
+FIELDS = {"extractor": "tiny", "img_size": [32, 48], "norm_mean": [0.5, 0.5, 0.5], "token_grid": "full"}
+MADE = {
+    "shapes": {name: list(shape) for name, shape in SHAPES.items()},
+    "precision": "float32",
+    "weights_sha256": "abc",
+    "n_feat": C,
+    "grid": [1, N],
+}
 LABELS = Labels(
     ("cat", "dög"),
     Split.of(["train/cat/1.png", *(f"train/dög/{i}.png" for i in range(6))], [0, 1, 1, 1, 1, 1, 1]),
@@ -54,7 +60,7 @@ def cached(folder: Path, listed: ImageList = IMAGES) -> FeatureCache:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A store in three shards, its rows in another order than the images, with some of other images."""
-    images = IMAGES.all_hashes()[::-1]
+    images = IMAGES.all_hashes[::-1]
     for part in (images[:4], [*images[4:6], *hashes_of(["other"])], images[6:]):
         add(tmp_path / "deep" / "store", *part)
     return tmp_path / "deep" / "store"
@@ -98,7 +104,7 @@ def test_images_without_a_row_are_left_out(folder):
 def test_meta_follows_images_labels_and_features(folder, tmp_path):
     """Not the images' names, and not the shards that they lie in."""
     content = cached(folder).meta["content"]
-    add(tmp_path / "other", *IMAGES.all_hashes())
+    add(tmp_path / "other", *IMAGES.all_hashes)
     assert cached(tmp_path / "other").meta == cached(folder).meta
 
     def content_of(train: Split, hashes: dict = IMAGES.hashes) -> str:
@@ -110,7 +116,7 @@ def test_meta_follows_images_labels_and_features(folder, tmp_path):
     assert content_of(LABELS.train, IMAGES.hashes | {"train": IMAGES.hashes["train"][::-1]}) != content
     other = opened(tmp_path / "third")
     other.begin(FIELDS | MADE | {"weights_sha256": "other"})
-    write_shard(other.folder, other.of, IMAGES.all_hashes(), rows(IMAGES.all_hashes()))
+    write_shard(other.folder, other.of, IMAGES.all_hashes, rows(IMAGES.all_hashes))
     assert cached(other.folder).meta["content"] != content
 
 
@@ -154,11 +160,12 @@ def test_any_flipped_byte_is_found(folder, capsys):
             flip(path, at)
             capsys.readouterr()
             found = opened(folder)
-            found.look(verified=IMAGES.all_hashes())
+            found.look(verified=IMAGES.all_hashes)
             told = capsys.readouterr().out
             if path.name == store.IDENTITY:
                 assert not found.fields and not found.shards and "identity.json" in told
                 found.begin(FIELDS | MADE)
+                found.look()
                 assert len(found.shards) == 3, "the shards know what they are of"
             elif path.read_bytes() != before and (told or path.name != shards.RECORD):
                 assert f"1 damaged shard in {folder} ({path.parent.name}/{path.name}: " in told

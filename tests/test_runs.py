@@ -103,9 +103,9 @@ def test_what_is_damaged_is_not_finished(run):
     path = Path("runs/run/classes/b-seed0.json")
     files_before = {file: file.read_bytes() for file in checkpoints.checkpoint_files(path)}
     for damage, harm in DAMAGE.items():
-        assert runs.finished(config, run.cache, pair)
+        assert pair in runs.settle(config, run.cache, [pair])
         harm(path)
-        assert not runs.finished(config, run.cache, pair), damage
+        assert pair not in runs.settle(config, run.cache, [pair]), damage
         for file, content in files_before.items():
             file.write_bytes(content)
 
