@@ -24,13 +24,11 @@ import datasets
 import utils
 from backbone.identity import cache_identity
 from backbone.storing import extract
-from cache.feature_cache import FeatureCache, ImageList, feature_folder, list_file, prune
+from cache.feature_cache import EXTRACT, FeatureCache, ImageList, complete, feature_folder, list_file, prune
 from cache.store import Store
 from config import Config, UserError
 from images.images import note
 from shell import engine
-
-EXTRACT = "run python extractor.py with the same settings, or set pretrained False"
 
 
 def ensure_features(
@@ -51,23 +49,23 @@ def ensure_features(
     name = datasets.name_of(config)
     images = None if config.pretrained else datasets.images_of(config)
     root = feature_folder(config.feature_path)
-    path, restart = list_file(root, name), thorough and config.restart and images is not None
+    path, restart = list_file(root, name), thorough and config.restart and not config.pretrained
     before = None if restart else ImageList.read(path)
     if not (listed := ImageList.of(images, before) if images else before):
         raise UserError(f"no features are listed in {path}; {EXTRACT}")
-    hashes = listed.all_hashes if thorough else []
     if images:
         if listed.pixel_scale is not None:
             images.scale.ranges = listed.pixel_scale
         listed.pixel_scale = images.scale.ranges
         if line := datasets.repeated(listed.labels, listed.hashes):
             note(line)
+    hashes = listed.all_hashes if thorough else []
     classes = datasets.choose_classes(listed.labels, config.class_name)  # a mistake shows at once
     if one_class and len(classes) > 1:
         given = f"give it with --class_name (now {config.class_name!r})"
         raise UserError(f"train.py fits one class: {given}; main.py fits several")
     identity = cache_identity(config, device, images, listed)
-    store = Store(root / identity.name, identity.fields, verified=hashes)
+    store = Store(root / identity.name, verified=hashes)
     if images is None:
         print(f"features: {store.folder} (pretrained True: taken as they are)", flush=True)
     else:
@@ -75,35 +73,14 @@ def ensure_features(
         left_out = listed.unreadable if config.unreadable == "skip" else ()
         if missing := [image for image in listed.absent_from(store) if image.hash not in left_out]:
             found = extract(config, identity, images, store, missing, device, check, executor)
-            listed.unreadable += [image.hash for image in found]
+            tried, unreadable = ({image.hash for image in each} for each in (missing, found))
+            listed.unreadable = sorted({*listed.unreadable} - tried | unreadable)
             if line := images.scale.beyond():
                 note(line)
         else:
             print(f"features: {'all sound' if thorough else 'reusing the cache'}: {store.folder}", flush=True)
-    cache = FeatureCache(store, listed)
-    listed.unreadable = sorted(cache.absent.intersection(listed.unreadable))
-    if images and (before is None or before.content() != listed.content()):
-        listed.write(path)
-    if len(cache.absent) > len(listed.unreadable) or not store.fields:
-        some = f"{len(cache.absent) - len(listed.unreadable)} of {listed.labels.count()} images"
-        raise UserError(f"{some} have no features in {store.folder}; {EXTRACT}")
-    if cache.skipped:
-        tell_skipped(cache, config.unreadable)
-    return cache
-
-
-def tell_skipped(cache: FeatureCache, unreadable: str) -> None:
-    """Say which images cannot be read and are left out. Raises UserError where ``unreadable`` is stop."""
-    told = f"{utils.counted(len(cache.skipped), 'unreadable image')}: {utils.first_named(cache.skipped)}"
-    if unreadable == "skip":
-        print(f"features: left out, {told}", flush=True)
-        return
-    if len(cache.skipped) > utils.MOST_NAMED:
-        print(*cache.skipped, sep="\n", file=sys.stderr)
-    raise UserError(
-        f"{told}; repair them or take them out, or leave them out with --unreadable skip; the "
-        f"features of the others are kept in {cache.folder}"
-    )
+        listed.write(path, before)
+    return complete(store, listed, config.unreadable)
 
 
 def main(config: Config) -> None:

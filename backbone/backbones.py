@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import config as knobs
 import utils
-from backbone.token_grid import Bands, Places, TokenGrid
+from backbone.token_grid import OfMaps, TokenGrid
 from config import BACKBONES, LARGEST_IMAGE, SIZES, UserError
 from datasets import ImageSet
 from shell.files import sha256_of_file
@@ -154,11 +154,8 @@ class Backbone(nn.Module):
         quarters = [max(0, (k + 1) * count // 4 - 1) for k in range(4)]
         return tuple(range(max(0, count - 4), count) if self.is_map else dict.fromkeys(quarters))
 
-    def what_is_kept(
-        self, grid: TokenGrid, of_maps: dict[str, Bands | Places]
-    ) -> tuple[dict[str, list[int]], dict]:
-        """The shape of each array that an image leaves, and the store's fields that tell what they are.
-        of_maps: what is kept of the maps of several depths, by the name of its array."""
+    def what_is_kept(self, grid: TokenGrid, of_maps: OfMaps) -> tuple[dict[str, list[int]], dict]:
+        """The shape of each array that an image leaves, and the store's fields that tell what they are."""
         shape = grid.cached_shape(self.grid)
         shapes = {"tokens": [1 + math.prod(shape), self.n_feat]}
         kind = "map" if self.is_map else "tokens"
@@ -257,14 +254,12 @@ def load_weights_file(model: nn.Module, path: Path, by_order: bool = False) -> N
             f"weights_path: {path} cannot be loaded into this backbone ({reason}); expected its .pth, "
             ".safetensors or .npz weights: a state dict of tensors, not a pickle that would execute code"
         ) from None
-    missing = getattr(outcome, "missing_keys", ())
     surplus = [name for name in getattr(outcome, "unexpected_keys", ()) if name.split(".")[0] not in HEADS]
-    for names, where in ((missing, "missing there"), (surplus, "there that it has not")):
-        if names:
-            raise UserError(
-                f"weights_path: {path} is of another model: {len(names)} tensors are {where}, "
-                f"{names[0]} first"
-            )
+    if others := [*getattr(outcome, "missing_keys", ()), *surplus]:
+        raise UserError(
+            f"weights_path: {path} is of another model: of {len(others)} tensors one of the two has none, "
+            f"{others[0]} first"
+        )
 
 
 def speed_up(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:

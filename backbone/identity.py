@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from backbone import backbones
-from backbone.token_grid import OF_MAPS, PLACE_CHANNELS, Bands, Places, TokenGrid, place_grid
+from backbone.token_grid import OF_MAPS, PLACE_CHANNELS, Bands, OfMaps, Places, TokenGrid, place_grid
 from cache.feature_cache import ImageList
 from cache.store import identity_hash
 from config import Config, knobs_affecting
@@ -26,7 +26,7 @@ class Identity:
     weights_path: str | None
     seed: int
     grid: TokenGrid
-    of_maps: dict[str, Bands | Places]
+    of_maps: OfMaps
     mirror: bool
     precision: str
 
@@ -35,31 +35,28 @@ class Identity:
 
 
 def cache_identity(
-    config: Config,
-    device: torch.device,
-    images: ImageSet | None = None,
-    listed: ImageList | None = None,
+    config: Config, device: torch.device, images: ImageSet | None = None, listed: ImageList | None = None
 ) -> Identity:
     """The features that a configuration asks for. Raises UserError.
 
     listed: has the sizes that img_size auto has chosen, to which that for the ``images`` is added, and the
     ranges of pixels of more than eight bits (images/pixel_scale.py). The fields are the knobs that affect the
     features, with what device, pictures and backbone decide put in for those left open."""
-    precision = str(choose_precision(config.precision, device)).removeprefix("torch.")
+    precision = best_precision(device) if config.precision == "auto" else config.precision
     known = backbones.timm_model(config.extractor)
     weights = backbones.weights_source(config.extractor, config.weights_path, config.seed)
     size = config.img_size if isinstance(config.img_size, tuple) else known.own_size
     if config.img_size == "auto" and listed:
         size = backbones.size_for(config.extractor, images, listed.sizes)
-    norm, bands = config.pixel_norm or (*known.mean, *known.std), Bands()
-    of_maps: dict[str, Bands | Places] = {"bands": bands} if config.bands else {}
+    norm, bands, of_maps = config.pixel_norm or (*known.mean, *known.std), Bands(), OfMaps()
     square = places = (config.places, config.places)
+    if config.bands:
+        of_maps["bands"] = bands
     if config.places:
         of_maps["places"] = Places(places := place_grid(config.places, size, known.own_size))
     grid = TokenGrid.named(config.token_grid)
-    fields = {name: getattr(config, name) for name in knobs_affecting("features")}
-    for name in ("dataset", "pixel_norm", "weights_path"):  # by content: norm_mean and norm_std, weights
-        del fields[name]
+    by_content = ("dataset", "pixel_norm", "weights_path")  # norm_mean and norm_std, weights
+    fields = {name: getattr(config, name) for name in knobs_affecting("features") if name not in by_content}
     fields |= {
         "timm_model": known.name,
         "weights": weights,
@@ -79,24 +76,22 @@ def cache_identity(
     name = config.extractor.replace("/", "_").replace(":", "_")
     parts = [name, "{}x{}".format(*size), grid.name, *(part for part, there in kept.items() if there)]
     return Identity(
-        "-".join([*parts, identity_hash(fields)[:8]]),
-        fields,
-        config.extractor,
-        size,
-        config.weights_path,
-        config.seed,
-        grid,
-        of_maps,
-        config.mirror,
-        precision,
+        name="-".join([*parts, identity_hash(fields)[:8]]),
+        fields=fields,
+        extractor=config.extractor,
+        img_size=size,
+        weights_path=config.weights_path,
+        seed=config.seed,
+        grid=grid,
+        of_maps=of_maps,
+        mirror=config.mirror,
+        precision=precision,
     )
 
 
-def choose_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The arithmetic of the backbone for the knob ``precision``: auto is float32 on a CPU, whatever it is
-    quick in, so that figures are the same on all of them, and half precision on a GPU."""
-    if precision != "auto":
-        return getattr(torch, precision)
+def best_precision(device: torch.device) -> str:
+    """Of the backbone's arithmetic: float32 on a CPU, whatever it is quick in, so that figures are the same
+    on all of them, and half precision on a GPU."""
     if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"

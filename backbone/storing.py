@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,12 @@ from shell.engine import outcomes
 
 SHARD_ROWS, SHARD_SECONDS = MOST_IN_BATCH, 30.0  # of one shard, at most: what a kill costs
 
-Batch = tuple[list[int], dict[str, np.ndarray]]  # numbers of images, and their rows of each array
+
+class Shard(NamedTuple):
+    """Numbers of images, and their rows of each array, in parts."""
+
+    numbers: list[int]
+    parts: list[dict[str, np.ndarray]]
 
 
 def extract(
@@ -106,7 +112,7 @@ def _loaded(config: Config, identity: Identity, folder: Path, of: str) -> tuple[
     device, images = utils.set_up(config.device, config.threads or 1), datasets.images_of(config)
     images.scale.ranges = identity.fields.get("pixel_scale", {})
     job = Extraction(identity, device, config.extract_batch, config.workers)
-    store = Store(folder, identity.fields)
+    store = Store(folder)
     store.begin(job.fields)
     return job, images, store
 
@@ -126,49 +132,36 @@ def extract_images(
     chosen = images.listed([image[:2] for image in wanted])
     unreadable: list[Wanted] = []
 
-    def batches() -> Iterator[Batch]:
-        first = 0
+    def shards() -> Iterator[Shard]:
+        done, began, shard = 0, time.monotonic(), Shard([], [])
         for rows in job.features(chosen):
-            count = 1
             if isinstance(rows, Unreadable):
                 unreadable.append(wanted[rows.row])
+                count = 1
             else:
-                arrays = {name: values.cpu().numpy() for name, values in rows.items()}
-                count = len(arrays["tokens"])
-                yield list(range(first, first + count)), arrays
-            first += count
+                shard.parts.append({name: values.cpu().numpy() for name, values in rows.items()})
+                count = len(rows["tokens"])
+                shard.numbers.extend(range(done, done + count))
+            done += count
             advance(count)
+            late = time.monotonic() - began > SHARD_SECONDS
+            if shard.numbers and (late or len(shard.numbers) + job.batch > SHARD_ROWS):
+                yield shard
+                began, shard = time.monotonic(), Shard([], [])
+        if shard.numbers:
+            yield shard
 
-    def write(shard: Batch) -> None:
-        numbers, arrays = shard
-        for i in numbers:
+    def write(shard: Shard) -> None:
+        for i in shard.numbers:
             if chosen.identify("train", i) != wanted[i].hash:
                 name = wanted[i].name
                 raise UserError(f"{name} has changed while its features were extracted; run it again")
-        write_shard(store.folder, store.of, [wanted[i].hash for i in numbers], arrays)
+        arrays = {name: np.concatenate([part[name] for part in shard.parts]) for name in shard.parts[0]}
+        write_shard(store.folder, store.of, [wanted[i].hash for i in shard.numbers], arrays)
 
     # On a GPU one part's rows are copied while another's are computed.
     stream = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None
     with torch.cuda.stream(stream), ThreadPoolExecutor(1) as pool:  # what it has begun is ended in any case
-        for _ in utils.in_order(pool, write, in_shards(batches(), job.batch), 1):
+        for _ in utils.in_order(pool, write, shards(), 1):
             pass
     return unreadable
-
-
-def in_shards(batches: Iterator[Batch], largest: int) -> Iterator[Batch]:
-    """The same images, in batches of ``largest`` at most, put together: SHARD_ROWS at most, fewer where they
-    take longer than SHARD_SECONDS."""
-    numbers: list[int] = []
-    parts: list[dict[str, np.ndarray]] = []
-    began = time.monotonic()
-    for more, rows in batches:
-        numbers, parts = numbers + more, [*parts, rows]
-        if len(numbers) + largest > SHARD_ROWS or time.monotonic() - began > SHARD_SECONDS:
-            yield numbers, _joined(parts)
-            numbers, parts, began = [], [], time.monotonic()
-    if numbers:
-        yield numbers, _joined(parts)
-
-
-def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -240,3 +240,6 @@ def rotation(before: int, after: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     columns, _ = torch.linalg.qr(torch.randn(before, after, generator=generator, dtype=torch.float64))
     return (columns * math.sqrt(before / after)).float()
+
+
+OfMaps = dict[str, Bands | Places]  # what is kept of the maps of several depths, by the name of its array

@@ -3,16 +3,20 @@ disk."""
 
 import dataclasses
 import functools
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+import utils
 from cache.shards import CachedArray
 from cache.store import IDENTITY, Store
 from config import UserError, unknown
 from datasets import SPLITS, ImageSet, Labels
-from shell.files import as_strict_json, checksum, read_sealed, write_sealed
+from shell.files import checksum, read_sealed, write_sealed
+
+EXTRACT = "run python extractor.py with the same settings, or set pretrained False"
 
 
 def feature_folder(feature_path: str | None) -> Path:
@@ -60,9 +64,8 @@ class ImageList:
         if (rows := before.rows_in(listed)) is not None:
             hashes = {split: [listed.hashes[split][i] for i in rows[split]] for split in SPLITS}
             listed = cls(listed.labels.kept(rows), hashes)
-        return cls(
-            listed.labels, listed.hashes, dict(before.sizes), before.pixel_scale, list(before.unreadable)
-        )
+        unreadable = sorted(set(before.unreadable).intersection(listed.all_hashes))
+        return cls(listed.labels, listed.hashes, dict(before.sizes), before.pixel_scale, unreadable)
 
     def rows_in(self, other: "ImageList") -> dict[str, np.ndarray] | None:
         """The number in another list of each image of a split, of the same content and labels; None where the
@@ -94,8 +97,10 @@ class ImageList:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def write(self, path: Path) -> None:
-        write_sealed(path, self.content())
+    def write(self, path: Path, before: "ImageList | None" = None) -> None:
+        """Unless the file has the same ``before``."""
+        if before is None or before.content() != self.content():
+            write_sealed(path, self.content())
 
     def content(self) -> dict:
         """What ``write`` writes, made of lists."""
@@ -117,7 +122,7 @@ class ImageList:
     def fingerprint(self) -> str:
         """A hash of the images and their labels, whatever their names are."""
         of = {"per_category": self.labels.per_category, "classes": self.labels.classes}
-        return checksum(as_strict_json(of | {split: self._known_by(split) for split in SPLITS}))[:16]
+        return checksum(of | {split: self._known_by(split) for split in SPLITS})[:16]
 
 
 class FeatureCache:
@@ -147,7 +152,7 @@ class FeatureCache:
             "image_list": image_list,
             "content": checksum({"features": self.of, "images": image_list})[:16],
         }
-        return as_strict_json(self.fields | more)
+        return self.fields | more
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -173,6 +178,27 @@ class FeatureCache:
     def tokens(self, split: str) -> CachedArray:
         """The tokens (n, 1 + N, C) of a split."""
         return self.arrays(split)["tokens"]
+
+
+def complete(store: Store, listed: ImageList, unreadable: str) -> FeatureCache:
+    """The features of the images, once it is said which cannot be read and are left out. Raises UserError on
+    an image that could be read and has none, and, where ``unreadable`` is stop, on one that cannot be."""
+    cache = FeatureCache(store, listed)
+    missing = cache.absent.difference(listed.unreadable)
+    if missing or not store.fields:
+        some = f"{len(missing)} of {utils.counted(listed.labels.count(), 'image')}"
+        raise UserError(f"{some} have no features in {store.folder}; {EXTRACT}")
+    told = f"{utils.counted(len(cache.skipped), 'unreadable image')}: {utils.first_named(cache.skipped)}"
+    if cache.skipped and unreadable == "stop":
+        if len(cache.skipped) > utils.MOST_NAMED:
+            print(*cache.skipped, sep="\n", file=sys.stderr)
+        raise UserError(
+            f"{told}; repair them or take them out, or leave them out with --unreadable skip; the "
+            f"features of the others are kept in {cache.folder}"
+        )
+    if cache.skipped:
+        print(f"features: left out, {told}", flush=True)
+    return cache
 
 
 def prune(root: Path, named: str) -> None:

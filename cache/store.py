@@ -34,11 +34,10 @@ class Store:
     """A store as it was when it was last looked at (``look``).
 
     fields: which features these are, flat, as JSON has them; empty where there are none yet. shards: the
-    sound ones. damaged: the folders of the others. wanted: fields that must be found there. Raises UserError
-    on a store of other features or of another version."""
+    sound ones. damaged: the folders of the others. Raises UserError on a store of another version."""
 
-    def __init__(self, folder: Path, wanted: dict | None = None, verified: Iterable[str] = ()):
-        self.folder, self._wanted = folder, wanted or {}
+    def __init__(self, folder: Path, verified: Iterable[str] = ()):
+        self.folder, self.damaged = folder, list[Path]()
         self.look(verified)
 
     def look(self, verified: Iterable[str] = ()) -> None:
@@ -79,7 +78,8 @@ class Store:
 
     def holding(self, images: list[str]) -> list[Path]:
         """The folders of the shards that have features of any of the images."""
-        return [shard.folder for shard in self.shards if not set(images).isdisjoint(shard.images)]
+        wanted = set(images)
+        return [shard.folder for shard in self.shards if not wanted.isdisjoint(shard.images)]
 
     def begin(self, fields: dict) -> None:
         """Make an empty store one of these features. Raises UserError where it is one of others."""
@@ -135,10 +135,8 @@ class Store:
         except ValueError as error:
             print(f"features: {path} is damaged ({error}); the next extraction mends it", flush=True)
             return {}
-        fields = content.get("fields", {})
-        there = {"format": content.get("format")} | fields
-        refuse_others(self.folder, there, {"format": FORMAT} | self._wanted)
-        return fields
+        refuse_others(self.folder, content, {"format": FORMAT})
+        return content["fields"]
 
 
 def identity_hash(fields: dict) -> str:
