@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, hashes_of
+from conftest import ROOT, flip, hashes_of
 
 from cache import shards, store
 from cache.feature_cache import FeatureCache, ImageList
@@ -64,12 +64,6 @@ def folder(tmp_path) -> Path:
 
 def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def flip(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
 
 
 # ---------------------------------------------------------------- the round trip
