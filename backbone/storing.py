@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,12 +29,7 @@ from shell.engine import outcomes
 
 SHARD_ROWS, SHARD_SECONDS = MOST_IN_BATCH, 30.0  # of one shard, at most: what a kill costs
 
-
-class Shard(NamedTuple):
-    """Numbers of images, and their rows of each array, in parts."""
-
-    numbers: list[int]
-    parts: list[dict[str, np.ndarray]]
+Batch = tuple[list[int], list[dict[str, np.ndarray]]]  # numbers of images, and their rows in parts
 
 
 def extract(
@@ -132,32 +126,35 @@ def extract_images(
     chosen = images.listed([image[:2] for image in wanted])
     unreadable: list[Wanted] = []
 
-    def shards() -> Iterator[Shard]:
-        done, began, shard = 0, time.monotonic(), Shard([], [])
+    def shards() -> Iterator[Batch]:
+        numbers: list[int] = []
+        parts: list[dict[str, np.ndarray]] = []
+        done, began = 0, time.monotonic()
         for rows in job.features(chosen):
             if isinstance(rows, Unreadable):
                 unreadable.append(wanted[rows.row])
                 count = 1
             else:
-                shard.parts.append({name: values.cpu().numpy() for name, values in rows.items()})
+                parts.append({name: values.cpu().numpy() for name, values in rows.items()})
                 count = len(rows["tokens"])
-                shard.numbers.extend(range(done, done + count))
+                numbers += range(done, done + count)
             done += count
             advance(count)
             late = time.monotonic() - began > SHARD_SECONDS
-            if shard.numbers and (late or len(shard.numbers) + job.batch > SHARD_ROWS):
-                yield shard
-                began, shard = time.monotonic(), Shard([], [])
-        if shard.numbers:
-            yield shard
+            if numbers and (late or len(numbers) + job.batch > SHARD_ROWS):
+                yield numbers, parts
+                numbers, parts, began = [], [], time.monotonic()
+        if numbers:
+            yield numbers, parts
 
-    def write(shard: Shard) -> None:
-        for i in shard.numbers:
+    def write(shard: Batch) -> None:
+        numbers, parts = shard
+        for i in numbers:
             if chosen.identify("train", i) != wanted[i].hash:
                 name = wanted[i].name
                 raise UserError(f"{name} has changed while its features were extracted; run it again")
-        arrays = {name: np.concatenate([part[name] for part in shard.parts]) for name in shard.parts[0]}
-        write_shard(store.folder, store.of, [wanted[i].hash for i in shard.numbers], arrays)
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        write_shard(store.folder, store.of, [wanted[i].hash for i in numbers], arrays)
 
     # On a GPU one part's rows are copied while another's are computed.
     stream = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None

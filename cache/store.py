@@ -165,14 +165,12 @@ def example_fault(recorded: dict | None, now: dict) -> str | None:
     if recorded is None:
         return None
     before, after = (np.array(example["values"], float) for example in (recorded, now))  # (arrays, numbers)
-    exact = all(example["precision"] == "float32" for example in (recorded, now))
-    far = np.inf
+    far, exact = np.inf, all(example["precision"] == "float32" for example in (recorded, now))
     if after.shape == before.shape:
         sizes = np.linalg.norm(before, axis=1).clip(1e-9)
         far = (np.linalg.norm(after - before, axis=1) / sizes).max()
-    if far <= FARTHEST[exact]:
-        return None
-    return (
+    told = (
         f"with timm {recorded['timm']} the backbone gave other features of a fixed picture than with timm "
         f"{now['timm']} now ({far:.0%} off): install timm {recorded['timm']}, or make the features again"
     )
+    return told if far > FARTHEST[exact] else None
