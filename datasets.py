@@ -298,8 +298,8 @@ def _file_set(table: list[Row], root: Path) -> ImageSet:
     ``root``."""
     rows = {split: [row for row in table if (row.split == "test") == (split == "test")] for split in SPLITS}
     files = {split: [RawImage(row.path, row.mask) for row in rows[split]] for split in SPLITS}
-    scale = PixelScale(measure=partial(images.measured, [row.path for row in rows["train"]]))
-    return ImageSet(labels_of(rows, root), files, scale)
+    labels, measure = labels_of(rows, root), partial(images.measured, [row.path for row in rows["train"]])
+    return ImageSet(labels, files, PixelScale(measure=measure))
 
 
 def labels_of(rows: dict[str, list[Row]], root: Path) -> Labels:

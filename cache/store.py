@@ -37,7 +37,7 @@ class Store:
     sound ones. damaged: the folders of the others. Raises UserError on a store of another version."""
 
     def __init__(self, folder: Path, verified: Iterable[str] = ()):
-        self.folder, self.damaged = folder, list[Path]()
+        self.folder, self.of = folder, ""
         self.look(verified)
 
     def look(self, verified: Iterable[str] = ()) -> None:
