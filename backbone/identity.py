@@ -68,7 +68,9 @@ def cache_identity(
         "low_sigma": bands.sigma if config.bands else None,
         "place_channels": PLACE_CHANNELS if config.places else None,
         "place_grid": None if places == square else list(places),
-        **grid.fields(),
+        "token_grid": grid.name,
+        "pooling": grid.pooling,
+        **dict.fromkeys(("window", "centre_share")),  # which no grid has now
         **({"pixel_scale": listed.pixel_scale} if listed and listed.pixel_scale else {}),
         **({"of_maps": OF_MAPS} if of_maps else {}),
     }
