@@ -193,11 +193,12 @@ def choose_classes(labels: Labels, class_name: str) -> list[str]:
             raise UserError(f"class {name!r}: the name of its folder is not valid UTF-8; rename it")
     if class_name == "all":
         return list(labels.classes)
-    known = {layouts.folded(name): name for name in labels.classes}
     asked = [class_name] if class_name in labels.classes else class_names(class_name)
-    if absent := [name.strip() for name in asked if layouts.folded(name) not in known]:
+    known = {layouts.folded(name): name for name in labels.classes}
+    wanted = {layouts.folded(name): name.strip() for name in asked}
+    if absent := [name for folded, name in wanted.items() if folded not in known]:
         raise UserError(unknown("class", absent[0], ["all", *labels.classes]))
-    return list(dict.fromkeys(known[layouts.folded(name)] for name in asked))
+    return [known[folded] for folded in wanted]
 
 
 def repeated(labels: Labels, hashes: dict[str, list[str]]) -> str:

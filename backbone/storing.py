@@ -1,11 +1,14 @@
 """Images whose features are missing -> shards of a store, by this process or by those of an executor."""
 
+import contextlib
 import functools
+import math
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,10 +16,12 @@ from tqdm import tqdm
 
 import datasets
 import utils
+from backbone.backbones import outline
 from backbone.extraction import COMPILED_FROM, MOST_IN_BATCH, SHARDS_AT_ONCE, Extraction
 from backbone.identity import Identity
 from backbone.resizing import Unreadable
-from cache.shards import write_shard
+from cache.feature_cache import Wanted
+from cache.shards import DTYPE, write_shard
 from cache.store import Store
 from config import Config, UserError
 from datasets import ImageSet
@@ -24,15 +29,7 @@ from shell.engine import outcomes
 
 SHARD_ROWS, SHARD_SECONDS = MOST_IN_BATCH, 30.0  # of one shard, at most: what a kill costs
 
-Batch = tuple[list[int], dict[str, np.ndarray]]  # numbers of images, and their rows of each array
-
-
-class Wanted(NamedTuple):
-    """An image whose features are missing: its split, its name there, the hash of its content."""
-
-    split: str
-    name: str
-    hash: str
+Batch = tuple[list[int], list[dict[str, np.ndarray]]]  # numbers of images, and their rows in parts
 
 
 def extract(
@@ -42,47 +39,74 @@ def extract(
     store: Store,
     wanted: list[Wanted],
     device: torch.device,
+    check: Callable[[dict], object] | None,
     executor: Executor | None,
 ) -> list[Wanted]:
     """Compute and write the features of images by this process or, where there is one, by an executor's ->
-    those that cannot be read. Raises UserError; what is done is kept."""
+    those that cannot be read. Raises UserError; what is done is kept.
+
+    check: called with the fields that tell what an image leaves, to refuse them."""
+    size = SHARD_ROWS if executor else -(-len(wanted) // SHARDS_AT_ONCE[device.type])
+    parts = [wanted[first : first + size] for first in range(0, len(wanted), size)]
+    announce(identity, store.folder, len(wanted), "by other processes" if executor else f"on {device}", check)
     store.sweep()
     unreadable: list[Wanted] = []
     with tqdm(total=len(wanted), unit="img", disable=utils.no_bar(), smoothing=0.05) as bar:
         if executor:
-            task = functools.partial(extract_elsewhere, config, identity, uuid.uuid4().hex)
-            for part, left_out in outcomes(executor, task, in_parts(wanted, SHARD_ROWS)):
-                unreadable += left_out
-                bar.update(len(part))
+            task = functools.partial(extract_elsewhere, config, identity, store.folder, uuid.uuid4().hex)
         else:
             job = Extraction(identity, device, config.extract_batch, config.workers)
             store.begin(job.fields)
-            parts = in_parts(wanted, -(-len(wanted) // SHARDS_AT_ONCE[device.type]))
-            here = functools.partial(extract_images, job, images, store, advance=bar.update)
-            with utils.thread_pool(len(parts)) as pool:
-                for _, left_out in outcomes(pool if len(parts) > 1 else None, here, parts):
-                    unreadable += left_out
+            task = functools.partial(extract_images, job, images, store, advance=bar.update)
+        threads = len(parts) > 1 and not executor
+        with utils.thread_pool(len(parts)) if threads else contextlib.nullcontext(executor) as pool:
+            for part, left_out in outcomes(pool, task, parts):
+                unreadable += left_out
+                bar.update(len(part) if executor else 0)
     store.look()
     return unreadable
 
 
-def in_parts(wanted: list[Wanted], size: int) -> list[list[Wanted]]:
-    return [wanted[first : first + size] for first in range(0, len(wanted), size)]
+def announce(
+    identity: Identity, folder: Path, count: int, where: str, check: Callable[[dict], object] | None
+) -> None:
+    """Say what will be extracted of so many images, once it is checked. Raises UserError where ``check``
+    does, and where it does not fit on the disk."""
+    backbone = outline(identity.extractor, identity.img_size)
+    shapes, fields = backbone.what_is_kept(identity.grid, identity.of_maps)
+    if check is not None:
+        check(fields)
+    size = count * DTYPE.itemsize * sum(map(math.prod, shapes.values()))
+    free = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.exists())).free
+    if size > free:
+        raise UserError(
+            f"the features need {size / 1e9:.2f} GB, the disk of {folder} has {free / 1e9:.2f} GB free; "
+            "free some, or choose a smaller token_grid"
+        )
+    height, width = identity.img_size
+    print(
+        f"extracting {count} images with {identity.extractor} at {height}x{width} {where} in "
+        f"{identity.precision}: {fields['tokens']} tokens of {fields['n_feat']} channels each, "
+        f"{size / 1e9:.2g} GB in {folder}",
+        flush=True,
+    )
 
 
-def extract_elsewhere(config: Config, identity: Identity, of: str, wanted: list[Wanted]) -> list[Wanted]:
-    """``extract_images`` in whatever process, with one thread unless ``threads`` says more. of: which job it
-    is of; another one may find other images, of the same configuration."""
-    return extract_images(*_loaded(config, identity, of), wanted)
+def extract_elsewhere(
+    config: Config, identity: Identity, folder: Path, of: str, wanted: list[Wanted]
+) -> list[Wanted]:
+    """``extract_images`` in whatever process, with one thread unless ``threads`` says more. folder: of the
+    store. of: which job it is of; another one may find other images, of the same configuration."""
+    return extract_images(*_loaded(config, identity, folder, of), wanted)
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(config: Config, identity: Identity, of: str) -> tuple[Extraction, ImageSet, Store]:
+def _loaded(config: Config, identity: Identity, folder: Path, of: str) -> tuple[Extraction, ImageSet, Store]:
     """Kept from one task to the next."""
     device, images = utils.set_up(config.device, config.threads or 1), datasets.images_of(config)
     images.scale.ranges = identity.fields.get("pixel_scale", {})
     job = Extraction(identity, device, config.extract_batch, config.workers)
-    store = Store(identity.folder, identity.fields)
+    store = Store(folder)
     store.begin(job.fields)
     return job, images, store
 
@@ -102,49 +126,39 @@ def extract_images(
     chosen = images.listed([image[:2] for image in wanted])
     unreadable: list[Wanted] = []
 
-    def batches() -> Iterator[Batch]:
-        first = 0
+    def shards() -> Iterator[Batch]:
+        numbers: list[int] = []
+        parts: list[dict[str, np.ndarray]] = []
+        done, began = 0, time.monotonic()
         for rows in job.features(chosen):
-            count = 1
             if isinstance(rows, Unreadable):
                 unreadable.append(wanted[rows.row])
+                count = 1
             else:
-                arrays = {name: values.cpu().numpy() for name, values in rows.items()}
-                count = len(arrays["tokens"])
-                yield list(range(first, first + count)), arrays
-            first += count
+                parts.append({name: values.cpu().numpy() for name, values in rows.items()})
+                count = len(rows["tokens"])
+                numbers += range(done, done + count)
+            done += count
             advance(count)
+            late = time.monotonic() - began > SHARD_SECONDS
+            if numbers and (late or len(numbers) + job.batch > SHARD_ROWS):
+                yield numbers, parts
+                numbers, parts, began = [], [], time.monotonic()
+        if numbers:
+            yield numbers, parts
 
     def write(shard: Batch) -> None:
-        numbers, arrays = shard
+        numbers, parts = shard
         for i in numbers:
             if chosen.images["train"][i].identify() != wanted[i].hash:
                 name = wanted[i].name
                 raise UserError(f"{name} has changed while its features were extracted; run it again")
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         write_shard(store.folder, store.of, [wanted[i].hash for i in numbers], arrays)
 
     # On a GPU one part's rows are copied while another's are computed.
     stream = torch.cuda.Stream(job.device) if job.device.type == "cuda" else None
     with torch.cuda.stream(stream), ThreadPoolExecutor(1) as pool:  # what it has begun is ended in any case
-        for _ in utils.in_order(pool, write, in_shards(batches(), job.batch), 1):
+        for _ in utils.in_order(pool, write, shards(), 1):
             pass
     return unreadable
-
-
-def in_shards(batches: Iterator[Batch], largest: int) -> Iterator[Batch]:
-    """The same images, in batches of ``largest`` at most, put together: SHARD_ROWS at most, fewer where they
-    take longer than SHARD_SECONDS."""
-    numbers: list[int] = []
-    parts: list[dict[str, np.ndarray]] = []
-    began = time.monotonic()
-    for more, rows in batches:
-        numbers, parts = numbers + more, [*parts, rows]
-        if len(numbers) + largest > SHARD_ROWS or time.monotonic() - began > SHARD_SECONDS:
-            yield numbers, _joined(parts)
-            numbers, parts, began = [], [], time.monotonic()
-    if numbers:
-        yield numbers, _joined(parts)
-
-
-def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -46,11 +46,6 @@ class TokenGrid:
         """The side of a pooled grid; None for the others."""
         return int(self.name) if self.name.isdigit() else None
 
-    def fields(self) -> dict:
-        """What a cache records of the grid, and is known by: window and centre_share, which no grid has now,
-        with it."""
-        return {"token_grid": self.name, "window": None, "pooling": self.pooling, "centre_share": None}
-
     def cached_shape(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns kept of the backbone's grid. Raises UserError on more than it has."""
         if self.side is None:
@@ -240,3 +235,6 @@ def rotation(before: int, after: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     columns, _ = torch.linalg.qr(torch.randn(before, after, generator=generator, dtype=torch.float64))
     return (columns * math.sqrt(before / after)).float()
+
+
+OfMaps = dict[str, Bands | Places]  # what is kept of the maps of several depths, by the name of its array

@@ -218,7 +218,7 @@ def compare_extraction(args: argparse.Namespace, device: torch.device) -> Table:
     tokens = torch.cat([batch["tokens"][:, 0].cpu() for batch in ours.features(images)]).float()
     off = f"{(tokens - exact).norm() / exact.norm():.1e}"
     rows.append(["ours, semantic tokens off the released ones", *[off] * len(found)])
-    return [f"{count} images at {identity.fields['img_size']}, images/s", *found], rows
+    return [f"{count} images at {identity.img_size}, images/s", *found], rows
 
 
 # ---------------------------------------------------------------- the whole job

@@ -3,15 +3,20 @@ disk."""
 
 import dataclasses
 import functools
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+import utils
 from cache.shards import CachedArray
 from cache.store import IDENTITY, Store
 from config import UserError, unknown
 from datasets import SPLITS, ImageSet, Labels
-from shell.files import as_strict_json, checksum, read_sealed, write_sealed
+from shell.files import checksum, read_sealed, write_sealed
+
+EXTRACT = "run python extractor.py with the same settings, or set pretrained False"
 
 
 def feature_folder(feature_path: str | None) -> Path:
@@ -25,6 +30,14 @@ def feature_folder(feature_path: str | None) -> Path:
 def list_file(root: Path, name: str) -> Path:
     """Where the list of images of a data set is kept (datasets.name_of)."""
     return root / "datasets" / f"{name}.json"
+
+
+class Wanted(NamedTuple):
+    """An image whose features are missing: its split, its name there, the hash of its content."""
+
+    split: str
+    name: str
+    hash: str
 
 
 @dataclasses.dataclass
@@ -46,14 +59,13 @@ class ImageList:
         """The list of these images; what was found out ``before`` holds while one of them is the same. If all
         are, but for their names, they keep their order: what was fitted to them stays what it is."""
         listed = cls(images.labels, {split: images.hashes(split) for split in SPLITS})
-        if before is None or set(before.all_hashes()).isdisjoint(listed.all_hashes()):
+        if before is None or set(before.all_hashes).isdisjoint(listed.all_hashes):
             return listed
         if (rows := before.rows_in(listed)) is not None:
             hashes = {split: [listed.hashes[split][i] for i in rows[split]] for split in SPLITS}
             listed = cls(listed.labels.kept(rows), hashes)
-        return cls(
-            listed.labels, listed.hashes, dict(before.sizes), before.pixel_scale, list(before.unreadable)
-        )
+        unreadable = sorted(set(before.unreadable).intersection(listed.all_hashes))
+        return cls(listed.labels, listed.hashes, dict(before.sizes), before.pixel_scale, unreadable)
 
     def rows_in(self, other: "ImageList") -> dict[str, np.ndarray] | None:
         """The number in another list of each image of a split, of the same content and labels; None where the
@@ -85,25 +97,38 @@ class ImageList:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def write(self, path: Path) -> None:
-        write_sealed(path, self.content())
+    def write(self, path: Path, before: "ImageList | None" = None) -> None:
+        """Unless the file has the same ``before``."""
+        if before is None or before.content() != self.content():
+            write_sealed(path, self.content())
 
     def content(self) -> dict:
         """What ``write`` writes, made of lists."""
         return vars(self) | {"labels": self.labels.as_json()}
 
+    @property
     def all_hashes(self) -> list[str]:
         return [image for split in SPLITS for image in self.hashes[split]]
+
+    def absent_from(self, store: Store) -> list[Wanted]:
+        """The images without features, each content once."""
+        absent: dict[str, Wanted] = {}
+        for split in SPLITS:
+            hashes, names = self.hashes[split], self.labels.split(split).names
+            for i in np.flatnonzero(store.find(hashes)[0] < 0):
+                absent.setdefault(hashes[i], Wanted(split, names[i], hashes[i]))
+        return list(absent.values())
 
     def fingerprint(self) -> str:
         """A hash of the images and their labels, whatever their names are."""
         of = {"per_category": self.labels.per_category, "classes": self.labels.classes}
-        return checksum(as_strict_json(of | {split: self._known_by(split) for split in SPLITS}))[:16]
+        return checksum(of | {split: self._known_by(split) for split in SPLITS})[:16]
 
 
 class FeatureCache:
     """The features of a data set's images as they are in a store; an image that is not there is left out, its
-    name in ``skipped``. Files are opened when rows are read, in whatever process: a cache can be pickled."""
+    name in ``skipped``, its hash in ``absent``. Files are opened when rows are read, in whatever process: a
+    cache can be pickled."""
 
     def __init__(self, store: Store, images: ImageList):
         self.folder, self.fields, self.of, self.images = store.folder, store.fields, store.of, images
@@ -111,11 +136,9 @@ class FeatureCache:
         found = {split: store.find(images.hashes[split]) for split in SPLITS}
         self._rows = {split: np.flatnonzero(shard >= 0) for split, (shard, _) in found.items()}
         self._places = {s: [each[self._rows[s]] for each in found[s]] for s in SPLITS}  # shard and row
-        self.skipped = [
-            images.labels.split(split).names[i]
-            for split, (shard, _) in found.items()
-            for i in np.flatnonzero(shard < 0)
-        ]
+        gone = [(split, i) for split in SPLITS for i in np.flatnonzero(found[split][0] < 0)]
+        self.skipped = [images.labels.split(split).names[i] for split, i in gone]
+        self.absent = {images.hashes[split][i] for split, i in gone}
         self.labels = images.labels.kept(self._rows)
 
     @functools.cached_property
@@ -129,7 +152,7 @@ class FeatureCache:
             "image_list": image_list,
             "content": checksum({"features": self.of, "images": image_list})[:16],
         }
-        return as_strict_json(self.fields | more)
+        return self.fields | more
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -157,6 +180,27 @@ class FeatureCache:
         return self.arrays(split)["tokens"]
 
 
+def complete(store: Store, listed: ImageList, unreadable: str) -> FeatureCache:
+    """The features of the images, once it is said which cannot be read and are left out. Raises UserError on
+    an image that could be read and has none, and, where ``unreadable`` is stop, on one that cannot be."""
+    cache = FeatureCache(store, listed)
+    missing = cache.absent.difference(listed.unreadable)
+    if missing or not store.fields:
+        some = f"{len(missing)} of {utils.counted(listed.labels.count(), 'image')}"
+        raise UserError(f"{some} have no features in {store.folder}; {EXTRACT}")
+    told = f"{utils.counted(len(cache.skipped), 'unreadable image')}: {utils.first_named(cache.skipped)}"
+    if cache.skipped and unreadable == "stop":
+        if len(cache.skipped) > utils.MOST_NAMED:
+            print(*cache.skipped, sep="\n", file=sys.stderr)
+        raise UserError(
+            f"{told}; repair them or take them out, or leave them out with --unreadable skip; the "
+            f"features of the others are kept in {cache.folder}"
+        )
+    if cache.skipped:
+        print(f"features: left out, {told}", flush=True)
+    return cache
+
+
 def prune(root: Path, named: str) -> None:
     """Print what each store takes of the disk and holds of each data set; then, unless ``named`` is "list",
     drop all features and lists but those of the data sets that it names. Raises UserError on a name that
@@ -168,11 +212,11 @@ def prune(root: Path, named: str) -> None:
         raise UserError(unknown("data set", strange[0], ["list", *lists]))
     for path in sorted(root.glob(f"*/{IDENTITY}")):
         store = Store(path.parent)
-        counts = {name: (store.find(each.all_hashes())[0] >= 0).sum() for name, each in lists.items()}
+        counts = {name: (store.find(each.all_hashes)[0] >= 0).sum() for name, each in lists.items()}
         of = ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "of no data set"
         print(f"{path.parent}: {(size := store.size()) / 1e6:.1f} MB ({of})", flush=True)
         if names:
-            store.keep_only({image for name in names for image in lists[name].all_hashes()})
+            store.keep_only({image for name in names for image in lists[name].all_hashes})
             print(f"  {(size - store.size()) / 1e6:.1f} MB dropped", flush=True)
     for name in lists:
         if names and name not in names:

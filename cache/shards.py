@@ -46,11 +46,11 @@ class File(NamedTuple):
         """What is wrong with the file, by its size or, thorough, by its checksum; None where nothing is."""
         try:
             if (size := self.path.stat().st_size) != self.size:
-                return f"{size} bytes, expected {self.size}"
+                return f"{self.path.name}: {size} bytes, expected {self.size}"
             changed = thorough and zlib.crc32(self.path.read_bytes()) != self.crc32
         except OSError as error:
-            return error.strerror or str(error)
-        return "its checksum differs: the file has been changed" if changed else None
+            return f"{self.path.name}: {error.strerror or error}"
+        return f"{self.path.name}: its checksum differs: the file has been changed" if changed else None
 
 
 class Shard(NamedTuple):
@@ -63,8 +63,7 @@ class Shard(NamedTuple):
 
     def damage(self, thorough: bool = False) -> str | None:
         """What is wrong with the first damaged file; None where nothing is."""
-        told = ((name, file.damage(thorough)) for name, file in self.files.items())
-        return next((f"{name}.npy: {damage}" for name, damage in told if damage), None)
+        return next(filter(None, (file.damage(thorough) for file in self.files.values())), None)
 
 
 def write_shard(store: Path, of: str, images: list[str], arrays: dict[str, np.ndarray]) -> None:
@@ -110,8 +109,8 @@ def opened(file: File) -> io.FileIO:
     Damaged."""
     if damage := _damage(file, thorough=True):
         raise Damaged(
-            f"the features in {file.path} are damaged ({damage}); python extractor.py with the same settings "
-            "mends that and leaves the rest as it is"
+            f"the features in {file.path.parent} are damaged ({damage}); python extractor.py with the same "
+            "settings mends that and leaves the rest as it is"
         )
     return io.FileIO(file.path)
 

@@ -21,7 +21,7 @@ import numpy as np
 import utils
 from cache.shards import Damaged, Shard, read_shard, write_shard
 from config import UserError
-from shell.files import as_strict_json, checksum, read_sealed, write_sealed
+from shell.files import checksum, read_sealed, write_sealed
 
 FORMAT = 4
 IDENTITY = "identity.json"
@@ -33,12 +33,11 @@ ABANDONED = 3600  # seconds after which what a killed process has left half writ
 class Store:
     """A store as it was when it was last looked at (``look``).
 
-    fields: which features these are, flat; empty where there are none yet. shards: the sound ones. damaged:
-    the folders of the others. wanted: fields that must be found there. Raises UserError on a store of other
-    features or of another version."""
+    fields: which features these are, flat, as JSON has them; empty where there are none yet. shards: the
+    sound ones. damaged: the folders of the others. Raises UserError on a store of another version."""
 
-    def __init__(self, folder: Path, wanted: dict | None = None, verified: Iterable[str] = ()):
-        self.folder, self._wanted = folder, wanted or {}
+    def __init__(self, folder: Path, verified: Iterable[str] = ()):
+        self.folder, self.of = folder, ""
         self.look(verified)
 
     def look(self, verified: Iterable[str] = ()) -> None:
@@ -77,21 +76,28 @@ class Store:
         shard[there], row[there] = self._shard[at], self._row[at]
         return shard, row
 
+    def holding(self, images: list[str]) -> list[Path]:
+        """The folders of the shards that have features of any of the images."""
+        wanted = set(images)
+        return [shard.folder for shard in self.shards if not wanted.isdisjoint(shard.images)]
+
     def begin(self, fields: dict) -> None:
         """Make an empty store one of these features. Raises UserError where it is one of others."""
         if self.fields:
             refuse_others(self.folder, self.fields, fields)
         else:
             write_sealed(self.folder / IDENTITY, {"format": FORMAT, "fields": fields})
-            self.look()  # the identity may have been lost alone
+            self.fields = self._recorded_fields()
+            self.of = identity_hash(self.fields)
 
     def remove(self, folders: list[Path]) -> None:
         """Remove shards; with the last one, the store's identity."""
+        if not folders:
+            return
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-        if folders:
-            self.look()
-        if folders and not self.shards and not self.damaged:
+        self.look()
+        if not self.shards and not self.damaged:
             (self.folder / IDENTITY).unlink(missing_ok=True)
             self.fields = {}
 
@@ -129,18 +135,13 @@ class Store:
         except ValueError as error:
             print(f"features: {path} is damaged ({error}); the next extraction mends it", flush=True)
             return {}
-        if content.get("format") != FORMAT:
-            raise UserError(
-                f"the features in {self.folder} are in format {content.get('format')}, this version reads "
-                f"{FORMAT}; delete that folder or give another --feature_path"
-            )
-        refuse_others(self.folder, content["fields"], self._wanted)
+        refuse_others(self.folder, content, {"format": FORMAT})
         return content["fields"]
 
 
 def identity_hash(fields: dict) -> str:
     """Which features these are, on whatever machine they were made."""
-    return checksum(as_strict_json({name: fields[name] for name in fields if name != EXAMPLE}))[:16]
+    return checksum({name: fields[name] for name in fields if name != EXAMPLE})[:16]
 
 
 def refuse_others(folder: Path, recorded: dict, expected: dict) -> None:
@@ -149,7 +150,7 @@ def refuse_others(folder: Path, recorded: dict, expected: dict) -> None:
         fault = None
         if field == EXAMPLE:
             fault = example_fault(recorded.get(field), value)
-        elif recorded.get(field) != as_strict_json(value):
+        elif recorded.get(field) != value:
             fault = f"{field} is {recorded.get(field, 'absent')} there, {value} is wanted"
         if fault:
             raise UserError(
@@ -164,14 +165,12 @@ def example_fault(recorded: dict | None, now: dict) -> str | None:
     if recorded is None:
         return None
     before, after = (np.array(example["values"], float) for example in (recorded, now))  # (arrays, numbers)
-    exact = all(example["precision"] == "float32" for example in (recorded, now))
-    far = np.inf
+    far, exact = np.inf, all(example["precision"] == "float32" for example in (recorded, now))
     if after.shape == before.shape:
         sizes = np.linalg.norm(before, axis=1).clip(1e-9)
         far = (np.linalg.norm(after - before, axis=1) / sizes).max()
-    if far <= FARTHEST[exact]:
-        return None
-    return (
+    told = (
         f"with timm {recorded['timm']} the backbone gave other features of a fixed picture than with timm "
         f"{now['timm']} now ({far:.0%} off): install timm {recorded['timm']}, or make the features again"
     )
+    return told if far > FARTHEST[exact] else None

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from cache import feature_cache
+from cache.feature_cache import FeatureCache
 from config import OWN_PICTURES, Config, UserError, knobs_affecting
 from detector import checkpoints
 from shell.files import as_strict_json, read_sealed, write_sealed
@@ -63,24 +63,17 @@ def sweep_up(config: Config) -> None:
 
 
 # ---------------------------------------------------------------- one modelname, one configuration
-def identity(config: Config, cache: feature_cache.FeatureCache) -> dict:
-    """What the outcome of a pair depends on, besides class and seed, as JSON has it."""
-    parts = {"config": fitted_by(config), "features": cache.meta, "scoring": checkpoints.SCORING}
-    return as_strict_json(parts)
-
-
-def fitted_by(config: Config) -> dict:
-    """The knobs that a fit depends on; of one's own pictures, the false-alarm rate is one of them: it says
-    how many pictures are held out."""
-    held_out_for = ("false_alarms",) if config.dataset in OWN_PICTURES else ()
-    return {name: getattr(config, name) for name in (*knobs_affecting("features", "fit"), *held_out_for)}
-
-
-def settle(config: Config, cache: feature_cache.FeatureCache, pairs: list[ClassSeed]) -> None:
-    """Make the folder this configuration's, with ``restart`` without what it holds of the pairs. Raises
-    UserError, with the knobs that differ, when it holds the classes of another configuration: they are
-    neither mixed nor overwritten, but dropped by ``restart``, all of them."""
-    folder, differing = checkpoints.run_folder(config), differences(config, cache)
+def settle(config: Config, cache: FeatureCache, pairs: list[ClassSeed]) -> dict[ClassSeed, dict]:
+    """Make the folder this configuration's, with ``restart`` without what it holds of the pairs -> the
+    results of those that are finished. Raises UserError, with the knobs that differ, when it holds the
+    classes of another configuration: they are neither mixed nor overwritten, but dropped by ``restart``, all
+    of them."""
+    folder, made_by = checkpoints.run_folder(config), identity(config, cache)
+    try:
+        there = read_sealed(folder / "run.json")
+        differing = differences(there, made_by)
+    except (OSError, ValueError):
+        differing = "an earlier version of this program made them"
     if config.restart:
         drop(config, None if differing else pairs)
     elif differing and any((folder / "classes").glob("*-seed*.json")):
@@ -88,17 +81,23 @@ def settle(config: Config, cache: feature_cache.FeatureCache, pairs: list[ClassS
             f"{folder} holds classes of another configuration: {differing}; give another --modelname, or "
             "drop what is there with --restart"
         )
-    write_sealed(folder / "run.json", identity(config, cache))
+    write_sealed(folder / "run.json", made_by)
+    found = {pair: finished(config, made_by, pair) for pair in pairs}
+    return {pair: result for pair, result in found.items() if result}
 
 
-def differences(config: Config, cache: feature_cache.FeatureCache) -> str:
-    """In one line, the knobs and the fields of the features in which the run's folder is of another
-    configuration; empty where it is of this one."""
-    try:
-        there = read_sealed(checkpoints.run_folder(config) / "run.json")
-    except (OSError, ValueError):
-        return "an earlier version of this program made them"
-    told, wanted = {}, identity(config, cache)
+def identity(config: Config, cache: FeatureCache) -> dict:
+    """What the outcome of a pair depends on, besides class and seed, as JSON has it. Of one's own pictures,
+    the false-alarm rate is one of the knobs: it says how many pictures are held out."""
+    held_out_for = ("false_alarms",) if config.dataset in OWN_PICTURES else ()
+    knobs = {name: getattr(config, name) for name in (*knobs_affecting("features", "fit"), *held_out_for)}
+    return as_strict_json({"config": knobs, "features": cache.meta, "scoring": checkpoints.SCORING})
+
+
+def differences(there: dict, wanted: dict) -> str:
+    """In one line, the knobs and the fields of the features in which two identities differ; empty where they
+    do not."""
+    told = {}
     for part in ("config", "features"):
         old, new = there.get(part, {}), wanted[part]
         for name in dict.fromkeys((*new, *old)):
@@ -122,18 +121,16 @@ def drop(config: Config, pairs: list[ClassSeed] | None = None) -> None:
         path.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------- what is finished
-def finished(config: Config, cache: feature_cache.FeatureCache, pair: ClassSeed) -> dict | None:
-    """The result of a pair that was finished under this configuration and these features; None when it was
-    not, or its files are not whole, or lack what is asked for now."""
+def finished(config: Config, made_by: dict, pair: ClassSeed) -> dict | None:
+    """The result of a pair that was finished under this ``identity``; None when it was not, or
+    its files are not whole, or lack what is asked for now."""
     path = checkpoints.checkpoint_path(config, *pair)
     try:
         record = checkpoints.read_record(path)
-        knobs = fitted_by(checkpoints.config_of(record))
-    except (OSError, ValueError, UserError):
+    except (OSError, ValueError):
         return None
-    result, made_by = record.result, {"config": knobs, "features": record.features}
-    if as_strict_json(made_by | {"scoring": record.scoring}) != identity(config, cache):
+    result, knobs = record.result, {name: record.config.get(name) for name in made_by["config"]}
+    if {"config": knobs, "features": record.features, "scoring": record.scoring} != made_by:
         return None
     if ClassSeed(result["class"], result["seed"]) != pair:
         return None

@@ -131,11 +131,16 @@ class _Workers(Executor):
 
 
 def _anywhere(root: str, folder: str, made_of: str) -> Callable[[bytes], object]:
-    """A function that Dask sends as it is: workers, and the scheduler, need not know this module."""
+    """A function that does a pickled task, in the script's ``folder`` with the code in ``root``. Dask sends
+    it as it is: workers, and the scheduler, need not know this module. Raises UserError in a worker that
+    cannot do it."""
 
     def run(task: bytes) -> object:
         import os
+        import pickle
         import sys
+
+        from distributed import get_worker
 
         for needed in (root, folder):
             if not os.path.isdir(needed):
@@ -143,29 +148,23 @@ def _anywhere(root: str, folder: str, made_of: str) -> Callable[[bytes], object]
         os.chdir(folder)
         if sys.path[0] != root:
             sys.path.insert(0, root)
+        from config import UserError
         from shell import engine
 
-        return engine.work(task, made_of)
+        worker = get_worker()
+        if worker.state.nthreads != 1:
+            raise UserError(
+                f"cluster: the worker {worker.address} has {worker.state.nthreads} threads, which share one "
+                "process; start it with --nthreads 1, and --nworkers for several"
+            )
+        if engine.code() != made_of:
+            raise UserError(
+                f"cluster: the worker {worker.address} runs other code than this script, from before a "
+                "change or of another folder; start it again"
+            )
+        return pickle.loads(task)()
 
     return run
-
-
-def work(task: bytes, made_of: str) -> object:
-    """Do a pickled task. Raises UserError in a worker that cannot."""
-    from distributed import get_worker
-
-    worker = get_worker()
-    if worker.state.nthreads != 1:
-        raise UserError(
-            f"cluster: the worker {worker.address} has {worker.state.nthreads} threads, which share one "
-            "process; start it with --nthreads 1, and --nworkers for several"
-        )
-    if code() != made_of:
-        raise UserError(
-            f"cluster: the worker {worker.address} runs other code than this script, from before a change or "
-            "of another folder; start it again"
-        )
-    return pickle.loads(task)()
 
 
 @functools.cache

@@ -80,6 +80,13 @@ def make_folder(
     return root
 
 
+def flip(path: Path, at: int = -1) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
 PIXELS = np.full((5, 4, 3), 90, np.uint8)
 
 

@@ -18,12 +18,6 @@ from shell.signals import guarded
 pytestmark = pytest.mark.slow
 
 
-def test_without_an_executor_this_process_does_all_in_order():
-    with engine.in_processes(1, 3) as executor, engine.on_cluster(None) as cluster:
-        assert executor is cluster is None
-    assert list(engine.outcomes(None, abs, [-1, 2])) == [(-1, 1), (2, 2)]
-
-
 # ---------------------------------------------------------------- processes
 PROGRAM = f"""
 import os, signal, sys, time

@@ -79,15 +79,6 @@ def test_a_folder_that_changes_in_every_way(folder, extracted):
     assert not extracted
 
 
-def test_a_picture_of_two_data_sets_is_extracted_once(folder, extracted):
-    extractor.ensure_features(settings(), CPU)
-    extracted.clear()
-    shutil.copytree(folder / "train/a", "product")
-    add(Path("product"), "more.png")
-    cache = extractor.ensure_features(settings(dataset_path="product"), CPU)
-    assert extracted == ["more.png"] and len(cache.tokens("train")) == 6
-
-
 def test_a_renamed_picture_keeps_its_place(folder, extracted):
     """What was fitted to the features stays what it is: its rows are of the same pictures."""
     before = extractor.ensure_features(settings(), CPU)
@@ -162,7 +153,9 @@ def test_prune_drops_what_no_named_data_set_has(folder, extracted, capsys):
     shutil.copytree("images/train/a", "product")
     add(Path("product"), "more.png")
     product = settings(dataset_path="product")
+    extracted.clear()
     extractor.main(product)
+    assert extracted == ["more.png"], "a picture of two data sets is extracted once"
     extractor.main(dataclasses.replace(product, token_grid="1"))
     capsys.readouterr()
     extractor.main(settings(prune="list"))

@@ -9,7 +9,7 @@ from conftest import write_image
 
 import datasets
 import train
-from backbone.identity import size_for, size_in_shape
+from backbone.backbones import size_for, size_in_shape
 from config import Config
 from detector.picture_detector import PictureDetector
 
@@ -58,7 +58,7 @@ def settings(**more) -> Config:
 
 
 def size_of(config: Config) -> tuple[int, int]:
-    return size_for(config.extractor, datasets.images_of(config))
+    return size_for(config.extractor, datasets.images_of(config), {})
 
 
 PLACES = {
