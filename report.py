@@ -18,7 +18,7 @@ from shell.signals import guarded, stop
 def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="the name of a run in runs/, or its folder")
-    arguments = parser.parse_or_stop()
+    arguments = parser.parse_args()
     if len(arguments.runs) > 2:
         stop(f"expected two runs at most, got {len(arguments.runs)}")
     return arguments

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 import config as knobs
 import utils
 from cache import feature_cache
-from config import Config, UserError, make_config
+from config import Config, UserError, class_names, make_config
 from shell.files import file_name, read_sealed, sha256_of_file, whole_file, write_sealed
-from shell.values import class_names
 
 # Of the formulas that scores are made by: kept with what they made, and raised with every change of them.
 SCORING = 4

@@ -5,6 +5,8 @@ import csv
 import dataclasses
 import io
 import json
+import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +16,6 @@ import utils
 from config import FIELDS, Config, UserError
 from reporting import tables
 from reporting.tables import Table, cell, margin_cell, number, undefined
-from shell.command_line import command_line
 from shell.files import write_json, write_text
 from utils import METRICS
 
@@ -77,7 +78,7 @@ def summarize(
         features=features,
         versions=utils.versions(),
         wall_time_s=round(seconds, 1),
-        command=command_line(),
+        command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     )
 
 
