@@ -100,10 +100,10 @@ def complete(store: Store, listed: ImageList, unreadable: str) -> FeatureCache:
     an image that could be read and has none, and, where ``unreadable`` is stop, on one that cannot be."""
     missing = absent_from(store, listed, but=listed.unreadable)
     if missing or not store.fields:
-        some = f"{len(missing)} of {utils.counted(listed.labels.count(), 'image')}"
+        some = f"{len(missing)} of {listed.labels.count()} images"
         raise UserError(f"{some} have no features in {store.folder}; {EXTRACT}")
     cache = FeatureCache(store, listed)
-    told = f"{utils.counted(len(cache.skipped), 'unreadable image')}: {utils.first_named(cache.skipped)}"
+    told = f"unreadable images: {utils.first_named(cache.skipped)}"
     if cache.skipped and unreadable == "stop":
         if len(cache.skipped) > utils.MOST_NAMED:
             print(*cache.skipped, sep="\n", file=sys.stderr)

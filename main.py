@@ -20,6 +20,7 @@ import time
 from concurrent.futures import Executor
 
 import torch
+from tqdm import tqdm
 
 import datasets
 import extractor
@@ -61,7 +62,7 @@ def fit_pairs(
         for number, (pair, result) in enumerate(engine.outcomes(executor, task, missing), 1):
             done[pair], left = result, len(missing) - number
             each = (time.perf_counter() - start) / number
-            time_left = f", about {utils.readable_time(left * each)} for {left} more" if left else ""
+            time_left = f", about {tqdm.format_interval(left * each)} for {left} more" if left else ""
             print(f"[{len(done)}/{len(pairs)}] {outcome(pair, result)}{time_left}", flush=True)
     return done
 
@@ -144,7 +145,7 @@ def write_report(config: Config, cache: FeatureCache, results: list[dict], secon
     print("\n" + report.write_results(folder, summary))
     write_text(folder / "report.html", pages.run_page(summary, of_the_run, by_class))
     print(f"\nresults in {folder}/report.html (for a browser), results.json, .csv and .md beside it")
-    print(f"wall time {utils.readable_time(summary.wall_time_s)}")
+    print(f"wall time {tqdm.format_interval(summary.wall_time_s)}")
     return summary
 
 

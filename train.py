@@ -75,7 +75,7 @@ class Trainer:
         """One epoch of batches in a new order -> their mean loss."""
         self.detector.train()
         batches = self.prepared.epoch(self.order)
-        bar = tqdm(batches, self.data.class_name, unit="batch", leave=False, disable=utils.no_bar())
+        bar = tqdm(batches, self.data.class_name, unit="batch", leave=False, disable=utils.NO_BAR)
         with products(self.prepared.device):
             losses = [self.train_step(batch) for batch in bar]
         return torch.stack(losses).mean().item()

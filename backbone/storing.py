@@ -48,7 +48,7 @@ def extract(
     those that cannot be read. Raises UserError; what is done is kept."""
     store.sweep()
     unreadable: list[Wanted] = []
-    with tqdm(total=len(wanted), unit="img", disable=utils.no_bar(), smoothing=0.05) as bar:
+    with tqdm(total=len(wanted), unit="img", disable=utils.NO_BAR, smoothing=0.05) as bar:
         if executor:
             task = functools.partial(extract_elsewhere, config, identity, uuid.uuid4().hex)
             for part, left_out in outcomes(executor, task, in_parts(wanted, SHARD_ROWS)):

@@ -10,8 +10,8 @@ from typing import Any
 
 import jinja2
 from PIL import Image
+from tqdm import tqdm
 
-import utils
 from config import UserError
 from detector.picture_detector import PictureDetector
 from images.images import pixels_of
@@ -48,7 +48,7 @@ def run_page(summary: report.Summary, of_the_run: list[Picture], by_class: dict[
     """The page of a run, report.html: its summary, and the pictures of all classes and of each."""
     config = summary.config
     about = [config["dataset"], config["extractor"], f"preset {config['preset']}, fusion {config['fusion']}"]
-    about += [utils.readable_time(summary.wall_time_s), f"{datetime.datetime.now():%Y-%m-%d %H:%M}"]
+    about += [tqdm.format_interval(summary.wall_time_s), f"{datetime.datetime.now():%Y-%m-%d %H:%M}"]
     return template("report.html").render(
         title=config["modelname"],
         about=", ".join(about),

@@ -154,11 +154,11 @@ def main_table(summary: Summary) -> Table:
     where nothing was tested."""
     if summary.thresholds and not is_tested(summary):
         return threshold_table(summary)
-    header, rows = ["class", *(metric.title for metric in METRICS.values()), "oracle"], []
+    header, rows = ["class", *map(str.upper, METRICS), "oracle"], []
     header += ["simple", "flow - simple [95 %]"] if summary.baselines else []
     for row, name in zip(table_rows(summary), [*summary.classes, None]):
         cells = [row["class"], cell(row, "auroc", len(summary.seeds))]
-        cells += [number(row[column]) for column in (*list(METRICS)[1:], ORACLE)]
+        cells += [number(row[column]) for column in (*METRICS[1:], ORACLE)]
         if summary.baselines:
             margins = summary.margins
             lead = tables.wins_cell(margins.values()) if name is None else margin_cell(margins.get(name))
@@ -230,8 +230,7 @@ def notes(summary: Summary) -> list[str]:
             reasons.setdefault(values["undefined"], []).append(name)
     lines += [f"no AUROC ({reason}): {', '.join(names)}." for reason, names in reasons.items()]
     if skipped := summary.features.get("skipped"):
-        shown = utils.first_named(skipped)
-        lines.append(f"Left out: {utils.counted(len(skipped), 'unreadable image')}: {shown}.")
+        lines.append(f"Left out: unreadable images: {utils.first_named(skipped)}.")
     return lines
 
 
