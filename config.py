@@ -167,9 +167,7 @@ FITS = (  # what has to hold of the knobs together -> the line where it does not
     (lambda c: c.pixel_norm is None or len(c.pixel_norm) == 6 and all(isinstance(x, int | float) and math.isfinite(x) for x in c.pixel_norm) and min(c.pixel_norm[3:]) > 0, "pixel_norm: expected three finite numbers and three positive ones, got {pixel_norm}"),
     (lambda c: not 0 < c.centre_pool < 0.01, "centre_pool: expected 0 or at least 0.01 of a side, got {centre_pool:g}"),  # narrower, a Gaussian divides by nothing
     (lambda c: not c.patience or held_share(c.holdout, c.dataset), "patience needs held-out normal images: set holdout, say 0.1"),
-    (lambda c: c.score != "joined" or c.places, "score joined needs place tokens: set places, say 14 (it is 0)"),
-    (lambda c: c.score != "joined" or c.least_steps, "score joined needs a number of training steps: set least_steps, say 400 (it is 0)"),
-    (lambda c: c.score != "joined" or held_share(c.holdout, c.dataset), "score joined needs held-out normal images: set holdout, say 0.1"),
+    (lambda c: c.score != "joined" or c.places and c.least_steps and held_share(c.holdout, c.dataset), "score joined needs place tokens, a number of training steps and held-out normal images: set places, least_steps and holdout, say 14, 400 and 0.1"),
     (lambda c: c.fusion != "bands" or c.score == "joined", "fusion bands is of places: it needs score joined"),
 )
 

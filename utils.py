@@ -1,11 +1,10 @@
-"""Seeds, devices, memory, metrics and versions: what every script shares."""
+"""Devices, memory, metrics and versions: what every script shares."""
 
 import ctypes
 import hashlib
 import math
 import os
 import platform
-import random
 import re
 import subprocess
 import sys
@@ -27,18 +26,10 @@ from joblib import cpu_count  # knows a container's share of the machine
 
 from config import UserError
 
-THREADS_PER_CORE = 8  # at most
 MOST_NAMED = 20  # images or shards in one line
 CGROUP = Path("/sys/fs/cgroup")
 # tqdm's ``disable``; None: where the output is no terminal
 NO_BAR = os.environ.get("TQDM_DISABLE", "0") not in ("", "0") or None
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (every device)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def set_up(device_name: str, threads: int) -> torch.device:
@@ -47,8 +38,7 @@ def set_up(device_name: str, threads: int) -> torch.device:
     and where torch's default dtype is not float32, as a notebook may have changed it."""
     if (dtype := torch.get_default_dtype()) != torch.float32:
         raise UserError(f"torch.set_default_dtype: expected torch.float32, it is {dtype}")
-    cores = cpu_count()
-    most = THREADS_PER_CORE * cores
+    cores, most = cpu_count(), 8 * cpu_count()
     if not 0 <= threads <= most:
         raise UserError(f"threads: this machine has {cores} cores; expected 0 (all) to {most}, got {threads}")
     torch.set_num_threads(threads or cores)
@@ -101,8 +91,7 @@ def check_memory(what: str, needed: float, advice: str) -> None:
     """Raise UserError when ``what`` needs more bytes than there are."""
     free = available_memory()
     if needed > free:
-        told = f"{needed / 1e9:.3g} GB of memory, {free / 1e9:.3g} are free"
-        raise UserError(f"{what} needs about {told}; {advice}")
+        raise UserError(f"{what} needs {needed / 1e9:.3g} GB of memory, {free / 1e9:.3g} are free; {advice}")
 
 
 @contextmanager
@@ -117,8 +106,7 @@ def thread_pool(threads: int, start: Callable[[], object] | None = None) -> Iter
 
 
 def in_order(pool: ThreadPoolExecutor, task: Callable, items: Iterable, ahead: int) -> Iterator:
-    """task(item) of every item by the pool's threads, in order, ``ahead`` of them before they are asked
-    for."""
+    """task(item) of every item by a pool's threads, in order, ``ahead`` of them before they are asked for."""
     pending: deque[Future] = deque()
     for item in items:
         pending.append(pool.submit(task, item))
@@ -187,8 +175,7 @@ def sha256_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions and the machine behind a result; the repository's commit has a + where files differ from
-    it."""
+    """The versions and the machine behind a result; commit: with a + where files differ from it."""
     packages = ["torch", "torchvision", "timm", "FrEIA", "numpy", "scikit-learn"]
     packages += ["openvino"] if find_spec("openvino") else []  # torch does its work where it is not there
     installed = {name: metadata.version(name) for name in packages}

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor, nn
+import safetensors.torch
+from torch import nn
 
 import config as knobs
 import utils
@@ -77,14 +76,15 @@ def checkpoint_path(config: Config, class_name: str, seed: int) -> Path:
 
 
 def save_fitted(config: Config, cache: feature_cache.FeatureCache, fitted: Fitted) -> Path:
-    """Keep a fitted class: its weights, then its record, which has their size and hash. Raises UserError when
-    they cannot be written."""
+    """Keep a fitted class: its weights, then its record, which has their size and hash."""
     path = checkpoint_path(config, fitted.result["class"], fitted.result["seed"])
     record, weights = checkpoint_files(path)
     record.unlink(missing_ok=True)  # an older run's: it would not fit what is written now
     weights.unlink(missing_ok=True)
     if config.keep != "results":
-        save_weights(fitted.detector.state_dict(), weights)
+        state = {name: t.contiguous().cpu() for name, t in fitted.detector.state_dict().items()}
+        with whole_file(weights) as partial:
+            partial.write_bytes(safetensors.torch.save(state))
     content = Record(
         result=fitted.result,
         history=fitted.history,
@@ -98,18 +98,6 @@ def save_fitted(config: Config, cache: feature_cache.FeatureCache, fitted: Fitte
     )
     write_sealed(record, dataclasses.asdict(content))
     return path
-
-
-def save_weights(state: dict[str, Tensor], path: Path) -> None:
-    """Write a state dict, whole or not at all. Raises UserError on a full disk or a folder that may not be
-    written."""
-    with whole_file(path) as partial:
-        try:
-            save_file({name: t.contiguous().cpu() for name, t in state.items()}, partial)
-        except SafetensorError as error:
-            raise UserError(
-                f"the weights {path} cannot be written ({error}); make space on its disk"
-            ) from None
 
 
 def fingerprint(path: Path) -> dict:

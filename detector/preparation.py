@@ -163,12 +163,12 @@ def joint_tokens(detector: Detector, data: ClassData, part: str) -> Tensor:
 def prepare_data(
     config: Config, data: ClassData, features: dict, seed: int, device: torch.device
 ) -> PreparedClass:
-    """The class ready for training. features: the sidecar of the cache, as ``Detector`` takes it. Seeds all
-    random generators. Raises UserError on settings that do not fit the features or the memory, ClassError on
+    """The class ready for training. features: the sidecar of the cache, as ``Detector`` takes it. Seeds
+    torch. Raises UserError on settings that do not fit the features or the memory, ClassError on
     features that cannot be normalised."""
     memory.check(config, features, min(config.batch_size, len(data.fit_rows)))
     utils.keep_freed_memory()
-    utils.seed_everything(seed)
+    torch.manual_seed(seed)  # of every device
     detector = make_detector(config, features, len(data.fit_rows))
     try:
         if isinstance(detector, PlaceFlow):

@@ -6,14 +6,9 @@ from config import FIELDS, UserError, changed, make_config, unknown
 from shell.signals import KEPT, before_imports, guarded, stop
 
 SECTIONS = {  # of the help: the first knob of each -> its title
-    "preset": "most used",
-    "device": "run",
-    "tiles": "data",
-    "weights_path": "backbone and extraction",
-    "n_coupling_blocks": "flow",
-    "normalize": "training",
-    "score": "scoring",
-}
+    "preset": "most used", "device": "run", "tiles": "data", "weights_path": "backbone and extraction",
+    "n_coupling_blocks": "flow", "normalize": "training", "score": "scoring",
+}  # fmt: skip
 
 
 class OneLineParser(argparse.ArgumentParser):
