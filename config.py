@@ -176,7 +176,6 @@ FITS = (  # what has to hold of the knobs together -> the line where it does not
 # ---------------------------------------------------------------- values
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters; bytes that are not UTF-8
-TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def size_of(text):
@@ -186,14 +185,13 @@ def size_of(text):
 
 
 KINDS = {  # type of a knob -> what it is called, and what makes it of a text
-    bool: ("True or False", lambda text: TRUTH[text.lower()]),
+    bool: ("True or False", lambda text: {"true": True, "false": False}[text.lower()]),
     int: ("a whole number", int),
     float: ("a number", float),
     str: ("a text", str),
     Size: ("a size, as in 224 or 384x256", size_of),
     Six: ("six numbers, as in 0.5,0.5,0.5,0.2,0.2,0.2", lambda text: tuple(map(float, text.split(",")))),
 }
-WORDS = {NoneType: None, str: "auto"}  # what a type beside a knob's own stands for
 
 
 def value_of(field, given):
@@ -201,8 +199,8 @@ def value_of(field, given):
     choices, its range."""
     kind, *others = typing.get_args(field.type) or (field.type,)
     low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
-    for word in (*(WORDS[other] for other in others), *choices):
-        if given == word or str(given).lower() == str(word).lower():
+    for word in (*(None if other is NoneType else "auto" for other in others), *choices):
+        if str(given).lower() == str(word).lower():
             return word
     value, (called, parse) = given, KINDS[kind]
     if isinstance(given, str):
@@ -220,8 +218,7 @@ def value_of(field, given):
 
 
 def unknown(kind, got, known, all_of_them="-h lists them all"):
-    """The line for a name that is not in ``known``, with the nearest one when there is one; a long list is
-    only pointed to."""
+    """The line for a name that is not in ``known``, with the nearest one; a long list is only pointed to."""
     near = difflib.get_close_matches(got, known, 1)
     hint = f", did you mean {near[0]}" if near else ""
     listed = f"Expected one of: {', '.join(known)}" if len(known) <= 30 else all_of_them

@@ -24,12 +24,11 @@ import psutil
 import torch
 from joblib import cpu_count  # knows a container's share of the machine
 
-from config import UserError
+from config import UserError, unknown
 
 MOST_NAMED = 20  # images or shards in one line
 CGROUP = Path("/sys/fs/cgroup")
-# tqdm's ``disable``; None: where the output is no terminal
-NO_BAR = os.environ.get("TQDM_DISABLE", "0") not in ("", "0") or None
+NO_BAR = os.environ.get("TQDM_DISABLE", "0") not in ("", "0") or None  # tqdm: None asks for a terminal
 
 
 def set_up(device_name: str, threads: int) -> torch.device:
@@ -42,15 +41,14 @@ def set_up(device_name: str, threads: int) -> torch.device:
     if not 0 <= threads <= most:
         raise UserError(f"threads: this machine has {cores} cores; expected 0 (all) to {most}, got {threads}")
     torch.set_num_threads(threads or cores)
+    count = torch.cuda.device_count()
+    gpus = ["cuda", *(f"cuda:{number}" for number in range(count))] if count else []
     if device_name == "auto":
-        device_name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", device_name):
-        raise UserError(f"device: expected auto, cpu, cuda or cuda:N, got {device_name!r}")
-    device, available = torch.device(device_name), torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= available:
-        raise UserError(f"device {device_name}: this machine has {available} CUDA devices; set auto or cpu")
+        device_name = "cuda" if gpus else "cpu"
+    if device_name not in ("cpu", *gpus):
+        raise UserError(unknown("device", device_name, ["auto", "cpu", *gpus]))
     torch.backends.cudnn.allow_tf32 = False  # torch's default is True
-    return device
+    return torch.device(device_name)
 
 
 def first_named(names: Sequence[str], separator: str = ", ") -> str:

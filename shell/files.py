@@ -15,7 +15,6 @@ from pathlib import Path
 def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to beside ``path``, a file or a new folder; it takes its place when the block ends
     without an error, a file only once it is on the disk."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     host = socket.gethostname()[-40:]  # a file's name has 255 bytes in all
     partial = path.with_name(f".{path.name}.{host}-{os.getpid()}.partial")

@@ -95,7 +95,7 @@ def test_names_are_those_of_the_registries():
         ("img_size", "384X256", (384, 256)), ("img_size", "none", None), ("img_size", "Auto", "auto"),
         ("pixel_norm", "0.1,0.2,0.3,1,2,3", (0.1, 0.2, 0.3, 1.0, 2.0, 3.0)), ("fc_internal", "12", 12),
         ("dataset", "visa", "VisA"), ("dataset_path", "/a b/ü", "/a b/ü"), ("alpha", "1", 1.0),
-        ("baselines", "no", False), ("restart", "TRUE", True),
+        ("baselines", "false", False), ("restart", "TRUE", True),
     ],
 )  # fmt: skip
 def test_values(name, text, value):
