@@ -4,12 +4,14 @@ Edit a default here or give ``--knob value`` on the command line: both are the s
 (``--preset``) changes several defaults at once; a knob named on the command line wins over the preset.
 Standard library only, so that ``-h`` is quick."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import math
 import re
 import typing
+from types import NoneType
 
 
 class UserError(Exception):
@@ -46,8 +48,31 @@ FUSIONS = ("class_attention", "hilo", "spectral", "bands", "none")
 NORMALIZATIONS = ("auto", "none", "power_l2", "power_l2+whiten")
 SCORES = ("latent", "likelihood", "joined")
 
+# fmt: off
+# Named sets of defaults. The knobs' own, as you edit them below, are the paper's: "paper" changes nothing.
+PRESETS: dict[str, dict] = {
+    "paper": {},
+    "paper_L": {"extractor": "VIT_L", "fc_internal": 1024, "batch_size": 32},
+    "released": {
+        "fusion": "class_attention", "token_grid": "released8", "normalize": "none", "fc_internal": 768, "batch_size": 8,
+        "pixel_norm": (0.485, 0.456, 0.406, 0.229, 0.224, 0.225), "precision": "float32",
+    },
+    # How these were chosen, and on what: results/choosing.md.
+    "accurate": {
+        "img_size": "auto", "mirror": True, "bands": True, "places": 14, "centre_pool": 0.1, "score": "joined",
+        "fusion": "bands", "fc_internal": 128, "identity_start": True, "batch_size": 256, "least_steps": 400,
+        "lr_init": 2e-3, "lr_schedule": "cosine", "feature_noise": 0.3, "holdout": 0.1, "baselines": True,
+    },
+}
+PRESETS["quickstart"] = PRESETS["accurate"] | {
+    "modelname": "quickstart", "dataset": "digits", "extractor": "efficientnet_lite0",
+    "mirror": False,  # a mirrored digit is another one
+    "least_steps": 200,  # for a minute in all
+}
+# fmt: on
 
-def knob(affects, default, text, choices=None, low=None, high=None):
+
+def knob(affects, default, text, choices=(), low=None, high=None):
     """One knob: whether it affects the cached features, what is fitted to them, or only how a run goes; its
     default, its help, and the values it takes: one of ``choices``, or from ``low`` to ``high``."""
     meta = {"affects": affects, "help": text, "choices": choices, "low": low, "high": high}
@@ -56,7 +81,7 @@ def knob(affects, default, text, choices=None, low=None, high=None):
 
 features, fit, run = (functools.partial(knob, role) for role in ("features", "fit", "run"))
 
-ImageSize = tuple[int, int] | str | None
+Size = tuple[int, int]
 Six = tuple[float, float, float, float, float, float]
 LARGEST_IMAGE = 4096  # pixels a side: no backbone was made for more
 
@@ -64,11 +89,11 @@ LARGEST_IMAGE = 4096  # pixels a side: no backbone was made for more
 # fmt: off
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All knobs. Frozen: a changed configuration is a new one (``dataclasses.replace``). Raises UserError on
-    a bad value."""
+    """All knobs, each given as it is or as a text. Frozen: a changed configuration is a new one
+    (``dataclasses.replace``). Raises UserError on a bad value."""
 
     # most used
-    preset: str = run("paper", "paper, paper_L, released, accurate or quickstart: a named set of defaults (see PRESETS)")
+    preset: str = run("paper", "a named set of defaults (see PRESETS)", tuple(PRESETS))
     dataset: str = features("cifar10", "data set (docs/data.md has the folder layouts)", DATASETS)
     dataset_path: str | None = run(None, "folder of the raw images, or the file of csv; none: data/<dataset>")
     class_name: str = run("all", "normal class: one, several separated by commas, or all; a comma in a name is written \\, (backslash, comma)")
@@ -90,7 +115,7 @@ class Config:
     pretrained: bool = run(False, "True: the features are already extracted, stop if they are not (extractor.py: check every row of them, the images need not be there); False: extract what is missing")
     # backbone and extraction
     weights_path: str | None = features(None, "local weights instead of the hub's: .pth, .safetensors, .npz where timm reads it; random: untrained")
-    img_size: ImageSize = features(None, "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's; auto: in the shape of the training pictures, of 100352 pixels, fewer where the pictures have fewer, but at least of the backbone's own size; small pictures go into a CNN enlarged 5 times (at least 96x96) where that is less")
+    img_size: Size | str | None = features(None, "image size fed to the backbone, 384 or 384x256 (height x width); none: the backbone's; auto: in the shape of the training pictures, of 100352 pixels, fewer where the pictures have fewer, but at least of the backbone's own size; small pictures go into a CNN enlarged 5 times (at least 96x96) where that is less")
     pixel_norm: Six | None = features(None, "mean and standard deviation that pixels are normalised by, six numbers separated by commas; none: the backbone's")
     token_grid: str = features("full", "patch tokens kept: full, a number g (average-pooled to g x g), or releasedg, as in released8: pooled as the released code did, which mixes tokens with channels")
     bands: bool = features(False, "also keep and use a band token: the low band, the ring energies and the peak energy of the backbone's maps at several depths")
@@ -128,104 +153,90 @@ class Config:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            check(field, getattr(self, field.name))
+            object.__setattr__(self, field.name, value_of(field, getattr(self, field.name)))
         for holds, line in FITS:
             if not holds(self):
                 raise UserError(line.format(**vars(self)))
 
 
-NARROWEST = 0.01  # of a side: a narrower Gaussian weighs one patch, or divides by nothing
 FITS = (  # what has to hold of the knobs together -> the line where it does not
-    (lambda c: all(re.fullmatch(r"(?!(classes|figures)$)[^\s.~-][^\\]*", part) and len(part) <= LONGEST_NAME for part in c.modelname.split("/")), "modelname: expected a plain name of at most 100 characters without a leading dot, dash or ~, and neither classes nor figures, got {modelname!r}"),
+    (lambda c: all(re.fullmatch(r"(?!(classes|figures)$)[^\s.~-][^\\]{0,99}", part) for part in c.modelname.split("/")), "modelname: expected a plain name of at most 100 characters without a leading dot, dash or ~, and neither classes nor figures, got {modelname!r}"),
     (lambda c: re.fullmatch("full|(released)?(?!0+$)[0-9]{1,4}", c.token_grid), "token_grid: expected full, a number of patches per side, or released and a number, got {token_grid!r}"),
     (lambda c: not isinstance(c.img_size, tuple) or len(c.img_size) == 2 and all(side in range(1, LARGEST_IMAGE + 1) for side in c.img_size), "img_size: expected a height and a width of 1 to 4096 pixels, got {img_size}"),
     (lambda c: c.pixel_norm is None or len(c.pixel_norm) == 6 and all(isinstance(x, int | float) and math.isfinite(x) for x in c.pixel_norm) and min(c.pixel_norm[3:]) > 0, "pixel_norm: expected three finite numbers and three positive ones, got {pixel_norm}"),
-    (lambda c: not 0 < c.centre_pool < NARROWEST, "centre_pool: expected 0 or at least 0.01 of a side, got {centre_pool:g}"),
-    (lambda c: c.score != "joined" or c.places, "score joined needs place tokens: set places, say 14 (it is 0)"),
-    (lambda c: c.score != "joined" or c.least_steps, "score joined needs a number of training steps: set least_steps, say 400 (it is 0)"),
-    (lambda c: c.score != "joined" or held_share(c.holdout, c.dataset), "score joined needs held-out normal images: set holdout, say 0.1"),
+    (lambda c: not 0 < c.centre_pool < 0.01, "centre_pool: expected 0 or at least 0.01 of a side, got {centre_pool:g}"),  # narrower, a Gaussian divides by nothing
+    (lambda c: c.score != "joined" or c.places and c.least_steps and held_share(c.holdout, c.dataset), "score joined needs place tokens, a number of training steps and held-out normal images: set places, least_steps and holdout, say 14, 400 and 0.1"),
     (lambda c: c.fusion != "bands" or c.score == "joined", "fusion bands is of places: it needs score joined"),
 )
 
-# Named sets of defaults. The defaults above, as you edit them, are the paper's: "paper" changes nothing.
-PRESETS: dict[str, dict] = {
-    "paper": {},
-    "paper_L": {"extractor": "VIT_L", "fc_internal": 1024, "batch_size": 32},
-    "released": {
-        "fusion": "class_attention", "token_grid": "released8", "normalize": "none", "fc_internal": 768, "batch_size": 8,
-        "pixel_norm": (0.485, 0.456, 0.406, 0.229, 0.224, 0.225), "precision": "float32",
-    },
-    # How these were chosen, and on what: results/choosing.md.
-    "accurate": {
-        "img_size": "auto", "mirror": True, "bands": True, "places": 14, "centre_pool": 0.1, "score": "joined",
-        "fusion": "bands", "fc_internal": 128, "identity_start": True, "batch_size": 256, "least_steps": 400,
-        "lr_init": 2e-3, "lr_schedule": "cosine", "feature_noise": 0.3, "holdout": 0.1, "baselines": True,
-    },
-}
-PRESETS["quickstart"] = PRESETS["accurate"] | {
-    "modelname": "quickstart", "dataset": "digits", "extractor": "efficientnet_lite0",
-    "mirror": False,  # a mirrored digit is another one
-    "least_steps": 200,  # for a minute in all
-}
 # fmt: on
 
-# ---------------------------------------------------------------- checks
+# ---------------------------------------------------------------- values
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
-LONGEST_NAME = 100  # characters of a folder's name
-CLOSE = 0.75  # likeness (difflib's ratio) from which a name counts as a slip of the pen
 NO_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters; bytes that are not UTF-8
-KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
-KINDS[tuple] = "numbers, as in 224x224 or 0.5,0.5,0.5,0.2,0.2,0.2"
 
 
-def check(field, value):
-    """Raise UserError unless ``value`` fits the knob: its type, its choices, its range."""
-    kind, low, high = plain_type(field.type), field.metadata["low"], field.metadata["high"]
-    if value is None and is_optional(field) or field.type == ImageSize and value == "auto":
-        return
-    right = type(value) in ((int, float) if kind is float else (kind,))
+def size_of(text):
+    """(height, width) of 384x256, or of 384."""
+    sides = tuple(int(side) for side in text.lower().split("x"))
+    return sides * 2 if len(sides) == 1 else sides
+
+
+KINDS = {  # type of a knob -> what it is called, and what makes it of a text
+    bool: ("True or False", lambda text: {"true": True, "false": False}[text.lower()]),
+    int: ("a whole number", int),
+    float: ("a number", float),
+    str: ("a text", str),
+    Size: ("a size, as in 224 or 384x256", size_of),
+    Six: ("six numbers, as in 0.5,0.5,0.5,0.2,0.2,0.2", lambda text: tuple(map(float, text.split(",")))),
+}
+
+
+def value_of(field, given):
+    """The value of a knob, given as it is or as a text. Raises UserError unless it fits: its type, its
+    choices, its range."""
+    kind, *others = typing.get_args(field.type) or (field.type,)
+    low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
+    for word in (*(None if other is NoneType else "auto" for other in others), *choices):
+        if str(given).lower() == str(word).lower():
+            return word
+    value, (called, parse) = given, KINDS[kind]
+    if isinstance(given, str):
+        with contextlib.suppress(KeyError, ValueError):
+            value = parse(given)
+    right = type(value) is (typing.get_origin(kind) or kind) or kind is float and type(value) is int
     if not right or low is not None and not low <= value <= high:
         bounds = "" if low is None else f" from {low} to {high}"
-        raise UserError(f"{field.name}: expected {KINDS[kind]}{bounds}, got {value!r}")
+        raise UserError(f"{field.name}: expected {called}{bounds}, got {given!r}")
+    if choices:
+        raise UserError(f"{field.name}: {unknown('value', value, choices)}")
     if kind is str and NO_TEXT.search(value):
         raise UserError(f"{field.name}: expected UTF-8 without control characters, got {value[:100]!r}")
-    if field.metadata["choices"] and value not in field.metadata["choices"]:
-        raise UserError(f"{field.name}: {unknown('value', value, field.metadata['choices'])}")
+    return value
 
 
-def is_optional(field):
-    """Whether the knob takes None."""
-    return type(None) in typing.get_args(field.type)
-
-
-def plain_type(annotation):
-    """The type of a knob without None and without what a tuple holds."""
-    kind = typing.get_args(annotation)[0] if type(None) in typing.get_args(annotation) else annotation
-    return typing.get_origin(kind) or kind
-
-
-def held_share(holdout, dataset):
-    """The share that is held out: the knob ``holdout``, or where it is None, a tenth of one's own
-    pictures."""
-    return (0.1 if dataset in OWN_PICTURES else 0.0) if holdout is None else holdout
-
-
-# ---------------------------------------------------------------- making a configuration
 def unknown(kind, got, known, all_of_them="-h lists them all"):
-    """The line for a name that is not in ``known``, with the nearest one when there is one; a long list is
-    only pointed to."""
-    names = {str(name).lower(): str(name) for name in known}
-    near = difflib.get_close_matches(str(got).lower(), names, 1, CLOSE)
-    hint = f", did you mean {names[near[0]]}" if near else ""
-    listed = f" Expected one of: {', '.join(map(str, known))}" if len(known) <= 30 else f" {all_of_them}"
-    return f"unknown {kind} {got!r}{hint}.{listed}"
+    """The line for a name that is not in ``known``, with the nearest one; a long list is only pointed to."""
+    near = difflib.get_close_matches(got, known, 1)
+    hint = f", did you mean {near[0]}" if near else ""
+    listed = f"Expected one of: {', '.join(known)}" if len(known) <= 30 else all_of_them
+    return f"unknown {kind} {got!r}{hint}. {listed}"
 
 
-def field_of(name):
-    """The field of a knob. Raises UserError where there is none of the name."""
-    if name not in FIELDS:
-        raise UserError(unknown("knob", name, FIELDS))
-    return FIELDS[name]
+# ---------------------------------------------------------------- configurations
+def make_config(given):
+    """The configuration of ``given`` {knob: value or text}: defaults, then the preset's, then the given ones.
+    Raises UserError."""
+    for name in given:
+        if name not in FIELDS:
+            raise UserError(unknown("knob", name, FIELDS))
+    preset = value_of(FIELDS["preset"], given.get("preset", Config.preset))
+    return Config(**(PRESETS[preset] | given))
+
+
+def changed(config):
+    """{knob: value} of the knobs that differ from this file's defaults."""
+    return {name: value for name, value in vars(config).items() if value != FIELDS[name].default}
 
 
 def knobs_affecting(*roles: str) -> tuple[str, ...]:
@@ -233,18 +244,13 @@ def knobs_affecting(*roles: str) -> tuple[str, ...]:
     return tuple(name for name, field in FIELDS.items() if field.metadata["affects"] in roles)
 
 
-def make_config(given):
-    """The configuration of ``given`` {knob: value}: defaults, then the preset's, then the given ones.
-    Raises UserError."""
-    for name in given:
-        field_of(name)
-    preset = given.get("preset", Config.preset)
-    if preset not in PRESETS:
-        raise UserError(unknown("preset", preset, PRESETS))
-    return Config(**{**PRESETS[preset], **given})
+def held_share(holdout, dataset):
+    """The share that is held out: the knob ``holdout``; where it is None, a tenth of one's own pictures."""
+    return (0.1 if dataset in OWN_PICTURES else 0.0) if holdout is None else holdout
 
 
-def changed(config):
-    """{knob: value} of the knobs that differ from this file's defaults."""
-    values = {name: getattr(config, name) for name in FIELDS}
-    return {name: value for name, value in values.items() if value != FIELDS[name].default}
+def class_names(text):
+    """The class names in the knob class_name, separated by commas: a backslash takes the next character as it
+    is, so that a class may have a comma (``\\,``) or be called all (``\\all``)."""
+    parts = re.findall(r"(?:\\.|[^\\,])+", text, re.DOTALL)
+    return [re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in parts] or [text]

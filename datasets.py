@@ -17,13 +17,12 @@ from typing import NamedTuple
 import numpy as np
 
 import utils
-from config import Config, UserError, unknown
+from config import Config, UserError, class_names, unknown
 from images import images, layouts, published
 from images.layouts import SPLITS, Row
 from images.pixel_scale import PixelScale
 from images.tiles import Tile, tiles_of
 from shell.files import as_strict_json
-from shell.values import class_names
 
 OTHER = -1  # the category of test images of no class that one can train on: always anomalous
 HASHING_THREADS = 8  # threads that hash files: a shared folder answers many at a time
@@ -186,8 +185,8 @@ class ImageSet:
 
 
 def choose_classes(labels: Labels, class_name: str) -> list[str]:
-    """The classes that the knob class_name asks for (shell/values.py). Raises UserError on an unknown
-    one, and on a folder whose name is no text."""
+    """The classes that the knob class_name asks for (``config.class_names``). Raises UserError on an
+    unknown one, and on a folder whose name is no text."""
     for name in labels.classes:
         if any(0xD800 <= ord(c) < 0xE000 for c in name):  # what Python makes of bytes that are not UTF-8
             raise UserError(f"class {name!r}: the name of its folder is not valid UTF-8; rename it")
@@ -212,7 +211,7 @@ def repeated(labels: Labels, hashes: dict[str, list[str]]) -> str:
             other, *there = first.setdefault(image, (name, split, label))
             if image != images.UNREADABLE and there != [split, label]:
                 twice.append(f"{name} is {other}")
-    told = f"{utils.counted(len(twice), 'picture')} in train and test or under two labels, too"
+    told = f"{len(twice)} pictures in train and test or under two labels, too"
     return f"{told}: {utils.first_named(twice, '; ')}" if twice else ""
 
 

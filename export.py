@@ -21,9 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH, too
 
-from shell.command_line import OneLineParser, add_weights_path
+from shell.command_line import OneLineParser
 from shell.signals import guarded
-from shell.values import parse_values
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,9 +32,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", help="height x width of the pictures, as in 480x640 [the backbone's]")
     parser.add_argument("--false_alarms", type=float, help="as of predict.py [the fit's]")
     parser.add_argument("--calibrate", type=Path, metavar="FOLDER", help="as of predict.py")
-    add_weights_path(parser)
+    parser.add_argument("--weights_path", type=Path, metavar="FILE", help="as of predict.py")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores [0]")
-    return parser.parse_or_stop(argv)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":  # parse before the slow imports
@@ -168,7 +167,7 @@ def main(arguments: argparse.Namespace) -> None:
         detector.calibrate(images_below(good))
     size = detector.backbone.job.img_size
     if arguments.size:
-        size = make_config(parse_values({"img_size": arguments.size})).img_size
+        size = make_config({"img_size": arguments.size}).img_size
         if not isinstance(size, tuple):
             raise UserError(f"size: expected height x width, as in 384x256, got {arguments.size!r}")
     off, (height, width) = write(detector, output, size), size

@@ -19,6 +19,7 @@ import time
 from concurrent.futures import Executor
 
 import torch
+from tqdm import tqdm
 
 import datasets
 import extractor
@@ -57,7 +58,7 @@ def fit_all(config: Config, cache: FeatureCache, device: torch.device, cluster: 
         for number, (pair, result) in enumerate(engine.outcomes(executor, task, missing), 1):
             done[pair], left = result, len(missing) - number
             told = f"AUROC {tables.number(result['auroc'])}  {result.get('seconds', 0):.0f} s"
-            time_left = utils.readable_time(left * (time.perf_counter() - start) / number)
+            time_left = tqdm.format_interval(left * (time.perf_counter() - start) / number)
             more = f", about {time_left} for {left} more" if left else ""
             name = " ".join(pair.class_name.split())  # whatever it is called, in one line
             told = f"{name} seed {pair.seed}: {result.get('reason', told)}{more}"
@@ -108,7 +109,7 @@ def write_report(config: Config, cache: FeatureCache, results: list[dict], secon
     print("\n" + report.write_results(folder, summary))
     write_text(folder / "report.html", pages.run_page(summary, of_the_run, by_class))
     print(f"\nresults in {folder}/report.html (for a browser), results.json, .csv and .md beside it")
-    print(f"wall time {utils.readable_time(summary.wall_time_s)}")
+    print(f"wall time {tqdm.format_interval(summary.wall_time_s)}")
     return summary
 
 

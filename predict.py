@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH, too
 
-from shell.command_line import OneLineParser, add_weights_path
+from shell.command_line import OneLineParser
 from shell.signals import guarded
 
 
@@ -45,10 +45,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--calibrate", type=Path, metavar="FOLDER", help="fresh good pictures: p-values, verdicts by them")
     add("--heat_maps", type=Path, metavar="FOLDER", help="write there where each is unusual, as a PNG")
     add("--page", type=Path, metavar="FILE", help="write a page for a browser: pictures by score, heat maps")
-    add_weights_path(parser)
+    add("--weights_path", type=Path, metavar="FILE", help="where the file of the fit's --weights_path is now")
     add("--threads", type=int, default=0, help="CPU threads; 0: all cores [0]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    return parser.parse_or_stop(argv)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":  # parse before the slow imports

@@ -19,7 +19,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", help="the name of a run in runs/, or its folder")
     parser.add_argument("other", nargs="?", help="that of the run to compare it with")
-    return parser.parse_or_stop()
+    return parser.parse_args()
 
 
 if __name__ == "__main__":  # parse before the slow imports

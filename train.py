@@ -50,7 +50,7 @@ def train_epochs(prepared: PreparedClass) -> Iterator[tuple[int, float]]:
 
     for epoch in range(epochs):
         prepared.detector.train()
-        bar = tqdm(prepared.epoch(order), prepared.data.class_name, leave=False, disable=utils.no_bar())
+        bar = tqdm(prepared.epoch(order), prepared.data.class_name, leave=False, disable=utils.NO_BAR)
         losses = []
         with products(prepared.device):
             for step, batch in enumerate(bar, epoch * prepared.steps_per_epoch):

@@ -51,7 +51,7 @@ def extract(
     announce(identity, store.folder, len(wanted), "by other processes" if executor else f"on {device}", check)
     store.sweep()
     unreadable: list[Wanted] = []
-    with tqdm(total=len(wanted), unit="img", disable=utils.no_bar(), smoothing=0.05) as bar:
+    with tqdm(total=len(wanted), unit="img", disable=utils.NO_BAR, smoothing=0.05) as bar:
         if executor:
             task = functools.partial(extract_elsewhere, config, identity, store.folder, uuid.uuid4().hex)
         else:

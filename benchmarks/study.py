@@ -37,7 +37,6 @@ from detector.preparation import PreparedClass
 from reporting.tables import as_markdown
 from shell.files import write_text
 from shell.signals import KEPT, guarded
-from shell.values import parse_values
 
 HOW = (
     "AUROC, mean over a set's classes (± standard deviation over the seeds). Last column: the difference to "
@@ -238,7 +237,7 @@ def main(args: argparse.Namespace) -> None:
     """Raises UserError."""
     settings, sets = read_suite(args.suite, args.only)
     given = dict(pair.partition("=")[::2] for pair in args.knobs)
-    more = {"extractor": settings["extractor"]} | parse_values(given)
+    more = {"extractor": settings["extractor"]} | given
     sets = [entry for entry in sets if not why_left_out(entry)]
     jobs = tasks(args.study, sets, more, args.seeds)
     if not jobs:

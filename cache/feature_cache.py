@@ -186,9 +186,9 @@ def complete(store: Store, listed: ImageList, unreadable: str) -> FeatureCache:
     cache = FeatureCache(store, listed)
     missing = cache.absent.difference(listed.unreadable)
     if missing or not store.fields:
-        some = f"{len(missing)} of {utils.counted(listed.labels.count(), 'image')}"
+        some = f"{len(missing)} of {listed.labels.count()} images"
         raise UserError(f"{some} have no features in {store.folder}; {EXTRACT}")
-    told = f"{utils.counted(len(cache.skipped), 'unreadable image')}: {utils.first_named(cache.skipped)}"
+    told = f"unreadable images: {utils.first_named(cache.skipped)}"
     if cache.skipped and unreadable == "stop":
         if len(cache.skipped) > utils.MOST_NAMED:
             print(*cache.skipped, sep="\n", file=sys.stderr)

@@ -58,8 +58,7 @@ class Store:
         self.damaged = list(damaged)
         if damaged:
             told = utils.first_named(list(damaged.values()), "; ")
-            count = utils.counted(len(damaged), "damaged shard")
-            print(f"features: {count} in {self.folder} ({told}): the images count as missing", flush=True)
+            print(f"features: damaged shards in {self.folder}, which count as missing: {told}", flush=True)
         counts = [len(shard.images) for shard in self.shards]
         images = np.array([image for shard in self.shards for image in shard.images], "S32")
         order = np.argsort(images, kind="stable")

@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import safetensors.torch
 from torch import nn
 
 import config as knobs
 import utils
-from config import Config, UserError, make_config
+from config import Config, UserError, class_names, make_config
 from shell.files import file_name, read_sealed, sha256_of_file, whole_file, write_sealed
-from shell.values import class_names
 
 # Of the formulas that scores are made by: kept with what they made, and raised with every change of them.
 SCORING = 4
@@ -65,18 +63,15 @@ def checkpoint_path(config: Config, class_name: str, seed: int) -> Path:
 
 def save_fitted(config: Config, features: dict, detector: nn.Module, record: Record) -> Path:
     """Keep a fitted class: its weights, then its record, which has their size and hash. features: the sidecar
-    of the cache. Raises UserError when they cannot be written."""
+    of the cache."""
     path = checkpoint_path(config, record.result["class"], record.result["seed"])
     file, weights = checkpoint_files(path)
     file.unlink(missing_ok=True)  # an older run's: it would not fit what is written now
     weights.unlink(missing_ok=True)
     if config.keep != "results":
         state = {name: values.contiguous().cpu() for name, values in detector.state_dict().items()}
-        try:
-            with whole_file(weights) as partial:
-                save_file(state, partial)
-        except SafetensorError as error:
-            raise UserError(f"{weights} cannot be written ({error}); make space on its disk") from None
+        with whole_file(weights) as partial:
+            partial.write_bytes(safetensors.torch.save(state))
     record.weights = fingerprint(weights) if config.keep != "results" else None
     record.config, record.features = dataclasses.asdict(config), features
     write_sealed(file, dataclasses.asdict(record))

@@ -100,7 +100,7 @@ def outcome(result: dict) -> str:
     epoch = f"epoch {result['epoch']}"
     if not result["n_test"]:
         return f"fitted to {result['n_train']} normal images, no test images ({epoch})"
-    metrics = "  ".join(f"{metric.title} {result[name]:.4f}" for name, metric in utils.METRICS.items())
+    metrics = "  ".join(f"{name.upper()} {result[name]:.4f}" for name in utils.METRICS)
     return f"{metrics}  ({epoch}, best on test {result['best_on_test_auroc']:.4f})"
 
 

@@ -111,7 +111,6 @@ class FittedBackbone:
         ``Extraction.rows``), or why one cannot be read; with tiles, of all those of one picture. The first
         pictures are computed one batch at a time, by all threads, at once; further ones as extraction does
         it."""
-        utils.check_default_dtype()
         job, numbered = self.job, iter(enumerate(pictures))
         size = 1 if self.tiles else job.batch
         batches = iter(lambda: list(itertools.islice(numbered, size)), [])

@@ -149,11 +149,11 @@ def joint_tokens(detector: Detector, data: ClassData, part: str) -> Tensor:
 def prepare_data(
     config: Config, data: ClassData, features: dict, seed: int, device: torch.device
 ) -> PreparedClass:
-    """The class ready for training. features: the sidecar of the cache, as ``Detector`` takes it. Seeds all
-    random generators. Raises UserError on settings that do not fit the features or the memory, ClassError on
+    """The class ready for training. features: the sidecar of the cache, as ``Detector`` takes it. Seeds
+    torch. Raises UserError on settings that do not fit the features or the memory, ClassError on
     features that cannot be normalised."""
     utils.keep_freed_memory()
-    utils.seed_everything(seed)
+    torch.manual_seed(seed)  # of every device
     kind = PreparedPlaces if config.score == "joined" else PreparedImages
     prepared = kind(config, data, features, seed, device)
     try:

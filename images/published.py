@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torchvision import datasets as tv
 
+import utils
 from config import UserError
 from images.layouts import SPLITS
 
@@ -40,11 +41,16 @@ def load(dataset: str, root: Path) -> dict[str, Arrays]:
         return {split: _read(dataset, root, split) for split in SPLITS}
     except Exception:  # absent or changed; of Fashion-MNIST, which has no checksums, also cut off
         pass
+    kind = FORMS[dataset]
+    url, archive = (
+        (kind.url, kind.filename) if hasattr(kind, "url") else (kind.mirrors[0], kind.resources[0][0])
+    )
     try:
+        if not any(root.rglob(archive)) and not utils.reachable(url):
+            raise OSError("no network")
         return {split: _read(dataset, root, split, download=True) for split in SPLITS}
     except Exception as error:
-        kind, reason = FORMS[dataset], f"{type(error).__name__}: {error}".splitlines()[0]
-        url = kind.mirrors[0] if dataset == "fashion" else kind.url
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
             f"dataset_path: {dataset} in {root} can be neither read nor fetched ({reason}); expected its "
             f"whole files from {url}, or image folders {root}/{{train,test}}/<class>/*"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from tqdm import tqdm
 
-import utils
 from config import UserError
 from detector.picture_detector import PictureDetector
 from reporting import report
@@ -43,7 +43,7 @@ def run_page(summary: report.Summary, of_the_run: list[Picture], by_class: dict[
     """The page of a run, report.html: its summary, and the pictures of all classes and of each."""
     config = summary.config
     about = [config["dataset"], config["extractor"], f"preset {config['preset']}, fusion {config['fusion']}"]
-    about += [utils.readable_time(summary.wall_time_s), f"{datetime.datetime.now():%Y-%m-%d %H:%M}"]
+    about += [tqdm.format_interval(summary.wall_time_s), f"{datetime.datetime.now():%Y-%m-%d %H:%M}"]
     return TEMPLATES.get_template("report.html").render(
         title=config["modelname"],
         about=", ".join(about),

@@ -5,6 +5,8 @@ import csv
 import dataclasses
 import io
 import json
+import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +16,6 @@ import utils
 from config import FIELDS, Config, UserError
 from reporting import tables
 from reporting.tables import Table, cell, margin_cell, number, undefined
-from shell.command_line import command_line
 from shell.files import write_json, write_text
 from utils import METRICS
 
@@ -106,7 +107,7 @@ def summarize(
         features=features,
         versions=utils.versions(),
         wall_time_s=round(seconds, 1),
-        command=command_line(),
+        command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     )
 
 
@@ -157,7 +158,7 @@ def main_table(summary: Summary) -> Table:
         header = ["class", "anomalous above", "false alarms", "95 % interval", "held-out images"]
         forms = ("{score:.4g}", "{expected:.1%}", "{low:.1%} to {high:.1%}", "{n}")
         return Table(header, [[name, *(f.format(**line) for f in forms)] for name, line in lines.items()])
-    header = ["class", *(metric.title for metric in METRICS.values()), "oracle"]
+    header = ["class", *map(str.upper, METRICS), "oracle"]
     margins = [summary.found.get(name, Found()).margin for name in summary.classes]
     rows = []
     for row, lead in zip(summary.rows, [*map(margin_cell, margins), tables.wins_cell(margins)]):
@@ -212,8 +213,7 @@ def notes(summary: Summary) -> list[str]:
         reasons.setdefault(row["undefined"], []).append(name)
     lines += [f"no AUROC ({reason}): {', '.join(names)}." for reason, names in reasons.items() if reason]
     if skipped := summary.features.get("skipped"):
-        shown = utils.first_named(skipped)
-        lines.append(f"Left out: {utils.counted(len(skipped), 'unreadable image')}: {shown}.")
+        lines.append(f"Left out: unreadable images: {utils.first_named(skipped)}.")
     return lines
 
 

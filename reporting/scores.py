@@ -13,7 +13,7 @@ from backbone.resizing import Unreadable
 from detector.picture_detector import NO_PLACES, PictureDetector
 from images import watch
 from images.images import note
-from shell.files import naming, whole_file
+from shell.files import whole_file
 
 COLUMNS = ("image", "class", "score", "p_value", "verdict")
 
@@ -36,7 +36,6 @@ def table(output: Path | None, at_once: bool = False) -> Iterator[WriteRow]:
     """What takes the rows one by one: CSV on the screen, or a file that is there, whole, when the block ends
     well, or ``at_once``, row by row, behind those that it has."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(naming(output or "standard output"))
         stream = sys.stdout
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)

@@ -2,30 +2,19 @@
 
 import builtins
 import contextlib
-import multiprocessing
 import os
 import resource
 import signal
 import sys
+import textwrap
 
 from config import UserError
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks a script to end
-KEPT = (
-    "finished classes and finished shards are kept, the same command (without --restart) goes on from there"
-)
-LEAST_ADDRESS_SPACE = 4 << 30  # bytes: with less (ulimit -v) the libraries of torch fail or hang
+KEPT = "finished classes and shards are kept, the same command (without --restart) goes on from there"
 WANT_OF_MEMORY = (  # as Python, torch, CUDA and oneDNN put it, the last without a reason
     "can't start new thread", "can't allocate memory", "out of memory", "could not create a primitive",
 )  # fmt: skip
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal that asks a script to end."""
-
-    def __init__(self, number=signal.SIGINT):
-        super().__init__()
-        self.number = number
 
 
 def is_guest() -> bool:
@@ -37,17 +26,17 @@ def before_imports() -> None:
     """Until ``guarded`` Ctrl-C ends the process at once, without the traceback of half an import. Under a
     limit of memory (ulimit -v) by which the imports fail, one line says so."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if 0 <= limit < LEAST_ADDRESS_SPACE:
+    if 0 <= limit < 4 << 30:  # bytes: with less the libraries of torch fail or hang
         stop(f"not enough memory: ulimit -v allows {limit / 1e9:.2g} GB of address space, torch takes 4.3 GB")
     if not is_guest() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _interrupt(number, frame):
-    """Raise Interrupted, once: a second Ctrl-C ends the process at once."""
+    """Raise KeyboardInterrupt, once: a second Ctrl-C ends the process at once."""
     for kind in ENDING:
         signal.signal(kind, signal.SIG_DFL if kind == signal.SIGINT else signal.SIG_IGN)
-    raise Interrupted(number)
+    raise KeyboardInterrupt(number)
 
 
 def guarded(main, *arguments, told="no file is left half-written") -> None:
@@ -61,34 +50,26 @@ def guarded(main, *arguments, told="no file is left half-written") -> None:
             if signal.getsignal(kind) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(kind, _interrupt)
         main(*arguments)
-    except UserError as mistake:
+    except (UserError, UnicodeEncodeError) as mistake:  # the latter of a name that is no UTF-8
         stop(mistake)
     except OSError as error:  # a full disk, a folder that may not be written
         stop(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in WANT_OF_MEMORY):
             raise
-        reason = " ".join(str(error).split())[:200] or "Python has none left"
+        reason = str(error)[:200] or "Python has none left"
         stop(f"not enough memory ({reason}); smaller batches, images and fewer threads take less")
-    except UnicodeEncodeError as error:  # the name of a file, on its way to the screen
-        stop(f"a name is not valid UTF-8: {error.object[:200]!r}; rename it")
-    except Interrupted as interrupted:
+    except KeyboardInterrupt as asked:
+        if is_guest():
+            raise
         print(f"interrupted: {told}", file=sys.stderr)
-        end_now(128 + interrupted.number)
-
-
-def end_now(status) -> None:
-    """End the process without waiting for threads that compute, and its workers with it."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, RuntimeError):  # it may be in a write
-            stream.flush()
-    os._exit(status)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # it may be in a write
+                stream.flush()
+        os._exit(128 + asked.args[0])  # without waiting for threads that compute
 
 
 def stop(mistake):
     """End with exit status 2 and one line."""
-    line = " ".join(str(mistake).split())
-    print(f"error: {line if len(line) < 2000 else f'{line[:2000]}...'}", file=sys.stderr)
+    print(f"error: {textwrap.shorten(str(mistake), 2000, placeholder=' ...')}", file=sys.stderr)
     sys.exit(2)

@@ -256,7 +256,7 @@ def test_damage_costs_its_shard_alone(mixed, monkeypatch, capsys):
             extractor.ensure_features(config, CPU).tokens(split)[:]
     extractor.main(config)
     told = capsys.readouterr().out
-    assert f"1 damaged shard in {first.parents[1]} ({first.parent.name}/" in told
+    assert f"damaged shards in {first.parents[1]}, which count as missing: {first.parent.name}/" in told
     assert f"extracting {rows} image" in told and set(before) - set(shards()) == {first.parent}
     (second := sorted(before)[1] / "record.json").unlink()
     found, wanted = (

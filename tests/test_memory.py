@@ -49,9 +49,8 @@ def test_want_of_memory_is_one_line(capsys, error):
 def test_what_a_container_caches_of_files_is_free(tmp_path, monkeypatch):
     monkeypatch.setattr(utils, "CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("900000\n")
-    (tmp_path / "memory.stat").write_text("anon 300000\ninactive_file 500000\nactive_file 50000\nfile 7\n")
-    assert utils.available_memory() == 650_000
+    (tmp_path / "memory.stat").write_text("anon 300000\nfile 600000\nkernel 7\n")
+    assert utils.available_memory() == 700_000
 
 
 @pytest.mark.parametrize(

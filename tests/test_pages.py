@@ -37,7 +37,7 @@ def test_page_tells_what_it_must(picture):
     seen = words_of(run_page(summary, [], {"b": [picture]}))
     made = [summary.command, *(summary.versions[name] for name in ("torch", "machine", "commit"))]
     figures = ["0.7000", "kNN", "+0.3000 [+0.2000, +0.4000]", "above 1, level 1, below 0", "b hole 7 0.7500"]
-    other = ["b 0.9876 0.8765", "67 min", "clamp 2.5", "cut<off>.png", "no AUROC (the loss is <nan>): bare."]
+    other = ["b 0.9876 0.8765", "1:06:40", "clamp 2.5", "cut<off>.png", "no AUROC (the loss is <nan>): bare."]
     for told in (*made, *figures, *other):
         assert " ".join(told.split()) in seen, told
     empty = words_of(run_page(summary_of([undefined("bare")], {}), [], {}))

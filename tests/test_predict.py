@@ -30,7 +30,7 @@ from detector.picture_detector import PictureDetector
 from images import watch
 from reporting import scores
 from shell.files import file_name, write_text
-from shell.signals import Interrupted, guarded
+from shell.signals import guarded
 
 pytestmark = pytest.mark.slow
 
@@ -188,11 +188,11 @@ def test_rows_flow_and_what_ctrl_c_ends_is_whole_or_not_there(here, capsys, monk
         for number, part in enumerate(real(*arguments)):
             seen.append(capsys.readouterr().out)
             if number == 2:
-                raise Interrupted
+                raise KeyboardInterrupt
             yield part
 
     monkeypatch.setattr(predict, "rows_of", interrupted)
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         predicted(capsys, "runs/held", *TESTED, *(["--output", output] if output else []))
     if output:
         assert seen == ["", "", ""] and not list(here.glob("*x.csv*"))

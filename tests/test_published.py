@@ -5,6 +5,9 @@ import hashlib
 import io
 import pickle
 import tarfile
+import threading
+import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -169,12 +172,15 @@ def test_a_file_that_is_missing_or_cut_off(tmp_path, monkeypatch, dataset):
 
 
 def test_reachable(monkeypatch):
-    """A port that listens, one that does not; a proxy is asked instead."""
+    """A server that answers, if only by an error, and none; a proxy is asked instead."""
     monkeypatch.undo()
-    monkeypatch.setattr(utils, "getproxies", dict)
-    with utils.socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        assert utils.reachable(f"http://127.0.0.1:{port}/x")
-        monkeypatch.setattr(utils, "getproxies", lambda: {"https": f"127.0.0.1:{port}"})
-        assert utils.reachable("https://nowhere.invalid/x")
-    assert not utils.reachable(f"http://127.0.0.1:{port}/x", 0.5)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert utils.reachable(address)
+        monkeypatch.setenv("http_proxy", address)
+        urllib.request.install_opener(None)  # which would know of no proxy
+        assert utils.reachable("http://nowhere.invalid")
+        server.shutdown()
+    assert not utils.reachable(address)
