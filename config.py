@@ -247,10 +247,3 @@ def knobs_affecting(*roles: str) -> tuple[str, ...]:
 def held_share(holdout, dataset):
     """The share that is held out: the knob ``holdout``; where it is None, a tenth of one's own pictures."""
     return (0.1 if dataset in OWN_PICTURES else 0.0) if holdout is None else holdout
-
-
-def class_names(text):
-    """The class names in the knob class_name, separated by commas: a backslash takes the next character as it
-    is, so that a class may have a comma (``\\,``) or be called all (``\\all``)."""
-    parts = re.findall(r"(?:\\.|[^\\,])+", text, re.DOTALL)
-    return [re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in parts] or [text]

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from multiprocessing.pool import ThreadPool
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 import utils
-from config import Config, UserError, class_names, unknown
+from config import Config, UserError, unknown
 from images import images, layouts, published
 from images.layouts import SPLITS, Row
 from images.pixel_scale import PixelScale
@@ -184,8 +185,15 @@ class ImageSet:
         return layouts.read_mask(path) if path else None
 
 
+def class_names(text: str) -> list[str]:
+    """The class names in the knob class_name, separated by commas: a backslash takes the next character as it
+    is, so that a class may have a comma (``\\,``) or be called all (``\\all``)."""
+    parts = re.findall(r"(?:\\.|[^\\,])+", text, re.DOTALL)
+    return [re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in parts] or [text]
+
+
 def choose_classes(labels: Labels, class_name: str) -> list[str]:
-    """The classes that the knob class_name asks for (``config.class_names``). Raises UserError on an
+    """The classes that the knob class_name asks for (``class_names``). Raises UserError on an
     unknown one, and on a folder whose name is no text."""
     for name in labels.classes:
         if any(0xD800 <= ord(c) < 0xE000 for c in name):  # what Python makes of bytes that are not UTF-8
@@ -260,6 +268,7 @@ def _file_set(table: list[Row], root: Path) -> ImageSet:
     Unicode form or spaces only are one. A line tells where some of the defects lack masks. Raises UserError
     on a test image of a class that is tested on its own and has no training images."""
     rows = {split: [row for row in table if (row.split == "test") == (split == "test")] for split in SPLITS}
+    scale = PixelScale(measure=functools.partial(images.measured, [row.path for row in rows["train"]]))
     classes: dict[str, str] = {}
     for name in sorted({row.label.partition("/")[0] for row in rows["train"]}):
         classes.setdefault(layouts.folded(name), name)
@@ -286,7 +295,6 @@ def _file_set(table: list[Row], root: Path) -> ImageSet:
     if any(masks) and not all(masks):
         images.note_once(f"masks for {len(masks) - masks.count(None)} of {len(masks)} defects in {root}")
     files = {split: [RawImage(row.path, row.mask) for row in rows[split]] for split in SPLITS}
-    scale = PixelScale(measure=functools.partial(images.measured, [row.path for row in rows["train"]]))
     return ImageSet(labels, files, scale)
 
 

@@ -11,6 +11,7 @@ if __name__ == "__main__":  # parse before the slow imports: -h and mistakes ans
     CONFIG = from_command_line(__doc__)
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -28,10 +29,9 @@ from cache.feature_cache import FeatureCache
 from config import ClassError, Config, UserError
 from detector import calibration, checkpoints, runs
 from detector.class_data import TokenSource, class_data
-from detector.detector import WHOLE, make_detector
-from detector.evaluation import Evaluation, evaluate, outcome, result_of, simple_scores
+from detector.detector import make_detector
+from detector.evaluation import evaluate, outcome, record_of
 from detector.preparation import PreparedClass, prepare_data
-from images.tiles import whole_scores
 from model import loss_per_image
 from reporting.report import COLUMNS
 
@@ -89,28 +89,11 @@ def count_epochs(prepared: PreparedClass) -> tuple[int, int]:
 def train(prepared: PreparedClass) -> checkpoints.Record:
     """Train the flow of one class, and evaluate it. Raises ClassError on scores that are not finite."""
     began, (epochs, sub_epochs) = time.perf_counter(), count_epochs(prepared)
-    evaluations = [evaluate(prepared, 0, None)] if prepared.compares or not epochs else []
-    for epoch, loss in train_epochs(prepared):
+    start, evaluations = [(0, None)] if prepared.compares or not epochs else [], []
+    for epoch, loss in itertools.chain(start, train_epochs(prepared)):
         if epoch % sub_epochs == 0:
             evaluations.append(evaluate(prepared, epoch, loss))
-    return fitted(prepared, evaluations, time.perf_counter() - began)
-
-
-def fitted(prepared: PreparedClass, evaluations: list[Evaluation], seconds: float) -> checkpoints.Record:
-    """The scores of the last evaluation, and how they came about."""
-    first, last, data = evaluations[0], evaluations[-1], prepared.data
-    flow_scores = {name: scores for name, scores in last.test.items() if name != WHOLE}
-    if first.epoch == 0:
-        flow_scores |= {f"{name}, before training": scores for name, scores in first.test.items()}
-    history = [each.entry() for each in evaluations]
-    return checkpoints.Record(
-        result=result_of(prepared, last, history, seconds),
-        history=history,
-        test=checkpoints.Scored(data.test_rows, data.labels, last.test[WHOLE]),
-        held_out_scores=whole_scores(last.held, data.held_pictures) if data.held_pictures else last.held,
-        flow_scores=flow_scores,
-        simple_scores=simple_scores(prepared) if prepared.compares else {},
-    )
+    return record_of(prepared, evaluations, time.perf_counter() - began)
 
 
 # ---------------------------------------------------------------- one class with one seed

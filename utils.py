@@ -1,7 +1,6 @@
 """Devices, memory, metrics and versions: what every script shares."""
 
 import ctypes
-import hashlib
 import math
 import os
 import platform
@@ -24,7 +23,7 @@ import psutil
 import torch
 from joblib import cpu_count  # knows a container's share of the machine
 
-from config import UserError, unknown
+from config import UserError
 
 MOST_NAMED = 20  # images or shards in one line
 CGROUP = Path("/sys/fs/cgroup")
@@ -41,14 +40,14 @@ def set_up(device_name: str, threads: int) -> torch.device:
     if not 0 <= threads <= most:
         raise UserError(f"threads: this machine has {cores} cores; expected 0 (all) to {most}, got {threads}")
     torch.set_num_threads(threads or cores)
-    count = torch.cuda.device_count()
-    gpus = ["cuda", *(f"cuda:{number}" for number in range(count))] if count else []
-    if device_name == "auto":
-        device_name = "cuda" if gpus else "cpu"
-    if device_name not in ("cpu", *gpus):
-        raise UserError(unknown("device", device_name, ["auto", "cpu", *gpus]))
+    devices = ["cpu"]
+    if count := torch.cuda.device_count():
+        devices = ["cuda", *(f"cuda:{number}" for number in range(count)), "cpu"]
+    name = devices[0] if device_name == "auto" else device_name
+    if name not in devices:
+        raise UserError(f"device: expected auto, {', '.join(devices)}, got {device_name!r}")
     torch.backends.cudnn.allow_tf32 = False  # torch's default is True
-    return torch.device(device_name)
+    return torch.device(name)
 
 
 def first_named(names: Sequence[str], separator: str = ", ") -> str:
@@ -163,15 +162,6 @@ def paired_difference(labels: np.ndarray, ours: np.ndarray, theirs: np.ndarray) 
 
 
 # ---------------------------------------------------------------- what made a result
-def sha256_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
-    """A hash of the names, shapes and values of a state dict."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def versions() -> dict[str, str]:
     """The versions and the machine behind a result; commit: with a + where files differ from it."""
     packages = ["torch", "torchvision", "timm", "FrEIA", "numpy", "scikit-learn"]

@@ -3,6 +3,7 @@ that suits them. Frozen and made quick for the device."""
 
 import copy
 import dataclasses
+import hashlib
 import importlib
 import logging
 import math
@@ -260,6 +261,15 @@ def load_weights_file(model: nn.Module, path: Path, by_order: bool = False) -> N
             f"weights_path: {path} is of another model: of {len(others)} tensors one of the two has none, "
             f"{others[0]} first"
         )
+
+
+def sha256_of_tensors(tensors: dict[str, Tensor]) -> str:
+    """A hash of the names, shapes and values of a state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def speed_up(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:

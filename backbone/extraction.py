@@ -75,6 +75,11 @@ class Extraction:
         self.batch = min(batch or BATCH[device.type], MOST_IN_BATCH)
         if device.type == "cpu":  # threads that each read and compute whole batches
             chosen = min(MOST_THREADS, torch.get_num_threads())
+            utils.check_memory(
+                f"a batch of {self.batch} images of {self.img_size[0]}x{self.img_size[1]}",
+                PIXEL * self.batch * math.prod(self.img_size),
+                "choose a smaller extract_batch or img_size",
+            )
         else:  # that read images for the one that drives the device
             chosen = max(1, min(MOST_READERS, cpu_count() - 1) // SHARDS_AT_ONCE[device.type])
         self.threads = chosen if workers < 0 else max(1, workers)
@@ -82,13 +87,7 @@ class Extraction:
             identity.extractor, identity.img_size, identity.weights_path, identity.seed
         )
         shapes, kept = backbone.what_is_kept(identity.grid, identity.of_maps)
-        if device.type == "cpu":
-            utils.check_memory(
-                f"a batch of {self.batch} images of {self.img_size[0]}x{self.img_size[1]}",
-                PIXEL * self.batch * math.prod(self.img_size),
-                "choose a smaller extract_batch or img_size",
-            )
-        sha256 = utils.sha256_of_tensors(backbone.state_dict())
+        sha256 = backbones.sha256_of_tensors(backbone.state_dict())
         self.fields = identity.fields | kept | {"weights_sha256": sha256, "shapes": shapes}
         self.dtype = getattr(torch, identity.precision)
         backbone = backbones.speed_up(backbone, device, self.dtype)

@@ -191,7 +191,7 @@ def trained(prepared: PreparedClass, epochs: tuple[int, ...]) -> checkpoints.Rec
         for epoch, loss in train.train_epochs(prepared)
         if epoch in (*epochs, last)
     ]
-    return train.fitted(prepared, evaluations, 0)
+    return evaluation.record_of(prepared, evaluations, 0)
 
 
 def tasks(study: str, sets: list[Set], more: dict, seeds: int) -> list[tuple]:

@@ -10,7 +10,8 @@ from torch import nn
 
 import config as knobs
 import utils
-from config import Config, UserError, class_names, make_config
+from config import Config, UserError, make_config
+from datasets import class_names
 from shell.files import file_name, read_sealed, sha256_of_file, whole_file, write_sealed
 
 # Of the formulas that scores are made by: kept with what they made, and raised with every change of them.

@@ -10,9 +10,11 @@ import utils
 from backbone.arithmetic import products
 from config import ClassError
 from detector import baselines
+from detector.checkpoints import Record, Scored
 from detector.class_data import evenly, in_batches
 from detector.detector import WHOLE
 from detector.preparation import PLACE_BATCH, PLACE_SAMPLE, PreparedClass
+from images.tiles import whole_scores
 from model import LOG_ROOT_2PI
 
 AUROCS = {"auroc": WHOLE, "latent_auroc": "latent", "likelihood_auroc": "likelihood"}  # of which score
@@ -75,17 +77,17 @@ def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluat
     return now
 
 
-def result_of(prepared: PreparedClass, last: Evaluation, history: list[dict], seconds: float) -> dict:
-    """The result of a class, as tables and its record have it, from the last evaluation. seconds: what
-    training took."""
-    data = prepared.data
-    trained = [entry for entry in history if entry["epoch"]] or history  # the start is for comparison
-    return {
+def record_of(prepared: PreparedClass, evaluations: list[Evaluation], seconds: float) -> Record:
+    """What a class has come to at the last of its evaluations. seconds: what training took."""
+    data, first, last = prepared.data, evaluations[0], evaluations[-1]
+    history = [each.entry() for each in evaluations]
+    trained = [entry["auroc"] for entry in history if entry["epoch"]]  # the start is for comparison
+    result = {
         "class": data.class_name,
         "seed": prepared.seed,
         **last.entry(),
         **utils.detection_metrics(data.labels, last.test[WHOLE]),
-        "best_on_test_auroc": max(entry["auroc"] for entry in trained),
+        "best_on_test_auroc": max(trained or [last.aurocs["auroc"]]),
         "reads_places": prepared.detector.uses_places,
         "n_train": len(data.fit_rows),
         "n_held_out": len(data.held_rows),
@@ -93,6 +95,17 @@ def result_of(prepared: PreparedClass, last: Evaluation, history: list[dict], se
         "n_anomalous": int(data.labels.sum()),
         "seconds": round(seconds, 1),
     }
+    flow_scores = {name: scores for name, scores in last.test.items() if name != WHOLE}
+    if first.epoch == 0:
+        flow_scores |= {f"{name}, before training": scores for name, scores in first.test.items()}
+    return Record(
+        result=result,
+        history=history,
+        test=Scored(data.test_rows, data.labels, last.test[WHOLE]),
+        flow_scores=flow_scores,
+        simple_scores=simple_scores(prepared) if prepared.compares else {},
+        held_out_scores=whole_scores(last.held, data.held_pictures) if data.held_pictures else last.held,
+    )
 
 
 def outcome(result: dict) -> str:

@@ -81,8 +81,8 @@ def settle(config: Config, cache: FeatureCache, pairs: list[ClassSeed]) -> dict[
             f"{folder} holds classes of another configuration: {differing}; give another --modelname, or "
             "drop what is there with --restart"
         )
-    write_sealed(folder / "run.json", made_by)
     found = {pair: finished(config, made_by, pair) for pair in pairs}
+    write_sealed(folder / "run.json", made_by)
     return {pair: result for pair, result in found.items() if result}
 
 

@@ -134,6 +134,6 @@ def test_the_same_picture_in_both_splits_or_under_two_labels_is_told(tmp_path, c
     assert "two labels" not in told()
     shutil.copy(root / "train/good/1.png", root / "test/good/2.png")
     line = "note: {} in train and test or under two labels, too: test/good/2.png is train/good/1.png"
-    assert line.format("1 picture") in told()
+    assert line.format("1 pictures") in told()
     shutil.copy(root / "train/good/1.png", root / "test/hole/3.png")
     assert line.format("2 pictures") + "; test/hole/3.png is train/good/1.png\n" in told()

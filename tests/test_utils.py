@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import utils
+from backbone import backbones
 from config import UserError
 from shell.files import whole_file, write_json
 
@@ -64,11 +65,11 @@ def test_hash_of_tensors():
     """Of names, shapes, types and values; the order and the memory layout do not matter."""
     tensors = {"a": torch.arange(4.0), "b": torch.ones(2, 3, dtype=torch.bfloat16), "c": torch.tensor(5)}
     transposed = {"c": tensors["c"], "b": torch.ones(3, 2, dtype=torch.bfloat16).T, "a": tensors["a"]}
-    assert utils.sha256_of_tensors(transposed) == utils.sha256_of_tensors(tensors)
+    assert backbones.sha256_of_tensors(transposed) == backbones.sha256_of_tensors(tensors)
     values = [torch.arange(4.0) + 1e-6, torch.arange(4.0).view(2, 2), torch.arange(4.0).double()]
     others = [tensors, {"z": tensors["a"], "b": tensors["b"], "c": tensors["c"]}]
     others += [tensors | {"a": value} for value in values]
-    assert len({utils.sha256_of_tensors(other) for other in others}) == len(others)
+    assert len({backbones.sha256_of_tensors(other) for other in others}) == len(others)
 
 
 # ---------------------------------------------------------------- devices
