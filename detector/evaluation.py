@@ -10,7 +10,7 @@ import utils
 from backbone.arithmetic import products
 from detector import baselines
 from detector.class_data import evenly, in_batches
-from detector.detector import WHOLE
+from detector.detector import WHOLE, PlaceFlow
 from detector.preparation import PLACE_BATCH, PLACE_SAMPLE, PreparedClass
 from model import LOG_ROOT_2PI
 
@@ -103,7 +103,8 @@ def outcome(result: dict) -> str:
 @torch.no_grad()
 def simple_scores(prepared: PreparedClass) -> dict[str, np.ndarray]:
     """Scores of simple detectors (baselines.py) on the test images, fitted to all normal training images:
-    on the semantic token, on the power-normalised joint token, and on places where they are read."""
+    on the semantic token, on the power-normalised joint token, on places where they are read;
+    and of places or of the image as the spread of the class has it, which chooses for the flow, too."""
     data = prepared.data
     normal = np.sort(np.concatenate([data.fit_rows, data.held_rows]))
     scores = baselines.semantic_scores(data.train.semantic(normal), data.test.semantic(data.test_rows))
@@ -118,4 +119,7 @@ def simple_scores(prepared: PreparedClass) -> dict[str, np.ndarray]:
             score = fitted_to(reference)
             parts = [score(data.test.one("places", batch, on_cpu=True)) for batch in batches]
             scores[name] = torch.cat(parts).numpy()
+    if isinstance(prepared.detector, PlaceFlow):
+        chosen = "PaDiM-like, places" if prepared.detector.uses_places else "kNN, joint token"
+        scores["PaDiM-like or kNN, by spread"] = scores[chosen]
     return scores
