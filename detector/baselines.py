@@ -1,6 +1,7 @@
 """Simple detectors, beside which the flow is reported: nearest neighbours and a Gaussian on the semantic
 token and on the flow's own input, a patch memory and place-wise Gaussians on place tokens."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -50,40 +51,45 @@ def semantic_scores(train: Tensor, test: Tensor) -> dict[str, np.ndarray]:
 
 
 # ---------------------------------------------------------------- on place tokens
-POOL, MEMORY, REWEIGHTED = 20_000, 1_000, 9  # places drawn from, places kept, neighbours that reweight
+SHARE, DIRECTIONS = 0.1, 64  # of all places, kept in the memory; random directions they are chosen in
+REWEIGHTED = 9  # PatchCore's neighbours that reweight
 CHOSEN, RIDGE = 100, 0.01  # PaDiM's channels for a ResNet-18, and what it adds to its covariances
 LEAST_RIDGE = 1e-5  # of the mean variance: what float32 needs to factorise them
 
 
 def greedy_coreset(tokens: Tensor, size: int) -> Tensor:
     """A greedy coreset of tokens, (n, E) -> (size, E): each next one is the farthest from those chosen.
-    Distances are taken in 64 random directions (PatchCore, arXiv 2106.08265, algorithm 1)."""
-    directions = torch.randn(tokens.shape[1], 64, generator=torch.Generator().manual_seed(0))
-    shadows = tokens @ directions
-    chosen, nearest = [0], (shadows - shadows[0]).square().sum(1)
+    Distances are taken in random directions (PatchCore, arXiv 2106.08265, algorithm 1)."""
+    directions = torch.randn(tokens.shape[1], DIRECTIONS, generator=torch.Generator().manual_seed(0))
+    shadows = (tokens - tokens.mean(0)) @ directions
+    squares = shadows.square().sum(1)
+    nearest, chosen = torch.full_like(squares, torch.inf), [0]
     while len(chosen) < min(size, len(tokens)):
+        last = chosen[-1]
+        distances = torch.addmv(squares, shadows, shadows[last], alpha=-2) + squares[last]
+        nearest = torch.minimum(nearest, distances)
+        nearest[last] = -torch.inf
         chosen.append(int(nearest.argmax()))
-        nearest = torch.minimum(nearest, (shadows - shadows[chosen[-1]]).square().sum(1))
     return tokens[chosen]
 
 
 def patch_memory(reference: Tensor) -> Callable[[Tensor], Tensor]:
-    """A detector like PatchCore (arXiv 2106.08265, equations 6 and 7) fitted to place tokens (n, P, E): the
-    largest distance of a place to a memory of normal ones, less where that memory is sparse. It maps (m, P,
-    E) -> (m)."""
+    """PatchCore (arXiv 2106.08265, equations 6 and 7) fitted to place tokens (n, P, E): the largest distance
+    of a place to a memory of normal ones, a coreset of ``SHARE`` of them, less where that memory is sparse.
+    It maps (m, P, E) -> (m)."""
     flat = reference.flatten(0, 1)
-    drawn = np.random.RandomState(0).permutation(len(flat))[:POOL]
-    memory = greedy_coreset(flat[torch.from_numpy(drawn)], MEMORY)
+    memory = greedy_coreset(flat, math.ceil(SHARE * len(flat)))
 
     def score(places: Tensor) -> Tensor:
-        distances = torch.cdist(places.flatten(0, 1), memory)
-        nearest, owner = distances.min(1)
-        farthest, place = nearest.view(places.shape[:2]).max(1)
-        rows = torch.arange(len(places))
-        around = torch.cdist(memory[owner.view(places.shape[:2])[rows, place]], memory)
+        return torch.stack([score_image(image) for image in places])
+
+    def score_image(image: Tensor) -> Tensor:
+        nearest, owner = torch.cdist(image, memory).min(1)
+        farthest, place = nearest.max(0)
+        around = torch.cdist(memory[owner[place]].unsqueeze(0), memory).squeeze(0)
         neighbours = around.topk(min(REWEIGHTED, len(memory)), largest=False).indices
-        among = torch.cdist(places[rows, place].unsqueeze(1), memory[neighbours]).squeeze(1)
-        return (1 - torch.softmax(among, 1)[:, 0]) * farthest
+        among = torch.cdist(image[place].unsqueeze(0), memory[neighbours]).squeeze(0)
+        return (1 - torch.softmax(among, 0)[0]) * farthest
 
     return score
 

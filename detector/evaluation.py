@@ -12,7 +12,7 @@ from config import ClassError
 from detector import baselines
 from detector.checkpoints import Record, Scored
 from detector.class_data import evenly, in_batches
-from detector.detector import WHOLE
+from detector.detector import WHOLE, PlaceFlow
 from detector.preparation import PLACE_BATCH, PLACE_SAMPLE, PreparedClass
 from images.tiles import whole_scores
 from model import LOG_ROOT_2PI
@@ -120,7 +120,8 @@ def outcome(result: dict) -> str:
 @torch.no_grad()
 def simple_scores(prepared: PreparedClass) -> dict[str, np.ndarray]:
     """Scores of simple detectors (baselines.py) on the test images, fitted to all normal training images:
-    on the semantic token, on the power-normalised joint token, and on places where they are read."""
+    on the semantic token, on the power-normalised joint token, on places where they are read;
+    and of places or of the image as the spread of the class has it, which chooses for the flow, too."""
     data = prepared.data
     normal = np.sort(np.concatenate([data.fit_rows, data.held_rows]))
     scores = baselines.semantic_scores(data.train.semantic(normal), data.test.semantic(data.test_rows))
@@ -135,4 +136,7 @@ def simple_scores(prepared: PreparedClass) -> dict[str, np.ndarray]:
             score = fitted_to(reference)
             parts = [score(data.test.on_cpu().one("places", batch)) for batch in batches]
             scores[name] = torch.cat(parts).numpy()
+    if isinstance(prepared.detector, PlaceFlow):
+        chosen = "PaDiM-like, places" if prepared.detector.uses_places else "kNN, joint token"
+        scores["PaDiM-like or kNN, by spread"] = scores[chosen]
     return scores

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import mahalanobis
 from sklearn.covariance import LedoitWolf
 
 import utils
@@ -54,3 +55,40 @@ def test_gaussian_is_mahalanobis_under_ledoit_wolf(n, monkeypatch):
     for chunk in (9, 1024):
         monkeypatch.setattr(baselines, "CHUNK", chunk)
         assert baselines.gaussian(train, test) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_coreset_takes_the_farthest():
+    line = torch.tensor([[0.0], [1.0], [2.0], [10.0], [11.0], [50.0]])
+    assert sorted(baselines.greedy_coreset(line, 3).flatten().tolist()) == [0, 11, 50]
+    assert len(baselines.greedy_coreset(line.repeat(2, 1), 99).unique()) == 6
+
+
+@pytest.mark.parametrize("places, kept", [(4, 3), (60, 36)])
+def test_patch_memory_equals_brute_force(places, kept):
+    """Over a tenth of all places of six images, with fewer than nine neighbours and with more."""
+    generator = torch.Generator().manual_seed(0)
+    reference, query = (torch.randn(n, places, 3, generator=generator) for n in (6, 5))
+    memory = baselines.greedy_coreset(reference.flatten(0, 1), kept).numpy().astype(float)
+    wanted = []
+    for image in query.numpy().astype(float):
+        distances = np.linalg.norm(image[:, None] - memory[None], axis=2)
+        place = distances.min(1).argmax()
+        owner = distances[place].argmin()
+        around = np.argsort(np.linalg.norm(memory - memory[owner], axis=1))[:9]
+        weight = 1 - np.exp(distances[place, owner]) / np.exp(distances[place, around]).sum()
+        wanted.append(weight * distances[place, owner])
+    assert np.allclose(baselines.patch_memory(reference)(query).numpy(), wanted, rtol=1e-3)
+
+
+def test_place_gaussians_equal_scipys():
+    generator = torch.Generator().manual_seed(0)
+    reference, query = (torch.randn(n, 4, 3, generator=generator) for n in (40, 5))
+    wanted = []
+    for image in query.numpy().astype(float):
+        distances = []
+        for p in range(4):
+            tokens = reference[:, p].numpy().astype(float)
+            precision = np.linalg.inv(np.cov(tokens.T) + 0.01 * np.eye(3))
+            distances.append(mahalanobis(image[p], tokens.mean(0), precision))
+        wanted.append(max(distances))
+    assert np.allclose(baselines.place_gaussians(reference)(query).numpy(), wanted, rtol=1e-3)

@@ -276,13 +276,16 @@ def test_places_are_read_where_images_show_one_scene(tmp_path, width, monkeypatc
     monkeypatch.setattr(
         class_data.TokenSource, "_rows", lambda self, name, *of: read.append(name) or plain(self, name, *of)
     )
-    prepared, fitted = fit(fabricate(tmp_path / "c", spread=width))
+    prepared, fitted = fit(fabricate(tmp_path / "c", spread=width), baselines=True)
     alike = one_scene(spread(prepared.data.train.semantic(prepared.data.fit_rows))) > 0
     assert alike == (width == 0.1) == fitted.result["reads_places"] == ("places" in read)
     assert prepared.detector.uses_places == bool(prepared.detector.one_scene) == alike
     assert fitted.result["epoch"] == int(alike)
     if not alike:
         assert np.array_equal(fitted.test.scores, fitted.flow_scores["image part"])
+    simple = fitted.simple_scores
+    chosen = simple["PaDiM-like, places" if alike else "kNN, joint token"]
+    assert np.array_equal(simple["PaDiM-like or kNN, by spread"], chosen)
 
 
 @pytest.mark.parametrize("width", [0.1, 3.3], ids=["one scene", "between"])
@@ -329,40 +332,3 @@ def test_simple_detectors_belong_to_the_first_seed(surface, tmp_path):
     """They hardly depend on it, and cost as much as a fit."""
     _, second = fit(fabricate(tmp_path / "c", spread=0.1), seed=1, baselines=True)
     assert surface[1].simple_scores and not second.simple_scores
-
-
-def test_coreset_takes_the_farthest():
-    line = torch.tensor([[0.0], [1.0], [2.0], [10.0], [11.0], [50.0]])
-    assert sorted(baselines.greedy_coreset(line, 3).flatten().tolist()) == [0, 11, 50]
-    assert len(baselines.greedy_coreset(line, 99)) == 6
-
-
-def test_patch_memory_equals_brute_force():
-    generator = torch.Generator().manual_seed(0)
-    reference, query = (torch.randn(n, 4, 3, generator=generator) for n in (6, 5))
-    memory = reference.flatten(0, 1).numpy().astype(float)  # 24 places: all are kept
-    wanted = []
-    for image in query.numpy().astype(float):
-        distances = np.linalg.norm(image[:, None] - memory[None], axis=2)
-        place = distances.min(1).argmax()
-        owner = distances[place].argmin()
-        around = np.argsort(np.linalg.norm(memory - memory[owner], axis=1))[:9]
-        weight = 1 - np.exp(distances[place, owner]) / np.exp(distances[place, around]).sum()
-        wanted.append(weight * distances[place, owner])
-    assert np.allclose(baselines.patch_memory(reference)(query).numpy(), wanted, rtol=1e-3)
-
-
-def test_place_gaussians_equal_scipys():
-    from scipy.spatial.distance import mahalanobis
-
-    generator = torch.Generator().manual_seed(0)
-    reference, query = (torch.randn(n, 4, 3, generator=generator) for n in (40, 5))
-    wanted = []
-    for image in query.numpy().astype(float):
-        distances = []
-        for p in range(4):
-            tokens = reference[:, p].numpy().astype(float)
-            precision = np.linalg.inv(np.cov(tokens.T) + 0.01 * np.eye(3))
-            distances.append(mahalanobis(image[p], tokens.mean(0), precision))
-        wanted.append(max(distances))
-    assert np.allclose(baselines.place_gaussians(reference)(query).numpy(), wanted, rtol=1e-3)
