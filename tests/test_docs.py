@@ -86,9 +86,11 @@ def test_every_equation_stands_alone_and_names_its_function():
 
 # ---------------------------------------------------------------- tables of figures
 SETS = ("digits", "textures", "cells", "surfaces", "signs", "materials", "castings", "cifar10")
-LITE0 = "EfficientNet-Lite0"
+LITE0, VIT = "EfficientNet-Lite0", "ViT-Tiny"
 README = {  # detector and backbone of a row -> table in results/ and the detector there
-    ("`paper`: mean z²", LITE0): ("paper", "whole score"),
+    ("`paper`: mean z²", LITE0): ("paper-lite0", "whole score"),
+    ("`paper`: mean z², one epoch", VIT): ("paper", "hilo, epoch 1: latent"),
+    ("best baseline: Gaussian, semantic token", VIT): ("paper", "Gaussian, power + L2"),
     ("**`accurate`**: whole score", LITE0): ("suite", "whole score"),
     ("best baseline: Gaussian, joint token", LITE0): ("suite", "Gaussian, joint token"),
 }
@@ -99,8 +101,8 @@ RESULTS = {  # the same of results/README.md, whose rows have one backbone
     "places": ("suite", "places"),
     "places before training": ("suite", "places, before training"),
     "likelihood: the flow alone": ("suite", "likelihood"),
-    "**`paper`: mean z²**, as released": ("paper", "whole score"),
-    "`paper`: likelihood": ("paper", "likelihood"),
+    "**`paper`: mean z²**, as released": ("paper-lite0", "whole score"),
+    "`paper`: likelihood": ("paper-lite0", "likelihood"),
     "`released`: mean z²": ("released", "whole score"),
     "`released`: likelihood": ("released", "likelihood"),
     "Gaussian, joint token": ("suite", "Gaussian, joint token"),
@@ -119,9 +121,9 @@ def means_of(name: str) -> dict[str, dict[str, float]]:
     with open(ROOT / "results" / f"{name}.csv", newline="") as file:
         for row in csv.DictReader(file):
             found[row["detector"]][row["set"]].append(float(row["auroc"]))
-    counts = {key: len(values) for key, values in found["whole score"].items()}
+    counts = {key: max(len(sets.get(key, ())) for sets in found.values()) for key in SETS}
     return {
-        name: {key: float(np.mean(values)) for key, values in sets.items() if len(values) == counts[key]}
+        name: {key: float(np.mean(sets[key])) for key in SETS if len(sets.get(key, ())) == counts[key] > 0}
         for name, sets in found.items()
     }
 
