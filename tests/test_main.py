@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_folder, script
+from fabricated import small_run
 
 import config as knobs
 import main
-from config import Config, UserError, make_config
+from config import Config, UserError
 
 pytestmark = pytest.mark.slow
 
@@ -17,12 +18,11 @@ pytestmark = pytest.mark.slow
 def whole(folder, **more) -> Config:
     """From images to results: EfficientNet-Lite0 with its own weights at 64 pixels."""
     given = {
-        "modelname": "run", "dataset": "folder", "dataset_path": str(folder), "keep": "weights",
-        "extractor": "efficientnet_lite0", "img_size": (64, 64), "precision": "float32", "workers": 0,
-        "fc_internal": 32, "n_coupling_blocks": 2, "normalize": "power_l2+whiten", "lr_init": 1e-3,
-        "batch_size": 8, "meta_epochs": 3, "threads": 1,
+        "modelname": "run", "dataset_path": str(folder), "keep": "weights", "weights_path": None,
+        "extractor": "efficientnet_lite0", "fc_internal": 32, "n_coupling_blocks": 2,
+        "normalize": "power_l2+whiten", "lr_init": 1e-3, "batch_size": 8, "meta_epochs": 3,
     }  # fmt: skip
-    return make_config(given | more)
+    return small_run(**given | more)
 
 
 UNTRAINED = {"extractor": "test_resnet", "weights_path": "random", "normalize": "power_l2", "fc_internal": 8}
