@@ -69,14 +69,9 @@ def small_run(**more) -> Config:
 
 
 JOINED = {  # as the preset accurate puts the method together
-    "score": "joined",
-    "fusion": "bands",
-    "bands": True,
-    "places": 3,
-    "identity_start": True,
-    "least_steps": 20,
-    "holdout": 0.2,
-}
+    "score": "joined", "fusion": "bands", "bands": True, "places": 3, "identity_start": True,
+    "least_steps": 20, "holdout": 0.2,
+}  # fmt: skip
 EVERY_SCORE = [*({"score": name} for name in knobs.SCORES[:2]), JOINED]
 by_score = pytest.mark.parametrize("options", EVERY_SCORE, ids=lambda options: options["score"])
 

@@ -1,6 +1,5 @@
 """Tasks by processes and by a cluster: outcomes, errors, and an end with the script that started them."""
 
-import csv
 import math
 import os
 import signal
@@ -11,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from conftest import ROOT, forked, make_folder, script
+from conftest import ROOT, forked
 
 from shell import engine
 from shell.signals import guarded
@@ -159,22 +158,3 @@ def test_no_scheduler_there_is_a_line(monkeypatch):
     monkeypatch.setattr(engine, "CONNECTING", 1)
     line = one_line(by("tcp://127.0.0.1:1", abs))
     assert line.startswith("error: cluster: expected the address of a running Dask scheduler")
-
-
-SMALL = (
-    "--dataset folder --dataset_path images --extractor test_resnet --weights_path random --img_size 32 "
-    "--precision float32 --fc_internal 16 --fusion none --threads 1"
-).split()
-
-
-def test_a_cluster_comes_to_the_table_of_one_process(cluster, tmp_path):
-    """From the images on; workers know nothing of the script's folder."""
-    make_folder(tmp_path / "images", n_train=12, n_test=6)
-    cluster.add(2)
-    tables, shared = [], ("--feature_path", "shared", "--cluster", cluster.file)
-    for name, options in (("by-two", shared), ("alone", ())):
-        done = script("main.py", *SMALL, "--modelname", name, *options, cwd=tmp_path, timeout=500)
-        assert done.returncode == 0, done.stderr
-        lines = csv.DictReader((tmp_path / f"runs/{name}/results.csv").read_text().splitlines())
-        tables.append([line | {"seconds": "", "run": ""} for line in lines])
-    assert tables[0] == tables[1] and len(tables[0]) > 3

@@ -40,6 +40,7 @@ def one_line(done) -> str:
         ("main.py", "--dataset digits --weights_path none.pth", "none.pth"),
         ("main.py", "--dataset digits --pretrained True", "no features"),
         ("main.py", "--dataset digits --token_grid 99", "token_grid"),
+        ("main.py", "--dataset digits --fusion spectral --img_size 64", "grid of at least 6x6, got 2x2"),
         ("main.py", "--dataset digits --device gpu", "gpu"),
     ],
 )

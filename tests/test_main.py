@@ -10,7 +10,7 @@ from fabricated import small_run
 
 import config as knobs
 import main
-from config import Config, UserError
+from config import Config
 
 pytestmark = pytest.mark.slow
 
@@ -58,15 +58,6 @@ def again(run_folder, texture_folder, tmp_path, monkeypatch):
         return results_of()
 
     return go
-
-
-def test_a_fusion_that_does_not_go_with_the_grid_is_refused_before_extraction(
-    texture_folder, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="grid of at least 6x6, got 2x2"):
-        main.main(whole(texture_folder, fusion="spectral", class_name="leaf"))
-    assert not Path("features").exists()
 
 
 def test_main_detects_and_says_so(run_folder):

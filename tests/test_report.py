@@ -41,12 +41,8 @@ def simple(low: float = 0.2, **aurocs: float) -> report.Found:
     return report.Found(metrics, {"difference": 0.3, "low": low, "high": 0.6 - low})
 
 
-RESULTS = [
-    result("red, round", 0, 0.8),
-    result("red, round", 1, 0.9),
-    result("b", 0, 0.6),
-    result("b", 1, 0.6),
-]
+AUROCS = [("red, round", 0, 0.8), ("red, round", 1, 0.9), ("b", 0, 0.6), ("b", 1, 0.6)]
+RESULTS = [result(*each) for each in AUROCS]
 FOUND = {"red, round": simple(0.2, kNN=0.5), "b": simple(-0.1, kNN=0.5)}
 
 

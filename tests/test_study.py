@@ -36,9 +36,3 @@ def test_a_changed_flow_sees_something_else():
     z, log_det = study.Changed(flow, lambda each, _: each.roll(1, 0))(tokens, [seen])
     assert torch.equal(z, flow(tokens, [seen.roll(1, 0)])[0]) and log_det.shape == (3,)
     assert not torch.equal(z, flow(tokens, [seen])[0])
-
-
-def test_patches_of_normal_images_stand_for_those_that_are_scored():
-    change, trained_on = study.of_normal_images(), torch.randn(2, 4, 8)
-    assert change(trained_on, True) is trained_on
-    assert torch.equal(change(torch.randn(3, 4, 8), False), trained_on[[0, 1, 0]])
