@@ -69,5 +69,5 @@ def test_own_folders_hold_some_out():
     assert knobs.held_share(None, "mvtec") == 0
     assert knobs.held_share(0.0, "folder") == 0 and knobs.held_share(0.2, "folder") == 0.2
     joined = knobs.make_config({"dataset": "folder", **JOINED, "holdout": None})
-    with pytest.raises(UserError, match="set holdout"):
+    with pytest.raises(UserError, match="holdout"):
         dataclasses.replace(joined, dataset="mvtec")
