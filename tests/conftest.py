@@ -203,12 +203,8 @@ def make_cache(
     store = Store(folder)
     store.begin(meta | fields)
     for split, hashes in listed.hashes.items():
-        write_shard(
-            folder,
-            store.of,
-            hashes,
-            {name: splits[split].astype(np.float16) for name, splits in arrays.items()},
-        )
+        rows = {name: splits[split].astype(np.float16) for name, splits in arrays.items()}
+        write_shard(folder, store.of, hashes, rows)
     store.look()
     return feature_cache.FeatureCache(store, listed)
 

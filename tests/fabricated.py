@@ -51,30 +51,27 @@ def fabricate(folder, signal: float = 2.0) -> FeatureCache:
 
 def settings(**more) -> Config:
     """A small flow that learns in a moment."""
-    return Config(
-        **{
-            "fusion": "class_attention",
-            "n_coupling_blocks": 2,
-            "fc_internal": 24,
-            "lr_init": 1e-3,
-            "batch_size": 8,
-            "threads": 1,
-            "extractor": "resnet18",
-            "weights_path": "random",
-            **more,
-        }
-    )
+    small = {
+        "fusion": "class_attention", "n_coupling_blocks": 2, "fc_internal": 24, "lr_init": 1e-3,
+        "batch_size": 8, "threads": 1, "extractor": "resnet18", "weights_path": "random",
+    }  # fmt: skip
+    return Config(**(small | more))
+
+
+def small_run(**more) -> Config:
+    """From image files to a fit in a moment: an untrained backbone at 64 pixels, a narrow flow."""
+    small = {
+        "dataset": "folder", "extractor": "resnet10t", "weights_path": "random", "img_size": (64, 64),
+        "precision": "float32", "workers": 0, "threads": 1, "device": "cpu",
+        "fc_internal": 16, "n_coupling_blocks": 1,
+    }  # fmt: skip
+    return Config(**(small | more))
 
 
 JOINED = {  # as the preset accurate puts the method together
-    "score": "joined",
-    "fusion": "bands",
-    "bands": True,
-    "places": 3,
-    "identity_start": True,
-    "least_steps": 20,
-    "holdout": 0.2,
-}
+    "score": "joined", "fusion": "bands", "bands": True, "places": 3, "identity_start": True,
+    "least_steps": 20, "holdout": 0.2,
+}  # fmt: skip
 EVERY_SCORE = [*({"score": name} for name in knobs.SCORES[:2]), JOINED]
 by_score = pytest.mark.parametrize("options", EVERY_SCORE, ids=lambda options: options["score"])
 

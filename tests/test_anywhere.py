@@ -1,5 +1,5 @@
 """The lines of the README's notebook example work from a folder that has modules of the same names, and in
-several processes; a script that a notebook runs leaves it alive."""
+several processes; scripts and notebooks are asked to end."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, texture, write_image
-from fabricated import settings
+from fabricated import small_run
 
 import train
 
@@ -53,8 +53,7 @@ def test_a_notebook_and_its_pool_beside_modules_of_the_same_names(tmp_path):
     for name in ("utils", "config", "model", "datasets", "detector"):
         (folder / f"{name}.py").write_text("MINE = True\n")
     with contextlib.chdir(folder):
-        options = {"dataset": "folder", "dataset_path": "product", "extractor": "resnet10t", "holdout": 0.3}
-        train.main(settings(**options, img_size=(32, 32)))
+        train.main(small_run(dataset_path="product", holdout=0.3, img_size=(32, 32)))
     (folder / "script.py").write_text(NOTEBOOK)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "script.py"]
@@ -81,16 +80,29 @@ for _ in range(2):
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_asked_to_end(number):
-    command = [sys.executable, "-c", ENDING, str(int(number))]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert (ran.returncode, ran.stdout) == (128 + number, "") and ran.stderr == "interrupted: what is kept\n"
+NOTEBOOKS = "import builtins\nbuiltins.__IPYTHON__ = True\n"
+TOLD = "interrupted: what is kept\n"
 
 
-def test_a_notebook_outlives_what_is_interrupted():
-    """Again and again: its signals stay its own."""
-    code = "import builtins\nbuiltins.__IPYTHON__ = True\n" + ENDING
-    command = [sys.executable, "-c", code, str(int(signal.SIGINT))]
+@pytest.mark.parametrize(
+    "before, number, outcome",
+    [("", number, (128 + number, "", TOLD)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    + [(NOTEBOOKS, signal.SIGINT, (0, "alive\nalive\n", ""))],
+)
+def test_asked_to_end(before, number, outcome):
+    """A notebook outlives it, again and again: its signals stay its own."""
+    command = [sys.executable, "-c", before + ENDING, str(int(number))]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "alive\nalive\n", "")
+    assert (ran.returncode, ran.stdout, ran.stderr) == outcome
+
+
+def test_a_signal_while_modules_are_imported(tmp_path):
+    """A stub that takes its time stands in for NumPy."""
+    (tmp_path / "numpy.py").write_text("import time; print('importing', flush=True); time.sleep(60)\n")
+    command, pipes = [sys.executable, ROOT / "extractor.py"], {"stdout": -1, "stderr": -1, "text": True}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        running = subprocess.Popen(command, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, **pipes)
+        assert running.stdout.readline() == "importing\n"
+        running.send_signal(number)
+        _, errors = running.communicate(timeout=300)
+        assert (running.returncode, errors) == (-number, "")

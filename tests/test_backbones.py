@@ -10,10 +10,7 @@ SMALL = (
 ).split()
 
 
-@pytest.mark.parametrize(
-    "extractor, preset",
-    [("test_vit", "paper"), ("test_efficientnet", "accurate")],
-)
+@pytest.mark.parametrize("extractor, preset", [("test_vit", "paper"), ("test_efficientnet", "accurate")])
 def test_the_whole_course(run_script, tmp_path, extractor, preset):
     make_folder(tmp_path / "images", n_train=16, n_test=3)
     small = [*SMALL, *(["--places", 4] if preset == "accurate" else [])]

@@ -47,22 +47,6 @@ def test_checkpoint_gives_the_same_scores(cache, tmp_path, monkeypatch, options)
     assert checkpoints.config_of(content) == settings(**options)
 
 
-def test_checkpoint_without_weights(cache, tmp_path, monkeypatch):
-    """None of an older fit stay, either."""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="nothing"):
-        detector.load_detector(tmp_path / "nothing.json")
-    prepared = make(cache)
-    of_fit = cache.meta, prepared.detector, train(prepared)
-    record, weights = checkpoints.checkpoint_files(checkpoints.save_fitted(settings(), *of_fit))
-    assert weights.exists()
-    checkpoints.save_fitted(settings(keep="results"), *of_fit)
-    assert record.exists() and not weights.exists()
-    with pytest.raises(UserError, match="no weights were kept"):
-        detector.load_detector(record)
-
-
-# ---------------------------------------------------------------- what was changed, cut or made up
 @pytest.fixture(scope="module")
 def of_fit(cache):
     prepared = make(cache)
@@ -76,6 +60,19 @@ def kept(of_fit, tmp_path, monkeypatch):
     return checkpoints.checkpoint_files(checkpoints.save_fitted(settings(), *of_fit))
 
 
+def test_checkpoint_without_weights(kept, of_fit, tmp_path):
+    """None of an older fit stay, either."""
+    with pytest.raises(UserError, match="nothing"):
+        detector.load_detector(tmp_path / "nothing.json")
+    record, weights = kept
+    assert weights.exists()
+    checkpoints.save_fitted(settings(keep="results"), *of_fit)
+    assert record.exists() and not weights.exists()
+    with pytest.raises(UserError, match="no weights were kept"):
+        detector.load_detector(record)
+
+
+# ---------------------------------------------------------------- what was changed, cut or made up
 def refused(path) -> str:
     with pytest.raises(UserError) as mistake:
         detector.load_detector(path)
@@ -83,18 +80,17 @@ def refused(path) -> str:
     return str(mistake.value)
 
 
-def test_a_fit_of_other_formulas_is_refused(kept, monkeypatch):
-    monkeypatch.setattr(checkpoints, "SCORING", checkpoints.SCORING + 1)
-    assert "fitted by a version whose scores are others; train it again" in refused(kept[0])
-
-
-def test_an_edit_of_the_record_is_noticed(kept):
+def test_an_edit_of_the_record_is_noticed(kept, monkeypatch):
+    """And a fit of other formulas."""
     content = json.loads(kept[0].read_text())
     kept[0].write_text(json.dumps(content))  # the layout is no part of the checksum
     detector.load_detector(kept[0])
     content["test"]["scores"] = [0.0]
     kept[0].write_text(json.dumps(content))
     assert "checksum" in refused(kept[0])
+    reseal(kept)
+    monkeypatch.setattr(checkpoints, "SCORING", checkpoints.SCORING + 1)
+    assert "fitted by a version whose scores are others; train it again" in refused(kept[0])
 
 
 def test_weights_that_were_cut_or_exchanged(kept):
@@ -125,12 +121,9 @@ def test_weights_of_another_flow_are_refused(kept):
         assert "no weights of this version's detector" in refused(kept[0])
 
 
+NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 ANY_JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=5),
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=10,
 )

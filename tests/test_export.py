@@ -7,31 +7,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_folder
+from fabricated import JOINED, small_run
 from PIL import Image
 
 import export
 import train
 from backbone.resizing import resize_like_pillow
-from config import Config, UserError
+from config import UserError
 from detector import calibration
 from detector.picture_detector import PictureDetector
 
-RUN = {
-    "dataset": "folder", "class_name": "leaf", "extractor": "resnet10t", "weights_path": "random",
-    "img_size": (48, 48), "precision": "float32", "workers": 0, "threads": 1,
-    "fc_internal": 16, "n_coupling_blocks": 1, "device": "cpu", "holdout": 0.3,
-}  # fmt: skip
+RUN = {"class_name": "leaf", "img_size": (48, 48)}
 OPTIONS = {
-    "joined": {  # as the preset accurate puts the method together
-        "bands": True,
-        "places": 4,
-        "score": "joined",
-        "centre_pool": 0.1,
-        "fusion": "bands",
-        "least_steps": 20,
-        "identity_start": True,
-        "feature_path": "features/joined",
-    },
+    "joined": JOINED | {"places": 4, "centre_pool": 0.1, "feature_path": "features/joined"},
     "latent": {"precision": "bfloat16", "mirror": True},
 }
 
@@ -43,7 +31,7 @@ def fitted(tmp_path_factory):
     patch.chdir(folder)
     path = str(make_folder(folder / "images", n_train=20, n_test=4))
     for name, options in OPTIONS.items():
-        train.main(Config(**RUN | options, dataset_path=path, modelname=name))
+        train.main(small_run(**RUN | options | {"holdout": 0.3}, dataset_path=path, modelname=name))
     yield folder
     patch.undo()
 
@@ -104,13 +92,15 @@ def test_a_torch_file_is_the_detector_whose_p_values_rest_on_its_own_arithmetic(
     assert "warning" not in capsys.readouterr().err
     detector.calibrate(sorted(good.iterdir()))
     module = torch.export.load(path).module()
+    graphs = [each.graph for each in module.modules() if isinstance(each, torch.fx.GraphModule)]
+    operations = " ".join(str(node.target) for graph in graphs for node in graph.nodes)
+    assert "aten.linear" in operations and "mkldnn" not in operations, "nothing of this machine's alone"
     assert module.held_out.numpy() == pytest.approx(detector.held_out, rel=1e-6)
-    assert_equal(
-        fitted,
-        detector,
-        lambda images: [out.numpy() for out in module(torch.from_numpy(images))],
-        (48, 48),
-    )
+
+    def outputs_of(images):
+        return [out.numpy() for out in module(torch.from_numpy(images))]
+
+    assert_equal(fitted, detector, outputs_of, (48, 48))
 
 
 def test_file_that_says_something_else_is_refused():

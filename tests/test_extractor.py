@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from conftest import flip, make_folder, texture, write_image
+from fabricated import small_run
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -39,18 +40,7 @@ def job_of(config: Config) -> extraction.Extraction:
 
 def settings(name: str, size=None, **more) -> Config:
     """Untrained weights, float32, no worker processes."""
-    return Config(
-        **{
-            "extractor": name,
-            "img_size": size,
-            "weights_path": "random",
-            "precision": "float32",
-            "workers": 0,
-            "threads": 1,
-            "dataset": "folder",
-            **more,
-        }
-    )
+    return small_run(extractor=name, img_size=size, **more)
 
 
 TINY = {  # timm model -> (image size, grid, C, prefix tokens in timm's sequence; None for a map)
@@ -192,7 +182,7 @@ def mixed(tmp_path, monkeypatch):
 
 
 def small(folder, **more) -> Config:
-    return settings("resnet18", (32, 48), dataset_path=str(folder), device="cpu", **more)
+    return settings("resnet18", (32, 48), dataset_path=str(folder), **more)
 
 
 @pytest.mark.parametrize(

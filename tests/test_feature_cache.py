@@ -15,14 +15,11 @@ from datasets import OTHER, SPLITS, Labels, Split
 
 N, C = 3, 5
 SHAPES = {"tokens": (1 + N, C), "bands": (2,)}
-FIELDS = {"extractor": "tiny", "img_size": [32, 48], "norm_mean": [0.5, 0.5, 0.5], "token_grid": "full"}
-MADE = {
-    "shapes": {name: list(shape) for name, shape in SHAPES.items()},
-    "precision": "float32",
-    "weights_sha256": "abc",
-    "n_feat": C,
-    "grid": [1, N],
-}
+FIELDS = {
+    "extractor": "tiny", "img_size": [32, 48], "norm_mean": [0.5, 0.5, 0.5], "token_grid": "full",
+    "shapes": {name: list(shape) for name, shape in SHAPES.items()}, "precision": "float32",
+    "weights_sha256": "abc", "n_feat": C, "grid": [1, N],
+}  # fmt: skip
 LABELS = Labels(
     ("cat", "dög"),
     Split.of(["train/cat/1.png", *(f"train/dög/{i}.png" for i in range(6))], [0, 1, 1, 1, 1, 1, 1]),
@@ -43,9 +40,9 @@ def rows(images: list[str]) -> dict[str, np.ndarray]:
     return {name: np.array([row[name] for row in found]).reshape(-1, *SHAPES[name]) for name in SHAPES}
 
 
-def add(folder: Path, *images: str) -> None:
+def add(folder: Path, *images: str, **fields) -> None:
     found = Store(folder)
-    found.begin(FIELDS | MADE)
+    found.begin(FIELDS | fields)
     write_shard(folder, found.of, list(images), rows(list(images)))
 
 
@@ -104,10 +101,10 @@ def test_meta_follows_images_labels_and_features(folder, tmp_path):
     assert content_of(Split.of([f"x{i}" for i in range(7)], LABELS.train.category)) == content
     assert content_of(Split.of(LABELS.train.names, 1 - LABELS.train.category)) != content
     assert content_of(LABELS.train, IMAGES.hashes | {"train": IMAGES.hashes["train"][::-1]}) != content
-    other = Store(tmp_path / "third")
-    other.begin(FIELDS | MADE | {"weights_sha256": "other"})
-    write_shard(other.folder, other.of, IMAGES.all_hashes, rows(IMAGES.all_hashes))
-    assert cached(other.folder).meta["content"] != content
+    add(tmp_path / "third", *IMAGES.all_hashes, weights_sha256="other")
+    assert cached(tmp_path / "third").meta["content"] != content
+    with pytest.raises(UserError, match="third do not fit: weights_sha256 is other there, abc is wanted"):
+        add(tmp_path / "third", weights_sha256="abc")
 
 
 # ---------------------------------------------------------------- lists of images
@@ -119,14 +116,6 @@ def test_lists_are_kept(tmp_path):
     assert found.fingerprint() == IMAGES.fingerprint()
     flip(tmp_path / "x.json", 40)
     assert ImageList.read(tmp_path / "x.json") is None, "damaged: made anew"
-
-
-# ---------------------------------------------------------------- what does not fit
-def test_the_field_that_differs_is_named(folder):
-    with pytest.raises(
-        UserError, match=rf"{folder} do not fit: weights_sha256 is abc there, other is wanted"
-    ):
-        Store(folder).begin(FIELDS | MADE | {"weights_sha256": "other"})
 
 
 def test_a_store_of_this_format_reads_for_good():
@@ -154,7 +143,7 @@ def test_any_flipped_byte_is_found(folder, capsys):
             told = capsys.readouterr().out
             if path.name == store.IDENTITY:
                 assert not found.fields and not found.shards and "identity.json" in told
-                found.begin(FIELDS | MADE)
+                found.begin(FIELDS)
                 found.look()
                 assert len(found.shards) == 3, "the shards know what they are of"
             elif path.read_bytes() != before and (told or path.name != shards.RECORD):
@@ -167,7 +156,7 @@ def test_any_flipped_byte_is_found(folder, capsys):
 # ---------------------------------------------------------------- writing
 def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     found, images = Store(tmp_path / "store"), hashes_of("ab")
-    found.begin(FIELDS | MADE)
+    found.begin(FIELDS)
     good = rows(images)
     broken = good["tokens"].copy()
     broken[1, 2, 3] = np.inf

@@ -149,13 +149,6 @@ def test_coupling_refuses_wrong_sizes(dims_in, dims_c):
         model.FusedCoupling(dims_in, dims_c, seed=0, make_subnet=None, clamp=3.0)
 
 
-@pytest.mark.parametrize("grid, fusion", [((5, 8), "spectral"), ((6, 6), "fourier")])
-def test_build_flow_refuses_wrong_sizes(grid, fusion):
-    """Fewer than 6 rows, and a fusion that is not there."""
-    with pytest.raises(ValueError):
-        make_flow(64, grid, fusion=fusion)
-
-
 # ---------------------------------------------------------------- likelihood and scores
 def test_loss_and_likelihood_by_hand():
     z, log_det = torch.tensor([[1.0, 2.0], [0.0, -4.0]]), torch.tensor([0.5, -1.0])

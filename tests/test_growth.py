@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_folder, texture, write_image
+from fabricated import small_run
 
 import datasets
 import extractor
@@ -25,11 +26,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def settings(**more) -> Config:
-    options = {
-        "dataset": "folder", "dataset_path": "images", "extractor": "resnet10t", "img_size": (32, 32),
-        "weights_path": "random", "precision": "float32", "threads": 1, "device": "cpu",
-    }  # fmt: skip
-    return Config(**(options | more))
+    return small_run(**{"dataset_path": "images", "img_size": (32, 32)} | more)
 
 
 @pytest.fixture

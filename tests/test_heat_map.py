@@ -1,18 +1,19 @@
-"""Where is it: maps at the picture's size, AUPRO against a plain transcription, overlays on disk."""
+"""Where is it: maps in the picture's shape, AUPRO against a plain transcription, overlays on disk."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import texture, write_image
+from conftest import write_image
+from fabricated import JOINED, small_run
 from PIL import Image
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
 import main
 import predict
-from config import Config, UserError
+from config import UserError
 from detector import heat_map
 from detector.detector import PlaceFlow
 from detector.picture_detector import PictureDetector
@@ -53,22 +54,7 @@ def test_aupro_is_the_plain_one(levels, most_false):
     assert found["aupro"] == pytest.approx(plain_aupro(maps, masks, most_false), abs=1e-9)
     labels, values = (np.concatenate([each.ravel() for each in all_of]) for all_of in (masks, maps))
     assert found["pixel_auroc"] == pytest.approx(roc_auc_score(labels, values), abs=1e-9)
-
-
-def test_aupro_by_hand():
-    mask = np.zeros((10, 10), bool)
-    mask[:2, :2] = mask[7:, 7:] = True
-
-    def aupro(values, mask):
-        return heat_map.localisation([values], [mask])["aupro"]
-
-    assert aupro(mask.astype(float), mask) == pytest.approx(1)
-    assert aupro(np.zeros((10, 10)), mask) == pytest.approx(0.15), "chance: half of 0.3"
-    one = mask.copy()
-    one[7:, 7:] = False  # one region of two is found, whatever its size
-    assert aupro(one.astype(float), mask) == pytest.approx(0.5 + 0.5 * 0.15)
-    found = heat_map.localisation([np.zeros((4, 4))], [np.zeros((4, 4), bool)])
-    assert np.isnan(list(found.values())).all()
+    assert np.isnan(list(heat_map.localisation(maps[-1:], masks[-1:]).values())).all(), "no defect at all"
 
 
 def test_map_of_places_keeps_its_places():
@@ -87,31 +73,38 @@ def test_overlay():
 
 
 # ---------------------------------------------------------------- of a run
-CONFIG = Config(
-    dataset="mvtec", dataset_path="set", extractor="resnet10t", weights_path="random",
-    img_size=(64, 64), precision="float32", threads=1, fc_internal=16, workers=0,
-    n_coupling_blocks=1, fusion="none", bands=True, places=6, score="joined", least_steps=20,
-    holdout=0.2, device="cpu", modelname="heat", keep="weights",
-)  # fmt: skip
 GOOD = "set/belt/test/good/0.png"
+SIZE = (100, 250)  # of the pictures: resnet10t, made for 176 x 176, takes 96 x 288 of them
+
+
+def surface(generator: np.random.RandomState) -> np.ndarray:
+    stripes = 100 + 60 * np.sin(np.arange(SIZE[1]) / 4 + generator.uniform(0, 6))
+    return (stripes[None, :, None] + generator.normal(0, 8, (*SIZE, 3))).clip(0, 255).astype(np.uint8)
+
+
+def spoilt(pixels: np.ndarray) -> np.ndarray:
+    """With a defect at the upper right."""
+    pixels = pixels.copy()
+    pixels[8:28, 200:225] = np.random.RandomState(1).randint(0, 256, (20, 25, 3))
+    return pixels
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A surface with defects, their masks, and a run on it whose score reads places."""
+    """A long surface with defects, their masks, and a run on it, in its shape, whose score reads places."""
     patch = pytest.MonkeyPatch()
     patch.chdir(tmp_path_factory.mktemp("heat"))
     generator, belt = np.random.RandomState(0), Path("set/belt")
-    mask = np.zeros((64, 64), np.uint8)
-    mask[8:24, 40:56] = 255
+    mask = np.zeros(SIZE, np.uint8)
+    mask[8:28, 200:225] = 255
     for i in range(20):
-        write_image(belt / f"train/good/{i:02d}.png", texture(0, generator, 64))
+        write_image(belt / f"train/good/{i:02d}.png", surface(generator))
     for i in range(3):
-        good, bad = (texture(0, generator, 64) for _ in range(2))
-        bad[mask > 0] = generator.randint(0, 256, (256, 3))
-        for place, pixels in (("test/good", good), ("test/spot", bad), ("ground_truth/spot", mask)):
-            write_image(belt / place / (f"{i}_mask.png" if pixels is mask else f"{i}.png"), pixels)
-    main.main(CONFIG)
+        write_image(belt / f"test/good/{i}.png", surface(generator))
+        write_image(belt / f"test/spot/{i}.png", spoilt(surface(generator)))
+        write_image(belt / f"ground_truth/spot/{i}_mask.png", mask)
+    options = JOINED | {"fusion": "none", "places": 6, "img_size": "auto", "keep": "weights"}
+    main.main(small_run(dataset="mvtec", dataset_path="set", modelname="heat", **options))
     yield
     patch.undo()
 
@@ -125,14 +118,13 @@ def test_run_says_where_the_defects_are(run):
 @pytest.mark.slow
 def test_heat_map_of_a_picture(run, tmp_path):
     loaded = PictureDetector.load("runs/heat/classes/belt-seed0", "cpu", 1)
-    assert loaded.fitted.uses_places
+    assert loaded.fitted.uses_places and loaded.backbone.job.img_size == (96, 288)
     picture = np.asarray(Image.open(GOOD).convert("RGB"))
     values = loaded.heat_map(GOOD)
     assert values.shape == picture.shape[:2] and np.array_equal(values, loaded.heat_map(picture))
-    spoilt = picture.copy()
-    spoilt[:16, -16:] = np.random.RandomState(0).randint(0, 256, (16, 16, 3))
-    grown = loaded.heat_map(spoilt) - values
-    assert grown[:16, -16:].mean() > 3 * abs(grown[32:, :32].mean())
+    grown = loaded.heat_map(spoilt(picture)) - values
+    row, column = np.unravel_index(grown.argmax(), grown.shape)
+    assert abs(row - 18) < 20 and abs(column - 212) < 25
     asked = ["runs/heat", GOOD, GOOD, "--heat_maps", str(tmp_path), "--threads", "1"]
     for _ in range(2):  # the second run's take the place of the first's
         assert predict.main(predict.parse_arguments(asked)) == 0

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_folder, script
+from fabricated import small_run
 
 import config as knobs
 import main
-from config import Config, UserError, make_config
+from config import Config
 
 pytestmark = pytest.mark.slow
 
@@ -17,12 +18,11 @@ pytestmark = pytest.mark.slow
 def whole(folder, **more) -> Config:
     """From images to results: EfficientNet-Lite0 with its own weights at 64 pixels."""
     given = {
-        "modelname": "run", "dataset": "folder", "dataset_path": str(folder), "keep": "weights",
-        "extractor": "efficientnet_lite0", "img_size": (64, 64), "precision": "float32", "workers": 0,
-        "fc_internal": 32, "n_coupling_blocks": 2, "normalize": "power_l2+whiten", "lr_init": 1e-3,
-        "batch_size": 8, "meta_epochs": 3, "threads": 1,
+        "modelname": "run", "dataset_path": str(folder), "keep": "weights", "weights_path": None,
+        "extractor": "efficientnet_lite0", "fc_internal": 32, "n_coupling_blocks": 2,
+        "normalize": "power_l2+whiten", "lr_init": 1e-3, "batch_size": 8, "meta_epochs": 3,
     }  # fmt: skip
-    return make_config(given | more)
+    return small_run(**given | more)
 
 
 UNTRAINED = {"extractor": "test_resnet", "weights_path": "random", "normalize": "power_l2", "fc_internal": 8}
@@ -58,15 +58,6 @@ def again(run_folder, texture_folder, tmp_path, monkeypatch):
         return results_of()
 
     return go
-
-
-def test_a_fusion_that_does_not_go_with_the_grid_is_refused_before_extraction(
-    texture_folder, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="grid of at least 6x6, got 2x2"):
-        main.main(whole(texture_folder, fusion="spectral", class_name="leaf"))
-    assert not Path("features").exists()
 
 
 def test_main_detects_and_says_so(run_folder):

@@ -8,7 +8,7 @@ from conftest import ROOT
 from fabricated import JOINED, make, settings
 
 import utils
-from config import Config, UserError
+from config import UserError
 from detector import memory
 from shell import signals
 
@@ -51,15 +51,3 @@ def test_what_a_container_caches_of_files_is_free(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.stat").write_text("anon 300000\nfile 600000\nkernel 7\n")
     assert utils.available_memory() == 700_000
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("threads", 10**4), ("window", 10**9), ("n_coupling_blocks", 10**9), ("batch_size", 10**20),
-        ("img_size", (10**5, 8)), ("centre_pool", 1e-320), ("clamp", 1e300), ("token_grid", "9" * 5000),
-    ],
-)  # fmt: skip
-def test_ranges(name, value):
-    with pytest.raises(UserError, match=name):
-        Config(**{name: value})

@@ -7,23 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import texture, write_image
+from fabricated import JOINED, small_run
 
 import config as knobs
 import main
 import train
-from config import Config, UserError
+from config import UserError
 from detector import calibration
 from detector.picture_detector import PictureDetector
 
-RUN = {
-    "dataset": "folder", "dataset_path": "good", "extractor": "resnet10t", "weights_path": "random",
-    "img_size": (64, 64), "precision": "float32", "workers": 0, "threads": 1,
-    "fc_internal": 16, "n_coupling_blocks": 2, "fusion": "class_attention", "device": "cpu", "holdout": 0.1,
-}  # fmt: skip
-JOINED = {
-    "bands": True, "score": "joined", "baselines": True, "fusion": "bands", "identity_start": True,
-    "centre_pool": 0.1, "places": 4, "least_steps": 20,
-}  # fmt: skip
+ACCURATE = JOINED | {"baselines": True, "centre_pool": 0.1, "places": 4, "holdout": 0.1}
 
 
 @pytest.fixture
@@ -41,7 +34,7 @@ def record(name: str = "foad_mfff") -> dict:
 
 
 def test_main_on_good_pictures_alone(good, capsys):
-    main.main(Config(**RUN | JOINED))
+    main.main(small_run(dataset_path="good", n_coupling_blocks=2, **ACCURATE))
     said, result, held = capsys.readouterr().out, record()["result"], record()["held_out_scores"]
     assert len(held) == 6, "as many as 5 % needs are not there: a fifth is held out"
     assert result["auroc"] is None and result["n_test"] == 0 and result["n_train"] == 24
@@ -57,15 +50,16 @@ def test_main_on_good_pictures_alone(good, capsys):
 
 def test_rate_that_the_pictures_support(good, capsys):
     """And features are enough for a class of one's own: the pictures need not be there any more."""
-    train.main(Config(**RUN, score="likelihood", modelname="few"))
+    options = {"dataset_path": "good", "fusion": "class_attention", "score": "likelihood", "holdout": 0.1}
+    train.main(small_run(**options, modelname="few"))
     held, said = np.array(record("few")["held_out_scores"]), capsys.readouterr().out
     assert "no test images" in said and "nan" not in said
     assert str(calibration.threshold(held, 0.05)) in said and "warning: a false-alarm rate" in said
-    train.main(Config(**RUN, score="likelihood", false_alarms=0.2))
+    train.main(small_run(**options, false_alarms=0.2))
     assert "warning" not in capsys.readouterr().out
     assert len(record()["held_out_scores"]) == 4, "a fifth needs four"
     (good / "good").rename(good / "away")
-    train.main(Config(**RUN, score="likelihood", false_alarms=0.2, modelname="unseen", pretrained=True))
+    train.main(small_run(**options, false_alarms=0.2, modelname="unseen", pretrained=True))
     assert record("unseen")["held_out_scores"] == record()["held_out_scores"]
 
 
@@ -74,6 +68,6 @@ def test_own_folders_hold_some_out():
     assert knobs.held_share(None, "folder") == knobs.held_share(None, "csv") == 0.1
     assert knobs.held_share(None, "mvtec") == 0
     assert knobs.held_share(0.0, "folder") == 0 and knobs.held_share(0.2, "folder") == 0.2
-    joined = knobs.make_config({"dataset": "folder", **JOINED})
+    joined = knobs.make_config({"dataset": "folder", **JOINED, "holdout": None})
     with pytest.raises(UserError, match="holdout"):
         dataclasses.replace(joined, dataset="mvtec")

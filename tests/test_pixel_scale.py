@@ -4,18 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fabricated import small_run
 from PIL import Image
 
 import extractor
 import train
-from config import Config
 from detector.picture_detector import PictureDetector
-
-RUN = {
-    "dataset": "folder", "extractor": "resnet10t", "threads": 1, "weights_path": "random",
-    "img_size": (64, 64), "precision": "float32", "workers": 0, "device": "cpu", "fc_internal": 8,
-    "n_coupling_blocks": 1, "fusion": "none", "holdout": 0.2,
-}  # fmt: skip
 
 
 def save(path: Path, gray: np.ndarray, bits: int) -> None:
@@ -28,8 +22,8 @@ def test_a_data_set_and_its_detector_keep_the_scale_of_the_training_pictures(tmp
     """Twelve dark pictures in 8 and 12 bits. A single darker one, a file of another number of bits: none is
     stretched. What exceeds the scale, also in the folder later, is clipped and counted."""
     monkeypatch.chdir(tmp_path)
-    configs = {bits: Config(**RUN, dataset_path=f"of{bits}", modelname=f"of{bits}") for bits in (8, 12)}
-    scores = []
+    options, scores = {"fusion": "none", "holdout": 0.2}, []
+    configs = {n: small_run(**options, dataset_path=f"of{n}", modelname=f"of{n}") for n in (8, 12)}
     for bits, config in configs.items():
         Path(config.dataset_path).mkdir()
         generator = np.random.RandomState(0)

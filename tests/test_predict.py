@@ -17,14 +17,15 @@ import pytest
 import timm
 import torch
 from browser import FAULTS, in_browser
-from conftest import script, tree, write_image
+from conftest import script, write_image
+from fabricated import small_run
 from PIL import Image
 from safetensors.torch import save_file
 
 import main
 import predict
 import train
-from config import Config, UserError
+from config import UserError
 from detector.checkpoints import find_checkpoints
 from detector.picture_detector import PictureDetector
 from images import watch
@@ -35,11 +36,7 @@ from shell.signals import guarded
 pytestmark = pytest.mark.slow
 
 
-RUN = {
-    "dataset": "folder", "dataset_path": "images", "extractor": "test_resnet", "weights_path": "random",
-    "img_size": (64, 64), "precision": "float32", "workers": 0, "threads": 1,
-    "fc_internal": 16, "device": "cpu",
-}  # fmt: skip
+RUN = {"dataset_path": "images", "extractor": "test_resnet"}
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +54,8 @@ def fitted(tmp_path_factory):
             ("plain", {"holdout": 0.0, "score": "likelihood"}),
             ("joined", {"holdout": 0.3, "bands": True, "score": "joined", "places": 4, "least_steps": 9}),
         ):
-            train.main(Config(**RUN, class_name="a", modelname=name, **options))
-        main.main(Config(**RUN, class_name="a,b", modelname="two", holdout=0.3, keep="weights"))
+            train.main(small_run(**RUN, class_name="a", modelname=name, **options))
+        main.main(small_run(**RUN, class_name="a,b", modelname="two", holdout=0.3, keep="weights"))
     return folder
 
 
@@ -272,10 +269,14 @@ def test_page_of_verdicts(here, capsys, tmp_path):
 
 
 MISTAKES = [
+    "held/classes/a-seed0 images --class_name a", "held/classes/a-seed0 images --seed 0",
     "held/classes/b-seed0 images", "held/classes/a-seed0 nowhere", "held images --class_name zebra",
     "held images --seed 7", "held images --false_alarms 2", "held images --calibrate nowhere",
     f"held {TESTED[0]} --heat_maps {TESTED[1]}", "../images images", "held --watch nowhere",
     "held --watch images --page x.html", "two images --calibrate images/test/a",
+    # maps that would take the place of pictures, or be scored as pictures the next time
+    "held images/test --heat_maps images/test/maps", f"held {TESTED[0]} --heat_maps images/test/a",
+    "held images/test/a/*.png --heat_maps images/test/a",
 ]  # fmt: skip
 
 
@@ -293,20 +294,7 @@ def test_classes_of_any_name_can_be_named(tmp_path):
         write_text(tmp_path / "classes" / f"{file_name(name)}-seed0.json", "{}")
     found = find_checkpoints(tmp_path, "a\\,b,-odd\tname", None)
     assert [path.name for path in found] == ["a,b-seed0.json", f"{file_name(names[2])}-seed0.json"]
-    assert len(find_checkpoints(tmp_path, None, None)) == 3
-    assert len(find_checkpoints(tmp_path, "all", None)) == 3
-    for chosen in (("plain", None), (None, 0)):
-        with pytest.raises(UserError, match="is one class and seed already"):
-            find_checkpoints(tmp_path / "classes/plain-seed0", *chosen)
-
-
-def test_heat_maps_do_not_come_among_the_pictures(tmp_path, monkeypatch):
-    """They would take the place of some, or be scored as pictures the next time."""
-    monkeypatch.chdir(tmp_path)
-    tree(Path(), "shots/a.png", "b.png")
-    for searched, folder in (("shots", "shots/maps"), ("b.png", "."), ("shots/*.png", "shots")):
-        with pytest.raises(UserError, match="expected a folder apart from the pictures in"):
-            predict.main(predict.parse_arguments(["runs/x", searched, "--heat_maps", folder]))
+    assert len(find_checkpoints(tmp_path, None, None)) == len(find_checkpoints(tmp_path, "all", None)) == 3
 
 
 def test_a_second_watch_adds_to_the_table(tmp_path):
@@ -337,7 +325,7 @@ def test_a_weights_file_is_found_by_its_hash_wherever_it_lies(here, tmp_path, mo
         torch.manual_seed(seed)
         save_file(timm.create_model(name).state_dict(), path)
     options = {"extractor": name, "weights_path": str(kept), "img_size": (32, 32), "class_name": "a"}
-    train.main(Config(**RUN | options, modelname="file", holdout=0.3))
+    train.main(small_run(**RUN | options, modelname="file", holdout=0.3))
     checkpoint = Path("runs/file/classes/a-seed0")
 
     def score(weights=None, path=checkpoint):

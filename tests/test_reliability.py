@@ -1,12 +1,9 @@
-"""A whole run on a cluster, and scripts that are asked to end before they have begun."""
+"""A whole run on a cluster."""
 
 import csv
-import signal
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, make_folder, script
+from conftest import make_folder, script
 
 SMALL = (
     "--dataset folder --dataset_path images --extractor test_resnet --weights_path random --img_size 32 "
@@ -26,15 +23,3 @@ def test_a_cluster_comes_to_the_table_of_one_process(cluster, tmp_path):
         lines = csv.DictReader((tmp_path / f"runs/{name}/results.csv").read_text().splitlines())
         tables.append([line | {"seconds": "", "run": ""} for line in lines])
     assert tables[0] == tables[1] and len(tables[0]) > 3
-
-
-def test_a_signal_while_modules_are_imported(tmp_path):
-    """A stub that takes its time stands in for NumPy."""
-    (tmp_path / "numpy.py").write_text("import time; print('importing', flush=True); time.sleep(60)\n")
-    command, pipes = [sys.executable, ROOT / "extractor.py"], {"stdout": -1, "stderr": -1, "text": True}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        running = subprocess.Popen(command, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, **pipes)
-        assert running.stdout.readline() == "importing\n"
-        running.send_signal(number)
-        _, errors = running.communicate(timeout=300)
-        assert (running.returncode, errors) == (-number, "")

@@ -41,12 +41,8 @@ def simple(low: float = 0.2, **aurocs: float) -> report.Found:
     return report.Found(metrics, {"difference": 0.3, "low": low, "high": 0.6 - low})
 
 
-RESULTS = [
-    result("red, round", 0, 0.8),
-    result("red, round", 1, 0.9),
-    result("b", 0, 0.6),
-    result("b", 1, 0.6),
-]
+AUROCS = [("red, round", 0, 0.8), ("red, round", 1, 0.9), ("b", 0, 0.6), ("b", 1, 0.6)]
+RESULTS = [result(*each) for each in AUROCS]
 FOUND = {"red, round": simple(0.2, kNN=0.5), "b": simple(-0.1, kNN=0.5)}
 
 
@@ -71,7 +67,7 @@ def test_margin_is_that_over_the_best_simple_detector():
     generator = np.random.RandomState(0)
     labels = np.arange(40) % 2
     flow, good, bad = (generator.randn(40) + signal * labels for signal in (2.0, 1.0, 0.0))
-    record, empty = record_of(labels, flow), datasets.Split.of([str(i) for i in range(40)], np.zeros(40))
+    record, empty = record_of(labels, flow), datasets.Split.of([str(i) for i in range(40)], [0] * 40)
     cache = types.SimpleNamespace(labels=datasets.Labels((), empty, empty))
     assert findings.of_class(cache, None, findings.Left("cat", [record])) == report.Found()
     record.simple_scores = {"bad": bad, "good": good}

@@ -207,16 +207,6 @@ def test_one_writer(run):
     assert ".writer" not in str(os.listdir("runs/run"))
 
 
-def test_nothing_stays_of_a_run_that_did_not_begin(run, tmp_path, monkeypatch):
-    def mistaken(*_, **__):
-        raise UserError("no images")
-
-    monkeypatch.setattr(main.extractor, "ensure_features", mistaken)
-    with pytest.raises(UserError, match="no images"):
-        run()
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("place", ["runs", "runs/run/classes"])
 def test_a_folder_that_cannot_be_written(run, tmp_path, place):
     """It is found before anything is read or trained. (A file in its way: root may write everywhere.)"""

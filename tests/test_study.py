@@ -27,12 +27,6 @@ def test_differences_are_to_the_first_row_of_the_same_score():
     assert found["b: places"] == ["0.8500 ± 0.0707", f"+0.1500 ± {half:.4f}"]
 
 
-def test_only_what_is_kept_is_seen():
-    seen = torch.arange(12.0).view(1, 3, 4) + 1
-    kept = study.only(0, 2)(seen, False)
-    assert torch.equal(kept[:, [0, 2]], seen[:, [0, 2]]) and not kept[:, 1].any()
-
-
 def test_a_changed_flow_sees_something_else():
     flow = model.build_flow(
         8, (2, 2), n_tokens=4, n_blocks=2, hidden=4, clamp=3.0, fusion="hilo",
@@ -42,9 +36,3 @@ def test_a_changed_flow_sees_something_else():
     z, log_det = study.Changed(flow, lambda each, _: each.roll(1, 0))(tokens, [seen])
     assert torch.equal(z, flow(tokens, [seen.roll(1, 0)])[0]) and log_det.shape == (3,)
     assert not torch.equal(z, flow(tokens, [seen])[0])
-
-
-def test_patches_of_normal_images_stand_for_those_that_are_scored():
-    change, trained_on = study.of_normal_images(), torch.randn(2, 4, 8)
-    assert change(trained_on, True) is trained_on
-    assert torch.equal(change(torch.randn(3, 4, 8), False), trained_on[[0, 1, 0]])

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import texture, tree, write_image
+from fabricated import JOINED, small_run
 
 import datasets
 import export
@@ -63,14 +64,6 @@ def test_tiles_of_a_set_are_its_images(tmp_path):
         datasets.images_of(Config(dataset="folder", dataset_path=str(tmp_path / "tested"), tiles=64))
 
 
-RUN = {
-    "dataset": "folder", "dataset_path": "good", "extractor": "resnet18", "weights_path": "random",
-    "tiles": 64, "img_size": (64, 64), "fc_internal": 16, "fusion": "none", "holdout": 0.3, "device": "cpu",
-    "threads": 1, "workers": 0, "bands": True, "places": 6, "score": "joined", "least_steps": 20,
-    "identity_start": True, "modelname": "tiles",
-}  # fmt: skip
-
-
 @pytest.mark.slow
 def test_a_detector_of_tiles(tmp_path, monkeypatch):
     """Held-out scores are those of whole pictures, each that of its worst tile, as a new picture is scored,
@@ -79,7 +72,8 @@ def test_a_detector_of_tiles(tmp_path, monkeypatch):
     for i in range(12):
         write_image(tmp_path / "good" / f"{i}.png", texture(0, generator, 128)[:96])
     monkeypatch.chdir(tmp_path)
-    train.main(Config(**RUN))
+    options = JOINED | {"fusion": "none", "places": 6, "holdout": 0.3}
+    train.main(small_run(dataset_path="good", extractor="resnet18", tiles=64, modelname="tiles", **options))
     path = Path("runs/tiles/classes/good-seed0")
     loaded, record = PictureDetector.load(path, "cpu", 1), json.loads(Path(f"{path}.json").read_text())
     assert record["result"]["n_train"] == 8 * 6 and record["result"]["n_held_out"] == 4 * 6

@@ -74,20 +74,6 @@ def test_a_picture_that_changes_while_it_is_read(arrivals, clock):
     assert arrivals.settles(path) and looked(arrivals, clock) == []
 
 
-def test_what_cannot_be_read_is_tried_again_for_a_while(arrivals, clock):
-    path = arrivals.folder / "a.png"
-    for _ in range(3):
-        assert looked(arrivals, clock) == ["a.png"] and not arrivals.settles(path, unreadable=True)
-    path.write_bytes(b"more, but not all")
-    looked(arrivals, clock)
-    clock[0] += watch.PATIENCE - watch.SETTLED - 1
-    assert looked(arrivals, clock) == ["a.png"] and not arrivals.settles(path, unreadable=True), (
-        "it has changed since"
-    )
-    assert looked(arrivals, clock) == ["a.png"] and arrivals.settles(path, unreadable=True)
-    assert looked(arrivals, clock) == [], "told once"
-
-
 def test_a_picture_or_a_folder_that_has_gone(arrivals, clock, capsys):
     folder = arrivals.folder
     assert looked(arrivals, clock) == ["a.png"]
