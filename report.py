@@ -55,7 +55,8 @@ def list_runs(root: Path) -> str:
             about = [str(run.config[knob]) for knob in ("dataset", "extractor", "preset")]
             about += [",".join(map(str, run.seeds)), number(run.mean["auroc"])]
         except UserError:
-            about = ["unfinished", "", "", "", ""]
+            finished = (folder / "results.json").exists()
+            about = ["another version" if finished else "unfinished", "", "", "", ""]
         date = datetime.date.fromtimestamp(folder.stat().st_mtime)
         rows.append([folder.relative_to(root).as_posix(), *(shorten(word, 18) for word in about), str(date)])
     return as_text(["run", "data set", "backbone", "preset", "seeds", "AUROC", "date"], rows)

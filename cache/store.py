@@ -101,15 +101,17 @@ class Store:
             self.fields = {}
 
     def keep_only(self, images: set[str]) -> None:
-        """Drop the rows that are not of these images; a shard that keeps some of its rows is written anew."""
-        gone = list(self.damaged)
+        """Keep one row of each of these images; a shard that keeps some of its rows is written anew."""
+        gone, images = list(self.damaged), set(images)
         for shard in self.shards:
             rows = [i for i, image in enumerate(shard.images) if image in images]
             if len(rows) < len(shard.images):
                 gone.append(shard.folder)
-                if rows and not shard.damage(thorough=True):
-                    arrays = {name: np.load(file.path)[rows] for name, file in shard.files.items()}
-                    write_shard(self.folder, self.of, [shard.images[i] for i in rows], arrays)
+                if not rows or shard.damage(thorough=True):
+                    continue
+                arrays = {name: np.load(file.path)[rows] for name, file in shard.files.items()}
+                write_shard(self.folder, self.of, [shard.images[i] for i in rows], arrays)
+            images.difference_update(shard.images)  # which two processes may have written
         self.sweep()
         self.remove(gone)
 

@@ -232,7 +232,7 @@ def measured(files: Sequence[Path]) -> dict[str, list[float]]:
     for i in np.linspace(0, len(files) - 1, min(MEASURED, len(files))).astype(int):
         with contextlib.suppress(UserError), opened(files[i]) as image:  # told when its turn comes
             bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
-            if (values := wide_values(image)) is not None:
+            if (values := wide_values(image)) is not None and np.isfinite(values).all():
                 least, most = extremes.get(kind_of(values), (0, 2**bits - 1 if bits < 16 else 0))
                 extremes[kind_of(values)] = min(least, values.min()), max(most, values.max())
     ranges = {kind: range_for(float(least), float(most), kind) for kind, (least, most) in extremes.items()}

@@ -25,7 +25,8 @@ def whole_file(path: Path) -> Iterator[Path]:
             sync(partial)
         os.replace(partial, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a write to a full disk names none
+        if error.filename is None or str(partial) in str(error.filename):  # a full disk names none
+            error.filename = str(path)
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # where it is a folder

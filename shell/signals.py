@@ -66,7 +66,7 @@ def guarded(main, *arguments, told="no file is left half-written") -> None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, RuntimeError):  # it may be in a write
                 stream.flush()
-        os._exit(128 + asked.args[0])  # without waiting for threads that compute
+        os._exit(128 + (*asked.args, signal.SIGINT)[0])  # without waiting for threads that compute
 
 
 def stop(mistake):

@@ -55,7 +55,7 @@ def test_list_says_what_every_run_is(tmp_path):
     lines = lines_of(text := command.list_runs(tmp_path))
     assert max(map(len, text.splitlines())) <= 100
     assert lines["done"].split()[1:6] == ["digits", "efficientnet_lite0", "paper", "0", "1.0000"]
-    assert "unfinished" in lines["grid/begun"] and "unfinished" in lines["odd"]
+    assert "unfinished" in lines["grid/begun"] and "another version" in lines["odd"]
 
 
 def test_compare_pairs_each_class(tmp_path):

@@ -145,6 +145,7 @@ def test_a_folder_that_grows_keeps_its_size(folder, extracted):
 
 # ---------------------------------------------------------------- restart and prune
 def test_prune_drops_what_no_named_data_set_has(folder, extracted, capsys):
+    """And what two processes have written."""
     config = settings()
     extractor.main(config)
     shutil.copytree("images/train/a", "product")
@@ -163,6 +164,8 @@ def test_prune_drops_what_no_named_data_set_has(folder, extracted, capsys):
     with pytest.raises(UserError, match="unknown data set 'other'"):
         extractor.main(settings(prune=f"{name},other"))
     extracted.clear()
+    shard = next(Path("features").glob("resnet10t-*-full-*/*/tokens.npy")).parent
+    shutil.copytree(shard, shard.with_name("twice"))
     extractor.main(settings(prune=name))
     rows = [np.load(file).shape[0] for file in Path("features").glob("resnet10t-*-full-*/*/tokens.npy")]
     assert sum(rows) == 6

@@ -110,6 +110,12 @@ def test_the_scale_is_that_of_the_set_and_not_of_the_picture(tmp_path):
     assert signed[0].tolist() == [78, 128, 255], "as far below 0 as above"
 
 
+def test_a_picture_that_is_not_finite_decides_no_scale(tmp_path):
+    for name, value in (("a", np.inf), ("b", 0.5)):
+        Image.fromarray(np.full((4, 5), value, np.float32)).save(tmp_path / f"{name}.tif")
+    assert images.measured([tmp_path / "a.tif", tmp_path / "b.tif"]) == {"float": [0, 1]}
+
+
 def test_what_exceeds_the_scale_is_clipped_and_counted(tmp_path):
     _, scale = in_set(tmp_path, (GRAIN * 16).astype(np.uint16))
     later = saved(tmp_path / "later.png", np.array([[0, 4095, 4096, 65535]], np.uint16))

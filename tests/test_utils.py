@@ -39,7 +39,7 @@ def test_fpr95_takes_95_percent():
 
 # ---------------------------------------------------------------- files
 def test_whole_file(tmp_path):
-    """Not in place before the block ends, nor after an error."""
+    """Not in place before the block ends, nor after an error, which names the file that was asked for."""
     path = tmp_path / "new" / "file.txt"
     with whole_file(path) as partial:
         partial.write_text("content")
@@ -48,6 +48,9 @@ def test_whole_file(tmp_path):
         partial.write_text("half of the ne")
         raise RuntimeError
     assert path.read_text() == "content" and list(path.parent.iterdir()) == [path]
+    with pytest.raises(IsADirectoryError) as told:
+        write_json(tmp_path / "new", {})
+    assert told.value.filename == str(tmp_path / "new")
 
 
 def test_json_is_strict(tmp_path):
