@@ -94,7 +94,7 @@ class PictureDetector:
         pixels = self.pixels(picture)
         if not self.fitted.uses_places:
             raise UserError(f"no heat maps by {self.class_name}: {NO_PLACES}")
-        rows = next(iter(self.backbone.rows([pixels])))
+        (rows,) = self.backbone.rows([pixels])
         assert not isinstance(rows, Unreadable), "pixels can be read"
         values, grid = self.fitted.place_map(Features.of(rows).places), place_grid_of(self.backbone.features)
         tiles = tiles_of(pixels.shape[:2], self.backbone.tiles)

@@ -74,7 +74,8 @@ def rows_arriving(
     print(f"watching {arrivals.folder}; Ctrl-C ends", file=sys.stderr, flush=True)
     while True:
         files = arrivals.ready()
-        for path, part in zip(files, rows_of(detectors, files)):
+        # the rows first: they are asked for their end, too, and no signal falls into their disposal
+        for part, path in zip(rows_of(detectors, files), files):
             if arrivals.settles(path, unreadable=isinstance(part, Unreadable)):
                 yield part
         time.sleep(watch.INTERVAL)

@@ -111,6 +111,7 @@ RESULTS = {  # the same of results/README.md, whose rows have one backbone
     "kNN, semantic token": ("suite", "kNN, power + L2"),
     "PatchCore-like, places": ("suite", "PatchCore-like, places"),
     "PaDiM-like, places": ("suite", "PaDiM-like, places"),
+    "PaDiM-like or kNN, by spread": ("suite", "PaDiM-like or kNN, by spread"),
 }
 
 
@@ -157,3 +158,16 @@ def test_results_have_the_figures_of_their_tables():
     assert len(rows) == len(RESULTS) + 1  # and the best baseline of each class
     for title, (table, detector) in RESULTS.items():
         check_row(rows[(title,)], table, detector)
+
+
+def test_every_claim_has_its_figures_in_the_readme_and_in_its_file():
+    """A file may have more digits."""
+    readme, text = (ROOT / "README.md").read_text(), (ROOT / "results/claims.md").read_text()
+    claims = re.findall(r"^\| [^|]+ \| ([^|]+) \| (\S+\.md) \|$", text, re.M)
+    assert len(claims) > 8
+    for figures, file in claims:
+        known = [float(number) for number in re.findall(r"\.\d+", (ROOT / file).read_text())]
+        for figure in figures.split(", "):
+            half = 0.5 * 10.0 ** -len(figure.partition(".")[2]) + 1e-9
+            there = any(abs(number - float(figure.strip("−"))) <= half for number in known)
+            assert there and figure in readme, (figure, file)
