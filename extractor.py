@@ -51,8 +51,13 @@ def ensure_features(
     root = feature_folder(config.feature_path)
     path, restart = list_file(root, name), thorough and config.restart and not config.pretrained
     before = None if restart else ImageList.read(path)
-    if not (listed := ImageList.of(images, before) if images else before):
+    if not (known := images or before):
         raise UserError(f"no features are listed in {path}; {EXTRACT}")
+    classes = datasets.choose_classes(known.labels, config.class_name)  # a mistake shows before all is hashed
+    if one_class and len(classes) > 1:
+        given = f"give it with --class_name (now {config.class_name!r})"
+        raise UserError(f"train.py fits one class: {given}; main.py fits several")
+    listed = known if isinstance(known, ImageList) else ImageList.of(known, before)
     if images:
         if listed.pixel_scale is not None:
             images.scale.ranges = listed.pixel_scale
@@ -60,10 +65,6 @@ def ensure_features(
         if line := datasets.repeated(listed.labels, listed.hashes):
             note(line)
     hashes = listed.all_hashes if thorough else []
-    classes = datasets.choose_classes(listed.labels, config.class_name)  # a mistake shows at once
-    if one_class and len(classes) > 1:
-        given = f"give it with --class_name (now {config.class_name!r})"
-        raise UserError(f"train.py fits one class: {given}; main.py fits several")
     identity = cache_identity(config, device, images, listed)
     store = Store(root / identity.name, verified=hashes)
     if images is None:
