@@ -67,7 +67,8 @@ PRESETS: dict[str, dict] = {
 PRESETS["quickstart"] = PRESETS["accurate"] | {
     "modelname": "quickstart", "dataset": "digits", "extractor": "efficientnet_lite0",
     "mirror": False,  # a mirrored digit is another one
-    "least_steps": 200,  # for a minute in all
+    "places": 8,  # as many as a digit has pixels
+    "least_steps": 100,  # for a minute in all
 }
 # fmt: on
 

@@ -102,7 +102,8 @@ def histogram(record: Record, threshold: Threshold | None) -> Figure:
         if own.any():
             above = f", {(scores[own] > threshold.score).mean():.1%} above" if threshold else ""
             text = f"{kind}: {own.sum()} images{above}"
-            axes.hist(places[own], BINS[label], range=span, alpha=0.6, color=f"C{label}", label=text)
+            how = {"histtype": "stepfilled", "alpha": 0.6, "color": f"C{label}", "label": text}
+            axes.hist(places[own], BINS[label], range=span, **how)
     if threshold:
         rates = f"{threshold.expected:.1%} ({threshold.low:.1%} to {threshold.high:.1%})"
         text = f"threshold {threshold.score:.4g}: false alarms expected {rates}"
@@ -132,17 +133,18 @@ def contact_sheet(cache: FeatureCache, images: datasets.ImageSet, left: Left) ->
     for axes, (heading, positions) in zip(all_axes, strips.items()):
         rows = test.rows[positions]
         maps = place_maps(left.detector, cache, rows) if left.detector else [None] * len(rows)
+        strip = np.full((rows_high * SIDE, SHEET * SIDE, 3), 255, np.uint8)
         for place, (row, score, values) in enumerate(zip(rows, test.scores[positions], maps)):
             pixels, left_edge, heat = images.read("test", int(row)), place * SIDE, None
             if values is not None:
                 heat = heat_map.of_places(values, place_grid_of(cache.fields), pixels.shape[:2])
             shown = overlaid(pixels, heat, SIDE)
             tiles = [np.asarray(ImageOps.pad(each, (SIDE, SIDE), color="white")) for each in shown]
-            axes.imshow(np.vstack(tiles), extent=(left_edge, left_edge + SIDE, len(shown) * SIDE, 0))
+            strip[: len(tiles) * SIDE, left_edge : left_edge + SIDE] = np.vstack(tiles)
             words = (f"{score:.4g}", *described(images.labels, row))
             text = "\n".join(shorten(word, 18) for word in words).encode(errors="replace").decode()
             axes.text(left_edge, len(shown) * SIDE, text, fontsize="x-small", verticalalignment="top")
-        axes.set_xlim(0, SHEET * SIDE)
+        axes.imshow(strip)
         axes.set_title(heading, fontsize="medium")
         axes.axis("off")
     return figure
