@@ -102,8 +102,15 @@ def histogram(record: Record, threshold: Threshold | None) -> Figure:
         if own.any():
             above = f", {(scores[own] > threshold.score).mean():.1%} above" if threshold else ""
             text = f"{kind}: {own.sum()} images{above}"
-            how = {"histtype": "stepfilled", "alpha": 0.6, "color": f"C{label}", "label": text}
-            axes.hist(places[own], BINS[label], range=span, **how)
+            axes.hist(
+                places[own],
+                BINS[label],
+                span,
+                histtype="stepfilled",
+                alpha=0.6,
+                color=f"C{label}",
+                label=text,
+            )
     if threshold:
         rates = f"{threshold.expected:.1%} ({threshold.low:.1%} to {threshold.high:.1%})"
         text = f"threshold {threshold.score:.4g}: false alarms expected {rates}"
