@@ -47,7 +47,6 @@ def test_cells_become_a_set_of_two_categories(tmp_path):
     lines = [f"images/{kind}{i}.png {p} {kind}" for kind in cells.KINDS for i, p in enumerate(chances)]
     source = tree(tmp_path / "source", *(line.split()[0] for line in lines))
     (source / "labels.csv").write_text("\n".join(lines) + "\n")
-    tree(tmp_path / "other.partial", "mono/train/good/of an ended run.png")
     for name, seed in (("cells", 0), ("other", 1)):
         cells.write_set(tmp_path / name, source, seed)
         train, test, anomalous = datasets.load_images("mvtec", str(tmp_path / name)).labels.one_class("poly")
