@@ -20,8 +20,8 @@ import numpy as np
 import utils
 from config import Config, UserError, unknown
 from images import images, layouts, published
+from images.images import PixelScale
 from images.layouts import SPLITS, Row
-from images.pixel_scale import PixelScale
 from images.tiles import Tile, tiles_of
 from shell.files import as_strict_json
 
@@ -121,9 +121,8 @@ class RawImage(NamedTuple):
         if isinstance(self.source, np.ndarray):
             return hashlib.sha256(np.ascontiguousarray(self.source).data).hexdigest()[:32]
         content = images.content_hash(self.source)
-        if self.tile is None or content == images.UNREADABLE:
-            return content
-        return hashlib.sha256(json.dumps([content, self.tile]).encode()).hexdigest()[:32]
+        tiled = json.dumps([content, self.tile]).encode()
+        return hashlib.sha256(tiled).hexdigest()[:32] if self.tile else content
 
     def size(self) -> tuple[int, int]:
         """Height and width. Raises UserError on an unreadable file."""
@@ -138,7 +137,7 @@ _decoded = functools.lru_cache(maxsize=4)(images.pixels_of)  # whose tiles are a
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
     """A data set's labels and its images, of each split in the order of its labels. scale: of pixels of more
-    than eight bits, which the training images decide."""
+    than eight bits; its ranges are unknown until they are set to those ``measured``."""
 
     labels: Labels
     images: dict[str, list[RawImage]]
@@ -147,6 +146,11 @@ class ImageSet:
     def read(self, split: str, i: int) -> np.ndarray:
         """An image, (H, W, 3) uint8. Raises UserError that names an unreadable one."""
         return self.images[split][i].read(self.scale)
+
+    def measured(self) -> dict[str, list[float]]:
+        """The ranges of ``PixelScale`` that the training images decide (``images.measured``)."""
+        files = dict.fromkeys(raw.source for raw in self.images["train"] if isinstance(raw.source, Path))
+        return images.measured(list(files))
 
     def hashes(self, split: str) -> list[str]:
         """The content hash of every image of a split, in order; HASHING_THREADS files are read at a time."""
@@ -224,42 +228,38 @@ def repeated(labels: Labels, hashes: dict[str, list[str]]) -> str:
 
 
 # ---------------------------------------------------------------- raw images
-def load_images(dataset: str, dataset_path: str | None) -> ImageSet:
-    """The images of a data set. Raises UserError when they are not where ``dataset_path`` (None:
-    data/<dataset>) says."""
-    root = Path(dataset_path or f"data/{dataset.removesuffix('_fine')}")  # the same images, finer classes
-    if dataset == "digits":
-        return _array_set(published.digits())
-    if dataset in published.FORMS and not all((root / split).is_dir() for split in SPLITS):
-        return _array_set(published.load(dataset, root))
-    return _file_set(layouts.read_table(dataset, root), root if root.is_dir() else root.parent)
-
-
 def images_of(config: Config) -> ImageSet:
-    """The images a configuration asks for. Raises UserError."""
-    whole = load_images(config.dataset, config.dataset_path)
-    return tiled(whole, config.tiles) if config.tiles else whole
+    """The images a configuration asks for. Raises UserError when they are not where ``dataset_path`` (None:
+    data/<dataset>) says."""
+    dataset = config.dataset
+    root = Path(config.dataset_path or f"data/{dataset.removesuffix('_fine')}")  # they are CIFAR100's
+    if dataset == "digits":
+        found = _array_set(published.digits())
+    elif dataset in published.FORMS and not all((root / split).is_dir() for split in SPLITS):
+        found = _array_set(published.load(dataset, root))
+    else:
+        found = _file_set(layouts.read_table(dataset, root), root if root.is_dir() else root.parent)
+    return tiled(found, config.tiles) if config.tiles else found
 
 
 def name_of(config: Config) -> str:
     """What the images of a configuration are called beside those of others: the data set, for image folders
     elsewhere than in their default place the folder's name and a hash of its place, and the tiles' side."""
-    if config.tiles:
-        return f"{name_of(dataclasses.replace(config, tiles=0))}-tiles{config.tiles}"
-    name = config.dataset
+    name, tiles = config.dataset, f"-tiles{config.tiles}" if config.tiles else ""
     default = Path(f"data/{name}").resolve()
-    place = Path(config.dataset_path).resolve() if config.dataset_path else default
+    place = Path(config.dataset_path or default).resolve()
     if name == "digits" or name in published.FORMS or place == default:
-        return name
+        return name + tiles
     folder = "".join(c if c.isalnum() or c in "-_" else "_" for c in place.name)[:40]
-    return f"{name}-{folder}-{hashlib.sha256(str(place).encode(errors='surrogateescape')).hexdigest()[:6]}"
+    place_hash = hashlib.sha256(str(place).encode(errors="surrogateescape")).hexdigest()[:6]
+    return f"{name}-{folder}-{place_hash}{tiles}"
 
 
 def _array_set(arrays: dict[str, published.Arrays]) -> ImageSet:
-    rows = {split: [RawImage(image) for image in pixels] for split, (_, pixels, _) in arrays.items()}
-    names = {split: [f"{split}/{i}" for i in range(len(images))] for split, images in rows.items()}
+    pictures = {split: [RawImage(image) for image in pixels] for split, (_, pixels, _) in arrays.items()}
+    names = {split: [f"{split}/{i}" for i in range(len(pictures[split]))] for split in SPLITS}
     train, test = (Split.of(names[split], arrays[split][2]) for split in SPLITS)
-    return ImageSet(Labels(tuple(arrays["train"][0]), train, test), rows)
+    return ImageSet(Labels(tuple(arrays["train"][0]), train, test), pictures)
 
 
 def _file_set(table: list[Row], root: Path) -> ImageSet:
@@ -268,7 +268,6 @@ def _file_set(table: list[Row], root: Path) -> ImageSet:
     Unicode form or spaces only are one. A line tells where some of the defects lack masks. Raises UserError
     on a test image of a class that is tested on its own and has no training images."""
     rows = {split: [row for row in table if (row.split == "test") == (split == "test")] for split in SPLITS}
-    scale = PixelScale(measure=functools.partial(images.measured, [row.path for row in rows["train"]]))
     classes: dict[str, str] = {}
     for name in sorted({row.label.partition("/")[0] for row in rows["train"]}):
         classes.setdefault(layouts.folded(name), name)
@@ -294,8 +293,7 @@ def _file_set(table: list[Row], root: Path) -> ImageSet:
     masks = [row.mask for row, kind in zip(rows["test"], labels.test.kind) if kind]
     if any(masks) and not all(masks):
         images.note_once(f"masks for {len(masks) - masks.count(None)} of {len(masks)} defects in {root}")
-    files = {split: [RawImage(row.path, row.mask) for row in rows[split]] for split in SPLITS}
-    return ImageSet(labels, files, scale)
+    return ImageSet(labels, {s: [RawImage(row.path, row.mask) for row in rows[s]] for s in SPLITS})
 
 
 # ---------------------------------------------------------------- tiles
@@ -307,20 +305,18 @@ def tiled(pictures: ImageSet, side: int) -> ImageSet:
             f"tiles: expected a folder of good pictures alone, got {tested} test images, too; give that of "
             "the good ones, and score the others with predict.py"
         )
-    rows: list[int] = []
-    found: list[RawImage] = []
+    train = pictures.labels.train
+    rows, names, found = list[int](), list[str](), list[RawImage]()
     for i, picture in enumerate(pictures.images["train"]):
-        try:
-            tiles = [picture._replace(tile=tile) for tile in tiles_of(picture.size(), side)]
-        except UserError:  # raised again when it is read
-            tiles = [picture]
-        rows += [i] * len(tiles)
-        found += tiles
-    train = pictures.labels.train.kept(rows)
-    places = [f"{image.tile.top},{image.tile.left}" if image.tile else "" for image in found]
-    train = dataclasses.replace(train, names=[f"{name}#{at}" for name, at in zip(train.names, places)])
-    labels = dataclasses.replace(pictures.labels, train=train)
-    return ImageSet(labels, {"train": found, "test": []}, pictures.scale)
+        tiles: list = [None]
+        with contextlib.suppress(UserError):  # raised again when it is read
+            tiles = tiles_of(picture.size(), side)
+        for tile in tiles:
+            rows.append(i)
+            names.append(f"{train.names[i]}#" + (f"{tile.top},{tile.left}" if tile else ""))
+            found.append(picture._replace(tile=tile))
+    labels = dataclasses.replace(pictures.labels, train=dataclasses.replace(train.kept(rows), names=names))
+    return ImageSet(labels, {"train": found, "test": []})
 
 
 def picture_of(name: str) -> str:

@@ -2,16 +2,17 @@
 
 Pixels always come as (H, W, 3) uint8, turned as the camera held it (EXIF), in the sRGB order of Pillow:
 
-- values of more than 8 bits are scaled by one range for the whole data set (images/pixel_scale.py), which
-  the training pictures decide (``measured``);
+- values of more than 8 bits are scaled by one range for the whole data set (``PixelScale``), which the
+  training pictures decide (``measured``);
 - what is transparent is laid on white, but where all is transparent, as in the unused fourth byte of some
   cameras; CMYK, palettes and one-bit images are converted by Pillow;
 - of several frames the first is taken, and said so once;
 - files of more than MOST_PIXELS are refused before they are decoded."""
 
 import contextlib
+import dataclasses
 import functools
-import hashlib
+import glob
 import io
 import os
 import stat
@@ -26,9 +27,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from config import UserError
-from images.pixel_scale import PixelScale, kind_of, range_for
+from shell.files import sha256_of_file
 
 MEASURED = 200  # training pictures, at most, whose values decide what is white
+BITS = (8, 10, 12, 14, 16)  # that cameras and files have
+UNKNOWN = {"integer": [0, 65535], "float": [0, 1]}  # ranges where the training pictures are of another kind
 BITS_PER_SAMPLE = 258  # a TIFF's tag
 MOST_PIXELS = 64_000_000  # decoded and copied once these take some 0.5 GB
 # Known to Pillow, and no pictures that it decodes itself: EPS starts Ghostscript, the others have no decoder.
@@ -64,8 +67,13 @@ def image_files(
     """The image files in a folder and, where ``deep``, its subfolders but those ``left_out`` (names in small
     letters), sorted. Links are followed, each folder is entered once. Raises UserError on a folder that
     cannot be read. skipped: counts the other files, by ending, and the subfolders that are not entered."""
+
+    def refuse(error: OSError) -> None:
+        told = f"the folder {error.filename} cannot be read ({error.strerror}); allow it, or take it out"
+        raise UserError(told) from None
+
     files, entered = [], set()
-    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
         there = [name for name in folders if not is_hidden(name) and real not in entered]
         folders[:] = [name for name in there if deep and name.lower() not in left_out]
@@ -101,9 +109,31 @@ def tell_skipped(folder: Path, skipped: Counter) -> None:
         note_once(f"passed over in {folder}: {sum(skipped.values())} files or folders ({named})")
 
 
-def _refuse(error: OSError) -> None:
-    told = f"the folder {error.filename} cannot be read ({error.strerror}); allow it, or take it out"
-    raise UserError(told) from None
+def find_images(names: list[str]) -> list[Path]:
+    """The files that names on a command line stand for, in order: files, images below folders, globs, - for
+    lines of standard input. Raises UserError on a name that stands for nothing."""
+    files: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if name == "-":
+            lines = os.fsdecode(sys.stdin.buffer.read()).replace("\r\n", "\n").split("\n")
+            found = [Path(line) for line in lines if line.strip()]
+        elif path.exists():
+            found = images_below(path) if path.is_dir() else [path]
+        else:
+            found = sorted(path for path in map(Path, glob.glob(name, recursive=True)) if path.is_file())
+        if not found:
+            raise UserError(f"{name}: expected files, folders, globs, or - and a line each on standard input")
+        files += found
+    return files
+
+
+def refuse_among(folder: Path, searched: list[Path], files: list[Path]) -> None:
+    """Raise UserError where PNGs written to ``folder`` would replace one of the files, or be taken for a
+    picture the next time that the folders ``searched`` are."""
+    place, beside = folder.resolve(), {file.parent.resolve() for file in files}
+    if place in beside or any(place.is_relative_to(path.resolve()) for path in searched):
+        raise UserError(f"expected a folder apart from the pictures in or above it, got {folder}")
 
 
 # ---------------------------------------------------------------- the same files?
@@ -119,11 +149,41 @@ def content_hash(path: Path) -> str:
 
 @functools.lru_cache(maxsize=1_000_000)
 def _hashed(path: str, size: int, changed: int, inode: int) -> str:
-    with open(path, "rb", buffering=0) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
+    return sha256_of_file(Path(path))[:32]
 
 
 # ---------------------------------------------------------------- pixels
+@dataclasses.dataclass(eq=False)
+class PixelScale:
+    """What is black and what is white in pictures of more than eight bits of a data set.
+
+    ranges: [black, white] of those that are known, as JSON has them: {"integer": [0, 4095]}, {"float": [0,
+    1]}, both or neither. clipped: how many of the pictures read so far have values beyond."""
+
+    ranges: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    clipped: int = 0
+
+    def to_bytes(self, values: np.ndarray) -> np.ndarray:
+        """Values of any shape -> uint8, what lies beyond the range clipped. Raises ValueError on values that
+        are not finite."""
+        if not np.isfinite(values).all():
+            raise ValueError("its values are not finite")
+        black, white = (UNKNOWN | self.ranges)[kind_of(values)]
+        scaled = ((values.astype(np.float32) - black) * (255 / (white - black))).round()
+        self.clipped += bool(scaled.min() < 0 or scaled.max() > 255)
+        return scaled.clip(0, 255).astype(np.uint8)
+
+    def beyond(self) -> str:
+        """The line on the pictures that were clipped; "" without any."""
+        known, count = UNKNOWN | self.ranges, f"{self.clipped} picture{'s' * (self.clipped > 1)}"
+        told = f"{count} with pixels beyond {known['integer']} (floats: {known['float']}), which are clipped"
+        return told if self.clipped else ""
+
+
+def kind_of(values: np.ndarray) -> str:
+    return "float" if values.dtype.kind == "f" else "integer"
+
+
 @contextlib.contextmanager
 def opened(picture: Any) -> Iterator[Image.Image]:
     """A Pillow image, or an image file by its path, for the block, not decoded yet. Raises UserError in one
@@ -225,19 +285,24 @@ def wide_values(image: Any) -> np.ndarray | None:
 
 
 def measured(files: Sequence[Path]) -> dict[str, list[float]]:
-    """The ranges (``PixelScale``) of a data set with these training pictures: of MEASURED of them, evenly
-    spaced, those of more than eight bits decide, by the bits that the file tells or their values; said in a
-    line. Of the others the head alone is read."""
+    """The ranges (``PixelScale``) of a data set with these training pictures, said in a line: MEASURED of
+    them, evenly spaced, decide if they have more than eight bits, by the bits that the file tells or their
+    values. From 0, or where much is negative from the other side of it, to 1.0 (floats; a resized picture may
+    go a little beyond) or the next whole number of bits."""
     extremes: dict[str, tuple[float, float]] = {}
     for i in np.linspace(0, len(files) - 1, min(MEASURED, len(files))).astype(int):
         with contextlib.suppress(UserError), opened(files[i]) as image:  # told when its turn comes
             bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
             if (values := wide_values(image)) is not None and np.isfinite(values).all():
                 least, most = extremes.get(kind_of(values), (0, 2**bits - 1 if bits < 16 else 0))
-                extremes[kind_of(values)] = min(least, values.min()), max(most, values.max())
-    ranges = {kind: range_for(float(least), float(most), kind) for kind, (least, most) in extremes.items()}
-    for kind, (black, white) in ranges.items():
-        found = "{:g} to {:g}".format(*map(float, extremes[kind]))
-        told = f"{black} is black and {white} white in all pictures ({found} found)"
+                extremes[kind_of(values)] = min(least, float(values.min())), max(most, float(values.max()))
+    ranges: dict[str, list[float]] = {}
+    for kind, (least, most) in extremes.items():
+        largest = max(most, -least)
+        bits = next((bits for bits in BITS if largest < 2**bits), int(largest).bit_length())
+        white = 1 if kind == "float" and largest < 2 else 2**bits - 1
+        black = -white if least < -white / 10 else 0
+        ranges[kind] = [black, white]
+        told = f"{black} is black and {white} white in all pictures ({least:g} to {most:g} found)"
         note(f"pixels of more than 8 bits: {told}")
     return ranges

@@ -82,26 +82,24 @@ def folders(root: Path, skipped: Counter) -> Iterator[Row]:
     no test images. Or normal pictures alone (``normal_only``), in ``root`` or in its train/."""
     train, test = places = [inside(root, split) for split in SPLITS]
     trained = {folded(name) for name in subfolders(train)}
-    if not train.is_dir():
-        return normal_only(root, skipped)
-    if not trained and not test.is_dir():
-        return normal_only(train, skipped, root.resolve().name)
+    if not train.is_dir() or not (trained or test.is_dir()):
+        return normal_only(train if train.is_dir() else root, root.resolve().name or "normal", skipped)
     if empty := next((place for place in places if place.is_dir() and not subfolders(place)), None):
         raise not_as_expected(empty, f"a folder of images per class in {empty}")
     return _labelled(root, skipped, SPLITS, trained)
 
 
-def normal_only(root: Path, skipped: Counter, name: str | None = None) -> Iterator[Row]:
-    """Pictures of one thing that lie in a folder itself, all normal: one class of the folder's name (or of
-    ``name``), no test images. Subfolders are searched only where the folder's own name says that all in it
-    is normal. Raises UserError when no pictures lie there."""
-    own_name, there = root.resolve().name, root.is_dir()
-    deep = there and folded(own_name) in NORMAL_NAMES and not image_files(root, Counter(), deep=False)
-    pictures = image_files(root, skipped, NO_PICTURES, deep) if there else []
+def normal_only(folder: Path, name: str, skipped: Counter) -> Iterator[Row]:
+    """Pictures of one class that lie in a folder itself, all normal; no test images. Subfolders are searched
+    where none lie there and its own name says that all in it is normal. Raises UserError without any."""
+    pictures = image_files(folder, skipped, deep=False) if folder.is_dir() else []
+    if not pictures and folder.is_dir() and folded(folder.resolve().name) in NORMAL_NAMES:
+        skipped.clear()
+        pictures = image_files(folder, skipped, NO_PICTURES)
     if not pictures:
-        expected = f"images as {root}/{{train,test}}/<class>/*, or normal pictures in {root} itself"
-        raise not_as_expected(root, expected)
-    yield from (Row(path, "train", name or own_name or "normal") for path in pictures)
+        expected = f"images as {folder}/{{train,test}}/<class>/*, or normal pictures in {folder} itself"
+        raise not_as_expected(folder, expected)
+    return (Row(path, "train", name) for path in pictures)
 
 
 def _labelled(
@@ -171,10 +169,9 @@ def magnetic_tiles(root: Path, skipped: Counter) -> Iterator[Row]:
         kind, pictures = folder.parent.name.removeprefix("MT_").lower(), sorted(folder.glob("*.jpg"))
         if kind == "free":
             pictures.sort(key=lambda path: int((re.findall("[0-9]+", path.stem) or [-1])[-1]))
-            shuffled = np.random.RandomState(0).permutation(len(pictures))
-            trained = set(shuffled[: round(0.8 * len(pictures))].tolist())
+            trained = np.random.RandomState(0).permutation(len(pictures))[: round(0.8 * len(pictures))]
             for i, path in enumerate(pictures):
-                yield Row(path, SPLITS[i not in trained], "magnetic_tile/good")
+                yield Row(path, "train" if i in trained else "test", "magnetic_tile/good")
             continue
         for path in pictures:
             mask = path.with_suffix(".png")
@@ -205,8 +202,7 @@ def visa(root: Path, skipped: Counter) -> Iterator[Row]:
     expected = f"VisA as {root / where} and the folders <object>/Data/Images that it names"
     base = place_of(root, expected, lambda folder: (folder / where).is_file())
     listed = _read_table(base / where, ("object", "split", "label", "image", "mask"))
-    notes = [base / name / "image_anno.csv" for name in {row["object"] for row in listed}]
-    noted = [row for note in notes if note.is_file() for row in _read_table(note, ("image", "label"))]
+    noted = (row for note in base.glob("*/image_anno.csv") for row in _read_table(note, ("image", "label")))
     wrong = {row["image"]: row["label"] for row in noted}
     for row in sorted(listed, key=lambda row: row["image"]):
         label = f"{row['object']}/{wrong.get(row['image'], row['label'])}"
