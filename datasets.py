@@ -1,7 +1,5 @@
-"""Raw images with one-class labels and splits.
-
-Files of images are found by images/layouts.py and read by images/images.py; published arrays are read by
-images/published.py (docs/data.md)."""
+"""Raw images with one-class labels and splits, of files (images/layouts.py) or of published arrays
+(images/published.py): docs/data.md."""
 
 import contextlib
 import dataclasses
@@ -73,10 +71,6 @@ class Labels:
     def split(self, name: str) -> Split:
         return {"train": self.train, "test": self.test}[name]
 
-    def count(self) -> int:
-        """The number of images in both splits."""
-        return len(self.train.names) + len(self.test.names)
-
     def kept(self, rows: dict[str, np.ndarray]) -> "Labels":
         """The labels of these images of each split, in the order of ``rows``."""
         train, test = (self.split(split).kept(rows[split]) for split in SPLITS)
@@ -110,12 +104,6 @@ class RawImage(NamedTuple):
     mask: Path | None = None
     tile: Tile | None = None
 
-    def read(self, scale: PixelScale) -> np.ndarray:
-        """(H, W, 3) uint8. scale: of the data set. Raises UserError that names an unreadable file."""
-        if self.tile:
-            return self.tile.of(_decoded(self.source, scale))  # type: ignore[arg-type]  # files alone
-        return images.pixels_of(self.source, scale)
-
     def identify(self) -> str:
         """A hash of the content, of a file's bytes or of pixels, whatever names and places are."""
         if isinstance(self.source, np.ndarray):
@@ -145,7 +133,10 @@ class ImageSet:
 
     def read(self, split: str, i: int) -> np.ndarray:
         """An image, (H, W, 3) uint8. Raises UserError that names an unreadable one."""
-        return self.images[split][i].read(self.scale)
+        source, _, tile = self.images[split][i]
+        if tile is None:
+            return images.pixels_of(source, self.scale)
+        return tile.of(_decoded(source, self.scale))  # type: ignore[arg-type]  # tiles are of files alone
 
     def measured(self) -> dict[str, list[float]]:
         """The ranges of ``PixelScale`` that the training images decide (``images.measured``)."""

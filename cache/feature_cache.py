@@ -186,7 +186,7 @@ def complete(store: Store, listed: ImageList, unreadable: str) -> FeatureCache:
     cache = FeatureCache(store, listed)
     missing = cache.absent.difference(listed.unreadable)
     if missing or not store.fields:
-        some = f"{len(missing)} of {listed.labels.count()} images"
+        some = f"{len(missing)} of {len(listed.all_hashes)} images"
         raise UserError(f"{some} have no features in {store.folder}; {EXTRACT}")
     told = f"unreadable images: {utils.first_named(cache.skipped)}"
     if cache.skipped and unreadable == "stop":
