@@ -236,7 +236,8 @@ def images_of(config: Config) -> ImageSet:
 def name_of(config: Config) -> str:
     """What the images of a configuration are called beside those of others: the data set, for image folders
     elsewhere than in their default place the folder's name and a hash of its place, and the tiles' side."""
-    name, tiles = config.dataset, f"-tiles{config.tiles}" if config.tiles else ""
+    name = config.dataset
+    tiles = f"-tiles{config.tiles}" if config.tiles else ""
     default = Path(f"data/{name}").resolve()
     place = Path(config.dataset_path or default).resolve()
     if name == "digits" or name in published.FORMS or place == default:
@@ -297,17 +298,17 @@ def tiled(pictures: ImageSet, side: int) -> ImageSet:
             "the good ones, and score the others with predict.py"
         )
     train = pictures.labels.train
-    rows, names, found = list[int](), list[str](), list[RawImage]()
+    found: list[tuple[int, RawImage]] = []
     for i, picture in enumerate(pictures.images["train"]):
         tiles: list = [None]
         with contextlib.suppress(UserError):  # raised again when it is read
             tiles = tiles_of(picture.size(), side)
-        for tile in tiles:
-            rows.append(i)
-            names.append(f"{train.names[i]}#" + (f"{tile.top},{tile.left}" if tile else ""))
-            found.append(picture._replace(tile=tile))
-    labels = dataclasses.replace(pictures.labels, train=dataclasses.replace(train.kept(rows), names=names))
-    return ImageSet(labels, {"train": found, "test": []})
+        found += [(i, picture._replace(tile=tile)) for tile in tiles]
+    places = [f"{image.tile.top},{image.tile.left}" if image.tile else "" for _, image in found]
+    names = [f"{train.names[i]}#{place}" for (i, _), place in zip(found, places)]
+    train = dataclasses.replace(train.kept([i for i, _ in found]), names=names)
+    labels = dataclasses.replace(pictures.labels, train=train)
+    return ImageSet(labels, {"train": [image for _, image in found], "test": []})
 
 
 def picture_of(name: str) -> str:

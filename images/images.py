@@ -1,7 +1,6 @@
 """Image files: which ones lie below a folder, what is in them, and whether they are still the same.
 
 Pixels always come as (H, W, 3) uint8, turned as the camera held it (EXIF), in the sRGB order of Pillow:
-
 - values of more than 8 bits are scaled by one range for the whole data set (``PixelScale``), which the
   training pictures decide (``measured``);
 - what is transparent is laid on white, but where all is transparent, as in the unused fourth byte of some
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from config import UserError
 from shell.files import sha256_of_file
@@ -32,15 +31,13 @@ from shell.files import sha256_of_file
 MEASURED = 200  # training pictures, at most, whose values decide what is white
 BITS = (8, 10, 12, 14, 16)  # that cameras and files have
 UNKNOWN = {"integer": [0, 65535], "float": [0, 1]}  # ranges where the training pictures are of another kind
-BITS_PER_SAMPLE = 258  # a TIFF's tag
+KINDS = {"f": "float", "i": "integer", "u": "integer"}  # of values, by numpy's name of their kind
 MOST_PIXELS = 64_000_000  # decoded and copied once these take some 0.5 GB
 # Known to Pillow, and no pictures that it decodes itself: EPS starts Ghostscript, the others have no decoder.
 NOT_DECODED = {"EPS", "WMF", "HDF5", "GRIB", "BUFR", "MPEG"}
 Image.init()
 FORMATS = tuple(name for name in Image.OPEN if name not in NOT_DECODED)
 ENDINGS = frozenset(end for end, name in Image.registered_extensions().items() if name in FORMATS)
-ORIENTATION = 0x0112  # EXIF: how to turn the stored image
-SIDEWAYS = (5, 6, 7, 8)  # the turns that change height for width
 UNREADABLE = "unreadable"  # in place of the hash of a file that cannot be read
 
 # What Pillow warns of is not the user's to mend: many pixels (MOST_PIXELS is lower), damaged EXIF data.
@@ -61,9 +58,7 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def image_files(
-    folder: Path, skipped: Counter, left_out: Container[str] = (), deep: bool = True
-) -> list[Path]:
+def image_files(folder: Path, skipped: Counter, left_out: Container[str] = (), deep=True) -> list[Path]:
     """The image files in a folder and, where ``deep``, its subfolders but those ``left_out`` (names in small
     letters), sorted. Links are followed, each folder is entered once. Raises UserError on a folder that
     cannot be read. skipped: counts the other files, by ending, and the subfolders that are not entered."""
@@ -143,13 +138,11 @@ def content_hash(path: Path) -> str:
     with contextlib.suppress(OSError):
         found = os.stat(path)
         if stat.S_ISREG(found.st_mode):
-            return _hashed(os.fspath(path), found.st_size, found.st_mtime_ns, found.st_ino)
+            return _hashed(path, found.st_size, found.st_mtime_ns, found.st_ino)
     return UNREADABLE
 
 
-@functools.lru_cache(maxsize=1_000_000)
-def _hashed(path: str, size: int, changed: int, inode: int) -> str:
-    return sha256_of_file(Path(path))[:32]
+_hashed = functools.lru_cache(maxsize=1_000_000)(lambda path, *state: sha256_of_file(path)[:32])
 
 
 # ---------------------------------------------------------------- pixels
@@ -168,7 +161,7 @@ class PixelScale:
         are not finite."""
         if not np.isfinite(values).all():
             raise ValueError("its values are not finite")
-        black, white = (UNKNOWN | self.ranges)[kind_of(values)]
+        black, white = (UNKNOWN | self.ranges)[KINDS[values.dtype.kind]]
         scaled = ((values.astype(np.float32) - black) * (255 / (white - black))).round()
         self.clipped += bool(scaled.min() < 0 or scaled.max() > 255)
         return scaled.clip(0, 255).astype(np.uint8)
@@ -178,10 +171,6 @@ class PixelScale:
         known, count = UNKNOWN | self.ranges, f"{self.clipped} picture{'s' * (self.clipped > 1)}"
         told = f"{count} with pixels beyond {known['integer']} (floats: {known['float']}), which are clipped"
         return told if self.clipped else ""
-
-
-def kind_of(values: np.ndarray) -> str:
-    return "float" if values.dtype.kind == "f" else "integer"
 
 
 @contextlib.contextmanager
@@ -220,11 +209,8 @@ def pixels_of(picture: Any, scale: PixelScale | None = None) -> np.ndarray:
             return np.repeat(picture[..., None], 3, 2)
         if picture.ndim == 3 and picture.shape[2] == 3:
             return picture
-    about = f" {picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else ""
-    raise UserError(
-        f"expected a path, a Pillow image or an array (H, W, 3) or (H, W) of uint8, got "
-        f"{type(picture).__name__}{about}"
-    )
+    got = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
+    raise UserError(f"expected a path, a Pillow image or an array (H, W, 3) or (H, W) of uint8, got {got}")
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -233,8 +219,8 @@ def size_of(path: Path) -> tuple[int, int]:
     with opened(path) as image:
         # PNG's own getexif decodes the whole image; a TIFF's size is turned already
         exif = {} if image.format == "TIFF" else Image.Image.getexif(image)
-        width, height = image.size
-        return (width, height) if exif.get(ORIENTATION, 1) in SIDEWAYS else (height, width)
+        sideways = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return image.size if sideways else image.size[::-1]
 
 
 def of_pillow(image: Image.Image, scale: PixelScale) -> np.ndarray:
@@ -292,10 +278,11 @@ def measured(files: Sequence[Path]) -> dict[str, list[float]]:
     extremes: dict[str, tuple[float, float]] = {}
     for i in np.linspace(0, len(files) - 1, min(MEASURED, len(files))).astype(int):
         with contextlib.suppress(UserError), opened(files[i]) as image:  # told when its turn comes
-            bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
+            bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))[0]
             if (values := wide_values(image)) is not None and np.isfinite(values).all():
-                least, most = extremes.get(kind_of(values), (0, 2**bits - 1 if bits < 16 else 0))
-                extremes[kind_of(values)] = min(least, float(values.min())), max(most, float(values.max()))
+                kind = KINDS[values.dtype.kind]
+                least, most = extremes.get(kind, (0, 2**bits - 1 if bits < 16 else 0))
+                extremes[kind] = min(least, float(values.min())), max(most, float(values.max()))
     ranges: dict[str, list[float]] = {}
     for kind, (least, most) in extremes.items():
         largest = max(most, -least)

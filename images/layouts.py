@@ -77,29 +77,23 @@ def place_of(root: Path, expected: str, holds: Callable[[Path], object]) -> Path
 
 
 # ---------------------------------------------------------------- folders per class
-def folders(root: Path, skipped: Counter) -> Iterator[Row]:
+def folders(root: Path, skipped: Counter) -> Iterable[Row]:
     """``{train,test}/<class>/**``, masks of what is no class in ``ground_truth/<its name>``; without test/,
-    no test images. Or normal pictures alone (``normal_only``), in ``root`` or in its train/."""
+    no test images. Or normal pictures alone, in ``root`` or its train/: one class of the name of ``root``;
+    subfolders are searched where the name of the folder says that all in it is normal."""
     train, test = places = [inside(root, split) for split in SPLITS]
     trained = {folded(name) for name in subfolders(train)}
-    if not train.is_dir() or not (trained or test.is_dir()):
-        return normal_only(train if train.is_dir() else root, root.resolve().name or "normal", skipped)
-    if empty := next((place for place in places if place.is_dir() and not subfolders(place)), None):
-        raise not_as_expected(empty, f"a folder of images per class in {empty}")
-    return _labelled(root, skipped, SPLITS, trained)
-
-
-def normal_only(folder: Path, name: str, skipped: Counter) -> Iterator[Row]:
-    """Pictures of one class that lie in a folder itself, all normal; no test images. Subfolders are searched
-    where none lie there and its own name says that all in it is normal. Raises UserError without any."""
-    pictures = image_files(folder, skipped, deep=False) if folder.is_dir() else []
-    if not pictures and folder.is_dir() and folded(folder.resolve().name) in NORMAL_NAMES:
-        skipped.clear()
-        pictures = image_files(folder, skipped, NO_PICTURES)
+    if trained or train.is_dir() and test.is_dir():
+        if empty := next((place for place in places if place.is_dir() and not subfolders(place)), None):
+            raise not_as_expected(empty, f"a folder of images per class in {empty}")
+        return _labelled(root, skipped, SPLITS, trained)
+    place = train if train.is_dir() else root
+    deep = folded(place.resolve().name) in NORMAL_NAMES
+    pictures = image_files(place, skipped, NO_PICTURES, deep) if place.is_dir() else []
     if not pictures:
-        expected = f"images as {folder}/{{train,test}}/<class>/*, or normal pictures in {folder} itself"
-        raise not_as_expected(folder, expected)
-    return (Row(path, "train", name) for path in pictures)
+        expected = f"images as {place}/{{train,test}}/<class>/*, or normal pictures in {place} itself"
+        raise not_as_expected(place, expected)
+    return [Row(path, "train", root.resolve().name or "normal") for path in pictures]
 
 
 def _labelled(
@@ -137,12 +131,10 @@ def _known_by(path: Path, root: Path) -> tuple[str, ...]:
 
 # ---------------------------------------------------------------- categories with defective specimens
 def mvtec(root: Path, skipped: Counter) -> Iterator[Row]:
-    """``<category>/train/good``, ``<category>/test/<good or defect>``, ``<category>/ground_truth/<defect>``;
-    "ok" serves for "good" (BTAD). root may also be one such category, or hold nothing but their folder.
-
-    So are the later MVTec sets: AD 2 (``test_public``, with ``ground_truth`` in it), LOCO (a folder of masks
-    for each picture), 3D-AD (``<defect>/rgb``, masks in ``<defect>/gt``); their ``validation`` pictures are
-    held out."""
+    """``<category>/train/good`` (or ok), ``<category>/test/<good or defect>``, masks in ``<category>/
+    ground_truth/<defect>``; root may also be one such category, or hold nothing but their folder. The later
+    MVTec sets, too: AD 2 (``test_public``, with ``ground_truth`` in it), LOCO (a folder of masks for each
+    picture), 3D-AD (``<defect>/rgb``, masks in ``<defect>/gt``); ``validation`` pictures are held out."""
     expected = f"categories in {root}, <category>/train/good (or ok) and <category>/test/<good or defect>"
     for name, category in _categories(place_of(root, expected, _categories)).items():
         yield from _labelled(category, skipped, PLACES, NORMAL_NAMES, f"{name}/")
@@ -258,7 +250,7 @@ def _named(base: Path, path: str, split: str, label: str, mask: str | None) -> R
 
 
 # ---------------------------------------------------------------- all of them
-READERS: dict[str, Callable[[Path, Counter], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path, Counter], Iterable[Row]]] = {
     **dict.fromkeys(("folder", "lbot", "CatsvsDogs"), folders),
     **dict.fromkeys(("mvtec", "BTAD"), mvtec),
     "csv": labels_file,

@@ -33,7 +33,8 @@ class Arrivals:
 
     def __init__(self, folder: Path):
         """Raises UserError unless it is a folder that can be read."""
-        self.folder, self.seen = folder, dict[Path, Seen]()
+        self.folder = folder
+        self.seen: dict[Path, Seen] = {}
         if not folder.is_dir():
             raise UserError(f"watch: expected a folder, got {folder}")
         image_files(folder, Counter())
