@@ -30,11 +30,9 @@ HASHING_THREADS = 8  # threads that hash files: a shared folder answers many at 
 # ---------------------------------------------------------------- labels
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """What is known of the images of one split, without the images, a column each.
-
-    names: a stable name per image. category (n): its index into the classes, or OTHER. defect (n): whether
-    it is a defective specimen of its category. kind: what is wrong with it, in the data set's words; ""
-    where nothing is. held (n): whether the data set holds it out of training."""
+    """What is known of the images of one split, a column each: a stable name; the index into the classes, or
+    OTHER (n); whether it is a defective specimen of its category (n); what is wrong with it, in the data
+    set's words, "" where nothing is; whether the data set holds it out of training (n)."""
 
     names: list[str]
     category: np.ndarray
@@ -52,16 +50,13 @@ class Split:
 
     def kept(self, rows: Sequence[int] | np.ndarray) -> "Split":
         """These images of the split, in the order of ``rows``."""
-        index = np.asarray(rows, np.int64)
-        return Split.of(*(np.array(column, object)[index] for column in vars(self).values()))
+        return Split.of(*(np.array(column, object)[rows] for column in vars(self).values()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """The labels of a data set's images.
-
-    classes: the classes that can be normal. per_category: a class is tested on the test images of its own
-    category (MVTec) instead of on the whole test set."""
+    """The labels of a data set. classes: those that can be normal. per_category: a class is tested on the
+    test images of its own category (MVTec) instead of on the whole test set."""
 
     classes: tuple[str, ...]
     train: Split
@@ -77,8 +72,7 @@ class Labels:
         return dataclasses.replace(self, train=train, test=test)
 
     def one_class(self, class_name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Indices of the normal training images, indices of the test images, and test labels (0 normal, 1
-        anomalous)."""
+        """Rows of the normal training images and of the test images, test labels (0 normal, 1 anomalous)."""
         chosen = self.classes.index(class_name)
         train = np.flatnonzero((self.train.category == chosen) & ~self.train.defect)
         own = self.test.category == chosen
@@ -164,8 +158,7 @@ class ImageSet:
         return ImageSet(labels, {"train": [there[image] for image in chosen]}, self.scale)
 
     def sizes(self, most: int) -> dict[str, list[tuple[int, int]]]:
-        """Height and width of training images by class, of at most so many, evenly spaced, without those that
-        cannot be read."""
+        """Height and width by class of at most so many training images, evenly spaced, that can be read."""
         train, found = self.labels.train, defaultdict(list)
         for i in np.linspace(0, len(train.names) - 1, min(most, len(train.names))).astype(int):
             with contextlib.suppress(UserError):
@@ -190,9 +183,8 @@ def class_names(text: str) -> list[str]:
 def choose_classes(labels: Labels, class_name: str) -> list[str]:
     """The classes that the knob class_name asks for (``class_names``). Raises UserError on an
     unknown one, and on a folder whose name is no text."""
-    for name in labels.classes:
-        if any(0xD800 <= ord(c) < 0xE000 for c in name):  # what Python makes of bytes that are not UTF-8
-            raise UserError(f"class {name!r}: the name of its folder is not valid UTF-8; rename it")
+    if strange := [name for name in labels.classes if re.search("[\ud800-\udfff]", name)]:
+        raise UserError(f"class {strange[0]!r}: the name of its folder is not valid UTF-8; rename it")
     if class_name == "all":
         return list(labels.classes)
     asked = [class_name] if class_name in labels.classes else class_names(class_name)
@@ -204,8 +196,7 @@ def choose_classes(labels: Labels, class_name: str) -> list[str]:
 
 
 def repeated(labels: Labels, hashes: dict[str, list[str]]) -> str:
-    """The line on images of the same content (``ImageSet.hashes`` of each split) in both splits, or under two
-    labels; "" without any."""
+    """The line on images of the same hash in both splits, or under two labels; "" without any."""
     first: dict[str, tuple] = {}
     twice: list[str] = []
     for split in SPLITS:
@@ -255,10 +246,9 @@ def _array_set(arrays: dict[str, published.Arrays]) -> ImageSet:
 
 
 def _file_set(table: list[Row], root: Path) -> ImageSet:
-    """The images of a table (images/layouts.py), those that are held out among the training images; their
-    names begin at ``root``. Classes are those of the training images, sorted; names that differ in case,
-    Unicode form or spaces only are one. A line tells where some of the defects lack masks. Raises UserError
-    on a test image of a class that is tested on its own and has no training images."""
+    """The images of a table, those that are held out among the training images; names begin at ``root``.
+    Classes are those of the training images, sorted; those that ``layouts.folded`` makes one are one. Raises
+    UserError on a test image of a class that is tested on its own and has no training images."""
     rows = {split: [row for row in table if (row.split == "test") == (split == "test")] for split in SPLITS}
     classes: dict[str, str] = {}
     for name in sorted({row.label.partition("/")[0] for row in rows["train"]}):

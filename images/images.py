@@ -59,9 +59,9 @@ def is_hidden(name: str) -> bool:
 
 
 def image_files(folder: Path, skipped: Counter, left_out: Container[str] = (), deep=True) -> list[Path]:
-    """The image files in a folder and, where ``deep``, its subfolders but those ``left_out`` (names in small
-    letters), sorted. Links are followed, each folder is entered once. Raises UserError on a folder that
-    cannot be read. skipped: counts the other files, by ending, and the subfolders that are not entered."""
+    """The image files in a folder and, where ``deep``, its subfolders but those ``left_out`` (lower case),
+    sorted. Links are followed, each folder is entered once. skipped: counts the other files, by ending, and
+    the subfolders that are not entered. Raises UserError on a folder that cannot be read."""
 
     def refuse(error: OSError) -> None:
         told = f"the folder {error.filename} cannot be read ({error.strerror}); allow it, or take it out"
@@ -75,11 +75,9 @@ def image_files(folder: Path, skipped: Counter, left_out: Container[str] = (), d
         skipped.update(f"{name}/" for name in there if name not in folders)
         for name in names if real not in entered else ():
             path, ending = os.path.join(place, name), os.path.splitext(name)[1].lower()
-            if is_hidden(name):
-                continue
-            if ending in ENDINGS and os.path.isfile(path):
+            if ending in ENDINGS and not is_hidden(name) and os.path.isfile(path):
                 files.append(Path(path))
-            else:
+            elif not is_hidden(name):
                 skipped["no regular file" if ending in ENDINGS else ending or "without ending"] += 1
         entered.add(real)
     return sorted(files)
@@ -131,7 +129,6 @@ def refuse_among(folder: Path, searched: list[Path], files: list[Path]) -> None:
         raise UserError(f"expected a folder apart from the pictures in or above it, got {folder}")
 
 
-# ---------------------------------------------------------------- the same files?
 def content_hash(path: Path) -> str:
     """A hash of all bytes of a file: 32 hexadecimal digits of its SHA-256; UNREADABLE where it cannot be
     read. Read once in a process as long as size and time of change stay."""
@@ -148,17 +145,14 @@ _hashed = functools.lru_cache(maxsize=1_000_000)(lambda path, *state: sha256_of_
 # ---------------------------------------------------------------- pixels
 @dataclasses.dataclass(eq=False)
 class PixelScale:
-    """What is black and what is white in pictures of more than eight bits of a data set.
-
-    ranges: [black, white] of those that are known, as JSON has them: {"integer": [0, 4095]}, {"float": [0,
-    1]}, both or neither. clipped: how many of the pictures read so far have values beyond."""
+    """What is black and white in a data set's pictures of more than eight bits. ranges: as far as known,
+    {"integer": [0, 4095]}, {"float": [0, 1]}, both or neither. clipped: how many pictures exceeded them."""
 
     ranges: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     clipped: int = 0
 
     def to_bytes(self, values: np.ndarray) -> np.ndarray:
-        """Values of any shape -> uint8, what lies beyond the range clipped. Raises ValueError on values that
-        are not finite."""
+        """Values of any shape -> uint8, clipped to the range. Raises ValueError where some are not finite."""
         if not np.isfinite(values).all():
             raise ValueError("its values are not finite")
         black, white = (UNKNOWN | self.ranges)[KINDS[values.dtype.kind]]
@@ -175,18 +169,17 @@ class PixelScale:
 
 @contextlib.contextmanager
 def opened(picture: Any) -> Iterator[Image.Image]:
-    """A Pillow image, or an image file by its path, for the block, not decoded yet. Raises UserError in one
-    line that names it, where it is absent, no regular file, of more than MOST_PIXELS or of no format, and on
-    whatever fails in the block."""
+    """A Pillow image, or an image file by its path, for the block, not decoded yet. Raises UserError that
+    names it in one line, where it is absent, no regular file, too large or of no format, and on whatever
+    fails in the block."""
     what = f"image {picture}" if isinstance(picture, Path) else "Pillow image"
     try:
         if isinstance(picture, Path) and not stat.S_ISREG(os.stat(picture).st_mode):
             raise ValueError("no regular file")
         is_open = isinstance(picture, Image.Image)
         with contextlib.nullcontext(picture) if is_open else Image.open(picture, formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
-                size = f"{image.width} x {image.height} pixels"
-                raise ValueError(f"{size}, more than the {MOST_PIXELS // 10**6} million taken")
+            if not 0 < image.width * image.height <= MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, expected 1 to {MOST_PIXELS:,}")
             yield image
     except (UserError, MemoryError):
         raise
@@ -214,8 +207,7 @@ def pixels_of(picture: Any, scale: PixelScale | None = None) -> np.ndarray:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Height and width of an image file as ``pixels_of`` turns it, from its head alone. Raises UserError when
-    that cannot be read."""
+    """Height and width of a file as ``pixels_of`` turns it, from its head alone. Raises UserError."""
     with opened(path) as image:
         # PNG's own getexif decodes the whole image; a TIFF's size is turned already
         exif = {} if image.format == "TIFF" else Image.Image.getexif(image)
@@ -224,10 +216,8 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 def of_pillow(image: Image.Image, scale: PixelScale) -> np.ndarray:
-    """The pixels of a Pillow image, opened or loaded, (H, W, 3) uint8. Raises ValueError on one without
-    pixels or not finite, and what Pillow raises on damaged bytes."""
-    if not image.width * image.height:
-        raise ValueError("no pixels")
+    """The pixels of a Pillow image, opened or loaded, (H, W, 3) uint8. Raises ValueError on one that is not
+    finite, and what Pillow raises on damaged bytes."""
     if getattr(image, "is_animated", False):
         note_once("of pictures of several frames the first is taken")
     if (values := wide_values(image)) is not None:
@@ -247,11 +237,9 @@ def of_pillow(image: Image.Image, scale: PixelScale) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-# ---------------------------------------------------------------- more than eight bits
 def wide_values(image: Any) -> np.ndarray | None:
     """The values of more than eight bits of a Pillow image, (H, W) or (H, W, 3), whole numbers or floats:
-    gray ones, or the colours of a file that is not decoded yet; None of any other, which is not decoded.
-    Raises what Pillow raises on damaged bytes."""
+    gray ones, or the colours of a file that is not decoded yet; None of any other, which is not decoded."""
     if image.mode == "F" or image.mode.startswith("I"):
         return np.asarray(image)
     stored = next((tile[3] for tile in getattr(image, "tile", ())), "")  # how the file has its pixels
@@ -272,9 +260,8 @@ def wide_values(image: Any) -> np.ndarray | None:
 
 def measured(files: Sequence[Path]) -> dict[str, list[float]]:
     """The ranges (``PixelScale``) of a data set with these training pictures, said in a line: MEASURED of
-    them, evenly spaced, decide if they have more than eight bits, by the bits that the file tells or their
-    values. From 0, or where much is negative from the other side of it, to 1.0 (floats; a resized picture may
-    go a little beyond) or the next whole number of bits."""
+    them, evenly spaced, decide by the bits that the file tells or by their values. From 0, or where much is
+    negative from the other side of it, to 1.0 (floats; a resized picture may go a little beyond) or BITS."""
     extremes: dict[str, tuple[float, float]] = {}
     for i in np.linspace(0, len(files) - 1, min(MEASURED, len(files))).astype(int):
         with contextlib.suppress(UserError), opened(files[i]) as image:  # told when its turn comes

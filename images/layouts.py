@@ -4,8 +4,8 @@ The split is train, test or validation: training pictures that are held out. A l
 train, and every test image with another label is anomalous. Or it is ``<class>/<condition>``, where each
 class is tested on images of its own: ``bottle/good`` (or ok, or normal) and ``bottle/hole``.
 
-A reader takes the path that the user named, and a counter of what it passes over there. It raises UserError
-that says what it expected and what is there. datasets.py turns the table into labels."""
+A reader takes the path that the user named, and a counter of what it passes over there; it raises UserError
+that says what was expected and what is there."""
 
 import csv
 import json
@@ -23,8 +23,7 @@ from config import UserError
 from images.images import image_files, images_below, is_hidden, opened, tell_skipped
 
 SPLITS = ("train", "test")
-# Folders of pictures in a category, and their splits.
-PLACES = {"train": "train", "validation": "validation", "test": "test", "test_public": "test"}
+PLACES = {"train": "train", "validation": "validation", "test": "test", "test_public": "test"}  # their splits
 NORMAL_NAMES = ("good", "ok", "normal")  # conditions, and folders, of normal pictures
 MASK_FOLDERS = ("ground_truth", "gt", "mask", "masks")
 NO_PICTURES = frozenset((*MASK_FOLDERS, "xyz", "depth"))  # folders inside a class's: masks, or depth
@@ -47,8 +46,7 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def folded(name: str) -> str:
-    """What names are compared by: case, the Unicode form of a letter (NFC, NFD) and spaces around the name
-    make no difference."""
+    """What names are compared by, whatever their case, Unicode form (NFC, NFD) and spaces around them."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).strip()
 
 
@@ -123,8 +121,7 @@ def _labelled(
 
 
 def _known_by(path: Path, root: Path) -> tuple[str, ...]:
-    """What the name of a picture has in common with that of its mask, in any case and format. 3D-AD has
-    pictures in rgb and masks beside it."""
+    """What the names of a picture and of its mask share, in any case and format (of 3D-AD beside rgb)."""
     *above, name = map(folded, path.relative_to(root).with_suffix("").parts)
     return *(folder for folder in above if folder not in (*PLACES, *MASK_FOLDERS, "rgb")), name
 
@@ -172,8 +169,7 @@ def magnetic_tiles(root: Path, skipped: Counter) -> Iterator[Row]:
 
 # ---------------------------------------------------------------- tables
 def labels_file(path: Path, skipped: Counter) -> Iterator[Row]:
-    """A CSV file with the columns path (from the file's own folder), split, label and perhaps mask; or a
-    folder that has one called labels.csv."""
+    """A CSV file with the columns path, split, label and perhaps mask; or a folder with labels.csv."""
     table = path / "labels.csv" if path.is_dir() else path
     if not table.is_file():
         columns = ", ".join(Row._fields)
@@ -237,8 +233,8 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 
 
 def _named(base: Path, path: str, split: str, label: str, mask: str | None) -> Row:
-    """What a row in a file says. Its paths begin at ``base``, or at the root of the file system; Windows
-    writes their folders with backslashes. Raises UserError where they name nothing, or the split none."""
+    """What a row in a file says. Its paths begin at ``base``, or are whole; Windows writes their folders with
+    backslashes. Raises UserError where they name nothing, or the split none."""
     names = (name if (base / name).exists() else name.replace("\\", "/") for name in (path, mask or ""))
     image, marked = (base / name for name in names)
     if gone := [file.absolute() for file in (image, marked) if not file.exists()]:
