@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -220,7 +220,7 @@ def images_of(config: Config) -> ImageSet:
     elif dataset in published.FORMS and not all((root / split).is_dir() for split in SPLITS):
         found = _array_set(published.load(dataset, root))
     else:
-        found = _file_set(layouts.read_table(dataset, root), root if root.is_dir() else root.parent)
+        found = _file_set(dataset, root)
     return tiled(found, config.tiles) if config.tiles else found
 
 
@@ -229,9 +229,8 @@ def name_of(config: Config) -> str:
     elsewhere than in their default place the folder's name and a hash of its place, and the tiles' side."""
     name = config.dataset
     tiles = f"-tiles{config.tiles}" if config.tiles else ""
-    default = Path(f"data/{name}").resolve()
-    place = Path(config.dataset_path or default).resolve()
-    if name == "digits" or name in published.FORMS or place == default:
+    place = Path(config.dataset_path or f"data/{name}").resolve()
+    if name == "digits" or name in published.FORMS or place == Path(f"data/{name}").resolve():
         return name + tiles
     folder = "".join(c if c.isalnum() or c in "-_" else "_" for c in place.name)[:40]
     place_hash = hashlib.sha256(str(place).encode(errors="surrogateescape")).hexdigest()[:6]
@@ -245,16 +244,20 @@ def _array_set(arrays: dict[str, published.Arrays]) -> ImageSet:
     return ImageSet(Labels(tuple(arrays["train"][0]), train, test), pictures)
 
 
-def _file_set(table: list[Row], root: Path) -> ImageSet:
-    """The images of a table, those that are held out among the training images; names begin at ``root``.
+def _file_set(dataset: str, root: Path) -> ImageSet:
+    """The images of a set of files, what is held out among the training images; names begin at its folder.
     Classes are those of the training images, sorted; those that ``layouts.folded`` makes one are one. Raises
     UserError on a test image of a class that is tested on its own and has no training images."""
+    skipped = Counter[str]()
+    table = list(layouts.READERS.get(dataset, layouts.folders)(root, skipped))
+    images.tell_skipped(root, skipped)
     rows = {split: [row for row in table if (row.split == "test") == (split == "test")] for split in SPLITS}
     classes: dict[str, str] = {}
     for name in sorted({row.label.partition("/")[0] for row in rows["train"]}):
         classes.setdefault(layouts.folded(name), name)
     number = {name: i for i, name in enumerate(classes)}
     per_category = any("/" in row.label for row in table)
+    folder = root if root.is_dir() else root.parent
 
     @functools.cache
     def meaning(label: str) -> tuple[int, bool, str]:
@@ -268,17 +271,16 @@ def _file_set(table: list[Row], root: Path) -> ImageSet:
 
     def split_of(rows: list[Row]) -> Split:
         category, defect, kind = ([meaning(row.label)[part] for row in rows] for part in range(3))
-        names = [row.path.as_posix().removeprefix(f"{root.as_posix()}/") for row in rows]
+        names = [row.path.as_posix().removeprefix(f"{folder.as_posix()}/") for row in rows]
         return Split.of(names, category, defect, kind, [row.split == "validation" for row in rows])
 
     labels = Labels(tuple(classes.values()), split_of(rows["train"]), split_of(rows["test"]), per_category)
     masks = [row.mask for row, kind in zip(rows["test"], labels.test.kind) if kind]
     if any(masks) and not all(masks):
-        images.note_once(f"masks for {len(masks) - masks.count(None)} of {len(masks)} defects in {root}")
+        images.note_once(f"masks for {len(masks) - masks.count(None)} of {len(masks)} defects in {folder}")
     return ImageSet(labels, {s: [RawImage(row.path, row.mask) for row in rows[s]] for s in SPLITS})
 
 
-# ---------------------------------------------------------------- tiles
 def tiled(pictures: ImageSet, side: int) -> ImageSet:
     """The tiles (images/tiles.py) of training pictures, each an image of its picture's class. Raises
     UserError on a set with test images: theirs would be tiles with the labels of whole pictures."""

@@ -20,7 +20,7 @@ import numpy as np
 
 import utils
 from config import UserError
-from images.images import image_files, images_below, is_hidden, opened, tell_skipped
+from images.images import image_files, images_below, is_hidden, opened
 
 SPLITS = ("train", "test")
 PLACES = {"train": "train", "validation": "validation", "test": "test", "test_public": "test"}  # their splits
@@ -245,25 +245,6 @@ def _named(base: Path, path: str, split: str, label: str, mask: str | None) -> R
     return Row(image, folded(split), label.strip(), marked if mask else None)
 
 
-# ---------------------------------------------------------------- all of them
-READERS: dict[str, Callable[[Path, Counter], Iterable[Row]]] = {
-    **dict.fromkeys(("folder", "lbot", "CatsvsDogs"), folders),
-    **dict.fromkeys(("mvtec", "BTAD"), mvtec),
-    "csv": labels_file,
-    "VisA": visa,
-    "RealIAD": real_iad,
-    "MTD": magnetic_tiles,
-}
-
-
-def read_table(dataset: str, path: Path) -> list[Row]:
-    """The table of a data set; what was passed over is told in a line. Raises UserError."""
-    skipped = Counter[str]()
-    rows = list(READERS.get(dataset, folders)(path, skipped))
-    tell_skipped(path, skipped)
-    return rows
-
-
 def read_mask(path: Path) -> np.ndarray:
     """A mask of a defect, (H, W) bool: True where the file is not black, of a JPEG where it is nearer to
     white; of a folder, where any file in it is. Raises UserError."""
@@ -276,3 +257,13 @@ def read_mask(path: Path) -> np.ndarray:
         one = image.mode in ("1", "L", "F") or image.mode.startswith("I")
         least = 127 if image.format == "JPEG" else 0  # its black is not quite black
         return np.asarray(image if one else image.convert("L")) > least
+
+
+READERS: dict[str, Callable[[Path, Counter], Iterable[Row]]] = {
+    **dict.fromkeys(("folder", "lbot", "CatsvsDogs"), folders),
+    **dict.fromkeys(("mvtec", "BTAD"), mvtec),
+    "csv": labels_file,
+    "VisA": visa,
+    "RealIAD": real_iad,
+    "MTD": magnetic_tiles,
+}
