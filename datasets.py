@@ -30,9 +30,9 @@ HASHING_THREADS = 8  # threads that hash files: a shared folder answers many at 
 # ---------------------------------------------------------------- labels
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """What is known of the images of one split, a column each: a stable name; the index into the classes, or
-    OTHER (n); whether it is a defective specimen of its category (n); what is wrong with it, in the data
-    set's words, "" where nothing is; whether the data set holds it out of training (n)."""
+    """What is known of the images of one split, a column each. names: stable ones. category: index into the
+    classes, or OTHER. defect: whether it is a defective specimen of its category. kind: what is wrong with
+    it, in the data set's words, or "". held: whether the data set holds it out of training."""
 
     names: list[str]
     category: np.ndarray
@@ -118,8 +118,8 @@ _decoded = functools.lru_cache(maxsize=4)(images.pixels_of)  # whose tiles are a
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """A data set's labels and its images, of each split in the order of its labels. scale: of pixels of more
-    than eight bits; its ranges are unknown until they are set to those ``measured``."""
+    """A data set's labels and its images, of each split in the order of its labels. The ranges of scale are
+    unknown until they are set to those ``measured``."""
 
     labels: Labels
     images: dict[str, list[RawImage]]
@@ -181,8 +181,7 @@ def class_names(text: str) -> list[str]:
 
 
 def choose_classes(labels: Labels, class_name: str) -> list[str]:
-    """The classes that the knob class_name asks for (``class_names``). Raises UserError on an
-    unknown one, and on a folder whose name is no text."""
+    """The classes that the knob class_name asks for. Raises UserError on an unknown one, and on no text."""
     if strange := [name for name in labels.classes if re.search("[\ud800-\udfff]", name)]:
         raise UserError(f"class {strange[0]!r}: the name of its folder is not valid UTF-8; rename it")
     if class_name == "all":

@@ -169,9 +169,8 @@ class PixelScale:
 
 @contextlib.contextmanager
 def opened(picture: Any) -> Iterator[Image.Image]:
-    """A Pillow image, or an image file by its path, for the block, not decoded yet. Raises UserError that
-    names it in one line, where it is absent, no regular file, too large or of no format, and on whatever
-    fails in the block."""
+    """A Pillow image, or an image file by its path, for the block, not decoded yet. Raises UserError, a
+    line that names it, where it is no regular file, too large, of no format, or fails in the block."""
     what = f"image {picture}" if isinstance(picture, Path) else "Pillow image"
     try:
         if isinstance(picture, Path) and not stat.S_ISREG(os.stat(picture).st_mode):

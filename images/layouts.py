@@ -4,8 +4,7 @@ The split is train, test or validation: training pictures that are held out. A l
 train, and every test image with another label is anomalous. Or it is ``<class>/<condition>``, where each
 class is tested on images of its own: ``bottle/good`` (or ok, or normal) and ``bottle/hole``.
 
-A reader takes the path that the user named, and a counter of what it passes over there; it raises UserError
-that says what was expected and what is there."""
+A reader takes the path that the user named, and a counter of what it passes over; it raises UserError."""
 
 import csv
 import json
@@ -180,9 +179,8 @@ def labels_file(path: Path, skipped: Counter) -> Iterator[Row]:
 
 
 def visa(root: Path, skipped: Counter) -> Iterator[Row]:
-    """VisA: ``split_csv/1cls.csv`` says which image of ``<object>/Data/Images/{Normal,Anomaly}`` is in
-    which split, and which mask is its; ``<object>/image_anno.csv``, if there, says what is wrong.
-    Also in its converted form, MVTec-style categories."""
+    """VisA: ``split_csv/1cls.csv`` has split and mask of images in ``<object>/Data/Images/{Normal,Anomaly}``;
+    ``<object>/image_anno.csv``, if there, says what is wrong. Or converted, as MVTec-style categories."""
     if _categories(root):
         yield from mvtec(root, skipped)
         return

@@ -32,8 +32,7 @@ FORMS: dict[str, Any] = {
 
 
 def load(dataset: str, root: Path) -> dict[str, Arrays]:
-    """The arrays of both splits of a data set in its published form. Raises UserError where it is absent, cut
-    off or changed and cannot be fetched."""
+    """The arrays of both splits. Raises UserError if they are absent, cut off or changed, and not fetched."""
     kind = FORMS[dataset]
     url = getattr(kind, "url", None) or kind.mirrors[0]
     archive = getattr(kind, "filename", None) or kind.resources[0][0]

@@ -19,17 +19,15 @@ PATIENCE = 30.0  # seconds in which one that cannot be read is tried again, one 
 
 
 class Seen(NamedTuple):
-    """A file as it was last seen: its time of change and size, and the time of the first look at it as it is,
-    infinite once it is done."""
+    """A file as last seen. state: time of change and size. since: first look at it as it is; inf if done."""
 
     state: tuple[int, int]
     since: float
 
 
 class Arrivals:
-    """The pictures in a folder and its subfolders, each once, and again when it is written anew. Those that
-    lie there already are the first. What is kept of a picture is what was ``Seen``, as long as it lies
-    there."""
+    """The pictures in a folder and its subfolders, those that lie there already first, each once, and again
+    when it is written anew. What is kept of a picture is what was ``Seen``, as long as it lies there."""
 
     def __init__(self, folder: Path):
         """Raises UserError unless it is a folder that can be read."""
@@ -40,8 +38,7 @@ class Arrivals:
         image_files(folder, Counter())
 
     def ready(self) -> list[Path]:
-        """Look once -> the pictures that are whole by now, the earliest first. A folder that cannot be read
-        for a while has none."""
+        """Look once -> the pictures that are whole by now, the earliest first; of no readable folder none."""
         try:
             found = {path: self._look(path) for path in image_files(self.folder, Counter())}
         except UserError as error:
@@ -76,8 +73,8 @@ class Arrivals:
 
 def is_whole(path: Path, age: float) -> bool:
     """Whether a file that has stayed as it is for so many seconds can be taken for whole: unless a process of
-    this machine has it open for writing, when Linux refuses a lease on it. That cannot be told of another
-    user's file, and of writers on other machines."""
+    this machine has it open for writing, when Linux refuses a lease on it. That cannot be told of files of
+    others, and of writers on other machines."""
     if not SETTLED <= age < PATIENCE:
         return age >= PATIENCE
     try:
