@@ -193,16 +193,34 @@ def opened(picture: Any) -> Iterator[Image.Image]:
 def pixels_of(picture: Any, scale: PixelScale | None = None) -> np.ndarray:
     """A path, a Pillow image or an array, (H, W, 3) or (H, W) uint8 -> (H, W, 3) uint8 (see the top of this
     file). scale: of the data set. Raises UserError on anything else, and on a picture that cannot be read."""
-    if isinstance(picture, (str, Path, Image.Image)):
-        with opened(Path(picture) if isinstance(picture, str) else picture) as image:
-            return of_pillow(image, scale or PixelScale())
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.size:
         if picture.ndim == 2:
             return np.repeat(picture[..., None], 3, 2)
         if picture.ndim == 3 and picture.shape[2] == 3:
             return picture
-    got = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
-    raise UserError(f"expected a path, a Pillow image or an array (H, W, 3) or (H, W) of uint8, got {got}")
+    if not isinstance(picture, (str, Path, Image.Image)):
+        about = f" {picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else ""
+        got = type(picture).__name__ + about
+        raise UserError(f"expected a path, a Pillow image or an array (H, W[, 3]) of uint8, got {got}")
+    with opened(Path(picture) if isinstance(picture, str) else picture) as image:
+        if getattr(image, "is_animated", False):
+            note_once("of pictures of several frames the first is taken")
+        if (values := wide_values(image)) is not None:
+            exif = image.info.get("exif")
+            image = Image.fromarray((scale or PixelScale()).to_bytes(values))
+            image.info = {"exif": exif} if exif else {}
+        image.load()
+        try:
+            image = ImageOps.exif_transpose(image)
+        except MemoryError:
+            raise
+        except Exception:  # EXIF data are damaged in many ways; the pixels are not
+            pass
+        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            if image.getchannel("A").getextrema() != (0, 0):
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("RGB"))
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -212,28 +230,6 @@ def size_of(path: Path) -> tuple[int, int]:
         exif = {} if image.format == "TIFF" else Image.Image.getexif(image)
         sideways = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return image.size if sideways else image.size[::-1]
-
-
-def of_pillow(image: Image.Image, scale: PixelScale) -> np.ndarray:
-    """The pixels of a Pillow image, opened or loaded, (H, W, 3) uint8. Raises ValueError on one that is not
-    finite, and what Pillow raises on damaged bytes."""
-    if getattr(image, "is_animated", False):
-        note_once("of pictures of several frames the first is taken")
-    if (values := wide_values(image)) is not None:
-        info, image = image.info, Image.fromarray(scale.to_bytes(values))
-        image.info = {"exif": info["exif"]} if "exif" in info else {}
-    image.load()
-    try:
-        image = ImageOps.exif_transpose(image)
-    except MemoryError:
-        raise
-    except Exception:  # EXIF data are damaged in many ways; the pixels are not
-        pass
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema() != (0, 0):
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
 
 
 def wide_values(image: Any) -> np.ndarray | None:
