@@ -59,9 +59,9 @@ def ensure_features(
         raise UserError(f"train.py fits one class: {given}; main.py fits several")
     listed = known if isinstance(known, ImageList) else ImageList.of(known, before)
     if images:
-        if listed.pixel_scale is not None:
-            images.scale.ranges = listed.pixel_scale
-        listed.pixel_scale = images.scale.ranges
+        if listed.pixel_scale is None:
+            listed.pixel_scale = images.measured()
+        images.scale.ranges = listed.pixel_scale
         if line := datasets.repeated(listed.labels, listed.hashes):
             note(line)
     hashes = listed.all_hashes if thorough else []

@@ -65,8 +65,7 @@ from config import UserError
 from detector.checkpoints import find_checkpoints
 from detector.picture_detector import PictureDetector
 from images import watch
-from images.given import find_images, refuse_among
-from images.images import images_below
+from images.images import find_images, images_below, refuse_among
 from reporting.overlays import draw_heat_maps
 from reporting.pages import write_verdicts
 from reporting.scores import Row, rows_arriving, rows_of, table, tell_counts, tell_verdicts

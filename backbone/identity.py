@@ -40,7 +40,7 @@ def cache_identity(
     """The features that a configuration asks for. Raises UserError.
 
     listed: has the sizes that img_size auto has chosen, to which that for the ``images`` is added, and the
-    ranges of pixels of more than eight bits (images/pixel_scale.py). The fields are the knobs that affect the
+    ranges of pixels of more than eight bits (images/images.py). The fields are the knobs that affect the
     features, with what device, pictures and backbone decide put in for those left open."""
     precision = best_precision(device) if config.precision == "auto" else config.precision
     known = backbones.timm_model(config.extractor)

@@ -121,7 +121,7 @@ def extract_images(
     """Compute the features of images and write them while the next are computed -> those that cannot be read.
     advance: called with the number of images done. Raises UserError, also on an image that has changed since
     it was hashed."""
-    if len(wanted) >= job.batch and images.labels.count() >= COMPILED_FROM:
+    if len(wanted) >= job.batch and sum(map(len, images.images.values())) >= COMPILED_FROM:
         job.compile()
     chosen = images.listed([image[:2] for image in wanted])
     unreadable: list[Wanted] = []

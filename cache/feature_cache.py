@@ -45,7 +45,7 @@ class ImageList:
     """The images of a data set, without the images: what is kept of it beside the stores.
 
     hashes: of each image of a split, in order. sizes: by backbone, the size of the images that img_size auto
-    has chosen. pixel_scale: the ranges of pixels of more than eight bits (images/pixel_scale.py); None until
+    has chosen. pixel_scale: the ranges of pixels of more than eight bits (images/images.py); None until
     they are measured. unreadable: the hashes of those that could not be read."""
 
     labels: Labels
@@ -186,7 +186,7 @@ def complete(store: Store, listed: ImageList, unreadable: str) -> FeatureCache:
     cache = FeatureCache(store, listed)
     missing = cache.absent.difference(listed.unreadable)
     if missing or not store.fields:
-        some = f"{len(missing)} of {listed.labels.count()} images"
+        some = f"{len(missing)} of {len(listed.all_hashes)} images"
         raise UserError(f"{some} have no features in {store.folder}; {EXTRACT}")
     told = f"unreadable images: {utils.first_named(cache.skipped)}"
     if cache.skipped and unreadable == "stop":

@@ -17,7 +17,6 @@ from detector.class_data import Features
 from detector.detector import Detector, load_detector
 from detector.pictures import FittedBackbone, are_several
 from images import images
-from images.pixel_scale import PixelScale
 from images.tiles import tiles_of, whole_map
 
 NO_PLACES = "its score reads no places (score joined does, of pictures of one scene)"
@@ -85,7 +84,7 @@ class PictureDetector:
 
     def pixels(self, picture: Any) -> np.ndarray:
         """A picture as the detector sees it, (H, W, 3) uint8. Raises UserError where it cannot be read."""
-        return images.pixels_of(picture, PixelScale(self.backbone.scale.ranges))
+        return images.pixels_of(picture, images.PixelScale(self.backbone.scale.ranges))
 
     def heat_map(self, picture: Any) -> np.ndarray:
         """How unusual each place of a picture is, (H, W) float32 at its size, in standard deviations beyond

@@ -24,7 +24,6 @@ from cache.store import EXAMPLE, example_fault
 from config import UserError
 from detector.checkpoints import Record, config_of
 from images import images
-from images.pixel_scale import PixelScale
 from images.tiles import tiles_of
 from shell.files import as_strict_json
 
@@ -62,7 +61,7 @@ class FittedBackbone:
             precision=precision or features["precision"],
             img_size=tuple(features["img_size"]),  # of the fit, where the pictures decided it
         )
-        self.scale = PixelScale(features.get("pixel_scale", {}))
+        self.scale = images.PixelScale(features.get("pixel_scale", {}))
         self.device, self.checkpoint, self.weights = device, checkpoint, weights and Path(weights)
         self.tiles = (
             self.config.tiles

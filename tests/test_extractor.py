@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import flip, make_folder, texture, write_image
+from conftest import flip, load_images, make_folder, texture, write_image
 from fabricated import small_run
 from PIL import Image
 from safetensors.torch import save_file
 
-import datasets
 import extractor
 from backbone import backbones, extraction, resizing, storing
 from backbone.identity import cache_identity
@@ -195,7 +194,7 @@ def test_cache_holds_the_backbones_tokens(mixed, options):
     the way."""
     config = small(mixed, **options)
     cache = extractor.ensure_features(config, CPU)
-    backbone, images = load_backbone(config), datasets.load_images("folder", str(mixed))
+    backbone, images = load_backbone(config), load_images("folder", str(mixed))
     mean, std = (torch.tensor(cache.meta[key]).view(3, 1, 1) for key in ("norm_mean", "norm_std"))
     assert cache.labels.as_json() == images.labels.as_json()
     for split in SPLITS:
