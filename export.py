@@ -1,5 +1,4 @@
-"""One file that scores pictures without this repository: uint8 pictures in; score, p-value and
-verdict out.
+"""One file that scores uint8 pictures without this repository: score, p-value and verdict.
 
 python export.py runs/foad_mfff/classes/cat-seed0 cat.onnx
 python export.py runs/foad_mfff/classes/cat-seed0 cat.pt2 --size 480x640
@@ -79,13 +78,6 @@ class Exported(nn.Module):
         return score, (1 + above) / (1 + n if n else math.nan), score > self.limit
 
 
-def examples(size: tuple[int, int]) -> Tensor:
-    """Pictures to compare on (5, H, W, 3) uint8: noise that is smoother from one to the next."""
-    noise = torch.rand(5, 3, *size, generator=torch.Generator().manual_seed(0))
-    smooth = [nn.functional.avg_pool2d(each, 2 * i + 1, 1, i) for i, each in enumerate(noise)]
-    return (torch.stack(smooth) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
 def write_pt2(program: torch.export.ExportedProgram, path: Path) -> Run:
     """Write a file of torch.export -> what runs it."""
     content = io.BytesIO()
@@ -121,10 +113,13 @@ WRITERS = {".onnx": write_onnx, ".pt2": write_pt2}
 def write(detector: PictureDetector, output: Path, size: tuple[int, int]) -> float:
     """Write the file for pictures of ``size`` -> how far its scores are from the detector's, as a share of
     the largest. Raises UserError when that is too far, and leaves no file then."""
-    images, module = examples(size), Exported(detector).eval()
+    noise = torch.rand(5, 3, *size, generator=torch.Generator().manual_seed(0))
+    smooth = [nn.functional.avg_pool2d(each, 2 * i + 1, 1, i) for i, each in enumerate(noise)]  # ever more
+    levels = (torch.stack(smooth) * 255).round().to(torch.uint8)
+    images, module = levels.permute(0, 2, 3, 1).contiguous(), Exported(detector).eval()
     batch = {"images": {0: torch.export.Dim("batch", min=1, max=2**20)}}
     with torch.no_grad():
-        pixels = resize_like_pillow(images.permute(0, 3, 1, 2), module.img_size)
+        pixels = resize_like_pillow(levels, module.img_size)
         wanted = detector.score_rows(detector.backbone.job.rows(pixels.to(torch.uint8)))
         module(images)  # once as it is: the matrices that are kept for a size are constants of the file then
         try:

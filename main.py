@@ -1,5 +1,4 @@
-"""Fit one flow per normal class and seed; report detection per class and on average, on screen and in
-runs/<modelname>/."""
+"""Fit one flow per normal class and seed; report each class and the mean, also in runs/<modelname>/."""
 
 import sys
 from pathlib import Path
@@ -13,10 +12,10 @@ if __name__ == "__main__":  # parse before the slow imports: -h and mistakes ans
 
 import csv
 import dataclasses
-import functools
 import math
 import time
 from concurrent.futures import Executor
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -27,14 +26,13 @@ import train
 import utils
 from cache.feature_cache import FeatureCache
 from config import Config, UserError
-from detector import checkpoints, detector, memory, runs
+from detector import checkpoints, memory, runs
+from detector.detector import make_detector
 from reporting import figures, findings, pages, report, tables
 from shell import engine
 from shell.files import write_text
 
-PROCESS_BYTES = 1e9  # of a process of its own, beside the training
 TABLE = Path(__file__).resolve().parent / "results/quickstart.csv"  # the committed one
-TOLERANCE = 5e-4  # of an AUROC, between two machines
 
 
 def fit_all(config: Config, cache: FeatureCache, device: torch.device, cluster: Executor | None) -> list:
@@ -48,7 +46,7 @@ def fit_all(config: Config, cache: FeatureCache, device: torch.device, cluster: 
     missing = [pair for pair in pairs if pair not in done]
     at_once = 1
     if device.type == "cpu" and not cluster:
-        each = PROCESS_BYTES + memory.training_bytes(config, cache.meta, config.batch_size)
+        each = 1e9 + memory.training_bytes(config, cache.meta, config.batch_size)  # bytes
         at_once = max(1, int(min(torch.get_num_threads(), utils.available_memory() / each, len(pairs))))
     threads = config.threads or 1 if cluster else max(1, torch.get_num_threads() // at_once)
     where = config.cluster if cluster else f"{device}, {at_once} at a time" if at_once > 1 else device
@@ -56,9 +54,9 @@ def fit_all(config: Config, cache: FeatureCache, device: torch.device, cluster: 
     start = time.perf_counter()
     with engine.in_processes(at_once, threads) as executor:
         if executor := executor or cluster:
-            task = functools.partial(train.fit_there, config, cache, threads)
+            task = partial(train.fit_there, config, cache, threads)
         else:
-            task = functools.partial(train.fit, config, cache, train.token_sources(cache, device))
+            task = partial(train.fit, config, cache, train.token_sources(cache, device))
         for number, (pair, result) in enumerate(engine.outcomes(executor, task, missing), 1):
             done[pair], left = result, len(missing) - number
             told = f"AUROC {tables.number(result['auroc'])}  {result.get('seconds', 0):.0f} s"
@@ -93,16 +91,15 @@ def write_report(config: Config, cache: FeatureCache, results: list[dict], secon
 
 
 def differences(summary: report.Summary) -> list[str]:
-    """What differs by more than TOLERANCE between a run's AUROCs and those of the committed table, a line
-    each; what only one of them has differs, too."""
+    """What differs by more than .0005, as two machines may, between a run's AUROCs and those of the committed
+    table, a line each; what only one of them has differs, too."""
     with TABLE.open(encoding="utf-8", newline="") as stream:
         wanted = {row["class"]: float(row["auroc"]) for row in csv.DictReader(stream)}
     found = {row["class"]: row["auroc"] for row in summary.rows}
-    pairs = {name: (found.get(name, math.nan), wanted.get(name, math.nan)) for name in found | wanted}
     return [
-        f"{name}: AUROC {tables.number(ours)}, {tables.number(theirs)} in the table"
-        for name, (ours, theirs) in pairs.items()
-        if not abs(ours - theirs) <= TOLERANCE
+        f"{name}: AUROC {tables.number(found.get(name))}, {tables.number(wanted.get(name))} in the table"
+        for name in found | wanted
+        if not abs(found.get(name, math.nan) - wanted.get(name, math.nan)) <= 5e-4
     ]
 
 
@@ -113,8 +110,7 @@ def main(config: Config) -> None:
         raise UserError(f"check: there is a committed table of the preset {TABLE.stem} alone")
     began, device = time.perf_counter(), utils.set_up(config.device, config.threads)
     with runs.writing(config), engine.on_cluster(config.cluster) as cluster:
-        check = functools.partial(detector.make_detector, config)
-        cache = extractor.ensure_features(config, device, check, executor=cluster)
+        cache = extractor.ensure_features(config, device, partial(make_detector, config), executor=cluster)
         results = fit_all(config, cache, device, cluster)
         runs.sweep_up(config)  # which lists the folders, too: NFS may not show what others wrote before that
         summary = write_report(config, cache, results, time.perf_counter() - began)

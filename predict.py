@@ -1,5 +1,4 @@
-"""Score pictures with a fitted class: the higher, the more anomalous. One row per picture, as they
-come.
+"""Score pictures with a fitted class: higher is more anomalous. One row per picture, as they come.
 
 python predict.py runs/foad_mfff/classes/cat-seed0 FOLDER photo.jpg > scores.csv
 python predict.py runs/foad_mfff 'shots/*.png' --output scores.csv --false_alarms 0.01
@@ -7,8 +6,7 @@ find . -name '*.jpg' | python predict.py runs/foad_mfff -
 python predict.py runs/foad_mfff/classes/cat-seed0 FOLDER --page verdicts.html
 python predict.py runs/foad_mfff --watch FOLDER > scores.csv
 
-A run's folder scores every picture by every class of its first seed, a row for each;
---class_name names some.
+A run's folder scores each picture by every class of its first seed, or by those of --class_name.
 
 p_value: the share of normal pictures that score as high or higher, from the held-out ones;
 verdict: anomalous where that is at most --false_alarms, or, with too few held-out ones for that
@@ -16,10 +14,9 @@ rate, where the score is above all of theirs. Both are empty where none were hel
 Pictures that cannot be read are named and left out, and make the exit status 1. Heat maps are
 of classes whose score reads places (score joined, of pictures of one scene).
 
---watch scores the pictures in a folder, then each that arrives there or is written anew, until
-Ctrl-C or SIGTERM. One that has not changed for a second is taken for whole, unless a process of
-this machine still has it open for writing; one that cannot be read is tried again, for half a
-minute."""
+--watch scores the pictures in a folder, then each that arrives or is written anew, until Ctrl-C
+or SIGTERM. One that has not changed for a second is taken for whole, unless a process of this
+machine has it open for writing; one that cannot be read is tried again, for half a minute."""
 
 import argparse
 import sys
@@ -63,12 +60,8 @@ from backbone.resizing import Unreadable
 from config import UserError
 from detector.checkpoints import find_checkpoints
 from detector.picture_detector import NO_PLACES, PictureDetector
-from images import watch
-from images.given import find_images, refuse_among
-from images.images import images_below, note
-from reporting.overlays import draw_heat_maps
-from reporting.pages import write_verdicts
-from reporting.scores import Row, rows_arriving, rows_of, table
+from images import given, images, watch
+from reporting import overlays, pages, scores
 
 
 def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
@@ -83,8 +76,8 @@ def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
             raise UserError(f"{arguments.checkpoint}: classes fitted to different features; name one class")
     if good := arguments.calibrate:
         if len(loaded) > 1:
-            raise UserError(f"calibrate: {good} is of one class, of {len(loaded)} asked for: --class_name")
-        loaded[0].calibrate(images_below(good))
+            raise UserError(f"calibrate: {good} is of one class, not of {len(loaded)}; name it: --class_name")
+        loaded[0].calibrate(images.images_below(good))
     for fitted in loaded:
         none = "no verdicts: no normal pictures were held out; --calibrate FOLDER"
         print(f"{fitted.class_name}: {fitted.threshold if len(fitted.held_out) else none}", file=sys.stderr)
@@ -97,21 +90,21 @@ def main(arguments: argparse.Namespace) -> int:
     """Score the pictures -> the exit status: 1 where some could not be read."""
     page, maps, output = arguments.page, arguments.heat_maps, arguments.output
     arrivals = watch.Arrivals(arguments.watch) if arguments.watch else None
-    files = [] if arrivals else find_images(arguments.images)
+    files = [] if arrivals else given.find_images(arguments.images)
     if page and arrivals:
         raise UserError("page: expected pictures that are there, --watch has no end; leave one out")
     if maps:
-        refuse_among(maps, [Path(name) for name in arguments.images or [arguments.watch]], files)
+        given.refuse_among(maps, [Path(name) for name in arguments.images or [arguments.watch]], files)
         maps.mkdir(parents=True, exist_ok=True)
     detectors = load_all(arguments)
     counts = Counter({"pictures scored": 0})
     drawn: set[Path] = set()
-    on_page: list[Row] = []
-    parts = rows_arriving(detectors, arrivals) if arrivals else rows_of(detectors, files)
+    on_page: list[scores.Row] = []
+    parts = scores.rows_arriving(detectors, arrivals) if arrivals else scores.rows_of(detectors, files)
     ends = [KeyboardInterrupt] if arrivals else []  # as watching does
     hidden = True if arrivals or output is None and sys.stdout.isatty() else None
     try:
-        with table(output, at_once=arrivals is not None) as put, contextlib.suppress(*ends):
+        with scores.table(output, at_once=arrivals is not None) as put, contextlib.suppress(*ends):
             for part in tqdm(parts, "scoring", len(files), unit="img", disable=hidden):
                 if isinstance(part, Unreadable):
                     counts["unreadable"] += 1
@@ -125,16 +118,16 @@ def main(arguments: argparse.Namespace) -> int:
                 if page:
                     on_page += part
                 if maps:
-                    draw_heat_maps(detectors, part, maps, drawn)
+                    overlays.draw_heat_maps(detectors, part, maps, drawn)
     except BrokenPipeError:  # whoever read the rows has seen enough
         sys.stdout = None  # type: ignore[assignment]
         return 0
     told = ", ".join(f"{count} {what}" for what, count in counts.items())
     print(told + (f"; rows in {output}" if output else ""), file=sys.stderr)
     if line := detectors[0].backbone.scale.beyond():
-        note(line)
+        images.note(line)
     if page:
-        write_verdicts(page, detectors, on_page)
+        pages.write_verdicts(page, detectors, on_page)
     return 1 if counts["unreadable"] else 0
 
 

@@ -2,8 +2,7 @@
 
 python report.py               every run in runs/: what it was, its mean AUROC, when
 python report.py RUN           its table
-python report.py RUN_A RUN_B   side by side: AUROC per class, paired difference, knobs that differ
-"""
+python report.py RUN_A RUN_B   side by side: AUROC per class, paired difference, knobs that differ"""
 
 import argparse
 import sys
@@ -44,8 +43,7 @@ def list_runs(root: Path) -> str:
             about = [str(run.config[knob]) for knob in ("dataset", "extractor", "preset")]
             about += [",".join(map(str, run.seeds)), number(run.mean["auroc"])]
         except UserError:
-            finished = (folder / "results.json").exists()
-            about = ["another version" if finished else "unfinished", "", "", "", ""]
+            about = ["another version" if (folder / "results.json").exists() else "unfinished", *[""] * 4]
         date = datetime.date.fromtimestamp(folder.stat().st_mtime)
         rows.append([folder.relative_to(root).as_posix(), *(shorten(word, 18) for word in about), str(date)])
     if not rows:
@@ -84,10 +82,7 @@ def compare(names: list[str], root: Path) -> str:
         rows.append([name, *(cell(run.classes[name], len(run.seeds)) for run in (a, b)), told])
     means = [np.mean([run.classes[name]["auroc"] for name in shared], dtype=float) for run in (a, b)]
     rows.append(["mean", *map(number, means), wins_cell(margins)])
-    note = (
-        f"B - A: of seed {seed}, on the same test images, interval by DeLong; counts of classes by Holm's "
-        "correction. mean: over the classes that both have."
-    )
+    note = f"B - A: of seed {seed}, interval by DeLong, counts by Holm's correction. mean: of shared classes."
     table = as_text(["class", "A", "B", "B - A [95 %]"], rows, has_mean=True)
     return "\n".join([f"A: {names[0]}\nB: {names[1]}\n", table, wrapped([note]), "", differences(a, b)])
 

@@ -1,6 +1,5 @@
-"""Five pictures of a run: of each class a histogram of its scores, and the test images at both ends of them
-with their heat maps; of all classes the ROC, curves over the epochs, and the flow beside the simple
-detectors. Those of one seed show the first."""
+"""Five pictures of a run: of each class's first seed a histogram of scores, and the test images at both ends
+of them with heat maps; of all classes the ROC, curves over the epochs, the flow beside simple detectors."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -115,8 +114,7 @@ def histogram(record: Record, threshold: Threshold | None) -> Figure:
 
 def contact_sheet(cache: FeatureCache, images: datasets.ImageSet, left: Left) -> Figure:
     """The least and the most anomalous test images, truly normal ones first, each strip from its end of the
-    scores inwards: every image with its score, what it shows and its name; below it its heat map where the
-    score reads places. A label without images has no strip."""
+    scores inwards: images with score, what they show, name; below, heat maps where the score reads places."""
     test, strips = left.first.test, dict[str, np.ndarray]()
     ranked = np.argsort(test.scores, kind="stable")
     for label in sorted(set(test.labels)):

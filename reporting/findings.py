@@ -1,5 +1,5 @@
-"""What a class came to beside its score: the flow against simple detectors, each kind of defect, the
-threshold, heat maps against masks. All of it from what fitting it left, which is read once."""
+"""What a class came to beside its score, from what fitting it left: the flow against simple detectors, each
+kind of defect, the threshold, heat maps against masks."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -54,8 +54,7 @@ def raw_images(config: Config, cache: FeatureCache) -> datasets.ImageSet | None:
 
 
 def of_class(cache: FeatureCache, images: datasets.ImageSet | None, left: Left) -> Found:
-    """The metrics of simple detectors and the flow's margin over the best of them are those of the first
-    seed."""
+    """Simple detectors, and the flow's margin over the best of them, are those of the first seed."""
     labels, scores, simple = left.first.test.labels, left.first.test.scores, left.first.simple_scores
     found = Found({name: utils.detection_metrics(labels, values) for name, values in simple.items()})
     if best := best_of({name: metrics["auroc"] for name, metrics in found.simple.items()}):
@@ -71,10 +70,8 @@ def of_class(cache: FeatureCache, images: datasets.ImageSet | None, left: Left) 
 
 
 def per_defect(records: list[Record], kinds: Sequence[str]) -> dict[str, dict]:
-    """Of one class, {kind of defect: number of images n, AUROC of the normal test images against them, its
-    standard deviation over the seeds}; empty where the anomalous images are of one kind or none.
-
-    records: of its seeds. kinds: the kind of defect of every image of the test split."""
+    """From the records of a class, one per seed, and the kind of every test image: {kind: how many, AUROC of
+    the normal images against them, its deviation over the seeds}; empty where there is one kind or none."""
     labels, found = records[0].test.labels, {}
     own = np.array([kinds[row] for row in records[0].test.rows], dtype=object)
     for kind in sorted(set(own[labels == 1]) - {""}):  # "": another class

@@ -144,8 +144,7 @@ def over_seeds(groups: Iterable[list[dict]], metrics: Iterable[str] = COLUMNS) -
 
 def best_of(aurocs: dict[str, float]) -> str:
     """The detector with the highest AUROC; empty where none is defined."""
-    defined = {name: auroc for name, auroc in aurocs.items() if not undefined(auroc)}
-    return max(defined, key=lambda name: defined[name], default="")
+    return max((name for name in aurocs if not undefined(aurocs[name])), key=aurocs.__getitem__, default="")
 
 
 # ---------------------------------------------------------------- the tables

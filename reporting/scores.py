@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from backbone.resizing import Unreadable
 from detector.picture_detector import PictureDetector
-from images import watch
+from images.watch import INTERVAL, Arrivals
 from shell.files import whole_file
 
 
@@ -59,9 +59,7 @@ def rows_of(detectors: list[PictureDetector], files: list[Path]) -> Iterator[lis
             yield [row(name, fitted, score) for fitted, score in zip(detectors, scores)]
 
 
-def rows_arriving(
-    detectors: list[PictureDetector], arrivals: watch.Arrivals
-) -> Iterator[list[Row] | Unreadable]:
+def rows_arriving(detectors: list[PictureDetector], arrivals: Arrivals) -> Iterator[list[Row] | Unreadable]:
     """``rows_of`` the pictures that arrive, without an end; one that changed while it was read waits again,
     one that cannot be read is tried again, and told of once there is little hope."""
     print(f"watching {arrivals.folder}; Ctrl-C ends", file=sys.stderr, flush=True)
@@ -71,7 +69,7 @@ def rows_arriving(
         for part, path in zip(rows_of(detectors, files), files):
             if arrivals.settles(path, unreadable=isinstance(part, Unreadable)):
                 yield part
-        time.sleep(watch.INTERVAL)
+        time.sleep(INTERVAL)
 
 
 def row(name: str, fitted: PictureDetector, score: float) -> Row:
