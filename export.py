@@ -96,9 +96,8 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> Run:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install onnx onnxscript onnxruntime") from None
-    made = torch.onnx.export(
-        program, dynamo=True, verbose=False, input_names=["images"], output_names=OUTPUTS
-    )
+    names = {"input_names": ["images"], "output_names": OUTPUTS}
+    made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     made.model.metadata_props["precision"] = "float32; OpenVINO: INFERENCE_PRECISION_HINT f32"
     made.save(path)
     options = onnxruntime.SessionOptions()
@@ -111,10 +110,10 @@ WRITERS = {".onnx": write_onnx, ".pt2": write_pt2}
 
 
 def write(detector: PictureDetector, output: Path, size: tuple[int, int]) -> float:
-    """Write the file for pictures of ``size`` -> how far its scores are from the detector's, as a share of
-    the largest. Raises UserError when that is too far, and leaves no file then."""
+    """Write the file for pictures of ``size`` -> how far its scores are from the detector's, of noise that is
+    smoother and smoother, as a share of the largest. Raises UserError when that is too far: no file then."""
     noise = torch.rand(5, 3, *size, generator=torch.Generator().manual_seed(0))
-    smooth = [nn.functional.avg_pool2d(each, 2 * i + 1, 1, i) for i, each in enumerate(noise)]  # ever more
+    smooth = [nn.functional.avg_pool2d(each, 2 * i + 1, 1, i) for i, each in enumerate(noise)]
     levels = (torch.stack(smooth) * 255).round().to(torch.uint8)
     images, module = levels.permute(0, 2, 3, 1).contiguous(), Exported(detector).eval()
     batch = {"images": {0: torch.export.Dim("batch", min=1, max=2**20)}}

@@ -131,7 +131,6 @@ def fit_there(config: Config, cache: FeatureCache, threads: int, pair: runs.Clas
     return fit(config, cache, token_sources(cache, device), pair)
 
 
-# ---------------------------------------------------------------- the script
 def main(config: Config) -> None:
     device = utils.set_up(config.device, config.threads)
     with runs.writing(config):
