@@ -280,7 +280,7 @@ def compare_reading(args: argparse.Namespace, device: torch.device) -> Table:
     """Seconds to read the training tokens of a data set, extracted first where they are not there, beside the
     same in one memory-mapped .npy."""
     features = extractor.ensure_features(config_of(args), device)
-    ours, rows = features.tokens("train"), []
+    ours, rows = features.arrays("train")["tokens"], []
     batches = np.random.default_rng(0).integers(0, len(ours), (300, 32))
 
     def read(array, parts) -> None:
