@@ -35,7 +35,8 @@ def read_class(config: Config, class_name: str, seeds: Sequence[int]) -> Left:
     """seeds: the run's, the first one first."""
     paths = [checkpoint_path(config, class_name, seed) for seed in seeds]
     records = [read_record(path) for path in paths]
-    threshold = calibration.of_held_out(records[0].held_out_scores, config.false_alarms)
+    held_out = records[0].held_out_scores
+    threshold = calibration.threshold(held_out, config.false_alarms) if len(held_out) else None
     keeps_places = records[0].weights is not None and records[0].result["reads_places"]
     return Left(class_name, records, threshold, load_detector(paths[0])[0] if keeps_places else None)
 
