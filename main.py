@@ -27,7 +27,7 @@ import train
 import utils
 from cache.feature_cache import FeatureCache
 from config import Config, UserError
-from detector import checkpoints, detector, memory, runs
+from detector import checkpoints, detector, runs
 from reporting import figures, findings, pages, report, tables
 from shell import engine
 from shell.files import write_text
@@ -71,7 +71,7 @@ def processes(config: Config, features: dict, device: torch.device, pairs: int) 
     threads, or as the memory holds."""
     if device.type != "cpu":
         return 1
-    each = PROCESS_BYTES + memory.training_bytes(config, features, config.batch_size)
+    each = PROCESS_BYTES + detector.training_bytes(config, features, config.batch_size)
     return max(1, min(torch.get_num_threads(), int(min(utils.available_memory() / each, pairs))))
 
 
