@@ -179,8 +179,7 @@ class PictureDetector:
         return np.concatenate(scores) if several else float(scores[-1][0])
 
     def score_rows(self, rows: Rows) -> np.ndarray:
-        """Scores (n) from rows of features, as ``FittedBackbone.rows`` gives them; of the tiles of a picture
-        one."""
+        """Scores (n) from rows of features (``FittedBackbone.rows``); of the tiles of a picture one."""
         scores = self.fitted.score_features(Features.of(rows)).astype(float)
         return scores.max(keepdims=True) if self.backbone.tiles else scores
 
@@ -190,8 +189,7 @@ class PictureDetector:
 
     def heat_map(self, picture: Any) -> np.ndarray:
         """How unusual each place of a picture is, (H, W) float32 at its size, in standard deviations beyond
-        ``USUAL``, which few places of a normal picture reach. Raises UserError on a picture that cannot be
-        read, and where the score reads no places."""
+        ``USUAL``. Raises UserError on a picture that cannot be read, and where the score reads no places."""
         pixels = self.pixels(picture)
         if not self.fitted.uses_places:
             raise UserError(f"no heat maps by {self.class_name}: {NO_PLACES}")
@@ -203,8 +201,7 @@ class PictureDetector:
         return whole_map(maps, tiles, pixels.shape[:2])
 
     def p_value(self, score: Any) -> Any:
-        """How many normal pictures score as high or higher, as a share, of a score or an array of them; NaN
-        where none were held out (calibration.p_values)."""
+        """The share of normal pictures at least as unusual, of a score or an array (calibration.p_values)."""
         values = calibration.p_values(self.held_out, score)
         return values if np.ndim(score) else float(values)
 
@@ -214,8 +211,7 @@ class PictureDetector:
         return calibration.threshold(self.held_out, self.false_alarms)
 
     def verdict(self, score: Any) -> Any:
-        """ "anomalous" or "normal", of a score or an array of them. Raises UserError where no pictures were
-        held out."""
+        """ "anomalous" or "normal", of a score or an array. Raises UserError where none were held out."""
         verdicts = np.where(np.asarray(score) > self.threshold.score, "anomalous", "normal")
         return verdicts if np.ndim(score) else str(verdicts)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import utils
 from backbone.arithmetic import products
-from config import ClassError, Config
+from config import Config
 from detector.class_data import EVAL_BATCH, ClassData, evenly, in_batches
 from detector.detector import ImageFlow, PlaceFlow, make_detector
 from detector.image_density import one_scene
@@ -43,9 +43,8 @@ class Prepared:
     def joint_tokens(self, part: str) -> Tensor:
         """The joint tokens (n, D) of the images of a part, on the CPU, as is the detector."""
         source, rows = self.data.parts[part]
-        return torch.cat(
-            [self.detector.joint(source.on_cpu()[batch]) for batch in in_batches(rows, POOL_BATCH)]
-        )
+        batches = (source.on_cpu()[batch] for batch in in_batches(rows, POOL_BATCH))
+        return torch.cat([self.detector.joint(features) for features in batches])
 
     def refit(self) -> None:
         """Fit what comes after the flow, as the flow now is."""
@@ -148,17 +147,12 @@ PreparedClass = PreparedImages | PreparedPlaces
 def prepare_data(
     config: Config, data: ClassData, features: dict, seed: int, device: torch.device
 ) -> PreparedClass:
-    """The class ready for training. features: the sidecar of the cache, as ``Detector`` takes it. Seeds
-    torch. Raises UserError on settings that do not fit the features or the memory, ClassError on
-    features that cannot be normalised."""
+    """The class ready for training. features: the sidecar of the cache. Seeds torch. Raises UserError on
+    settings that do not fit the features or the memory."""
     utils.keep_freed_memory()
     torch.manual_seed(seed)  # of every device
     kind = PreparedPlaces if config.score == "joined" else PreparedImages
     prepared = kind(config, data, features, seed, device)
-    try:
-        prepared.fit()
-    except (ValueError, torch.linalg.LinAlgError) as error:
-        reason = str(error).splitlines()[0]
-        raise ClassError(f"class {data.class_name}: its features cannot be normalised ({reason})") from None
+    prepared.fit()
     prepared.detector.to(device)
     return prepared
