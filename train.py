@@ -145,8 +145,8 @@ def main(config: Config) -> None:
     path = checkpoints.checkpoint_path(config, *pair)
     print(f"{name}: {outcome(result)}  {result['seconds']:.0f} s  {kept} in {path}.json")
     held_out = checkpoints.read_record(path).held_out_scores
-    if threshold := calibration.of_held_out(held_out, config.false_alarms):
-        print(threshold)
+    if len(held_out):
+        print(calibration.threshold(held_out, config.false_alarms))
 
 
 if __name__ == "__main__":

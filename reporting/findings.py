@@ -34,7 +34,8 @@ def read_class(config: Config, class_name: str) -> Left:
     seeds = range(config.seed, config.seed + config.n_seeds)
     paths = [checkpoint_path(config, class_name, seed) for seed in seeds]
     records = [read_record(path) for path in paths]
-    threshold = calibration.of_held_out(records[0].held_out_scores, config.false_alarms)
+    held_out = records[0].held_out_scores
+    threshold = calibration.threshold(held_out, config.false_alarms) if len(held_out) else None
     keeps_places = records[0].weights is not None and records[0].result["reads_places"]
     return Left(records, threshold, load_detector(paths[0])[0] if keeps_places else None)
 
