@@ -42,6 +42,7 @@ OURS = {  # ours -> what it is compared with
     WHOLE: (), f"{WHOLE}, before training": (WHOLE,), IMAGE: (WHOLE,), PLACES: (WHOLE,),
     f"{PLACES}, before training": (WHOLE, PLACES), "likelihood": (WHOLE, PLACES),
 }  # fmt: skip
+EVERY_SEED = (WHOLE, IMAGE, PLACES, "likelihood")  # has these; the others the first alone
 JUDGED = (WHOLE, PLACES)  # what everything else is compared with
 BEST = "best simple of each class"
 DRAWS = 10_000  # of the bootstrap
@@ -129,10 +130,11 @@ def read_problems(folder: Path) -> tuple[list[Problem], Summary]:
         paths = [folder / "classes" / f"{file_name(name)}-seed{seed}" for seed in summary.seeds]
         records = [read_record(path) for path in paths]
         test, scores = records[0].test, [scores_of(record) for record in records]
+        seeds = {title: scores if title in EVERY_SEED else scores[:1] for title in scores[0]}
         aurocs = {
-            title: [utils.auroc(each.test.labels, own[title]) for each, own in zip(records, scores)]
-            for title in scores[0]
-            if all(title in own for own in scores)
+            title: [utils.auroc(record.test.labels, own[title]) for record, own in zip(records, found)]
+            for title, found in seeds.items()
+            if all(title in own for own in found)
         }
         if len(set(test.labels)) == 2:
             problems.append(Problem(name, test.rows, test.labels, scores[0], aurocs))
