@@ -108,7 +108,7 @@ def ring_of(grid: tuple[int, int], rings: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Bands:
-    """The band token (docs/method.md, section 5.2): what the maps of several depths hold at each frequency,
+    """The band token (docs/method.md, eq. 13 to 15): what the maps of several depths hold at each frequency,
     place left out.
 
     Per depth and channel: ``low``, the map's mean under a Gaussian window on its centre (sigma in shares of

@@ -39,7 +39,8 @@ class Standardized(nn.Module):
 
 class Gaussian(nn.Module):
     """Tokens (B, D) -> squared Mahalanobis distances (B) under a Gaussian with Ledoit and Wolf's shrinkage,
-    in the k directions of the n tokens that it was fitted to, and one variance in all others."""
+    in the k directions of the n tokens that it was fitted to, and one variance in all others: D times
+    docs/method.md, eq. 20."""
 
     def __init__(self, channels: int, directions: int):
         super().__init__()
@@ -160,6 +161,6 @@ def best_bandwidth(distances: Tensor, channels: int) -> Tensor:
 
 
 def one_scene(spread: float) -> float:
-    """How far a class shows one scene, from the spread of its semantic tokens: 1 up to ``ONE_SCENE``, 0 from
-    ``SEVERAL`` on, straight between them."""
+    """How far a class shows one scene (docs/method.md, eq. 22), from the spread of its semantic tokens: 1 up
+    to ``ONE_SCENE``, 0 from ``SEVERAL`` on, straight between them."""
     return min(1.0, max(0.0, (SEVERAL - spread) / (SEVERAL - ONE_SCENE)))
