@@ -1,7 +1,5 @@
-"""Raw images with one-class labels and splits.
-
-Files of images are found by images/layouts.py and read by images/images.py; published arrays are read by
-images/published.py (docs/data.md)."""
+"""Raw images with one-class labels and splits, of files (images/layouts.py) or of published arrays
+(images/published.py): docs/data.md."""
 
 import contextlib
 import dataclasses
@@ -9,7 +7,7 @@ import functools
 import hashlib
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -20,8 +18,8 @@ import numpy as np
 import utils
 from config import Config, UserError, unknown
 from images import images, layouts, published
+from images.images import PixelScale
 from images.layouts import SPLITS, Row
-from images.pixel_scale import PixelScale
 from images.tiles import Tile, tiles_of
 from shell.files import as_strict_json
 
@@ -32,11 +30,9 @@ HASHING_THREADS = 8  # threads that hash files: a shared folder answers many at 
 # ---------------------------------------------------------------- labels
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """What is known of the images of one split, without the images, a column each.
-
-    names: a stable name per image. category (n): its index into the classes, or OTHER. defect (n): whether
-    it is a defective specimen of its category. kind: what is wrong with it, in the data set's words; ""
-    where nothing is. held (n): whether the data set holds it out of training."""
+    """What is known of the images of one split, a column each. names: stable ones. category: index into the
+    classes, or OTHER. defect: whether it is a defective specimen of its category. kind: what is wrong with
+    it, in the data set's words, or "". held: whether the data set holds it out of training."""
 
     names: list[str]
     category: np.ndarray
@@ -54,16 +50,13 @@ class Split:
 
     def kept(self, rows: Sequence[int] | np.ndarray) -> "Split":
         """These images of the split, in the order of ``rows``."""
-        index = np.asarray(rows, np.int64)
-        return Split.of(*(np.array(column, object)[index] for column in vars(self).values()))
+        return Split.of(*(np.array(column, object)[rows] for column in vars(self).values()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """The labels of a data set's images.
-
-    classes: the classes that can be normal. per_category: a class is tested on the test images of its own
-    category (MVTec) instead of on the whole test set."""
+    """The labels of a data set. classes: those that can be normal. per_category: a class is tested on the
+    test images of its own category (MVTec) instead of on the whole test set."""
 
     classes: tuple[str, ...]
     train: Split
@@ -73,18 +66,13 @@ class Labels:
     def split(self, name: str) -> Split:
         return {"train": self.train, "test": self.test}[name]
 
-    def count(self) -> int:
-        """The number of images in both splits."""
-        return len(self.train.names) + len(self.test.names)
-
     def kept(self, rows: dict[str, np.ndarray]) -> "Labels":
         """The labels of these images of each split, in the order of ``rows``."""
         train, test = (self.split(split).kept(rows[split]) for split in SPLITS)
         return dataclasses.replace(self, train=train, test=test)
 
     def one_class(self, class_name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Indices of the normal training images, indices of the test images, and test labels (0 normal, 1
-        anomalous)."""
+        """Rows of the normal training images and of the test images, test labels (0 normal, 1 anomalous)."""
         chosen = self.classes.index(class_name)
         train = np.flatnonzero((self.train.category == chosen) & ~self.train.defect)
         own = self.test.category == chosen
@@ -110,20 +98,13 @@ class RawImage(NamedTuple):
     mask: Path | None = None
     tile: Tile | None = None
 
-    def read(self, scale: PixelScale) -> np.ndarray:
-        """(H, W, 3) uint8. scale: of the data set. Raises UserError that names an unreadable file."""
-        if self.tile:
-            return self.tile.of(_decoded(self.source, scale))  # type: ignore[arg-type]  # files alone
-        return images.pixels_of(self.source, scale)
-
     def identify(self) -> str:
         """A hash of the content, of a file's bytes or of pixels, whatever names and places are."""
         if isinstance(self.source, np.ndarray):
             return hashlib.sha256(np.ascontiguousarray(self.source).data).hexdigest()[:32]
         content = images.content_hash(self.source)
-        if self.tile is None or content == images.UNREADABLE:
-            return content
-        return hashlib.sha256(json.dumps([content, self.tile]).encode()).hexdigest()[:32]
+        tiled = json.dumps([content, self.tile]).encode()
+        return hashlib.sha256(tiled).hexdigest()[:32] if self.tile else content
 
     def size(self) -> tuple[int, int]:
         """Height and width. Raises UserError on an unreadable file."""
@@ -137,8 +118,8 @@ _decoded = functools.lru_cache(maxsize=4)(images.pixels_of)  # whose tiles are a
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """A data set's labels and its images, of each split in the order of its labels. scale: of pixels of more
-    than eight bits, which the training images decide."""
+    """A data set's labels and its images, of each split in the order of its labels. The ranges of scale are
+    unknown until they are set to those ``measured``."""
 
     labels: Labels
     images: dict[str, list[RawImage]]
@@ -146,7 +127,15 @@ class ImageSet:
 
     def read(self, split: str, i: int) -> np.ndarray:
         """An image, (H, W, 3) uint8. Raises UserError that names an unreadable one."""
-        return self.images[split][i].read(self.scale)
+        source, _, tile = self.images[split][i]
+        if tile is None:
+            return images.pixels_of(source, self.scale)
+        return tile.of(_decoded(source, self.scale))  # type: ignore[arg-type]  # tiles are of files alone
+
+    def measured(self) -> dict[str, list[float]]:
+        """The ranges of ``PixelScale`` that the training images decide (``images.measured``)."""
+        files = dict.fromkeys(raw.source for raw in self.images["train"] if isinstance(raw.source, Path))
+        return images.measured(list(files))
 
     def hashes(self, split: str) -> list[str]:
         """The content hash of every image of a split, in order; HASHING_THREADS files are read at a time."""
@@ -169,8 +158,7 @@ class ImageSet:
         return ImageSet(labels, {"train": [there[image] for image in chosen]}, self.scale)
 
     def sizes(self, most: int) -> dict[str, list[tuple[int, int]]]:
-        """Height and width of training images by class, of at most so many, evenly spaced, without those that
-        cannot be read."""
+        """Height and width by class of at most so many training images, evenly spaced, that can be read."""
         train, found = self.labels.train, defaultdict(list)
         for i in np.linspace(0, len(train.names) - 1, min(most, len(train.names))).astype(int):
             with contextlib.suppress(UserError):
@@ -193,11 +181,9 @@ def class_names(text: str) -> list[str]:
 
 
 def choose_classes(labels: Labels, class_name: str) -> list[str]:
-    """The classes that the knob class_name asks for (``class_names``). Raises UserError on an
-    unknown one, and on a folder whose name is no text."""
-    for name in labels.classes:
-        if any(0xD800 <= ord(c) < 0xE000 for c in name):  # what Python makes of bytes that are not UTF-8
-            raise UserError(f"class {name!r}: the name of its folder is not valid UTF-8; rename it")
+    """The classes that the knob class_name asks for. Raises UserError on an unknown one, and on no text."""
+    if strange := [name for name in labels.classes if re.search("[\ud800-\udfff]", name)]:
+        raise UserError(f"class {strange[0]!r}: the name of its folder is not valid UTF-8; rename it")
     if class_name == "all":
         return list(labels.classes)
     asked = [class_name] if class_name in labels.classes else class_names(class_name)
@@ -209,8 +195,7 @@ def choose_classes(labels: Labels, class_name: str) -> list[str]:
 
 
 def repeated(labels: Labels, hashes: dict[str, list[str]]) -> str:
-    """The line on images of the same content (``ImageSet.hashes`` of each split) in both splits, or under two
-    labels; "" without any."""
+    """The line on images of the same hash in both splits, or under two labels; "" without any."""
     first: dict[str, tuple] = {}
     twice: list[str] = []
     for split in SPLITS:
@@ -224,56 +209,54 @@ def repeated(labels: Labels, hashes: dict[str, list[str]]) -> str:
 
 
 # ---------------------------------------------------------------- raw images
-def load_images(dataset: str, dataset_path: str | None) -> ImageSet:
-    """The images of a data set. Raises UserError when they are not where ``dataset_path`` (None:
-    data/<dataset>) says."""
-    root = Path(dataset_path or f"data/{dataset.removesuffix('_fine')}")  # the same images, finer classes
-    if dataset == "digits":
-        return _array_set(published.digits())
-    if dataset in published.FORMS and not all((root / split).is_dir() for split in SPLITS):
-        return _array_set(published.load(dataset, root))
-    return _file_set(layouts.read_table(dataset, root), root if root.is_dir() else root.parent)
-
-
 def images_of(config: Config) -> ImageSet:
-    """The images a configuration asks for. Raises UserError."""
-    whole = load_images(config.dataset, config.dataset_path)
-    return tiled(whole, config.tiles) if config.tiles else whole
+    """The images a configuration asks for. Raises UserError when they are not where ``dataset_path`` (None:
+    data/<dataset>) says."""
+    dataset = config.dataset
+    root = Path(config.dataset_path or f"data/{dataset.removesuffix('_fine')}")  # they are CIFAR100's
+    if dataset == "digits":
+        found = _array_set(published.digits())
+    elif dataset in published.FORMS and not all((root / split).is_dir() for split in SPLITS):
+        found = _array_set(published.load(dataset, root))
+    else:
+        found = _file_set(dataset, root)
+    return tiled(found, config.tiles) if config.tiles else found
 
 
 def name_of(config: Config) -> str:
     """What the images of a configuration are called beside those of others: the data set, for image folders
     elsewhere than in their default place the folder's name and a hash of its place, and the tiles' side."""
-    if config.tiles:
-        return f"{name_of(dataclasses.replace(config, tiles=0))}-tiles{config.tiles}"
     name = config.dataset
-    default = Path(f"data/{name}").resolve()
-    place = Path(config.dataset_path).resolve() if config.dataset_path else default
-    if name == "digits" or name in published.FORMS or place == default:
-        return name
+    tiles = f"-tiles{config.tiles}" if config.tiles else ""
+    place = Path(config.dataset_path or f"data/{name}").resolve()
+    if name == "digits" or name in published.FORMS or place == Path(f"data/{name}").resolve():
+        return name + tiles
     folder = "".join(c if c.isalnum() or c in "-_" else "_" for c in place.name)[:40]
-    return f"{name}-{folder}-{hashlib.sha256(str(place).encode(errors='surrogateescape')).hexdigest()[:6]}"
+    place_hash = hashlib.sha256(str(place).encode(errors="surrogateescape")).hexdigest()[:6]
+    return f"{name}-{folder}-{place_hash}{tiles}"
 
 
 def _array_set(arrays: dict[str, published.Arrays]) -> ImageSet:
-    rows = {split: [RawImage(image) for image in pixels] for split, (_, pixels, _) in arrays.items()}
-    names = {split: [f"{split}/{i}" for i in range(len(images))] for split, images in rows.items()}
+    pictures = {split: [RawImage(image) for image in pixels] for split, (_, pixels, _) in arrays.items()}
+    names = {split: [f"{split}/{i}" for i in range(len(pictures[split]))] for split in SPLITS}
     train, test = (Split.of(names[split], arrays[split][2]) for split in SPLITS)
-    return ImageSet(Labels(tuple(arrays["train"][0]), train, test), rows)
+    return ImageSet(Labels(tuple(arrays["train"][0]), train, test), pictures)
 
 
-def _file_set(table: list[Row], root: Path) -> ImageSet:
-    """The images of a table (images/layouts.py), those that are held out among the training images; their
-    names begin at ``root``. Classes are those of the training images, sorted; names that differ in case,
-    Unicode form or spaces only are one. A line tells where some of the defects lack masks. Raises UserError
-    on a test image of a class that is tested on its own and has no training images."""
+def _file_set(dataset: str, root: Path) -> ImageSet:
+    """The images of a set of files, what is held out among the training images; names begin at its folder.
+    Classes are those of the training images, sorted; those that ``layouts.folded`` makes one are one. Raises
+    UserError on a test image of a class that is tested on its own and has no training images."""
+    skipped = Counter[str]()
+    table = list(layouts.READERS.get(dataset, layouts.folders)(root, skipped))
+    images.tell_skipped(root, skipped)
     rows = {split: [row for row in table if (row.split == "test") == (split == "test")] for split in SPLITS}
-    scale = PixelScale(measure=functools.partial(images.measured, [row.path for row in rows["train"]]))
     classes: dict[str, str] = {}
     for name in sorted({row.label.partition("/")[0] for row in rows["train"]}):
         classes.setdefault(layouts.folded(name), name)
     number = {name: i for i, name in enumerate(classes)}
     per_category = any("/" in row.label for row in table)
+    folder = root if root.is_dir() else root.parent
 
     @functools.cache
     def meaning(label: str) -> tuple[int, bool, str]:
@@ -287,18 +270,16 @@ def _file_set(table: list[Row], root: Path) -> ImageSet:
 
     def split_of(rows: list[Row]) -> Split:
         category, defect, kind = ([meaning(row.label)[part] for row in rows] for part in range(3))
-        names = [row.path.as_posix().removeprefix(f"{root.as_posix()}/") for row in rows]
+        names = [row.path.as_posix().removeprefix(f"{folder.as_posix()}/") for row in rows]
         return Split.of(names, category, defect, kind, [row.split == "validation" for row in rows])
 
     labels = Labels(tuple(classes.values()), split_of(rows["train"]), split_of(rows["test"]), per_category)
     masks = [row.mask for row, kind in zip(rows["test"], labels.test.kind) if kind]
     if any(masks) and not all(masks):
-        images.note_once(f"masks for {len(masks) - masks.count(None)} of {len(masks)} defects in {root}")
-    files = {split: [RawImage(row.path, row.mask) for row in rows[split]] for split in SPLITS}
-    return ImageSet(labels, files, scale)
+        images.note_once(f"masks for {len(masks) - masks.count(None)} of {len(masks)} defects in {folder}")
+    return ImageSet(labels, {s: [RawImage(row.path, row.mask) for row in rows[s]] for s in SPLITS})
 
 
-# ---------------------------------------------------------------- tiles
 def tiled(pictures: ImageSet, side: int) -> ImageSet:
     """The tiles (images/tiles.py) of training pictures, each an image of its picture's class. Raises
     UserError on a set with test images: theirs would be tiles with the labels of whole pictures."""
@@ -307,20 +288,18 @@ def tiled(pictures: ImageSet, side: int) -> ImageSet:
             f"tiles: expected a folder of good pictures alone, got {tested} test images, too; give that of "
             "the good ones, and score the others with predict.py"
         )
-    rows: list[int] = []
-    found: list[RawImage] = []
+    train = pictures.labels.train
+    found: list[tuple[int, RawImage]] = []
     for i, picture in enumerate(pictures.images["train"]):
-        try:
-            tiles = [picture._replace(tile=tile) for tile in tiles_of(picture.size(), side)]
-        except UserError:  # raised again when it is read
-            tiles = [picture]
-        rows += [i] * len(tiles)
-        found += tiles
-    train = pictures.labels.train.kept(rows)
-    places = [f"{image.tile.top},{image.tile.left}" if image.tile else "" for image in found]
-    train = dataclasses.replace(train, names=[f"{name}#{at}" for name, at in zip(train.names, places)])
+        tiles: list = [None]
+        with contextlib.suppress(UserError):  # raised again when it is read
+            tiles = tiles_of(picture.size(), side)
+        found += [(i, picture._replace(tile=tile)) for tile in tiles]
+    places = [f"{image.tile.top},{image.tile.left}" if image.tile else "" for _, image in found]
+    names = [f"{train.names[i]}#{place}" for (i, _), place in zip(found, places)]
+    train = dataclasses.replace(train.kept([i for i, _ in found]), names=names)
     labels = dataclasses.replace(pictures.labels, train=train)
-    return ImageSet(labels, {"train": found, "test": []}, pictures.scale)
+    return ImageSet(labels, {"train": [image for _, image in found], "test": []})
 
 
 def picture_of(name: str) -> str:

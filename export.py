@@ -1,5 +1,4 @@
-"""One file that scores pictures without this repository: uint8 pictures in; score, p-value and
-verdict out.
+"""One file that scores uint8 pictures without this repository: score, p-value and verdict.
 
 python export.py runs/foad_mfff/classes/cat-seed0 cat.onnx
 python export.py runs/foad_mfff/classes/cat-seed0 cat.pt2 --size 480x640
@@ -41,6 +40,7 @@ if __name__ == "__main__":  # parse before the slow imports
     ARGUMENTS = parse_arguments()
 
 import io
+import math
 import warnings
 from collections.abc import Callable
 
@@ -57,7 +57,6 @@ from shell.files import whole_file
 
 TOLERANCE = 1e-4  # of the largest score, between the file's scores and the detector's
 OUTPUTS = ["score", "p_value", "anomalous"]
-PRECISION = "float32; OpenVINO: INFERENCE_PRECISION_HINT f32"  # in the metadata of an ONNX file
 Run = Callable[[np.ndarray], list[np.ndarray]]  # images -> score, p-value, verdict
 
 
@@ -68,25 +67,15 @@ class Exported(nn.Module):
         super().__init__()
         self.img_size, self.features = detector.backbone.job.img_size, detector.backbone.job.module
         self.fitted = detector.fitted.requires_grad_(False)
-        limit = detector.threshold.score if len(detector.held_out) else float("inf")
+        limit = detector.threshold.score if len(detector.held_out) else math.inf
         self.register_buffer("held_out", torch.from_numpy(detector.held_out).float())
         self.register_buffer("limit", torch.tensor(limit))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         levels = resize_like_pillow(images.permute(0, 3, 1, 2), self.img_size)
         score = self.fitted.score(Features.of(self.features.rows(self.features(levels))))
-        above = (self.held_out >= score.unsqueeze(1)).sum(1)
-        p_value = (1 + above) / (1 + len(self.held_out))
-        if not len(self.held_out):
-            p_value = p_value * float("nan")
-        return score, p_value.float(), score > self.limit
-
-
-def examples(count: int, size: tuple[int, int]) -> Tensor:
-    """Pictures to compare on (count, H, W, 3) uint8: noise that is smoother from one to the next."""
-    noise = torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(0))
-    smooth = [nn.functional.avg_pool2d(noise[i], 2 * i + 1, 1, i) for i in range(count)]
-    return (torch.stack(smooth) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        above, n = (self.held_out >= score.unsqueeze(1)).sum(1), len(self.held_out)
+        return score, (1 + above) / (1 + n if n else math.nan), score > self.limit
 
 
 def write_pt2(program: torch.export.ExportedProgram, path: Path) -> Run:
@@ -101,19 +90,16 @@ def write_pt2(program: torch.export.ExportedProgram, path: Path) -> Run:
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path) -> Run:
-    """Write an ONNX file, its weights inside -> what runs it (onnxruntime). Raises UserError without the
-    packages."""
+    """Write an ONNX file -> what runs it (onnxruntime). Raises UserError without the packages."""
     try:
-        import onnx
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        needed = "pip install onnx onnxscript onnxruntime"
-        raise UserError(f"ONNX needs packages ({error.name} is missing): {needed}") from None
+        raise UserError(f"{error.name} is missing: pip install onnx onnxscript onnxruntime") from None
     names = {"input_names": ["images"], "output_names": OUTPUTS}
-    made = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
-    onnx.helper.set_model_props(made, {"precision": PRECISION})
-    path.write_bytes(made.SerializeToString())
+    made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    made.model.metadata_props["precision"] = "float32; OpenVINO: INFERENCE_PRECISION_HINT f32"
+    made.save(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # --threads; of its own it takes every core
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
@@ -124,19 +110,21 @@ WRITERS = {".onnx": write_onnx, ".pt2": write_pt2}
 
 
 def write(detector: PictureDetector, output: Path, size: tuple[int, int]) -> float:
-    """Write the file for pictures of ``size`` -> how far its scores are from the detector's, as a share of
-    the largest. Raises UserError when that is too far, and leaves no file then."""
-    images, module = examples(5, size), Exported(detector).eval()
+    """Write the file for pictures of ``size`` -> how far its scores are from the detector's, of noise that is
+    smoother and smoother, as a share of the largest. Raises UserError when that is too far: no file then."""
+    noise = torch.rand(5, 3, *size, generator=torch.Generator().manual_seed(0))
+    smooth = [nn.functional.avg_pool2d(each, 2 * i + 1, 1, i) for i, each in enumerate(noise)]
+    levels = (torch.stack(smooth) * 255).round().to(torch.uint8)
+    images, module = levels.permute(0, 2, 3, 1).contiguous(), Exported(detector).eval()
     batch = {"images": {0: torch.export.Dim("batch", min=1, max=2**20)}}
     with torch.no_grad():
-        pixels = resize_like_pillow(images.permute(0, 3, 1, 2), module.img_size)
+        pixels = resize_like_pillow(levels, module.img_size)
         wanted = detector.score_rows(detector.backbone.job.rows(pixels.to(torch.uint8)))
         module(images)  # once as it is: the matrices that are kept for a size are constants of the file then
         try:
             program = torch.export.export(module, (images[:3],), dynamic_shapes=batch)
         except Exception as error:  # a backbone that it cannot trace: it fails in many ways
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
-            raise UserError(f"this detector cannot be exported by torch.export ({reason})") from None
+            raise UserError(f"this detector cannot be exported by torch.export: {error!r:.150}") from None
         with whole_file(output) as partial:
             return compare(wanted, WRITERS[output.suffix](program, partial), images.numpy())
 
@@ -149,8 +137,7 @@ def compare(wanted: np.ndarray, run: Run, images: np.ndarray) -> float:
     if not off <= TOLERANCE:
         raise UserError(
             f"the exported scores differ from the detector's by {off:.1e} of the largest, more than "
-            f"{TOLERANCE:g}, most at a score of {wanted[far.argmax()]:.3g} (far from the normal pictures the "
-            "flow magnifies the rounding of float32); nothing was written"
+            f"{TOLERANCE:g}, most at a score of {wanted[far.argmax()]:.3g}; nothing was written"
         )
     return off
 
@@ -165,21 +152,19 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"it was fitted to tiles of {tiles} pixels; an exported file cuts none")
     if good:
         detector.calibrate(images_below(good))
-    size = detector.backbone.job.img_size
-    if arguments.size:
-        size = make_config({"img_size": arguments.size}).img_size
-        if not isinstance(size, tuple):
-            raise UserError(f"size: expected height x width, as in 384x256, got {arguments.size!r}")
+    size = make_config({"img_size": arguments.size or detector.backbone.job.img_size}).img_size
+    if not isinstance(size, tuple):
+        raise UserError(f"size: expected height x width, as in 384x256, got {arguments.size!r}")
     off, (height, width) = write(detector, output, size), size
     print(
         f"{output}: {output.stat().st_size / 1e6:.1f} MB, images (n, {height}, {width}, 3) uint8 -> "
         f"{', '.join(OUTPUTS)}; scores within {off:.1e} of the detector's"
     )
-    precision, count = detector.backbone.features["precision"], len(detector.held_out)
-    if count and precision != "float32" and not good:
+    precision = detector.backbone.features["precision"]
+    if len(detector.held_out) and precision != "float32" and not good:
         print(
-            f"warning: p-values and verdicts rest on {count} held-out scores in {precision}, the file "
-            "computes in float32: --calibrate FOLDER of good pictures, or a fit with --precision float32",
+            f"warning: p-values and verdicts rest on held-out scores in {precision}, the file computes in "
+            "float32: --calibrate FOLDER of good pictures, or a fit with --precision float32",
             file=sys.stderr,
         )
 

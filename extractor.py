@@ -59,29 +59,31 @@ def ensure_features(
         raise UserError(f"train.py fits one class: {given}; main.py fits several")
     listed = known if isinstance(known, ImageList) else ImageList.of(known, before)
     if images:
-        if listed.pixel_scale is not None:
-            images.scale.ranges = listed.pixel_scale
-        listed.pixel_scale = images.scale.ranges
+        if listed.pixel_scale is None:
+            listed.pixel_scale = images.measured()
+        images.scale.ranges = listed.pixel_scale
         if line := datasets.repeated(listed.labels, listed.hashes):
             note(line)
-    hashes = listed.all_hashes if thorough else []
+    hashes = set(listed.all_hashes if thorough else ())
     identity = cache_identity(config, device, images, listed)
     store = Store(root / identity.name, verified=hashes)
     if images is None:
         print(f"features: {store.folder} (pretrained True: taken as they are)", flush=True)
+        return complete(FeatureCache(store, listed), config.unreadable)
+    again = [shard.folder for shard in store.shards if restart and not hashes.isdisjoint(shard.images)]
+    store.remove(store.damaged + again)
+    cache, left_out = FeatureCache(store, listed), listed.unreadable if config.unreadable == "skip" else ()
+    if missing := [image for image in cache.absent.values() if image.hash not in left_out]:
+        found = extract(config, identity, images, store, missing, device, check, executor)
+        tried, unreadable = ({image.hash for image in each} for each in (missing, found))
+        listed.unreadable = sorted({*listed.unreadable} - tried | unreadable)
+        cache = FeatureCache(store, listed)
+        if line := images.scale.beyond():
+            note(line)
     else:
-        store.remove(store.damaged + (store.holding(hashes) if restart else []))
-        left_out = listed.unreadable if config.unreadable == "skip" else ()
-        if missing := [image for image in listed.absent_from(store) if image.hash not in left_out]:
-            found = extract(config, identity, images, store, missing, device, check, executor)
-            tried, unreadable = ({image.hash for image in each} for each in (missing, found))
-            listed.unreadable = sorted({*listed.unreadable} - tried | unreadable)
-            if line := images.scale.beyond():
-                note(line)
-        else:
-            print(f"features: {'all sound' if thorough else 'reusing the cache'}: {store.folder}", flush=True)
-        listed.write(path, before)
-    return complete(store, listed, config.unreadable)
+        print(f"features: {'all sound' if thorough else 'reusing the cache'}: {store.folder}", flush=True)
+    listed.write(path, before)
+    return complete(cache, config.unreadable)
 
 
 def main(config: Config) -> None:

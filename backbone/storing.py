@@ -20,7 +20,7 @@ from backbone.backbones import outline
 from backbone.extraction import COMPILED_FROM, MOST_IN_BATCH, SHARDS_AT_ONCE, Extraction
 from backbone.identity import Identity
 from backbone.resizing import Unreadable
-from cache.feature_cache import Wanted
+from cache.feature_cache import Wanted, feature_folder
 from cache.shards import DTYPE, write_shard
 from cache.store import Store
 from config import Config, UserError
@@ -49,11 +49,10 @@ def extract(
     size = SHARD_ROWS if executor else -(-len(wanted) // SHARDS_AT_ONCE[device.type])
     parts = [wanted[first : first + size] for first in range(0, len(wanted), size)]
     announce(identity, store.folder, len(wanted), "by other processes" if executor else f"on {device}", check)
-    store.sweep()
     unreadable: list[Wanted] = []
     with tqdm(total=len(wanted), unit="img", disable=utils.NO_BAR, smoothing=0.05) as bar:
         if executor:
-            task = functools.partial(extract_elsewhere, config, identity, store.folder, uuid.uuid4().hex)
+            task = functools.partial(extract_elsewhere, config, identity, uuid.uuid4().hex)
         else:
             job = Extraction(identity, device, config.extract_batch, config.workers)
             store.begin(job.fields)
@@ -86,27 +85,25 @@ def announce(
     height, width = identity.img_size
     print(
         f"extracting {count} images with {identity.extractor} at {height}x{width} {where} in "
-        f"{identity.precision}: {fields['tokens']} tokens of {fields['n_feat']} channels each, "
+        f"{identity.fields['precision']}: {fields['tokens']} tokens of {fields['n_feat']} channels each, "
         f"{size / 1e9:.2g} GB in {folder}",
         flush=True,
     )
 
 
-def extract_elsewhere(
-    config: Config, identity: Identity, folder: Path, of: str, wanted: list[Wanted]
-) -> list[Wanted]:
-    """``extract_images`` in whatever process, with one thread unless ``threads`` says more. folder: of the
-    store. of: which job it is of; another one may find other images, of the same configuration."""
-    return extract_images(*_loaded(config, identity, folder, of), wanted)
+def extract_elsewhere(config: Config, identity: Identity, of: str, wanted: list[Wanted]) -> list[Wanted]:
+    """``extract_images`` in whatever process, with one thread unless ``threads`` says more. of: which job it
+    is of; another one may find other images, of the same configuration."""
+    return extract_images(*_loaded(config, identity, of), wanted)
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(config: Config, identity: Identity, folder: Path, of: str) -> tuple[Extraction, ImageSet, Store]:
+def _loaded(config: Config, identity: Identity, of: str) -> tuple[Extraction, ImageSet, Store]:
     """Kept from one task to the next."""
     device, images = utils.set_up(config.device, config.threads or 1), datasets.images_of(config)
     images.scale.ranges = identity.fields.get("pixel_scale", {})
     job = Extraction(identity, device, config.extract_batch, config.workers)
-    store = Store(folder)
+    store = Store(feature_folder(config.feature_path) / identity.name)
     store.begin(job.fields)
     return job, images, store
 
@@ -119,9 +116,8 @@ def extract_images(
     advance: Callable[[int], object] = lambda count: None,
 ) -> list[Wanted]:
     """Compute the features of images and write them while the next are computed -> those that cannot be read.
-    advance: called with the number of images done. Raises UserError, also on an image that has changed since
-    it was hashed."""
-    if len(wanted) >= job.batch and images.labels.count() >= COMPILED_FROM:
+    advance: called with the number of images done. Raises UserError, also on an image that has changed."""
+    if len(wanted) >= job.batch and sum(map(len, images.images.values())) >= COMPILED_FROM:
         job.compile()
     chosen = images.listed([image[:2] for image in wanted])
     unreadable: list[Wanted] = []
@@ -151,8 +147,9 @@ def extract_images(
         numbers, parts = shard
         for i in numbers:
             if chosen.images["train"][i].identify() != wanted[i].hash:
-                name = wanted[i].name
-                raise UserError(f"{name} has changed while its features were extracted; run it again")
+                raise UserError(
+                    f"{wanted[i].name} has changed while its features were extracted; run it again"
+                )
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         write_shard(store.folder, store.of, [wanted[i].hash for i in numbers], arrays)
 

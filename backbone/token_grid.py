@@ -16,8 +16,7 @@ PLACE_CHANNELS = 192  # of a place token, at most
 
 
 def centred_window(grid: tuple[int, int], share: float) -> Tensor:
-    """Weights (N), summing to 1, of a Gaussian on the centre of the grid, its sigma ``share`` times the
-    grid's sides."""
+    """Weights (N), summing to 1, of a Gaussian on the grid's centre, its sigma ``share`` times the sides."""
     rows, columns = (
         torch.softmax(-0.5 * ((torch.arange(side) - (side - 1) / 2) / (share * side)).square(), 0)
         for side in grid
@@ -41,21 +40,16 @@ class TokenGrid:
         name = knob.removeprefix("released")
         return cls(name, "correct" if name == knob else "released")
 
-    @property
-    def side(self) -> int | None:
-        """The side of a pooled grid; None for the others."""
-        return int(self.name) if self.name.isdigit() else None
-
     def cached_shape(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns kept of the backbone's grid. Raises UserError on more than it has."""
-        if self.side is None:
+        if self.name == "full":
             return grid
-        if self.side > min(grid):
+        if (side := int(self.name)) > min(grid):
             raise UserError(
-                f"token_grid: {self.side}x{self.side} is more than the backbone's {grid[0]}x{grid[1]} "
-                f"patches; choose at most {min(grid)}, or full"
+                f"token_grid: {side}x{side} is more than the backbone's {grid[0]}x{grid[1]} patches; choose "
+                f"at most {min(grid)}, or full"
             )
-        return self.side, self.side
+        return side, side
 
     def pool(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """The backbone's tokens (B, 1 + rows x columns, C) -> the tokens kept (B, 1 + N, C)."""
@@ -67,7 +61,7 @@ class TokenGrid:
             maps = patches.reshape(batch, channels, *grid)
         else:
             maps = patches.transpose(1, 2).unflatten(2, grid)  # (B, N, C) -> (B, C, rows, columns)
-        pooled = F.adaptive_avg_pool2d(maps, self.side)  # (B, C, g, g)
+        pooled = F.adaptive_avg_pool2d(maps, int(self.name))  # (B, C, g, g)
         return torch.cat([semantic, pooled.flatten(2).transpose(1, 2)], 1)
 
 
@@ -78,8 +72,7 @@ OF_MAPS = 2
 
 
 def dct_basis(frequency: Tensor, length: int) -> Tensor:
-    """The orthonormal DCT-II: the cosine of each frequency (...) at the ``length`` places -> (..., length),
-    float64."""
+    """The orthonormal DCT-II: cosines of frequencies (...) at ``length`` places -> (..., length), float64."""
     places = (torch.arange(length, dtype=torch.float64) + 0.5) / length
     scale = (torch.where(frequency == 0, 1, 2).double() / length).sqrt()
     return torch.cos(math.pi * frequency.double()[..., None] * places) * scale[..., None]
@@ -93,11 +86,10 @@ def dct_matrix(length: int) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def ring_of(grid: tuple[int, int], rings: int) -> Tensor:
-    """The ring that each DCT coefficient of a map lies in -> (rings, rows, columns), one-hot; the constant in
-    none.
+    """The ring that each DCT coefficient of a map lies in -> one-hot (rings, rows, columns).
 
     Rings are octaves of the radial frequency, counted down from the highest: with three, up to a quarter of
-    the map's highest frequency, up to a half, and beyond."""
+    the map's highest frequency, up to a half, and beyond. The constant lies in none."""
     u, v = (torch.arange(side) / side for side in grid)
     radius = torch.hypot(u[:, None], v[None])
     edges = torch.tensor([2.0 ** (k - rings) for k in range(1, rings)])
@@ -108,8 +100,7 @@ def ring_of(grid: tuple[int, int], rings: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Bands:
-    """The band token (docs/method.md, eq. 13 to 15): what the maps of several depths hold at each frequency,
-    place left out.
+    """The band token (docs/method.md, eq. 13 to 15): what maps of several depths hold at each frequency.
 
     Per depth and channel: ``low``, the map's mean under a Gaussian window on its centre (sigma in shares of
     its sides); ``rings`` numbers, the root mean energy of the map's DCT in rings of frequency, without the
@@ -127,8 +118,7 @@ class Bands:
         return (len(self.statistics) * sum(channels),)
 
     def columns(self, channels: tuple[int, ...], statistics: tuple[str, ...], depths: range) -> list[range]:
-        """Where the chosen statistics of the chosen depths stand in the token: a range of columns for
-        each."""
+        """Where the chosen statistics of the chosen depths stand in the token: a range of columns each."""
         columns, start = [], 0
         for depth, width in enumerate(channels):
             for statistic in self.statistics:
@@ -146,24 +136,13 @@ class Bands:
         grid = (int(features.shape[2]), int(features.shape[3]))  # tracing has tensors for them
         deviation = features - features.mean((2, 3), keepdim=True)
         low = torch.matmul(features.flatten(2), centred_window(grid, self.sigma).to(features.device))
-        energy = self._ring_energies(deviation, grid) / math.prod(grid)
-        peak = mean_of_neighbours(deviation.square()).amax((2, 3)).sqrt()
-        return torch.cat([low, energy.sqrt().flatten(1), peak], 1)
-
-    def _ring_energies(self, deviation: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Maps without their mean (B, C, *grid) -> the energy of each ring (B, rings, C).
-
-        Every coefficient is computed: what the other rings leave of the total would be rounding where the
-        highest ring is weak."""
-        rows, columns = (dct_matrix(side).to(deviation.device) for side in grid)
+        # Every coefficient: what other rings leave of the total would be rounding where the highest is weak.
+        rows, columns = (dct_matrix(side).to(features.device) for side in grid)
         spectrum = torch.matmul(torch.matmul(rows, deviation), columns.t()).square()
-        member = ring_of(grid, self.rings).to(deviation.device)
-        return torch.matmul(spectrum.flatten(2), member.flatten(1).t()).transpose(1, 2)
-
-
-def mean_of_neighbours(features: Tensor) -> Tensor:
-    """The 3 x 3 mean around each cell of maps (B, C, rows, columns), at the border of the cells there are."""
-    return F.avg_pool2d(features, 3, 1, 1, count_include_pad=False)
+        member = ring_of(grid, self.rings).to(features.device)
+        energy = torch.matmul(spectrum.flatten(2), member.flatten(1).t()).transpose(1, 2) / math.prod(grid)
+        peak = F.avg_pool2d(deviation.square(), 3, 1, 1, count_include_pad=False).amax((2, 3)).sqrt()
+        return torch.cat([low, energy.sqrt().flatten(1), peak], 1)
 
 
 # ---------------------------------------------------------------- places
@@ -184,27 +163,22 @@ def place_grid_of(features: dict) -> tuple[int, int]:
 @dataclasses.dataclass(frozen=True)
 class Places:
     """Place tokens (docs/method.md, section 5.3): what the maps of middle depths hold at each place of one
-    grid (rows, columns), the deepest depth left out. A local defect shows in the tokens of its place alone.
+    grid (rows, columns), the deepest depth left out unless it is alone. A local defect shows in the tokens of
+    its place alone.
 
-    channels: at most so many per place; more are brought down by a fixed random rotation, which keeps
-    distances on average."""
+    channels: at most so many per place; more are brought down by a fixed random ``rotation``."""
 
     grid: tuple[int, int]
     channels: int = PLACE_CHANNELS
 
     def shape(self, channels: tuple[int, ...]) -> tuple[int, int]:
         """Places and channels of an image, from the channels of each depth."""
-        return math.prod(self.grid), min(self.channels, sum(self._middle(channels)))
-
-    @staticmethod
-    def _middle(depths):
-        """All but the deepest depth; of one alone, that one."""
-        return depths[:-1] or depths
+        return math.prod(self.grid), min(self.channels, sum(channels[:-1] or channels))
 
     def measure(self, maps: list[Tensor]) -> Tensor:
         """Maps (B, C_i, rows_i, columns_i) of several depths -> place tokens (B, rows x columns, D), float32:
         3 x 3 means, brought to the grid and joined (as PatchCore does, arXiv 2106.08265, section 3.1)."""
-        resized = [self._resize(features.float()) for features in self._middle(maps)]
+        resized = [self._resize(features.float()) for features in maps[:-1] or maps]
         tokens = torch.cat(resized, 1).flatten(2).transpose(1, 2)
         width = int(tokens.shape[2])
         return tokens if width <= self.channels else tokens @ rotation(width, self.channels).to(tokens.device)
@@ -219,8 +193,8 @@ class Places:
 @functools.lru_cache(maxsize=32)
 def place_weights(before: int, after: int, pools: bool) -> Tensor:
     """How much each of ``before`` cells in a row counts at each of ``after`` places -> (after, before),
-    float32: 3 x 3 means (``mean_of_neighbours``), averaged where ``pools``, else interpolated. Both take
-    rows and columns in turn."""
+    float32: 3 x 3 means, at the border of the cells there are, averaged where ``pools``, else interpolated.
+    Both take rows and columns in turn."""
     cells = torch.eye(before).unsqueeze(1)  # (before, 1, before)
     smooth = F.avg_pool1d(cells, 3, 1, 1, count_include_pad=False)
     if pools:
@@ -230,8 +204,7 @@ def place_weights(before: int, after: int, pools: bool) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def rotation(before: int, after: int) -> Tensor:
-    """A fixed random matrix (before, after) with orthonormal columns, scaled so that lengths are kept on
-    average."""
+    """A fixed random matrix (before, after), columns orthogonal; it keeps lengths on average."""
     generator = torch.Generator().manual_seed(0)
     columns, _ = torch.linalg.qr(torch.randn(before, after, generator=generator, dtype=torch.float64))
     return (columns * math.sqrt(before / after)).float()

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -56,12 +57,12 @@ def machine(args: argparse.Namespace, device: torch.device, tell: Tell) -> None:
 def matmul_peak(device: torch.device, dtype: torch.dtype, n: int) -> float:
     """FLOP/s of a square matrix product (n x n): the best of ten, half of them as training takes them."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
+    took: list[float] = []
     with torch.inference_mode():
-        for turn in range(10):
-            with arithmetic.products(device) if turn % 2 else nullcontext():
-                best = min(best, speed.seconds(lambda: torch.matmul(a, b), device))
-    return 2 * n**3 / best
+        for arithmetics in (nullcontext(), arithmetic.products(device)):
+            with arithmetics:
+                took += timeit.repeat(lambda: torch.matmul(a, b)[0, 0].item(), number=1)  # item: waits
+    return 2 * n**3 / min(took)
 
 
 # ---------------------------------------------------------------- is it right?

@@ -149,15 +149,10 @@ def leave_one_set_out(runs: dict[str, list[Row]], detector: str) -> list[tuple[s
     """Each set that all settings have with the detector, left out of the choice in turn -> its name, the
     setting chosen by the mean of all other sets, what that one has on it, the setting that is best on it, and
     what that one has; with fewer than two such sets none. runs: {setting: rows}."""
-    aurocs = {
-        run: {
-            name: float(means[detector].mean())
-            for name, means in set_means(rows).items()
-            if detector in means
-        }
-        for run, rows in runs.items()
-    }
-    sets = [name for name in next(iter(aurocs.values())) if all(name in own for own in aurocs.values())]
+    means = {run: set_means(rows) for run, rows in runs.items()}
+    known = [[name for name, of_set in own.items() if detector in of_set] for own in means.values()]
+    sets = [name for name in known[0] if all(name in names for names in known)]
+    aurocs = {run: {name: float(own[name][detector].mean()) for name in sets} for run, own in means.items()}
     found = []
     for name in sets if len(sets) > 1 else []:
         others = [other for other in sets if other != name]

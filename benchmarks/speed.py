@@ -13,11 +13,11 @@ import argparse
 import json
 import os
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,31 +49,22 @@ Table = tuple[list[str], list[list[str]]]  # header, rows
 
 
 # ---------------------------------------------------------------- measuring
-def seconds(task: Callable[[], object], device: torch.device) -> float:
-    """Of a task, with all that it has a GPU do."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
-    wait(device)
-    start = time.perf_counter()
-    task()
-    wait(device)
-    return time.perf_counter() - start
-
-
-def times(jobs: dict[str, Callable], repeats: int, device: torch.device, settle: int = 0) -> dict[str, list]:
-    """Seconds of each job, run in turns after one warm-up turn, so that all see the same machine. settle: how
-    often a job runs before it is timed in a turn, where steps follow steps of their own kind in use."""
+def times(jobs: dict[str, Callable], repeats: int, settle: int = 0) -> dict[str, list[float]]:
+    """Seconds of each job, which ends with its result on the CPU, run in turns after one warm-up turn, so
+    that all see the same machine. settle: how often a job runs before it is timed in a turn, where steps
+    follow steps of their own kind in use."""
     found: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(repeats + 1):
         for name, job in jobs.items():
             for _ in range(settle):
                 job()
-            took = seconds(job, device)
+            took = timeit.timeit(job, number=1)
             found[name] += [took] if turn else []
     return found
 
 
 def shown(values: list[float], form: str = "{:.1f}") -> str:
-    middle, low, high = map(form.format, (statistics.median(values), min(values), max(values)))
+    middle, low, high = map(form.format, np.quantile(values, [0.5, 0, 1]))
     return f"{middle} ({low} to {high})"
 
 
@@ -111,7 +102,7 @@ def measured(command: list[str], folder: Path) -> tuple[float, int]:
 # ---------------------------------------------------------------- a training step
 def same_flows(channels: int, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Our flow and the transcription, C = H, K = 4, N = 64, with the same parameters."""
-    theirs = transcription.Flow(channels, channels).to(device)
+    theirs = transcription.Flow(channels).to(device)
     ours = model.build_flow(
         channels, (8, 8), n_tokens=64, n_blocks=4, hidden=channels, clamp=3.0, fusion="class_attention",
         identity_start=False, alpha=0.5, window=3,
@@ -147,8 +138,8 @@ def compare_steps(args: argparse.Namespace, device: torch.device) -> Table:
             "ours": lambda: our_step(ours, adam, tokens),
         }
         plain_loss, loss = (job() for job in jobs.values())
-        found = times(jobs, args.repeats, device, settle=2)
-        theirs_s, ours_s = map(statistics.median, found.values())
+        found = times(jobs, args.repeats, settle=2)
+        theirs_s, ours_s = map(np.median, found.values())
         row = [str(batch), *(shown([1000 * value for value in values]) for values in found.values())]
         row += [f"{theirs_s / ours_s:.2f}", f"{batch / ours_s:.0f}"]
         rows.append([*row, f"{abs(loss - plain_loss) / abs(plain_loss):.1e}"])
@@ -161,33 +152,31 @@ def config_of(args: argparse.Namespace, **more) -> Config:
     return make_config({**{name: getattr(args, name) for name in names}, **more})
 
 
-@torch.inference_mode()
-def plain_tokens(
-    backbone: torch.nn.Module, images: datasets.ImageSet, split: str, rows: Sequence[int], fields: dict
-) -> torch.Tensor:
-    """The released loop: every image opened, resized and normalised on its own, batches of 32, float32 -> (n,
-    1 + N, C) on the CPU."""
-    resize = transforms.Resize(fields["img_size"], transforms.InterpolationMode.BICUBIC)
+def released_loop(identity: Identity, device: torch.device) -> Callable[..., torch.Tensor]:
+    """The released loop, a function of a data set, a split and rows of it: every image opened, resized and
+    normalised on its own, batches of 32, float32 -> (n, 1 + N, C) on the CPU."""
+    size, fields = identity.img_size, identity.fields
+    backbone = backbones.load_backbone(identity.extractor, size, identity.weights_path, identity.seed)
+    backbone.to(device)
+    resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)
     normalize = transforms.Normalize(fields["norm_mean"], fields["norm_std"])
     transform = transforms.Compose([resize, transforms.ToTensor(), normalize])
-    device, found = next(backbone.parameters()).device, []
-    for start in range(0, len(rows), 32):
-        batch = [transform(Image.fromarray(images.read(split, i))) for i in rows[start : start + 32]]
-        found.append(backbone(torch.stack(batch).to(device)).cpu())
-    return torch.cat(found)
+
+    @torch.inference_mode()
+    def tokens(images: datasets.ImageSet, split: str, rows: Sequence[int]) -> torch.Tensor:
+        found = []
+        for start in range(0, len(rows), 32):
+            batch = [transform(Image.fromarray(images.read(split, i))) for i in rows[start : start + 32]]
+            found.append(backbone(torch.stack(batch).to(device)).cpu())
+        return torch.cat(found)
+
+    return tokens
 
 
 def spread(images: datasets.ImageSet, counts: dict[str, int]) -> datasets.ImageSet:
     """The data set cut to so many images of each split, spread over its classes."""
-    sizes = {split: len(images.labels.split(split).names) for split in counts}
     return images.kept(
-        {split: np.linspace(0, sizes[split] - 1, count).astype(int) for split, count in counts.items()}
-    )
-
-
-def loaded(identity: Identity) -> backbones.Backbone:
-    return backbones.load_backbone(
-        identity.extractor, identity.img_size, identity.weights_path, identity.seed
+        {split: np.linspace(0, len(images.images[split]) - 1, n, dtype=int) for split, n in counts.items()}
     )
 
 
@@ -198,23 +187,20 @@ def compare_extraction(args: argparse.Namespace, device: torch.device) -> Table:
     images = spread(datasets.images_of(config), {"train": count, "test": 0})
     ours, by_torch = (Extraction(identity, device) for _ in range(2))
     ours.compile()
-    plain = loaded(identity).to(device)
-
-    def released() -> torch.Tensor:
-        return plain_tokens(plain, images, "train", range(count), identity.fields)
+    released = released_loop(identity, device)
 
     def extracted(job: Extraction) -> None:
         for batch in job.features(images):
             _ = [values.cpu() for values in batch.values()]
 
-    jobs = {"the released loop": released}
+    jobs = {"the released loop": lambda: released(images, "train", range(count))}
     jobs |= {"PyTorch": lambda: extracted(by_torch), "ours": lambda: extracted(ours)}
     found = {}
     for cores in sorted({0, args.busy}):
         with burning(cores):
-            found[beside(cores)] = times(jobs, args.repeats, device)
+            found[beside(cores)] = times(jobs, args.repeats)
     rows = [[name, *(shown([count / s for s in own[name]]) for own in found.values())] for name in jobs]
-    exact = released()[:, 0]
+    exact = released(images, "train", range(count))[:, 0]
     tokens = torch.cat([batch["tokens"][:, 0].cpu() for batch in ours.features(images)]).float()
     off = f"{(tokens - exact).norm() / exact.norm():.1e}"
     rows.append(["ours, semantic tokens off the released ones", *[off] * len(found)])
@@ -235,14 +221,13 @@ def released_job(args: argparse.Namespace, device: torch.device) -> None:
     """Class after class, as the released scripts do it: extract the class's training images and all test
     images one at a time in float32, store both, train for an epoch, score -> auroc.json."""
     config, aurocs = config_of(args), {}
-    images, identity = datasets.images_of(config), cache_identity(config, device)
-    backbone, fields = loaded(identity).to(device), identity.fields
+    images, released = datasets.images_of(config), released_loop(cache_identity(config, device), device)
     for name in images.labels.classes[: args.classes]:
         train_rows, test_rows, labels = images.labels.one_class(name)
         for split, rows in (("train", train_rows), ("test", test_rows)):
-            np.save(f"{name}-{split}.npy", plain_tokens(backbone, images, split, rows, fields).numpy())
+            np.save(f"{name}-{split}.npy", released(images, split, rows).numpy())
         tokens = {split: torch.from_numpy(np.load(f"{name}-{split}.npy")) for split in datasets.SPLITS}
-        flow = transcription.fit(tokens["train"], tokens["train"].shape[2], 1, config.batch_size, device)
+        flow = transcription.fit(tokens["train"], config.batch_size, device)
         with torch.no_grad():
             batches = tokens["test"].to(device).split(config.batch_size)
             z = torch.cat([flow(batch[:, 0], batch[:, 1:])[0].cpu() for batch in batches])
@@ -295,7 +280,7 @@ def compare_reading(args: argparse.Namespace, device: torch.device) -> Table:
     """Seconds to read the training tokens of a data set, extracted first where they are not there, beside the
     same in one memory-mapped .npy."""
     features = extractor.ensure_features(config_of(args), device)
-    ours, rows = features.tokens("train"), []
+    ours, rows = features.arrays("train")["tokens"], []
     batches = np.random.default_rng(0).integers(0, len(ours), (300, 32))
 
     def read(array, parts) -> None:
@@ -305,9 +290,7 @@ def compare_reading(args: argparse.Namespace, device: torch.device) -> Table:
     ways = {
         "in order": lambda array: read(array, [slice(i, i + 64) for i in range(0, len(array), 64)]),
         "300 random batches of 32": lambda array: read(array, batches),
-        "all semantic tokens": lambda array: (
-            np.array(array[:, 0]) if isinstance(array, np.memmap) else array.semantic()
-        ),
+        "all semantic tokens": lambda array: array.semantic() if array is ours else np.array(array[:, 0]),
     }
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         np.save(Path(scratch, "plain.npy"), ours[:])
@@ -318,21 +301,18 @@ def compare_reading(args: argparse.Namespace, device: torch.device) -> Table:
                 for values, array in zip(found.values(), (plain, ours)):
                     if args.cold:
                         forget(Path(scratch), features.folder)
-                    values.append(seconds(lambda: way(array), device))
+                    values.append(timeit.timeit(lambda: way(array), number=1))
             rows.append([name, *(shown(values, "{:.3f}") for values in found.values())])
     return [f"{' x '.join(map(str, ours.shape))} float16, s", "one .npy", "ours"], rows
 
 
 def measure_script(args: argparse.Namespace, device: torch.device) -> Table:
     """A script of the repository in an empty folder, alone and beside busy cores."""
-    script, *options = shlex.split(args.script)
-    rows = []
+    (script, *options), rows = shlex.split(args.script), []
     for cores in sorted({0, args.busy}):
-        costs = []
-        for _ in range(args.repeats):
-            with burning(cores), tempfile.TemporaryDirectory(dir=args.scratch) as place:
-                costs.append(measured([str(ROOT / script), *options], Path(place)))
-        took, memory = zip(*costs)
+        with burning(cores), tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+            places = [Path(tempfile.mkdtemp(dir=scratch)) for _ in range(args.repeats)]
+            took, memory = zip(*(measured([str(ROOT / script), *options], place) for place in places))
         rows.append([beside(cores), shown(took), f"{max(memory) / 1e9:.2f}"])
     return [f"python {args.script}", "s", "peak GB"], rows
 

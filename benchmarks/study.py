@@ -8,8 +8,6 @@ others. context: what a place sees of the other places (preset accurate). The se
 benchmarks/suite.toml; the table goes to results/STUDY.md, its figures to STUDY.csv beside it."""
 
 import argparse
-import datetime
-import shlex
 import sys
 import textwrap
 from collections import defaultdict
@@ -25,17 +23,16 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from judging import Row
-from suite import ROOT, WHOLE, Set, as_csv, auroc_cell, read_suite, why_left_out
+from suite import ROOT, WHOLE, Set, auroc_cell, made_by, publish, read_suite, why_left_out
 
 import datasets
 import extractor
 import train
 import utils
 from config import UserError, make_config
-from detector import checkpoints, evaluation, places
-from detector.preparation import PreparedClass
+from detector import evaluation, places
 from reporting.tables import as_markdown
-from shell.files import write_text
+from shell.command_line import OneLineParser
 from shell.signals import KEPT, guarded
 
 HOW = (
@@ -142,56 +139,34 @@ STUDIES = {
 }
 
 
-class Changed(nn.Module):
-    """A flow whose tokens see something else."""
-
-    def __init__(self, flow: nn.Module, change: Change):
-        super().__init__()
-        self.flow, self.change = flow, change
-
-    def forward(self, tokens: Tensor, seen: list[Tensor]) -> tuple[Tensor, Tensor]:
-        return self.flow(tokens, [self.change(each, self.training) for each in seen])
+def see_otherwise(flow: nn.Module, change: Change) -> None:
+    """Have the tokens of a flow see something else from now on."""
+    flow.register_forward_pre_hook(
+        lambda flow, given: (given[0], [change(each, flow.training) for each in given[1]])
+    )
 
 
 # ---------------------------------------------------------------- a variant, class and seed
 def fit(study: str, number: int, of_set: str, knobs: dict, class_name: str, seed: int) -> list[Row]:
     """The rows of a study's variant; with the first one and seed 0 those of the simple detectors, too."""
     torch.set_num_threads(1)
-    chosen = STUDIES[study]
-    variant = chosen.variants[number]
-    more = {"baselines": number == 0 and seed == 0, "seed": seed}
-    config, device = make_config(chosen.knobs | knobs | variant.knobs | more), torch.device("cpu")
+    chosen, device = STUDIES[study], torch.device("cpu")
+    variant, baselines = chosen.variants[number], number == 0 and seed == 0
+    config = make_config(chosen.knobs | knobs | variant.knobs | {"baselines": baselines, "seed": seed})
     places.NEAR, places.RING = variant.near, variant.ring
     cache = extractor.ensure_features(config, device)
     prepared = train.prepare(config, cache, train.token_sources(cache, device), class_name, seed)
     if variant.change:
-        prepared.detector.flow = Changed(prepared.detector.flow, variant.change)
-    fitted, labels = trained(prepared, chosen.epochs), prepared.data.labels
-    last = {WHOLE: fitted.test.scores, **fitted.flow_scores}
-    found = {
-        f"{variant.name}, epoch {entry['epoch']}: {score}": entry[f"{score}_auroc"]
-        for entry in fitted.history
-        for score in chosen.scores
-        if entry["epoch"] in chosen.epochs
-    }
-    epoch = f", epoch {fitted.history[-1]['epoch']}" if chosen.epochs else ""
-    scores = {f"{variant.name}{epoch}: {name}": last[name] for name in chosen.scores if name in last}
-    for name, values in (scores | fitted.simple_scores).items():
-        found[name] = utils.auroc(labels, values)
-    return [Row(name, of_set, class_name, seed, auroc) for name, auroc in found.items()]
-
-
-def trained(prepared: PreparedClass, epochs: tuple[int, ...]) -> checkpoints.Record:
-    """Train; where epochs are named, the test images are scored after these and the last alone."""
-    if not epochs:
-        return train.train(prepared)
-    last, _ = train.count_epochs(prepared)
-    evaluations = [
-        evaluation.evaluate(prepared, epoch, loss)
-        for epoch, loss in train.train_epochs(prepared)
-        if epoch in (*epochs, last)
-    ]
-    return evaluation.record_of(prepared, evaluations, 0)
+        see_otherwise(prepared.detector.flow, variant.change)
+    (last, _), found = train.count_epochs(prepared), {}
+    for epoch, loss in train.train_epochs(prepared) if last else [(0, None)]:
+        if epoch in (*chosen.epochs, last):
+            scores = evaluation.evaluate(prepared, epoch, loss).test
+            name = f"{variant.name}, epoch {epoch}" if chosen.epochs else variant.name
+            found |= {f"{name}: {score}": scores[score] for score in chosen.scores if score in scores}
+    found |= evaluation.simple_scores(prepared) if prepared.compares else {}
+    labels = prepared.data.labels
+    return [Row(name, of_set, class_name, seed, utils.auroc(labels, own)) for name, own in found.items()]
 
 
 def tasks(study: str, sets: list[Set], more: dict, seeds: int) -> list[tuple]:
@@ -218,46 +193,33 @@ def make_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     sets, lines = list(dict.fromkeys(row.set for row in rows)), []
     for detector, classes in by_class.items():
         own = [[values for (of_set, _), values in classes.items() if of_set == name] for name in sets]
-        line = [detector, *(auroc_cell(np.mean(values, 0)) if values else "" for values in own)]
-        first = firsts.setdefault(
-            detector.partition(", epoch " if ", epoch " in detector else ": ")[2], classes
-        )
-        shared = [np.mean(values) - np.mean(first[key]) for key, values in classes.items() if key in first]
-        lines.append([*line, interval(np.array(shared)) if ": " in detector and first is not classes else ""])
+        of = detector.partition(", epoch " if ", epoch " in detector else ": ")[2]
+        first, told = firsts.setdefault(of, classes), ""
+        if of and first is not classes:
+            more = [np.mean(values) - np.mean(first[key]) for key, values in classes.items() if key in first]
+            half = stats.t.ppf(0.975, len(more) - 1) * stats.sem(more)
+            told = f"{np.mean(more):+.4f} ± {half:.4f}"
+        cells = [auroc_cell(np.mean(values, 0)) if values else "" for values in own]
+        lines.append([detector, *cells, told])
     return ["detector", *sets, "- the first"], lines
-
-
-def interval(differences: np.ndarray) -> str:
-    """The mean of differences (n) with its 95 % interval."""
-    half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
-    return f"{differences.mean():+.4f} ± {half:.4f}"
 
 
 def main(args: argparse.Namespace) -> None:
     """Raises UserError."""
     settings, sets = read_suite(args.suite, args.only)
-    given = dict(pair.partition("=")[::2] for pair in args.knobs)
-    more = {"extractor": settings["extractor"]} | given
+    more = {"extractor": settings["extractor"]} | dict(pair.partition("=")[::2] for pair in args.knobs)
     sets = [entry for entry in sets if not why_left_out(entry)]
     jobs = tasks(args.study, sets, more, args.seeds)
     if not jobs:
         raise UserError(f"none of the sets of {args.suite} is there")
     fits = joblib.Parallel(joblib.cpu_count(), verbose=5)(joblib.delayed(fit)(*job) for job in jobs)
     rows = [row for each in fits for row in each]
-    versions, table = utils.versions(), as_markdown(*make_table(rows))
-    about = ["commit", "torch", "timm", "machine"]
-    command = shlex.join(["python", "benchmarks/study.py", *sys.argv[1:]])
-    told = [f"`{command}`", *(f"{name} {versions[name]}" for name in about), str(datetime.date.today())]
-    out = Path("results") / f"{args.name or args.study}.md"
-    write_text(out, f"# {out.stem}\n\n{table}\n\n{textwrap.fill(HOW, 120)}\n\n{', '.join(told)}.\n")
-    write_text(out.with_suffix(".csv"), as_csv(rows))
-    print(f"\n{table}\n\nin {out} and {out.with_suffix('.csv')}")
+    name, others = args.name or args.study, [textwrap.fill(HOW, 120), made_by()]
+    publish(Path("results") / f"{name}.md", name, as_markdown(*make_table(rows)), others, rows)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--suite", type=Path, default=ROOT / "benchmarks/suite.toml")
     parser.add_argument("--only", help="sets, separated by commas [all]")

@@ -45,7 +45,6 @@ OURS = {  # ours -> what it is compared with
 JUDGED = (WHOLE, PLACES)  # what everything else is compared with
 BEST = "best simple of each class"
 DRAWS = 10_000  # of the bootstrap
-UNDEFINED = np.array([np.nan])  # what a detector has that a set lacks
 HOW = (
     "AUROC, mean over a set's classes, then over the sets (± standard deviation over the seeds); in "
     f"brackets: over the sets that a detector has. {BEST}: chosen by AUROC on the test images. Differences: "
@@ -169,7 +168,7 @@ def make_table(found: dict[str, list[Problem] | None], draws: int = DRAWS) -> tu
     header += [text for ours in JUDGED for text in (f"{ours} - it [95 %]", "win / level / loss (Holm)")]
     rows = []
     for k, title in enumerate([*detectors, BEST] if simple else detectors):
-        own = {name: means[name].get(title, UNDEFINED) if name in done else None for name in found}
+        own = {name: means[name].get(title, [np.nan]) if name in done else None for name in found}
         row = [title, *("failed" if values is None else auroc_cell(values) for values in own.values())]
         have = [values for values in own.values() if values is not None and not np.isnan(values).any()]
         row.append(bracketed(auroc_cell(np.mean(have, 0)), len(have) < len(done)))
@@ -219,16 +218,8 @@ def choice_table(runs: dict[str, list[Row]]) -> str:
     return f"## Settings chosen without the set\n\n{as_markdown(header, lines)}"
 
 
-def as_csv(rows: list[Row]) -> str:
-    """A line per row, numbers unrounded."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([["detector", "set", "class", "seed", "auroc"], *rows])
-    return text.getvalue()
-
-
 def read_csv(path: Path) -> list[Row]:
-    """The rows of a table that ``as_csv`` wrote. Raises UserError."""
+    """The rows of a table that ``publish`` wrote. Raises UserError."""
     try:
         _, *lines = csv.reader(path.read_text(encoding="utf-8").splitlines())
         return [Row(*names, int(seed), float(auroc)) for *names, seed, auroc in lines]
@@ -236,17 +227,22 @@ def read_csv(path: Path) -> list[Row]:
         raise knobs.UserError(f"expected a table as results/suite.csv; {path}: {error}") from None
 
 
-def about(settings: dict, sets: list[Set], summaries: list[Summary]) -> str:
-    """How the tables came about: the command, and what their figures depend on."""
-    versions = utils.versions()
-    precisions = dict.fromkeys(str(summary.features.get("precision")) for summary in summaries)
-    told = [f"`{shlex.join(['python', 'benchmarks/suite.py', *sys.argv[1:]])}`"]
-    told += [f"preset {settings['preset']}", settings["extractor"]]
-    told += [f"seeds {', '.join(map(str, summaries[0].seeds))}"]
-    told += [f"{name} {versions[name]}" for name in ("commit", "torch", "timm")]
-    told += [versions["machine"], f"features in {' and '.join(precisions)}", f"{datetime.date.today()}"]
-    development = ", ".join(entry.name for entry in sets if entry.development) or "none"
-    return f"{', '.join(told)}. Development sets (settings were chosen on their test images): {development}."
+def made_by(*told: str) -> str:
+    """How tables came about: the command, what is told of it, and what their figures depend on."""
+    command, versions = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]], utils.versions()
+    made = [f"{name} {versions[name]}" for name in ("commit", "torch", "timm", "machine")]
+    return ", ".join([f"`{shlex.join(command)}`", *told, *made, f"{datetime.date.today()}."])
+
+
+def publish(out: Path, title: str, tables: str, others: list[str], rows: list[Row]) -> None:
+    """Write the tables and the other paragraphs of a page, and beside it .csv, a line per row, numbers
+    unrounded; print the tables."""
+    write_text(out, "\n\n".join([f"# {title}", tables, *others]) + "\n")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([["detector", "set", "class", "seed", "auroc"], *rows])
+    write_text(out.with_suffix(".csv"), text.getvalue())
+    print(f"\n{tables}\n\nin {out} and {out.with_suffix('.csv')}", flush=True)
 
 
 # ---------------------------------------------------------------- the script
@@ -282,13 +278,14 @@ def main(args: argparse.Namespace) -> None:
         raise knobs.UserError("; ".join(failures + notes) or f"{args.suite} names no set")
     figures = rows_of(found, summaries[0].seeds[0])
     tables = f"{as_markdown(*make_table(found))}\n\n{regret_table(figures)}"
-    there = [entry for entry in sets if entry.name in found]
-    how = ["## How", textwrap.fill(HOW, 120), about(settings, there, summaries)]
-    parts = [f"# {args.name}", tables, *map(escaped, failures + notes), *how]
+    precisions = dict.fromkeys(str(summary.features.get("precision")) for summary in summaries)
+    told = [f"preset {settings['preset']}", settings["extractor"]]
+    told += [f"seeds {', '.join(map(str, summaries[0].seeds))}", f"features in {' and '.join(precisions)}"]
+    chosen = ", ".join(entry.name for entry in sets if entry.development and entry.name in found) or "none"
+    about = f"{made_by(*told)} Development sets (settings were chosen on their test images): {chosen}."
+    others = [*map(escaped, failures + notes), "## How", textwrap.fill(HOW, 120), about]
     out = args.out or Path("results") / f"{args.name}{'-trial' if args.trial else ''}.md"
-    write_text(out, "\n\n".join(parts) + "\n")
-    write_text(out.with_suffix(".csv"), as_csv(figures))
-    print(f"\n{tables}\n\nin {out} and {out.with_suffix('.csv')}", flush=True)
+    publish(out, args.name, tables, others, figures)
     if failures:
         raise knobs.UserError("; ".join(failures))
 

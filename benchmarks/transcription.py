@@ -70,9 +70,9 @@ class Block(nn.Module):
 
 
 class Flow(nn.Module):
-    def __init__(self, channels, hidden, n_blocks=4, clamp=3.0):
+    def __init__(self, channels, n_blocks=4, clamp=3.0):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(channels, hidden, k, clamp) for k in range(n_blocks))
+        self.blocks = nn.ModuleList(Block(channels, channels, k, clamp) for k in range(n_blocks))
 
     def forward(self, x, p):
         total = 0
@@ -96,12 +96,11 @@ def step(flow, optimizer, tokens):
     return loss.item()
 
 
-def fit(tokens, hidden, epochs, batch_size, device, seed=0):
-    """Train one class on tokens (n, 1 + N, C) through a DataLoader -> the flow."""
-    torch.manual_seed(seed)
-    flow = Flow(tokens.shape[2], hidden).to(device)
+def fit(tokens, batch_size, device):
+    """Train one class on tokens (n, 1 + N, C) for an epoch through a DataLoader -> the flow, H = C."""
+    torch.manual_seed(0)
+    flow = Flow(tokens.shape[2]).to(device)
     optimizer = make_optimizer(flow)
-    for _ in range(epochs):
-        for (batch,) in DataLoader(TensorDataset(tokens), batch_size, shuffle=True):
-            step(flow, optimizer, batch.float().to(device))
+    for (batch,) in DataLoader(TensorDataset(tokens), batch_size, shuffle=True):
+        step(flow, optimizer, batch.float().to(device))
     return flow

@@ -1,5 +1,4 @@
-"""The features of a data set: its images in order, each looked up in a store; what all of them take of the
-disk."""
+"""The features of a data set: its images in order, each looked up in a store; what all take of the disk."""
 
 import dataclasses
 import functools
@@ -45,7 +44,7 @@ class ImageList:
     """The images of a data set, without the images: what is kept of it beside the stores.
 
     hashes: of each image of a split, in order. sizes: by backbone, the size of the images that img_size auto
-    has chosen. pixel_scale: the ranges of pixels of more than eight bits (images/pixel_scale.py); None until
+    has chosen. pixel_scale: the ranges of pixels of more than eight bits (images/images.py); None until
     they are measured. unreadable: the hashes of those that could not be read."""
 
     labels: Labels
@@ -62,14 +61,12 @@ class ImageList:
         if before is None or set(before.all_hashes).isdisjoint(listed.all_hashes):
             return listed
         if (rows := before.rows_in(listed)) is not None:
-            hashes = {split: [listed.hashes[split][i] for i in rows[split]] for split in SPLITS}
-            listed = cls(listed.labels.kept(rows), hashes)
+            listed = cls(listed.labels.kept(rows), before.hashes)
         unreadable = sorted(set(before.unreadable).intersection(listed.all_hashes))
         return cls(listed.labels, listed.hashes, dict(before.sizes), before.pixel_scale, unreadable)
 
     def rows_in(self, other: "ImageList") -> dict[str, np.ndarray] | None:
-        """The number in another list of each image of a split, of the same content and labels; None where the
-        two are not of the same images."""
+        """The number in another list of each image of a split, by content and labels; None unless all are."""
         found = {}
         for split in SPLITS:
             ours, theirs = self._known_by(split), other._known_by(split)
@@ -110,15 +107,6 @@ class ImageList:
     def all_hashes(self) -> list[str]:
         return [image for split in SPLITS for image in self.hashes[split]]
 
-    def absent_from(self, store: Store) -> list[Wanted]:
-        """The images without features, each content once."""
-        absent: dict[str, Wanted] = {}
-        for split in SPLITS:
-            hashes, names = self.hashes[split], self.labels.split(split).names
-            for i in np.flatnonzero(store.find(hashes)[0] < 0):
-                absent.setdefault(hashes[i], Wanted(split, names[i], hashes[i]))
-        return list(absent.values())
-
     def fingerprint(self) -> str:
         """A hash of the images and their labels, whatever their names are."""
         of = {"per_category": self.labels.per_category, "classes": self.labels.classes}
@@ -126,19 +114,22 @@ class ImageList:
 
 
 class FeatureCache:
-    """The features of a data set's images as they are in a store; an image that is not there is left out, its
-    name in ``skipped``, its hash in ``absent``. Files are opened when rows are read, in whatever process: a
-    cache can be pickled."""
+    """The features of a data set's images as they are in a store; one that is not there is left out, its name
+    in ``skipped``, what it is in ``absent``. It can be pickled: files are opened when rows are read."""
 
     def __init__(self, store: Store, images: ImageList):
         self.folder, self.fields, self.of, self.images = store.folder, store.fields, store.of, images
         self._files = [shard.files for shard in store.shards]
-        found = {split: store.find(images.hashes[split]) for split in SPLITS}
-        self._rows = {split: np.flatnonzero(shard >= 0) for split, (shard, _) in found.items()}
-        self._places = {s: [each[self._rows[s]] for each in found[s]] for s in SPLITS}  # shard and row
-        gone = [(split, i) for split in SPLITS for i in np.flatnonzero(found[split][0] < 0)]
-        self.skipped = [images.labels.split(split).names[i] for split, i in gone]
-        self.absent = {images.hashes[split][i] for split, i in gone}
+        self.skipped: list[str] = []
+        self.absent: dict[str, Wanted] = {}  # by hash: each content once
+        self._rows, self._places = {}, {}  # in the list; shard, and row in it
+        for split, hashes in images.hashes.items():
+            places, names = store.find(hashes), images.labels.split(split).names
+            there = places[:, 0] >= 0
+            self._rows[split], self._places[split] = np.flatnonzero(there), places[there]
+            for i in np.flatnonzero(~there):
+                self.skipped.append(names[i])
+                self.absent.setdefault(hashes[i], Wanted(split, names[i], hashes[i]))
         self.labels = images.labels.kept(self._rows)
 
     @functools.cached_property
@@ -146,22 +137,15 @@ class FeatureCache:
         """What the features are, flat: the fields, count and skipped images; image_list is of the images and
         their labels, content also of what was computed of them."""
         image_list = self.images.fingerprint()
-        more = {
+        return self.fields | {
             "count": {split: len(rows) for split, rows in self._rows.items()},
             "skipped": self.skipped,
             "image_list": image_list,
             "content": checksum({"features": self.of, "images": image_list})[:16],
         }
-        return self.fields | more
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each array, per image."""
-        return {name: tuple(shape) for name, shape in self.fields["shapes"].items()}
 
     def in_rows(self, images: ImageSet) -> ImageSet:
-        """The images of the rows, in their order. Raises UserError where they are other ones than those that
-        were extracted."""
+        """The images of the rows, in their order. Raises UserError unless they are those of the features."""
         numbers = self.images.rows_in(ImageList.of(images))
         if numbers is None:
             raise UserError("the images have changed since they were extracted")
@@ -169,42 +153,36 @@ class FeatureCache:
 
     def arrays(self, split: str) -> dict[str, CachedArray]:
         """Every array of a split, read from the files by index."""
-        shard, row = self._places[split]
         return {
-            name: CachedArray([files[name] for files in self._files], shard, row, shape)
-            for name, shape in self.shapes.items()
+            name: CachedArray([files[name] for files in self._files], self._places[split], tuple(shape))
+            for name, shape in self.fields["shapes"].items()
         }
 
-    def tokens(self, split: str) -> CachedArray:
-        """The tokens (n, 1 + N, C) of a split."""
-        return self.arrays(split)["tokens"]
 
-
-def complete(store: Store, listed: ImageList, unreadable: str) -> FeatureCache:
-    """The features of the images, once it is said which cannot be read and are left out. Raises UserError on
-    an image that could be read and has none, and, where ``unreadable`` is stop, on one that cannot be."""
-    cache = FeatureCache(store, listed)
-    missing = cache.absent.difference(listed.unreadable)
-    if missing or not store.fields:
-        some = f"{len(missing)} of {listed.labels.count()} images"
-        raise UserError(f"{some} have no features in {store.folder}; {EXTRACT}")
-    told = f"unreadable images: {utils.first_named(cache.skipped)}"
-    if cache.skipped and unreadable == "stop":
-        if len(cache.skipped) > utils.MOST_NAMED:
-            print(*cache.skipped, sep="\n", file=sys.stderr)
+def complete(cache: FeatureCache, unreadable: str) -> FeatureCache:
+    """The features, once it is said which images cannot be read and are left out. Raises UserError on an
+    image that could be read and has none, and, where ``unreadable`` is stop, on one that cannot be."""
+    listed, skipped = cache.images, cache.skipped
+    missing = cache.absent.keys() - set(listed.unreadable)
+    if missing or not cache.fields:
+        some = f"{len(missing)} of {len(listed.all_hashes)} images"
+        raise UserError(f"{some} have no features in {cache.folder}; {EXTRACT}")
+    told = f"unreadable images: {utils.first_named(skipped)}"
+    if skipped and unreadable == "stop":
+        if len(skipped) > utils.MOST_NAMED:
+            print(*skipped, sep="\n", file=sys.stderr)
         raise UserError(
             f"{told}; repair them or take them out, or leave them out with --unreadable skip; the "
             f"features of the others are kept in {cache.folder}"
         )
-    if cache.skipped:
+    if skipped:
         print(f"features: left out, {told}", flush=True)
     return cache
 
 
 def prune(root: Path, named: str) -> None:
     """Print what each store takes of the disk and holds of each data set; then, unless ``named`` is "list",
-    drop all features and lists but those of the data sets that it names. Raises UserError on a name that
-    none has."""
+    drop all features and lists but those of the data sets that it names. Raises UserError on another name."""
     files = sorted(list_file(root, "*").parent.glob("*.json"))
     lists = {path.stem: found for path in files if (found := ImageList.read(path))}
     names = [] if named == "list" else [name.strip() for name in named.split(",")]
@@ -212,7 +190,7 @@ def prune(root: Path, named: str) -> None:
         raise UserError(unknown("data set", strange[0], ["list", *lists]))
     for path in sorted(root.glob(f"*/{IDENTITY}")):
         store = Store(path.parent)
-        counts = {name: (store.find(each.all_hashes)[0] >= 0).sum() for name, each in lists.items()}
+        counts = {name: (store.find(each.all_hashes)[:, 0] >= 0).sum() for name, each in lists.items()}
         of = ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "of no data set"
         print(f"{path.parent}: {(size := store.size()) / 1e6:.1f} MB ({of})", flush=True)
         if names:

@@ -9,13 +9,11 @@ write into one store; a row that two of them have written is there twice, which 
 
 import functools
 import io
-import itertools
 import json
 import math
 import os
 import uuid
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,15 +40,15 @@ class File(NamedTuple):
     size: int
     crc32: int
 
-    def damage(self, thorough: bool) -> str | None:
-        """What is wrong with the file, by its size or, thorough, by its checksum; None where nothing is."""
+    def check(self, thorough: bool) -> None:
+        """Raise Damaged where the size is another one or, ``thorough``, the checksum."""
         try:
             if (size := self.path.stat().st_size) != self.size:
-                return f"{self.path.name}: {size} bytes, expected {self.size}"
-            changed = thorough and zlib.crc32(self.path.read_bytes()) != self.crc32
+                raise Damaged(f"{self.path.name}: {size} bytes, expected {self.size}")
+            if thorough and zlib.crc32(self.path.read_bytes()) != self.crc32:
+                raise Damaged(f"{self.path.name}: its checksum differs: the file has been changed")
         except OSError as error:
-            return f"{self.path.name}: {error.strerror or error}"
-        return f"{self.path.name}: its checksum differs: the file has been changed" if changed else None
+            raise Damaged(f"{self.path.name}: {error.strerror or error}") from None
 
 
 class Shard(NamedTuple):
@@ -61,14 +59,9 @@ class Shard(NamedTuple):
     images: list[str]
     files: dict[str, File]
 
-    def damage(self, thorough: bool = False) -> str | None:
-        """What is wrong with the first damaged file; None where nothing is."""
-        return next(filter(None, (file.damage(thorough) for file in self.files.values())), None)
-
 
 def write_shard(store: Path, of: str, images: list[str], arrays: dict[str, np.ndarray]) -> None:
-    """Add rows, float16 (n, ...) of each array, of images (n) to a store. Raises UserError on values that are
-    not finite."""
+    """Add rows, float16 (n, ...) of each array, of images (n) to a store. Raises UserError unless finite."""
     if any((values.view(np.int16) & EXPONENT == EXPONENT).any() for values in arrays.values()):
         raise UserError(
             "the backbone gave features that are not finite or exceed float16; try --precision float32, and "
@@ -87,67 +80,67 @@ def write_shard(store: Path, of: str, images: list[str], arrays: dict[str, np.nd
         sync(partial / RECORD)
 
 
-def read_shard(folder: Path) -> Shard:
-    """The shard in a folder, by its record alone. Raises Damaged."""
+def read_shard(folder: Path, verified: set[str]) -> Shard:
+    """The shard in a folder, by its record and its files' sizes; where it holds one of the images
+    ``verified``, every byte is checked. Raises Damaged."""
     try:
         record = read_sealed(folder / RECORD)
+        images, thorough = record["images"], not verified.isdisjoint(record["images"])
         files = {
-            name: File(folder / f"{name}.npy", len(record["images"]), file["bytes"], file["crc32"])
+            name: File(folder / f"{name}.npy", len(images), file["bytes"], file["crc32"])
             for name, file in record["files"].items()
         }
-        return Shard(folder, record["of"], record["images"], files)
+        shard = Shard(folder, record["of"], images, files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{RECORD}: {getattr(error, 'strerror', None) or error}") from None
+    for file in files.values():
+        file.check(thorough)
+    return shard
 
 
 # ---------------------------------------------------------------- reading rows
-_damage = functools.cache(File.damage)  # once in a process: no shard is ever written again in its place
-
-
-def opened(file: File) -> io.FileIO:
-    """A file of rows, checked the first time in a process; it is closed when nobody holds it. Raises
-    Damaged."""
-    if damage := _damage(file, thorough=True):
+@functools.cache  # in a process: no shard is ever written again in its place
+def checked(file: File) -> Path:
+    """The path of a file of rows, once every byte is checked. Raises Damaged."""
+    try:
+        file.check(thorough=True)
+    except Damaged as damage:
         raise Damaged(
             f"the features in {file.path.parent} are damaged ({damage}); python extractor.py with the same "
             "settings mends that and leaves the rest as it is"
-        )
-    return io.FileIO(file.path)
+        ) from None
+    return file.path
 
 
 class CachedArray:
     """One array of a data set's images: ``array[index]`` reads their rows, float16, out of the shards' files.
     Raises Damaged on a damaged file when a row of it is first read.
 
-    files: of the shards. shard, row (n): in which of them, and where in it, each image's row is. row_shape:
-    of one image."""
+    files: of the shards. places (n, 2): each image's shard, and its row there. row_shape: of one image."""
 
-    def __init__(self, files: Sequence[File], shard: np.ndarray, row: np.ndarray, row_shape: tuple[int, ...]):
-        self.shape = (len(row), *row_shape)
-        self._shard, self._row, self._numbers = shard, row, np.arange(len(row))
-        self._row_size = DTYPE.itemsize * math.prod(row_shape)
+    def __init__(self, files: list[File], places: np.ndarray, row_shape: tuple[int, ...]):
+        self.shape = (len(places), *row_shape)
+        self._places, self._row_size = places, DTYPE.itemsize * math.prod(row_shape)
         self._first = [file.size - file.rows * self._row_size for file in files]  # behind the header
-        self._open = functools.lru_cache(OPEN_FILES)(lambda number: opened(files[number]))
+        self._open = functools.lru_cache(OPEN_FILES)(lambda number: io.FileIO(checked(files[number])))
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: np.ndarray | slice | int) -> np.ndarray:
-        wanted = np.asarray(self._numbers[index])
-        rows = np.empty((wanted.size, *self.shape[1:]), DTYPE)
-        shard, row = self._shard[wanted.reshape(-1)], self._row[wanted.reshape(-1)]
-        ends = np.flatnonzero((np.diff(shard) != 0) | (np.diff(row) != 1)) + 1  # of runs, each read at once
-        for start, stop in itertools.pairwise([0, *ends.tolist(), wanted.size] if wanted.size else ()):
-            values, number = rows[start:stop], int(shard[start])
-            file, at = self._open(number), self._first[number] + int(row[start]) * self._row_size
-            if os.preadv(file.fileno(), [values.data], at) != values.nbytes:
-                raise Damaged(f"the features in {file.name} have been cut while they were read")
-        return rows.reshape(*wanted.shape, *self.shape[1:])
+        places = self._places[index]  # (..., 2)
+        rows = self._read(places.reshape(-1, 2), self.shape[1:])
+        return rows.reshape(*places.shape[:-1], *self.shape[1:])
 
     def semantic(self) -> np.ndarray:
         """Of tokens (n, 1 + N, C): the semantic ones of all images (n, C), without reading the others."""
-        tokens, order = np.empty((len(self), self.shape[2]), DTYPE), np.argsort(self._shard, kind="stable")
-        numbers, starts = np.unique(self._shard[order], return_index=True)
-        for shard, wanted in zip(numbers.tolist(), np.split(order, starts[1:])):
-            tokens[wanted] = np.load(self._open(shard).name, mmap_mode="r")[self._row[wanted], 0]
-        return tokens
+        return self._read(self._places, self.shape[2:])
+
+    def _read(self, places: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """What stands first in the rows at these places, so much of each as has this shape."""
+        found = np.empty((len(places), *shape), DTYPE)
+        for values, (shard, row) in zip(found, places.tolist()):
+            file, at = self._open(shard), self._first[shard] + row * self._row_size
+            if os.preadv(file.fileno(), [values.data], at) != values.nbytes:
+                raise Damaged(f"the features in {file.name} have been cut while they were read")
+        return found

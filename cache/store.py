@@ -10,9 +10,7 @@ An image is known by the hash of its bytes, and its features depend on it and on
 is missing is what no shard names: growth, renaming, removal, copies, a second data set of the same pictures
 and going on after a kill are no cases of their own. A damaged shard counts as missing."""
 
-import contextlib
 import shutil
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import numpy as np
 import utils
 from cache.shards import Damaged, Shard, read_shard, write_shard
 from config import UserError
-from shell.files import checksum, read_sealed, write_sealed
+from shell.files import checksum, read_sealed, sweep, write_sealed
 
 FORMAT = 4
 IDENTITY = "identity.json"
@@ -37,48 +35,44 @@ class Store:
     sound ones. damaged: the folders of the others. Raises UserError on a store of another version."""
 
     def __init__(self, folder: Path, verified: Iterable[str] = ()):
-        self.folder, self.of = folder, ""
+        self.folder = folder
         self.look(verified)
 
     def look(self, verified: Iterable[str] = ()) -> None:
         """See what there is: sizes of files are checked, of the shards that hold any of the images
         ``verified`` every byte. Damaged shards are told of."""
-        self.fields = self._recorded_fields()
-        self.of, self.shards, damaged, thorough = identity_hash(self.fields), list[Shard](), {}, set(verified)
+        self.fields: dict = {}
+        path = self.folder / IDENTITY
+        try:
+            content = read_sealed(path)
+            refuse_others(self.folder, content, {"format": FORMAT})
+            self.fields = content["fields"]
+        except FileNotFoundError:
+            pass
+        except ValueError as error:
+            print(f"features: {path} is damaged ({error}); the next extraction mends it", flush=True)
+        self.of, self.shards, damaged = identity_hash(self.fields), list[Shard](), {}
+        thorough = set(verified)
         for folder in sorted(path for path in self.folder.glob("[!.]*") if path.is_dir()):
             try:
-                shard = read_shard(folder)
-                damage = shard.damage(not thorough.isdisjoint(shard.images))
-            except Damaged as mistake:
-                damage = str(mistake)
-            if damage:
+                shard = read_shard(folder, thorough)
+            except Damaged as damage:
                 damaged[folder] = f"{folder.name}/{damage}"
-            elif shard.of == self.of:
-                self.shards.append(shard)
+            else:
+                self.shards += [shard] if shard.of == self.of else []
         self.damaged = list(damaged)
         if damaged:
             told = utils.first_named(list(damaged.values()), "; ")
             print(f"features: damaged shards in {self.folder}, which count as missing: {told}", flush=True)
-        counts = [len(shard.images) for shard in self.shards]
-        images = np.array([image for shard in self.shards for image in shard.images], "S32")
-        order = np.argsort(images, kind="stable")
-        self._images, self._shard = images[order], np.repeat(np.arange(len(counts)), counts)[order]
-        self._row = np.concatenate([np.arange(0), *map(np.arange, counts)])[order]
+        self._places: dict[str, tuple[int, int]] = {}
+        for number, shard in enumerate(self.shards):
+            for row, image in enumerate(shard.images):
+                self._places.setdefault(image, (number, row))
 
-    def find(self, images: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Where the features of images are, by the images' hashes: the number of the shard, and the row in it
-        (n each); -1: nowhere."""
-        wanted = np.array(images, "S32")
-        there = np.isin(wanted, self._images)
-        at = np.searchsorted(self._images, wanted[there])
-        shard, row = np.full((2, len(wanted)), -1)
-        shard[there], row[there] = self._shard[at], self._row[at]
-        return shard, row
-
-    def holding(self, images: list[str]) -> list[Path]:
-        """The folders of the shards that have features of any of the images."""
-        wanted = set(images)
-        return [shard.folder for shard in self.shards if not wanted.isdisjoint(shard.images)]
+    def find(self, images: list[str]) -> np.ndarray:
+        """The number of the shard, and the row in it (n, 2), of images by their hashes; -1: nowhere."""
+        found = [self._places.get(image, (-1, -1)) for image in images]
+        return np.array(found, np.int64).reshape(-1, 2)
 
     def begin(self, fields: dict) -> None:
         """Make an empty store one of these features. Raises UserError where it is one of others."""
@@ -86,11 +80,11 @@ class Store:
             refuse_others(self.folder, self.fields, fields)
         else:
             write_sealed(self.folder / IDENTITY, {"format": FORMAT, "fields": fields})
-            self.fields = self._recorded_fields()
-            self.of = identity_hash(self.fields)
+            self.look()
 
     def remove(self, folders: list[Path]) -> None:
-        """Remove shards; with the last one, the store's identity."""
+        """Remove shards, with the last one the store's identity, and what was left half written long ago."""
+        sweep(self.folder, ABANDONED)
         if not folders:
             return
         for folder in folders:
@@ -102,42 +96,21 @@ class Store:
 
     def keep_only(self, images: set[str]) -> None:
         """Keep one row of each of these images; a shard that keeps some of its rows is written anew."""
+        self.look(verified=images)
         gone, images = list(self.damaged), set(images)
         for shard in self.shards:
             rows = [i for i, image in enumerate(shard.images) if image in images]
             if len(rows) < len(shard.images):
                 gone.append(shard.folder)
-                if not rows or shard.damage(thorough=True):
-                    continue
-                arrays = {name: np.load(file.path)[rows] for name, file in shard.files.items()}
-                write_shard(self.folder, self.of, [shard.images[i] for i in rows], arrays)
+                if rows:
+                    arrays = {name: np.load(file.path)[rows] for name, file in shard.files.items()}
+                    write_shard(self.folder, self.of, [shard.images[i] for i in rows], arrays)
             images.difference_update(shard.images)  # which two processes may have written
-        self.sweep()
         self.remove(gone)
 
     def size(self) -> int:
         """Bytes of the shards' files."""
         return sum(file.size for shard in self.shards for file in shard.files.values())
-
-    def sweep(self) -> None:
-        """Remove what a process has left half written long ago."""
-        for path in self.folder.glob(".*.partial"):
-            with contextlib.suppress(OSError):  # whoever writes it has finished it
-                if time.time() - path.stat().st_mtime > ABANDONED:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def _recorded_fields(self) -> dict:
-        """The fields of the store; none where there is none, or they are damaged, which is told."""
-        path = self.folder / IDENTITY
-        try:
-            content = read_sealed(path)
-        except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            print(f"features: {path} is damaged ({error}); the next extraction mends it", flush=True)
-            return {}
-        refuse_others(self.folder, content, {"format": FORMAT})
-        return content["fields"]
 
 
 def identity_hash(fields: dict) -> str:

@@ -45,11 +45,6 @@ SEMANTIC = {  # name in the table -> (detector, what is done to the semantic tok
 }
 
 
-def semantic_scores(train: Tensor, test: Tensor) -> dict[str, np.ndarray]:
-    """Scores (m) of the detectors on semantic tokens: normal training tokens (n, C), test tokens (m, C)."""
-    return {name: detector(prepare(train), prepare(test)) for name, (detector, prepare) in SEMANTIC.items()}
-
-
 # ---------------------------------------------------------------- on place tokens
 SHARE, DIRECTIONS = 0.1, 64  # of all places, kept in the memory; random directions they are chosen in
 REWEIGHTED = 9  # PatchCore's neighbours that reweight
@@ -80,9 +75,6 @@ def patch_memory(reference: Tensor) -> Callable[[Tensor], Tensor]:
     flat = reference.flatten(0, 1)
     memory = greedy_coreset(flat, math.ceil(SHARE * len(flat)))
 
-    def score(places: Tensor) -> Tensor:
-        return torch.stack([score_image(image) for image in places])
-
     def score_image(image: Tensor) -> Tensor:
         nearest, owner = torch.cdist(image, memory).min(1)
         farthest, place = nearest.max(0)
@@ -91,7 +83,7 @@ def patch_memory(reference: Tensor) -> Callable[[Tensor], Tensor]:
         among = torch.cdist(image[place].unsqueeze(0), memory[neighbours]).squeeze(0)
         return (1 - torch.softmax(among, 0)[0]) * farthest
 
-    return score
+    return lambda places: torch.stack([score_image(image) for image in places])
 
 
 def place_gaussians(reference: Tensor) -> Callable[[Tensor], Tensor]:

@@ -70,8 +70,3 @@ def threshold(held_out: np.ndarray, false_alarms: float) -> Threshold:
     tail = (1 - CONFIDENCE) / 2
     low, high = (float(betaincinv(above + 1, n - above, share)) for share in (tail, 1 - tail))
     return Threshold(float(ordered[above]), (above + 1) / (n + 1), low, high, n, false_alarms)
-
-
-def of_held_out(scores: np.ndarray, false_alarms: float) -> Threshold | None:
-    """The threshold from the scores of held-out pictures. None where none were held out."""
-    return threshold(scores, false_alarms) if len(scores) else None

@@ -2,14 +2,12 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.torch
 from torch import nn
 
 import config as knobs
-import utils
 from config import Config, UserError, make_config
 from datasets import class_names
 from shell.files import file_name, read_sealed, sha256_of_file, whole_file, write_sealed
@@ -29,8 +27,7 @@ class Scored:
 
 @dataclasses.dataclass
 class Record:
-    """What fitting a class came to beside its detector; a checkpoint's JSON, field by field, where arrays are
-    lists."""
+    """What fitting a class came to beside its detector: a checkpoint's JSON, where arrays are lists."""
 
     result: dict  # a row of the table: class, seed, metrics, counts, times
     history: list[dict]  # of every evaluation
@@ -63,8 +60,7 @@ def checkpoint_path(config: Config, class_name: str, seed: int) -> Path:
 
 
 def save_fitted(config: Config, features: dict, detector: nn.Module, record: Record) -> Path:
-    """Keep a fitted class: its weights, then its record, which has their size and hash. features: the sidecar
-    of the cache."""
+    """Keep a fitted class: its weights, then its record. features: the sidecar of the cache."""
     path = checkpoint_path(config, record.result["class"], record.result["seed"])
     file, weights = checkpoint_files(path)
     file.unlink(missing_ok=True)  # an older run's: it would not fit what is written now
@@ -102,9 +98,8 @@ def read_record(path: Path) -> Record:
     try:
         record = Record(**content)
         for entry in (record.result, *record.history):  # metrics of one label only stand as null in JSON
-            nulls = [name for name, value in entry.items() if value is None]
-            undefined = [name for name in nulls if name.split("_")[-1] in utils.METRICS]
-            entry |= dict.fromkeys(undefined, float("nan"))
+            nulls = [name for name, value in entry.items() if value is None and "loss" not in name]
+            entry |= dict.fromkeys(nulls, float("nan"))
         rows, labels, scores = (content["test"][name] for name in ("rows", "labels", "scores"))
         record.test = Scored(np.array(rows, int), np.array(labels, int), np.array(scores, float))
         record.held_out_scores = np.array(record.held_out_scores, float)
@@ -119,9 +114,8 @@ def read_record(path: Path) -> Record:
 
 def config_of(record: Record) -> Config:
     """The configuration that a checkpoint was made with. Raises UserError when it is none of this version."""
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.config.items()}
     try:
-        return make_config(values)
+        return make_config({k: tuple(v) if isinstance(v, list) else v for k, v in record.config.items()})
     except UserError as error:
         raise UserError(f"made with settings of another version ({error}); train it again") from None
 

@@ -29,8 +29,7 @@ class Features(NamedTuple):
 
     @classmethod
     def of(cls, rows: dict[str, Tensor]) -> "Features":
-        """From cached rows: tokens (n, 1 + N, C) and, where kept, bands (n, D) and places (n, P, E),
-        float16."""
+        """From cached rows, float16: tokens (n, 1 + N, C) and, where kept, bands and places."""
         tokens = rows["tokens"]
         kept = {name: rows[name].float() for name in ("bands", "places") if name in rows}
         return cls(tokens[:, 0].float(), tokens[:, 1:].float(), **kept)  # without gaps: products are quicker
@@ -42,21 +41,18 @@ class TokenSource:
 
     def __init__(self, arrays: dict[str, feature_cache.CachedArray], device: torch.device):
         self.device, self.arrays = device, arrays
-        self.resident: dict[str, Tensor] | None = None
-        size = 2 * sum(math.prod(array.shape) for array in arrays.values())
+        self.resident: dict[str, Tensor] = {}
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
-            if size <= free - LEFT_FREE * total:
+            if 2 * sum(math.prod(array.shape) for array in arrays.values()) <= free - LEFT_FREE * total:
                 self.make_resident()
 
     def make_resident(self) -> None:
         """Copy every array to the device's memory, to be read there from now on."""
-        self.resident = {}
         for name, array in self.arrays.items():
             self.resident[name] = torch.empty(array.shape, dtype=torch.float16, device=self.device)
-            for start in range(0, len(array), 1024):
-                rows = slice(start, start + 1024)
-                self.resident[name][rows].copy_(torch.from_numpy(array[rows]))
+            for rows in in_batches(np.arange(len(array)), 1024):
+                self.resident[name][rows] = torch.from_numpy(array[rows]).to(self.device)
 
     def on_cpu(self) -> "TokenSource":
         """The same rows, read to the CPU."""
@@ -64,9 +60,9 @@ class TokenSource:
 
     def _rows(self, name: str, index: np.ndarray) -> Tensor:
         """The rows ``index`` of an array, float16."""
-        if self.resident is None:
-            return torch.from_numpy(self.arrays[name][index]).to(self.device)
-        return self.resident[name].index_select(0, torch.from_numpy(index).to(self.device))
+        if name in self.resident:
+            return self.resident[name].index_select(0, torch.from_numpy(index).to(self.device))
+        return torch.from_numpy(self.arrays[name][index]).to(self.device)
 
     def __getitem__(self, index: np.ndarray) -> Features:
         """The features of the images ``index``, on the device, but for the places: few classes need them."""
@@ -81,8 +77,7 @@ class TokenSource:
         return torch.from_numpy(self.arrays["tokens"].semantic())
 
     def semantic(self, index: np.ndarray) -> Tensor:
-        """The semantic tokens (n, C) of the images ``index``, float32, on the CPU; those of all images are
-        read once."""
+        """The semantic tokens (n, C) of the images ``index``, float32, on the CPU."""
         return self._semantic[torch.from_numpy(index)].float()
 
 
@@ -122,11 +117,11 @@ class ClassData:
 def class_data(
     config: Config, labels: datasets.Labels, class_name: str, seed: int, train: TokenSource, test: TokenSource
 ) -> ClassData:
-    """The rows of a class, a share of the normal training images held out at random; there may be no test
-    images. Raises ClassError on too few, and on features that are all the same.
+    """The rows of a class; there may be no test images. Raises ClassError on too few, and on features that
+    are all the same.
 
-    Held out are those that the data set itself does, where there are such. Else, of one's own pictures, where
-    verdicts count, as many as the false-alarm rate needs, up to a fifth. With tiles, all of a picture are."""
+    Held out are those that the data set itself does, where there are such; else a share at random, of one's
+    own pictures as many as the false-alarm rate needs, up to a fifth. With tiles, all of a picture are."""
     train_rows, test_rows, test_labels = labels.one_class(class_name)
     pictures = train_rows
     if config.tiles:
@@ -147,12 +142,10 @@ def class_data(
             f"class {class_name}: {counts}; expected at least {FEWEST} to train on and one of the others "
             f"({advice})"
         )
-    rows = (fit_rows, held_rows, test_rows)
-    data = ClassData(class_name, train, test, *rows, test_labels, held_pictures)
     sample = train[evenly(fit_rows, 64)].semantic
     if (sample == sample[0]).all():
         raise ClassError(
             f"class {class_name}: the cached features of its training images are all the same; so are its "
             "images, or the cache is damaged"
         )
-    return data
+    return ClassData(class_name, train, test, fit_rows, held_rows, test_rows, test_labels, held_pictures)

@@ -1,5 +1,6 @@
 """The detector of one normal class: from cached tokens to scores; loaded from its checkpoint."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import model
+import utils
 from backbone.arithmetic import products
 from backbone.token_grid import Bands, centred_window, place_grid_of
 from cache import feature_cache
 from config import Config, UserError
-from detector import memory
 from detector.checkpoints import Record, checkpoint_files, config_of, read_record, weights_fault
 from detector.class_data import EVAL_BATCH, Features, in_batches
 from detector.image_density import ImageDensity, Standardized
@@ -21,25 +22,15 @@ from detector.normalization import NORMALIZATIONS, PatchNormalizer, power_l2
 from detector.places import SEEN, Places
 from model import Inputs
 
-
-def normalization_in_effect(config: Config, features: dict) -> str:
-    """The normalisation that the knob ``normalize`` comes to. auto: the tokens of a transformer pass its
-    final layer norm and are taken as they are, as released; a CNN's map (which the paper does not use) is
-    badly scaled for a flow."""
-    if config.normalize != "auto":
-        return config.normalize
-    return "power_l2+whiten" if features["kind"] == "map" else "none"
-
-
 WHOLE = "whole score"  # its name in tables: the score that the knob asks for
 LOW_DEPTHS = 2  # how many of the deepest depths give their low band to the joint token
 PLACES_WEIGHT = 1.5  # of the places in the whole score where the image's weight is 1 (docs/method.md, eq. 23)
 USUAL = 3.0  # standard deviations at which a heat map begins
+FLOAT = 4  # bytes
 
 
 class Detector(nn.Module):
-    """What the detectors of one class share: the joint token, and the way from cached features to scores.
-    ``make_detector`` makes the one that a configuration asks for."""
+    """What the detectors of one class share: the joint token, and the way from cached features to scores."""
 
     flow: nn.Module
     powered = whitens = True  # whether groups of the joint token are power-normalised, the whole whitened
@@ -47,24 +38,19 @@ class Detector(nn.Module):
     at_start = False  # whether the flow is known to be the identity: places need not pass it
 
     def __init__(self, config: Config, features: dict, n_images: int | None = None):
-        """features: the sidecar of the cache; n_feat, grid (rows, columns), tokens, kind (map or tokens) and,
-        with bands, band_channels, with places, place_shape are read. n_images: how many it is fitted to,
-        which bounds the directions of a whitened token. Raises UserError on settings that do not fit the
-        features."""
+        """features: the sidecar of the cache. n_images: how many it is fitted to, which bounds the directions
+        of a whitened token. Raises UserError on settings that do not fit the features."""
         super().__init__()
         grid = tuple(features["grid"])
         window = centred_window(grid, config.centre_pool) if config.centre_pool else None
         self.register_buffer("window", window, persistent=False)
-        self.band_columns: list[range] = []
-        if config.bands:
-            self.band_columns = joined_bands(tuple(features["band_channels"]))
+        self.band_columns = joined_bands(tuple(features["band_channels"])) if config.bands else []
         self.channels = features["n_feat"] + sum(map(len, self.band_columns))  # of the joint token
-        # in which the joint tokens of so many images differ
         self.directions = max(1, min(self.channels, n_images - 1)) if n_images else self.channels
 
     def joint(self, features: Features) -> Tensor:
-        """The joint token (B, D): the semantic token (re-pooled under ``centre_pool``) and, with bands, the
-        chosen sub-band energies, each group by ``power_l2`` unless nothing is normalised."""
+        """The joint token (B, D): the semantic token (re-pooled under ``centre_pool``) and chosen sub-band
+        energies, each group by ``power_l2`` unless nothing is normalised."""
         semantic = features.semantic
         if self.window is not None:
             semantic = torch.matmul(self.window, features.patches[:, : len(self.window)])
@@ -83,7 +69,7 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def score(self, features: Features, name: str = WHOLE) -> Tensor:
-        """The score (B) of that name, from cached features on the device: what an exported file computes."""
+        """The score (B) of that name, from cached features on the device."""
         return self.scores(*self.inputs(features))[name]
 
     @torch.no_grad()
@@ -113,8 +99,9 @@ class ImageFlow(Detector):
 
     def __init__(self, config: Config, features: dict, n_images: int | None = None):
         super().__init__(config, features, n_images)
-        self.score_name = config.score
-        name, fused = normalization_in_effect(config, features), config.fusion != "none"
+        self.score_name, name, fused = config.score, config.normalize, config.fusion != "none"
+        if name == "auto":  # a CNN's map is badly scaled for a flow; tokens have passed a layer norm
+            name = "power_l2+whiten" if features["kind"] == "map" else "none"
         self.powered, self.whitens = name != "none", name.endswith("whiten")
         channels = self.directions if self.whitens else self.channels
         self.normalizer: nn.Module = NORMALIZATIONS[name](self.channels, channels)
@@ -165,8 +152,7 @@ class PlaceFlow(Detector):
         return self.one_scene * gaussian + (1 - self.one_scene) * kernels
 
     def latents(self, whitened: Tensor) -> tuple[Tensor, Tensor]:
-        """z (B, P, E) and negative log-likelihoods (B, P) of all places of images, from their whitened tokens
-        (B, P, E)."""
+        """Whitened places (B, P, E) -> z (B, P, E) and negative log-likelihoods (B, P) of all of them."""
         z, seen = self.places.inputs(whitened)
         log_det = z.new_zeros(z.shape[0])
         if not self.at_start:
@@ -189,8 +175,8 @@ class PlaceFlow(Detector):
 
     @torch.no_grad()
     def place_map(self, places: Tensor) -> np.ndarray:
-        """How unusual every place is (B, P), in standard deviations of the place's own log-likelihood beyond
-        the three that few places of a normal picture reach, from raw place tokens (B, P, E)."""
+        """Place tokens (B, P, E) -> how unusual every place is (B, P), in standard deviations of its own
+        log-likelihood beyond ``USUAL``."""
         with products(places.device):
             _, likelihoods = self.latents(self.places.whiten(places))
             return (self.places.unusual(likelihoods) - USUAL).cpu().numpy()
@@ -206,9 +192,15 @@ class PlaceFlow(Detector):
 
 
 def make_detector(config: Config, features: dict, n_images: int | None = None, batch: int = 0) -> Detector:
-    """The detector that a configuration asks for; arguments and errors as of ``Detector``, and UserError
-    where it, or training it by batches of so many images, is more than the memory holds."""
-    memory.check(config, features, batch)
+    """The detector that a configuration asks for. Raises UserError as ``Detector`` does, and where it, or
+    training it by batches of so many images, is more than the memory holds."""
+    needed = training_bytes(config, features, batch) if batch else FLOAT * detector_floats(config, features)
+    utils.check_memory(
+        f"a detector of {features['n_feat']} channels and {config.n_coupling_blocks} coupling layers"
+        + (f" and its training in batches of {batch}" if batch else ""),
+        needed,
+        "choose a smaller fc_internal, n_coupling_blocks, batch_size or token_grid",
+    )
     return (PlaceFlow if config.score == "joined" else ImageFlow)(config, features, n_images)
 
 
@@ -237,6 +229,32 @@ def build_flow(config: Config, channels: int, grid: tuple[int, int], n_tokens: i
         )
     except ValueError as error:
         raise UserError(f"{error}; choose another fusion, fc_internal or token_grid") from None
+
+
+# ---------------------------------------------------------------- memory, before it is asked for
+def detector_floats(config: Config, features: dict) -> int:
+    """Roughly the numbers that a detector holds: of the linear layers of its flow, of the largest fusion
+    there is, and of the matrices that whiten its inputs. features: the sidecar of the cache."""
+    bands = sum(features["band_channels"]) * len(Bands().statistics) if config.bands else 0
+    joint = features["n_feat"] + bands
+    places, width = features["place_shape"] if config.places else (0, 0)
+    channels = width if config.score == "joined" else joint
+    half, hidden = channels / 2, config.fc_internal or channels
+    subnet = half * hidden + 2 * hidden**2 + 2 * hidden * channels
+    if config.fusion != "none":
+        subnet += 3 * half**2 + half * hidden
+    whitening = joint**2 + places * width**2 + 17 * math.prod(features["grid"]) ** 2
+    return math.ceil(2 * config.n_coupling_blocks * subnet) + whitening
+
+
+def training_bytes(config: Config, features: dict, batch: int) -> int:
+    """Roughly the bytes that fitting by batches of so many images takes: weights, gradients and Adam's two
+    moments, a batch's tokens as they are, normalised and with their gradients, and what each coupling layer
+    keeps for the backward pass, the queries of its attention heads the most of it."""
+    channels, heads = features["n_feat"], 8 if config.fusion != "none" else 0
+    kept = 2 * config.n_coupling_blocks * (6 * (config.fc_internal or channels) + 4 * channels * (1 + heads))
+    images = batch * (3 * features["tokens"] * channels + kept)
+    return FLOAT * (4 * detector_floats(config, features) + images)
 
 
 # ---------------------------------------------------------------- from a checkpoint

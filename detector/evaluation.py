@@ -1,6 +1,6 @@
 """How good a detector is: held-out likelihood and test scores after an epoch, and what a class comes to."""
 
-import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,29 +20,14 @@ from model import LOG_ROOT_2PI
 AUROCS = {"auroc": WHOLE, "latent_auroc": "latent", "likelihood_auroc": "likelihood"}  # of which score
 
 
-@dataclasses.dataclass
-class Evaluation:
+class Evaluation(NamedTuple):
     """What a class has come to after an epoch."""
 
-    epoch: int
-    loss: float | None  # of training; None before it
-    held_out_loss: float | None  # nats per channel; None where nothing is held out, or has a likelihood
-    aurocs: dict[str, float]  # as in ``AUROCS``; NaN where there is no such score
+    entry: dict  # of the history: epoch, losses, ``AUROCS``, NaN where there is no such score
     held: np.ndarray  # whole scores of the held-out images
     test: dict[str, np.ndarray]  # scores of the test images by their names
 
-    def entry(self) -> dict:
-        """Of the history, as the record has it."""
-        return {"epoch": self.epoch, "loss": self.loss, "held_out_loss": self.held_out_loss, **self.aurocs}
 
-    def __str__(self) -> str:
-        trained = "before training" if self.loss is None else f"loss {self.loss:.4f}"
-        held = "" if self.held_out_loss is None else f"  held-out loss {self.held_out_loss:.4f}"
-        tested = f"  AUROC {self.aurocs['auroc']:.4f}" if len(self.test[WHOLE]) else ""
-        return f"epoch {self.epoch}  {trained}{held}{tested}"
-
-
-@torch.no_grad()
 def scores_of(prepared: PreparedClass, part: str) -> dict[str, np.ndarray]:
     """Scores (n) of the images of a part as the flow now is, by their names: ``Detector.scores``."""
     with products(prepared.device):
@@ -65,29 +50,30 @@ def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluat
             f"class {data.class_name}: scores are not finite in epoch {epoch} at learning rate "
             f"{config.lr_init:g}; try a lower lr_init, max_grad_norm 1, or normalize power_l2"
         )
-    held_out_loss = None
+    entry: dict = {"epoch": epoch, "loss": loss, "held_out_loss": None}
+    told = f"epoch {epoch}  " + ("before training" if loss is None else f"loss {loss:.4f}")
     if "likelihood" in held and len(held[WHOLE]):
-        held_out_loss = float(held["likelihood"].mean() - LOG_ROOT_2PI)  # as of training, eq. 11
-    aurocs = {
-        column: utils.auroc(data.labels, test[name]) if name in test else np.nan
-        for column, name in AUROCS.items()
-    }
-    now = Evaluation(epoch, loss, held_out_loss, aurocs, held[WHOLE], test)
-    tqdm.write(f"{data.class_name}  {now}")
-    return now
+        entry["held_out_loss"] = float(held["likelihood"].mean() - LOG_ROOT_2PI)  # nats per channel, eq. 11
+        told += f"  held-out loss {entry['held_out_loss']:.4f}"
+    for column, name in AUROCS.items():
+        entry[column] = utils.auroc(data.labels, test[name]) if name in test else np.nan
+    if len(data.test_rows):
+        told += f"  AUROC {entry['auroc']:.4f}"
+    tqdm.write(f"{data.class_name}  {told}")
+    return Evaluation(entry, held[WHOLE], test)
 
 
 def record_of(prepared: PreparedClass, evaluations: list[Evaluation], seconds: float) -> Record:
     """What a class has come to at the last of its evaluations. seconds: what training took."""
     data, first, last = prepared.data, evaluations[0], evaluations[-1]
-    history = [each.entry() for each in evaluations]
+    history = [each.entry for each in evaluations]
     trained = [entry["auroc"] for entry in history if entry["epoch"]]  # the start is for comparison
     result = {
         "class": data.class_name,
         "seed": prepared.seed,
-        **last.entry(),
+        **last.entry,
         **utils.detection_metrics(data.labels, last.test[WHOLE]),
-        "best_on_test_auroc": max(trained or [last.aurocs["auroc"]]),
+        "best_on_test_auroc": max(trained or [last.entry["auroc"]]),
         "reads_places": prepared.detector.uses_places,
         "n_train": len(data.fit_rows),
         "n_held_out": len(data.held_rows),
@@ -96,7 +82,7 @@ def record_of(prepared: PreparedClass, evaluations: list[Evaluation], seconds: f
         "seconds": round(seconds, 1),
     }
     flow_scores = {name: scores for name, scores in last.test.items() if name != WHOLE}
-    if first.epoch == 0:
+    if first.entry["epoch"] == 0:
         flow_scores |= {f"{name}, before training": scores for name, scores in first.test.items()}
     return Record(
         result=result,
@@ -117,18 +103,20 @@ def outcome(result: dict) -> str:
     return f"{metrics}  ({epoch}, best on test {result['best_on_test_auroc']:.4f})"
 
 
-@torch.no_grad()
 def simple_scores(prepared: PreparedClass) -> dict[str, np.ndarray]:
     """Scores of simple detectors (baselines.py) on the test images, fitted to all normal training images:
     on the semantic token, on the power-normalised joint token, on places where they are read;
     and of places or of the image as the spread of the class has it, which chooses for the flow, too."""
     data = prepared.data
     normal = np.sort(np.concatenate([data.fit_rows, data.held_rows]))
-    scores = baselines.semantic_scores(data.train.semantic(normal), data.test.semantic(data.test_rows))
+    train, test = data.train.semantic(normal), data.test.semantic(data.test_rows)
+    scores = {
+        name: score(prepare(train), prepare(test)) for name, (score, prepare) in baselines.SEMANTIC.items()
+    }
     if prepared.joint:
-        train = torch.cat([prepared.joint["fit"], prepared.joint["held"]])
-        scores["Gaussian, joint token"] = baselines.gaussian(train, prepared.joint["test"])
-        scores["kNN, joint token"] = baselines.neighbours(train, prepared.joint["test"])
+        train, test = torch.cat([prepared.joint["fit"], prepared.joint["held"]]), prepared.joint["test"]
+        scores["Gaussian, joint token"] = baselines.gaussian(train, test)
+        scores["kNN, joint token"] = baselines.neighbours(train, test)
     if prepared.detector.uses_places:
         reference = data.train.on_cpu().one("places", evenly(normal, PLACE_SAMPLE))
         batches = in_batches(data.test_rows, PLACE_BATCH)

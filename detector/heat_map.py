@@ -41,14 +41,12 @@ def count_pixels(
     return normal, defective, overlap, n_regions
 
 
-def localisation(
-    maps: list[np.ndarray], masks: list[np.ndarray], most_false: float = MOST_FALSE
-) -> dict[str, float]:
+def localisation(maps: list[np.ndarray], masks: list[np.ndarray]) -> dict[str, float]:
     """How good maps (H, W) are against masks (H, W) bool of the same sizes; NaN without a defective or
     without a normal pixel.
 
     Pixel AUROC: pixels of one level of heat count half. AUPRO: the area under the mean overlap of the
-    defective regions over the false positive rate, up to ``most_false`` and divided by it: 1 at best; each
+    defective regions over the false positive rate, up to ``MOST_FALSE`` and divided by it: 1 at best; each
     region counts alike."""
     from sklearn.metrics import auc  # slow to import; predict.py needs none
 
@@ -59,7 +57,7 @@ def localisation(
     pixel_auroc = (defective * colder).sum() / (normal.sum() * defective.sum())
     false = np.append(0, np.cumsum(normal) / normal.sum())
     overlaps = np.append(0, np.cumsum(overlap) / n_regions)
-    inside = false <= most_false
-    x = np.append(false[inside], most_false)
-    y = np.append(overlaps[inside], np.interp(most_false, false, overlaps))
-    return {"pixel_auroc": float(pixel_auroc), "aupro": float(auc(x, y) / most_false)}
+    inside = false <= MOST_FALSE
+    x = np.append(false[inside], MOST_FALSE)
+    y = np.append(overlaps[inside], np.interp(MOST_FALSE, false, overlaps))
+    return {"pixel_auroc": float(pixel_auroc), "aupro": float(auc(x, y) / MOST_FALSE)}

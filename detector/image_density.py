@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from detector.normalization import EPS, Principal
 from model import squared_distances
 
-DRAWN = 0.5  # where kernels are centred between the mean of all tokens (0) and a training image's (1)
+# Where kernels are centred between the mean of all tokens (0) and a training image's (1). Kernels widen a
+# density; drawn to the mean they do not (smoothed bootstrap with shrinkage: Silverman and Young 1987).
+DRAWN = 0.5
 BANDWIDTHS = 40  # tried, a factor of 1.12 apart
 KERNEL_RIDGE = 10.0  # of the kernels' metric, in units of the mean variance
 ONE_SCENE, SEVERAL = 0.15, 0.39  # spread up to which a class shows one scene, and from which it shows several
@@ -25,7 +27,6 @@ class Standardized(nn.Module):
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("deviation", torch.ones(()))
 
-    @torch.no_grad()
     def fit(self, values: Tensor) -> "Standardized":
         """values (n), n at least 1; of one alone, or of n alike, the deviation stays 1."""
         self.mean.copy_(values.mean())
@@ -39,7 +40,7 @@ class Standardized(nn.Module):
 
 class Gaussian(nn.Module):
     """Tokens (B, D) -> squared Mahalanobis distances (B) under a Gaussian with Ledoit and Wolf's shrinkage,
-    in the k directions of the n tokens that it was fitted to, and one variance in all others: D times
+    in k principal directions of the tokens that it was fitted to, with one variance in all others: D times
     docs/method.md, eq. 20."""
 
     def __init__(self, channels: int, directions: int):
@@ -48,10 +49,8 @@ class Gaussian(nn.Module):
         self.register_buffer("scale", torch.ones(directions))
         self.register_buffer("rest", torch.ones(()))
 
-    @torch.no_grad()
     def fit(self, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Fit to tokens (n, D), float32 -> variances (k) and their mean (), as ``Principal.fit``, and ρ, the
-        shrinkage."""
+        """Tokens (n, D), float32 -> variances (k) and their mean (), as ``Principal.fit``; shrinkage ρ."""
         values, average = self.principal.fit(tokens)
         centred = (tokens - self.principal.mean).double().cpu().numpy()
         shrinkage = float(ledoit_wolf_shrinkage(centred, assume_centered=True))
@@ -69,8 +68,7 @@ class Gaussian(nn.Module):
 
 class ImageDensity(nn.Module):
     """Power-normalised joint tokens (B, D) -> how unusual they are (B, 2), in standard deviations: under a
-    Gaussian, and under kernels at the training images' tokens. Its buffers are fitted by ``fit``; k, the
-    directions in which the n training images differ, is at most n - 1."""
+    Gaussian, and under kernels at the training images' tokens, in k directions as ``Gaussian``."""
 
     def __init__(self, channels: int, directions: int):
         super().__init__()
@@ -82,10 +80,9 @@ class ImageDensity(nn.Module):
         self.register_buffer("bandwidth", torch.ones(()))
         self.gaussian_unit, self.kernel_unit = Standardized(), Standardized()
 
-    @torch.no_grad()
     def fit(self, joint: Tensor) -> "ImageDensity":
-        """Fit to the normal training images' power-normalised joint tokens (n, D), float32. Each image's own
-        energies, that both are standardised by, are those of densities without it."""
+        """Fit to the normal training images' joint tokens (n, D), float32. Both are standardised by each
+        image's energies under densities without it."""
         n, channels = joint.shape
         values, average, shrinkage = self.gaussian.fit(joint)
         self.kernel_scale.copy_((values + KERNEL_RIDGE * average).clamp_min(EPS).rsqrt())
@@ -117,7 +114,7 @@ def left_out_energies(
 ) -> Tensor:
     """The squared Mahalanobis distance of each training image (n) under the Gaussian of the n - 1 others with
     the same shrinkage ρ, from the tokens' coordinates (n, k) in their principal directions, the variances (k)
-    there and their mean () over all D channels (docs/method.md, eq. 20).
+    there and their mean () over all D channels (docs/method.md, section 5.4).
 
     Without image i, at d from the mean of all n: the mean is d / (n - 1) further away, the covariance n / (n
     - 1) (S - d dᵀ / (n - 1)), whose inverse Sherman and Morrison give."""
@@ -131,9 +128,8 @@ def left_out_energies(
 
 
 def left_out_distances(tokens: Tensor, centres: Tensor) -> Tensor:
-    """Squared distances of each training image to the centres of the n - 1 others in a metric fitted to
+    """Squared distances (n, n) of each training image to the centres of the others in a metric fitted to
     these, infinite to its own, from tokens and centres (n, k) in the metric of all, M = (S + r I)⁻¹ (eq. 21).
-
     Without image i, at d from the mean, M becomes M + M d dᵀ M / (n - 1 - dᵀ M d) (Sherman and Morrison)."""
     own = tokens.square().sum(1, keepdim=True)
     away, left = own - tokens @ centres.T, (len(tokens) - 1 - own).clamp_min(1e-3)
@@ -141,19 +137,16 @@ def left_out_distances(tokens: Tensor, centres: Tensor) -> Tensor:
 
 
 def kernel_energy(distances: Tensor, bandwidth: Tensor, channels: int) -> Tensor:
-    """Twice the negative log-likelihood under a kernel density in units of the bandwidth h, the variance of a
-    kernel, per channel and without its constant (docs/method.md, eq. 21): -2 h log mean_i exp(-d_i / 2h) / D.
-
-    distances (B, n): squared, to the kernels' centres, the training images' tokens times ``DRAWN``: kernels
-    widen a density, and drawn to the mean they do not (the smoothed bootstrap with shrinkage: Silverman and
-    Young 1987) -> (B)."""
+    """Squared distances (B, n) to kernels' centres -> twice the negative log-likelihood (B) under a kernel
+    density in units of the bandwidth h, the variance of a kernel, per channel and without its constant
+    (docs/method.md, eq. 21): -2 h log mean_i exp(-d_i / 2h) / D."""
     density = torch.logsumexp(distances / (-2 * bandwidth), 1) - math.log(distances.shape[1])
     return -2 * bandwidth * density / channels
 
 
 def best_bandwidth(distances: Tensor, channels: int) -> Tensor:
-    """The bandwidth of the kernel density under which images are most likely whose squared distances to its
-    centres are given, infinite to their own: (m, n) -> ()."""
+    """Squared distances of images to the kernels' centres (m, n), infinite to their own -> the bandwidth ()
+    under which they are most likely."""
     start = distances[distances.isfinite()].mean() / channels
     tried = torch.stack([start * 1.12**-i for i in range(BANDWIDTHS)])
     losses = [(kernel_energy(distances, h, channels) / h + h.log()).mean() for h in tried]
@@ -161,6 +154,5 @@ def best_bandwidth(distances: Tensor, channels: int) -> Tensor:
 
 
 def one_scene(spread: float) -> float:
-    """How far a class shows one scene (docs/method.md, eq. 22), from the spread of its semantic tokens: 1 up
-    to ``ONE_SCENE``, 0 from ``SEVERAL`` on, straight between them."""
+    """How far a class shows one scene, from the spread of its semantic tokens (docs/method.md, eq. 22)."""
     return min(1.0, max(0.0, (SEVERAL - spread) / (SEVERAL - ONE_SCENE)))

@@ -15,16 +15,14 @@ RIDGE = 1e-6  # in units of the mean eigenvalue: what float32 needs to tell dire
 
 
 def spread(tokens: Tensor) -> float:
-    """How much the directions of tokens (n, C) differ: one minus the squared length of their mean direction,
-    after ``power_l2``, times n / (n - 1), so that it does not depend on n: 0 when all are alike, 1 when they
-    cancel. (The circular variance, in its squared form: Mardia and Jupp, Directional Statistics.)"""
+    """How much the directions of tokens (n, C) differ, whatever n is, after ``power_l2``: 0 when all are
+    alike, 1 when they cancel (the circular variance, squared: Mardia and Jupp, Directional Statistics)."""
     n = len(tokens)
     return (1 - power_l2(tokens).mean(0).square().sum().item()) * n / max(1, n - 1)
 
 
 def power_l2(tokens: Tensor) -> Tensor:
-    """Signed square root of every entry, then unit length: (..., C) -> (..., C). For non-negative features
-    the plain square root."""
+    """Signed square root of every entry, then unit length: (..., C) -> (..., C)."""
     rooted = tokens.abs().sqrt_()
     rooted = rooted * tokens.sign() if is_traced() else rooted.copysign_(tokens)  # ONNX has no copysign
     return rooted.div_(torch.linalg.vector_norm(rooted, dim=-1, keepdim=True).clamp_min_(EPS))
@@ -56,10 +54,8 @@ class Principal(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("directions", torch.eye(channels, directions))
 
-    @torch.no_grad()
     def fit(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Fit to tokens (n, D), float32 -> the variances (k) in the directions, and their mean () over all D,
-        float64."""
+        """Tokens (n, D), float32 -> variances (k) in the directions, their mean () over all D, float64."""
         self.mean.copy_(tokens.mean(0))
         values, directions = principal_directions(tokens - self.mean)
         count = self.directions.shape[1]
@@ -75,16 +71,15 @@ class Principal(nn.Module):
 
 class Standardization(nn.Module):
     """Joint tokens (B, D) -> what the flow takes: tokens (B, D) less their mean, by one factor of mean square
-    1; and the squared length (B) of what it does not see: 0. Before ``fit``, the tokens as they are."""
+    1; and the squared length (B) of what it does not see, 0. Before ``fit`` it is the identity."""
 
     def __init__(self, channels: int, _directions: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(1))
 
-    @torch.no_grad()
     def fit(self, tokens: Tensor) -> "Standardization":
-        """Fit to the normal training images' joint tokens (n, D), float32."""
+        """Fit to normal training images' joint tokens (n, D), float32."""
         self.mean.copy_(tokens.mean(0))
         self.scale.fill_(((tokens - self.mean).square().mean() + EPS).rsqrt())
         return self
@@ -105,7 +100,6 @@ class Whitening(nn.Module):
         self.register_buffer("scale", torch.ones(directions))
         self.register_buffer("rest_scale", torch.ones(()))
 
-    @torch.no_grad()
     def fit(self, tokens: Tensor) -> "Whitening":
         """Fit to the normal training images' joint tokens (n, D), float32."""
         values, average = self.principal.fit(tokens)
@@ -132,7 +126,7 @@ NORMALIZATIONS: dict[str, type[Standardization | Whitening]] = {
 class PatchNormalizer(nn.Module):
     """Patch tokens (B, N, E) -> what the fusion takes (B, N, C), C the flow's channels: where ``powered``, by
     one shift and scale after ``power_l2``; more channels than C brought down to their principal directions,
-    fewer filled up with zeros. Its buffers are fitted by ``fit``."""
+    fewer filled up with zeros."""
 
     def __init__(self, powered: bool, channels: int, flow_channels: int):
         super().__init__()
@@ -143,7 +137,6 @@ class PatchNormalizer(nn.Module):
         shape = (channels, flow_channels) if self.reduces else (0, 0)
         self.register_buffer("directions", torch.eye(*shape))
 
-    @torch.no_grad()
     def fit(self, patches: Tensor) -> "PatchNormalizer":
         """Fit to patch tokens (m, E) of normal training images, float32."""
         tokens = power_l2(patches) if self.powered else patches
@@ -157,7 +150,6 @@ class PatchNormalizer(nn.Module):
             self.scale.copy_((centred.square().mean() + EPS).rsqrt())
         return self
 
-    @torch.no_grad()
     def forward(self, patches: Tensor) -> Tensor:
         if self.powered or self.reduces:
             patches = (power_l2(patches) if self.powered else patches) - self.mean

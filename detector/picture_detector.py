@@ -1,38 +1,138 @@
-"""A fitted class as it is used: pictures in; scores, p-values, verdicts and heat maps out."""
+"""A fitted class as it is used: pictures in, a few at a time; scores, p-values, verdicts, heat maps out."""
 
+import contextlib
 import dataclasses
+import functools
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
 import utils
-from backbone.extraction import Rows
-from backbone.resizing import Unreadable
+from backbone import backbones, extraction
+from backbone.extraction import COMPILED_FROM, Rows
+from backbone.identity import cache_identity
+from backbone.resizing import Unreadable, stack_rows, to_device_size
 from backbone.token_grid import place_grid_of
+from cache.store import EXAMPLE, example_fault
 from config import UserError
 from detector import calibration, heat_map
-from detector.checkpoints import Record
+from detector.checkpoints import Record, config_of
 from detector.class_data import Features
 from detector.detector import Detector, load_detector
-from detector.pictures import FittedBackbone, are_several
 from images import images
-from images.pixel_scale import PixelScale
 from images.tiles import tiles_of, whole_map
+from shell.files import as_strict_json
 
+DECODING_THREADS = 2  # threads that decode pictures ahead of the backbone
 NO_PLACES = "its score reads no places (score joined does, of pictures of one scene)"
+
+
+class FittedBackbone:
+    """The backbone that a detector was fitted with: pictures -> rows of features. It is loaded at the first
+    picture; the classes of a run share one."""
+
+    def __init__(
+        self,
+        record: Record,
+        checkpoint: Path,
+        device: torch.device,
+        precision: str | None = None,
+        weights: str | Path | None = None,
+    ):
+        """Of a fitted class. precision: of the backbone, as the knob says it; None: as in the fit. weights:
+        the file of a fit with weights_path; None: looked for where it was, and beside the ``checkpoint``."""
+        self.features = features = record.features
+        self.config = dataclasses.replace(
+            config_of(record),
+            device=str(device),
+            precision=precision or features["precision"],
+            img_size=tuple(features["img_size"]),  # of the fit, where the pictures decided it
+        )
+        self.scale = images.PixelScale(features.get("pixel_scale", {}))
+        self.device, self.checkpoint, self.weights = device, checkpoint, weights and Path(weights)
+        self.tiles = self.config.tiles  # pixels of a side that pictures are cut into; 0: they are whole
+
+    def __getstate__(self) -> dict:
+        """Without the loaded backbone: a copy in another process loads its own."""
+        return {name: value for name, value in vars(self).items() if name != "job"}
+
+    @functools.cached_property
+    def job(self) -> extraction.Extraction:
+        """The loaded backbone. Raises UserError when it no longer gives the features of the fit."""
+        config = dataclasses.replace(self.config, weights_path=self._weights_path())
+        with contextlib.redirect_stdout(sys.stderr):  # stdout may be a table of scores
+            identity = cache_identity(config, self.device)
+            job = extraction.Extraction(identity, self.device, config.extract_batch, config.workers)
+        for field, now in job.fields.items():
+            known = self.features.get(field)
+            if field not in (EXAMPLE, "precision") and known != as_strict_json(now):
+                raise UserError(f"the detector was fitted to features with {field} {known}, now it is {now}")
+        if fault := example_fault(self.features.get(EXAMPLE), job.fields[EXAMPLE]):
+            raise UserError(f"the detector does not fit: {fault}")
+        return job
+
+    def _weights_path(self) -> str | None:
+        """The knob weights_path for the weights of the fit, wherever their file is now. Raises UserError when
+        that is nowhere, or another one."""
+        fitted_with, weights = self.config.weights_path, self.features["weights"]
+        if fitted_with in (None, "random"):
+            if self.weights:
+                raise UserError(f"weights_path: it was fitted with {weights}, no file; leave it out")
+            return fitted_with
+        there = Path(fitted_with)
+        beside = [folder / there.name for folder in self.checkpoint.parents[:2]]
+        places = [self.weights] if self.weights else [there, *beside]
+        for place in filter(Path.is_file, places):
+            if weights == backbones.weights_source(self.config.extractor, str(place), self.config.seed):
+                return str(place)
+        raise UserError(
+            f"weights_path: the detector was fitted with {there.name} ({weights}); expected that very file, "
+            f"looked at {', '.join(map(str, places))}; give it: --weights_path FILE"
+        )
+
+    def rows(self, pictures: Iterable) -> Iterator[Rows | Unreadable]:
+        """The features of pictures in order, of consecutive ones together, as ``Extraction.rows`` gives them,
+        or why one cannot be read; with tiles, of all those of one picture. The first pictures are computed
+        one batch at a time, by all threads, at once; further ones as extraction does it."""
+        job, numbered = self.job, iter(enumerate(pictures))
+        size = 1 if self.tiles else job.batch
+        batches = iter(lambda: list(itertools.islice(numbered, size)), [])
+        few = batches if self.tiles else itertools.islice(batches, -(-COMPILED_FROM // size))
+        with utils.thread_pool(DECODING_THREADS) as pool:
+            for stacks in utils.in_order(pool, self._read, few, DECODING_THREADS):
+                for stack in stacks:
+                    yield stack if isinstance(stack, Unreadable) else job.rows(stack)
+        if more := next(batches, None):
+            job.compile()
+            yield from job.computed(self._read, itertools.chain([more], batches))
+
+    def _read(self, batch: list[tuple[int, Any]]) -> list[Tensor | Unreadable]:
+        """Numbered pictures, or their tiles, as the device takes them, of one size stacked."""
+        levels: list[Tensor | Unreadable] = []
+        for number, picture in batch:
+            try:
+                pixels = images.pixels_of(picture, self.scale)
+            except UserError as mistake:
+                levels.append(Unreadable(number, str(mistake)))
+                continue
+            tiles = tiles_of(pixels.shape[:2], self.tiles)
+            levels += [to_device_size(tile.of(pixels), self.job.img_size) for tile in tiles]
+        return stack_rows(levels)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class PictureDetector:
     """A fitted class as it is used: pictures in; scores, p-values, verdicts and heat maps out.
 
-    A picture is a path, a Pillow image or an array (H, W, 3) or (H, W) of uint8. It can be pickled, for
-    joblib, Dask or a pool; each process loads the backbone at its first picture. Start processes by spawn: a
-    child forked after a score hangs in torch's threads. Several that share the cores take one thread each:
-
-    with multiprocessing.get_context("spawn").Pool(4, torch.set_num_threads, (1,)) as pool:
-        scores = pool.map(detector.score, paths)"""
+    A picture is a path, a Pillow image or an array (H, W, 3) or (H, W) of uint8. It can be pickled; each
+    process loads the backbone at its first picture (docs/verdicts.md)."""
 
     fitted: Detector
     record: Record
@@ -78,19 +178,17 @@ class PictureDetector:
         return np.concatenate(scores) if several else float(scores[-1][0])
 
     def score_rows(self, rows: Rows) -> np.ndarray:
-        """Scores (n) from rows of features, as ``FittedBackbone.rows`` gives them; of the tiles of a picture
-        one."""
+        """Scores (n) from rows of features (``FittedBackbone.rows``); of the tiles of a picture one."""
         scores = self.fitted.score_features(Features.of(rows)).astype(float)
         return scores.max(keepdims=True) if self.backbone.tiles else scores
 
     def pixels(self, picture: Any) -> np.ndarray:
         """A picture as the detector sees it, (H, W, 3) uint8. Raises UserError where it cannot be read."""
-        return images.pixels_of(picture, PixelScale(self.backbone.scale.ranges))
+        return images.pixels_of(picture, images.PixelScale(self.backbone.scale.ranges))
 
     def heat_map(self, picture: Any) -> np.ndarray:
         """How unusual each place of a picture is, (H, W) float32 at its size, in standard deviations beyond
-        ``USUAL``, which few places of a normal picture reach. Raises UserError on a picture that cannot be
-        read, and where the score reads no places."""
+        ``USUAL``. Raises UserError on a picture that cannot be read, and where the score reads no places."""
         pixels = self.pixels(picture)
         if not self.fitted.uses_places:
             raise UserError(f"no heat maps by {self.class_name}: {NO_PLACES}")
@@ -102,8 +200,7 @@ class PictureDetector:
         return whole_map(maps, tiles, pixels.shape[:2])
 
     def p_value(self, score: Any) -> Any:
-        """How many normal pictures score as high or higher, as a share, of a score or an array of them; NaN
-        where none were held out (calibration.p_values)."""
+        """The share of normal pictures at least as unusual, of a score or an array (calibration.p_values)."""
         values = calibration.p_values(self.held_out, score)
         return values if np.ndim(score) else float(values)
 
@@ -113,8 +210,7 @@ class PictureDetector:
         return calibration.threshold(self.held_out, self.false_alarms)
 
     def verdict(self, score: Any) -> Any:
-        """ "anomalous" or "normal", of a score or an array of them. Raises UserError where no pictures were
-        held out."""
+        """ "anomalous" or "normal", of a score or an array. Raises UserError where none were held out."""
         verdicts = np.where(np.asarray(score) > self.threshold.score, "anomalous", "normal")
         return verdicts if np.ndim(score) else str(verdicts)
 
@@ -122,3 +218,12 @@ class PictureDetector:
         """Let p-values and verdicts rest on fresh normal pictures instead -> the new threshold."""
         self.held_out = np.atleast_1d(self.score(good))
         return self.threshold
+
+
+def are_several(pictures: Any) -> bool:
+    """Whether this is a list, an iterator or an array of pictures rather than one, or than something that is
+    none."""
+    if isinstance(pictures, np.ndarray):
+        return pictures.ndim == 4
+    one = (str, bytes, Path, Image.Image, torch.Tensor)
+    return isinstance(pictures, Iterable) and not isinstance(pictures, one)

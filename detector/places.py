@@ -19,9 +19,8 @@ MOST_UNUSUAL = 0.03  # share of an image's places that the score takes the mean 
 
 def bands_around(grid: tuple[int, int]) -> Tensor:
     """What a place sees of the other places of its image, as weights (2, P, P) whose rows sum to 1 (to 0
-    where there are none): the low band, the mean of all but the (2 ``NEAR`` + 1)² around it, and the high
-    band, the mean of those of them that are at most ``RING`` away. Its own neighbourhood would tell it
-    itself."""
+    where there are none): the low band, the mean of all but the (2 ``NEAR`` + 1)² around it, which would tell
+    it itself; the high band, the mean of those of them that are at most ``RING`` away."""
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
     along = [(each.flatten()[:, None] - each.flatten()).abs() for each in (rows, columns)]
     distance = torch.maximum(*along)
@@ -31,7 +30,7 @@ def bands_around(grid: tuple[int, int]) -> Tensor:
 
 def position(grid: tuple[int, int], channels: int) -> Tensor:
     """Where a place is, as a token (P, C): sines and cosines of row and column, from half a wave over the
-    grid to four (the embedding of transformers, Vaswani et al. 2017, at the scale of a grid)."""
+    grid to four (as Vaswani et al. 2017)."""
     waves = math.pi * 8 ** torch.linspace(0, 1, max(1, channels // 4))
     rows, columns = ((torch.arange(side) + 0.5) / side for side in grid)
     places = (rows.repeat_interleave(grid[1]), columns.repeat(grid[0]))
@@ -42,22 +41,19 @@ def position(grid: tuple[int, int], channels: int) -> Tensor:
 
 class PlaceWhitening(nn.Module):
     """Place tokens (B, P, E) -> (B, P, E), each whitened by its place's own mean and covariance, as far as
-    the data bear them out (docs/method.md, eq. 16). Its buffers are fitted by ``fit``; before, there is no
-    whitening."""
+    the data bear them out (docs/method.md, eq. 16)."""
 
     def __init__(self, places: int, channels: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(places, channels))
         self.register_buffer("whitening", torch.zeros(0, channels, channels))  # (P, E, E) once fitted
 
-    @torch.no_grad()
     def fit(self, places: Tensor) -> "PlaceWhitening":
         """Fit to the place tokens (n, P, E) of normal training images, float32.
 
-        A place's own mean is drawn to the mean of all places as far as the places' means differ by chance
-        alone (the positive part of James and Stein's estimator); its covariance to the common one by E / (n +
-        E), as if that had been seen on E images (an inverse Wishart prior; Friedman's regularised
-        discriminant analysis, 1989)."""
+        A place's own mean is drawn to the mean of all places as far as their means differ by chance alone
+        (James and Stein's estimator, its positive part); its covariance to the common one as if that had been
+        seen on E images (an inverse Wishart prior; Friedman's regularised discriminant analysis, 1989)."""
         n, _, channels = places.shape
         common, own = places.mean((0, 1)), places.mean(0)
         within = (places - own).square().mean() / max(n - 1, 1)
@@ -78,9 +74,8 @@ class PlaceWhitening(nn.Module):
 
     @staticmethod
     def left_out(tokens: Tensor) -> Tensor:
-        """The tokens (n, P, E) of the n images that it was fitted to at the length that they have under
-        Gaussians fitted without their own image, so that they are as those of other images
-        (docs/method.md, eq. 17)."""
+        """Whitened tokens (n, P, E) of the n images that it was fitted to, at the length that they have under
+        Gaussians fitted without their own image (docs/method.md, eq. 17)."""
         n, _, channels = tokens.shape
         energies = tokens.square().sum(2, keepdim=True)
         own = 1 / (n + channels)  # the weight of an image's own deviation in the covariance of its place
@@ -110,10 +105,8 @@ class Places(nn.Module):
         seen = torch.cat([bands, where], 1).transpose(1, 2)  # (B, P, 3, E)
         return Inputs(tokens.flatten(0, 1), seen.flatten(0, 1))
 
-    @torch.no_grad()
     def fit_scale(self, likelihoods: Tensor) -> "Places":
-        """Fit the standardisation to the negative log-likelihoods (n, P) of normal images. The variance of a
-        place's log is drawn to that of all places by 10 / (n + 10)."""
+        """Fit the standardisation to the negative log-likelihoods (n, P) of normal images."""
         logs, n = self._logs(likelihoods), len(likelihoods)
         variances = logs.var(0, correction=0)
         variances = (n * variances + AS_IF_SEEN * variances.mean()) / (n + AS_IF_SEEN)

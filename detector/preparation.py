@@ -12,7 +12,7 @@ import utils
 from backbone.arithmetic import products
 from config import ClassError, Config
 from detector.class_data import EVAL_BATCH, ClassData, evenly, in_batches
-from detector.detector import Detector, ImageFlow, PlaceFlow, make_detector
+from detector.detector import ImageFlow, PlaceFlow, make_detector
 from detector.image_density import one_scene
 from detector.normalization import spread
 from detector.places import Places
@@ -40,6 +40,12 @@ class Prepared:
         # power-normalised joint tokens (n, D) of every part, on the CPU, where simple detectors ask for them
         self.joint: dict[str, Tensor] = {}
 
+    def joint_tokens(self, part: str) -> Tensor:
+        """The joint tokens (n, D) of the images of a part, on the CPU, as is the detector."""
+        source, rows = self.data.parts[part]
+        batches = (source.on_cpu()[batch] for batch in in_batches(rows, POOL_BATCH))
+        return torch.cat([self.detector.joint(features) for features in batches])
+
     def refit(self) -> None:
         """Fit what comes after the flow, as the flow now is."""
 
@@ -54,9 +60,9 @@ class PreparedImages(Prepared):
         detector, data = self.detector, self.data
         self.steps_per_epoch = math.ceil(len(data.fit_rows) / self.config.batch_size)
         if detector.powered:
-            detector.normalizer.fit(joint_tokens(detector, data, "fit"))
+            detector.normalizer.fit(self.joint_tokens("fit"))
         if detector.whitens and self.compares:
-            self.joint = {part: joint_tokens(detector, data, part) for part in data.parts}
+            self.joint = {part: self.joint_tokens(part) for part in data.parts}
         if (patches := detector.patch_normalizer) and (patches.powered or patches.reduces):
             sample = data.train.on_cpu()[evenly(data.fit_rows, PATCH_SAMPLE)]
             patches.fit(sample.patches.flatten(0, 1))
@@ -84,15 +90,14 @@ class PreparedPlaces(Prepared):
     def fit(self) -> None:
         """Fit what comes before the flow, on the CPU."""
         detector, data, device = self.detector, self.data, self.device
-        joint = {part: joint_tokens(detector, data, part) for part in data.parts}
-        if self.compares:
-            self.joint = joint
+        joint = {part: self.joint_tokens(part) for part in data.parts}
+        self.joint = joint if self.compares else {}
         detector.image.fit(joint["fit"])
         detector.read_places(one_scene(spread(data.train.semantic(data.fit_rows))))
         if detector.uses_places:
             self.fit_places(detector.places)
         detector.to(device)
-        with torch.no_grad(), products(device):
+        with products(device):
             self.image = {part: detector.image_part(joint[part].to(device)) for part in ("held", "test")}
 
     def fit_places(self, places: Places) -> None:
@@ -139,19 +144,11 @@ class PreparedPlaces(Prepared):
 PreparedClass = PreparedImages | PreparedPlaces
 
 
-def joint_tokens(detector: Detector, data: ClassData, part: str) -> Tensor:
-    """The joint tokens (n, D) of the images of a part, on the CPU, as is the detector."""
-    source, rows = data.parts[part]
-    batches = in_batches(rows, POOL_BATCH)
-    return torch.cat([detector.joint(source.on_cpu()[batch]) for batch in batches])
-
-
 def prepare_data(
     config: Config, data: ClassData, features: dict, seed: int, device: torch.device
 ) -> PreparedClass:
-    """The class ready for training. features: the sidecar of the cache, as ``Detector`` takes it. Seeds
-    torch. Raises UserError on settings that do not fit the features or the memory, ClassError on
-    features that cannot be normalised."""
+    """The class ready for training. features: the sidecar of the cache. Seeds torch. Raises UserError on
+    settings that do not fit the features or the memory, ClassError on features that cannot be normalised."""
     utils.keep_freed_memory()
     torch.manual_seed(seed)  # of every device
     kind = PreparedPlaces if config.score == "joined" else PreparedImages

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from cache.feature_cache import FeatureCache
 from config import OWN_PICTURES, Config, UserError, knobs_affecting
 from detector import checkpoints
-from shell.files import as_strict_json, read_sealed, write_sealed
+from shell.files import as_strict_json, read_sealed, sweep, write_sealed
 
 
 class ClassSeed(NamedTuple):
@@ -42,8 +42,9 @@ def writing(config: Config) -> Iterator[None]:
             advice = "wait for its end, or give another --modelname"
             raise UserError(f"{folder} is being written by {who}; {advice}") from None
         except OSError as error:
-            reason = f"({error.strerror}); start in another folder"
-            raise UserError(f"{folder} cannot be written {reason}") from None
+            raise UserError(
+                f"{folder} cannot be written ({error.strerror}); start in another folder"
+            ) from None
         yield
     finally:
         if lock.is_locked:
@@ -58,8 +59,7 @@ def sweep_up(config: Config) -> None:
     """Remove what killed processes left half-written."""
     folder = checkpoints.run_folder(config)
     for place in (folder, folder / "classes", folder / "figures"):
-        for path in place.glob(".*.partial"):
-            path.unlink(missing_ok=True)
+        sweep(place)
 
 
 # ---------------------------------------------------------------- one modelname, one configuration
@@ -81,9 +81,8 @@ def settle(config: Config, cache: FeatureCache, pairs: list[ClassSeed]) -> dict[
             f"{folder} holds classes of another configuration: {differing}; give another --modelname, or "
             "drop what is there with --restart"
         )
-    found = {pair: finished(config, made_by, pair) for pair in pairs}
     write_sealed(folder / "run.json", made_by)
-    return {pair: result for pair, result in found.items() if result}
+    return {pair: result for pair in pairs if (result := finished(config, made_by, pair))}
 
 
 def identity(config: Config, cache: FeatureCache) -> dict:
@@ -95,8 +94,7 @@ def identity(config: Config, cache: FeatureCache) -> dict:
 
 
 def differences(there: dict, wanted: dict) -> str:
-    """In one line, the knobs and the fields of the features in which two identities differ; empty where they
-    do not."""
+    """In one line, the knobs and the fields of the features in which two identities differ; "" for none."""
     told = {}
     for part in ("config", "features"):
         old, new = there.get(part, {}), wanted[part]
@@ -130,9 +128,8 @@ def finished(config: Config, made_by: dict, pair: ClassSeed) -> dict | None:
     except (OSError, ValueError):
         return None
     result, knobs = record.result, {name: record.config.get(name) for name in made_by["config"]}
-    if {"config": knobs, "features": record.features, "scoring": record.scoring} != made_by:
-        return None
-    if ClassSeed(result["class"], result["seed"]) != pair:
+    found = {"config": knobs, "features": record.features, "scoring": record.scoring}
+    if found != made_by or ClassSeed(result["class"], result["seed"]) != pair:
         return None
     if config.keep != "results" and checkpoints.weights_fault(record, checkpoints.checkpoint_files(path)[1]):
         return None

@@ -1,17 +1,17 @@
 """Image files: which ones lie below a folder, what is in them, and whether they are still the same.
 
 Pixels always come as (H, W, 3) uint8, turned as the camera held it (EXIF), in the sRGB order of Pillow:
-
-- values of more than 8 bits are scaled by one range for the whole data set (images/pixel_scale.py), which
-  the training pictures decide (``measured``);
+- values of more than 8 bits are scaled by one range for the whole data set (``PixelScale``), which the
+  training pictures decide (``measured``);
 - what is transparent is laid on white, but where all is transparent, as in the unused fourth byte of some
   cameras; CMYK, palettes and one-bit images are converted by Pillow;
 - of several frames the first is taken, and said so once;
 - files of more than MOST_PIXELS are refused before they are decoded."""
 
 import contextlib
+import dataclasses
 import functools
-import hashlib
+import glob
 import io
 import os
 import stat
@@ -23,21 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from config import UserError
-from images.pixel_scale import PixelScale, kind_of, range_for
+from shell.files import sha256_of_file
 
 MEASURED = 200  # training pictures, at most, whose values decide what is white
-BITS_PER_SAMPLE = 258  # a TIFF's tag
+BITS = (8, 10, 12, 14, 16)  # that cameras and files have
+UNKNOWN = {"integer": [0, 65535], "float": [0, 1]}  # ranges where the training pictures are of another kind
+KINDS = {"f": "float", "i": "integer", "u": "integer"}  # of values, by numpy's name of their kind
 MOST_PIXELS = 64_000_000  # decoded and copied once these take some 0.5 GB
 # Known to Pillow, and no pictures that it decodes itself: EPS starts Ghostscript, the others have no decoder.
 NOT_DECODED = {"EPS", "WMF", "HDF5", "GRIB", "BUFR", "MPEG"}
 Image.init()
 FORMATS = tuple(name for name in Image.OPEN if name not in NOT_DECODED)
 ENDINGS = frozenset(end for end, name in Image.registered_extensions().items() if name in FORMATS)
-ORIENTATION = 0x0112  # EXIF: how to turn the stored image
-SIDEWAYS = (5, 6, 7, 8)  # the turns that change height for width
 UNREADABLE = "unreadable"  # in place of the hash of a file that cannot be read
 
 # What Pillow warns of is not the user's to mend: many pixels (MOST_PIXELS is lower), damaged EXIF data.
@@ -58,25 +58,26 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def image_files(
-    folder: Path, skipped: Counter, left_out: Container[str] = (), deep: bool = True
-) -> list[Path]:
-    """The image files in a folder and, where ``deep``, its subfolders but those ``left_out`` (names in small
-    letters), sorted. Links are followed, each folder is entered once. Raises UserError on a folder that
-    cannot be read. skipped: counts the other files, by ending, and the subfolders that are not entered."""
+def image_files(folder: Path, skipped: Counter, left_out: Container[str] = (), deep=True) -> list[Path]:
+    """The image files in a folder and, where ``deep``, its subfolders but those ``left_out`` (lower case),
+    sorted. Links are followed, each folder is entered once. skipped: counts the other files, by ending, and
+    the subfolders that are not entered. Raises UserError on a folder that cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        told = f"the folder {error.filename} cannot be read ({error.strerror}); allow it, or take it out"
+        raise UserError(told) from None
+
     files, entered = [], set()
-    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(place)
         there = [name for name in folders if not is_hidden(name) and real not in entered]
         folders[:] = [name for name in there if deep and name.lower() not in left_out]
         skipped.update(f"{name}/" for name in there if name not in folders)
         for name in names if real not in entered else ():
             path, ending = os.path.join(place, name), os.path.splitext(name)[1].lower()
-            if is_hidden(name):
-                continue
-            if ending in ENDINGS and os.path.isfile(path):
+            if ending in ENDINGS and not is_hidden(name) and os.path.isfile(path):
                 files.append(Path(path))
-            else:
+            elif not is_hidden(name):
                 skipped["no regular file" if ending in ENDINGS else ending or "without ending"] += 1
         entered.add(real)
     return sorted(files)
@@ -101,43 +102,83 @@ def tell_skipped(folder: Path, skipped: Counter) -> None:
         note_once(f"passed over in {folder}: {sum(skipped.values())} files or folders ({named})")
 
 
-def _refuse(error: OSError) -> None:
-    told = f"the folder {error.filename} cannot be read ({error.strerror}); allow it, or take it out"
-    raise UserError(told) from None
+def find_images(names: list[str]) -> list[Path]:
+    """The files that names on a command line stand for, in order: files, images below folders, globs, - for
+    lines of standard input. Raises UserError on a name that stands for nothing."""
+    files: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if name == "-":
+            lines = os.fsdecode(sys.stdin.buffer.read()).replace("\r\n", "\n").split("\n")
+            found = [Path(line) for line in lines if line.strip()]
+        elif path.exists():
+            found = images_below(path) if path.is_dir() else [path]
+        else:
+            found = sorted(path for path in map(Path, glob.glob(name, recursive=True)) if path.is_file())
+        if not found:
+            raise UserError(f"{name}: expected files, folders, globs, or - and a line each on standard input")
+        files += found
+    return files
 
 
-# ---------------------------------------------------------------- the same files?
+def refuse_among(folder: Path, searched: list[Path], files: list[Path]) -> None:
+    """Raise UserError where PNGs written to ``folder`` would replace one of the files, or be taken for a
+    picture the next time that the folders ``searched`` are."""
+    place, beside = folder.resolve(), {file.parent.resolve() for file in files}
+    if place in beside or any(place.is_relative_to(path.resolve()) for path in searched):
+        raise UserError(f"expected a folder apart from the pictures in or above it, got {folder}")
+
+
 def content_hash(path: Path) -> str:
     """A hash of all bytes of a file: 32 hexadecimal digits of its SHA-256; UNREADABLE where it cannot be
     read. Read once in a process as long as size and time of change stay."""
     with contextlib.suppress(OSError):
         found = os.stat(path)
         if stat.S_ISREG(found.st_mode):
-            return _hashed(os.fspath(path), found.st_size, found.st_mtime_ns, found.st_ino)
+            return _hashed(path, found.st_size, found.st_mtime_ns, found.st_ino)
     return UNREADABLE
 
 
-@functools.lru_cache(maxsize=1_000_000)
-def _hashed(path: str, size: int, changed: int, inode: int) -> str:
-    with open(path, "rb", buffering=0) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
+_hashed = functools.lru_cache(maxsize=1_000_000)(lambda path, *state: sha256_of_file(path)[:32])
 
 
 # ---------------------------------------------------------------- pixels
+@dataclasses.dataclass(eq=False)
+class PixelScale:
+    """What is black and white in a data set's pictures of more than eight bits. ranges: as far as known,
+    {"integer": [0, 4095]}, {"float": [0, 1]}, both or neither. clipped: how many pictures exceeded them."""
+
+    ranges: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    clipped: int = 0
+
+    def to_bytes(self, values: np.ndarray) -> np.ndarray:
+        """Values of any shape -> uint8, clipped to the range. Raises ValueError where some are not finite."""
+        if not np.isfinite(values).all():
+            raise ValueError("its values are not finite")
+        black, white = (UNKNOWN | self.ranges)[KINDS[values.dtype.kind]]
+        scaled = ((values.astype(np.float32) - black) * (255 / (white - black))).round()
+        self.clipped += bool(scaled.min() < 0 or scaled.max() > 255)
+        return scaled.clip(0, 255).astype(np.uint8)
+
+    def beyond(self) -> str:
+        """The line on the pictures that were clipped; "" without any."""
+        known, count = UNKNOWN | self.ranges, f"{self.clipped} picture{'s' * (self.clipped > 1)}"
+        told = f"{count} with pixels beyond {known['integer']} (floats: {known['float']}), which are clipped"
+        return told if self.clipped else ""
+
+
 @contextlib.contextmanager
 def opened(picture: Any) -> Iterator[Image.Image]:
-    """A Pillow image, or an image file by its path, for the block, not decoded yet. Raises UserError in one
-    line that names it, where it is absent, no regular file, of more than MOST_PIXELS or of no format, and on
-    whatever fails in the block."""
+    """A Pillow image, or an image file by its path, for the block, not decoded yet. Raises UserError, a
+    line that names it, where it is no regular file, too large, of no format, or fails in the block."""
     what = f"image {picture}" if isinstance(picture, Path) else "Pillow image"
     try:
         if isinstance(picture, Path) and not stat.S_ISREG(os.stat(picture).st_mode):
             raise ValueError("no regular file")
         is_open = isinstance(picture, Image.Image)
         with contextlib.nullcontext(picture) if is_open else Image.open(picture, formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
-                size = f"{image.width} x {image.height} pixels"
-                raise ValueError(f"{size}, more than the {MOST_PIXELS // 10**6} million taken")
+            if not 0 < image.width * image.height <= MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, expected 1 to {MOST_PIXELS:,}")
             yield image
     except (UserError, MemoryError):
         raise
@@ -152,60 +193,48 @@ def opened(picture: Any) -> Iterator[Image.Image]:
 def pixels_of(picture: Any, scale: PixelScale | None = None) -> np.ndarray:
     """A path, a Pillow image or an array, (H, W, 3) or (H, W) uint8 -> (H, W, 3) uint8 (see the top of this
     file). scale: of the data set. Raises UserError on anything else, and on a picture that cannot be read."""
-    if isinstance(picture, (str, Path, Image.Image)):
-        with opened(Path(picture) if isinstance(picture, str) else picture) as image:
-            return of_pillow(image, scale or PixelScale())
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.size:
         if picture.ndim == 2:
             return np.repeat(picture[..., None], 3, 2)
         if picture.ndim == 3 and picture.shape[2] == 3:
             return picture
-    about = f" {picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else ""
-    raise UserError(
-        f"expected a path, a Pillow image or an array (H, W, 3) or (H, W) of uint8, got "
-        f"{type(picture).__name__}{about}"
-    )
+    if not isinstance(picture, (str, Path, Image.Image)):
+        about = f" {picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else ""
+        got = type(picture).__name__ + about
+        raise UserError(f"expected a path, a Pillow image or an array (H, W[, 3]) of uint8, got {got}")
+    with opened(Path(picture) if isinstance(picture, str) else picture) as image:
+        if getattr(image, "is_animated", False):
+            note_once("of pictures of several frames the first is taken")
+        if (values := wide_values(image)) is not None:
+            exif = image.info.get("exif")
+            image = Image.fromarray((scale or PixelScale()).to_bytes(values))
+            image.info = {"exif": exif} if exif else {}
+        image.load()
+        try:
+            image = ImageOps.exif_transpose(image)
+        except MemoryError:
+            raise
+        except Exception:  # EXIF data are damaged in many ways; the pixels are not
+            pass
+        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            if image.getchannel("A").getextrema() != (0, 0):
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("RGB"))
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Height and width of an image file as ``pixels_of`` turns it, from its head alone. Raises UserError when
-    that cannot be read."""
+    """Height and width of a file as ``pixels_of`` turns it, from its head alone. Raises UserError."""
     with opened(path) as image:
         # PNG's own getexif decodes the whole image; a TIFF's size is turned already
         exif = {} if image.format == "TIFF" else Image.Image.getexif(image)
-        width, height = image.size
-        return (width, height) if exif.get(ORIENTATION, 1) in SIDEWAYS else (height, width)
+        sideways = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return image.size if sideways else image.size[::-1]
 
 
-def of_pillow(image: Image.Image, scale: PixelScale) -> np.ndarray:
-    """The pixels of a Pillow image, opened or loaded, (H, W, 3) uint8. Raises ValueError on one without
-    pixels or not finite, and what Pillow raises on damaged bytes."""
-    if not image.width * image.height:
-        raise ValueError("no pixels")
-    if getattr(image, "is_animated", False):
-        note_once("of pictures of several frames the first is taken")
-    if (values := wide_values(image)) is not None:
-        info, image = image.info, Image.fromarray(scale.to_bytes(values))
-        image.info = {"exif": info["exif"]} if "exif" in info else {}
-    image.load()
-    try:
-        image = ImageOps.exif_transpose(image)
-    except MemoryError:
-        raise
-    except Exception:  # EXIF data are damaged in many ways; the pixels are not
-        pass
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema() != (0, 0):
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
-
-
-# ---------------------------------------------------------------- more than eight bits
 def wide_values(image: Any) -> np.ndarray | None:
     """The values of more than eight bits of a Pillow image, (H, W) or (H, W, 3), whole numbers or floats:
-    gray ones, or the colours of a file that is not decoded yet; None of any other, which is not decoded.
-    Raises what Pillow raises on damaged bytes."""
+    gray ones, or the colours of a file that is not decoded yet; None of any other, which is not decoded."""
     if image.mode == "F" or image.mode.startswith("I"):
         return np.asarray(image)
     stored = next((tile[3] for tile in getattr(image, "tile", ())), "")  # how the file has its pixels
@@ -225,19 +254,24 @@ def wide_values(image: Any) -> np.ndarray | None:
 
 
 def measured(files: Sequence[Path]) -> dict[str, list[float]]:
-    """The ranges (``PixelScale``) of a data set with these training pictures: of MEASURED of them, evenly
-    spaced, those of more than eight bits decide, by the bits that the file tells or their values; said in a
-    line. Of the others the head alone is read."""
+    """The ranges (``PixelScale``) of a data set with these training pictures, said in a line: MEASURED of
+    them, evenly spaced, decide by the bits that the file tells or by their values. From 0, or where much is
+    negative from the other side of it, to 1.0 (floats; a resized picture may go a little beyond) or BITS."""
     extremes: dict[str, tuple[float, float]] = {}
     for i in np.linspace(0, len(files) - 1, min(MEASURED, len(files))).astype(int):
         with contextlib.suppress(UserError), opened(files[i]) as image:  # told when its turn comes
-            bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
+            bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))[0]
             if (values := wide_values(image)) is not None and np.isfinite(values).all():
-                least, most = extremes.get(kind_of(values), (0, 2**bits - 1 if bits < 16 else 0))
-                extremes[kind_of(values)] = min(least, values.min()), max(most, values.max())
-    ranges = {kind: range_for(float(least), float(most), kind) for kind, (least, most) in extremes.items()}
-    for kind, (black, white) in ranges.items():
-        found = "{:g} to {:g}".format(*map(float, extremes[kind]))
-        told = f"{black} is black and {white} white in all pictures ({found} found)"
+                kind = KINDS[values.dtype.kind]
+                least, most = extremes.get(kind, (0, 2**bits - 1 if bits < 16 else 0))
+                extremes[kind] = min(least, float(values.min())), max(most, float(values.max()))
+    ranges: dict[str, list[float]] = {}
+    for kind, (least, most) in extremes.items():
+        largest = max(most, -least)
+        bits = next((bits for bits in BITS if largest < 2**bits), int(largest).bit_length())
+        white = 1 if kind == "float" and largest < 2 else 2**bits - 1
+        black = -white if least < -white / 10 else 0
+        ranges[kind] = [black, white]
+        told = f"{black} is black and {white} white in all pictures ({least:g} to {most:g} found)"
         note(f"pixels of more than 8 bits: {told}")
     return ranges

@@ -4,8 +4,7 @@ The split is train, test or validation: training pictures that are held out. A l
 train, and every test image with another label is anomalous. Or it is ``<class>/<condition>``, where each
 class is tested on images of its own: ``bottle/good`` (or ok, or normal) and ``bottle/hole``.
 
-A reader takes the path that the user named, and a counter of what it passes over there. It raises UserError
-that says what it expected and what is there. datasets.py turns the table into labels."""
+A reader takes the path that the user named, and a counter of what it passes over; it raises UserError."""
 
 import csv
 import json
@@ -20,11 +19,10 @@ import numpy as np
 
 import utils
 from config import UserError
-from images.images import image_files, images_below, is_hidden, opened, tell_skipped
+from images.images import image_files, images_below, is_hidden, opened
 
 SPLITS = ("train", "test")
-# Folders of pictures in a category, and their splits.
-PLACES = {"train": "train", "validation": "validation", "test": "test", "test_public": "test"}
+PLACES = {"train": "train", "validation": "validation", "test": "test", "test_public": "test"}  # their splits
 NORMAL_NAMES = ("good", "ok", "normal")  # conditions, and folders, of normal pictures
 MASK_FOLDERS = ("ground_truth", "gt", "mask", "masks")
 NO_PICTURES = frozenset((*MASK_FOLDERS, "xyz", "depth"))  # folders inside a class's: masks, or depth
@@ -47,8 +45,7 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def folded(name: str) -> str:
-    """What names are compared by: case, the Unicode form of a letter (NFC, NFD) and spaces around the name
-    make no difference."""
+    """What names are compared by, whatever their case, Unicode form (NFC, NFD) and spaces around them."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).strip()
 
 
@@ -77,31 +74,23 @@ def place_of(root: Path, expected: str, holds: Callable[[Path], object]) -> Path
 
 
 # ---------------------------------------------------------------- folders per class
-def folders(root: Path, skipped: Counter) -> Iterator[Row]:
+def folders(root: Path, skipped: Counter) -> Iterable[Row]:
     """``{train,test}/<class>/**``, masks of what is no class in ``ground_truth/<its name>``; without test/,
-    no test images. Or normal pictures alone (``normal_only``), in ``root`` or in its train/."""
+    no test images. Or normal pictures alone, in ``root`` or its train/: one class of the name of ``root``;
+    subfolders are searched where the name of the folder says that all in it is normal."""
     train, test = places = [inside(root, split) for split in SPLITS]
     trained = {folded(name) for name in subfolders(train)}
-    if not train.is_dir():
-        return normal_only(root, skipped)
-    if not trained and not test.is_dir():
-        return normal_only(train, skipped, root.resolve().name)
-    if empty := next((place for place in places if place.is_dir() and not subfolders(place)), None):
-        raise not_as_expected(empty, f"a folder of images per class in {empty}")
-    return _labelled(root, skipped, SPLITS, trained)
-
-
-def normal_only(root: Path, skipped: Counter, name: str | None = None) -> Iterator[Row]:
-    """Pictures of one thing that lie in a folder itself, all normal: one class of the folder's name (or of
-    ``name``), no test images. Subfolders are searched only where the folder's own name says that all in it
-    is normal. Raises UserError when no pictures lie there."""
-    own_name, there = root.resolve().name, root.is_dir()
-    deep = there and folded(own_name) in NORMAL_NAMES and not image_files(root, Counter(), deep=False)
-    pictures = image_files(root, skipped, NO_PICTURES, deep) if there else []
+    if trained or train.is_dir() and test.is_dir():
+        if empty := next((place for place in places if place.is_dir() and not subfolders(place)), None):
+            raise not_as_expected(empty, f"a folder of images per class in {empty}")
+        return _labelled(root, skipped, SPLITS, trained)
+    place = train if train.is_dir() else root
+    deep = folded(place.resolve().name) in NORMAL_NAMES
+    pictures = image_files(place, skipped, NO_PICTURES, deep) if place.is_dir() else []
     if not pictures:
-        expected = f"images as {root}/{{train,test}}/<class>/*, or normal pictures in {root} itself"
-        raise not_as_expected(root, expected)
-    yield from (Row(path, "train", name or own_name or "normal") for path in pictures)
+        expected = f"images as {place}/{{train,test}}/<class>/*, or normal pictures in {place} itself"
+        raise not_as_expected(place, expected)
+    return [Row(path, "train", root.resolve().name or "normal") for path in pictures]
 
 
 def _labelled(
@@ -131,20 +120,17 @@ def _labelled(
 
 
 def _known_by(path: Path, root: Path) -> tuple[str, ...]:
-    """What the name of a picture has in common with that of its mask, in any case and format. 3D-AD has
-    pictures in rgb and masks beside it."""
+    """What the names of a picture and of its mask share, in any case and format (of 3D-AD beside rgb)."""
     *above, name = map(folded, path.relative_to(root).with_suffix("").parts)
     return *(folder for folder in above if folder not in (*PLACES, *MASK_FOLDERS, "rgb")), name
 
 
 # ---------------------------------------------------------------- categories with defective specimens
 def mvtec(root: Path, skipped: Counter) -> Iterator[Row]:
-    """``<category>/train/good``, ``<category>/test/<good or defect>``, ``<category>/ground_truth/<defect>``;
-    "ok" serves for "good" (BTAD). root may also be one such category, or hold nothing but their folder.
-
-    So are the later MVTec sets: AD 2 (``test_public``, with ``ground_truth`` in it), LOCO (a folder of masks
-    for each picture), 3D-AD (``<defect>/rgb``, masks in ``<defect>/gt``); their ``validation`` pictures are
-    held out."""
+    """``<category>/train/good`` (or ok), ``<category>/test/<good or defect>``, masks in ``<category>/
+    ground_truth/<defect>``; root may also be one such category, or hold nothing but their folder. The later
+    MVTec sets, too: AD 2 (``test_public``, with ``ground_truth`` in it), LOCO (a folder of masks for each
+    picture), 3D-AD (``<defect>/rgb``, masks in ``<defect>/gt``); ``validation`` pictures are held out."""
     expected = f"categories in {root}, <category>/train/good (or ok) and <category>/test/<good or defect>"
     for name, category in _categories(place_of(root, expected, _categories)).items():
         yield from _labelled(category, skipped, PLACES, NORMAL_NAMES, f"{name}/")
@@ -171,10 +157,9 @@ def magnetic_tiles(root: Path, skipped: Counter) -> Iterator[Row]:
         kind, pictures = folder.parent.name.removeprefix("MT_").lower(), sorted(folder.glob("*.jpg"))
         if kind == "free":
             pictures.sort(key=lambda path: int((re.findall("[0-9]+", path.stem) or [-1])[-1]))
-            shuffled = np.random.RandomState(0).permutation(len(pictures))
-            trained = set(shuffled[: round(0.8 * len(pictures))].tolist())
+            trained = np.random.RandomState(0).permutation(len(pictures))[: round(0.8 * len(pictures))]
             for i, path in enumerate(pictures):
-                yield Row(path, SPLITS[i not in trained], "magnetic_tile/good")
+                yield Row(path, "train" if i in trained else "test", "magnetic_tile/good")
             continue
         for path in pictures:
             mask = path.with_suffix(".png")
@@ -183,8 +168,7 @@ def magnetic_tiles(root: Path, skipped: Counter) -> Iterator[Row]:
 
 # ---------------------------------------------------------------- tables
 def labels_file(path: Path, skipped: Counter) -> Iterator[Row]:
-    """A CSV file with the columns path (from the file's own folder), split, label and perhaps mask; or a
-    folder that has one called labels.csv."""
+    """A CSV file with the columns path, split, label and perhaps mask; or a folder with labels.csv."""
     table = path / "labels.csv" if path.is_dir() else path
     if not table.is_file():
         columns = ", ".join(Row._fields)
@@ -195,9 +179,8 @@ def labels_file(path: Path, skipped: Counter) -> Iterator[Row]:
 
 
 def visa(root: Path, skipped: Counter) -> Iterator[Row]:
-    """VisA: ``split_csv/1cls.csv`` says which image of ``<object>/Data/Images/{Normal,Anomaly}`` is in
-    which split, and which mask is its; ``<object>/image_anno.csv``, if there, says what is wrong.
-    Also in its converted form, MVTec-style categories."""
+    """VisA: ``split_csv/1cls.csv`` has split and mask of images in ``<object>/Data/Images/{Normal,Anomaly}``;
+    ``<object>/image_anno.csv``, if there, says what is wrong. Or converted, as MVTec-style categories."""
     if _categories(root):
         yield from mvtec(root, skipped)
         return
@@ -205,8 +188,7 @@ def visa(root: Path, skipped: Counter) -> Iterator[Row]:
     expected = f"VisA as {root / where} and the folders <object>/Data/Images that it names"
     base = place_of(root, expected, lambda folder: (folder / where).is_file())
     listed = _read_table(base / where, ("object", "split", "label", "image", "mask"))
-    notes = [base / name / "image_anno.csv" for name in {row["object"] for row in listed}]
-    noted = [row for note in notes if note.is_file() for row in _read_table(note, ("image", "label"))]
+    noted = (row for note in base.glob("*/image_anno.csv") for row in _read_table(note, ("image", "label")))
     wrong = {row["image"]: row["label"] for row in noted}
     for row in sorted(listed, key=lambda row: row["image"]):
         label = f"{row['object']}/{wrong.get(row['image'], row['label'])}"
@@ -249,8 +231,8 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 
 
 def _named(base: Path, path: str, split: str, label: str, mask: str | None) -> Row:
-    """What a row in a file says. Its paths begin at ``base``, or at the root of the file system; Windows
-    writes their folders with backslashes. Raises UserError where they name nothing, or the split none."""
+    """What a row in a file says. Its paths begin at ``base``, or are whole; Windows writes their folders with
+    backslashes. Raises UserError where they name nothing, or the split none."""
     names = (name if (base / name).exists() else name.replace("\\", "/") for name in (path, mask or ""))
     image, marked = (base / name for name in names)
     if gone := [file.absolute() for file in (image, marked) if not file.exists()]:
@@ -259,25 +241,6 @@ def _named(base: Path, path: str, split: str, label: str, mask: str | None) -> R
         told = f"a table in {base} gives {path} the split {split!r} and the label {label!r}"
         raise UserError(f"dataset_path: {told}; expected train, validation or test, and a label")
     return Row(image, folded(split), label.strip(), marked if mask else None)
-
-
-# ---------------------------------------------------------------- all of them
-READERS: dict[str, Callable[[Path, Counter], Iterator[Row]]] = {
-    **dict.fromkeys(("folder", "lbot", "CatsvsDogs"), folders),
-    **dict.fromkeys(("mvtec", "BTAD"), mvtec),
-    "csv": labels_file,
-    "VisA": visa,
-    "RealIAD": real_iad,
-    "MTD": magnetic_tiles,
-}
-
-
-def read_table(dataset: str, path: Path) -> list[Row]:
-    """The table of a data set; what was passed over is told in a line. Raises UserError."""
-    skipped = Counter[str]()
-    rows = list(READERS.get(dataset, folders)(path, skipped))
-    tell_skipped(path, skipped)
-    return rows
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -292,3 +255,13 @@ def read_mask(path: Path) -> np.ndarray:
         one = image.mode in ("1", "L", "F") or image.mode.startswith("I")
         least = 127 if image.format == "JPEG" else 0  # its black is not quite black
         return np.asarray(image if one else image.convert("L")) > least
+
+
+READERS: dict[str, Callable[[Path, Counter], Iterable[Row]]] = {
+    **dict.fromkeys(("folder", "lbot", "CatsvsDogs"), folders),
+    **dict.fromkeys(("mvtec", "BTAD"), mvtec),
+    "csv": labels_file,
+    "VisA": visa,
+    "RealIAD": real_iad,
+    "MTD": magnetic_tiles,
+}

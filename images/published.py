@@ -1,8 +1,5 @@
 """CIFAR-10, CIFAR-100, Fashion-MNIST and STL-10 as they are published, read by torchvision, and
-scikit-learn's digits -> arrays.
-
-What lies in the folder is read (nothing is unpickled before its checksum is right), an archive that lies
-there is unpacked, what is absent is downloaded where there is a network."""
+scikit-learn's digits -> arrays. Nothing is unpickled before its checksum is right."""
 
 import pickle
 from pathlib import Path
@@ -35,29 +32,26 @@ FORMS: dict[str, Any] = {
 
 
 def load(dataset: str, root: Path) -> dict[str, Arrays]:
-    """The arrays of both splits of a data set in its published form. Raises UserError where it is absent, cut
-    off or changed and cannot be fetched."""
-    try:
-        return {split: _read(dataset, root, split) for split in SPLITS}
-    except Exception:  # absent or changed; of Fashion-MNIST, which has no checksums, also cut off
-        pass
+    """The arrays of both splits. Raises UserError if they are absent, cut off or changed, and not fetched."""
     kind = FORMS[dataset]
-    url, archive = (
-        (kind.url, kind.filename) if hasattr(kind, "url") else (kind.mirrors[0], kind.resources[0][0])
+    url = getattr(kind, "url", None) or kind.mirrors[0]
+    archive = getattr(kind, "filename", None) or kind.resources[0][0]
+    for download in (False, True):
+        try:
+            if download and not any(root.rglob(archive)) and not utils.reachable(url):
+                raise OSError("no network")
+            return {split: _read(dataset, root, split, download) for split in SPLITS}
+        except (
+            Exception
+        ) as error:  # absent or changed; of Fashion-MNIST, which has no checksums, also cut off
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    raise UserError(
+        f"dataset_path: {dataset} in {root} can be neither read nor fetched ({reason}); expected its whole "
+        f"files from {url}, or image folders {root}/{{train,test}}/<class>/*"
     )
-    try:
-        if not any(root.rglob(archive)) and not utils.reachable(url):
-            raise OSError("no network")
-        return {split: _read(dataset, root, split, download=True) for split in SPLITS}
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(
-            f"dataset_path: {dataset} in {root} can be neither read nor fetched ({reason}); expected its "
-            f"whole files from {url}, or image folders {root}/{{train,test}}/<class>/*"
-        ) from None
 
 
-def _read(dataset: str, root: Path, split: str, download: bool = False) -> Arrays:
+def _read(dataset: str, root: Path, split: str, download: bool) -> Arrays:
     """A split, whose categories are indices into the classes. Raises whatever torchvision does."""
     kind = FORMS[dataset]
     if dataset == "STL10":
@@ -76,13 +70,12 @@ def _read(dataset: str, root: Path, split: str, download: bool = False) -> Array
 
 
 def digits() -> dict[str, Arrays]:
-    """scikit-learn's 1,797 digits, 8 x 8; a fixed stratified split into halves (docs/method.md, section
-    6)."""
+    """scikit-learn's 1,797 digits, 8 x 8, in a fixed stratified split into halves (docs/method.md, 6)."""
     from sklearn.datasets import load_digits  # slow to import, and needed here alone
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     pixels = np.repeat((digits.images * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=3)
     halves = train_test_split(np.arange(len(pixels)), test_size=0.5, random_state=0, stratify=digits.target)
-    rows = {split: np.sort(half) for split, half in zip(SPLITS, halves)}
-    return {s: (list("0123456789"), pixels[rows[s]], digits.target[rows[s]]) for s in SPLITS}
+    rows = zip(SPLITS, map(np.sort, halves))
+    return {split: (list("0123456789"), pixels[half], digits.target[half]) for split, half in rows}

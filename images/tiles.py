@@ -1,5 +1,4 @@
-"""Pictures cut into tiles at their own resolution, for defects that shrink to nothing in the whole: where the
-tiles lie, and from what was found of them to the whole picture."""
+"""Pictures cut into tiles at their own resolution, and back from what was found of these to the whole."""
 
 import math
 from collections.abc import Sequence

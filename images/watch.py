@@ -15,23 +15,19 @@ from images.images import image_files, note_once
 
 INTERVAL = 0.5  # seconds between two looks at the folder
 SETTLED = 1.0  # seconds that a file has to stay as it is before it is taken for whole
-# Seconds after its last change in which a file that cannot be read is tried again, and one that a process
-# holds open for writing is waited for.
-PATIENCE = 30.0
+PATIENCE = 30.0  # seconds in which one that cannot be read is tried again, one open for writing waited for
 
 
 class Seen(NamedTuple):
-    """A file as it was last seen. state: its time of change and size. since: the time of the first look at it
-    as it is; infinite once it is done."""
+    """A file as last seen. state: time of change and size. since: first look at it as it is; inf if done."""
 
-    state: tuple[int, int] | None
+    state: tuple[int, int]
     since: float
 
 
 class Arrivals:
-    """The pictures in a folder and its subfolders, each once, and again when it is written anew. Those that
-    lie there already are the first. What is kept of a picture is its name, size and time of change, as long
-    as it lies there."""
+    """The pictures in a folder and its subfolders, those that lie there already first, each once, and again
+    when it is written anew. What is kept of a picture is what was ``Seen``, as long as it lies there."""
 
     def __init__(self, folder: Path):
         """Raises UserError unless it is a folder that can be read."""
@@ -42,16 +38,14 @@ class Arrivals:
         image_files(folder, Counter())
 
     def ready(self) -> list[Path]:
-        """Look once -> the pictures that are whole by now, the earliest first. A folder that cannot be read
-        for a while has none."""
+        """Look once -> the pictures that are whole by now, the earliest first; of no readable folder none."""
         try:
-            found = {path: state_of(path) for path in image_files(self.folder, Counter())}
-        except (UserError, OSError) as error:
+            found = {path: self._look(path) for path in image_files(self.folder, Counter())}
+        except UserError as error:
             note_once(f"{error}; looking for it again")
             return []
-        now, before = time.monotonic(), self.seen
-        same = {path: path in before and before[path].state == state for path, state in found.items()}
-        self.seen = {p: before[p] if same[p] else Seen(state, now) for p, state in found.items() if state}
+        self.seen = {path: seen for path, seen in found.items() if seen}
+        now = time.monotonic()
         whole = [(seen.state, path) for path, seen in self.seen.items() if is_whole(path, now - seen.since)]
         return [path for _, path in sorted(whole)]
 
@@ -59,28 +53,28 @@ class Arrivals:
         """Whether what was found of a ready picture counts; it then needs no further look, until it changes.
         It does not where the picture has changed since it was ready; one that is ``unreadable`` is tried
         again for as long as it may still be in the writing, and passed over once it has gone."""
-        last, state = self.seen[path], state_of(path)
-        if state is None:  # moved on once it was read
+        last, seen = self.seen[path], self._look(path)
+        if seen is None:  # moved on once it was read
             return not unreadable
-        counts = state == last.state and not (unreadable and time.monotonic() - last.since < PATIENCE)
+        counts = seen == last and not (unreadable and time.monotonic() - last.since < PATIENCE)
         if counts:
             self.seen[path] = last._replace(since=math.inf)
         return counts
 
-
-def state_of(path: Path) -> tuple[int, int] | None:
-    """Time of change and size of a file; None where it has gone."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size
+    def _look(self, path: Path) -> Seen | None:
+        """A file as it is now; None where it has gone."""
+        try:
+            found = os.stat(path)
+        except OSError:
+            return None
+        state, last = (found.st_mtime_ns, found.st_size), self.seen.get(path)
+        return last if last and last.state == state else Seen(state, time.monotonic())
 
 
 def is_whole(path: Path, age: float) -> bool:
     """Whether a file that has stayed as it is for so many seconds can be taken for whole: unless a process of
-    this machine has it open for writing, when Linux refuses a lease on it. That cannot be told on other
-    systems, of another user's file, and of writers on other machines."""
+    this machine has it open for writing, when Linux refuses a lease on it. That cannot be told of files of
+    others, and of writers on other machines."""
     if not SETTLED <= age < PATIENCE:
         return age >= PATIENCE
     try:
@@ -89,6 +83,4 @@ def is_whole(path: Path, age: float) -> bool:
             fcntl.fcntl(stream, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError as error:
         return error.errno != errno.EAGAIN
-    except AttributeError:
-        pass
     return True

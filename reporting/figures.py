@@ -1,6 +1,5 @@
-"""Five pictures of a run: of each class a histogram of its scores, and the test images at both ends of them
-with their heat maps; of all classes the ROC, curves over the epochs, and the flow beside the simple
-detectors. Those of one seed show the first."""
+"""Five pictures of a run: of each class's first seed a histogram of scores, and the test images at both ends
+of them with heat maps; of all classes the ROC, curves over the epochs, the flow beside simple detectors."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,6 @@ from sklearn.metrics import roc_curve
 import datasets
 from backbone.token_grid import place_grid_of
 from cache.feature_cache import FeatureCache
-from config import UserError
 from detector import heat_map
 from detector.calibration import Threshold
 from detector.checkpoints import Record
@@ -44,17 +42,13 @@ def draw_class(
     cache: FeatureCache, images: datasets.ImageSet | None, left: Left, folder: Path
 ) -> list[Picture]:
     """Draw a class's pictures into ``folder``; the contact sheet needs the raw images."""
-    name, tested, pictures = left.class_name, len(left.first.test.scores), []
+    name, tested, pictures = left.first.result["class"], len(left.first.test.scores), []
     if tested or left.threshold:
         path = folder / f"scores-{file_name(name)}.png"
         pictures.append(saved(histogram(left.first, left.threshold), path, f"Scores of {name}"))
     if images and tested:
-        path = folder / f"extremes-{file_name(name)}.jpg"
-        try:
-            sheet = contact_sheet(cache, images, left)
-            pictures.append(saved(sheet, path, f"Test images of {name} at both ends of the scores"))
-        except UserError as mistake:  # an image that can no longer be read
-            print(f"no contact sheet of {name}: {mistake}")
+        path, sheet = folder / f"extremes-{file_name(name)}.jpg", contact_sheet(cache, images, left)
+        pictures.append(saved(sheet, path, f"Test images of {name} at both ends of the scores"))
     return pictures
 
 
@@ -102,8 +96,7 @@ def histogram(record: Record, threshold: Threshold | None) -> Figure:
         if own.any():
             above = f", {(scores[own] > threshold.score).mean():.1%} above" if threshold else ""
             text = f"{kind}: {own.sum()} images{above}"
-            how = {"histtype": "stepfilled", "alpha": 0.6, "color": f"C{label}", "label": text}
-            axes.hist(places[own], BINS[label], range=span, **how)
+            axes.hist(places[own], BINS[label], range=span, histtype="stepfilled", alpha=0.6, label=text)
     if threshold:
         rates = f"{threshold.expected:.1%} ({threshold.low:.1%} to {threshold.high:.1%})"
         text = f"threshold {threshold.score:.4g}: false alarms expected {rates}"
@@ -121,8 +114,7 @@ def histogram(record: Record, threshold: Threshold | None) -> Figure:
 
 def contact_sheet(cache: FeatureCache, images: datasets.ImageSet, left: Left) -> Figure:
     """The least and the most anomalous test images, truly normal ones first, each strip from its end of the
-    scores inwards: every image with its score, what it shows and its name; below it its heat map where the
-    score reads places. A label without images has no strip."""
+    scores inwards: images with score, what they show, name; below, heat maps where the score reads places."""
     test, strips = left.first.test, dict[str, np.ndarray]()
     ranked = np.argsort(test.scores, kind="stable")
     for label in sorted(set(test.labels)):

@@ -1,5 +1,5 @@
-"""What a class came to beside its score: the flow against simple detectors, each kind of defect, the
-threshold, heat maps against masks. All of it from what fitting it left, which is read once."""
+"""What a class came to beside its score, from what fitting it left: the flow against simple detectors, each
+kind of defect, the threshold, heat maps against masks."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,7 +21,6 @@ class Left(NamedTuple):
     """What fitting a class left: its records, one per seed; of the first seed the threshold, where pictures
     were held out, and the detector, where weights are kept and the score reads places."""
 
-    class_name: str
     records: list[Record]
     threshold: calibration.Threshold | None = None
     detector: Detector | None = None
@@ -31,19 +30,20 @@ class Left(NamedTuple):
         return self.records[0]
 
 
-def read_class(config: Config, class_name: str, seeds: Sequence[int]) -> Left:
-    """seeds: the run's, the first one first."""
+def read_class(config: Config, class_name: str) -> Left:
+    seeds = range(config.seed, config.seed + config.n_seeds)
     paths = [checkpoint_path(config, class_name, seed) for seed in seeds]
     records = [read_record(path) for path in paths]
-    threshold = calibration.of_held_out(records[0].held_out_scores, config.false_alarms)
+    held_out = records[0].held_out_scores
+    threshold = calibration.threshold(held_out, config.false_alarms) if len(held_out) else None
     keeps_places = records[0].weights is not None and records[0].result["reads_places"]
-    return Left(class_name, records, threshold, load_detector(paths[0])[0] if keeps_places else None)
+    return Left(records, threshold, load_detector(paths[0])[0] if keeps_places else None)
 
 
 def raw_images(config: Config, cache: FeatureCache) -> datasets.ImageSet | None:
-    """The images in the order of the cache's rows; None with ``pretrained``, where they need not be there,
-    and where they are not those that were extracted, which is said."""
-    if config.pretrained:
+    """The images in the order of the cache's rows; None where nothing is drawn or located, with
+    ``pretrained``, and where they are not those that were extracted, which is said."""
+    if config.pretrained or config.keep == "results" or config.keep == "weights" and not config.places:
         return None
     try:
         images = datasets.images_of(config)
@@ -55,8 +55,7 @@ def raw_images(config: Config, cache: FeatureCache) -> datasets.ImageSet | None:
 
 
 def of_class(cache: FeatureCache, images: datasets.ImageSet | None, left: Left) -> Found:
-    """The metrics of simple detectors and the flow's margin over the best of them are those of the first
-    seed."""
+    """Simple detectors, and the flow's margin over the best of them, are those of the first seed."""
     labels, scores, simple = left.first.test.labels, left.first.test.scores, left.first.simple_scores
     found = Found({name: utils.detection_metrics(labels, values) for name, values in simple.items()})
     if best := best_of({name: metrics["auroc"] for name, metrics in found.simple.items()}):
@@ -67,15 +66,13 @@ def of_class(cache: FeatureCache, images: datasets.ImageSet | None, left: Left) 
         if images and left.detector:
             found.localisation = localisation(cache, images, left.first.test.rows, labels, left.detector)
     except UserError as mistake:  # a mask that cannot be read
-        print(f"no pixel AUROC of {left.class_name}: {mistake}")
+        print(f"no pixel AUROC of {left.first.result['class']}: {mistake}")
     return found
 
 
 def per_defect(records: list[Record], kinds: Sequence[str]) -> dict[str, dict]:
-    """Of one class, {kind of defect: number of images n, AUROC of the normal test images against them, its
-    standard deviation over the seeds}; empty where the anomalous images are of one kind or none.
-
-    records: of its seeds. kinds: the kind of defect of every image of the test split."""
+    """From the records of a class, one per seed, and the kind of every test image: {kind: how many, AUROC of
+    the normal images against them, its deviation over the seeds}; empty where there is one kind or none."""
     labels, found = records[0].test.labels, {}
     own = np.array([kinds[row] for row in records[0].test.rows], dtype=object)
     for kind in sorted(set(own[labels == 1]) - {""}):  # "": another class

@@ -31,24 +31,26 @@ def overlaid(pixels: np.ndarray, values: np.ndarray | None, side: int | None = N
     return [picture, Image.blend(picture, Image.fromarray(colours), 0.55)]
 
 
+def pictures_of(fitted: PictureDetector, image: str, side: int | None = None) -> list[Image.Image]:
+    """``overlaid``, of a picture that was scored, its map where the score reads places; none, which is said,
+    where it can no longer be read or has changed."""
+    try:
+        pixels = fitted.pixels(image)
+    except UserError as gone:
+        print(f"not drawn: {gone}", file=sys.stderr)
+        return []
+    return overlaid(pixels, fitted.heat_map(pixels) if fitted.fitted.uses_places else None, side)
+
+
 def draw_heat_maps(detectors: list[PictureDetector], rows: list[Row], folder: Path, drawn: set[Path]) -> None:
-    """A PNG for each row of a class whose score reads places: the picture, and beside it its heat map. drawn:
-    those of this run, to which these are added; names that are alike get a number, what an earlier run left
-    takes none."""
-    by_class = {fitted.class_name: fitted for fitted in detectors if fitted.fitted.uses_places}
-    for row in rows:
-        if not (fitted := by_class.get(row.class_name)):
-            continue
+    """A PNG for each row, one of each detector, where its score reads places: the picture, and beside it its
+    heat map. drawn: those of this run, to which these are added; names that are alike get a number."""
+    for fitted, row in zip(detectors, rows):
         name = Path(row.image).stem
         stem, number = file_name(f"{name}-{row.class_name}" if len(detectors) > 1 else name), 1
         while (path := folder / f"{stem}{f'-{number}' * (number > 1)}.png") in drawn:
             number += 1
-        try:
-            pixels = fitted.pixels(row.image)
-        except UserError as gone:  # or changed since it was scored
-            print(f"no heat map: {gone}", file=sys.stderr)
-            continue
-        both = np.hstack([*map(np.asarray, overlaid(pixels, fitted.heat_map(pixels)))])
-        with whole_file(path) as partial:
-            Image.fromarray(both).save(partial, "PNG")
-        drawn.add(path)
+        if fitted.fitted.uses_places and (both := pictures_of(fitted, row.image)):
+            with whole_file(path) as partial:
+                Image.fromarray(np.hstack([*map(np.asarray, both)])).save(partial, "PNG")
+            drawn.add(path)

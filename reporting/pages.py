@@ -6,16 +6,14 @@ import base64
 import datetime
 import io
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from tqdm import tqdm
 
-from config import UserError
 from detector.picture_detector import PictureDetector
 from reporting import report
 from reporting.figures import Picture
-from reporting.overlays import overlaid
+from reporting.overlays import pictures_of
 from reporting.scores import Row
 from shell.files import write_text
 
@@ -54,40 +52,23 @@ def run_page(summary: report.Summary, of_the_run: list[Picture], by_class: dict[
     )
 
 
-def write_verdicts(page: Path, detectors: list[PictureDetector], rows: list[Row], progress: Any) -> None:
-    """Write a page of scored pictures: sorted by score, heat maps beside them, a threshold to move.
-    progress: passes pictures that are drawn on, as tqdm does."""
+def write_verdicts(page: Path, detectors: list[PictureDetector], rows: list[Row]) -> None:
+    """Write a page of scored pictures: sorted by score, heat maps beside them, a threshold to move."""
     classes = []
     for fitted in detectors:
         ranked = sorted(rows, key=lambda row: -row.score)
         cards = [row._asdict() | {"pictures": {}} for row in ranked if row.class_name == fitted.class_name]
-        for card in progress(cards[:MOST_DRAWN]):
-            card["pictures"] = _pictures(fitted, card["image"])
-        held_out = fitted.held_out.tolist()
-        scores = [card["score"] for card in cards]
+        for card in tqdm(cards[:MOST_DRAWN], "drawing", disable=None):
+            for what, picture in zip(("picture", "heat map of"), pictures_of(fitted, card["image"], SIDE)):
+                content = io.BytesIO()
+                picture.save(content, "JPEG", quality=85)
+                card["pictures"][f"{what} {card['image']}"] = data_uri(content.getvalue())
+        held_out, scores = fitted.held_out.tolist(), [card["score"] for card in cards]
         threshold = fitted.threshold.score if held_out else max(scores, default=0.0)
-        told = str(fitted.threshold) if held_out else "no threshold: no normal pictures were held out"
         limits = sorted({*scores, *held_out, threshold})
-        chosen = {"limits": limits, "chosen": limits.index(threshold), "told": told, "held_out": held_out}
+        chosen = {"limits": limits, "chosen": limits.index(threshold), "held_out": held_out}
         classes.append({"name": fitted.class_name, "cards": cards, **chosen})
     title = f"Verdicts: {', '.join(fitted.class_name for fitted in detectors)}"
     about = f"{len(rows) // len(detectors)} pictures"
-    write_text(
-        page, TEMPLATES.get_template("verdicts.html").render(title=title, about=about, classes=classes)
-    )
-
-
-def _pictures(fitted: PictureDetector, image: str) -> dict[str, str]:
-    """The picture and, where the score reads places, the same under its heat map, small, as addresses that
-    hold them; none of a picture that can no longer be read."""
-    try:
-        pixels = fitted.pixels(image)
-    except UserError:
-        return {}
-    values = fitted.heat_map(pixels) if fitted.fitted.uses_places else None
-    found = {}
-    for name, picture in zip((f"picture {image}", f"heat map of {image}"), overlaid(pixels, values, SIDE)):
-        content = io.BytesIO()
-        picture.save(content, "JPEG", quality=85)
-        found[name] = data_uri(content.getvalue())
-    return found
+    template = TEMPLATES.get_template("verdicts.html")
+    write_text(page, template.render(title=title, about=about, classes=classes))

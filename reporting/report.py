@@ -1,5 +1,4 @@
-"""The report of a run: its summary over classes and seeds, and its tables, which results.csv, results.md, the
-page and the terminal show."""
+"""A run's report: its summary over classes and seeds, and the tables that its files and the terminal show."""
 
 import csv
 import dataclasses
@@ -16,7 +15,7 @@ import utils
 from config import FIELDS, Config, UserError
 from reporting import tables
 from reporting.tables import Table, cell, margin_cell, number, undefined
-from shell.files import write_json, write_text
+from shell.files import as_strict_json, write_json, write_text
 from utils import METRICS
 
 ORACLE = "best_on_test_auroc"
@@ -145,8 +144,7 @@ def over_seeds(groups: Iterable[list[dict]], metrics: Iterable[str] = COLUMNS) -
 
 def best_of(aurocs: dict[str, float]) -> str:
     """The detector with the highest AUROC; empty where none is defined."""
-    defined = {name: auroc for name, auroc in aurocs.items() if not undefined(auroc)}
-    return max(defined, key=lambda name: defined[name], default="")
+    return max((name for name in aurocs if not undefined(aurocs[name])), key=aurocs.__getitem__, default="")
 
 
 # ---------------------------------------------------------------- the tables
@@ -163,23 +161,21 @@ def main_table(summary: Summary) -> Table:
     rows = []
     for row, lead in zip(summary.rows, [*map(margin_cell, margins), tables.wins_cell(margins)]):
         figures = [number(row[column]) for column in (*list(METRICS)[1:], ORACLE)]
-        rows.append([row["class"], cell(row, "auroc", len(summary.seeds)), *figures])
+        rows.append([row["class"], cell(row, len(summary.seeds)), *figures])
         rows[-1] += [number(row["best_simple_auroc"]), lead] if summary.baselines else []
     return Table(header + ["simple", "flow - simple [95 %]"] * bool(summary.baselines), rows, has_mean=True)
 
 
 def all_tables(summary: Summary) -> dict[str, Table]:
     """{heading: table} of results.md and the page; those without content are left out."""
-    methods, of_classes = summary.baselines, summary.found.items()
+    methods, of_classes, n_seeds = summary.baselines, summary.found.items(), len(summary.seeds)
     simple = [[row["class"], *(number(row[method]) for method in methods)] for row in summary.rows]
     defects = [
-        [name, kind, str(entry["n"]), cell(entry, "auroc", len(summary.seeds))]
-        for name, found in of_classes
-        for kind, entry in found.defects.items()
+        [name, kind, str(entry["n"]), cell(entry, n_seeds)]
+        for name, of in of_classes
+        for kind, entry in of.defects.items()
     ]
-    heat = [
-        [name, *map(number, found.localisation.values())] for name, found in of_classes if found.localisation
-    ]
+    heat = [[name, *map(number, of.localisation.values())] for name, of in of_classes if of.localisation]
     made = {"command": summary.command, "wall time": f"{summary.wall_time_s:.0f} s", **summary.versions}
     made |= {f"features: {key}": value for key, value in summary.features.items() if key in OF_FEATURES}
     changed = {name: value for name, value in summary.config.items() if value != FIELDS[name].default}
@@ -236,8 +232,7 @@ def write_results(folder: Path, summary: Summary) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, summary.mean, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    for row in summary.rows:
-        writer.writerow({name: "" if value != value else value for name, value in row.items()})  # NaN
+    writer.writerows(as_strict_json(summary.rows))  # what is undefined is empty
     write_text(folder / "results.csv", text.getvalue())
     write_text(folder / "results.md", as_markdown(summary))
     write_json(folder / "results.json", dataclasses.asdict(summary))

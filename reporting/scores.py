@@ -1,21 +1,17 @@
-"""Scores of pictures as they come: the rows of their table, its CSV, and what is said beside it."""
+"""Scores of pictures as they come: the rows of their table, and its CSV."""
 
 import contextlib
 import csv
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from backbone.resizing import Unreadable
-from detector.picture_detector import NO_PLACES, PictureDetector
-from images import watch
-from images.images import note
+from detector.picture_detector import PictureDetector
+from images.watch import INTERVAL, Arrivals
 from shell.files import whole_file
-
-COLUMNS = ("image", "class", "score", "p_value", "verdict")
 
 
 class Row(NamedTuple):
@@ -28,11 +24,8 @@ class Row(NamedTuple):
     verdict: str | None
 
 
-WriteRow = Callable[[Row], None]
-
-
 @contextlib.contextmanager
-def table(output: Path | None, at_once: bool = False) -> Iterator[WriteRow]:
+def table(output: Path | None, at_once: bool = False) -> Iterator[Callable[[Row], None]]:
     """What takes the rows one by one: CSV on the screen, or a file that is there, whole, when the block ends
     well, or ``at_once``, row by row, behind those that it has."""
     with contextlib.ExitStack() as stack:
@@ -44,7 +37,7 @@ def table(output: Path | None, at_once: bool = False) -> Iterator[WriteRow]:
             stack.enter_context(stream)
         writer = csv.writer(stream, lineterminator="\n")
         if output is None or not stream.tell():
-            writer.writerow(COLUMNS)
+            writer.writerow(("image", "class", "score", "p_value", "verdict"))
 
         def put(row: Row) -> None:
             writer.writerow(row._replace(score=f"{row.score:.6g}"))  # type: ignore[arg-type]
@@ -66,9 +59,7 @@ def rows_of(detectors: list[PictureDetector], files: list[Path]) -> Iterator[lis
             yield [row(name, fitted, score) for fitted, score in zip(detectors, scores)]
 
 
-def rows_arriving(
-    detectors: list[PictureDetector], arrivals: watch.Arrivals
-) -> Iterator[list[Row] | Unreadable]:
+def rows_arriving(detectors: list[PictureDetector], arrivals: Arrivals) -> Iterator[list[Row] | Unreadable]:
     """``rows_of`` the pictures that arrive, without an end; one that changed while it was read waits again,
     one that cannot be read is tried again, and told of once there is little hope."""
     print(f"watching {arrivals.folder}; Ctrl-C ends", file=sys.stderr, flush=True)
@@ -78,35 +69,10 @@ def rows_arriving(
         for part, path in zip(rows_of(detectors, files), files):
             if arrivals.settles(path, unreadable=isinstance(part, Unreadable)):
                 yield part
-        time.sleep(watch.INTERVAL)
+        time.sleep(INTERVAL)
 
 
 def row(name: str, fitted: PictureDetector, score: float) -> Row:
     known = len(fitted.held_out) > 0
     p_value = round(fitted.p_value(score), 6) if known else None
     return Row(name, fitted.class_name, float(score), p_value, fitted.verdict(score) if known else None)
-
-
-def tell_verdicts(detectors: list[PictureDetector], heat_maps: bool) -> None:
-    """Say on standard error where the verdicts draw the line, and of which classes there are no heat maps."""
-    for fitted in detectors:
-        name = f"{fitted.class_name}: " if len(detectors) > 1 else ""
-        none = "no verdicts: no normal pictures were held out; --calibrate FOLDER"
-        print(f"{name}{fitted.threshold if len(fitted.held_out) else none}", file=sys.stderr)
-        if heat_maps and not fitted.fitted.uses_places:
-            print(f"{name}no heat maps: {NO_PLACES}", file=sys.stderr)
-
-
-def tell_counts(
-    detectors: list[PictureDetector], counts: Counter[str], done: int, failed: int, output: Path | None
-) -> None:
-    """Say on standard error how many pictures were scored, how many each class calls anomalous, how many
-    could not be read, and where the rows are."""
-    told = [f"{done} pictures scored"]
-    for fitted in detectors:
-        by = f" by {fitted.class_name}" if len(detectors) > 1 else ""
-        told += [f"{counts[fitted.class_name]} anomalous{by}"] if len(fitted.held_out) else []
-    told += [f"{failed} unreadable"] if failed else []
-    print(", ".join(told) + (f"; rows in {output}" if output else ""), file=sys.stderr)
-    if line := detectors[0].backbone.scale.beyond():
-        note(line)

@@ -27,10 +27,10 @@ def number(value: float | None) -> str:
     return "-" if undefined(value) else f"{value:.4f}"
 
 
-def cell(values: dict, metric: str, n_seeds: int) -> str:
-    """A metric, with its standard deviation where there are several seeds."""
-    mean = number(values[metric])
-    return mean if mean == "-" or n_seeds < 2 else f"{mean} ± {number(values[f'{metric}_std'])}"
+def cell(values: dict, n_seeds: int) -> str:
+    """An AUROC, with its standard deviation where there are several seeds."""
+    mean = number(values["auroc"])
+    return mean if mean == "-" or n_seeds < 2 else f"{mean} ± {number(values['auroc_std'])}"
 
 
 def margin_cell(margin: dict) -> str:
@@ -40,13 +40,13 @@ def margin_cell(margin: dict) -> str:
     return f"{margin['difference']:+.4f} [{margin['low']:+.4f}, {margin['high']:+.4f}]"
 
 
-def wins_cell(margins: list[dict], level: float = 0.05) -> str:
-    """In how many classes a difference is above zero, level with it, and below it: by the Gaussian (DeLong's)
-    whose 95 % intervals they have, with Holm's correction for how many classes are looked at."""
+def wins_cell(margins: list[dict]) -> str:
+    """In how many classes a difference is above zero, level with it, and below it, at .05: by the Gaussian
+    (DeLong's) whose 95 % intervals they have, with Holm's correction for how many classes are looked at."""
     known = [margin for margin in margins if not undefined(margin.get("difference"))]
     difference = np.array([margin["difference"] for margin in known])
     error = np.array([margin["high"] - margin["low"] for margin in known]) / (2 * 1.96)
-    sure = holm(2 * ndtr(-np.abs(difference) / np.maximum(error, 1e-300))) <= level
+    sure = holm(2 * ndtr(-np.abs(difference) / np.maximum(error, 1e-300))) <= 0.05
     above, below = (sure & (difference > 0)).sum(), (sure & (difference < 0)).sum()
     return f"above {above}, level {len(known) - above - below}, below {below}" if known else "-"
 

@@ -25,8 +25,7 @@ CONNECTING = 10  # seconds until a scheduler has to answer
 
 
 def outcomes(executor: Executor | None, function: Callable, items: Iterable) -> Iterator[tuple]:
-    """Every item with function(item), as they come; by this process, in order, where there is no executor.
-    Raises what a task raises."""
+    """Every item with function(item), as they come; by this process, in order, where there is no executor."""
     if executor is None:
         yield from ((item, function(item)) for item in items)
         return
@@ -54,17 +53,15 @@ def in_processes(count: int, threads: int) -> Iterator[Executor | None]:
     try:
         yield pool
         pool.shutdown()
-    except BaseException as error:
-        for child in multiprocessing.active_children():
+    except BrokenExecutor:
+        raise UserError(
+            "a process that fitted a class was ended from outside, for want of memory perhaps; finished "
+            "classes are kept, --threads 1 goes on with one at a time"
+        ) from None
+    finally:
+        for child in multiprocessing.active_children():  # where the block has raised
             child.kill()
         pool.shutdown(wait=False, cancel_futures=True)
-        if isinstance(error, BrokenExecutor):
-            raise UserError(
-                "a process that fitted a class was ended from outside, for want of memory perhaps; finished "
-                "classes are kept, --threads 1 goes on with one at a time"
-            ) from None
-        raise
-    finally:
         os.environ.clear()
         os.environ |= before
 
@@ -132,8 +129,7 @@ class _Workers(Executor):
 
 def _anywhere(root: str, folder: str, made_of: str) -> Callable[[bytes], object]:
     """A function that does a pickled task, in the script's ``folder`` with the code in ``root``. Dask sends
-    it as it is: workers, and the scheduler, need not know this module. Raises UserError in a worker that
-    cannot do it."""
+    it as it is: workers, and the scheduler, need not know this module. It refuses what it cannot do well."""
 
     def run(task: bytes) -> object:
         import os

@@ -6,8 +6,9 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -31,6 +32,14 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # where it is a folder
         partial.unlink(missing_ok=True)
+
+
+def sweep(folder: Path, age: float = 0) -> None:
+    """Remove what killed processes left half written, so many seconds ago at least."""
+    for path in folder.glob(".*.partial"):
+        with suppress(OSError):  # whoever writes it has finished it
+            if not age or time.time() - path.stat().st_mtime > age:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def sync(path: Path) -> None:

@@ -31,6 +31,7 @@ import model
 from cache import feature_cache
 from cache.shards import write_shard
 from cache.store import Store
+from config import Config
 from images.images import note_once
 from shell import signals
 
@@ -88,6 +89,10 @@ def flip(path: Path, at: int = -1) -> None:
 
 
 PIXELS = np.full((5, 4, 3), 90, np.uint8)
+
+
+def load_images(dataset: str, folder: str | None) -> datasets.ImageSet:
+    return datasets.images_of(Config(dataset=dataset, dataset_path=folder))
 
 
 def counts(labels: datasets.Labels, split: str) -> dict:

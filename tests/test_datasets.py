@@ -7,13 +7,13 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from conftest import PIXELS, counts, tree, truth
+from conftest import PIXELS, counts, load_images, tree, truth
 from fabricated import settings
 from sklearn.datasets import load_digits
 
 import extractor
 from config import Config, UserError
-from datasets import SPLITS, choose_classes, load_images
+from datasets import SPLITS, choose_classes
 from detector import class_data
 from images.images import pixels_of
 

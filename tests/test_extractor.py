@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import flip, make_folder, texture, write_image
+from conftest import flip, load_images, make_folder, texture, write_image
 from fabricated import small_run
 from PIL import Image
 from safetensors.torch import save_file
 
-import datasets
 import extractor
 from backbone import backbones, extraction, resizing, storing
 from backbone.identity import cache_identity
@@ -36,6 +35,10 @@ def load_backbone(config: Config) -> backbones.Backbone:
 
 def job_of(config: Config) -> extraction.Extraction:
     return extraction.Extraction(cache_identity(config, CPU), CPU, config.extract_batch, config.workers)
+
+
+def tokens_of(config: Config, split: str):
+    return extractor.ensure_features(config, CPU).arrays(split)["tokens"]
 
 
 def settings(name: str, size=None, **more) -> Config:
@@ -195,11 +198,11 @@ def test_cache_holds_the_backbones_tokens(mixed, options):
     the way."""
     config = small(mixed, **options)
     cache = extractor.ensure_features(config, CPU)
-    backbone, images = load_backbone(config), datasets.load_images("folder", str(mixed))
+    backbone, images = load_backbone(config), load_images("folder", str(mixed))
     mean, std = (torch.tensor(cache.meta[key]).view(3, 1, 1) for key in ("norm_mean", "norm_std"))
     assert cache.labels.as_json() == images.labels.as_json()
     for split in SPLITS:
-        tokens = cache.tokens(split)
+        tokens = cache.arrays(split)["tokens"]
         assert len(tokens) == len(images.labels.split(split).names)
         for i in range(len(tokens)):
             image = Image.fromarray(images.read(split, i)).resize((48, 32), Image.Resampling.BICUBIC)
@@ -214,12 +217,12 @@ def test_pretrained(mixed, capsys):
     """True: the features serve without the raw images; and are demanded."""
     with pytest.raises(UserError, match="no features are listed in features/datasets/.*extractor.py"):
         extractor.ensure_features(small(mixed, pretrained=True), CPU)
-    wanted = extractor.ensure_features(small(mixed), CPU).tokens("test")[:]
+    wanted = tokens_of(small(mixed), "test")[:]
     write_image(mixed / "test/b/new.png", texture(1, np.random.RandomState(9)))
-    assert len(extractor.ensure_features(small(mixed, pretrained=True), CPU).tokens("test")) == 6
+    assert len(tokens_of(small(mixed, pretrained=True), "test")) == 6
     shutil.rmtree(mixed)
     extractor.main(small(mixed, pretrained=True))
-    assert (extractor.ensure_features(small(mixed, pretrained=True), CPU).tokens("test")[:] == wanted).all()
+    assert (tokens_of(small(mixed, pretrained=True), "test")[:] == wanted).all()
     flip(next(Path("features").glob("*/*/tokens.npy")))
     with pytest.raises(UserError, match="16 of 16 images have no features"):
         extractor.main(small(mixed, pretrained=True))
@@ -243,15 +246,14 @@ def test_damage_costs_its_shard_alone(mixed, monkeypatch, capsys):
     flip(first)
     with pytest.raises(UserError, match="checksum"):
         for split in SPLITS:
-            extractor.ensure_features(config, CPU).tokens(split)[:]
+            tokens_of(config, split)[:]
     extractor.main(config)
     told = capsys.readouterr().out
     assert f"damaged shards in {first.parents[1]}, which count as missing: {first.parent.name}/" in told
     assert f"extracting {rows} image" in told and set(before) - set(shards()) == {first.parent}
     (second := sorted(before)[1] / "record.json").unlink()
     found, wanted = (
-        extractor.ensure_features(dataclasses.replace(config, feature_path=path), CPU).tokens("train")[:]
-        for path in (None, "anew")
+        tokens_of(dataclasses.replace(config, feature_path=path), "train")[:] for path in (None, "anew")
     )
     assert set(before) - set(shards()) == {first.parent, second.parent}
     assert np.allclose(found.astype(float), wanted.astype(float), rtol=1e-2, atol=1e-2)

@@ -71,10 +71,9 @@ def test_round_trip(folder):
             array = cache.arrays(split)[name]
             assert array.shape == wanted.shape and len(array) == len(wanted)
             assert (array[:] == wanted).all() and array[:].dtype == np.float16
-    assert cache.shapes == SHAPES
     assert cache.meta["count"] == {"train": 7, "test": 2} and cache.meta["skipped"] == []
     assert cache.labels.as_json() == LABELS.as_json()
-    assert (cache.tokens("train").semantic() == rows(IMAGES.hashes["train"])["tokens"][:, 0]).all()
+    assert (cache.arrays("train")["tokens"].semantic() == rows(IMAGES.hashes["train"])["tokens"][:, 0]).all()
 
 
 def test_images_without_a_row_are_left_out(folder):
@@ -84,7 +83,7 @@ def test_images_without_a_row_are_left_out(folder):
     assert cache.skipped == ["train/dög/0.png", "train/dög/3.png", "test/cat/1.png"] == cache.meta["skipped"]
     assert cache.labels.train.names == [LABELS.train.names[i] for i in (0, 2, 3, 5, 6)]
     kept = [IMAGES.hashes["train"][i] for i in (0, 2, 3, 5, 6)]
-    assert (cache.tokens("train")[:] == rows(kept)["tokens"]).all()
+    assert (cache.arrays("train")["tokens"][:] == rows(kept)["tokens"]).all()
     assert len(cache.labels.one_class("dög")[0]) == 4
 
 
@@ -127,7 +126,7 @@ def test_a_store_of_this_format_reads_for_good():
     cache = FeatureCache(Store(root / "store"), listed)
     assert cache.skipped == []
     for split in SPLITS:
-        assert (cache.tokens(split)[:] == rows(listed.hashes[split])["tokens"]).all()
+        assert (cache.arrays(split)["tokens"][:] == rows(listed.hashes[split])["tokens"]).all()
 
 
 # ---------------------------------------------------------------- damage
@@ -183,5 +182,5 @@ def test_what_killed_writers_left_is_removed_after_a_while(folder):
     shards.os.utime(old, (0, 0))
     found = Store(folder)
     assert len(found.shards) == 3
-    found.sweep()
+    found.remove([])
     assert [path.name for path in folder.glob(".*")] == [".4567.host-1.partial"]

@@ -54,7 +54,7 @@ def assert_as_anew(config: Config) -> None:
     anew = extractor.ensure_features(dataclasses.replace(config, feature_path="anew"), CPU)
     assert cache.labels.as_json() == anew.labels.as_json() and cache.meta == anew.meta
     for split in SPLITS:
-        got, wanted = (c.tokens(split)[:].astype(float) for c in (cache, anew))
+        got, wanted = (c.arrays(split)["tokens"][:].astype(float) for c in (cache, anew))
         assert np.allclose(got, wanted, rtol=2e-3, atol=2e-3)
 
 
@@ -82,7 +82,7 @@ def test_a_renamed_picture_keeps_its_place(folder, extracted):
     (folder / "test/a/00.png").rename(folder / "test/a/zz.png")
     renamed = extractor.ensure_features(settings(), CPU)
     assert renamed.meta == before.meta and renamed.labels.test.names[0] == "test/a/zz.png"
-    assert (renamed.tokens("test")[:] == before.tokens("test")[:]).all()
+    assert (renamed.arrays("test")["tokens"][:] == before.arrays("test")["tokens"][:]).all()
     for cache in (before, renamed):
         rows = cache.in_rows(datasets.images_of(settings()))
         assert rows.labels.test.names[:2] == ["test/a/zz.png", "test/a/01.png"]
@@ -111,7 +111,7 @@ def test_unreadable_pictures_are_named_and_left_out_on_request(folder, extracted
         extractor.ensure_features(settings(pretrained=True), CPU)
     (folder / "train/a/zz.png").write_bytes(good)
     cache = extractor.ensure_features(settings(unreadable="skip"), CPU)
-    assert cache.skipped == ["train/a/99.png"] and len(cache.tokens("train")) == 11
+    assert cache.skipped == ["train/a/99.png"] and len(cache.arrays("train")["tokens"]) == 11
 
 
 def test_a_picture_that_changes_while_it_is_extracted_is_no_other_one(folder, monkeypatch):

@@ -44,13 +44,14 @@ def plain_aupro(maps, masks, most_false):
 
 @pytest.mark.parametrize("levels", [3, 100], ids=["ties", "few ties"])
 @pytest.mark.parametrize("most_false", [0.05, 0.3])
-def test_aupro_is_the_plain_one(levels, most_false):
+def test_aupro_is_the_plain_one(levels, most_false, monkeypatch):
+    monkeypatch.setattr(heat_map, "MOST_FALSE", most_false)
     generator = np.random.RandomState(0)
     masks = [ndimage.binary_dilation(generator.rand(14, 11) > 0.97) for _ in range(4)] + [
         np.zeros((9, 9), bool)
     ]
     maps = [np.round((generator.rand(*mask.shape) + 0.5 * mask) * levels) for mask in masks]
-    found = heat_map.localisation(maps, masks, most_false)
+    found = heat_map.localisation(maps, masks)
     assert found["aupro"] == pytest.approx(plain_aupro(maps, masks, most_false), abs=1e-9)
     labels, values = (np.concatenate([each.ravel() for each in all_of]) for all_of in (masks, maps))
     assert found["pixel_auroc"] == pytest.approx(roc_auc_score(labels, values), abs=1e-9)

@@ -15,7 +15,6 @@ from PIL import ExifTags, Image, ImageFile
 
 from config import UserError
 from images import images
-from images.pixel_scale import PixelScale
 
 GENERATOR = np.random.RandomState(0)
 NOISE = GENERATOR.randint(0, 256, (64, 64, 3)).astype(np.uint8)
@@ -79,12 +78,12 @@ def test_exif_orientation(tmp_path, orientation):
 
 
 # ---------------------------------------------------------------- more than eight bits
-def in_set(folder: Path, *several: np.ndarray) -> tuple[list[np.ndarray], PixelScale]:
+def in_set(folder: Path, *several: np.ndarray) -> tuple[list[np.ndarray], images.PixelScale]:
     """What is read of pictures that are the training pictures of a data set, and its scale."""
     names = [folder / f"{i}.tif" for i in range(len(several))]
     for name, picture in zip(names, several):
         Image.fromarray(picture).save(name)
-    scale = PixelScale(measure=lambda: images.measured(names))
+    scale = images.PixelScale(images.measured(names))
     return [images.pixels_of(name, scale)[..., 0] for name in names], scale
 
 
@@ -124,7 +123,7 @@ def test_what_exceeds_the_scale_is_clipped_and_counted(tmp_path):
         pixels = images.pixels_of(tmp_path / "later.png", scale)
     assert pixels[0, :, 0].tolist() == [0, 255, 255, 255]
     assert scale.beyond().startswith("2 pictures with pixels beyond [0, 4095]")
-    assert PixelScale(scale.ranges).beyond() == ""
+    assert images.PixelScale(scale.ranges).beyond() == ""
 
 
 def png(pixels: np.ndarray, exif: bytes = b"") -> bytes:
@@ -142,7 +141,7 @@ def test_twelve_bits_of_colour(tmp_path):
     colours = np.stack([GRAIN, 255 - GRAIN, GRAIN // 2], -1)
     stored, path = (colours * (4095 / 255)).round().astype(np.uint16), tmp_path / "a.png"
     path.write_bytes(png(stored[::-1, ::-1], turned(3).tobytes().removeprefix(b"Exif\0\0")))
-    scale = PixelScale(measure=lambda: images.measured([path]))
+    scale = images.PixelScale(images.measured([path]))
     assert (images.pixels_of(path, scale) == colours).all() and scale.ranges == {"integer": [0, 4095]}
     with Image.open(path) as opened:
         assert (images.pixels_of(opened, scale) == colours).all()

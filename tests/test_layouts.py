@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tree, truth, write_image
+from conftest import load_images, tree, truth, write_image
 from PIL import Image
 
 from config import UserError
-from datasets import ImageSet, load_images
+from datasets import ImageSet
 from images import layouts
 from shell.files import write_text
 

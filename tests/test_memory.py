@@ -9,7 +9,7 @@ from fabricated import JOINED, make, settings
 
 import utils
 from config import UserError
-from detector import memory
+from detector.detector import detector_floats
 from shell import signals
 
 
@@ -25,7 +25,7 @@ def test_estimate_is_near_what_is_built(cache, fusion, more):
     options = {"fc_internal": 64, **more, "fusion": fusion}
     detector = make(cache, **options).detector
     held = sum(tensor.numel() for tensor in (*detector.parameters(), *detector.buffers()))
-    assert held / 2 < memory.detector_floats(settings(**options), cache.meta) < 3 * held + 2000
+    assert held / 2 < detector_floats(settings(**options), cache.meta) < 3 * held + 2000
 
 
 def test_a_limit_of_address_space_is_one_line():

@@ -179,7 +179,7 @@ def test_a_run_scores_by_every_class(here, capsys):
 @pytest.mark.parametrize("output", [None, "x.csv"])
 def test_rows_flow_and_what_ctrl_c_ends_is_whole_or_not_there(here, capsys, monkeypatch, output):
     """What was scored is out before the next pictures are looked at; a file is whole or not there."""
-    real, seen = predict.rows_of, []
+    real, seen = scores.rows_of, []
 
     def interrupted(*arguments):
         for number, part in enumerate(real(*arguments)):
@@ -188,7 +188,7 @@ def test_rows_flow_and_what_ctrl_c_ends_is_whole_or_not_there(here, capsys, monk
                 raise KeyboardInterrupt
             yield part
 
-    monkeypatch.setattr(predict, "rows_of", interrupted)
+    monkeypatch.setattr(scores, "rows_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         predicted(capsys, "runs/held", *TESTED, *(["--output", output] if output else []))
     if output:

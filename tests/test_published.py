@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load_images
 from torchvision import datasets as tv
 
 import utils
 from config import UserError
-from datasets import SPLITS, load_images
+from datasets import SPLITS
 from images import published
 
 N_TRAIN, N_TEST = 10, 4

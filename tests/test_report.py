@@ -69,9 +69,9 @@ def test_margin_is_that_over_the_best_simple_detector():
     flow, good, bad = (generator.randn(40) + signal * labels for signal in (2.0, 1.0, 0.0))
     record, empty = record_of(labels, flow), datasets.Split.of([str(i) for i in range(40)], [0] * 40)
     cache = types.SimpleNamespace(labels=datasets.Labels((), empty, empty))
-    assert findings.of_class(cache, None, findings.Left("cat", [record])) == report.Found()
+    assert findings.of_class(cache, None, findings.Left([record])) == report.Found()
     record.simple_scores = {"bad": bad, "good": good}
-    found = findings.of_class(cache, None, findings.Left("cat", [record]))
+    found = findings.of_class(cache, None, findings.Left([record]))
     assert found.simple["bad"] == utils.detection_metrics(labels, bad)
     assert found.margin == utils.paired_difference(labels, flow, good)
 

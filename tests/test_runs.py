@@ -222,7 +222,7 @@ def test_a_folder_that_cannot_be_written(run, tmp_path, place):
 def test_classes_that_cannot_be_fitted_do_not_lose_the_others(run, tmp_path, capsys):
     """Two training images are no class, and images that are all the same are none."""
     good, cache = run(), run.cache
-    tokens = {split: cache.tokens(split)[:].astype(float) for split in SPLITS}
+    tokens = {split: cache.arrays(split)["tokens"][:].astype(float) for split in SPLITS}
     tokens["train"][2 : 2 * N_TRAIN] = tokens["train"][2]
     category = np.array([0] * 2 + [1] * (2 * N_TRAIN - 2) + [2] * N_TRAIN)
     labels = Labels(CLASSES, Split.of(cache.labels.train.names, category), cache.labels.test)

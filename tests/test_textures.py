@@ -5,9 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, tree
+from conftest import ROOT, load_images, tree
 
-import datasets
 from config import UserError
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -31,7 +30,7 @@ def test_textures_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(textures, "TEXTURES", dict(list(textures.TEXTURES.items())[:2]))
     asked = argparse.Namespace(folder=tmp_path / "t", train=2, good=1, defect=1, size=textures.SIZE, seed=0)
     textures.main(asked)
-    labels = datasets.load_images("mvtec", str(asked.folder)).labels
+    labels = load_images("mvtec", str(asked.folder)).labels
     assert set(labels.classes) == set(textures.TEXTURES)
     train, test, anomalous = labels.one_class("weave")
     assert len(train) == 2 and anomalous.sum() == len(textures.DEFECTS) and len(test) == 1 + anomalous.sum()
@@ -47,10 +46,9 @@ def test_cells_become_a_set_of_two_categories(tmp_path):
     lines = [f"images/{kind}{i}.png {p} {kind}" for kind in cells.KINDS for i, p in enumerate(chances)]
     source = tree(tmp_path / "source", *(line.split()[0] for line in lines))
     (source / "labels.csv").write_text("\n".join(lines) + "\n")
-    tree(tmp_path / "other.partial", "mono/train/good/of an ended run.png")
     for name, seed in (("cells", 0), ("other", 1)):
         cells.write_set(tmp_path / name, source, seed)
-        train, test, anomalous = datasets.load_images("mvtec", str(tmp_path / name)).labels.one_class("poly")
+        train, test, anomalous = load_images("mvtec", str(tmp_path / name)).labels.one_class("poly")
         assert len(train) == 8 and len(test) == 4 and anomalous.sum() == 2
         first = np.random.RandomState(seed).permutation(10)[:8]
         kept = {path.name for path in (tmp_path / name / "mono/train/good").iterdir()}

@@ -222,9 +222,9 @@ def test_training_that_diverges(cache, options):
 
 
 def test_auto_normalises_maps_and_leaves_transformers(cache):
-    for kind, name in (("map", "power_l2+whiten"), ("tokens", "none")):
-        assert detector.normalization_in_effect(settings(), {"kind": kind}) == name
-    assert detector.normalization_in_effect(settings(normalize="power_l2"), {"kind": "map"}) == "power_l2"
+    for kind, name, of_a_map in (("map", "auto", True), ("tokens", "auto", False), ("map", "none", False)):
+        made = detector.make_detector(settings(normalize=name), cache.meta | {"kind": kind})
+        assert made.powered == made.whitens == of_a_map
 
 
 def test_a_small_class_gets_its_least_number_of_steps(cache):

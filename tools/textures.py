@@ -9,10 +9,8 @@ and out of focus, with the noise of a camera. Defects come in sizes from a few p
 side, and in contrasts from faint to plain."""
 
 import argparse
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from scipy.ndimage import gaussian_filter
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import UserError
 from shell.command_line import OneLineParser
+from shell.files import whole_file
 from shell.signals import guarded
 
 SIZE = 224  # pixels
@@ -167,18 +166,14 @@ def damage(image, defect, rng):
 
 
 # ---------------------------------------------------------------- the set on disk
-@contextmanager
-def new_set(folder: Path, seed: int) -> Iterator[Path]:
-    """An empty folder's name beside ``folder``, to write a set to that ``seed`` decides; it takes its place
-    when the block ends well. Raises UserError where the folder exists, and on a seed below 0."""
+def new_set(folder: Path, seed: int) -> AbstractContextManager[Path]:
+    """``whole_file`` of a folder, for a set that ``seed`` decides. Raises UserError where the folder exists,
+    and on a seed below 0."""
     if folder.exists():
         raise UserError(f"{folder} exists; give a folder that does not")
     if seed < 0:
         raise UserError(f"--seed: expected a whole number from 0, got {seed}")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was ended, perhaps with another seed
-    yield partial
-    partial.rename(folder)
+    return whole_file(folder)
 
 
 def save(image, path: Path) -> None:
@@ -186,9 +181,8 @@ def save(image, path: Path) -> None:
     Image.fromarray((image * 255).round().astype(np.uint8)).save(path)
 
 
-def generate(root: Path, n_train: int, n_good: int, n_defect: int, seed: int) -> int:
-    """Write the whole set, masks of the defects included -> the number of images."""
-    count = 0
+def generate(root: Path, n_train: int, n_good: int, n_defect: int, seed: int) -> None:
+    """Write the whole set, masks of the defects included."""
     for number, texture in enumerate(TEXTURES):
         rng = np.random.default_rng([seed, number])
         kinds = [("train", "good", n_train), ("test", "good", n_good)]
@@ -200,14 +194,13 @@ def generate(root: Path, n_train: int, n_good: int, n_defect: int, seed: int) ->
                     image, mask = damage(image, kind, rng)
                     save(mask.astype(float), root / texture / "ground_truth" / kind / f"{i:03d}_mask.png")
                 save(photograph(image, rng), root / texture / split / kind / f"{i:03d}.png")
-                count += 1
-    return count
 
 
 def main(args: argparse.Namespace) -> None:
     set_size(args.size)
     with new_set(args.folder, args.seed) as partial:
-        count = generate(partial, args.train, args.good, args.defect, args.seed)
+        generate(partial, args.train, args.good, args.defect, args.seed)
+    count = len(TEXTURES) * (args.train + args.good + len(DEFECTS) * args.defect)
     print(f"{count} images of {len(TEXTURES)} textures in {args.folder}")
 
 
