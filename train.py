@@ -39,7 +39,7 @@ ADAM = {"betas": (0.8, 0.8), "eps": 1e-4, "weight_decay": 1e-5, "fused": True}  
 
 
 def train_epochs(prepared: PreparedClass) -> Iterator[tuple[int, float]]:
-    """Train the flow of one class -> after each epoch its number, from 1, and its mean loss."""
+    """Train the flow of one class (docs/method.md, eq. 11) -> each epoch's number, from 1, and mean loss."""
     config, flow = prepared.config, prepared.detector.flow
     if config.compile:  # with CUDA graphs where there is a GPU
         flow = torch.compile(flow, mode="reduce-overhead" if torch.cuda.is_available() else "default")

@@ -100,7 +100,7 @@ def ring_of(grid: tuple[int, int], rings: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Bands:
-    """The band token (docs/method.md, section 5.2): what maps of several depths hold at each frequency.
+    """The band token (docs/method.md, eq. 13 to 15): what maps of several depths hold at each frequency.
 
     Per depth and channel: ``low``, the map's mean under a Gaussian window on its centre (sigma in shares of
     its sides); ``rings`` numbers, the root mean energy of the map's DCT in rings of frequency, without the

@@ -129,7 +129,7 @@ class ImageFlow(Detector):
 class PlaceFlow(Detector):
     """The detector of the score "joined": one flow for all places of the image, which sees at each place two
     frequency bands of the others, and densities of the joint token without a flow (docs/method.md, section
-    5)."""
+    5; ``scores``: eq. 23)."""
 
     def __init__(self, config: Config, features: dict, n_images: int | None = None):
         super().__init__(config, features, n_images)

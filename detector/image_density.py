@@ -40,7 +40,8 @@ class Standardized(nn.Module):
 
 class Gaussian(nn.Module):
     """Tokens (B, D) -> squared Mahalanobis distances (B) under a Gaussian with Ledoit and Wolf's shrinkage,
-    in k principal directions of the tokens that it was fitted to, with one variance in all others."""
+    in k principal directions of the tokens that it was fitted to, with one variance in all others: D times
+    docs/method.md, eq. 20."""
 
     def __init__(self, channels: int, directions: int):
         super().__init__()

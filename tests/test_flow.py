@@ -153,6 +153,8 @@ def test_coupling_refuses_wrong_sizes(dims_in, dims_c):
 def test_loss_and_likelihood_by_hand():
     z, log_det = torch.tensor([[1.0, 2.0], [0.0, -4.0]]), torch.tensor([0.5, -1.0])
     assert torch.allclose(model.loss_per_image(z, log_det), torch.tensor([(2.5 - 0.5) / 2, (8 + 1) / 2]))
+    of_places = model.loss_per_image(z[:, None], log_det[:, None])
+    assert torch.equal(of_places, model.loss_per_image(z, log_det)[:, None])
     likelihood = model.negative_log_likelihood(z, log_det, torch.tensor([3.0, 0.0]), 4)
     without = torch.tensor([(2.5 + 1.5 - 0.5) / 4, (8 + 1) / 4])
     assert torch.allclose(likelihood, without + 0.5 * math.log(2 * math.pi))
@@ -169,6 +171,13 @@ def test_likelihood_score_is_a_density():
         z, log_det = flow(points, [torch.zeros(len(points), 1, 2).double()])
         total = torch.exp(-2 * model.negative_log_likelihood(z, log_det)).sum() * 0.06**2
     assert abs(total.item() - 1) < 1e-3
+
+
+def test_squared_distances_by_hand():
+    known = torch.tensor([[0.0, 1.0], [3.0, -3.0], [2.0, 1.0]])
+    assert model.squared_distances(known[:2], known).tolist() == [[0, 25, 4], [25, 0, 17]]
+    far = 100 + torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
+    assert model.squared_distances(far, far + 1e-3).min() == 0, "rounding makes none negative"
 
 
 def test_nearest_neighbours_by_hand():

@@ -130,6 +130,20 @@ def test_noise_is_of_the_size_that_is_asked_for(cache, monkeypatch):
     )
 
 
+def test_noise_has_a_seed_of_its_own(cache):
+    first, second = [make(cache, feature_noise=0.5) for _ in range(2)]
+    assert list(train.train_epochs(first)) == list(train.train_epochs(second))
+
+
+def test_the_flow_is_compiled_where_that_is_asked_for(cache, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda flow, mode: compiled.append((flow, mode)) or flow)
+    prepared = make(cache, compile=True)
+    list(train.train_epochs(prepared))
+    mode = "reduce-overhead" if torch.cuda.is_available() else "default"
+    assert compiled == [(prepared.detector.flow, mode)]
+
+
 def test_holdout(cache):
     prepared = make(cache, "b", holdout=0.23)
     fit_rows, held = set(prepared.data.fit_rows.tolist()), set(prepared.data.held_rows.tolist())
@@ -216,6 +230,12 @@ def test_auto_normalises_maps_and_leaves_transformers(cache):
 def test_a_small_class_gets_its_least_number_of_steps(cache):
     fitted = fit(cache, least_steps=37, meta_epochs=2)
     assert [entry["epoch"] for entry in fitted.history] == [4, 8], "of five steps each"
+
+
+def test_without_steps_there_is_no_epoch(cache):
+    prepared = make(cache)
+    prepared.steps_per_epoch = 0
+    assert list(train.train_epochs(prepared)) == []
 
 
 def test_tokens_on_the_device_are_those_in_the_files(cache):
