@@ -21,8 +21,7 @@ from backbone.extraction import COMPILED_FROM, MOST_IN_BATCH, SHARDS_AT_ONCE, Ex
 from backbone.identity import Identity
 from backbone.resizing import Unreadable
 from cache.feature_cache import Wanted, feature_folder
-from cache.shards import DTYPE, write_shard
-from cache.store import Store
+from cache.store import DTYPE, Store, write_shard
 from config import Config, UserError
 from datasets import ImageSet
 from shell.engine import outcomes
