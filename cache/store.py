@@ -24,7 +24,6 @@ import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,11 +49,11 @@ class Store:
     fields: which features these are, flat, as JSON has them; empty where there are none yet. shards: the
     sound ones. damaged: the folders of the others. Raises UserError on a store of another version."""
 
-    def __init__(self, folder: Path, verified: Iterable[str] = ()):
+    def __init__(self, folder: Path, verified: set[str] | frozenset[str] = frozenset()):
         self.folder = folder
         self.look(verified)
 
-    def look(self, verified: Iterable[str] = ()) -> None:
+    def look(self, verified: set[str] | frozenset[str] = frozenset()) -> None:
         """See what there is: sizes of files are checked, of the shards that hold any of the images
         ``verified`` every byte. Damaged shards are told of."""
         self.fields: dict = {}
@@ -68,10 +67,9 @@ class Store:
         except ValueError as error:
             print(f"features: {path} is damaged ({error}); the next extraction mends it", flush=True)
         self.of, self.shards, damaged = identity_hash(self.fields), list[Shard](), {}
-        thorough = set(verified)
         for folder in sorted(path for path in self.folder.glob("[!.]*") if path.is_dir()):
             try:
-                shard = read_shard(folder, thorough)
+                shard = read_shard(folder, verified)
             except Damaged as damage:
                 damaged[folder] = f"{folder.name}/{damage}"
             else:
@@ -219,7 +217,7 @@ def write_shard(store: Path, of: str, images: list[str], arrays: dict[str, np.nd
         sync(partial / RECORD)
 
 
-def read_shard(folder: Path, verified: set[str]) -> Shard:
+def read_shard(folder: Path, verified: set[str] | frozenset[str]) -> Shard:
     """The shard in a folder, by its record and its files' sizes; where it holds one of the images
     ``verified``, every byte is checked. Raises Damaged."""
     try:
@@ -266,10 +264,8 @@ class CachedArray:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index: np.ndarray | slice | int) -> np.ndarray:
-        places = self._places[index]  # (..., 2)
-        rows = self._read(places.reshape(-1, 2), self.shape[1:])
-        return rows.reshape(*places.shape[:-1], *self.shape[1:])
+    def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
+        return self._read(self._places[index], self.shape[1:])
 
     def semantic(self) -> np.ndarray:
         """Of tokens (n, 1 + N, C): the semantic ones of all images (n, C), without reading the others."""

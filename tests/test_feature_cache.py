@@ -137,7 +137,7 @@ def test_any_flipped_byte_is_found(folder, capsys):
             flip(path, at)
             capsys.readouterr()
             found = Store(folder)
-            found.look(verified=IMAGES.all_hashes)
+            found.look(verified=set(IMAGES.all_hashes))
             told = capsys.readouterr().out
             if path.name == store.IDENTITY:
                 assert not found.fields and not found.shards and "identity.json" in told
