@@ -1,4 +1,4 @@
-"""How products of matrices are computed, and whether the code is being traced.
+"""How products of matrices are computed.
 
 On AMD processors oneDNN's float32 products are about twice as quick, for the sizes of a flow, as those of the
 library that PyTorch takes by itself (benchmarks/RESULTS.md). PyTorch uses oneDNN when the precision of
@@ -9,11 +9,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-
-
-def is_traced() -> bool:
-    """Whether the code is being compiled, exported or traced: PyTorch's own operators are wanted then."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 @functools.cache

@@ -19,10 +19,9 @@ from timm.models import load_checkpoint
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-import config as knobs
 import utils
 from backbone.token_grid import OfMaps, TokenGrid
-from config import BACKBONES, LARGEST_IMAGE, SIZES, UserError
+from config import BACKBONES, LARGEST_IMAGE, SIZES, UserError, unknown
 from datasets import ImageSet
 from shell.files import sha256_of_file
 
@@ -49,7 +48,7 @@ def timm_model(extractor: str) -> TimmModel:
     if not timm.is_model(architecture):
         known = [*BACKBONES, *timm.list_models()]
         listing = "python -c 'import timm; print(timm.list_models())' lists them all"
-        raise UserError(knobs.unknown("timm model", extractor, known, listing))
+        raise UserError(unknown("timm model", extractor, known, listing))
     tagged = timm.list_pretrained(architecture)
     if "." in name and name not in tagged:
         raise UserError(f"timm's {architecture} has no weights tagged {tag!r}; known: {', '.join(tagged)}")
@@ -327,10 +326,9 @@ def choose_size(extractor: str, found: dict[str, list[tuple[int, int]]]) -> tupl
     ratios = {name: np.median([height / width for height, width in sizes]) for name, sizes in found.items()}
     others = [n for n, ratio in ratios.items() if abs(math.log(ratio * size[1] / size[0])) > ANOTHER_SHAPE]
     if others:
-        told = (
-            f"pictures of {', '.join(others)} are squeezed into {size[0]}x{size[1]}; a class of another shape"
-        )
-        print(f"img_size auto: {told} keeps it in a data set of its own", flush=True)
+        told = f"pictures of {', '.join(others)} are squeezed into {size[0]}x{size[1]}"
+        advice = "a class of another shape keeps it in a data set of its own"
+        print(f"img_size auto: {told}; {advice}", flush=True)
     return size
 
 

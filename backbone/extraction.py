@@ -12,10 +12,9 @@ from joblib import cpu_count
 from torch import Tensor, nn
 
 import utils
-from backbone import backbones
-from backbone.backbones import Backbone
+from backbone.backbones import Backbone, load_backbone, sha256_of_tensors, speed_up
 from backbone.identity import Identity
-from backbone.resizing import Unreadable, read_images, resized
+from backbone.resizing import Unreadable, read_levels, resized
 from backbone.runtime import PRECISIONS, Compiled
 from cache.store import EXAMPLE
 from datasets import ImageSet
@@ -83,12 +82,12 @@ class Extraction:
             chosen = max(1, min(MOST_READERS, cpu_count() - 1) // SHARDS_AT_ONCE[device.type])
         self.threads = chosen if workers < 0 else max(1, workers)
         weights = (identity.weights_path, identity.seed)
-        backbone = backbones.load_backbone(identity.extractor, identity.img_size, *weights)
+        backbone = load_backbone(identity.extractor, identity.img_size, *weights)
         shapes, kept = backbone.what_is_kept(identity.grid, identity.of_maps)
-        sha256 = backbones.sha256_of_tensors(backbone.state_dict())
+        sha256 = sha256_of_tensors(backbone.state_dict())
         self.fields = identity.fields | kept | {"weights_sha256": sha256, "shapes": shapes}
         self.dtype = getattr(torch, identity.fields["precision"])
-        backbone = backbones.speed_up(backbone, device, self.dtype)
+        backbone = speed_up(backbone, device, self.dtype)
         self.module = FeatureExtractor(identity, backbone).to(device)
         self.fields[EXAMPLE] = self._example()
         self.full_batch: Callable[[Tensor], tuple[Tensor, ...]] | None = None
@@ -140,7 +139,11 @@ class Extraction:
         """``rows`` of the training images of a set, in order, a few at a time, or why one cannot be read."""
         numbers = range(len(images.labels.train.names))
         batches = (numbers[first : first + self.batch] for first in numbers[:: self.batch])
-        return self.computed(lambda batch: read_images(images, batch, self.img_size), batches)
+
+        def pixels_of(i: int) -> list[np.ndarray]:
+            return [images.read("train", i)]
+
+        return self.computed(lambda batch: read_levels(batch, pixels_of, self.img_size), batches)
 
     def computed(self, read: Callable[[Any], list], batches: Iterable) -> Iterator[Rows | Unreadable]:
         """What is kept of batches of images, in order. ``read`` makes a batch's images (n, 3, h, w), of one

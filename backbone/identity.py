@@ -37,7 +37,11 @@ def cache_identity(
     listed: has the sizes that img_size auto has chosen, to which that for the ``images`` is added, and the
     ranges of pixels of more than eight bits (images/images.py). The fields are the knobs that affect the
     features, with what device, pictures and backbone decide put in for those left open."""
-    precision = best_precision(device) if config.precision == "auto" else config.precision
+    precision = config.precision
+    if precision == "auto" and device.type == "cpu":
+        precision = "float32"  # whatever it is quick in, so that figures are the same on all CPUs
+    elif precision == "auto":
+        precision = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     known = backbones.timm_model(config.extractor)
     size = config.img_size if isinstance(config.img_size, tuple) else known.own_size
     if config.img_size == "auto" and listed:
@@ -72,13 +76,4 @@ def cache_identity(
     extractor = config.extractor.replace("/", "_").replace(":", "_")
     told = (part for part, there in kept.items() if there)
     name = "-".join([extractor, "{}x{}".format(*size), grid.name, *told, identity_hash(fields)[:8]])
-    weights = (config.weights_path, config.seed)
-    return Identity(name, fields, config.extractor, size, *weights, grid, of_maps)
-
-
-def best_precision(device: torch.device) -> str:
-    """Of the backbone's arithmetic: float32 on a CPU, whatever it is quick in, so that figures are the same
-    on all of them, and half precision on a GPU."""
-    if device.type == "cpu":
-        return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return Identity(name, fields, config.extractor, size, config.weights_path, config.seed, grid, of_maps)

@@ -2,7 +2,8 @@
 
 import functools
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,38 +12,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from config import UserError
-from datasets import ImageSet
 
 
 class Unreadable(NamedTuple):
     """Stands for an image that could not be read, on its way from a reader."""
 
-    row: int  # among those that are read
     reason: str
 
 
-def read_images(images: ImageSet, rows: range, img_size: tuple[int, int]) -> list[Tensor | Unreadable]:
-    """The training images ``rows`` of a set, as ``stack_rows`` gives them."""
+def read_levels(
+    pictures: Iterable, pixels_of: Callable[[Any], list[np.ndarray]], size: tuple[int, int]
+) -> list[Tensor | Unreadable]:
+    """Pictures as the device takes them, consecutive ones of one shape stacked -> [(n, 3, h, w) or why one
+    cannot be read, ...] in order. Those with a side longer than ``size`` are resized to it here (Pillow,
+    bicubic), smaller ones are enlarged on the device, many at a time (``resized``).
 
-    def read(i: int) -> Tensor | Unreadable:
+    pixels_of: gives the pixels (h, w, 3) uint8 of a picture, or those of its tiles; may raise UserError."""
+    rows: list[Tensor | Unreadable] = []
+    for picture in pictures:
         try:
-            return to_device_size(images.read("train", i), img_size)
+            for pixels in pixels_of(picture):
+                if pixels.shape[0] > size[0] or pixels.shape[1] > size[1]:
+                    pixels = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC))
+                rows.append(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
         except UserError as mistake:  # raised again, or noted, where it is known what is wanted
-            return Unreadable(i, str(mistake))
-
-    return stack_rows([read(i) for i in rows])
-
-
-def to_device_size(pixels: np.ndarray, img_size: tuple[int, int]) -> Tensor:
-    """(h, w, 3) uint8 -> (3, h, w), resized to ``img_size`` here (Pillow, bicubic) when a side is longer than
-    that; smaller ones are enlarged on the device, many at a time (``resized``)."""
-    if pixels.shape[0] > img_size[0] or pixels.shape[1] > img_size[1]:
-        pixels = np.asarray(Image.fromarray(pixels).resize(img_size[::-1], Image.Resampling.BICUBIC))
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
-
-
-def stack_rows(rows: list[Tensor | Unreadable]) -> list[Tensor | Unreadable]:
-    """Consecutive images of one size stacked -> [(n, 3, h, w) or an error, ...] in order."""
+            rows.append(Unreadable(str(mistake)))
     stacks: list = []
     for shape, group in itertools.groupby(rows, lambda row: isinstance(row, Tensor) and row.shape):
         found = list(group)

@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,8 +20,7 @@ from backbone.extraction import COMPILED_FROM, MOST_IN_BATCH, SHARDS_AT_ONCE, Ex
 from backbone.identity import Identity
 from backbone.resizing import Unreadable
 from cache.feature_cache import Wanted, feature_folder
-from cache.shards import DTYPE, write_shard
-from cache.store import Store
+from cache.store import DTYPE, Store, write_shard
 from config import Config, UserError
 from datasets import ImageSet
 from shell.engine import outcomes
@@ -42,13 +40,33 @@ def extract(
     check: Callable[[dict], object] | None,
     executor: Executor | None,
 ) -> list[Wanted]:
-    """Compute and write the features of images by this process or, where there is one, by an executor's ->
-    those that cannot be read. Raises UserError; what is done is kept.
+    """Compute and write the features of images by this process or, where there is one, by an executor's, once
+    it is said what will be done -> those that cannot be read. Raises UserError, also where the features do
+    not fit on the disk; what is done is kept.
 
     check: called with the fields that tell what an image leaves, to refuse them."""
-    size = SHARD_ROWS if executor else -(-len(wanted) // SHARDS_AT_ONCE[device.type])
-    parts = [wanted[first : first + size] for first in range(0, len(wanted), size)]
-    announce(identity, store.folder, len(wanted), "by other processes" if executor else f"on {device}", check)
+    backbone = outline(identity.extractor, identity.img_size)
+    shapes, fields = backbone.what_is_kept(identity.grid, identity.of_maps)
+    if check is not None:
+        check(fields)
+    folder = store.folder
+    size = len(wanted) * DTYPE.itemsize * sum(map(math.prod, shapes.values()))
+    free = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.exists())).free
+    if size > free:
+        raise UserError(
+            f"the features need {size / 1e9:.2f} GB, the disk of {folder} has {free / 1e9:.2f} GB free; "
+            "free some, or choose a smaller token_grid"
+        )
+    where = "by other processes" if executor else f"on {device}"
+    height, width = identity.img_size
+    print(
+        f"extracting {len(wanted)} images with {identity.extractor} at {height}x{width} {where} in "
+        f"{identity.fields['precision']}: {fields['tokens']} tokens of {fields['n_feat']} channels each, "
+        f"{size / 1e9:.2g} GB in {folder}",
+        flush=True,
+    )
+    rows = SHARD_ROWS if executor else -(-len(wanted) // SHARDS_AT_ONCE[device.type])
+    parts = [wanted[first : first + rows] for first in range(0, len(wanted), rows)]
     unreadable: list[Wanted] = []
     with tqdm(total=len(wanted), unit="img", disable=utils.NO_BAR, smoothing=0.05) as bar:
         if executor:
@@ -64,31 +82,6 @@ def extract(
                 bar.update(len(part) if executor else 0)
     store.look()
     return unreadable
-
-
-def announce(
-    identity: Identity, folder: Path, count: int, where: str, check: Callable[[dict], object] | None
-) -> None:
-    """Say what will be extracted of so many images, once it is checked. Raises UserError where ``check``
-    does, and where it does not fit on the disk."""
-    backbone = outline(identity.extractor, identity.img_size)
-    shapes, fields = backbone.what_is_kept(identity.grid, identity.of_maps)
-    if check is not None:
-        check(fields)
-    size = count * DTYPE.itemsize * sum(map(math.prod, shapes.values()))
-    free = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.exists())).free
-    if size > free:
-        raise UserError(
-            f"the features need {size / 1e9:.2f} GB, the disk of {folder} has {free / 1e9:.2f} GB free; "
-            "free some, or choose a smaller token_grid"
-        )
-    height, width = identity.img_size
-    print(
-        f"extracting {count} images with {identity.extractor} at {height}x{width} {where} in "
-        f"{identity.fields['precision']}: {fields['tokens']} tokens of {fields['n_feat']} channels each, "
-        f"{size / 1e9:.2g} GB in {folder}",
-        flush=True,
-    )
 
 
 def extract_elsewhere(config: Config, identity: Identity, of: str, wanted: list[Wanted]) -> list[Wanted]:
@@ -128,7 +121,7 @@ def extract_images(
         done, began = 0, time.monotonic()
         for rows in job.features(chosen):
             if isinstance(rows, Unreadable):
-                unreadable.append(wanted[rows.row])
+                unreadable.append(wanted[done])
                 count = 1
             else:
                 parts.append({name: values.cpu().numpy() for name, values in rows.items()})
@@ -145,11 +138,9 @@ def extract_images(
 
     def write(shard: Batch) -> None:
         numbers, parts = shard
-        for i in numbers:
-            if chosen.images["train"][i].identify() != wanted[i].hash:
-                raise UserError(
-                    f"{wanted[i].name} has changed while its features were extracted; run it again"
-                )
+        now = {i: chosen.images["train"][i].identify() for i in numbers}
+        if changed := [wanted[i].name for i in numbers if now[i] != wanted[i].hash]:
+            raise UserError(f"{changed[0]} has changed while its features were extracted; run it again")
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         write_shard(store.folder, store.of, [wanted[i].hash for i in numbers], arrays)
 

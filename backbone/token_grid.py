@@ -66,8 +66,8 @@ class TokenGrid:
 
 
 # ---------------------------------------------------------------- the band token
-# What Bands and Places compute, in the sidecar of every cache that holds them: raised with each change of it,
-# since features of two numbers do not go together. 2: means at the border are of the cells there.
+# What Bands and Places compute, in the fields of every store that holds them: raised with each change of it.
+# 2: means at the border are of the cells there.
 OF_MAPS = 2
 
 

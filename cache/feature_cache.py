@@ -9,8 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 import utils
-from cache.shards import CachedArray
-from cache.store import IDENTITY, Store
+from cache.store import IDENTITY, CachedArray, Store
 from config import UserError, unknown
 from datasets import SPLITS, ImageSet, Labels
 from shell.files import checksum, read_sealed, write_sealed

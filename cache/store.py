@@ -4,28 +4,43 @@
         datasets/<data set>.json         the images of each data set (cache/feature_cache.py)
         <backbone, size, grid>-<hash>/   a store; the hash is of all that the features depend on
             identity.json                which features these are; sealed
-            <random name>/               a shard (cache/shards.py)
+            <random name>/               a shard: up to 256 images, written whole or not at all
+                tokens.npy   float16 (images, 1 + N, C): the semantic token, then the patch tokens
+                bands.npy    float16 (images, D): the band token, where one is kept; likewise places.npy
+                record.json  of which features and images, size and checksum of each file; sealed
 
 An image is known by the hash of its bytes, and its features depend on it and on the identity alone. So what
 is missing is what no shard names: growth, renaming, removal, copies, a second data set of the same pictures
-and going on after a kill are no cases of their own. A damaged shard counts as missing."""
+and going on after a kill are no cases of their own. A damaged shard counts as missing.
 
+Shards are never changed. Their names are drawn at random, so that any number of processes and machines may
+write into one store; a row that two of them have written is there twice, which does no harm."""
+
+import functools
+import io
+import json
+import math
+import os
 import shutil
-from collections.abc import Iterable
+import uuid
+import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 import utils
-from cache.shards import Damaged, Shard, read_shard, write_shard
 from config import UserError
-from shell.files import checksum, read_sealed, sweep, write_sealed
+from shell.files import checksum, read_sealed, sweep, sync, whole_file, write_sealed
 
 FORMAT = 4
-IDENTITY = "identity.json"
+IDENTITY, RECORD = "identity.json", "record.json"
 EXAMPLE = "example"  # the field that holds what the backbone gave of a fixed picture
 FARTHEST = {True: 0.02, False: 0.1}  # of its size, that machines may move it, where both compute in float32
 ABANDONED = 3600  # seconds after which what a killed process has left half written is removed
+DTYPE = np.dtype("<f2")
+EXPONENT = 0x7C00  # of a float16: all of its bits are set where it is infinite or no number
+OPEN_FILES = 256  # of each array, kept open between two reads
 
 
 class Store:
@@ -34,11 +49,11 @@ class Store:
     fields: which features these are, flat, as JSON has them; empty where there are none yet. shards: the
     sound ones. damaged: the folders of the others. Raises UserError on a store of another version."""
 
-    def __init__(self, folder: Path, verified: Iterable[str] = ()):
+    def __init__(self, folder: Path, verified: set[str] | frozenset[str] = frozenset()):
         self.folder = folder
         self.look(verified)
 
-    def look(self, verified: Iterable[str] = ()) -> None:
+    def look(self, verified: set[str] | frozenset[str] = frozenset()) -> None:
         """See what there is: sizes of files are checked, of the shards that hold any of the images
         ``verified`` every byte. Damaged shards are told of."""
         self.fields: dict = {}
@@ -52,10 +67,9 @@ class Store:
         except ValueError as error:
             print(f"features: {path} is damaged ({error}); the next extraction mends it", flush=True)
         self.of, self.shards, damaged = identity_hash(self.fields), list[Shard](), {}
-        thorough = set(verified)
         for folder in sorted(path for path in self.folder.glob("[!.]*") if path.is_dir()):
             try:
-                shard = read_shard(folder, thorough)
+                shard = read_shard(folder, verified)
             except Damaged as damage:
                 damaged[folder] = f"{folder.name}/{damage}"
             else:
@@ -148,3 +162,124 @@ def example_fault(recorded: dict | None, now: dict) -> str | None:
         f"{now['timm']} now ({far:.0%} off): install timm {recorded['timm']}, or make the features again"
     )
     return told if far > FARTHEST[exact] else None
+
+
+# ---------------------------------------------------------------- shards
+class Damaged(UserError):
+    """A file that is not what was written."""
+
+
+class File(NamedTuple):
+    """One array of a shard on the disk: its rows, its size in bytes and the CRC-32 of all of them."""
+
+    path: Path
+    rows: int
+    size: int
+    crc32: int
+
+    def check(self, thorough: bool) -> None:
+        """Raise Damaged where the size is another one or, ``thorough``, the checksum."""
+        try:
+            if (size := self.path.stat().st_size) != self.size:
+                raise Damaged(f"{self.path.name}: {size} bytes, expected {self.size}")
+            if thorough and zlib.crc32(self.path.read_bytes()) != self.crc32:
+                raise Damaged(f"{self.path.name}: its checksum differs: the file has been changed")
+        except OSError as error:
+            raise Damaged(f"{self.path.name}: {error.strerror or error}") from None
+
+
+class Shard(NamedTuple):
+    """A shard as its record has it. of: which features these are. images: the hash of each row's image."""
+
+    folder: Path
+    of: str
+    images: list[str]
+    files: dict[str, File]
+
+
+def write_shard(store: Path, of: str, images: list[str], arrays: dict[str, np.ndarray]) -> None:
+    """Add rows, float16 (n, ...) of each array, of images (n) to a store. Raises UserError unless finite."""
+    if any((values.view(np.int16) & EXPONENT == EXPONENT).any() for values in arrays.values()):
+        raise UserError(
+            "the backbone gave features that are not finite or exceed float16; try --precision float32, and "
+            "check its weights"
+        )
+    with whole_file(store / uuid.uuid4().hex[:16]) as partial:
+        partial.mkdir()
+        record: dict = {"of": of, "images": images, "files": {}}
+        for name, values in arrays.items():
+            path = partial / f"{name}.npy"
+            np.save(path, values)
+            sync(path)
+            content = path.read_bytes()
+            record["files"][name] = {"bytes": len(content), "crc32": zlib.crc32(content)}
+        (partial / RECORD).write_text(json.dumps(record | {"checksum": checksum(record)}))
+        sync(partial / RECORD)
+
+
+def read_shard(folder: Path, verified: set[str] | frozenset[str]) -> Shard:
+    """The shard in a folder, by its record and its files' sizes; where it holds one of the images
+    ``verified``, every byte is checked. Raises Damaged."""
+    try:
+        record = read_sealed(folder / RECORD)
+        images, thorough = record["images"], not verified.isdisjoint(record["images"])
+        files = {
+            name: File(folder / f"{name}.npy", len(images), file["bytes"], file["crc32"])
+            for name, file in record["files"].items()
+        }
+        shard = Shard(folder, record["of"], images, files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{RECORD}: {getattr(error, 'strerror', None) or error}") from None
+    for file in files.values():
+        file.check(thorough)
+    return shard
+
+
+# ---------------------------------------------------------------- reading rows
+@functools.cache  # in a process: no shard is ever written again in its place
+def checked(file: File) -> Path:
+    """The path of a file of rows, once every byte is checked. Raises Damaged."""
+    try:
+        file.check(thorough=True)
+    except Damaged as damage:
+        raise Damaged(
+            f"the features in {file.path.parent} are damaged ({damage}); python extractor.py with the same "
+            "settings mends that and leaves the rest as it is"
+        ) from None
+    return file.path
+
+
+class CachedArray:
+    """One array of a data set's images: ``array[index]`` reads their rows, float16, out of the shards' files.
+    Raises Damaged on a damaged file when a row of it is first read.
+
+    files: of the shards. places (n, 2): each image's shard, and its row there. row_shape: of one image."""
+
+    def __init__(self, files: list[File], places: np.ndarray, row_shape: tuple[int, ...]):
+        self.shape = (len(places), *row_shape)
+        self._places, self._row_size = places, DTYPE.itemsize * math.prod(row_shape)
+        self._first = [file.size - file.rows * self._row_size for file in files]  # behind the header
+        self._open = functools.lru_cache(OPEN_FILES)(lambda number: io.FileIO(checked(files[number])))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
+        return self._read(self._places[index], self.shape[1:])
+
+    def semantic(self) -> np.ndarray:
+        """Of tokens (n, 1 + N, C): the semantic ones of all images (n, C), without reading the others."""
+        return self._read(self._places, self.shape[2:])
+
+    def _read(self, places: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """What stands first in the rows at these places, so much of each as has this shape. Whole rows that
+        follow one another in a file are read at once."""
+        found = np.empty((len(places), *shape), DTYPE)
+        apart = (np.diff(places, axis=0, prepend=-2) != (0, 1)).any(1) | (shape != self.shape[1:])
+        bounds = [*np.flatnonzero(apart).tolist(), len(places)]
+        for (shard, row), start, end in zip(places[apart].tolist(), bounds, bounds[1:]):
+            file, values = self._open(shard), found[start:end]
+            at = self._first[shard] + row * self._row_size
+            if os.preadv(file.fileno(), [values.data], at) != values.nbytes:
+                raise Damaged(f"the features in {file.name} have been cut while they were read")
+        return found

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbone.arithmetic import is_traced
-
 EPS = 1e-12
 NO_VARIANCE = 1e-12  # of a direction, in units of the largest
 RIDGE = 1e-6  # in units of the mean eigenvalue: what float32 needs to tell directions from rounding
@@ -24,7 +22,8 @@ def spread(tokens: Tensor) -> float:
 def power_l2(tokens: Tensor) -> Tensor:
     """Signed square root of every entry, then unit length: (..., C) -> (..., C)."""
     rooted = tokens.abs().sqrt_()
-    rooted = rooted * tokens.sign() if is_traced() else rooted.copysign_(tokens)  # ONNX has no copysign
+    exported = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    rooted = rooted * tokens.sign() if exported else rooted.copysign_(tokens)  # ONNX has no copysign
     return rooted.div_(torch.linalg.vector_norm(rooted, dim=-1, keepdim=True).clamp_min_(EPS))
 
 

@@ -18,7 +18,7 @@ import utils
 from backbone import backbones, extraction
 from backbone.extraction import COMPILED_FROM, Rows
 from backbone.identity import cache_identity
-from backbone.resizing import Unreadable, stack_rows, to_device_size
+from backbone.resizing import Unreadable, read_levels
 from backbone.token_grid import place_grid_of
 from cache.store import EXAMPLE, example_fault
 from config import UserError
@@ -101,9 +101,9 @@ class FittedBackbone:
         """The features of pictures in order, of consecutive ones together, as ``Extraction.rows`` gives them,
         or why one cannot be read; with tiles, of all those of one picture. The first pictures are computed
         one batch at a time, by all threads, at once; further ones as extraction does it."""
-        job, numbered = self.job, iter(enumerate(pictures))
+        job, waiting = self.job, iter(pictures)
         size = 1 if self.tiles else job.batch
-        batches = iter(lambda: list(itertools.islice(numbered, size)), [])
+        batches = iter(lambda: list(itertools.islice(waiting, size)), [])
         few = batches if self.tiles else itertools.islice(batches, -(-COMPILED_FROM // size))
         with utils.thread_pool(DECODING_THREADS) as pool:
             for stacks in utils.in_order(pool, self._read, few, DECODING_THREADS):
@@ -113,18 +113,14 @@ class FittedBackbone:
             job.compile()
             yield from job.computed(self._read, itertools.chain([more], batches))
 
-    def _read(self, batch: list[tuple[int, Any]]) -> list[Tensor | Unreadable]:
-        """Numbered pictures, or their tiles, as the device takes them, of one size stacked."""
-        levels: list[Tensor | Unreadable] = []
-        for number, picture in batch:
-            try:
-                pixels = images.pixels_of(picture, self.scale)
-            except UserError as mistake:
-                levels.append(Unreadable(number, str(mistake)))
-                continue
-            tiles = tiles_of(pixels.shape[:2], self.tiles)
-            levels += [to_device_size(tile.of(pixels), self.job.img_size) for tile in tiles]
-        return stack_rows(levels)
+    def _read(self, batch: list) -> list[Tensor | Unreadable]:
+        """Pictures, or their tiles, as the device takes them, of one size stacked."""
+
+        def pixels_of(picture: Any) -> list[np.ndarray]:
+            pixels = images.pixels_of(picture, self.scale)
+            return [tile.of(pixels) for tile in tiles_of(pixels.shape[:2], self.tiles)]
+
+        return read_levels(batch, pixels_of, self.job.img_size)
 
 
 @dataclasses.dataclass(eq=False, repr=False)

@@ -29,8 +29,7 @@ import datasets
 import freq_fusion
 import model
 from cache import feature_cache
-from cache.shards import write_shard
-from cache.store import Store
+from cache.store import Store, write_shard
 from config import Config
 from images.images import note_once
 from shell import signals

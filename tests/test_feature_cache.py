@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, flip, hashes_of
 
-from cache import shards, store
+from cache import store
 from cache.feature_cache import FeatureCache, ImageList
-from cache.shards import write_shard
-from cache.store import Store
+from cache.store import Store, write_shard
 from config import UserError
 from datasets import OTHER, SPLITS, Labels, Split
 
@@ -138,14 +137,14 @@ def test_any_flipped_byte_is_found(folder, capsys):
             flip(path, at)
             capsys.readouterr()
             found = Store(folder)
-            found.look(verified=IMAGES.all_hashes)
+            found.look(verified=set(IMAGES.all_hashes))
             told = capsys.readouterr().out
             if path.name == store.IDENTITY:
                 assert not found.fields and not found.shards and "identity.json" in told
                 found.begin(FIELDS)
                 found.look()
                 assert len(found.shards) == 3, "the shards know what they are of"
-            elif path.read_bytes() != before and (told or path.name != shards.RECORD):
+            elif path.read_bytes() != before and (told or path.name != store.RECORD):
                 assert f"damaged shards in {folder}" in told and f": {path.parent.name}/{path.name}: " in told
                 assert found.damaged == [path.parent] and len(found.shards) == 2
             path.write_bytes(before)
@@ -166,7 +165,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "sync", full)
+    monkeypatch.setattr(store, "sync", full)
     with pytest.raises(OSError, match="No space"):
         write_shard(found.folder, found.of, images, good)
     found.look()
@@ -179,7 +178,7 @@ def test_what_killed_writers_left_is_removed_after_a_while(folder):
         (folder / name).mkdir()
         (folder / name / "tokens.npy").write_text("x")
     old = folder / ".0123.host-1.partial"
-    shards.os.utime(old, (0, 0))
+    store.os.utime(old, (0, 0))
     found = Store(folder)
     assert len(found.shards) == 3
     found.remove([])
