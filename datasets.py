@@ -18,9 +18,8 @@ import numpy as np
 import utils
 from config import Config, UserError, unknown
 from images import images, layouts, published
-from images.images import PixelScale
+from images.images import PixelScale, Tile, tiles_of
 from images.layouts import SPLITS, Row
-from images.tiles import Tile, tiles_of
 from shell.files import as_strict_json
 
 OTHER = -1  # the category of test images of no class that one can train on: always anomalous
@@ -281,7 +280,7 @@ def _file_set(dataset: str, root: Path) -> ImageSet:
 
 
 def tiled(pictures: ImageSet, side: int) -> ImageSet:
-    """The tiles (images/tiles.py) of training pictures, each an image of its picture's class. Raises
+    """The tiles (``images.tiles_of``) of training pictures, each an image of its picture's class. Raises
     UserError on a set with test images: theirs would be tiles with the labels of whole pictures."""
     if tested := len(pictures.labels.test.names):
         raise UserError(
