@@ -255,10 +255,12 @@ def wide_values(image: Any) -> np.ndarray | None:
         return np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
 
 
-def measured(files: Sequence[Path]) -> dict[str, list[float]]:
+def measured(pictures: Sequence[Path | np.ndarray]) -> dict[str, list[float]]:
     """The ranges (``PixelScale``) of a data set with these training pictures, said in a line: MEASURED of
-    them, evenly spaced, decide by the bits that the file tells or by their values. From 0, or where much is
-    negative from the other side of it, to 1.0 (floats; a resized picture may go a little beyond) or BITS."""
+    the files, evenly spaced, decide by the bits that the file tells or by their values. From 0, or where
+    much is negative from the other side of it, to 1.0 (floats; a resized picture may go a little beyond) or
+    BITS."""
+    files = list(dict.fromkeys(picture for picture in pictures if isinstance(picture, Path)))
     extremes: dict[str, tuple[float, float]] = {}
     for i in np.linspace(0, len(files) - 1, min(MEASURED, len(files))).astype(int):
         with contextlib.suppress(UserError), opened(files[i]) as image:  # told when its turn comes
