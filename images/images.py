@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import glob
 import io
-import math
 import os
 import stat
 import sys
@@ -256,10 +255,9 @@ def wide_values(image: Any) -> np.ndarray | None:
 
 
 def measured(pictures: Sequence[Path | np.ndarray]) -> dict[str, list[float]]:
-    """The ranges (``PixelScale``) of a data set with these training pictures, said in a line: MEASURED of
-    the files, evenly spaced, decide by the bits that the file tells or by their values. From 0, or where
-    much is negative from the other side of it, to 1.0 (floats; a resized picture may go a little beyond) or
-    BITS."""
+    """The ranges (``PixelScale``) of a data set with these training pictures, said in a line: MEASURED
+    files, evenly spaced, decide by the bits that the file tells or by their values. From 0, or where much is
+    negative from the other side of it, to 1.0 (floats; a resized picture may go a little beyond) or BITS."""
     files = list(dict.fromkeys(picture for picture in pictures if isinstance(picture, Path)))
     extremes: dict[str, tuple[float, float]] = {}
     for i in np.linspace(0, len(files) - 1, min(MEASURED, len(files))).astype(int):
@@ -298,15 +296,11 @@ class Tile(NamedTuple):
 def tiles_of(size: tuple[int, int], side: int) -> list[Tile]:
     """Squares of ``side`` pixels that cover a picture of a size (H, W), evenly spaced, row by row; as high or
     wide as the picture where it is smaller. A side of 0: one tile, the whole picture."""
-    (height, rows), (width, columns) = (_spaced(length, side or length) for length in size)
-    return [Tile(top, left, height, width) for top in rows for left in columns]
-
-
-def _spaced(length: int, side: int) -> tuple[int, list[int]]:
-    """The length of the parts that cover so many pixels, and where they begin."""
-    side = min(side, length)
-    count = 1 + math.ceil((length - side) / ((1 - OVERLAP) * side))
-    return side, np.linspace(0, length - side, count).round().astype(int).tolist()
+    sides = np.minimum(side or size, size)
+    last = size - sides  # where the lowest and the rightmost begin
+    counts = 1 + np.ceil(last / ((1 - OVERLAP) * sides)).astype(int)
+    rows, columns = (np.linspace(0, *each).round().astype(int).tolist() for each in zip(last, counts))
+    return [Tile(top, left, *sides.tolist()) for top in rows for left in columns]
 
 
 def whole_scores(scores: np.ndarray, pictures: Sequence) -> np.ndarray:

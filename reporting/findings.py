@@ -88,8 +88,7 @@ def localisation(
 ) -> dict[str, float]:
     """Pixel AUROC and AUPRO of the heat maps of test images, from cached places; a normal image's mask is
     empty, an anomalous one without a mask is left out. Empty where no test image has a mask."""
-    marked = {row: path for row in rows if (path := images.images["test"][row].mask)}
-    masks = {row: read_mask(path) for row, path in marked.items()}
+    masks = {row: read_mask(path) for row in rows if (path := images.images["test"][row].mask)}
     if not masks:
         return {}
     size = next(iter(masks.values())).shape
