@@ -18,10 +18,8 @@ import numpy as np
 import utils
 from config import Config, UserError, unknown
 from images import images, layouts, published
-from images.images import PixelScale
+from images.images import PixelScale, Tile, tiles_of
 from images.layouts import SPLITS, Row
-from images.tiles import Tile, tiles_of
-from shell.files import as_strict_json
 
 OTHER = -1  # the category of test images of no class that one can train on: always anomalous
 HASHING_THREADS = 8  # threads that hash files: a shared folder answers many at a time
@@ -79,16 +77,6 @@ class Labels:
         test = np.flatnonzero(own | (not self.per_category))
         return train, test, (~own | self.test.defect)[test].astype(np.int64)
 
-    def as_json(self) -> dict:
-        """What ``from_json`` takes, made of lists."""
-        return as_strict_json(vars(self) | {split: vars(self.split(split)) for split in SPLITS})
-
-    @classmethod
-    def from_json(cls, content: dict) -> "Labels":
-        """The labels of ``as_json``. Raises KeyError, TypeError or ValueError on any other content."""
-        train, test = (Split.of(**content[split]) for split in SPLITS)
-        return cls(tuple(content["classes"]), train, test, content["per_category"])
-
 
 # ---------------------------------------------------------------- images
 class RawImage(NamedTuple):
@@ -119,7 +107,7 @@ _decoded = functools.lru_cache(maxsize=4)(images.pixels_of)  # whose tiles are a
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
     """A data set's labels and its images, of each split in the order of its labels. The ranges of scale are
-    unknown until they are set to those ``measured``."""
+    unknown until they are ``images.measured``."""
 
     labels: Labels
     images: dict[str, list[RawImage]]
@@ -131,11 +119,6 @@ class ImageSet:
         if tile is None:
             return images.pixels_of(source, self.scale)
         return tile.of(_decoded(source, self.scale))  # type: ignore[arg-type]  # tiles are of files alone
-
-    def measured(self) -> dict[str, list[float]]:
-        """The ranges of ``PixelScale`` that the training images decide (``images.measured``)."""
-        files = dict.fromkeys(raw.source for raw in self.images["train"] if isinstance(raw.source, Path))
-        return images.measured(list(files))
 
     def hashes(self, split: str) -> list[str]:
         """The content hash of every image of a split, in order; HASHING_THREADS files are read at a time."""
@@ -165,12 +148,6 @@ class ImageSet:
                 size = self.images["train"][i].size()
                 found[self.labels.classes[train.category[i]]].append(size)
         return dict(found)
-
-    def mask(self, i: int) -> np.ndarray | None:
-        """Where the defect of test image i is, (H, W) bool; None where the data set does not say. Raises
-        UserError on an unreadable mask."""
-        path = self.images["test"][i].mask
-        return layouts.read_mask(path) if path else None
 
 
 def class_names(text: str) -> list[str]:
@@ -281,7 +258,7 @@ def _file_set(dataset: str, root: Path) -> ImageSet:
 
 
 def tiled(pictures: ImageSet, side: int) -> ImageSet:
-    """The tiles (images/tiles.py) of training pictures, each an image of its picture's class. Raises
+    """The tiles (``images.tiles_of``) of training pictures, each an image of its picture's class. Raises
     UserError on a set with test images: theirs would be tiles with the labels of whole pictures."""
     if tested := len(pictures.labels.test.names):
         raise UserError(

@@ -27,7 +27,7 @@ from backbone.storing import extract
 from cache.feature_cache import EXTRACT, FeatureCache, ImageList, complete, feature_folder, list_file, prune
 from cache.store import Store
 from config import Config, UserError
-from images.images import note
+from images.images import measured, note
 from shell import engine
 
 
@@ -60,7 +60,7 @@ def ensure_features(
     listed = known if isinstance(known, ImageList) else ImageList.of(known, before)
     if images:
         if listed.pixel_scale is None:
-            listed.pixel_scale = images.measured()
+            listed.pixel_scale = measured([raw.source for raw in images.images["train"]])
         images.scale.ranges = listed.pixel_scale
         if line := datasets.repeated(listed.labels, listed.hashes):
             note(line)

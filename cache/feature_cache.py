@@ -11,8 +11,8 @@ import numpy as np
 import utils
 from cache.store import IDENTITY, CachedArray, Store
 from config import UserError, unknown
-from datasets import SPLITS, ImageSet, Labels
-from shell.files import checksum, read_sealed, write_sealed
+from datasets import SPLITS, ImageSet, Labels, Split
+from shell.files import as_strict_json, checksum, read_sealed, write_sealed
 
 EXTRACT = "run python extractor.py with the same settings, or set pretrained False"
 
@@ -88,7 +88,9 @@ class ImageList:
         """The list in a file; None without one, or where it is damaged: the images tell it again."""
         try:
             content = read_sealed(path)
-            labels, scale = Labels.from_json(content["labels"]), content.get("pixel_scale")
+            kept, scale = content["labels"], content.get("pixel_scale")
+            train, test = (Split.of(**kept[split]) for split in SPLITS)
+            labels = Labels(tuple(kept["classes"]), train, test, kept["per_category"])
             return cls(labels, content["hashes"], content["sizes"], scale, content["unreadable"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -100,7 +102,7 @@ class ImageList:
 
     def content(self) -> dict:
         """What ``write`` writes, made of lists."""
-        return vars(self) | {"labels": self.labels.as_json()}
+        return as_strict_json(dataclasses.asdict(self))
 
     @property
     def all_hashes(self) -> list[str]:

@@ -14,7 +14,7 @@ from detector.checkpoints import Record, Scored
 from detector.class_data import evenly, in_batches
 from detector.detector import WHOLE, PlaceFlow
 from detector.preparation import PLACE_BATCH, PLACE_SAMPLE, PreparedClass
-from images.tiles import whole_scores
+from images.images import whole_scores
 from model import LOG_ROOT_2PI
 
 AUROCS = {"auroc": WHOLE, "latent_auroc": "latent", "likelihood_auroc": "likelihood"}  # of which score

@@ -27,7 +27,7 @@ from detector.checkpoints import Record, config_of
 from detector.class_data import Features
 from detector.detector import Detector, load_detector
 from images import images
-from images.tiles import tiles_of, whole_map
+from images.images import tiles_of, whole_map
 from shell.files import as_strict_json
 
 DECODING_THREADS = 2  # threads that decode pictures ahead of the backbone

@@ -20,7 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -38,6 +38,7 @@ NOT_DECODED = {"EPS", "WMF", "HDF5", "GRIB", "BUFR", "MPEG"}
 Image.init()
 FORMATS = tuple(name for name in Image.OPEN if name not in NOT_DECODED)
 ENDINGS = frozenset(end for end, name in Image.registered_extensions().items() if name in FORMATS)
+OVERLAP = 0.25  # of a tile's side that neighbours share, at least: what one cuts lies whole in another
 UNREADABLE = "unreadable"  # in place of the hash of a file that cannot be read
 
 # What Pillow warns of is not the user's to mend: many pixels (MOST_PIXELS is lower), damaged EXIF data.
@@ -253,10 +254,11 @@ def wide_values(image: Any) -> np.ndarray | None:
         return np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
 
 
-def measured(files: Sequence[Path]) -> dict[str, list[float]]:
-    """The ranges (``PixelScale``) of a data set with these training pictures, said in a line: MEASURED of
-    them, evenly spaced, decide by the bits that the file tells or by their values. From 0, or where much is
+def measured(pictures: Sequence[Path | np.ndarray]) -> dict[str, list[float]]:
+    """The ranges (``PixelScale``) of a data set with these training pictures, said in a line: MEASURED
+    files, evenly spaced, decide by the bits that the file tells or by their values. From 0, or where much is
     negative from the other side of it, to 1.0 (floats; a resized picture may go a little beyond) or BITS."""
+    files = list(dict.fromkeys(picture for picture in pictures if isinstance(picture, Path)))
     extremes: dict[str, tuple[float, float]] = {}
     for i in np.linspace(0, len(files) - 1, min(MEASURED, len(files))).astype(int):
         with contextlib.suppress(UserError), opened(files[i]) as image:  # told when its turn comes
@@ -275,3 +277,42 @@ def measured(files: Sequence[Path]) -> dict[str, list[float]]:
         told = f"{black} is black and {white} white in all pictures ({least:g} to {most:g} found)"
         note(f"pixels of more than 8 bits: {told}")
     return ranges
+
+
+# ---------------------------------------------------------------- tiles, and back to the whole
+class Tile(NamedTuple):
+    """Where a tile lies in its picture, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def of(self, pixels: np.ndarray) -> np.ndarray:
+        """The part of a picture (H, W, ...) that lies in it."""
+        return pixels[self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+def tiles_of(size: tuple[int, int], side: int) -> list[Tile]:
+    """Squares of ``side`` pixels that cover a picture of a size (H, W), evenly spaced, row by row; as high or
+    wide as the picture where it is smaller. A side of 0: one tile, the whole picture."""
+    sides = np.minimum(side or size, size)
+    last = size - sides  # where the lowest and the rightmost begin
+    counts = 1 + np.ceil(last / ((1 - OVERLAP) * sides)).astype(int)
+    rows, columns = (np.linspace(0, *each).round().astype(int).tolist() for each in zip(last, counts))
+    return [Tile(top, left, *sides.tolist()) for top in rows for left in columns]
+
+
+def whole_scores(scores: np.ndarray, pictures: Sequence) -> np.ndarray:
+    """The scores of pictures from those of their tiles (n), the picture of each tile given (n), in order: the
+    greatest, which a small defect does not share with the rest of its picture."""
+    first = np.unique(np.asarray(pictures), return_index=True)[1]
+    return np.maximum.reduceat(scores, np.sort(first)) if len(scores) else scores
+
+
+def whole_map(maps: Sequence[np.ndarray], tiles: Sequence[Tile], size: tuple[int, int]) -> np.ndarray:
+    """The map (H, W) of a picture from those of its tiles: where they overlap, the greater value."""
+    whole = np.full(size, -np.inf, np.float32)
+    for values, tile in zip(maps, tiles, strict=True):
+        np.maximum(tile.of(whole), values, out=tile.of(whole))
+    return whole

@@ -41,9 +41,7 @@ def load(dataset: str, root: Path) -> dict[str, Arrays]:
             if download and not any(root.rglob(archive)) and not utils.reachable(url):
                 raise OSError("no network")
             return {split: _read(dataset, root, split, download) for split in SPLITS}
-        except (
-            Exception
-        ) as error:  # absent or changed; of Fashion-MNIST, which has no checksums, also cut off
+        except Exception as error:  # absent, changed, or (Fashion-MNIST has no checksums) cut off
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
     raise UserError(
         f"dataset_path: {dataset} in {root} can be neither read nor fetched ({reason}); expected its whole "

@@ -15,6 +15,7 @@ from sklearn.metrics import roc_curve
 import datasets
 from backbone.token_grid import place_grid_of
 from cache.feature_cache import FeatureCache
+from config import UserError
 from detector import heat_map
 from detector.calibration import Threshold
 from detector.checkpoints import Record
@@ -47,8 +48,12 @@ def draw_class(
         path = folder / f"scores-{file_name(name)}.png"
         pictures.append(saved(histogram(left.first, left.threshold), path, f"Scores of {name}"))
     if images and tested:
-        path, sheet = folder / f"extremes-{file_name(name)}.jpg", contact_sheet(cache, images, left)
-        pictures.append(saved(sheet, path, f"Test images of {name} at both ends of the scores"))
+        path = folder / f"extremes-{file_name(name)}.jpg"
+        try:
+            sheet = contact_sheet(cache, images, left)
+            pictures.append(saved(sheet, path, f"Test images of {name} at both ends of the scores"))
+        except UserError as mistake:  # an image that can no longer be read
+            print(f"no contact sheet of {name}: {mistake}")
     return pictures
 
 
@@ -115,7 +120,7 @@ def histogram(record: Record, threshold: Threshold | None) -> Figure:
 def contact_sheet(cache: FeatureCache, images: datasets.ImageSet, left: Left) -> Figure:
     """The least and the most anomalous test images, truly normal ones first, each strip from its end of the
     scores inwards: images with score, what they show, name; below, heat maps where the score reads places."""
-    test, strips = left.first.test, dict[str, np.ndarray]()
+    test, split, strips = left.first.test, images.labels.test, dict[str, np.ndarray]()
     ranked = np.argsort(test.scores, kind="stable")
     for label in sorted(set(test.labels)):
         own, kind = ranked[test.labels[ranked] == label], ("normal", "anomalous")[label]
@@ -133,21 +138,14 @@ def contact_sheet(cache: FeatureCache, images: datasets.ImageSet, left: Left) ->
             shown = overlaid(pixels, heat, SIDE)
             tiles = [np.asarray(ImageOps.pad(each, (SIDE, SIDE), color="white")) for each in shown]
             strip[: len(tiles) * SIDE, left_edge : left_edge + SIDE] = np.vstack(tiles)
-            words = (f"{score:.4g}", *described(images.labels, row))
+            shows = split.kind[row] or images.labels.classes[split.category[row]]
+            words = (f"{score:.4g}", shows, Path(split.names[row]).name)
             text = "\n".join(shorten(word, 18) for word in words).encode(errors="replace").decode()
             axes.text(left_edge, len(shown) * SIDE, text, fontsize="x-small", verticalalignment="top")
         axes.imshow(strip)
         axes.set_title(heading, fontsize="medium")
         axes.axis("off")
     return figure
-
-
-def described(labels: datasets.Labels, row: int) -> tuple[str, str]:
-    """What a test image shows (its class, or what is wrong with it, or else its folder), and its name."""
-    split = labels.test
-    category, path = split.category[row], Path(split.names[row])
-    known = split.kind[row] or (labels.classes[category] if category != datasets.OTHER else path.parent.name)
-    return known, path.name
 
 
 # ---------------------------------------------------------------- of all classes

@@ -14,6 +14,7 @@ from config import Config, UserError
 from detector import calibration, heat_map
 from detector.checkpoints import Record, checkpoint_path, read_record
 from detector.detector import Detector, load_detector, place_maps
+from images.layouts import read_mask
 from reporting.report import Found, best_of, over_seeds
 
 
@@ -87,7 +88,7 @@ def localisation(
 ) -> dict[str, float]:
     """Pixel AUROC and AUPRO of the heat maps of test images, from cached places; a normal image's mask is
     empty, an anomalous one without a mask is left out. Empty where no test image has a mask."""
-    masks = {row: mask for row in rows if (mask := images.mask(int(row))) is not None}
+    masks = {row: read_mask(path) for row in rows if (path := images.images["test"][row].mask)}
     if not masks:
         return {}
     size = next(iter(masks.values())).shape

@@ -91,11 +91,9 @@ def summarize(
         classes[name] = row(name, runs, over_seeds([runs]), aurocs, own.margin, reason) | {"runs": runs}
     missing = [entry["undefined"] for entry in classes.values() if entry["undefined"]]
     told = f"mean of {len(classes) - len(missing)} of {len(classes)} classes: {missing[0]}" if missing else ""
-    means = {  # the mean of some classes is no match for that of all
-        method: over_seeds([[own[method]] for own in simple], ["auroc"])["auroc"]
-        for method in methods
-        if all(method in own for own in simple)
-    }
+    # The mean of some classes is no match for that of all.
+    shared = [method for method in methods if all(method in own for own in simple)]
+    means = {each: over_seeds([[own[each]] for own in simple], ["auroc"])["auroc"] for each in shared}
     return Summary(
         classes=classes,
         mean=row("mean", [{}], over_seeds(by_class.values()), means, {}, told),

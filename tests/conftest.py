@@ -1,6 +1,7 @@
 """What the tests share: the repository on the path, one thread, tiny synthetic data, scripts as
 subprocesses."""
 
+import dataclasses
 import hashlib
 import os
 import runpy
@@ -33,6 +34,7 @@ from cache.store import Store, write_shard
 from config import Config
 from images.images import note_once
 from shell import signals
+from shell.files import as_strict_json
 
 torch.set_num_threads(1)
 # Scripts that a test starts inherit this: a shell's background job and pytest-xdist may ignore Ctrl-C.
@@ -97,6 +99,11 @@ def load_images(dataset: str, folder: str | None) -> datasets.ImageSet:
 def counts(labels: datasets.Labels, split: str) -> dict:
     """{class: images} of a split."""
     return {name: int((labels.split(split).category == i).sum()) for i, name in enumerate(labels.classes)}
+
+
+def content(labels: datasets.Labels) -> dict:
+    """Labels as they are kept."""
+    return as_strict_json(dataclasses.asdict(labels))
 
 
 def truth(labels: datasets.Labels, class_name: str) -> dict[str, int]:

@@ -78,7 +78,7 @@ class Detector:
 
 
 @pytest.mark.parametrize("detector", [None, Detector()])
-def test_contact_sheet_shows_the_image_of_each_position(tmp_path, detector):
+def test_contact_sheet_shows_the_image_of_each_position(tmp_path, capsys, detector):
     """Each panel is the image whose row and score stand at its position, with score, class and name; below it
     its heat map where there is one."""
     cache, sizes = fabricate(tmp_path), {7: (20, 40), 3: (40, 20), 5: (30, 30)}
@@ -108,3 +108,7 @@ def test_contact_sheet_shows_the_image_of_each_position(tmp_path, detector):
                 corner = side + (side - height) // 2, (side - width) // 2
                 opposite = (side - 1 - corner[0], -1 - corner[1])
                 assert one[corner].sum() > one[opposite].sum(), "hot where the first place is"
+    images.images["test"][5] = datasets.RawImage(tmp_path / "gone.png")
+    (picture,) = figures.draw_class(cache, images, left, tmp_path)
+    assert picture.path.name == "scores-cat.png"
+    assert "no contact sheet of cat: no image" in capsys.readouterr().out

@@ -31,8 +31,8 @@ def kinds(found: ImageSet) -> dict[str, str]:
 
 def marked(found: ImageSet) -> dict[str, bool]:
     """{name: whether its mask is MASK} of the test images that have one."""
-    masks = {name: found.mask(i) for i, name in enumerate(found.labels.test.names)}
-    return {name: np.array_equal(mask, MASK > 0) for name, mask in masks.items() if mask is not None}
+    masks = dict(zip(found.labels.test.names, (image.mask for image in found.images["test"])))
+    return {name: np.array_equal(layouts.read_mask(mask), MASK > 0) for name, mask in masks.items() if mask}
 
 
 # ---------------------------------------------------------------- as they are published
@@ -107,7 +107,7 @@ def test_what_each_picture_of_a_layout_is(tmp_path, layout):
     train, test = found.labels.train, found.labels.test
     told = {train.names[i]: "held out" if train.held[i] else "train" for i in rows}
     for i, odd in zip(tested, anomalous):
-        masked = ", masked" if found.mask(i) is not None else ""
+        masked = ", masked" if found.images["test"][i].mask else ""
         told[test.names[i]] = (test.kind[i] if odd else "normal") + masked
     assert told == {f"{place}/{name}": meaning for name, meaning in pictures.items() if meaning}
 
@@ -126,7 +126,8 @@ def test_what_any_mask_of_a_picture_marks_is_marked(tmp_path):
     root = tree(tmp_path, "juice/train/good/0.png", "juice/test/bad/0.png")
     for i in range(2):
         write_image(root / f"juice/ground_truth/bad/0/{i}.png", np.roll(MASK, i, 1))
-    assert load_images("mvtec", str(root)).mask(0)[0].tolist() == [False, False, True, True]
+    (image,) = load_images("mvtec", str(root)).images["test"]
+    assert layouts.read_mask(image.mask)[0].tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize(

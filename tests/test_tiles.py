@@ -13,7 +13,7 @@ import export
 import train
 from config import Config, UserError
 from detector.picture_detector import PictureDetector
-from images.tiles import OVERLAP, tiles_of, whole_map, whole_scores
+from images.images import OVERLAP, tiles_of, whole_map, whole_scores
 
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 64), (100, 300), (40, 200), (500, 70)])
