@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,15 +28,16 @@ import utils
 from backbone.arithmetic import products
 from cache.feature_cache import FeatureCache
 from config import ClassError, Config, UserError
-from detector import calibration, checkpoints, runs
+from detector import baselines, calibration, checkpoints, runs
 from detector.class_data import TokenSource, class_data
-from detector.detector import make_detector
-from detector.evaluation import evaluate, outcome, record_of
+from detector.detector import WHOLE, make_detector
 from detector.preparation import PreparedClass, prepare_data
-from model import loss_per_image
+from images.tiles import whole_scores
+from model import LOG_ROOT_2PI, loss_per_image
 from reporting.report import COLUMNS
 
 ADAM = {"betas": (0.8, 0.8), "eps": 1e-4, "weight_decay": 1e-5, "fused": True}  # docs/method.md, section 4
+AUROCS = {"auroc": WHOLE, "latent_auroc": "latent", "likelihood_auroc": "likelihood"}  # of which score
 
 
 def train_epochs(prepared: PreparedClass) -> Iterator[tuple[int, float]]:
@@ -55,7 +57,8 @@ def train_epochs(prepared: PreparedClass) -> Iterator[tuple[int, float]]:
         with products(prepared.device):
             for step, batch in enumerate(bar, epoch * prepared.steps_per_epoch):
                 progress = step / (epochs * prepared.steps_per_epoch)
-                optimizer.param_groups[0]["lr"] = learning_rate(config, progress)
+                share = 0.5 * (1 + math.cos(math.pi * progress)) if config.lr_schedule == "cosine" else 1.0
+                optimizer.param_groups[0]["lr"] = config.lr_init * share
                 tokens, seen = prepared.inputs(batch)
                 if config.feature_noise:
                     noise = torch.randn(tokens.shape, generator=generator, device=tokens.device)
@@ -69,12 +72,6 @@ def train_epochs(prepared: PreparedClass) -> Iterator[tuple[int, float]]:
                 optimizer.zero_grad()
                 losses.append(loss.detach())
         yield epoch + 1, torch.stack(losses).mean().item()
-
-
-def learning_rate(config: Config, progress: float) -> float:
-    """The learning rate after the share ``progress`` (0 to 1) of all steps."""
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr_init * (cosine if config.lr_schedule == "cosine" else 1.0)
 
 
 def count_epochs(prepared: PreparedClass) -> tuple[int, int]:
@@ -94,6 +91,90 @@ def train(prepared: PreparedClass) -> checkpoints.Record:
         if epoch % sub_epochs == 0:
             evaluations.append(evaluate(prepared, epoch, loss))
     return record_of(prepared, evaluations, time.perf_counter() - began)
+
+
+# ---------------------------------------------------------------- how good it is
+class Evaluation(NamedTuple):
+    """What a class has come to after an epoch."""
+
+    entry: dict  # of the history: epoch, losses, ``AUROCS``, NaN where there is no such score
+    held: np.ndarray  # whole scores of the held-out images
+    test: dict[str, np.ndarray]  # scores of the test images by their names
+
+
+def scores_of(prepared: PreparedClass, part: str) -> dict[str, np.ndarray]:
+    """Scores (n) of the images of a part as the flow now is, by their names: ``Detector.scores``."""
+    with products(prepared.device):
+        scores = [prepared.detector.scores(*taken) for taken in prepared.taken(part)]
+    return {name: torch.cat([each[name] for each in scores]).cpu().numpy() for name in scores[0]}
+
+
+@torch.no_grad()
+def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluation:
+    """Measure the held-out normals and the test images as the flow now is, and tell it. loss: of the epoch,
+    None before training. Raises ClassError on scores that are not finite."""
+    config, data = prepared.config, prepared.data
+    prepared.detector.eval()
+    prepared.detector.at_start = loss is None and config.identity_start
+    with products(prepared.device):
+        prepared.refit()
+    held, test = scores_of(prepared, "held"), scores_of(prepared, "test")
+    if not all(np.isfinite(scores).all() for scores in (*held.values(), *test.values())):
+        raise ClassError(
+            f"class {data.class_name}: scores are not finite in epoch {epoch} at learning rate "
+            f"{config.lr_init:g}; try a lower lr_init, max_grad_norm 1, or normalize power_l2"
+        )
+    entry: dict = {"epoch": epoch, "loss": loss, "held_out_loss": None}
+    told = f"epoch {epoch}  " + ("before training" if loss is None else f"loss {loss:.4f}")
+    if "likelihood" in held and len(held[WHOLE]):
+        entry["held_out_loss"] = float(held["likelihood"].mean() - LOG_ROOT_2PI)  # nats per channel, eq. 11
+        told += f"  held-out loss {entry['held_out_loss']:.4f}"
+    for column, name in AUROCS.items():
+        entry[column] = utils.auroc(data.labels, test[name]) if name in test else np.nan
+    if len(data.test_rows):
+        told += f"  AUROC {entry['auroc']:.4f}"
+    tqdm.write(f"{data.class_name}  {told}")
+    return Evaluation(entry, held[WHOLE], test)
+
+
+def record_of(prepared: PreparedClass, evaluations: list[Evaluation], seconds: float) -> checkpoints.Record:
+    """What a class has come to at the last of its evaluations. seconds: what training took."""
+    data, first, last = prepared.data, evaluations[0], evaluations[-1]
+    history = [each.entry for each in evaluations]
+    trained = [entry["auroc"] for entry in history if entry["epoch"]]  # the start is for comparison
+    result = {
+        "class": data.class_name,
+        "seed": prepared.seed,
+        **last.entry,
+        **utils.detection_metrics(data.labels, last.test[WHOLE]),
+        "best_on_test_auroc": max(trained or [last.entry["auroc"]]),
+        "reads_places": prepared.detector.uses_places,
+        "n_train": len(data.fit_rows),
+        "n_held_out": len(data.held_rows),
+        "n_test": len(data.test_rows),
+        "n_anomalous": int(data.labels.sum()),
+        "seconds": round(seconds, 1),
+    }
+    flow_scores = {name: scores for name, scores in last.test.items() if name != WHOLE}
+    if first.entry["epoch"] == 0:
+        flow_scores |= {f"{name}, before training": scores for name, scores in first.test.items()}
+    return checkpoints.Record(
+        result=result,
+        history=history,
+        test=checkpoints.Scored(data.test_rows, data.labels, last.test[WHOLE]),
+        flow_scores=flow_scores,
+        simple_scores=baselines.simple_scores(prepared) if prepared.compares else {},
+        held_out_scores=whole_scores(last.held, data.held_pictures) if data.held_pictures else last.held,
+    )
+
+
+def outcome(result: dict) -> str:
+    """What came out of a class, in words: its metrics, or that there was nothing to test on."""
+    epoch = f"epoch {result['epoch']}"
+    if not result["n_test"]:
+        return f"fitted to {result['n_train']} normal images, no test images ({epoch})"
+    metrics = "  ".join(f"{name.upper()} {result[name]:.4f}" for name in utils.METRICS)
+    return f"{metrics}  ({epoch}, best on test {result['best_on_test_auroc']:.4f})"
 
 
 # ---------------------------------------------------------------- one class with one seed

@@ -30,7 +30,8 @@ import extractor
 import train
 import utils
 from config import UserError, make_config
-from detector import evaluation, places
+from detector import places
+from detector.baselines import simple_scores
 from reporting.tables import as_markdown
 from shell.command_line import OneLineParser
 from shell.signals import KEPT, guarded
@@ -161,10 +162,10 @@ def fit(study: str, number: int, of_set: str, knobs: dict, class_name: str, seed
     (last, _), found = train.count_epochs(prepared), {}
     for epoch, loss in train.train_epochs(prepared) if last else [(0, None)]:
         if epoch in (*chosen.epochs, last):
-            scores = evaluation.evaluate(prepared, epoch, loss).test
+            scores = train.evaluate(prepared, epoch, loss).test
             name = f"{variant.name}, epoch {epoch}" if chosen.epochs else variant.name
             found |= {f"{name}: {score}": scores[score] for score in chosen.scores if score in scores}
-    found |= evaluation.simple_scores(prepared) if prepared.compares else {}
+    found |= simple_scores(prepared) if prepared.compares else {}
     labels = prepared.data.labels
     return [Row(name, of_set, class_name, seed, utils.auroc(labels, own)) for name, own in found.items()]
 
