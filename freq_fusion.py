@@ -22,8 +22,7 @@ from torch.nn import functional as F
 
 from backbone.token_grid import dct_basis
 
-# The frequencies that FcaNet (arXiv 2012.11879) ranks first on a 7 x 7 grid: (row, column) indices, best
-# first.
+# The frequencies that FcaNet (arXiv 2012.11879) ranks first on a 7 x 7 grid: (row, column), best first.
 TOP16 = ((0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0),
          (5, 0), (1, 6), (3, 0), (0, 4), (0, 6), (0, 3), (3, 5), (2, 2))  # fmt: skip
 
@@ -141,18 +140,10 @@ class HiLo(nn.Module):
                 queries.append(fold_keys(query, keys))
                 values.append(value)
                 projections.append(getattr(self, f"{name}_proj"))
-        mixed = self._mix(queries, tokens, index)
-        return torch.cat([proj(project_values(m, v)) for proj, m, v in zip(projections, mixed, values)], 1)
-
-    def _mix(self, queries: list[Tensor], tokens: Tensor, index: Tensor) -> list[Tensor]:
-        """One pass over the full grid for the heads of both kinds -> their mixed tokens, each (B, heads,
-        d)."""
-        logits = token_logits(torch.cat(queries, 1), tokens, index)
-        weights = torch.cat(
-            [self._window_weights(logits[:, : self.high]), self._mean_weights(logits[:, self.high :])], 1
-        )
-        mixed = mix_tokens(weights, tokens, index)
-        return [part for part in mixed.split([self.high, self.low], 1) if part.shape[1]]
+        high, low = token_logits(torch.cat(queries, 1), tokens, index).split([self.high, self.low], 1)
+        weights = torch.cat([self._window_weights(high), self._mean_weights(low)], 1)
+        parts = mix_tokens(weights, tokens, index).split([q.shape[1] for q in queries], 1)  # (B, heads, d)
+        return torch.cat([proj(project_values(m, v)) for proj, m, v in zip(projections, parts, values)], 1)
 
     def _window_weights(self, logits: Tensor) -> Tensor:
         """Softmax inside each window, windows averaged: (B, heads, N) -> (B, heads, N)."""
@@ -162,9 +153,7 @@ class HiLo(nn.Module):
 
     def _mean_weights(self, logits: Tensor) -> Tensor:
         """Softmax over the windows' means, spread over their patches: (B, heads, N) -> (B, heads, N)."""
-        averaging = self.averaging.to(
-            logits.dtype
-        )  # made in float64, so a double module computes in double throughout
+        averaging = self.averaging.to(logits.dtype)  # made in float64, for a double module
         return torch.matmul(torch.matmul(logits, averaging).softmax(2), averaging.t())
 
 
@@ -248,14 +237,7 @@ FUSIONS: dict[str, type[nn.Module] | None] = {
 
 
 def build_fusion(
-    name: str,
-    d: int,
-    hidden: int,
-    grid: tuple[int, int],
-    *,
-    channels: int,
-    alpha: float,
-    window: int,
+    name: str, d: int, hidden: int, grid: tuple[int, int], *, channels: int, alpha: float, window: int
 ) -> nn.Module | None:
     """The fusion module ``name`` (FUSIONS) for d channels and width ``hidden``; None for no fusion.
 

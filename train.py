@@ -30,7 +30,7 @@ from config import ClassError, Config, UserError
 from detector import calibration, checkpoints, runs
 from detector.class_data import TokenSource, class_data
 from detector.detector import make_detector
-from detector.evaluation import evaluate, outcome, record_of
+from detector.evaluation import evaluate, record_of
 from detector.preparation import PreparedClass, prepare_data
 from model import loss_per_image
 from reporting.report import COLUMNS
@@ -55,7 +55,8 @@ def train_epochs(prepared: PreparedClass) -> Iterator[tuple[int, float]]:
         with products(prepared.device):
             for step, batch in enumerate(bar, epoch * prepared.steps_per_epoch):
                 progress = step / (epochs * prepared.steps_per_epoch)
-                optimizer.param_groups[0]["lr"] = learning_rate(config, progress)
+                share = 0.5 * (1 + math.cos(math.pi * progress)) if config.lr_schedule == "cosine" else 1.0
+                optimizer.param_groups[0]["lr"] = config.lr_init * share
                 tokens, seen = prepared.inputs(batch)
                 if config.feature_noise:
                     noise = torch.randn(tokens.shape, generator=generator, device=tokens.device)
@@ -69,12 +70,6 @@ def train_epochs(prepared: PreparedClass) -> Iterator[tuple[int, float]]:
                 optimizer.zero_grad()
                 losses.append(loss.detach())
         yield epoch + 1, torch.stack(losses).mean().item()
-
-
-def learning_rate(config: Config, progress: float) -> float:
-    """The learning rate after the share ``progress`` (0 to 1) of all steps."""
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr_init * (cosine if config.lr_schedule == "cosine" else 1.0)
 
 
 def count_epochs(prepared: PreparedClass) -> tuple[int, int]:
@@ -94,6 +89,15 @@ def train(prepared: PreparedClass) -> checkpoints.Record:
         if epoch % sub_epochs == 0:
             evaluations.append(evaluate(prepared, epoch, loss))
     return record_of(prepared, evaluations, time.perf_counter() - began)
+
+
+def outcome(result: dict) -> str:
+    """What came out of a class, in words: its metrics, or that there was nothing to test on."""
+    epoch = f"epoch {result['epoch']}"
+    if not result["n_test"]:
+        return f"fitted to {result['n_train']} normal images, no test images ({epoch})"
+    metrics = "  ".join(f"{name.upper()} {result[name]:.4f}" for name in utils.METRICS)
+    return f"{metrics}  ({epoch}, best on test {result['best_on_test_auroc']:.4f})"
 
 
 # ---------------------------------------------------------------- one class with one seed

@@ -31,6 +31,7 @@ import train
 import utils
 from config import UserError, make_config
 from detector import evaluation, places
+from detector.baselines import simple_scores
 from reporting.tables import as_markdown
 from shell.command_line import OneLineParser
 from shell.signals import KEPT, guarded
@@ -164,7 +165,7 @@ def fit(study: str, number: int, of_set: str, knobs: dict, class_name: str, seed
             scores = evaluation.evaluate(prepared, epoch, loss).test
             name = f"{variant.name}, epoch {epoch}" if chosen.epochs else variant.name
             found |= {f"{name}: {score}": scores[score] for score in chosen.scores if score in scores}
-    found |= evaluation.simple_scores(prepared) if prepared.compares else {}
+    found |= simple_scores(prepared) if prepared.compares else {}
     labels = prepared.data.labels
     return [Row(name, of_set, class_name, seed, utils.auroc(labels, own)) for name, own in found.items()]
 

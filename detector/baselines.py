@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from detector.class_data import evenly, in_batches
+from detector.detector import PlaceFlow
 from detector.image_density import Gaussian
 from detector.normalization import power_l2
+from detector.preparation import PLACE_BATCH, PLACE_SAMPLE, PreparedClass
 from model import nearest_neighbours, squared_distances
 
 CHUNK = 1024  # rows whose distances to all others are held at once
@@ -106,3 +109,29 @@ def place_gaussians(reference: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 PLACES = {"PatchCore-like, places": patch_memory, "PaDiM-like, places": place_gaussians}
+
+
+# ---------------------------------------------------------------- of a class
+def simple_scores(prepared: PreparedClass) -> dict[str, np.ndarray]:
+    """Scores of the simple detectors on the test images, fitted to all normal training images:
+    on the semantic token, on the power-normalised joint token, on places where they are read;
+    and of places or of the image as the spread of the class has it, which chooses for the flow, too."""
+    data = prepared.data
+    normal = np.sort(np.concatenate([data.fit_rows, data.held_rows]))
+    train, test = data.train.semantic(normal), data.test.semantic(data.test_rows)
+    scores = {name: score(prepare(train), prepare(test)) for name, (score, prepare) in SEMANTIC.items()}
+    if prepared.joint:
+        train, test = torch.cat([prepared.joint["fit"], prepared.joint["held"]]), prepared.joint["test"]
+        scores["Gaussian, joint token"] = gaussian(train, test)
+        scores["kNN, joint token"] = neighbours(train, test)
+    if prepared.detector.uses_places:
+        reference = data.train.on_cpu().one("places", evenly(normal, PLACE_SAMPLE))
+        batches = in_batches(data.test_rows, PLACE_BATCH)
+        for name, fitted_to in PLACES.items():
+            score = fitted_to(reference)
+            parts = [score(data.test.on_cpu().one("places", batch)) for batch in batches]
+            scores[name] = torch.cat(parts).numpy()
+    if isinstance(prepared.detector, PlaceFlow):
+        chosen = "PaDiM-like, places" if prepared.detector.uses_places else "kNN, joint token"
+        scores["PaDiM-like or kNN, by spread"] = scores[chosen]
+    return scores

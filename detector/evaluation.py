@@ -9,11 +9,9 @@ from tqdm import tqdm
 import utils
 from backbone.arithmetic import products
 from config import ClassError
-from detector import baselines
-from detector.checkpoints import Record, Scored
-from detector.class_data import evenly, in_batches
-from detector.detector import WHOLE, PlaceFlow
-from detector.preparation import PLACE_BATCH, PLACE_SAMPLE, PreparedClass
+from detector import baselines, checkpoints
+from detector.detector import WHOLE
+from detector.preparation import PreparedClass
 from images.images import whole_scores
 from model import LOG_ROOT_2PI
 
@@ -63,7 +61,7 @@ def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluat
     return Evaluation(entry, held[WHOLE], test)
 
 
-def record_of(prepared: PreparedClass, evaluations: list[Evaluation], seconds: float) -> Record:
+def record_of(prepared: PreparedClass, evaluations: list[Evaluation], seconds: float) -> checkpoints.Record:
     """What a class has come to at the last of its evaluations. seconds: what training took."""
     data, first, last = prepared.data, evaluations[0], evaluations[-1]
     history = [each.entry for each in evaluations]
@@ -84,47 +82,11 @@ def record_of(prepared: PreparedClass, evaluations: list[Evaluation], seconds: f
     flow_scores = {name: scores for name, scores in last.test.items() if name != WHOLE}
     if first.entry["epoch"] == 0:
         flow_scores |= {f"{name}, before training": scores for name, scores in first.test.items()}
-    return Record(
+    return checkpoints.Record(
         result=result,
         history=history,
-        test=Scored(data.test_rows, data.labels, last.test[WHOLE]),
+        test=checkpoints.Scored(data.test_rows, data.labels, last.test[WHOLE]),
         flow_scores=flow_scores,
-        simple_scores=simple_scores(prepared) if prepared.compares else {},
+        simple_scores=baselines.simple_scores(prepared) if prepared.compares else {},
         held_out_scores=whole_scores(last.held, data.held_pictures) if data.held_pictures else last.held,
     )
-
-
-def outcome(result: dict) -> str:
-    """What came out of a class, in words: its metrics, or that there was nothing to test on."""
-    epoch = f"epoch {result['epoch']}"
-    if not result["n_test"]:
-        return f"fitted to {result['n_train']} normal images, no test images ({epoch})"
-    metrics = "  ".join(f"{name.upper()} {result[name]:.4f}" for name in utils.METRICS)
-    return f"{metrics}  ({epoch}, best on test {result['best_on_test_auroc']:.4f})"
-
-
-def simple_scores(prepared: PreparedClass) -> dict[str, np.ndarray]:
-    """Scores of simple detectors (baselines.py) on the test images, fitted to all normal training images:
-    on the semantic token, on the power-normalised joint token, on places where they are read;
-    and of places or of the image as the spread of the class has it, which chooses for the flow, too."""
-    data = prepared.data
-    normal = np.sort(np.concatenate([data.fit_rows, data.held_rows]))
-    train, test = data.train.semantic(normal), data.test.semantic(data.test_rows)
-    scores = {
-        name: score(prepare(train), prepare(test)) for name, (score, prepare) in baselines.SEMANTIC.items()
-    }
-    if prepared.joint:
-        train, test = torch.cat([prepared.joint["fit"], prepared.joint["held"]]), prepared.joint["test"]
-        scores["Gaussian, joint token"] = baselines.gaussian(train, test)
-        scores["kNN, joint token"] = baselines.neighbours(train, test)
-    if prepared.detector.uses_places:
-        reference = data.train.on_cpu().one("places", evenly(normal, PLACE_SAMPLE))
-        batches = in_batches(data.test_rows, PLACE_BATCH)
-        for name, fitted_to in baselines.PLACES.items():
-            score = fitted_to(reference)
-            parts = [score(data.test.on_cpu().one("places", batch)) for batch in batches]
-            scores[name] = torch.cat(parts).numpy()
-    if isinstance(prepared.detector, PlaceFlow):
-        chosen = "PaDiM-like, places" if prepared.detector.uses_places else "kNN, joint token"
-        scores["PaDiM-like or kNN, by spread"] = scores[chosen]
-    return scores

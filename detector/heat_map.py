@@ -19,14 +19,18 @@ def of_places(scores: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) 
 
 
 # ---------------------------------------------------------------- how good they are
-def count_pixels(
-    maps: list[np.ndarray], masks: list[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Of the levels of heat that pixels of maps (H, W) have, the hottest first: how many normal and how many
-    defective pixels, by masks (H, W) bool, have it, and the share of defective regions, summed over the
-    regions, that does; and the number of regions: each connected one (8 neighbours) of a mask. Image by
-    image: all pixels sorted would take 70 bytes each."""
+def localisation(maps: list[np.ndarray], masks: list[np.ndarray]) -> dict[str, float]:
+    """How good maps (H, W) are against masks (H, W) bool of the same sizes; NaN without a defective or
+    without a normal pixel.
+
+    Pixel AUROC: pixels of one level of heat count half. AUPRO: the area under the mean overlap of the
+    defective regions over the false positive rate, up to ``MOST_FALSE`` and divided by it: 1 at best; each
+    region, a connected one (8 neighbours) of a mask, counts alike. Pixels are counted by levels of heat,
+    image by image: all of them sorted would take 70 bytes each."""
+    from sklearn.metrics import auc  # slow to import; predict.py needs none
+
     low, high = min(values.min() for values in maps), max(values.max() for values in maps)
+    # of each level, the hottest first: normal pixels, defective pixels, shares of regions
     counts, n_regions = np.zeros((3, LEVELS)), 0
     for values, mask in zip(maps, masks):
         level = ((high - values) * ((LEVELS - 1) / ((high - low) or 1.0))).astype(np.int64).ravel()
@@ -38,19 +42,6 @@ def count_pixels(
             counts[row] += np.bincount(level, weights, LEVELS)
         n_regions += count
     normal, defective, overlap = counts[:, counts[:2].any(0)]
-    return normal, defective, overlap, n_regions
-
-
-def localisation(maps: list[np.ndarray], masks: list[np.ndarray]) -> dict[str, float]:
-    """How good maps (H, W) are against masks (H, W) bool of the same sizes; NaN without a defective or
-    without a normal pixel.
-
-    Pixel AUROC: pixels of one level of heat count half. AUPRO: the area under the mean overlap of the
-    defective regions over the false positive rate, up to ``MOST_FALSE`` and divided by it: 1 at best; each
-    region counts alike."""
-    from sklearn.metrics import auc  # slow to import; predict.py needs none
-
-    normal, defective, overlap, n_regions = count_pixels(maps, masks)
     if not (normal.any() and defective.any()):
         return {"pixel_auroc": float("nan"), "aupro": float("nan")}
     colder = normal.sum() - np.cumsum(normal) + normal / 2
