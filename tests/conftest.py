@@ -33,7 +33,6 @@ from cache.shards import write_shard
 from cache.store import Store
 from config import Config
 from images.images import note_once
-from shell import signals
 
 torch.set_num_threads(1)
 # Scripts that a test starts inherit this: a shell's background job and pytest-xdist may ignore Ctrl-C.
@@ -129,7 +128,6 @@ def script(
 
     def run() -> None:
         os.environ.update({"COLUMNS": "100"} | environment)
-        signals.is_guest = lambda: False  # the fork stands for a program of its own
         sys.path.insert(0, str(Path(path).parent))
         runpy.run_path(path, run_name="__main__")
 
