@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from config import UserError
-from shell.files import checksum, read_sealed, sync, whole_file
+from shell.files import checksum, read_sealed, whole_file
 
 DTYPE = np.dtype("<f2")
 EXPONENT = 0x7C00  # of a float16: all of its bits are set where it is infinite or no number
@@ -73,11 +73,9 @@ def write_shard(store: Path, of: str, images: list[str], arrays: dict[str, np.nd
         for name, values in arrays.items():
             path = partial / f"{name}.npy"
             np.save(path, values)
-            sync(path)
             content = path.read_bytes()
             record["files"][name] = {"bytes": len(content), "crc32": zlib.crc32(content)}
         (partial / RECORD).write_text(json.dumps(record | {"checksum": checksum(record)}))
-        sync(partial / RECORD)
 
 
 def read_shard(folder: Path, verified: set[str]) -> Shard:
