@@ -194,8 +194,7 @@ KINDS = {  # type of a knob -> what it is called, and what makes it of a text
 
 
 def value_of(field, given):
-    """The value of a knob, given as it is or as a text. Raises UserError unless it fits: its type, its
-    choices, its range."""
+    """A knob's value, given as it is or as a text. Raises UserError unless it fits type, choices and range."""
     kind, *others = typing.get_args(field.type) or (field.type,)
     low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
     for word in (*(None if other is NoneType else "auto" for other in others), *choices):
