@@ -169,7 +169,6 @@ FITS = (  # what has to hold of the knobs together -> the line where it does not
     (lambda c: c.score != "joined" or c.places and c.least_steps and held_share(c.holdout, c.dataset), "score joined needs place tokens, a number of training steps and held-out normal images: set places, least_steps and holdout, say 14, 400 and 0.1"),
     (lambda c: c.fusion != "bands" or c.score == "joined", "fusion bands is of places: it needs score joined"),
 )
-
 # fmt: on
 
 # ---------------------------------------------------------------- values
