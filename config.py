@@ -169,7 +169,6 @@ FITS = (  # what has to hold of the knobs together -> the line where it does not
     (lambda c: c.score != "joined" or c.places and c.least_steps and held_share(c.holdout, c.dataset), "score joined needs place tokens, a number of training steps and held-out normal images: set places, least_steps and holdout, say 14, 400 and 0.1"),
     (lambda c: c.fusion != "bands" or c.score == "joined", "fusion bands is of places: it needs score joined"),
 )
-
 # fmt: on
 
 # ---------------------------------------------------------------- values
@@ -194,8 +193,7 @@ KINDS = {  # type of a knob -> what it is called, and what makes it of a text
 
 
 def value_of(field, given):
-    """The value of a knob, given as it is or as a text. Raises UserError unless it fits: its type, its
-    choices, its range."""
+    """A knob's value, given as it is or as a text. Raises UserError unless it fits type, choices and range."""
     kind, *others = typing.get_args(field.type) or (field.type,)
     low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
     for word in (*(None if other is NoneType else "auto" for other in others), *choices):

@@ -7,12 +7,7 @@ Input "images" (n, H, W, 3) uint8, any n, RGB; H and W are the backbone's own, o
 --size, which are resized inside as Pillow does. Outputs "score" (n), "p_value" (n) among the
 held-out normal pictures (NaN without any) and "anomalous" (n), whether the score is above the
 threshold at --false_alarms. The file is compared with the detector before it is put in its place.
-
-It computes in float32, and so must what runs it: OpenVINO does with
-core.compile_model("cat.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}); in the bfloat16 that
-it takes by itself scores are a hundredth off. Held-out scores of a fit in bfloat16 are, too:
---calibrate FOLDER rests p-values and verdicts on fresh good pictures, scored as the file scores
-them; so does a fit with --precision float32."""
+It computes in float32, and so must what runs it (docs/verdicts.md)."""
 
 import argparse
 import sys
@@ -52,7 +47,7 @@ from backbone.resizing import resize_like_pillow
 from config import UserError, make_config
 from detector.class_data import Features
 from detector.picture_detector import PictureDetector
-from images.images import images_below
+from images.images import images_below, note
 from shell.files import whole_file
 
 TOLERANCE = 1e-4  # of the largest score, between the file's scores and the detector's
@@ -162,10 +157,9 @@ def main(arguments: argparse.Namespace) -> None:
     )
     precision = detector.backbone.features["precision"]
     if len(detector.held_out) and precision != "float32" and not good:
-        print(
-            f"warning: p-values and verdicts rest on held-out scores in {precision}, the file computes in "
-            "float32: --calibrate FOLDER of good pictures, or a fit with --precision float32",
-            file=sys.stderr,
+        note(
+            f"p-values and verdicts rest on held-out scores in {precision}, the file computes in float32: "
+            "--calibrate FOLDER of good pictures, or a fit with --precision float32"
         )
 
 

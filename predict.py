@@ -8,11 +8,8 @@ python predict.py runs/foad_mfff --watch FOLDER > scores.csv
 
 A run's folder scores each picture by every class of its first seed, or by those of --class_name.
 
-p_value: the share of normal pictures that score as high or higher, from the held-out ones;
-verdict: anomalous where that is at most --false_alarms, or, with too few held-out ones for that
-rate, where the score is above all of theirs. Both are empty where none were held out.
-Pictures that cannot be read are named and left out, and make the exit status 1. Heat maps are
-of classes whose score reads places (score joined, of pictures of one scene).
+What a row says, and of which classes there are heat maps: docs/verdicts.md. Pictures that cannot
+be read are named and left out, and make the exit status 1.
 
 --watch scores the pictures in a folder, then each that arrives or is written anew, until Ctrl-C
 or SIGTERM. One that has not changed for a second is taken for whole, unless a process of this

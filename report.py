@@ -34,8 +34,7 @@ SAME_TEST = ("image_list", "skipped", "precision")  # each of which moves AUROC 
 
 
 def list_runs(root: Path) -> str:
-    """A line per run, in folders of runs, too: what it was made of, its mean AUROC, when. Raises UserError
-    where there is none."""
+    """A line per run, in folders of runs, too: of what, mean AUROC, when. Raises UserError without any."""
     rows = []
     for folder in sorted({path.parent for name in ("results.json", "classes") for path in root.rglob(name)}):
         try:
@@ -60,8 +59,7 @@ def find_run(name: str, root: Path) -> Path:
 
 
 def compare(names: list[str], root: Path) -> str:
-    """Two runs side by side: AUROC per class with the paired difference, and the knobs that differ. Raises
-    UserError."""
+    """Two runs side by side: AUROC per class with paired difference, knobs that differ. Raises UserError."""
     folders = [find_run(name, root) for name in names]
     a, b = map(read_summary, folders)
     shared = [name for name in a.classes if name in b.classes]

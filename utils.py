@@ -6,11 +6,10 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,17 +31,16 @@ NO_BAR = os.environ.get("TQDM_DISABLE", "0") not in ("", "0") or None  # tqdm: N
 
 def set_up(device_name: str, threads: int) -> torch.device:
     """The device of a name (auto, cpu, cuda, cuda:N), and torch's threads set; float32 convolutions on a GPU
-    are float32, not TF32. Raises UserError on an absent device, on more threads than the machine has use for,
-    and where torch's default dtype is not float32, as a notebook may have changed it."""
+    are float32, not TF32. Raises UserError on an absent device, on more threads than the machine has use
+    for, and where a notebook has changed torch's default dtype."""
     if (dtype := torch.get_default_dtype()) != torch.float32:
         raise UserError(f"torch.set_default_dtype: expected torch.float32, it is {dtype}")
     cores, most = cpu_count(), 8 * cpu_count()
     if not 0 <= threads <= most:
         raise UserError(f"threads: this machine has {cores} cores; expected 0 (all) to {most}, got {threads}")
     torch.set_num_threads(threads or cores)
-    devices = ["cpu"]
-    if count := torch.cuda.device_count():
-        devices = ["cuda", *(f"cuda:{number}" for number in range(count)), "cpu"]
+    numbered = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    devices = ["cuda", *numbered, "cpu"] if numbered else ["cpu"]
     name = devices[0] if device_name == "auto" else device_name
     if name not in devices:
         raise UserError(f"device: expected auto, {', '.join(devices)}, got {device_name!r}")
@@ -67,8 +65,8 @@ def reachable(url: str) -> bool:
 
 # ---------------------------------------------------------------- memory and threads
 def keep_freed_memory() -> None:
-    """Have glibc, where there is one, keep half a gigabyte of freed memory. A training step frees all that it
-    took, and the next one would meet every page anew: a tenth of the time (benchmarks/RESULTS.md)."""
+    """Have glibc, where there is one, keep half a gigabyte of freed memory: else each training step meets
+    every page anew, a tenth of the time (benchmarks/RESULTS.md)."""
     with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most that glibc takes: larger arrays are the system's
@@ -91,15 +89,11 @@ def check_memory(what: str, needed: float, advice: str) -> None:
         raise UserError(f"{what} needs {needed / 1e9:.3g} GB of memory, {free / 1e9:.3g} are free; {advice}")
 
 
-@contextmanager
-def thread_pool(threads: int, start: Callable[[], object] | None = None) -> Iterator[ThreadPoolExecutor]:
-    """Threads that begin with ``start()``. When the block raises, what has not begun is dropped, and nothing
-    is waited for."""
-    pool = ThreadPoolExecutor(threads, initializer=start)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
+class Threads(ThreadPoolExecutor):
+    """When the block raises, what has not begun is dropped, and nothing is waited for."""
+
+    def __exit__(self, raised, *_):
+        self.shutdown(wait=raised is None, cancel_futures=True)
 
 
 def in_order(pool: ThreadPoolExecutor, task: Callable, items: Iterable, ahead: int) -> Iterator:
@@ -169,9 +163,8 @@ def versions() -> dict[str, str]:
     installed = {name: metadata.version(name) for name in packages}
     describe = "git describe --always --dirty=+ --abbrev=10 --exclude='*' 2>/dev/null || echo unknown"
     commit = subprocess.check_output(describe, shell=True, text=True, cwd=Path(__file__).parent).strip()
-    processor = platform.machine()
-    with suppress(OSError, TypeError):  # where the system tells more
-        processor = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())[1]  # type: ignore[index]
+    named = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())  # not of every ARM
+    processor = named[1] if named else platform.machine()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     machine = f"{cpu_count()} cores, {processor}, GPU: {gpu}"
     return {"python": platform.python_version(), **installed, "commit": commit, "machine": machine}

@@ -160,7 +160,7 @@ class Extraction:
             return [each if isinstance(each, Unreadable) else prepare(each) for each in read(batch)]
 
         try:
-            with utils.thread_pool(self.threads, lambda: torch.set_num_threads(share)) as pool:
+            with utils.Threads(self.threads, initializer=lambda: torch.set_num_threads(share)) as pool:
                 for found in utils.in_order(pool, begun, batches, 2 * self.threads):
                     for each in found:
                         yield each if here or isinstance(each, Unreadable) else self.rows(each)

@@ -76,7 +76,7 @@ def extract(
             store.begin(job.fields)
             task = functools.partial(extract_images, job, images, store, advance=bar.update)
         threads = len(parts) > 1 and not executor
-        with utils.thread_pool(len(parts)) if threads else contextlib.nullcontext(executor) as pool:
+        with utils.Threads(len(parts)) if threads else contextlib.nullcontext(executor) as pool:
             for part, left_out in outcomes(pool, task, parts):
                 unreadable += left_out
                 bar.update(len(part) if executor else 0)

@@ -31,7 +31,7 @@ import numpy as np
 
 import utils
 from config import UserError
-from shell.files import checksum, read_sealed, sweep, sync, whole_file, write_sealed
+from shell.files import checksum, read_sealed, sweep, whole_file, write_sealed
 
 FORMAT = 4
 IDENTITY, RECORD = "identity.json", "record.json"
@@ -210,11 +210,9 @@ def write_shard(store: Path, of: str, images: list[str], arrays: dict[str, np.nd
         for name, values in arrays.items():
             path = partial / f"{name}.npy"
             np.save(path, values)
-            sync(path)
             content = path.read_bytes()
             record["files"][name] = {"bytes": len(content), "crc32": zlib.crc32(content)}
         (partial / RECORD).write_text(json.dumps(record | {"checksum": checksum(record)}))
-        sync(partial / RECORD)
 
 
 def read_shard(folder: Path, verified: set[str] | frozenset[str]) -> Shard:

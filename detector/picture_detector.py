@@ -105,7 +105,7 @@ class FittedBackbone:
         size = 1 if self.tiles else job.batch
         batches = iter(lambda: list(itertools.islice(waiting, size)), [])
         few = batches if self.tiles else itertools.islice(batches, -(-COMPILED_FROM // size))
-        with utils.thread_pool(DECODING_THREADS) as pool:
+        with utils.Threads(DECODING_THREADS) as pool:
             for stacks in utils.in_order(pool, self._read, few, DECODING_THREADS):
                 for stack in stacks:
                     yield stack if isinstance(stack, Unreadable) else job.rows(stack)

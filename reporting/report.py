@@ -15,7 +15,7 @@ import utils
 from config import FIELDS, Config, UserError
 from reporting import tables
 from reporting.tables import Table, cell, margin_cell, number, undefined
-from shell.files import as_strict_json, write_json, write_text
+from shell.files import as_strict_json, write_text
 from utils import METRICS
 
 ORACLE = "best_on_test_auroc"
@@ -233,5 +233,6 @@ def write_results(folder: Path, summary: Summary) -> str:
     writer.writerows(as_strict_json(summary.rows))  # what is undefined is empty
     write_text(folder / "results.csv", text.getvalue())
     write_text(folder / "results.md", as_markdown(summary))
-    write_json(folder / "results.json", dataclasses.asdict(summary))
+    content = as_strict_json(dataclasses.asdict(summary))
+    write_text(folder / "results.json", json.dumps(content, indent=1) + "\n")
     return terminal_table(summary)

@@ -1,4 +1,3 @@
 """What stands between a script and the system: its command line, its end, its files and tasks.
 
-Owns no knowledge of images or models. May import config and the standard library; distributed for a
-cluster."""
+Knows nothing of images and models. May import config and the standard library, distributed for a cluster."""

@@ -1,9 +1,10 @@
 """The command line of a script, made from the knobs of config.py. Standard library only: -h is quick."""
 
 import argparse
+import signal
 
 from config import FIELDS, UserError, changed, make_config, unknown
-from shell.signals import KEPT, before_imports, guarded, stop
+from shell.signals import KEPT, guarded, is_guest, stop
 
 SECTIONS = {  # of the help: the first knob of each -> its title
     "preset": "most used", "device": "run", "tiles": "data", "weights_path": "backbone and extraction",
@@ -12,15 +13,15 @@ SECTIONS = {  # of the help: the first knob of each -> its title
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line, and so is a signal to end until ``guarded``."""
+    """argparse, but a mistake is one line, and until ``guarded`` Ctrl-C leaves no traceback of an import."""
 
     def error(self, message):
         stop(message)
 
     def parse_known_args(self, args=None, namespace=None):
         parsed = super().parse_known_args(args, namespace)
-        if args is None:
-            before_imports()
+        if args is None and not is_guest() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         return parsed
 
 
@@ -31,6 +32,7 @@ def from_command_line(description, argv=None):
         description=description,
         usage="%(prog)s [--knob VALUE ...]",
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, field in FIELDS.items():
@@ -41,8 +43,7 @@ def from_command_line(description, argv=None):
             text += f" ({', '.join(choices)})"
         shown = "none" if field.default is None else field.default
         flag = {"nargs": "?", "const": True} if field.type is bool else {}
-        more = {"default": argparse.SUPPRESS, "help": f"{text} [{shown}]"} | flag
-        group.add_argument(f"--{name}", metavar="VALUE", **more)
+        group.add_argument(f"--{name}", metavar="VALUE", help=f"{text} [{shown}]", **flag)
     given, rest = parser.parse_known_args(argv)
     try:
         if rest:

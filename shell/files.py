@@ -15,15 +15,16 @@ from pathlib import Path
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to beside ``path``, a file or a new folder; it takes its place when the block ends
-    without an error, a file only once it is on the disk."""
+    without an error, once it, or the files that lie in the folder, are on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     host = socket.gethostname()[-40:]  # a file's name has 255 bytes in all
     partial = path.with_name(f".{path.name}.{host}-{os.getpid()}.partial")
     partial.unlink(missing_ok=True)  # of a killed process of the same number
     try:
         yield partial
-        if partial.is_file():
-            sync(partial)
+        for file in filter(Path.is_file, (partial, *partial.glob("*"))):
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
         os.replace(partial, path)
     except OSError as error:
         if error.filename is None or str(partial) in str(error.filename):  # a full disk names none
@@ -42,32 +43,20 @@ def sweep(folder: Path, age: float = 0) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def sync(path: Path) -> None:
-    """Have the system write a file to the disk now."""
-    with open(path, "rb") as stream:
-        os.fsync(stream.fileno())
-
-
 def write_text(path: Path, text: str) -> None:
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # of names that are no UTF-8
 
 
 # ---------------------------------------------------------------- JSON
-def write_json(path: Path, content) -> None:
-    """Strict JSON: a number that is not finite is written as null."""
-    write_text(path, json.dumps(as_strict_json(content), indent=1) + "\n")
-
-
 def as_strict_json(content):
-    """What a content is once ``write_json`` has written it and it was read again: arrays are lists."""
+    """What a content is as strict JSON: arrays are lists, a number that is not finite is None."""
     text = json.dumps(content, default=lambda array: array.tolist())
     return json.loads(text, parse_constant=lambda _: None)
 
 
 def checksum(content: dict) -> str:
-    """sha256 of what JSON can hold, without its own field ``checksum``, over its sorted keys: the layout of a
-    file does not matter, every value does."""
+    """sha256 of every value but the field ``checksum``, whatever the layout of the file."""
     rest = {name: value for name, value in content.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
@@ -75,7 +64,7 @@ def checksum(content: dict) -> str:
 def write_sealed(path: Path, content: dict) -> None:
     """Write JSON with its checksum, whole or not at all; a number that is not finite becomes null."""
     content = as_strict_json(content)
-    write_json(path, content | {"checksum": checksum(content)})
+    write_text(path, json.dumps(content | {"checksum": checksum(content)}, indent=1) + "\n")
 
 
 def read_sealed(path: Path) -> dict:

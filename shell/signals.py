@@ -3,7 +3,6 @@
 import builtins
 import contextlib
 import os
-import resource
 import signal
 import sys
 import textwrap
@@ -12,24 +11,13 @@ from config import UserError
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks a script to end
 KEPT = "finished classes and shards are kept, the same command (without --restart) goes on from there"
-WANT_OF_MEMORY = (  # as Python, torch, CUDA and oneDNN put it, the last without a reason
-    "can't start new thread", "can't allocate memory", "out of memory", "could not create a primitive",
-)  # fmt: skip
+# As Python, torch, CUDA and oneDNN put it.
+WANT_OF_MEMORY = ("start new thread", "allocate memory", "out of memory", "could not create a primitive")
 
 
 def is_guest() -> bool:
     """Whether a notebook or IPython runs this script, and goes on after it."""
     return hasattr(builtins, "__IPYTHON__")
-
-
-def before_imports() -> None:
-    """Until ``guarded`` Ctrl-C ends the process at once, without the traceback of half an import. Under a
-    limit of memory (ulimit -v) by which the imports fail, one line says so."""
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if 0 <= limit < 4 << 30:  # bytes: with less the libraries of torch fail or hang
-        stop(f"not enough memory: ulimit -v allows {limit / 1e9:.2g} GB of address space, torch takes 4.3 GB")
-    if not is_guest() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _interrupt(number, frame):
@@ -41,8 +29,7 @@ def _interrupt(number, frame):
 
 def guarded(main, *arguments, told="no file is left half-written") -> None:
     """Run ``main(*arguments)``; a user's mistake, a full disk, want of memory, Ctrl-C or a signal to end
-    stops the script with one line. told: what is said of an interruption. In a notebook Ctrl-C is
-    KeyboardInterrupt."""
+    stops the script with one line. told: what is said of an interruption."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a name's character that the encoding lacks
     try:
@@ -63,9 +50,8 @@ def guarded(main, *arguments, told="no file is left half-written") -> None:
         if is_guest():
             raise
         print(f"interrupted: {told}", file=sys.stderr)
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, RuntimeError):  # it may be in a write
-                stream.flush()
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # it may be in a write
+            sys.stdout.flush()
         os._exit(128 + (*asked.args, signal.SIGINT)[0])  # without waiting for threads that compute
 
 

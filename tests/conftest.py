@@ -33,7 +33,6 @@ from cache import feature_cache
 from cache.store import Store, write_shard
 from config import Config
 from images.images import note_once
-from shell import signals
 from shell.files import as_strict_json
 
 torch.set_num_threads(1)
@@ -135,7 +134,6 @@ def script(
 
     def run() -> None:
         os.environ.update({"COLUMNS": "100"} | environment)
-        signals.is_guest = lambda: False  # the fork stands for a program of its own
         sys.path.insert(0, str(Path(path).parent))
         runpy.run_path(path, run_name="__main__")
 

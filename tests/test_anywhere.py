@@ -65,13 +65,13 @@ def test_a_notebook_and_its_pool_beside_modules_of_the_same_names(tmp_path):
 ENDING = f"""
 import os, signal, sys, time
 sys.path.append({str(ROOT)!r})
-from shell import signals
+from shell import command_line, signals
 
 def asked():
     os.kill(os.getpid(), int(sys.argv[1]))
     time.sleep(60)
 
-signals.before_imports()
+command_line.OneLineParser().parse_known_args()
 for _ in range(2):
     try:
         signals.guarded(asked, told="what is kept")

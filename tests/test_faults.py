@@ -26,7 +26,6 @@ from processes import signalled, start, wait
 import main  # noqa: F401  so that processes that are forked have its modules
 from backbone import storing
 from config import Config
-from shell import signals
 
 FAULTS = int(os.environ.get("FAULTS", "2"))
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -58,7 +57,6 @@ class Bench(NamedTuple):
         def run() -> None:
             os.chdir(place)
             resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))  # want of memory is a line, too
-            signals.is_guest = lambda: False  # the fork stands for a program of its own
             storing.SHARD_ROWS = 7  # many small shards
             options = f"{SMALL['extractor.py']} {SMALL['main.py'] if script == 'main.py' else ''}".split()
             sys.argv = [script, "--dataset_path", str(self.images), *options, *more]
