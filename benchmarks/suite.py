@@ -251,12 +251,10 @@ def publish(out: Path, title: str, tables: str, others: list[str], rows: list[Ro
 def main(args: argparse.Namespace) -> None:
     """Raises UserError where no set is there, or, once the table is written, where a set failed."""
     if args.compare:
-        compare(args.compare)
-        return
+        return compare(args.compare)
     if args.suite is None:
         raise knobs.UserError("expected the list of sets, as benchmarks/suite.toml, or --compare")
     settings, sets = read_suite(args.suite, args.only)
-    settings |= {"preset": args.preset} if args.preset else {}
     more = dict(pair.partition("=")[::2] for pair in args.knobs)
     settings |= {name: value for name, value in more.items() if name in settings}
     found, notes, failures, summaries = {}, [], [], []
@@ -304,7 +302,6 @@ def compare(files: list[Path]) -> None:
 if __name__ == "__main__":
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", type=Path, nargs="?", help="the list of sets, as benchmarks/suite.toml")
-    parser.add_argument("--preset", help="[the suite's]")
     parser.add_argument("--only", help="sets to run, separated by commas [all]")
     parser.add_argument("--seeds", type=int, default=1, help="[1]")
     parser.add_argument("--trial", action="store_true", help="with the knobs for trials: fewer classes")
