@@ -51,8 +51,9 @@ class TokenSource:
         """Copy every array to the device's memory, to be read there from now on."""
         for name, array in self.arrays.items():
             self.resident[name] = torch.empty(array.shape, dtype=torch.float16, device=self.device)
-            for rows in in_batches(np.arange(len(array)), 1024):
-                self.resident[name][rows] = torch.from_numpy(array[rows]).to(self.device)
+            for start in range(0, len(array), 1024):
+                rows = slice(start, start + 1024)
+                self.resident[name][rows] = torch.from_numpy(array[rows])
 
     def on_cpu(self) -> "TokenSource":
         """The same rows, read to the CPU."""
