@@ -254,8 +254,9 @@ def build_fusion(
 
 # ---------------------------------------------------------------- grids, windows, frequencies
 def window_of(grid: tuple[int, int], window: int) -> Tensor:
-    """The window that each patch of the grid lies in -> (N), row by row; the last windows may be smaller."""
-    rows, columns = torch.arange(grid[0]) // window, torch.arange(grid[1]) // window
+    """The window that each patch of the grid lies in -> (N), row by row; the last windows may be smaller. On
+    the CPU, so that a module on the device meta can count its windows."""
+    rows, columns = (torch.arange(side, device="cpu") // window for side in grid)
     return (rows[:, None] * math.ceil(grid[1] / window) + columns).flatten()
 
 

@@ -27,7 +27,7 @@ import utils
 from cache.feature_cache import FeatureCache
 from config import Config, UserError
 from detector import checkpoints, runs
-from detector.detector import make_detector, training_bytes
+from detector.detector import make_detector, needed_bytes
 from reporting import figures, findings, pages, report, tables
 from shell import engine
 from shell.files import write_text
@@ -46,7 +46,7 @@ def fit_all(config: Config, cache: FeatureCache, device: torch.device, cluster: 
     missing = [pair for pair in pairs if pair not in done]
     at_once = 1
     if device.type == "cpu" and not cluster:
-        each = 1e9 + training_bytes(config, cache.meta, config.batch_size)  # bytes
+        each = 1e9 + needed_bytes(config, cache.meta, config.batch_size)  # bytes
         at_once = max(1, int(min(torch.get_num_threads(), utils.available_memory() / each, len(pairs))))
     threads = config.threads or 1 if cluster else max(1, torch.get_num_threads() // at_once)
     where = config.cluster if cluster else f"{device}, {at_once} at a time" if at_once > 1 else device

@@ -1,6 +1,5 @@
 """The detector of one normal class: from cached tokens to scores; loaded from its checkpoint."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ WHOLE = "whole score"  # its name in tables: the score that the knob asks for
 LOW_DEPTHS = 2  # how many of the deepest depths give their low band to the joint token
 PLACES_WEIGHT = 1.5  # of the places in the whole score where the image's weight is 1 (docs/method.md, eq. 23)
 USUAL = 3.0  # standard deviations at which a heat map begins
-FLOAT = 4  # bytes
 
 
 class Detector(nn.Module):
@@ -194,14 +192,30 @@ class PlaceFlow(Detector):
 def make_detector(config: Config, features: dict, n_images: int | None = None, batch: int = 0) -> Detector:
     """The detector that a configuration asks for. Raises UserError as ``Detector`` does, and where it, or
     training it by batches of so many images, is more than the memory holds."""
-    needed = training_bytes(config, features, batch) if batch else FLOAT * detector_floats(config, features)
     utils.check_memory(
         f"a detector of {features['n_feat']} channels and {config.n_coupling_blocks} coupling layers"
         + (f" and its training in batches of {batch}" if batch else ""),
-        needed,
+        needed_bytes(config, features, batch),
         "choose a smaller fc_internal, n_coupling_blocks, batch_size or token_grid",
     )
+    return built(config, features, n_images)
+
+
+def built(config: Config, features: dict, n_images: int | None = None) -> Detector:
     return (PlaceFlow if config.score == "joined" else ImageFlow)(config, features, n_images)
+
+
+def needed_bytes(config: Config, features: dict, batch: int = 0) -> int:
+    """The bytes of a detector. With a batch of so many images, roughly those of fitting it: four times as
+    many, for gradients and Adam's two moments of weights, and for eigenvectors in float64 of matrices; and of
+    each image its tokens, as they are, normalised and with gradients, and what a coupling layer keeps."""
+    with torch.device("meta"):  # sizes without numbers
+        detector = built(config, features)
+    held = sum(tensor.nbytes for tensor in (*detector.parameters(), *detector.buffers()))
+    if isinstance(detector, PlaceFlow):
+        held += detector.places.whiten.mean.nbytes * detector.places.whiten.mean.shape[1]  # (P, E, E)
+    an_image = 4 * features["n_feat"] * (3 * features["tokens"] + 84 * config.n_coupling_blocks)
+    return 4 * held + batch * an_image if batch else held
 
 
 def joined_bands(channels: tuple[int, ...]) -> list[range]:
@@ -229,32 +243,6 @@ def build_flow(config: Config, channels: int, grid: tuple[int, int], n_tokens: i
         )
     except ValueError as error:
         raise UserError(f"{error}; choose another fusion, fc_internal or token_grid") from None
-
-
-# ---------------------------------------------------------------- memory, before it is asked for
-def detector_floats(config: Config, features: dict) -> int:
-    """Roughly the numbers that a detector holds: of the linear layers of its flow, of the largest fusion
-    there is, and of the matrices that whiten its inputs. features: the sidecar of the cache."""
-    bands = sum(features["band_channels"]) * len(Bands().statistics) if config.bands else 0
-    joint = features["n_feat"] + bands
-    places, width = features["place_shape"] if config.places else (0, 0)
-    channels = width if config.score == "joined" else joint
-    half, hidden = channels / 2, config.fc_internal or channels
-    subnet = half * hidden + 2 * hidden**2 + 2 * hidden * channels
-    if config.fusion != "none":
-        subnet += 3 * half**2 + half * hidden
-    whitening = joint**2 + places * width**2 + 17 * math.prod(features["grid"]) ** 2
-    return math.ceil(2 * config.n_coupling_blocks * subnet) + whitening
-
-
-def training_bytes(config: Config, features: dict, batch: int) -> int:
-    """Roughly the bytes that fitting by batches of so many images takes: weights, gradients and Adam's two
-    moments, a batch's tokens as they are, normalised and with their gradients, and what each coupling layer
-    keeps for the backward pass, the queries of its attention heads the most of it."""
-    channels, heads = features["n_feat"], 8 if config.fusion != "none" else 0
-    kept = 2 * config.n_coupling_blocks * (6 * (config.fc_internal or channels) + 4 * channels * (1 + heads))
-    images = batch * (3 * features["tokens"] * channels + kept)
-    return FLOAT * (4 * detector_floats(config, features) + images)
 
 
 # ---------------------------------------------------------------- from a checkpoint

@@ -5,7 +5,7 @@ from fabricated import JOINED, make, settings
 
 import utils
 from config import UserError
-from detector.detector import detector_floats
+from detector.detector import needed_bytes
 from shell import signals
 
 
@@ -16,12 +16,12 @@ def test_sizes_beyond_the_machine(cache):
 
 @pytest.mark.parametrize("fusion", ["class_attention", "hilo", "none"])
 @pytest.mark.parametrize("more", [{}, {"fc_internal": 8}, JOINED], ids=str)
-def test_estimate_is_near_what_is_built(cache, fusion, more):
-    """Between half and three times the numbers of a detector in fact, whatever it is made of."""
+def test_a_detector_is_counted_before_it_is_built(cache, fusion, more):
+    """And its fit, which takes several times as much."""
     options = {"fc_internal": 64, **more, "fusion": fusion}
-    detector = make(cache, **options).detector
-    held = sum(tensor.numel() for tensor in (*detector.parameters(), *detector.buffers()))
-    assert held / 2 < detector_floats(settings(**options), cache.meta) < 3 * held + 2000
+    held = sum(tensor.nbytes for tensor in make(cache, **options).detector.state_dict().values())
+    counted, in_training = (needed_bytes(settings(**options), cache.meta, batch) for batch in (0, 8))
+    assert held <= counted < 3 * held and in_training > 4 * held
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
