@@ -1,5 +1,6 @@
 """The detector of one normal class: from cached tokens to scores; loaded from its checkpoint."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ import model
 import utils
 from backbone.arithmetic import products
 from backbone.token_grid import Bands, centred_window, place_grid_of
-from cache import feature_cache
 from config import Config, UserError
 from detector.checkpoints import Record, checkpoint_files, config_of, read_record, weights_fault
-from detector.class_data import EVAL_BATCH, Features, in_batches
+from detector.class_data import EVAL_BATCH, Features
 from detector.image_density import ImageDensity, Standardized
 from detector.normalization import NORMALIZATIONS, PatchNormalizer, power_l2
 from detector.places import SEEN, Places
@@ -82,13 +82,6 @@ class Detector(nn.Module):
                 "features or the detector's weights are damaged"
             )
         return scores
-
-    def load_saved(self, state: dict[str, Tensor]) -> None:
-        """Load a state dict, some of whose buffers may have any number of rows."""
-        for name in state.keys() & dict(self.named_buffers()).keys():
-            owner, _, buffer = name.rpartition(".")
-            setattr(self.get_submodule(owner), buffer, torch.empty_like(state[name]))
-        self.load_state_dict(state)
 
 
 class ImageFlow(Detector):
@@ -172,21 +165,25 @@ class PlaceFlow(Detector):
         }
 
     @torch.no_grad()
-    def place_map(self, places: Tensor) -> np.ndarray:
-        """Place tokens (B, P, E) -> how unusual every place is (B, P), in standard deviations of its own
+    def place_map(self, places: Tensor | np.ndarray) -> np.ndarray:
+        """Place tokens (n, P, E) -> how unusual every place is (n, P), in standard deviations of its own
         log-likelihood beyond ``USUAL``."""
-        with products(places.device):
-            _, likelihoods = self.latents(self.places.whiten(places))
-            return (self.places.unusual(likelihoods) - USUAL).cpu().numpy()
+        with products(self.one_scene.device):
+            batches = torch.as_tensor(places).split(EVAL_BATCH["cpu"])
+            found = [self.latents(self.places.whiten(batch.float()))[1] for batch in batches]
+            return (self.places.unusual(torch.cat(found)) - USUAL).cpu().numpy()
 
     def read_places(self, one_scene: float) -> None:
         """Weigh the parts: 1 where the class's normal images show one scene, 0 where places are not read."""
         self.one_scene.fill_(one_scene)
         self.uses_places = one_scene > 0
 
-    def load_saved(self, state: dict[str, Tensor]) -> None:
-        super().load_saved(state)
-        self.read_places(float(self.one_scene))
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """Of a state that may have any number of kernels, and of places that were whitened."""
+        self.image.centres = torch.empty_like(state_dict["image.centres"])
+        self.places.whiten.whitening = torch.empty_like(state_dict["places.whiten.whitening"])
+        self.read_places(float(state_dict["one_scene"]))
+        return super().load_state_dict(state_dict, strict, assign)
 
 
 def make_detector(config: Config, features: dict, n_images: int | None = None, batch: int = 0) -> Detector:
@@ -246,30 +243,20 @@ def build_flow(config: Config, channels: int, grid: tuple[int, int], n_tokens: i
 
 
 # ---------------------------------------------------------------- from a checkpoint
-def load_detector(path: Path) -> tuple[Detector, Record]:
+def load_detector(path: str | Path) -> tuple[Detector, Record]:
     """The detector of a checkpoint (either of its two files) and its record. Unpickles nothing.
     Raises UserError unless both are what was written together."""
     record_file, weights = checkpoint_files(Path(path))
     try:
         record = read_record(record_file)
-    except (OSError, ValueError) as error:
-        expected = f"expected a checkpoint {record_file} with its .safetensors beside it"
-        raise UserError(f"{expected} ({error})") from None
-    if fault := weights_fault(record, weights):
-        raise UserError(f"{fault}; train it again")
-    try:
+        if fault := weights_fault(record, weights):
+            raise UserError(f"{fault}; train it again")
         detector = make_detector(config_of(record), record.features, record.result["n_train"])
-        detector.load_saved(load_file(weights))
+        detector.load_state_dict(load_file(weights))
     except UserError as error:
         raise UserError(f"{record_file}: {error}") from None
     except Exception as error:  # files that somebody made: each fails in its own way
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
-        raise UserError(f"{weights} holds no weights of this version's detector ({reason})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        expected = f"expected a checkpoint of this version, {record_file} with its .safetensors beside it"
+        raise UserError(f"{expected} ({reason})") from None
     return detector.eval(), record
-
-
-def place_maps(fitted: Detector, cache: feature_cache.FeatureCache, rows: np.ndarray) -> np.ndarray:
-    """How unusual every place of the test images ``rows`` is (n, P), from their cached features."""
-    places = cache.arrays("test")["places"]
-    batches = in_batches(rows, EVAL_BATCH["cpu"])
-    return np.concatenate([fitted.place_map(torch.from_numpy(places[batch]).float()) for batch in batches])

@@ -19,7 +19,6 @@ from config import UserError
 from detector import heat_map
 from detector.calibration import Threshold
 from detector.checkpoints import Record
-from detector.detector import place_maps
 from reporting.findings import Left
 from reporting.overlays import overlaid
 from reporting.report import Summary
@@ -129,7 +128,9 @@ def contact_sheet(cache: FeatureCache, images: datasets.ImageSet, left: Left) ->
     figure, all_axes = new_figure(1.4 * SHEET, (0.8 + 1.4 * rows_high) * len(strips), len(strips))
     for axes, (heading, positions) in zip(all_axes, strips.items()):
         rows = test.rows[positions]
-        maps = place_maps(left.detector, cache, rows) if left.detector else [None] * len(rows)
+        maps = [None] * len(rows)
+        if left.detector:
+            maps = left.detector.place_map(cache.arrays("test")["places"][rows])
         strip = np.full((rows_high * SIDE, SHEET * SIDE, 3), 255, np.uint8)
         for place, (row, score, values) in enumerate(zip(rows, test.scores[positions], maps)):
             pixels, left_edge, heat = images.read("test", int(row)), place * SIDE, None

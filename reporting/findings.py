@@ -13,7 +13,7 @@ from cache.feature_cache import FeatureCache
 from config import Config, UserError
 from detector import calibration, heat_map
 from detector.checkpoints import Record, checkpoint_path, read_record
-from detector.detector import Detector, load_detector, place_maps
+from detector.detector import Detector, load_detector
 from images.layouts import read_mask
 from reporting.report import Found, best_of, over_seeds
 
@@ -94,6 +94,6 @@ def localisation(
     size = next(iter(masks.values())).shape
     masks |= {row: np.zeros(size, bool) for row in rows[labels == 0] if row not in masks}
     kept = np.array([row for row in rows if row in masks])
-    maps, grid = place_maps(detector, cache, kept), place_grid_of(cache.fields)
+    maps, grid = detector.place_map(cache.arrays("test")["places"][kept]), place_grid_of(cache.fields)
     sized = [heat_map.of_places(values, grid, masks[row].shape) for row, values in zip(kept, maps)]
     return heat_map.localisation(sized, [masks[row] for row in kept])
