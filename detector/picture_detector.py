@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 import utils
-from backbone import backbones, extraction
+from backbone import extraction
 from backbone.extraction import COMPILED_FROM, Rows
 from backbone.identity import cache_identity
 from backbone.resizing import Unreadable, read_levels
@@ -41,23 +40,22 @@ class FittedBackbone:
     def __init__(
         self,
         record: Record,
-        checkpoint: Path,
         device: torch.device,
         precision: str | None = None,
-        weights: str | Path | None = None,
+        weights_path: str | Path | None = None,
     ):
-        """Of a fitted class. precision: of the backbone, as the knob says it; None: as in the fit. weights:
-        the file of a fit with weights_path; None: looked for where it was, and beside the ``checkpoint``."""
-        self.features = features = record.features
+        """Of a fitted class. precision: of the backbone, as the knob says it; None: as in the fit.
+        weights_path: where the file of a fit with weights_path is now; None: where it was."""
+        config, self.features, self.device = config_of(record), record.features, device
         self.config = dataclasses.replace(
-            config_of(record),
+            config,
             device=str(device),
-            precision=precision or features["precision"],
-            img_size=tuple(features["img_size"]),  # of the fit, where the pictures decided it
+            precision=precision or self.features["precision"],
+            img_size=tuple(self.features["img_size"]),  # of the fit, where the pictures decided it
+            weights_path=str(weights_path) if weights_path else config.weights_path,
         )
-        self.scale = images.PixelScale(features.get("pixel_scale", {}))
-        self.device, self.checkpoint, self.weights = device, checkpoint, weights and Path(weights)
-        self.tiles = self.config.tiles  # pixels of a side that pictures are cut into; 0: they are whole
+        self.scale = images.PixelScale(self.features.get("pixel_scale", {}))
+        self.tiles = config.tiles  # pixels of a side that pictures are cut into; 0: they are whole
 
     def __getstate__(self) -> dict:
         """Without the loaded backbone: a copy in another process loads its own."""
@@ -66,10 +64,9 @@ class FittedBackbone:
     @functools.cached_property
     def job(self) -> extraction.Extraction:
         """The loaded backbone. Raises UserError when it no longer gives the features of the fit."""
-        config = dataclasses.replace(self.config, weights_path=self._weights_path())
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be a table of scores
-            identity = cache_identity(config, self.device)
-            job = extraction.Extraction(identity, self.device, config.extract_batch, config.workers)
+            identity = cache_identity(self.config, self.device)
+            job = extraction.Extraction(identity, self.device, self.config.extract_batch, self.config.workers)
         for field, now in job.fields.items():
             known = self.features.get(field)
             if field not in (EXAMPLE, "precision") and known != as_strict_json(now):
@@ -77,25 +74,6 @@ class FittedBackbone:
         if fault := example_fault(self.features.get(EXAMPLE), job.fields[EXAMPLE]):
             raise UserError(f"the detector does not fit: {fault}")
         return job
-
-    def _weights_path(self) -> str | None:
-        """The knob weights_path for the weights of the fit, wherever their file is now. Raises UserError when
-        that is nowhere, or another one."""
-        fitted_with, weights = self.config.weights_path, self.features["weights"]
-        if fitted_with in (None, "random"):
-            if self.weights:
-                raise UserError(f"weights_path: it was fitted with {weights}, no file; leave it out")
-            return fitted_with
-        there = Path(fitted_with)
-        beside = [folder / there.name for folder in self.checkpoint.parents[:2]]
-        places = [self.weights] if self.weights else [there, *beside]
-        for place in filter(Path.is_file, places):
-            if weights == backbones.weights_source(self.config.extractor, str(place), self.config.seed):
-                return str(place)
-        raise UserError(
-            f"weights_path: the detector was fitted with {there.name} ({weights}); expected that very file, "
-            f"looked at {', '.join(map(str, places))}; give it: --weights_path FILE"
-        )
 
     def rows(self, pictures: Iterable) -> Iterator[Rows | Unreadable]:
         """The features of pictures in order, of consecutive ones together, as ``Extraction.rows`` gives them,
@@ -150,22 +128,22 @@ class PictureDetector:
         """A fitted class, from its checkpoint: ``PictureDetector.load(path).score(picture)``.
 
         false_alarms: the share of normal pictures that ``verdict`` may call anomalous; None: the run's knob.
-        weights_path: the file that a fit with weights_path took; None: looked for where it was and beside the
-        checkpoint. precision: of the backbone, as the knob; None: as in the fit. backbone: of a detector that
-        was fitted to the same features. Raises UserError when the checkpoint or the device is not there."""
-        there, path = utils.set_up(device, threads), Path(path)
+        precision, weights_path: as of ``FittedBackbone``. backbone: of a detector that was fitted to the same
+        features. Raises UserError when the checkpoint or the device is not there."""
+        there = utils.set_up(device, threads)
         fitted, record = load_detector(path)
         rate = record.config["false_alarms"] if false_alarms is None else false_alarms
         if not 0 < rate <= 0.5:
             raise UserError(f"false_alarms: expected a share above 0 and up to 0.5, got {rate}")
-        backbone = backbone or FittedBackbone(record, path, there, precision, weights_path)
+        backbone = backbone or FittedBackbone(record, there, precision, weights_path)
         name, held_out = record.result["class"], record.held_out_scores
         return PictureDetector(fitted.to(there), record, backbone, rate, name, held_out)
 
     def score(self, picture: Any) -> Any:
         """The anomaly score of a picture (float), or of several (n): higher is more anomalous. Raises
         UserError on one that cannot be read."""
-        several = are_several(picture)
+        one = isinstance(picture, str | bytes) or not isinstance(picture, Iterable)
+        several = not one and getattr(picture, "ndim", 4) == 4  # of an array's dimensions
         scores: list[np.ndarray] = [np.empty(0)]
         for rows in self.backbone.rows(picture if several else [picture]):
             if isinstance(rows, Unreadable):
@@ -214,12 +192,3 @@ class PictureDetector:
         """Let p-values and verdicts rest on fresh normal pictures instead -> the new threshold."""
         self.held_out = np.atleast_1d(self.score(good))
         return self.threshold
-
-
-def are_several(pictures: Any) -> bool:
-    """Whether this is a list, an iterator or an array of pictures rather than one, or than something that is
-    none."""
-    if isinstance(pictures, np.ndarray):
-        return pictures.ndim == 4
-    one = (str, bytes, Path, Image.Image, torch.Tensor)
-    return isinstance(pictures, Iterable) and not isinstance(pictures, one)
