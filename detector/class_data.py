@@ -106,7 +106,7 @@ class ClassData:
     held_rows: np.ndarray  # normal training images held out for likelihood
     test_rows: np.ndarray
     labels: np.ndarray  # of test_rows: 0 normal, 1 anomalous
-    held_pictures: list[str] | None = None  # with tiles: the picture that each of held_rows is of
+    held_pictures: np.ndarray  # of held_rows: the picture that each is a tile of, itself without tiles
 
     @property
     def parts(self) -> dict[str, tuple[TokenSource, np.ndarray]]:
@@ -135,7 +135,6 @@ def class_data(
     if not held.any():
         held = np.isin(pictures, shuffled[:n_held])
     fit_rows, held_rows = train_rows[~held], train_rows[held]
-    held_pictures = pictures[held].tolist() if config.tiles else None
     if len(fit_rows) < FEWEST or not (len(test_rows) or len(held_rows)):
         counts = f"{len(fit_rows)} training, {len(held_rows)} held-out and {len(test_rows)} test images"
         advice = "give more normal ones" if len(fit_rows) < FEWEST else "--holdout 0.1 holds some out"
@@ -149,4 +148,4 @@ def class_data(
             f"class {class_name}: the cached features of its training images are all the same; so are its "
             "images, or the cache is damaged"
         )
-    return ClassData(class_name, train, test, fit_rows, held_rows, test_rows, test_labels, held_pictures)
+    return ClassData(class_name, train, test, fit_rows, held_rows, test_rows, test_labels, pictures[held])

@@ -88,5 +88,5 @@ def record_of(prepared: PreparedClass, evaluations: list[Evaluation], seconds: f
         test=checkpoints.Scored(data.test_rows, data.labels, last.test[WHOLE]),
         flow_scores=flow_scores,
         simple_scores=baselines.simple_scores(prepared) if prepared.compares else {},
-        held_out_scores=whole_scores(last.held, data.held_pictures) if data.held_pictures else last.held,
+        held_out_scores=whole_scores(last.held, data.held_pictures),
     )

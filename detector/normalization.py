@@ -123,9 +123,9 @@ NORMALIZATIONS: dict[str, type[Standardization | Whitening]] = {
 
 
 class PatchNormalizer(nn.Module):
-    """Patch tokens (B, N, E) -> what the fusion takes (B, N, C), C the flow's channels: where ``powered``, by
-    one shift and scale after ``power_l2``; more channels than C brought down to their principal directions,
-    fewer filled up with zeros."""
+    """Patch tokens (B, N, E) -> what the fusion takes (B, N, C), C the flow's channels, fewer filled up with
+    zeros; where ``powered``, after ``power_l2`` and by one shift and scale, more channels than C brought down
+    to their principal directions."""
 
     def __init__(self, powered: bool, channels: int, flow_channels: int):
         super().__init__()
@@ -138,22 +138,20 @@ class PatchNormalizer(nn.Module):
 
     def fit(self, patches: Tensor) -> "PatchNormalizer":
         """Fit to patch tokens (m, E) of normal training images, float32."""
-        tokens = power_l2(patches) if self.powered else patches
+        tokens = power_l2(patches)
         self.mean.copy_(tokens.mean(0))
         centred = tokens - self.mean
         if self.reduces:
             values, vectors = torch.linalg.eigh((centred.T @ centred / len(centred)).double())
             self.directions.copy_(vectors.flip(1)[:, : self.directions.shape[1]])
             centred = centred @ self.directions
-        if self.powered:
-            self.scale.copy_((centred.square().mean() + EPS).rsqrt())
+        self.scale.copy_((centred.square().mean() + EPS).rsqrt())
         return self
 
     def forward(self, patches: Tensor) -> Tensor:
-        if self.powered or self.reduces:
-            patches = (power_l2(patches) if self.powered else patches) - self.mean
-        if self.reduces:
-            patches = torch.matmul(patches, self.directions)
         if self.powered:
+            patches = power_l2(patches) - self.mean
+            if self.reduces:
+                patches = torch.matmul(patches, self.directions)
             patches = patches * self.scale
         return F.pad(patches, (0, self.missing)) if self.missing else patches

@@ -61,11 +61,11 @@ class PreparedImages(Prepared):
         self.steps_per_epoch = math.ceil(len(data.fit_rows) / self.config.batch_size)
         if detector.powered:
             detector.normalizer.fit(self.joint_tokens("fit"))
+            if detector.patch_normalizer:
+                sample = data.train.on_cpu()[evenly(data.fit_rows, PATCH_SAMPLE)]
+                detector.patch_normalizer.fit(sample.patches.flatten(0, 1))
         if detector.whitens and self.compares:
             self.joint = {part: self.joint_tokens(part) for part in data.parts}
-        if (patches := detector.patch_normalizer) and (patches.powered or patches.reduces):
-            sample = data.train.on_cpu()[evenly(data.fit_rows, PATCH_SAMPLE)]
-            patches.fit(sample.patches.flatten(0, 1))
 
     def epoch(self, order: np.random.RandomState) -> list[np.ndarray]:
         """The batches of one epoch: the numbers of all training images in a new order."""

@@ -303,10 +303,10 @@ def tiles_of(size: tuple[int, int], side: int) -> list[Tile]:
     return [Tile(top, left, *sides.tolist()) for top in rows for left in columns]
 
 
-def whole_scores(scores: np.ndarray, pictures: Sequence) -> np.ndarray:
+def whole_scores(scores: np.ndarray, pictures: np.ndarray) -> np.ndarray:
     """The scores of pictures from those of their tiles (n), the picture of each tile given (n), in order: the
     greatest, which a small defect does not share with the rest of its picture."""
-    first = np.unique(np.asarray(pictures), return_index=True)[1]
+    first = np.unique(pictures, return_index=True)[1]
     return np.maximum.reduceat(scores, np.sort(first)) if len(scores) else scores
 
 

@@ -163,7 +163,8 @@ def test_trainer_takes_the_released_steps(flow_file):
     channels, n, blocks, hidden = sizes(golden)
     source = GoldenSource(golden["features"])
     rows = np.arange(len(source.rows))
-    data = class_data.ClassData("golden", source, source, rows, rows[:0], rows, np.zeros(len(rows), int))
+    none, labels = rows[:0], np.zeros(len(rows), int)
+    data = class_data.ClassData("golden", source, source, rows, none, rows, labels, none)
     batches = rows.reshape(len(semantic), -1)  # an epoch each, so that each has its loss
     sizes_of_flow = {"n_coupling_blocks": blocks, "fc_internal": hidden}
     settings = config.Config(fusion="class_attention", meta_epochs=len(batches), **sizes_of_flow)
