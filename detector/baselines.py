@@ -118,7 +118,7 @@ def simple_scores(prepared: PreparedClass) -> dict[str, np.ndarray]:
     and of places or of the image as the spread of the class has it, which chooses for the flow, too."""
     data = prepared.data
     normal = np.sort(np.concatenate([data.fit_rows, data.held_rows]))
-    train, test = data.train.semantic(normal), data.test.semantic(data.test_rows)
+    train, test = data.train.semantic[normal].float(), data.test.semantic[data.test_rows].float()
     scores = {name: score(prepare(train), prepare(test)) for name, (score, prepare) in SEMANTIC.items()}
     if prepared.joint:
         train, test = torch.cat([prepared.joint["fit"], prepared.joint["held"]]), prepared.joint["test"]

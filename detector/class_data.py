@@ -74,12 +74,9 @@ class TokenSource:
         return self._rows(name, index).float()
 
     @functools.cached_property
-    def _semantic(self) -> Tensor:
+    def semantic(self) -> Tensor:
+        """The semantic tokens (n, C) of all images, float16, on the CPU."""
         return torch.from_numpy(self.arrays["tokens"].semantic())
-
-    def semantic(self, index: np.ndarray) -> Tensor:
-        """The semantic tokens (n, C) of the images ``index``, float32, on the CPU."""
-        return self._semantic[torch.from_numpy(index)].float()
 
 
 def in_batches(index: np.ndarray, size: int) -> list:

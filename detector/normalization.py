@@ -57,9 +57,8 @@ class Principal(nn.Module):
         """Tokens (n, D), float32 -> variances (k) in the directions, their mean () over all D, float64."""
         self.mean.copy_(tokens.mean(0))
         values, directions = principal_directions(tokens - self.mean)
-        count = self.directions.shape[1]
-        self.directions.copy_(directions[:, :count])
-        return values[:count], values.sum() / tokens.shape[1]
+        self.directions.copy_(directions)
+        return values, values.sum() / tokens.shape[1]
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         centred = tokens - self.mean

@@ -20,7 +20,7 @@ from backbone.identity import cache_identity
 from backbone.resizing import Unreadable, read_levels
 from backbone.token_grid import place_grid_of
 from cache.store import EXAMPLE, example_fault
-from config import UserError
+from config import Config, UserError
 from detector import calibration, heat_map
 from detector.checkpoints import Record, config_of
 from detector.class_data import Features
@@ -37,24 +37,11 @@ class FittedBackbone:
     """The backbone that a detector was fitted with: pictures -> rows of features. It is loaded at the first
     picture; the classes of a run share one."""
 
-    def __init__(
-        self,
-        record: Record,
-        device: torch.device,
-        precision: str | None = None,
-        weights_path: str | Path | None = None,
-    ):
-        """Of a fitted class. precision: of the backbone, as the knob says it; None: as in the fit.
-        weights_path: where the file of a fit with weights_path is now; None: where it was."""
-        config, self.features, self.device = config_of(record), record.features, device
-        self.config = dataclasses.replace(
-            config,
-            device=str(device),
-            precision=precision or self.features["precision"],
-            img_size=tuple(self.features["img_size"]),  # of the fit, where the pictures decided it
-            weights_path=str(weights_path) if weights_path else config.weights_path,
-        )
-        self.scale = images.PixelScale(self.features.get("pixel_scale", {}))
+    def __init__(self, features: dict, config: Config):
+        """features: the sidecar of those that a class was fitted to. config: of that fit, with device,
+        precision and weights_path as they are now."""
+        self.features, self.config = features, config
+        self.scale = images.PixelScale(features.get("pixel_scale", {}))
         self.tiles = config.tiles  # pixels of a side that pictures are cut into; 0: they are whole
 
     def __getstate__(self) -> dict:
@@ -64,9 +51,10 @@ class FittedBackbone:
     @functools.cached_property
     def job(self) -> extraction.Extraction:
         """The loaded backbone. Raises UserError when it no longer gives the features of the fit."""
+        config, device = self.config, torch.device(self.config.device)
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be a table of scores
-            identity = cache_identity(self.config, self.device)
-            job = extraction.Extraction(identity, self.device, self.config.extract_batch, self.config.workers)
+            identity = cache_identity(config, device)
+            job = extraction.Extraction(identity, device, config.extract_batch, config.workers)
         for field, now in job.fields.items():
             known = self.features.get(field)
             if field not in (EXAMPLE, "precision") and known != as_strict_json(now):
@@ -127,17 +115,24 @@ class PictureDetector:
     ) -> "PictureDetector":
         """A fitted class, from its checkpoint: ``PictureDetector.load(path).score(picture)``.
 
-        false_alarms: the share of normal pictures that ``verdict`` may call anomalous; None: the run's knob.
-        precision, weights_path: as of ``FittedBackbone``. backbone: of a detector that was fitted to the same
-        features. Raises UserError when the checkpoint or the device is not there."""
+        false_alarms: the share of normal pictures that ``verdict`` may call anomalous. weights_path: where
+        the file of a fit with weights_path is now. precision: of the backbone. All three are knobs; None: as
+        in the fit. backbone: of a detector that was fitted to the same features. Raises UserError when the
+        checkpoint or the device is not there."""
         there = utils.set_up(device, threads)
         fitted, record = load_detector(path)
-        rate = record.config["false_alarms"] if false_alarms is None else false_alarms
-        if not 0 < rate <= 0.5:
-            raise UserError(f"false_alarms: expected a share above 0 and up to 0.5, got {rate}")
-        backbone = backbone or FittedBackbone(record, there, precision, weights_path)
+        config, features = config_of(record), record.features
+        config = dataclasses.replace(
+            config,
+            device=str(there),
+            precision=precision or features["precision"],
+            img_size=tuple(features["img_size"]),  # of the fit, where the pictures decided it
+            weights_path=str(weights_path) if weights_path else config.weights_path,
+            false_alarms=config.false_alarms if false_alarms is None else false_alarms,
+        )
+        backbone = backbone or FittedBackbone(features, config)
         name, held_out = record.result["class"], record.held_out_scores
-        return PictureDetector(fitted.to(there), record, backbone, rate, name, held_out)
+        return PictureDetector(fitted.to(there), record, backbone, config.false_alarms, name, held_out)
 
     def score(self, picture: Any) -> Any:
         """The anomaly score of a picture (float), or of several (n): higher is more anomalous. Raises

@@ -93,7 +93,7 @@ class PreparedPlaces(Prepared):
         joint = {part: self.joint_tokens(part) for part in data.parts}
         self.joint = joint if self.compares else {}
         detector.image.fit(joint["fit"])
-        detector.read_places(one_scene(spread(data.train.semantic(data.fit_rows))))
+        detector.read_places(one_scene(spread(data.train.semantic[data.fit_rows].float())))
         if detector.uses_places:
             self.fit_places(detector.places)
         detector.to(device)

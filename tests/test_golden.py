@@ -153,9 +153,6 @@ class GoldenSource:
         rows = self.rows[torch.from_numpy(np.asarray(index))]
         return class_data.Features(rows[:, 0], rows[:, 1:])
 
-    def semantic(self, index):
-        return self.rows[torch.from_numpy(index)][:, 0]
-
 
 def test_trainer_takes_the_released_steps(flow_file):
     """The training script's own step, on its default optimiser settings, gives the released losses."""

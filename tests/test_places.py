@@ -277,7 +277,7 @@ def test_places_are_read_where_images_show_one_scene(tmp_path, width, monkeypatc
         class_data.TokenSource, "_rows", lambda self, name, *of: read.append(name) or plain(self, name, *of)
     )
     prepared, fitted = fit(fabricate(tmp_path / "c", spread=width), baselines=True)
-    alike = one_scene(spread(prepared.data.train.semantic(prepared.data.fit_rows))) > 0
+    alike = one_scene(spread(prepared.data.train.semantic[prepared.data.fit_rows].float())) > 0
     assert alike == (width == 0.1) == fitted.result["reads_places"] == ("places" in read)
     assert prepared.detector.uses_places == bool(prepared.detector.one_scene) == alike
     assert fitted.result["epoch"] == int(alike)
