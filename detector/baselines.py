@@ -26,11 +26,6 @@ def neighbours(reference: Tensor, query: Tensor) -> np.ndarray:
     return torch.cat(parts).cpu().numpy()
 
 
-def cosine_neighbours(reference: Tensor, query: Tensor) -> np.ndarray:
-    """The same with cosine distance, as DN2 and PANDA take it: (n, C), (m, C) -> (m)."""
-    return neighbours(F.normalize(reference, dim=1), F.normalize(query, dim=1))
-
-
 def gaussian(reference: Tensor, query: Tensor) -> np.ndarray:
     """Squared Mahalanobis distance to a Gaussian with Ledoit-Wolf shrinkage, fitted to reference: (n, C), (m,
     C) -> (m)."""
@@ -41,8 +36,8 @@ def gaussian(reference: Tensor, query: Tensor) -> np.ndarray:
 
 
 SEMANTIC = {  # name in the table -> (detector, what is done to the semantic tokens first)
-    "kNN, raw": (cosine_neighbours, torch.Tensor.float),
-    "kNN, power + L2": (cosine_neighbours, power_l2),
+    "kNN, raw": (neighbours, F.normalize),  # by cosine distance, as of DN2 and PANDA
+    "kNN, power + L2": (neighbours, lambda tokens: F.normalize(power_l2(tokens))),
     "Gaussian, raw": (gaussian, torch.Tensor.float),
     "Gaussian, power + L2": (gaussian, power_l2),
 }

@@ -48,16 +48,15 @@ def evaluate(prepared: PreparedClass, epoch: int, loss: float | None) -> Evaluat
             f"class {data.class_name}: scores are not finite in epoch {epoch} at learning rate "
             f"{config.lr_init:g}; try a lower lr_init, max_grad_norm 1, or normalize power_l2"
         )
-    entry: dict = {"epoch": epoch, "loss": loss, "held_out_loss": None}
-    told = f"epoch {epoch}  " + ("before training" if loss is None else f"loss {loss:.4f}")
-    if "likelihood" in held and len(held[WHOLE]):
-        entry["held_out_loss"] = float(held["likelihood"].mean() - LOG_ROOT_2PI)  # nats per channel, eq. 11
-        told += f"  held-out loss {entry['held_out_loss']:.4f}"
+    known = "likelihood" in held and len(held[WHOLE])
+    held_out = float(held["likelihood"].mean() - LOG_ROOT_2PI) if known else None  # nats per channel, eq. 11
+    entry: dict = {"epoch": epoch, "loss": loss, "held_out_loss": held_out}
     for column, name in AUROCS.items():
         entry[column] = utils.auroc(data.labels, test[name]) if name in test else np.nan
-    if len(data.test_rows):
-        told += f"  AUROC {entry['auroc']:.4f}"
-    tqdm.write(f"{data.class_name}  {told}")
+    auroc = entry["auroc"] if len(data.test_rows) else None
+    told = {"loss": loss, "held-out loss": held_out, "AUROC": auroc}
+    figures = "".join(f"  {name} {value:.4f}" for name, value in told.items() if value is not None)
+    tqdm.write(f"{data.class_name}  epoch {epoch}{figures}")
     return Evaluation(entry, held[WHOLE], test)
 
 

@@ -6,7 +6,6 @@ import torch
 from scipy import ndimage
 from torch.nn import functional as F
 
-HOT = 3.0  # standard deviations that the colours of a map span at least
 LEVELS = 2**20  # between the coldest and the hottest pixel of a class
 MOST_FALSE = 0.3  # false positive rate up to which AUPRO counts (Bergmann et al. 2019, MVTec AD)
 

@@ -22,7 +22,6 @@ PLACE_SAMPLE = 500  # images whose places are fitted to
 PLACE_BATCH = 25  # images whose places are held at once
 PLACE_SCALE = 150  # images by which the scale of each place is taken
 PATCH_SAMPLE = 256  # images whose patch tokens the normaliser's statistics come from
-POOL_BATCH = 250  # images whose patch tokens are held at once when semantic tokens are re-pooled
 
 
 class Prepared:
@@ -43,7 +42,7 @@ class Prepared:
     def joint_tokens(self, part: str) -> Tensor:
         """The joint tokens (n, D) of the images of a part, on the CPU, as is the detector."""
         source, rows = self.data.parts[part]
-        batches = (source.on_cpu()[batch] for batch in in_batches(rows, POOL_BATCH))
+        batches = (source.on_cpu()[batch] for batch in in_batches(rows, EVAL_BATCH["cpu"]))
         return torch.cat([self.detector.joint(features) for features in batches])
 
     def refit(self) -> None:

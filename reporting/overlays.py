@@ -9,10 +9,11 @@ from PIL import Image
 from torch.nn import functional as F
 
 from config import UserError
-from detector.heat_map import HOT
 from detector.picture_detector import PictureDetector
 from reporting.scores import Row
 from shell.files import file_name, whole_file
+
+HOT = 3.0  # standard deviations that the colours of a map span at least
 
 
 def overlaid(pixels: np.ndarray, values: np.ndarray | None, side: int | None = None) -> list[Image.Image]:

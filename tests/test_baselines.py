@@ -36,12 +36,12 @@ def test_neighbours_equal_brute_force(monkeypatch):
         assert np.abs(got / distances[:, :2].mean(1) - 1).max() < 1e-3  # float32
 
 
-def test_cosine_neighbours_by_hand():
+def test_neighbours_by_cosine_by_hand():
     """Unit vectors at 60 and 90 degrees from the query: chords 1 and sqrt 2."""
-    reference = torch.tensor([[0.5, 3**0.5 / 2], [0.0, 2.0], [-1.0, 0.0]])
-    assert np.allclose(
-        baselines.cosine_neighbours(reference, torch.tensor([[7.0, 0]])), (1 + 2**0.5) / 2, atol=1e-6
-    )
+    tokens = [[0.5, 3**0.5 / 2], [0.0, 2.0], [-1.0, 0.0], [7.0, 0.0]]
+    detector, prepare = baselines.SEMANTIC["kNN, raw"]
+    unit = prepare(torch.tensor(tokens))
+    assert np.allclose(detector(unit[:3], unit[3:]), (1 + 2**0.5) / 2, atol=1e-6)
 
 
 @pytest.mark.parametrize("n", [8, 12, 13, 200])
