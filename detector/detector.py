@@ -42,7 +42,12 @@ class Detector(nn.Module):
         grid = tuple(features["grid"])
         window = centred_window(grid, config.centre_pool) if config.centre_pool else None
         self.register_buffer("window", window, persistent=False)
-        self.band_columns = joined_bands(tuple(features["band_channels"])) if config.bands else []
+        self.band_columns: list[range] = []  # of the band token
+        if config.bands:  # low bands of the deepest depths, rings and peaks of all
+            bands, by_depth = Bands(), tuple(features["band_channels"])
+            depths = range(len(by_depth))
+            self.band_columns += bands.columns(by_depth, ("low",), depths[-LOW_DEPTHS:])
+            self.band_columns += bands.columns(by_depth, bands.statistics[1:], depths)
         self.channels = features["n_feat"] + sum(map(len, self.band_columns))  # of the joint token
         self.directions = max(1, min(self.channels, n_images - 1)) if n_images else self.channels
 
@@ -77,10 +82,8 @@ class Detector(nn.Module):
             scores = self.score(features).cpu().numpy()
         broken = np.flatnonzero(~np.isfinite(scores))
         if len(broken):
-            raise UserError(
-                f"{len(broken)} of {len(scores)} scores are not finite, image {broken[0]} first: its "
-                "features or the detector's weights are damaged"
-            )
+            which = f"{len(broken)} of {len(scores)} scores are not finite, image {broken[0]} first"
+            raise UserError(f"{which}: its features or the detector's weights are damaged")
         return scores
 
 
@@ -186,6 +189,9 @@ class PlaceFlow(Detector):
         return super().load_state_dict(state_dict, strict, assign)
 
 
+DETECTORS = {"latent": ImageFlow, "likelihood": ImageFlow, "joined": PlaceFlow}  # by the knob score
+
+
 def make_detector(config: Config, features: dict, n_images: int | None = None, batch: int = 0) -> Detector:
     """The detector that a configuration asks for. Raises UserError as ``Detector`` does, and where it, or
     training it by batches of so many images, is more than the memory holds."""
@@ -195,32 +201,21 @@ def make_detector(config: Config, features: dict, n_images: int | None = None, b
         needed_bytes(config, features, batch),
         "choose a smaller fc_internal, n_coupling_blocks, batch_size or token_grid",
     )
-    return built(config, features, n_images)
-
-
-def built(config: Config, features: dict, n_images: int | None = None) -> Detector:
-    return (PlaceFlow if config.score == "joined" else ImageFlow)(config, features, n_images)
+    return DETECTORS[config.score](config, features, n_images)
 
 
 def needed_bytes(config: Config, features: dict, batch: int = 0) -> int:
     """The bytes of a detector. With a batch of so many images, roughly those of fitting it: four times as
-    many, for gradients and Adam's two moments of weights, and for eigenvectors in float64 of matrices; and of
-    each image its tokens, as they are, normalised and with gradients, and what a coupling layer keeps."""
+    many, with gradients and Adam's two moments of weights, and eigenvectors in float64 of matrices; and of
+    each image its tokens, as they are, normalised and with their gradients, and what coupling layers keep for
+    the backward pass, the queries of their attention heads the most of it."""
     with torch.device("meta"):  # sizes without numbers
-        detector = built(config, features)
+        detector = DETECTORS[config.score](config, features)
     held = sum(tensor.nbytes for tensor in (*detector.parameters(), *detector.buffers()))
     if isinstance(detector, PlaceFlow):
         held += detector.places.whiten.mean.nbytes * detector.places.whiten.mean.shape[1]  # (P, E, E)
     an_image = 4 * features["n_feat"] * (3 * features["tokens"] + 84 * config.n_coupling_blocks)
     return 4 * held + batch * an_image if batch else held
-
-
-def joined_bands(channels: tuple[int, ...]) -> list[range]:
-    """The columns of the band token that the joint token takes: the low bands of the deepest depths, rings
-    and peaks of all."""
-    bands, depths = Bands(), range(len(channels))
-    low = bands.columns(channels, ("low",), depths[-LOW_DEPTHS:])
-    return low + bands.columns(channels, bands.statistics[1:], depths)
 
 
 def build_flow(config: Config, channels: int, grid: tuple[int, int], n_tokens: int) -> nn.Module:

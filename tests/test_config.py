@@ -71,13 +71,14 @@ def test_every_knob_is_read(name):
 
 
 def test_names_are_those_of_the_registries():
+    from detector.detector import DETECTORS
     from detector.normalization import NORMALIZATIONS
     from freq_fusion import FUSIONS
     from images import layouts, published
 
     assert sorted(config.DATASETS) == sorted(["digits", *published.FORMS, *layouts.READERS])
     assert set(config.FUSIONS) == set(FUSIONS)
-    assert set(config.NORMALIZATIONS) == {"auto", *NORMALIZATIONS}
+    assert set(config.NORMALIZATIONS) == {"auto", *NORMALIZATIONS} and set(config.SCORES) == set(DETECTORS)
 
 
 # ---------------------------------------------------------------- values from text
