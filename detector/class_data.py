@@ -134,8 +134,8 @@ def class_data(
     fit_rows, held_rows = train_rows[~held], train_rows[held]
     if len(fit_rows) < FEWEST or not (len(test_rows) or len(held_rows)):
         counts = f"{len(fit_rows)} training, {len(held_rows)} held-out and {len(test_rows)} test images"
-        expected = f"at least {FEWEST} to train on and one of the others (--holdout 0.1 holds some out)"
-        raise ClassError(f"class {class_name}: {counts}; expected {expected}")
+        expected = f"expected at least {FEWEST} to train on and one of the others"
+        raise ClassError(f"class {class_name}: {counts}; {expected}: give more normal ones, or --holdout 0.1")
     sample = train[evenly(fit_rows, 64)].semantic
     if (sample == sample[0]).all():
         raise ClassError(
