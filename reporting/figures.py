@@ -145,9 +145,8 @@ def contact_sheet(cache: FeatureCache, images: datasets.ImageSet, left: Left) ->
                 sheet.paste(ImageOps.pad(shown, (SIDE, SIDE), color="white"), at)
                 at = (at[0], at[1] + SIDE)
             shows = split.kind[row] or images.labels.classes[split.category[row]]
-            words = (f"{score:.4g}", shows, Path(split.names[row]).name)
-            text = "\n".join(shorten(word, 18) for word in words).encode(errors="replace").decode()
-            canvas.text(at, text, "black", font)
+            words = "\n".join(shorten(word, 18) for word in (f"{score:.4g}", shows, Path(split.names[row]).name))
+            canvas.text(at, words.encode(errors="replace").decode(), "black", font)
     return sheet
 
 
