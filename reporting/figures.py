@@ -60,8 +60,7 @@ def draw_class(
 
 @rc_context(NAMES_AS_THEY_ARE)
 def draw_run(summary: Summary, records: dict[str, Record], folder: Path) -> list[Picture]:
-    """Draw the pictures of all classes; one that would be empty is left out. records: of each class's first
-    seed."""
+    """Draw the pictures of all classes, none that would be empty. records: of each class's first seed."""
     pictures = [saved(curves(records), folder / "epochs.png", "Losses and test AUROC over the epochs")]
     both = {name: record for name, record in records.items() if len(set(record.test.labels)) == 2}
     if both:
@@ -138,14 +137,15 @@ def contact_sheet(cache: FeatureCache, images: datasets.ImageSet, left: Left) ->
         canvas.text((sheet.width / 2, top - LINE), heading, "black", font, anchor="mm")
         maps = place_maps(left.detector, cache, rows) if left.detector else [None] * len(rows)
         for place, (row, score, values) in enumerate(zip(rows, test.scores[positions], maps)):
-            pixels, heat, at = images.read("test", int(row)), None, (place * SIDE, top)
-            if values is not None:
-                heat = heat_map.of_places(values, place_grid_of(cache.fields), pixels.shape[:2])
+            pixels, at = images.read("test", int(row)), (place * SIDE, top)
+            size = pixels.shape[:2]
+            heat = None if values is None else heat_map.of_places(values, place_grid_of(cache.fields), size)
             for shown in overlaid(pixels, heat, SIDE):
                 sheet.paste(ImageOps.pad(shown, (SIDE, SIDE), color="white"), at)
                 at = (at[0], at[1] + SIDE)
             shows = split.kind[row] or images.labels.classes[split.category[row]]
-            words = "\n".join(shorten(word, 18) for word in (f"{score:.4g}", shows, Path(split.names[row]).name))
+            name = Path(split.names[row]).name
+            words = "\n".join(shorten(word, 18) for word in (f"{score:.4g}", shows, name))
             canvas.text(at, words.encode(errors="replace").decode(), "black", font)
     return sheet
 
