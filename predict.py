@@ -12,8 +12,8 @@ What a row says, and of which classes there are heat maps: docs/verdicts.md. Pic
 be read are named and left out, and make the exit status 1.
 
 --watch scores the pictures in a folder, then each that arrives or is written anew, until Ctrl-C
-or SIGTERM. One that has not changed for a second is taken for whole, unless a process of this
-machine has it open for writing; one that cannot be read is tried again, for half a minute."""
+or SIGTERM. One that has not changed for a second is taken for whole; one that cannot be read, as
+what is half written, is tried again, for half a minute."""
 
 import argparse
 import sys
