@@ -121,8 +121,6 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
     told = ", ".join(f"{count} {what}" for what, count in counts.items())
     print(told + (f"; rows in {output}" if output else ""), file=sys.stderr)
-    if line := detectors[0].backbone.scale.beyond():
-        images.note(line)
     if page:
         pages.write_verdicts(page, detectors, on_page)
     return 1 if counts["unreadable"] else 0

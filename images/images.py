@@ -147,25 +147,17 @@ _hashed = functools.lru_cache(maxsize=1_000_000)(lambda path, *state: sha256_of_
 @dataclasses.dataclass(eq=False)
 class PixelScale:
     """What is black and white in a data set's pictures of more than eight bits. ranges: as far as known,
-    {"integer": [0, 4095]}, {"float": [0, 1]}, both or neither. clipped: how many pictures exceeded them."""
+    {"integer": [0, 4095]}, {"float": [0, 1]}, both or neither."""
 
     ranges: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    clipped: int = 0
 
     def to_bytes(self, values: np.ndarray) -> np.ndarray:
         """Values of any shape -> uint8, clipped to the range. Raises ValueError where some are not finite."""
         if not np.isfinite(values).all():
             raise ValueError("its values are not finite")
         black, white = (UNKNOWN | self.ranges)[KINDS[values.dtype.kind]]
-        scaled = ((values.astype(np.float32) - black) * (255 / (white - black))).round()
-        self.clipped += bool(scaled.min() < 0 or scaled.max() > 255)
-        return scaled.clip(0, 255).astype(np.uint8)
-
-    def beyond(self) -> str:
-        """The line on the pictures that were clipped; "" without any."""
-        known, count = UNKNOWN | self.ranges, f"{self.clipped} picture{'s' * (self.clipped > 1)}"
-        told = f"{count} with pixels beyond {known['integer']} (floats: {known['float']}), which are clipped"
-        return told if self.clipped else ""
+        scaled = (values.astype(np.float32) - black) * (255 / (white - black))
+        return scaled.round().clip(0, 255).astype(np.uint8)
 
 
 @contextlib.contextmanager
