@@ -150,21 +150,15 @@ class ImageSet:
         return dict(found)
 
 
-def class_names(text: str) -> list[str]:
-    """The class names in the knob class_name, separated by commas: a backslash takes the next character as it
-    is, so that a class may have a comma (``\\,``) or be called all (``\\all``)."""
-    parts = re.findall(r"(?:\\.|[^\\,])+", text, re.DOTALL)
-    return [re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in parts] or [text]
-
-
 def choose_classes(labels: Labels, class_name: str) -> list[str]:
-    """The classes that the knob class_name asks for. Raises UserError on an unknown one, and on no text."""
+    """The classes that the knob class_name asks for: all, one, or several separated by commas; one with a
+    comma in its name alone. Raises UserError on an unknown one, and on a name that is no text."""
     if strange := [name for name in labels.classes if re.search("[\ud800-\udfff]", name)]:
         raise UserError(f"class {strange[0]!r}: the name of its folder is not valid UTF-8; rename it")
     if class_name == "all":
         return list(labels.classes)
-    asked = [class_name] if class_name in labels.classes else class_names(class_name)
     known = {layouts.folded(name): name for name in labels.classes}
+    asked = [class_name] if layouts.folded(class_name) in known else class_name.split(",")
     wanted = {layouts.folded(name): name.strip() for name in asked}
     if absent := [name for folded, name in wanted.items() if folded not in known]:
         raise UserError(unknown("class", absent[0], ["all", *labels.classes]))

@@ -32,7 +32,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("images", nargs="*", default=[], help="files, folders, globs; -: a list from stdin")
     asked.add_argument("--watch", type=Path, metavar="FOLDER", help="score pictures as they arrive there")
-    add("--class_name", help="of a run: these classes only, separated by commas (in a name: \\,) [all]")
+    add("--class_name", help="of a run: these classes only, separated by commas [all]")
     add("--seed", type=int, help="of a run: this seed [the first]")
     add("--output", type=Path, metavar="FILE", help="write the CSV there, not to the screen")
     add("--false_alarms", type=float, help="share of normal pictures that may count as anomalous [the fit's]")
