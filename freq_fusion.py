@@ -35,7 +35,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def put(x: Tensor, index: Tensor, size: int) -> Tensor:
-    """x (..., n) at ``index`` (n) in a last dimension of ``size``, zero elsewhere: the adjoint of ``take``."""
+    """x (..., n) at ``index`` (n) in a last dimension of ``size``, else zero: the adjoint of ``take``."""
     return x.new_zeros(*x.shape[:-1], size).scatter(-1, index.expand(*x.shape[:-1], -1), x)
 
 
