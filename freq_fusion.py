@@ -192,8 +192,7 @@ class SpectralGate(nn.Module):
 class Spectral(nn.Module):
     """Frequency channel attention over the patches, pooled, added to the semantic half, projected to H.
 
-    The released code defines the gate but never connects it to the flow; the pooling and the projection are
-    ours."""
+    The released code defines the gate but never connects it to the flow; pooling and projection are ours."""
 
     def __init__(self, d: int, hidden: int, grid: tuple[int, int], **_):
         super().__init__()

@@ -121,8 +121,8 @@ class FusedCoupling(Fm.InvertibleModule):
             raise ValueError(f"expected a semantic token (B, {expected[2]}), patch tokens {expected}, {got}")
 
     def _affine(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Subnet output (B, 2 d') -> log-scale with the soft clamp (docs/method.md, eq. 3; 0.636 stands for 2
-        / pi) and shift, (B, d') each."""
+        """Subnet output (B, 2 d') -> log-scale with the soft clamp, and shift, (B, d') each (docs/method.md,
+        eq. 3; 0.636 stands for 2 / pi)."""
         s, t = out.chunk(2, 1)
         return self.clamp * 0.636 * torch.atan(s / self.clamp), t
 
