@@ -97,7 +97,7 @@ class Config:
     preset: str = run("paper", "a named set of defaults (see PRESETS)", tuple(PRESETS))
     dataset: str = features("cifar10", "data set (docs/data.md has the folder layouts)", DATASETS)
     dataset_path: str | None = run(None, "folder of the raw images, or the file of csv; none: data/<dataset>")
-    class_name: str = run("all", "normal class: one, several separated by commas, or all; a comma in a name is written \\, (backslash, comma)")
+    class_name: str = run("all", "normal class: one, several separated by commas, or all; one with a comma in its name alone")
     extractor: str = features("VIT", f"backbone: {', '.join(BACKBONES)} or any timm model name")
     modelname: str = run("foad_mfff", "name of the run: results go to runs/<modelname>/")
     n_seeds: int = run(1, "main.py: how many seeds to run: seed, seed + 1, ...; the table gives mean and std", low=1, high=10**6)

@@ -133,12 +133,11 @@ class ImageSet:
     def listed(self, chosen: Sequence[tuple[str, str]]) -> "ImageSet":
         """The images ``chosen`` (split, name), of both splits, as one training split without labels. Raises
         UserError on one that is not there."""
-        named = {split: zip(self.labels.split(split).names, self.images[split]) for split in SPLITS}
-        there = {(split, name): image for split in SPLITS for name, image in named[split]}
-        if gone := [name for split, name in chosen if (split, name) not in there]:
+        there = {split: dict(zip(self.labels.split(split).names, self.images[split])) for split in SPLITS}
+        if gone := [name for split, name in chosen if name not in there[split]]:
             raise UserError(f"{gone[0]} has gone since the images were listed; run it again")
-        labels = Labels((), Split.of([name for _, name in chosen], [OTHER] * len(chosen)), Split.of([], []))
-        return ImageSet(labels, {"train": [there[image] for image in chosen]}, self.scale)
+        labels = Labels((), Split.of([name for _, name in chosen], OTHER), Split.of([], OTHER))
+        return ImageSet(labels, {"train": [there[split][name] for split, name in chosen]}, self.scale)
 
     def sizes(self, most: int) -> dict[str, list[tuple[int, int]]]:
         """Height and width by class of at most so many training images, evenly spaced, that can be read."""
@@ -150,21 +149,15 @@ class ImageSet:
         return dict(found)
 
 
-def class_names(text: str) -> list[str]:
-    """The class names in the knob class_name, separated by commas: a backslash takes the next character as it
-    is, so that a class may have a comma (``\\,``) or be called all (``\\all``)."""
-    parts = re.findall(r"(?:\\.|[^\\,])+", text, re.DOTALL)
-    return [re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in parts] or [text]
-
-
 def choose_classes(labels: Labels, class_name: str) -> list[str]:
-    """The classes that the knob class_name asks for. Raises UserError on an unknown one, and on no text."""
+    """The classes that the knob class_name asks for: all, one, or several separated by commas; one with a
+    comma in its name alone. Raises UserError on an unknown one, and on a name that is no text."""
     if strange := [name for name in labels.classes if re.search("[\ud800-\udfff]", name)]:
         raise UserError(f"class {strange[0]!r}: the name of its folder is not valid UTF-8; rename it")
     if class_name == "all":
         return list(labels.classes)
-    asked = [class_name] if class_name in labels.classes else class_names(class_name)
     known = {layouts.folded(name): name for name in labels.classes}
+    asked = [class_name] if layouts.folded(class_name) in known else class_name.split(",")
     wanted = {layouts.folded(name): name.strip() for name in asked}
     if absent := [name for folded, name in wanted.items() if folded not in known]:
         raise UserError(unknown("class", absent[0], ["all", *labels.classes]))
@@ -187,8 +180,7 @@ def repeated(labels: Labels, hashes: dict[str, list[str]]) -> str:
 
 # ---------------------------------------------------------------- raw images
 def images_of(config: Config) -> ImageSet:
-    """The images a configuration asks for. Raises UserError when they are not where ``dataset_path`` (None:
-    data/<dataset>) says."""
+    """The images a configuration asks for. Raises UserError when they are not where ``dataset_path`` says."""
     dataset = config.dataset
     root = Path(config.dataset_path or f"data/{dataset.removesuffix('_fine')}")  # they are CIFAR100's
     if dataset == "digits":
@@ -208,7 +200,7 @@ def name_of(config: Config) -> str:
     place = Path(config.dataset_path or f"data/{name}").resolve()
     if name == "digits" or name in published.FORMS or place == Path(f"data/{name}").resolve():
         return name + tiles
-    folder = "".join(c if c.isalnum() or c in "-_" else "_" for c in place.name)[:40]
+    folder = re.sub(r"[^\w-]", "_", place.name)[:40]
     place_hash = hashlib.sha256(str(place).encode(errors="surrogateescape")).hexdigest()[:6]
     return f"{name}-{folder}-{place_hash}{tiles}"
 
@@ -228,10 +220,9 @@ def _file_set(dataset: str, root: Path) -> ImageSet:
     table = list(layouts.READERS.get(dataset, layouts.folders)(root, skipped))
     images.tell_skipped(root, skipped)
     rows = {split: [row for row in table if (row.split == "test") == (split == "test")] for split in SPLITS}
-    classes: dict[str, str] = {}
-    for name in sorted({row.label.partition("/")[0] for row in rows["train"]}):
-        classes.setdefault(layouts.folded(name), name)
-    number = {name: i for i, name in enumerate(classes)}
+    names = sorted({row.label.partition("/")[0] for row in rows["train"]}, reverse=True)
+    classes = tuple(sorted({layouts.folded(name): name for name in names}.values()))
+    number = {layouts.folded(name): i for i, name in enumerate(classes)}
     per_category = any("/" in row.label for row in table)
     folder = root if root.is_dir() else root.parent
 
@@ -250,7 +241,7 @@ def _file_set(dataset: str, root: Path) -> ImageSet:
         names = [row.path.as_posix().removeprefix(f"{folder.as_posix()}/") for row in rows]
         return Split.of(names, category, defect, kind, [row.split == "validation" for row in rows])
 
-    labels = Labels(tuple(classes.values()), split_of(rows["train"]), split_of(rows["test"]), per_category)
+    labels = Labels(classes, split_of(rows["train"]), split_of(rows["test"]), per_category)
     masks = [row.mask for row, kind in zip(rows["test"], labels.test.kind) if kind]
     if any(masks) and not all(masks):
         images.note_once(f"masks for {len(masks) - masks.count(None)} of {len(masks)} defects in {folder}")
@@ -261,10 +252,8 @@ def tiled(pictures: ImageSet, side: int) -> ImageSet:
     """The tiles (``images.tiles_of``) of training pictures, each an image of its picture's class. Raises
     UserError on a set with test images: theirs would be tiles with the labels of whole pictures."""
     if tested := len(pictures.labels.test.names):
-        raise UserError(
-            f"tiles: expected a folder of good pictures alone, got {tested} test images, too; give that of "
-            "the good ones, and score the others with predict.py"
-        )
+        told = f"tiles: expected a folder of good pictures alone, got {tested} test images, too"
+        raise UserError(f"{told}; give that of the good ones, and score the others with predict.py")
     train = pictures.labels.train
     found: list[tuple[int, RawImage]] = []
     for i, picture in enumerate(pictures.images["train"]):

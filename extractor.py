@@ -78,8 +78,6 @@ def ensure_features(
         tried, unreadable = ({image.hash for image in each} for each in (missing, found))
         listed.unreadable = sorted({*listed.unreadable} - tried | unreadable)
         cache = FeatureCache(store, listed)
-        if line := images.scale.beyond():
-            note(line)
     else:
         print(f"features: {'all sound' if thorough else 'reusing the cache'}: {store.folder}", flush=True)
     listed.write(path, before)

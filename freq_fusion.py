@@ -35,8 +35,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def put(x: Tensor, index: Tensor, size: int) -> Tensor:
-    """x (..., n) at the places ``index`` (n) of a last dimension of ``size``, zero elsewhere: the adjoint of
-    ``take``."""
+    """x (..., n) at ``index`` (n) in a last dimension of ``size``, else zero: the adjoint of ``take``."""
     return x.new_zeros(*x.shape[:-1], size).scatter(-1, index.expand(*x.shape[:-1], -1), x)
 
 
@@ -47,16 +46,14 @@ def fold_keys(query: Tensor, weight: Tensor) -> Tensor:
 
 
 def project_values(mixed: Tensor, weight: Tensor) -> Tensor:
-    """W_v applied to the mixed token of every head: mixed (B, heads, d), weight (heads * w, d) -> (B, heads *
-    w)."""
+    """W_v of every head's mixed token: mixed (B, heads, d), weight (heads * w, d) -> (B, heads * w)."""
     heads, d = mixed.shape[1:]
     values = torch.bmm(mixed.transpose(0, 1), weight.view(heads, -1, d).transpose(1, 2))  # (heads, B, w)
     return values.transpose(0, 1).flatten(1)
 
 
 def token_logits(query: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
-    """Inner products of query (B, heads, d) with the channels ``index`` of tokens (B, N, C) -> (B, heads,
-    N)."""
+    """Inner products of query (B, heads, d) and channels ``index`` of tokens (B, N, C) -> (B, heads, N)."""
     return torch.bmm(put(query, index, tokens.shape[-1]), tokens.transpose(1, 2))
 
 
@@ -66,8 +63,7 @@ def mix_tokens(weights: Tensor, tokens: Tensor, index: Tensor) -> Tensor:
 
 
 class ClassAttention(nn.Module):
-    """SANF-AD's class attention (its CAFF module), the fusion that the released flow calls (docs/method.md,
-    eq. 8).
+    """SANF-AD's class attention (its CAFF module), which the released flow calls (docs/method.md, eq. 8).
 
     The semantic token asks, itself and the patch tokens answer, by four heads (d where that is less). No
     biases but the projection's."""
@@ -93,8 +89,7 @@ class ClassAttention(nn.Module):
 
 
 class HiLo(nn.Module):
-    """HiLo attention (arXiv 2205.13213) with the semantic token as the only query (docs/method.md, eq. 9 and
-    10).
+    """HiLo attention (arXiv 2205.13213) of the semantic token as the only query (docs/method.md, eq. 9, 10).
 
     Of eight heads (d where that is less) the share ``alpha`` is Lo-Fi. Hi-Fi heads attend inside each window
     of ``window`` x ``window`` patches; the window results are averaged. Lo-Fi heads attend over the windows'
@@ -158,8 +153,7 @@ class HiLo(nn.Module):
 
 
 class SpectralGate(nn.Module):
-    """Multi-spectral channel attention (FcaNet, arXiv 2012.11879): a map's DCT coefficients gate its
-    channels.
+    """Multi-spectral channel attention (FcaNet, arXiv 2012.11879): DCT coefficients gate a map's channels.
 
     Channels are split evenly among the sixteen frequencies of ``TOP16``, whose indices are scaled by ``grid
     // 6``, as in the released code (FcaNet scales for a 7 x 7 space). By that scaling three of the sixteen
@@ -196,11 +190,9 @@ class SpectralGate(nn.Module):
 
 
 class Spectral(nn.Module):
-    """Frequency channel attention over the patches, pooled and added to the semantic half, then projected to
-    H.
+    """Frequency channel attention over the patches, pooled, added to the semantic half, projected to H.
 
-    The released code defines the gate but never connects it to the flow; the pooling and the projection are
-    ours."""
+    The released code defines the gate but never connects it to the flow; pooling and projection are ours."""
 
     def __init__(self, d: int, hidden: int, grid: tuple[int, int], **_):
         super().__init__()
@@ -268,6 +260,5 @@ def window_members(grid: tuple[int, int], window: int) -> Tensor:
 
 
 def dct_filter(u: int, v: int, grid: tuple[int, int]) -> Tensor:
-    """The orthonormal two-dimensional DCT-II basis function of frequency (u, v) on the grid -> (rows,
-    columns), float64."""
+    """The orthonormal 2-D DCT-II basis function of frequency (u, v) on a grid -> (rows, columns), float64."""
     return torch.outer(*(dct_basis(torch.tensor(f), side) for f, side in zip((u, v), grid)))

@@ -5,6 +5,7 @@ z (B, C) the latent; the log-determinant is log|det dz/dy_sem| in the forward di
 reverse, as FrEIA asks."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import FrEIA.framework as Ff
@@ -59,18 +60,15 @@ class FusedCoupling(Fm.InvertibleModule):
     conditioned on the other.
 
     Patch tokens come as they were cached, in their first channel order; ``token_order`` says where this layer
-    finds its channels, so that tokens are never permuted. It is the product of the permutations up to this
-    layer.
+    finds its channels, so that tokens are never permuted.
 
     Args:
         dims_in: [(C,)], the semantic token. dims_c: [(N, C)], the patch tokens.
-        seed: k, the layer's number: its permutation is numpy.random.RandomState(k).permutation(C).
+        order: (C) the layer's permutation. token_order: (C) the product of those up to this layer.
         make_subnet: (d, out) -> Subnet.
         clamp: alpha of the soft clamp.
-        token_order: (C) channel order of the tokens at this layer; None: this layer's permutation alone.
     Raises:
-        ValueError: dimensions that do not fit, when it is built and when tokens come that it was not built
-            for.
+        ValueError: dimensions that do not fit, when it is built, and when tokens of other shapes come.
     """
 
     def __init__(
@@ -78,27 +76,22 @@ class FusedCoupling(Fm.InvertibleModule):
         dims_in,
         dims_c=None,
         *,
-        seed: int,
-        make_subnet,
+        order: np.ndarray,
+        token_order: np.ndarray,
+        make_subnet: Callable[[int, int], Subnet],
         clamp: float,
-        token_order: np.ndarray | None = None,
     ):
         super().__init__(dims_in, dims_c)
-        if len(self.dims_in) != 1 or len(self.dims_in[0]) != 1:
-            raise ValueError(f"FusedCoupling takes one input of shape (C,), got {self.dims_in}")
-        if len(self.dims_c) != 1 or len(self.dims_c[0]) != 2 or self.dims_c[0][1] != self.dims_in[0][0]:
-            raise ValueError(
-                f"FusedCoupling takes one condition of shape (N, C) with C = {self.dims_in[0][0]}, got "
-                f"{self.dims_c}"
-            )
+        ranks = [[len(dims) for dims in each] for each in (self.dims_in, self.dims_c)]
+        if ranks != [[1], [2]] or self.dims_c[0][1] != self.dims_in[0][0]:
+            got = f"got {self.dims_in} and {self.dims_c}"
+            raise ValueError(f"FusedCoupling takes one input of shape (C,) and one condition (N, C), {got}")
         channels = self.dims_in[0][0]
         self.clamp, self.split = clamp, channels // 2
-        order = np.random.RandomState(seed).permutation(channels)
-        token_order = torch.from_numpy(order if token_order is None else token_order)
         self.register_buffer("order", torch.from_numpy(order), persistent=False)
         self.register_buffer("inverse_order", torch.from_numpy(np.argsort(order)), persistent=False)
-        self.register_buffer("p1", token_order[: self.split], persistent=False)
-        self.register_buffer("p2", token_order[self.split :], persistent=False)
+        self.register_buffer("p1", torch.from_numpy(token_order[: self.split]), persistent=False)
+        self.register_buffer("p2", torch.from_numpy(token_order[self.split :]), persistent=False)
         self.s1 = make_subnet(self.split, 2 * (channels - self.split))  # sees y1, moves x2
         self.s2 = make_subnet(channels - self.split, 2 * self.split)  # sees x2, moves x1
 
@@ -124,14 +117,12 @@ class FusedCoupling(Fm.InvertibleModule):
     def _check_shapes(self, x: Tensor, tokens: Tensor) -> None:
         expected = (x.shape[0], *self.dims_c[0])
         if x.shape[1:] != self.dims_in[0] or tokens.shape != expected:
-            raise ValueError(
-                f"expected a semantic token (B, {self.dims_in[0][0]}) and patch tokens {expected}, "
-                f"got {tuple(x.shape)} and {tuple(tokens.shape)}"
-            )
+            got = f"got {tuple(x.shape)} and {tuple(tokens.shape)}"
+            raise ValueError(f"expected a semantic token (B, {expected[2]}), patch tokens {expected}, {got}")
 
     def _affine(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Subnet output (B, 2 d') -> log-scale with the soft clamp (docs/method.md, eq. 3; 0.636 stands for 2
-        / pi) and shift, (B, d') each."""
+        """Subnet output (B, 2 d') -> log-scale with the soft clamp, and shift, (B, d') each (docs/method.md,
+        eq. 3; 0.636 stands for 2 / pi)."""
         s, t = out.chunk(2, 1)
         return self.clamp * 0.636 * torch.atan(s / self.clamp), t
 
@@ -151,8 +142,8 @@ def build_flow(
     identity_start: bool,
     **fusion_options,
 ) -> Ff.SequenceINN:
-    """The flow: ``n_blocks`` coupling layers chained by FrEIA. ``flow(y_sem, [y_patch])`` -> z (B, C),
-    log-determinant (B).
+    """The flow: ``n_blocks`` coupling layers chained by FrEIA; layer k permutes C channels by
+    numpy.random.RandomState(k).permutation(C). ``flow(y_sem, [y_patch])`` -> z (B, C), log-determinant (B).
 
     Args:
         channels: C. grid: rows and columns of the patch tokens. n_tokens: N; 0 where none are given.
@@ -168,15 +159,16 @@ def build_flow(
     flow = Ff.SequenceINN(channels)
     token_order = np.arange(channels)
     for k in range(n_blocks):
-        token_order = token_order[np.random.RandomState(k).permutation(channels)]
+        order = np.random.RandomState(k).permutation(channels)
+        token_order = token_order[order]
         flow.append(
             FusedCoupling,
             cond=0,
             cond_shape=(n_tokens, channels),
-            seed=k,
+            order=order,
+            token_order=token_order,
             make_subnet=make_subnet,
             clamp=clamp,
-            token_order=token_order,
         )
     return flow
 

@@ -12,8 +12,8 @@ What a row says, and of which classes there are heat maps: docs/verdicts.md. Pic
 be read are named and left out, and make the exit status 1.
 
 --watch scores the pictures in a folder, then each that arrives or is written anew, until Ctrl-C
-or SIGTERM. One that has not changed for a second is taken for whole, unless a process of this
-machine has it open for writing; one that cannot be read is tried again, for half a minute."""
+or SIGTERM. One that has not changed for a second is taken for whole; one that cannot be read, as
+what is half written, is tried again, for half a minute."""
 
 import argparse
 import sys
@@ -32,7 +32,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("images", nargs="*", default=[], help="files, folders, globs; -: a list from stdin")
     asked.add_argument("--watch", type=Path, metavar="FOLDER", help="score pictures as they arrive there")
-    add("--class_name", help="of a run: these classes only, separated by commas (in a name: \\,) [all]")
+    add("--class_name", help="of a run: these classes only, separated by commas [all]")
     add("--seed", type=int, help="of a run: this seed [the first]")
     add("--output", type=Path, metavar="FILE", help="write the CSV there, not to the screen")
     add("--false_alarms", type=float, help="share of normal pictures that may count as anomalous [the fit's]")
@@ -121,8 +121,6 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
     told = ", ".join(f"{count} {what}" for what, count in counts.items())
     print(told + (f"; rows in {output}" if output else ""), file=sys.stderr)
-    if line := detectors[0].backbone.scale.beyond():
-        images.note(line)
     if page:
         pages.write_verdicts(page, detectors, on_page)
     return 1 if counts["unreadable"] else 0

@@ -9,7 +9,6 @@ from torch import nn
 
 import config as knobs
 from config import Config, UserError, make_config
-from datasets import class_names
 from shell.files import file_name, read_sealed, sha256_of_file, whole_file, write_sealed
 
 # Of the formulas that scores are made by: kept with what they made, and raised with every change of them.
@@ -138,7 +137,7 @@ def find_checkpoints(path: Path, class_name: str | None, seed: int | None) -> li
         raise UserError(f"{path} holds no class of seed {seed}")
     if class_name in (None, "all"):
         return list(files.values())
-    chosen = [name.strip() for name in class_names(class_name)]
+    chosen = [class_name] if file_name(class_name) in files else [*map(str.strip, class_name.split(","))]
     for name in chosen:
         if file_name(name) not in files:
             raise UserError(knobs.unknown("class", name, files))

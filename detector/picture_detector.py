@@ -153,7 +153,7 @@ class PictureDetector:
 
     def pixels(self, picture: Any) -> np.ndarray:
         """A picture as the detector sees it, (H, W, 3) uint8. Raises UserError where it cannot be read."""
-        return images.pixels_of(picture, images.PixelScale(self.backbone.scale.ranges))
+        return images.pixels_of(picture, self.backbone.scale)
 
     def heat_map(self, picture: Any) -> np.ndarray:
         """How unusual each place of a picture is, (H, W) float32 at its size, in standard deviations beyond

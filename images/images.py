@@ -65,8 +65,7 @@ def image_files(folder: Path, skipped: Counter, left_out: Container[str] = (), d
     the subfolders that are not entered. Raises UserError on a folder that cannot be read."""
 
     def refuse(error: OSError) -> None:
-        told = f"the folder {error.filename} cannot be read ({error.strerror}); allow it, or take it out"
-        raise UserError(told) from None
+        raise UserError(f"the folder {error.filename} cannot be read ({error.strerror})") from None
 
     files, entered = [], set()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
@@ -110,12 +109,12 @@ def find_images(names: list[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if name == "-":
-            lines = os.fsdecode(sys.stdin.buffer.read()).replace("\r\n", "\n").split("\n")
-            found = [Path(line) for line in lines if line.strip()]
+            lines = sys.stdin.buffer.read().splitlines()
+            found = [Path(os.fsdecode(line)) for line in lines if line.strip()]
         elif path.exists():
             found = images_below(path) if path.is_dir() else [path]
         else:
-            found = sorted(path for path in map(Path, glob.glob(name, recursive=True)) if path.is_file())
+            found = sorted(filter(Path.is_file, map(Path, glob.glob(name, recursive=True))))
         if not found:
             raise UserError(f"{name}: expected files, folders, globs, or - and a line each on standard input")
         files += found
@@ -147,25 +146,17 @@ _hashed = functools.lru_cache(maxsize=1_000_000)(lambda path, *state: sha256_of_
 @dataclasses.dataclass(eq=False)
 class PixelScale:
     """What is black and white in a data set's pictures of more than eight bits. ranges: as far as known,
-    {"integer": [0, 4095]}, {"float": [0, 1]}, both or neither. clipped: how many pictures exceeded them."""
+    {"integer": [0, 4095]}, {"float": [0, 1]}, both or neither."""
 
     ranges: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    clipped: int = 0
 
     def to_bytes(self, values: np.ndarray) -> np.ndarray:
         """Values of any shape -> uint8, clipped to the range. Raises ValueError where some are not finite."""
         if not np.isfinite(values).all():
             raise ValueError("its values are not finite")
         black, white = (UNKNOWN | self.ranges)[KINDS[values.dtype.kind]]
-        scaled = ((values.astype(np.float32) - black) * (255 / (white - black))).round()
-        self.clipped += bool(scaled.min() < 0 or scaled.max() > 255)
-        return scaled.clip(0, 255).astype(np.uint8)
-
-    def beyond(self) -> str:
-        """The line on the pictures that were clipped; "" without any."""
-        known, count = UNKNOWN | self.ranges, f"{self.clipped} picture{'s' * (self.clipped > 1)}"
-        told = f"{count} with pixels beyond {known['integer']} (floats: {known['float']}), which are clipped"
-        return told if self.clipped else ""
+        scaled = (values.astype(np.float32) - black) * (255 / (white - black))
+        return scaled.round().clip(0, 255).astype(np.uint8)
 
 
 @contextlib.contextmanager
@@ -274,8 +265,7 @@ def measured(pictures: Sequence[Path | np.ndarray]) -> dict[str, list[float]]:
         white = 1 if kind == "float" and largest < 2 else 2**bits - 1
         black = -white if least < -white / 10 else 0
         ranges[kind] = [black, white]
-        told = f"{black} is black and {white} white in all pictures ({least:g} to {most:g} found)"
-        note(f"pixels of more than 8 bits: {told}")
+        note(f"pixels of more than 8 bits: {black} is black and {white} white ({least:g} to {most:g} found)")
     return ranges
 
 
@@ -307,7 +297,7 @@ def whole_scores(scores: np.ndarray, pictures: np.ndarray) -> np.ndarray:
     """The scores of pictures from those of their tiles (n), the picture of each tile given (n), in order: the
     greatest, which a small defect does not share with the rest of its picture."""
     first = np.unique(pictures, return_index=True)[1]
-    return np.maximum.reduceat(scores, np.sort(first)) if len(scores) else scores
+    return np.maximum.reduceat(scores, np.sort(first))
 
 
 def whole_map(maps: Sequence[np.ndarray], tiles: Sequence[Tile], size: tuple[int, int]) -> np.ndarray:

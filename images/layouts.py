@@ -46,7 +46,7 @@ def subfolders(folder: Path) -> list[str]:
 
 def folded(name: str) -> str:
     """What names are compared by, whatever their case, Unicode form (NFC, NFD) and spaces around them."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).strip()
+    return unicodedata.normalize("NFC", name.casefold()).strip()
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -171,8 +171,7 @@ def labels_file(path: Path, skipped: Counter) -> Iterator[Row]:
     """A CSV file with the columns path, split, label and perhaps mask; or a folder with labels.csv."""
     table = path / "labels.csv" if path.is_dir() else path
     if not table.is_file():
-        columns = ", ".join(Row._fields)
-        expected = f"a CSV file with the columns {columns}, or a folder with one called labels.csv"
+        expected = "a CSV file with the columns path, split, label, mask, or a folder with labels.csv"
         raise not_as_expected(path, expected)
     for row in _read_table(table, ("path", "split", "label")):
         yield _named(table.parent, row["path"], row["split"], row["label"], row.get("mask"))

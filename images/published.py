@@ -43,10 +43,9 @@ def load(dataset: str, root: Path) -> dict[str, Arrays]:
             return {split: _read(dataset, root, split, download) for split in SPLITS}
         except Exception as error:  # absent, changed, or (Fashion-MNIST has no checksums) cut off
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    raise UserError(
-        f"dataset_path: {dataset} in {root} can be neither read nor fetched ({reason}); expected its whole "
-        f"files from {url}, or image folders {root}/{{train,test}}/<class>/*"
-    )
+    told = f"dataset_path: {dataset} in {root} can be neither read nor fetched ({reason})"
+    expected = f"its whole files from {url}, or image folders {root}/{{train,test}}/<class>/*"
+    raise UserError(f"{told}; expected {expected}")
 
 
 def _read(dataset: str, root: Path, split: str, download: bool) -> Arrays:

@@ -1,10 +1,7 @@
 """A folder in which pictures arrive: which of them are whole and not yet taken."""
 
-import errno
-import fcntl
 import math
 import os
-import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,7 +12,7 @@ from images.images import image_files, note_once
 
 INTERVAL = 0.5  # seconds between two looks at the folder
 SETTLED = 1.0  # seconds that a file has to stay as it is before it is taken for whole
-PATIENCE = 30.0  # seconds in which one that cannot be read is tried again, one open for writing waited for
+PATIENCE = 30.0  # seconds in which one that cannot be read, as what is half written, is tried again
 
 
 class Seen(NamedTuple):
@@ -31,11 +28,9 @@ class Arrivals:
 
     def __init__(self, folder: Path):
         """Raises UserError unless it is a folder that can be read."""
+        image_files(folder, Counter())
         self.folder = folder
         self.seen: dict[Path, Seen] = {}
-        if not folder.is_dir():
-            raise UserError(f"watch: expected a folder, got {folder}")
-        image_files(folder, Counter())
 
     def ready(self) -> list[Path]:
         """Look once -> the pictures that are whole by now, the earliest first; of no readable folder none."""
@@ -45,8 +40,8 @@ class Arrivals:
             note_once(f"{error}; looking for it again")
             return []
         self.seen = {path: seen for path, seen in found.items() if seen}
-        now = time.monotonic()
-        whole = [(seen.state, path) for path, seen in self.seen.items() if is_whole(path, now - seen.since)]
+        settled = time.monotonic() - SETTLED
+        whole = [(seen.state, path) for path, seen in self.seen.items() if seen.since <= settled]
         return [path for _, path in sorted(whole)]
 
     def settles(self, path: Path, unreadable: bool = False) -> bool:
@@ -69,18 +64,3 @@ class Arrivals:
             return None
         state, last = (found.st_mtime_ns, found.st_size), self.seen.get(path)
         return last if last and last.state == state else Seen(state, time.monotonic())
-
-
-def is_whole(path: Path, age: float) -> bool:
-    """Whether a file that has stayed as it is for so many seconds can be taken for whole: unless a process of
-    this machine has it open for writing, when Linux refuses a lease on it. That cannot be told of files of
-    others, and of writers on other machines."""
-    if not SETTLED <= age < PATIENCE:
-        return age >= PATIENCE
-    try:
-        with open(path, "rb") as stream:  # which ends the lease
-            fcntl.fcntl(stream, fcntl.F_SETSIG, signal.SIGURG)  # to who holds one on what is opened: ignored
-            fcntl.fcntl(stream, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-    except OSError as error:
-        return error.errno != errno.EAGAIN
-    return True

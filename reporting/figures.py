@@ -8,8 +8,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.ticker import MaxNLocator
-from PIL import ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from sklearn.metrics import roc_curve
 
 import datasets
@@ -26,7 +27,7 @@ from reporting.tables import shorten
 from shell.files import file_name, whole_file
 
 SHEET = 8  # images per row of a contact sheet
-SIDE = 160  # pixels of the longer side of such an image
+SIDE, LINE = 160, 20  # pixels of the longer side of such an image, and of the height of a line of words
 BINS = (50, 100)  # of the histograms of normal and anomalous images
 MOST_IN_LEGEND = 20  # names
 NAMES_AS_THEY_ARE = {"text.parse_math": False}  # $ begins no formula
@@ -58,8 +59,7 @@ def draw_class(
 
 @rc_context(NAMES_AS_THEY_ARE)
 def draw_run(summary: Summary, records: dict[str, Record], folder: Path) -> list[Picture]:
-    """Draw the pictures of all classes; one that would be empty is left out. records: of each class's first
-    seed."""
+    """Draw the pictures of all classes, none that would be empty. records: of each class's first seed."""
     pictures = [saved(curves(records), folder / "epochs.png", "Losses and test AUROC over the epochs")]
     both = {name: record for name, record in records.items() if len(set(record.test.labels)) == 2}
     if both:
@@ -69,10 +69,13 @@ def draw_run(summary: Summary, records: dict[str, Record], folder: Path) -> list
     return pictures
 
 
-def saved(figure: Figure, path: Path, caption: str) -> Picture:
-    """Write a figure as PNG or JPEG, whole or not at all."""
+def saved(drawn: Figure | Image.Image, path: Path, caption: str) -> Picture:
+    """Write a figure as PNG, an image as JPEG, whole or not at all."""
     with whole_file(path) as partial:
-        figure.savefig(partial, dpi=120, format=path.suffix[1:])
+        if isinstance(drawn, Figure):
+            drawn.savefig(partial, dpi=120, format="png")
+        else:
+            drawn.save(partial, "JPEG", quality=90)
     return Picture(path, caption)
 
 
@@ -116,7 +119,7 @@ def histogram(record: Record, threshold: Threshold | None) -> Figure:
     return figure
 
 
-def contact_sheet(cache: FeatureCache, images: datasets.ImageSet, left: Left) -> Figure:
+def contact_sheet(cache: FeatureCache, images: datasets.ImageSet, left: Left) -> Image.Image:
     """The least and the most anomalous test images, truly normal ones first, each strip from its end of the
     scores inwards: images with score, what they show, name; below, heat maps where the score reads places."""
     test, split, strips = left.first.test, images.labels.test, dict[str, np.ndarray]()
@@ -124,29 +127,28 @@ def contact_sheet(cache: FeatureCache, images: datasets.ImageSet, left: Left) ->
     for label in sorted(set(test.labels)):
         own, kind = ranked[test.labels[ranked] == label], ("normal", "anomalous")[label]
         strips |= {f"{kind}, lowest scores": own[:SHEET], f"{kind}, highest scores": own[::-1][:SHEET]}
-    rows_high = 2 if left.detector else 1
-    figure, all_axes = new_figure(1.4 * SHEET, (0.8 + 1.4 * rows_high) * len(strips), len(strips))
-    for axes, (heading, positions) in zip(all_axes, strips.items()):
-        rows = test.rows[positions]
+    font = ImageFont.truetype(findfont(FontProperties()), LINE - 5)
+    height = 2 * LINE + (1 + bool(left.detector)) * SIDE + 4 * LINE  # of a strip: heading, images, words
+    sheet = Image.new("RGB", (SHEET * SIDE, len(strips) * height), "white")
+    canvas = ImageDraw.Draw(sheet)
+    for number, (heading, positions) in enumerate(strips.items()):
+        rows, top = test.rows[positions], number * height + 2 * LINE
+        canvas.text((sheet.width / 2, top - LINE), heading, "black", font, anchor="mm")
         maps = [None] * len(rows)
         if left.detector:
             maps = left.detector.place_map(cache.arrays("test")["places"][rows])
-        strip = np.full((rows_high * SIDE, SHEET * SIDE, 3), 255, np.uint8)
         for place, (row, score, values) in enumerate(zip(rows, test.scores[positions], maps)):
-            pixels, left_edge, heat = images.read("test", int(row)), place * SIDE, None
-            if values is not None:
-                heat = heat_map.of_places(values, place_grid_of(cache.fields), pixels.shape[:2])
-            shown = overlaid(pixels, heat, SIDE)
-            tiles = [np.asarray(ImageOps.pad(each, (SIDE, SIDE), color="white")) for each in shown]
-            strip[: len(tiles) * SIDE, left_edge : left_edge + SIDE] = np.vstack(tiles)
+            pixels, at = images.read("test", int(row)), (place * SIDE, top)
+            size = pixels.shape[:2]
+            heat = None if values is None else heat_map.of_places(values, place_grid_of(cache.fields), size)
+            for shown in overlaid(pixels, heat, SIDE):
+                sheet.paste(ImageOps.pad(shown, (SIDE, SIDE), color="white"), at)
+                at = (at[0], at[1] + SIDE)
             shows = split.kind[row] or images.labels.classes[split.category[row]]
-            words = (f"{score:.4g}", shows, Path(split.names[row]).name)
-            text = "\n".join(shorten(word, 18) for word in words).encode(errors="replace").decode()
-            axes.text(left_edge, len(shown) * SIDE, text, fontsize="x-small", verticalalignment="top")
-        axes.imshow(strip)
-        axes.set_title(heading, fontsize="medium")
-        axes.axis("off")
-    return figure
+            name = Path(split.names[row]).name
+            words = "\n".join(shorten(word, 18) for word in (f"{score:.4g}", shows, name))
+            canvas.text(at, words.encode(errors="replace").decode(), "black", font)
+    return sheet
 
 
 # ---------------------------------------------------------------- of all classes

@@ -146,7 +146,7 @@ def test_gains_are_one_at_the_start():
 )
 def test_coupling_refuses_wrong_sizes(dims_in, dims_c):
     with pytest.raises(ValueError, match="FusedCoupling takes one .* of shape .*, got "):
-        model.FusedCoupling(dims_in, dims_c, seed=0, make_subnet=None, clamp=3.0)
+        model.FusedCoupling(dims_in, dims_c, order=None, token_order=None, make_subnet=None, clamp=3.0)
 
 
 # ---------------------------------------------------------------- likelihood and scores

@@ -232,7 +232,7 @@ def test_masks_of_every_mode(tmp_path, mode, values, palette):
 # ---------------------------------------------------------------- missing, or in the wrong place
 LOOKED = {  # data set -> what was looked for
     "folder": "{train,test}/<class>/*",
-    "csv": "one called labels.csv",
+    "csv": "a folder with labels.csv",
     "mvtec": "<category>/train/good",
     "VisA": "split_csv/1cls.csv",
     "RealIAD": "realiad_jsons/<object>.json",
