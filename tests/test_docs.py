@@ -119,13 +119,18 @@ RESULTS = {  # the same of results/README.md, whose rows have one backbone
 def means_of(name: str) -> dict[str, dict[str, float]]:
     """{detector: {set: mean AUROC over classes and seeds}} of results/NAME.csv, of sets all of whose classes
     it has."""
-    found: dict = collections.defaultdict(lambda: collections.defaultdict(list))
+    found: dict = collections.defaultdict(lambda: collections.defaultdict(dict))
     with open(ROOT / "results" / f"{name}.csv", newline="") as file:
         for row in csv.DictReader(file):
-            found[row["detector"]][row["set"]].append(float(row["auroc"]))
+            classes = found[row["detector"]][row["set"]]
+            classes.setdefault(row["class"], []).append(float(row["auroc"]))
     counts = {key: max(len(sets.get(key, ())) for sets in found.values()) for key in SETS}
     return {
-        name: {key: float(np.mean(sets[key])) for key in SETS if len(sets.get(key, ())) == counts[key] > 0}
+        name: {
+            key: float(np.mean([*map(np.mean, sets[key].values())]))
+            for key in SETS
+            if len(sets.get(key, ())) == counts[key] > 0
+        }
         for name, sets in found.items()
     }
 
