@@ -100,6 +100,12 @@ class RawImage(NamedTuple):
             return self.tile.height, self.tile.width
         return self.source.shape[:2] if isinstance(self.source, np.ndarray) else images.size_of(self.source)
 
+    def read(self, scale: PixelScale) -> np.ndarray:
+        """Its pixels, (H, W, 3) uint8. Raises UserError that names an unreadable file."""
+        if self.tile is None:
+            return images.pixels_of(self.source, scale)
+        return self.tile.of(_decoded(self.source, scale))  # type: ignore[arg-type]  # tiles are of files alone
+
 
 _decoded = functools.lru_cache(maxsize=4)(images.pixels_of)  # whose tiles are asked for one after the other
 
@@ -115,10 +121,7 @@ class ImageSet:
 
     def read(self, split: str, i: int) -> np.ndarray:
         """An image, (H, W, 3) uint8. Raises UserError that names an unreadable one."""
-        source, _, tile = self.images[split][i]
-        if tile is None:
-            return images.pixels_of(source, self.scale)
-        return tile.of(_decoded(source, self.scale))  # type: ignore[arg-type]  # tiles are of files alone
+        return self.images[split][i].read(self.scale)
 
     def hashes(self, split: str) -> list[str]:
         """The content hash of every image of a split, in order; HASHING_THREADS files are read at a time."""
@@ -130,14 +133,10 @@ class ImageSet:
         kept = {split: [self.images[split][i] for i in rows[split]] for split in SPLITS}
         return ImageSet(self.labels.kept(rows), kept, self.scale)
 
-    def listed(self, chosen: Sequence[tuple[str, str]]) -> "ImageSet":
-        """The images ``chosen`` (split, name), of both splits, as one training split without labels. Raises
-        UserError on one that is not there."""
+    def named(self, chosen: Iterable[tuple[str, str]]) -> list[RawImage]:
+        """The images ``chosen`` by split and name."""
         there = {split: dict(zip(self.labels.split(split).names, self.images[split])) for split in SPLITS}
-        if gone := [name for split, name in chosen if name not in there[split]]:
-            raise UserError(f"{gone[0]} has gone since the images were listed; run it again")
-        labels = Labels((), Split.of([name for _, name in chosen], OTHER), Split.of([], OTHER))
-        return ImageSet(labels, {"train": [there[split][name] for split, name in chosen]}, self.scale)
+        return [there[split][name] for split, name in chosen]
 
     def sizes(self, most: int) -> dict[str, list[tuple[int, int]]]:
         """Height and width by class of at most so many training images, evenly spaced, that can be read."""

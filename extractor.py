@@ -34,7 +34,7 @@ from shell import engine
 def ensure_features(
     config: Config,
     device: torch.device,
-    check: Callable[[dict], object] | None = None,
+    check: Callable[[dict], object] = lambda fields: None,
     thorough: bool = False,
     executor: Executor | None = None,
     one_class: bool = False,
@@ -61,25 +61,21 @@ def ensure_features(
     if images:
         if listed.pixel_scale is None:
             listed.pixel_scale = measured([raw.source for raw in images.images["train"]])
-        images.scale.ranges = listed.pixel_scale
         if line := datasets.repeated(listed.labels, listed.hashes):
             note(line)
-    hashes = set(listed.all_hashes if thorough else ())
+    hashes = frozenset(listed.all_hashes if thorough else ())
     identity = cache_identity(config, device, images, listed)
-    store = Store(root / identity.name, verified=hashes)
-    if images is None:
-        print(f"features: {store.folder} (pretrained True: taken as they are)", flush=True)
-        return complete(FeatureCache(store, listed), config.unreadable)
-    again = [shard.folder for shard in store.shards if restart and not hashes.isdisjoint(shard.images)]
-    store.remove(store.damaged + again)
+    store = Store(root / identity.name, verified=hashes, again=hashes if restart else frozenset())
     cache, left_out = FeatureCache(store, listed), listed.unreadable if config.unreadable == "skip" else ()
-    if missing := [image for image in cache.absent.values() if image.hash not in left_out]:
+    missing = [image for image in cache.absent.values() if image.hash not in left_out]
+    if images and missing:
         found = extract(config, identity, images, store, missing, device, check, executor)
         tried, unreadable = ({image.hash for image in each} for each in (missing, found))
         listed.unreadable = sorted({*listed.unreadable} - tried | unreadable)
-        cache = FeatureCache(store, listed)
+        cache = FeatureCache(Store(store.folder), listed)
     else:
-        print(f"features: {'all sound' if thorough else 'reusing the cache'}: {store.folder}", flush=True)
+        told = "all sound" if thorough else "reusing the cache"
+        print(f"features: {told if images else 'pretrained, taken as they are'}: {store.folder}", flush=True)
     listed.write(path, before)
     return complete(cache, config.unreadable)
 

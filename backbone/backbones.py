@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import utils
-from backbone.token_grid import OfMaps, TokenGrid
 from config import BACKBONES, LARGEST_IMAGE, SIZES, UserError, unknown
 from datasets import ImageSet
 from shell.files import sha256_of_file
@@ -150,21 +149,6 @@ class Backbone(nn.Module):
         count = len(self.model.feature_info)
         quarters = [max(0, (k + 1) * count // 4 - 1) for k in range(4)]
         return tuple(range(max(0, count - 4), count) if self.is_map else dict.fromkeys(quarters))
-
-    def what_is_kept(self, grid: TokenGrid, of_maps: OfMaps) -> tuple[dict[str, list[int]], dict]:
-        """The shape of each array that an image leaves, and the store's fields that tell what they are."""
-        shape = grid.cached_shape(self.grid)
-        shapes = {"tokens": [1 + math.prod(shape), self.n_feat]}
-        kind = "map" if self.is_map else "tokens"
-        fields = {"n_feat": self.n_feat, "kind": kind, "grid": list(shape), "tokens": shapes["tokens"][0]}
-        if of_maps:
-            depths = self.band_depths()
-            channels = tuple(self.model.feature_info[depth]["num_chs"] for depth in depths)
-            fields |= {"depths": list(depths), "band_channels": list(channels)}
-            shapes |= {name: list(kept.shape(channels)) for name, kept in of_maps.items()}
-        if "places" in shapes:
-            fields["place_shape"] = shapes["places"]
-        return shapes, fields
 
 
 def load_backbone(

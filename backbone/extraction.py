@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from backbone.identity import Identity
 from backbone.resizing import Unreadable, read_levels, resized
 from backbone.runtime import PRECISIONS, Compiled
 from cache.store import EXAMPLE
-from datasets import ImageSet
+from datasets import RawImage
+from images.images import PixelScale
 
 BATCH = {"cpu": 8, "cuda": 64}  # images per backbone pass: a CPU's caches hold the maps of these
 MOST_IN_BATCH = 256
@@ -50,13 +51,17 @@ class FeatureExtractor(nn.Module):
     def forward(self, levels: Tensor) -> tuple[Tensor, ...]:
         pixels = self.normalised(levels.contiguous(memory_format=torch.channels_last))
         tokens, maps = self.backbone.seen(pixels, self.depths)
-        grid = self.backbone.grid
         if self.mirror:  # mirrored back
             other, other_maps = self.backbone.seen(pixels.flip(-1), self.depths)
-            patches = other[:, 1:].unflatten(1, grid).flip(2).flatten(1, 2)
+            patches = other[:, 1:].unflatten(1, self.backbone.grid).flip(2).flatten(1, 2)
             tokens = (tokens + torch.cat([other[:, :1], patches], 1)) / 2
             maps = [(one + another.flip(-1)) / 2 for one, another in zip(maps, other_maps)]
-        kept = [self.grid.pool(tokens, grid), *(each.measure(maps) for each in self.of_maps.values())]
+        return self.kept(tokens, maps)
+
+    def kept(self, tokens: Tensor, maps: list[Tensor]) -> tuple[Tensor, ...]:
+        """What is kept of the backbone's tokens and maps."""
+        tokens = self.grid.pool(tokens, self.backbone.grid)
+        kept = (tokens, *(each.measure(maps) for each in self.of_maps.values()))
         return tuple(values.half() for values in kept)
 
     def rows(self, values: tuple[Tensor, ...]) -> Rows:
@@ -70,6 +75,7 @@ class Extraction:
     def __init__(self, identity: Identity, device: torch.device, batch: int = 0, workers: int = -1):
         """batch: images of a pass; 0: chosen for the device. workers: as the knob. Raises UserError."""
         self.device, self.extractor, self.img_size = device, identity.extractor, identity.img_size
+        self.scale = PixelScale(identity.fields.get("pixel_scale", {}))
         self.batch = min(batch or BATCH[device.type], MOST_IN_BATCH)
         if device.type == "cpu":  # threads that each read and compute whole batches
             chosen = min(MOST_THREADS, torch.get_num_threads())
@@ -81,15 +87,12 @@ class Extraction:
         else:  # that read images for the one that drives the device
             chosen = max(1, min(MOST_READERS, cpu_count() - 1) // SHARDS_AT_ONCE[device.type])
         self.threads = chosen if workers < 0 else max(1, workers)
-        weights = (identity.weights_path, identity.seed)
-        backbone = load_backbone(identity.extractor, identity.img_size, *weights)
-        shapes, kept = backbone.what_is_kept(identity.grid, identity.of_maps)
+        backbone = load_backbone(self.extractor, self.img_size, identity.weights_path, identity.seed)
         sha256 = sha256_of_tensors(backbone.state_dict())
-        self.fields = identity.fields | kept | {"weights_sha256": sha256, "shapes": shapes}
         self.dtype = getattr(torch, identity.fields["precision"])
         backbone = speed_up(backbone, device, self.dtype)
         self.module = FeatureExtractor(identity, backbone).to(device)
-        self.fields[EXAMPLE] = self._example()
+        self.fields = identity.fields | {"weights_sha256": sha256} | self._what_is_kept()
         self.full_batch: Callable[[Tensor], tuple[Tensor, ...]] | None = None
 
     def _noise(self, count: int) -> Tensor:
@@ -98,19 +101,27 @@ class Extraction:
         return torch.from_numpy(generator.randint(0, 256, (count, 3, *self.img_size), np.uint8))
 
     @torch.inference_mode()
-    def _example(self) -> dict:
-        """What the backbone gives of a fixed picture, in a few evenly spaced numbers of its tokens and of
-        each map: another version of timm may build another network of the same name and weights."""
-        module = self.module
-        pixels = module.normalised(self._noise(1).to(self.device))
-        tokens, maps = module.backbone.seen(pixels, module.depths)
+    def _what_is_kept(self) -> dict:
+        """The fields that tell what an image leaves, found with a fixed picture. EXAMPLE: a few evenly spaced
+        numbers of its tokens and of each map: another version of timm may build another network of the same
+        name and weights."""
+        module, backbone = self.module, self.module.backbone
+        grid = module.grid.cached_shape(backbone.grid)
+        tokens, maps = backbone.seen(module.normalised(self._noise(1).to(self.device)), module.depths)
+        rows = module.rows(module.kept(tokens, maps))
+        shapes = {name: list(values.shape[1:]) for name, values in rows.items()}
+        fields: dict = {"kind": "map" if backbone.is_map else "tokens", "grid": list(grid), "shapes": shapes}
+        fields["tokens"], fields["n_feat"] = shapes["tokens"]
+        if maps:
+            fields |= {"depths": list(module.depths), "band_channels": [each.shape[1] for each in maps]}
+        if "places" in shapes:
+            fields["place_shape"] = shapes["places"]
         numbers = [values.float().flatten().cpu().numpy() for values in (tokens, *maps)]
         chosen = [each[np.linspace(0, len(each) - 1, EXAMPLE_NUMBERS).astype(int)] for each in numbers]
-        return {
-            "timm": timm.__version__,
-            "precision": self.fields["precision"],
-            "values": [[float(f"{value:.6g}") for value in each] for each in chosen],
-        }
+        values = [[float(f"{value:.6g}") for value in each] for each in chosen]
+        precision = str(self.dtype).removeprefix("torch.")
+        fields[EXAMPLE] = {"timm": timm.__version__, "precision": precision, "values": values}
+        return fields
 
     def compile(self) -> None:
         """Have OpenVINO compute full batches from now on, on a CPU, if it can; PyTorch does the rest."""
@@ -135,15 +146,13 @@ class Extraction:
             found.append(compute(resized(batch, self.img_size)))
         return self.module.rows(tuple(torch.cat(parts) for parts in zip(*found)))
 
-    def features(self, images: ImageSet) -> Iterator[Rows | Unreadable]:
-        """``rows`` of the training images of a set, in order, a few at a time, or why one cannot be read."""
-        numbers = range(len(images.labels.train.names))
-        batches = (numbers[first : first + self.batch] for first in numbers[:: self.batch])
+    def features(self, images: Sequence[RawImage]) -> Iterator[Rows | Unreadable]:
+        """``rows`` of images in order, a few at a time, or why one cannot be read."""
 
-        def pixels_of(i: int) -> list[np.ndarray]:
-            return [images.read("train", i)]
+        def read(batch: Sequence[RawImage]) -> list[Tensor | Unreadable]:
+            return read_levels(batch, lambda image: [image.read(self.scale)], self.img_size)
 
-        return self.computed(lambda batch: read_levels(batch, pixels_of, self.img_size), batches)
+        return self.computed(read, (images[i : i + self.batch] for i in range(0, len(images), self.batch)))
 
     def computed(self, read: Callable[[Any], list], batches: Iterable) -> Iterator[Rows | Unreadable]:
         """What is kept of batches of images, in order. ``read`` makes a batch's images (n, 3, h, w), of one

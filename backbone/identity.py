@@ -7,9 +7,9 @@ import torch
 from backbone import backbones
 from backbone.token_grid import OF_MAPS, PLACE_CHANNELS, Bands, OfMaps, Places, TokenGrid, place_grid
 from cache.feature_cache import ImageList
-from cache.store import identity_hash
 from config import Config, knobs_affecting
 from datasets import ImageSet
+from shell.files import checksum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,5 +75,5 @@ def cache_identity(
     kept = {"bands": config.bands, f"places{config.places}": config.places, "mirror": config.mirror}
     extractor = config.extractor.replace("/", "_").replace(":", "_")
     told = (part for part, there in kept.items() if there)
-    name = "-".join([extractor, "{}x{}".format(*size), grid.name, *told, identity_hash(fields)[:8]])
+    name = "-".join([extractor, "{}x{}".format(*size), grid.name, *told, checksum(fields)[:8]])
     return Identity(name, fields, config.extractor, size, config.weights_path, config.seed, grid, of_maps)

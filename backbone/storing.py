@@ -8,25 +8,25 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import datasets
 import utils
-from backbone.backbones import outline
 from backbone.extraction import COMPILED_FROM, MOST_IN_BATCH, SHARDS_AT_ONCE, Extraction
 from backbone.identity import Identity
 from backbone.resizing import Unreadable
-from cache.feature_cache import Wanted, feature_folder
+from cache.feature_cache import Wanted
 from cache.store import DTYPE, Store, write_shard
 from config import Config, UserError
-from datasets import ImageSet
+from datasets import ImageSet, RawImage
 from shell.engine import outcomes
 
 SHARD_ROWS, SHARD_SECONDS = MOST_IN_BATCH, 30.0  # of one shard, at most: what a kill costs
 
+Part = tuple[list[RawImage], list[Wanted]]  # images, and what each is known by
 Batch = tuple[list[int], list[dict[str, np.ndarray]]]  # numbers of images, and their rows in parts
 
 
@@ -37,89 +37,74 @@ def extract(
     store: Store,
     wanted: list[Wanted],
     device: torch.device,
-    check: Callable[[dict], object] | None,
+    check: Callable[[dict], object],
     executor: Executor | None,
 ) -> list[Wanted]:
     """Compute and write the features of images by this process or, where there is one, by an executor's, once
     it is said what will be done -> those that cannot be read. Raises UserError, also where the features do
     not fit on the disk; what is done is kept.
 
-    check: called with the fields that tell what an image leaves, to refuse them."""
-    backbone = outline(identity.extractor, identity.img_size)
-    shapes, fields = backbone.what_is_kept(identity.grid, identity.of_maps)
-    if check is not None:
-        check(fields)
-    folder = store.folder
-    size = len(wanted) * DTYPE.itemsize * sum(map(math.prod, shapes.values()))
-    free = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.exists())).free
-    if size > free:
+    check: called with the store's fields, to refuse them."""
+    job = Extraction(identity, device, config.extract_batch, config.workers)
+    folder, fields = store.folder, job.fields
+    check(fields)
+    store.begin(fields)
+    size = len(wanted) * DTYPE.itemsize * sum(map(math.prod, fields["shapes"].values()))
+    if size > (free := shutil.disk_usage(folder).free):
         raise UserError(
             f"the features need {size / 1e9:.2f} GB, the disk of {folder} has {free / 1e9:.2f} GB free; "
             "free some, or choose a smaller token_grid"
         )
     where = "by other processes" if executor else f"on {device}"
-    height, width = identity.img_size
-    print(
-        f"extracting {len(wanted)} images with {identity.extractor} at {height}x{width} {where} in "
-        f"{identity.fields['precision']}: {fields['tokens']} tokens of {fields['n_feat']} channels each, "
-        f"{size / 1e9:.2g} GB in {folder}",
-        flush=True,
-    )
+    told = f"{fields['tokens']} tokens of {fields['n_feat']} channels each, {size / 1e9:.2g} GB in {folder}"
+    print(f"extracting {len(wanted)} images {where} in {fields['precision']}: {told}", flush=True)
+    compiled = len(wanted) >= job.batch and sum(map(len, images.images.values())) >= COMPILED_FROM
+    load = functools.partial(load_elsewhere, config, identity, folder, compiled, uuid.uuid4().hex)
+    if compiled and not executor:
+        job.compile()
+    pictures = images.named(image[:2] for image in wanted)
     rows = SHARD_ROWS if executor else -(-len(wanted) // SHARDS_AT_ONCE[device.type])
-    parts = [wanted[first : first + rows] for first in range(0, len(wanted), rows)]
+    parts = [(pictures[i : i + rows], wanted[i : i + rows]) for i in range(0, len(wanted), rows)]
     unreadable: list[Wanted] = []
     with tqdm(total=len(wanted), unit="img", disable=utils.NO_BAR, smoothing=0.05) as bar:
-        if executor:
-            task = functools.partial(extract_elsewhere, config, identity, uuid.uuid4().hex)
-        else:
-            job = Extraction(identity, device, config.extract_batch, config.workers)
-            store.begin(job.fields)
-            task = functools.partial(extract_images, job, images, store, advance=bar.update)
+        here = functools.partial(extract_images, lambda: (job, store), advance=bar.update)
+        task = functools.partial(extract_images, load) if executor else here
         threads = len(parts) > 1 and not executor
         with utils.Threads(len(parts)) if threads else contextlib.nullcontext(executor) as pool:
-            for part, left_out in outcomes(pool, task, parts):
+            for (_, part), left_out in outcomes(pool, task, parts):
                 unreadable += left_out
                 bar.update(len(part) if executor else 0)
-    store.look()
     return unreadable
 
 
-def extract_elsewhere(config: Config, identity: Identity, of: str, wanted: list[Wanted]) -> list[Wanted]:
-    """``extract_images`` in whatever process, with one thread unless ``threads`` says more. of: which job it
-    is of; another one may find other images, of the same configuration."""
-    return extract_images(*_loaded(config, identity, of), wanted)
-
-
 @functools.lru_cache(maxsize=1)
-def _loaded(config: Config, identity: Identity, of: str) -> tuple[Extraction, ImageSet, Store]:
-    """Kept from one task to the next."""
-    device, images = utils.set_up(config.device, config.threads or 1), datasets.images_of(config)
-    images.scale.ranges = identity.fields.get("pixel_scale", {})
+def load_elsewhere(
+    config: Config, identity: Identity, folder: Path, compiled: bool, of: str
+) -> tuple[Extraction, Store]:
+    """The backbone and the store in whatever process, with one thread unless ``threads`` says more, for all
+    tasks of one job ``of``. Raises UserError where it gives other features than those that are there."""
+    device, store = utils.set_up(config.device, config.threads or 1), Store(folder)
     job = Extraction(identity, device, config.extract_batch, config.workers)
-    store = Store(feature_folder(config.feature_path) / identity.name)
     store.begin(job.fields)
-    return job, images, store
+    if compiled:
+        job.compile()
+    return job, store
 
 
 def extract_images(
-    job: Extraction,
-    images: ImageSet,
-    store: Store,
-    wanted: list[Wanted],
+    load: Callable[[], tuple[Extraction, Store]],
+    part: Part,
     advance: Callable[[int], object] = lambda count: None,
 ) -> list[Wanted]:
     """Compute the features of images and write them while the next are computed -> those that cannot be read.
     advance: called with the number of images done. Raises UserError, also on an image that has changed."""
-    if len(wanted) >= job.batch and sum(map(len, images.images.values())) >= COMPILED_FROM:
-        job.compile()
-    chosen = images.listed([image[:2] for image in wanted])
+    (job, store), (images, wanted) = load(), part
     unreadable: list[Wanted] = []
 
     def shards() -> Iterator[Batch]:
-        numbers: list[int] = []
-        parts: list[dict[str, np.ndarray]] = []
+        numbers, parts = list[int](), list[dict[str, np.ndarray]]()
         done, began = 0, time.monotonic()
-        for rows in job.features(chosen):
+        for rows in job.features(images):
             if isinstance(rows, Unreadable):
                 unreadable.append(wanted[done])
                 count = 1
@@ -138,8 +123,7 @@ def extract_images(
 
     def write(shard: Batch) -> None:
         numbers, parts = shard
-        now = {i: chosen.images["train"][i].identify() for i in numbers}
-        if changed := [wanted[i].name for i in numbers if now[i] != wanted[i].hash]:
+        if changed := [wanted[i].name for i in numbers if images[i].identify() != wanted[i].hash]:
             raise UserError(f"{changed[0]} has changed while its features were extracted; run it again")
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         write_shard(store.folder, store.of, [wanted[i].hash for i in numbers], arrays)

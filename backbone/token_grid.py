@@ -113,10 +113,6 @@ class Bands:
     def statistics(self) -> tuple[str, ...]:
         return ("low", *(f"ring{k + 1}" for k in range(self.rings)), "peak")
 
-    def shape(self, channels: tuple[int, ...]) -> tuple[int]:
-        """Numbers of an image, from the channels of each depth."""
-        return (len(self.statistics) * sum(channels),)
-
     def columns(self, channels: tuple[int, ...], statistics: tuple[str, ...], depths: range) -> list[range]:
         """Where the chosen statistics of the chosen depths stand in the token: a range of columns each."""
         columns, start = [], 0
@@ -170,10 +166,6 @@ class Places:
 
     grid: tuple[int, int]
     channels: int = PLACE_CHANNELS
-
-    def shape(self, channels: tuple[int, ...]) -> tuple[int, int]:
-        """Places and channels of an image, from the channels of each depth."""
-        return math.prod(self.grid), min(self.channels, sum(channels[:-1] or channels))
 
     def measure(self, maps: list[Tensor]) -> Tensor:
         """Maps (B, C_i, rows_i, columns_i) of several depths -> place tokens (B, rows x columns, D), float32:

@@ -88,7 +88,7 @@ def tokens(args: argparse.Namespace, device: torch.device, precision: str) -> to
     """Of eight digits (8, 1 + N, C), float32."""
     config = speed.config_of(args, precision=precision)
     images = speed.spread(speed.datasets.images_of(config), {"train": 8, "test": 0})
-    rows = Extraction(cache_identity(config, device), device).features(images)
+    rows = Extraction(cache_identity(config, device), device).features(images.images["train"])
     return torch.cat([each["tokens"].cpu().float() for each in rows])
 
 

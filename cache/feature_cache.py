@@ -193,10 +193,10 @@ def prune(root: Path, named: str) -> None:
         store = Store(path.parent)
         counts = {name: (store.find(each.all_hashes)[:, 0] >= 0).sum() for name, each in lists.items()}
         of = ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "of no data set"
-        print(f"{path.parent}: {(size := store.size()) / 1e6:.1f} MB ({of})", flush=True)
+        print(f"{path.parent}: {store.size() / 1e6:.1f} MB ({of})", flush=True)
         if names:
-            store.keep_only({image for name in names for image in lists[name].all_hashes})
-            print(f"  {(size - store.size()) / 1e6:.1f} MB dropped", flush=True)
+            freed = store.keep_only({image for name in names for image in lists[name].all_hashes})
+            print(f"  {freed / 1e6:.1f} MB dropped", flush=True)
     for name in lists:
         if names and name not in names:
             list_file(root, name).unlink(missing_ok=True)

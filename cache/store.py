@@ -24,6 +24,7 @@ import os
 import shutil
 import uuid
 import zlib
+from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ import numpy as np
 
 import utils
 from config import UserError
-from shell.files import checksum, read_sealed, sweep, whole_file, write_sealed
+from shell.files import as_strict_json, checksum, read_sealed, sweep, whole_file, write_sealed
 
 FORMAT = 4
 IDENTITY, RECORD = "identity.json", "record.json"
@@ -44,44 +45,48 @@ OPEN_FILES = 256  # of each array, kept open between two reads
 
 
 class Store:
-    """A store as it was when it was last looked at (``look``).
+    """A store as it was when it was looked at.
 
     fields: which features these are, flat, as JSON has them; empty where there are none yet. shards: the
-    sound ones. damaged: the folders of the others. Raises UserError on a store of another version."""
+    sound ones. gone: the folders of the others: of damaged shards, which are told of, and of those that hold
+    images to be made ``again``."""
 
-    def __init__(self, folder: Path, verified: set[str] | frozenset[str] = frozenset()):
-        self.folder = folder
-        self.look(verified)
-
-    def look(self, verified: set[str] | frozenset[str] = frozenset()) -> None:
-        """See what there is: sizes of files are checked, of the shards that hold any of the images
-        ``verified`` every byte. Damaged shards are told of."""
+    def __init__(self, folder: Path, verified: Set[str] = frozenset(), again: Set[str] = frozenset()):
+        """The sizes of files are checked, of the shards that hold any of the images ``verified`` every byte.
+        Raises UserError on a store of another version."""
+        self.folder, path = folder, folder / IDENTITY
         self.fields: dict = {}
-        path = self.folder / IDENTITY
         try:
             content = read_sealed(path)
-            refuse_others(self.folder, content, {"format": FORMAT})
+            refuse_others(folder, content, {"format": FORMAT})
             self.fields = content["fields"]
         except FileNotFoundError:
             pass
         except ValueError as error:
             print(f"features: {path} is damaged ({error}); the next extraction mends it", flush=True)
-        self.of, self.shards, damaged = identity_hash(self.fields), list[Shard](), {}
-        for folder in sorted(path for path in self.folder.glob("[!.]*") if path.is_dir()):
+        self.shards, self.gone, damaged, of = list[Shard](), list[Path](), list[str](), self.of
+        for place in sorted(place for place in folder.glob("[!.]*") if place.is_dir()):
             try:
-                shard = read_shard(folder, verified)
+                shard = read_shard(place, verified)
+                if not again.isdisjoint(shard.images):
+                    self.gone.append(place)
+                elif shard.of == of:
+                    self.shards.append(shard)
             except Damaged as damage:
-                damaged[folder] = f"{folder.name}/{damage}"
-            else:
-                self.shards += [shard] if shard.of == self.of else []
-        self.damaged = list(damaged)
+                self.gone.append(place)
+                damaged.append(f"{place.name}/{damage}")
         if damaged:
-            told = utils.first_named(list(damaged.values()), "; ")
-            print(f"features: damaged shards in {self.folder}, which count as missing: {told}", flush=True)
+            told = utils.first_named(damaged, "; ")
+            print(f"features: damaged shards in {folder}, which count as missing: {told}", flush=True)
         self._places: dict[str, tuple[int, int]] = {}
         for number, shard in enumerate(self.shards):
             for row, image in enumerate(shard.images):
                 self._places.setdefault(image, (number, row))
+
+    @property
+    def of(self) -> str:
+        """Which features these are, on whatever machine they were made."""
+        return checksum({name: value for name, value in self.fields.items() if name != EXAMPLE})[:16]
 
     def find(self, images: list[str]) -> np.ndarray:
         """The number of the shard, and the row in it (n, 2), of images by their hashes; -1: nowhere."""
@@ -89,32 +94,31 @@ class Store:
         return np.array(found, np.int64).reshape(-1, 2)
 
     def begin(self, fields: dict) -> None:
-        """Make an empty store one of these features. Raises UserError where it is one of others."""
+        """Make a store without sound shards one of these features. Raises UserError where it is one of
+        others."""
+        if self.gone and not self.shards:
+            self.fields = {}
         if self.fields:
             refuse_others(self.folder, self.fields, fields)
-        else:
-            write_sealed(self.folder / IDENTITY, {"format": FORMAT, "fields": fields})
-            self.look()
+        self.clear()
+        if not self.fields:
+            self.fields = as_strict_json(fields)
+            write_sealed(self.folder / IDENTITY, {"format": FORMAT, "fields": self.fields})
 
-    def remove(self, folders: list[Path]) -> None:
-        """Remove shards, with the last one the store's identity, and what was left half written long ago."""
+    def clear(self) -> None:
+        """Remove the shards that are gone, and what was left half written long ago."""
         sweep(self.folder, ABANDONED)
-        if not folders:
-            return
-        for folder in folders:
+        for folder in self.gone:
             shutil.rmtree(folder, ignore_errors=True)
-        self.look()
-        if not self.shards and not self.damaged:
-            (self.folder / IDENTITY).unlink(missing_ok=True)
-            self.fields = {}
 
-    def keep_only(self, images: set[str]) -> None:
-        """Keep one row of each of these images; a shard that keeps some of its rows is written anew."""
-        gone, images = list(self.damaged), set(images)
+    def keep_only(self, images: set[str]) -> int:
+        """Keep one row of each of these images; a shard that keeps some of its rows is written anew -> the
+        bytes that this frees."""
+        images = set(images)
         for shard in self.shards:
             rows = [i for i, image in enumerate(shard.images) if image in images]
             if len(rows) < len(shard.images):
-                gone.append(shard.folder)
+                self.gone.append(shard.folder)
                 if not rows:
                     continue
                 try:
@@ -123,31 +127,26 @@ class Store:
                     continue
                 write_shard(self.folder, self.of, [shard.images[i] for i in rows], arrays)
             images.difference_update(shard.images)  # which two processes may have written
-        self.remove(gone)
+        self.clear()
+        if not (left := Store(self.folder)).shards:
+            (self.folder / IDENTITY).unlink(missing_ok=True)
+        return self.size() - left.size()
 
     def size(self) -> int:
         """Bytes of the shards' files."""
         return sum(file.size for shard in self.shards for file in shard.files.values())
 
 
-def identity_hash(fields: dict) -> str:
-    """Which features these are, on whatever machine they were made."""
-    return checksum({name: fields[name] for name in fields if name != EXAMPLE})[:16]
-
-
-def refuse_others(folder: Path, recorded: dict, expected: dict) -> None:
-    """Raise UserError that names the first of the ``expected`` fields that is another one in the store."""
-    for field, value in expected.items():
-        fault = None
-        if field == EXAMPLE:
-            fault = example_fault(recorded.get(field), value)
-        elif recorded.get(field) != value:
-            fault = f"{field} is {recorded.get(field, 'absent')} there, {value} is wanted"
+def refuse_others(folder: Path, fields: dict, wanted: dict) -> None:
+    """Raise UserError that names the first of the fields ``wanted`` that is another one in the store."""
+    for field, value in wanted.items():
+        there = fields.get(field)
+        fault = f"{field} is {there} there, {value} is wanted" if there != value else None
+        if field == EXAMPLE:  # of another machine, perhaps
+            fault = example_fault(there, value)
         if fault:
-            raise UserError(
-                f"the features in {folder} do not fit: {fault}; delete that folder or give another "
-                "--feature_path"
-            )
+            advice = "delete that folder or give another --feature_path"
+            raise UserError(f"the features in {folder} do not fit: {fault}; {advice}")
 
 
 def example_fault(recorded: dict | None, now: dict) -> str | None:
@@ -218,7 +217,7 @@ def write_shard(store: Path, of: str, images: list[str], arrays: dict[str, np.nd
         (partial / RECORD).write_text(json.dumps(record | {"checksum": checksum(record)}))
 
 
-def read_shard(folder: Path, verified: set[str] | frozenset[str]) -> Shard:
+def read_shard(folder: Path, verified: Set[str]) -> Shard:
     """The shard in a folder, by its record and its files' sizes; where it holds one of the images
     ``verified``, every byte is checked. Raises Damaged."""
     try:

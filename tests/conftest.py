@@ -214,8 +214,7 @@ def make_cache(
     for split, hashes in listed.hashes.items():
         rows = {name: splits[split].astype(np.float16) for name, splits in arrays.items()}
         write_shard(folder, store.of, hashes, rows)
-    store.look()
-    return feature_cache.FeatureCache(store, listed)
+    return feature_cache.FeatureCache(Store(folder), listed)
 
 
 def hashes_of(names: list[str]) -> list[str]:

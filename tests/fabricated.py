@@ -37,7 +37,7 @@ def fabricate(folder, signal: float = 2.0) -> FeatureCache:
         s: generator.randn(len(category[s]), 1 + n, C) + signal * centres[category[s]][:, None]
         for s in SPLITS
     }
-    size = Bands().shape(BAND_CHANNELS)[0]
+    size = len(Bands().statistics) * sum(BAND_CHANNELS)
     textures = generator.randn(len(CLASSES), size)
     bands = {
         s: 3 + 0.3 * (generator.randn(len(category[s]), size) + signal * textures[category[s]])

@@ -90,7 +90,7 @@ def fabricate(folder, meaning: float, texture: float, channels=CHANNELS):
         s: Split.of([f"{s}{i}" for i in range(len(c))], np.where(c == 0, 0, -1)) for s, c in category.items()
     }
     bands_of = Bands()
-    size = bands_of.shape(channels)[0]
+    size = len(bands_of.statistics) * sum(channels)
     rings = np.zeros(size)
     for place in bands_of.columns(channels, bands_of.statistics[1:], range(len(channels))):
         rings[place.start : place.stop] = generator.randn(len(place))

@@ -136,17 +136,15 @@ def test_any_flipped_byte_is_found(folder, capsys):
             before = path.read_bytes()
             flip(path, at)
             capsys.readouterr()
-            found = Store(folder)
-            found.look(verified=set(IMAGES.all_hashes))
+            found = Store(folder, verified=set(IMAGES.all_hashes))
             told = capsys.readouterr().out
             if path.name == store.IDENTITY:
                 assert not found.fields and not found.shards and "identity.json" in told
                 found.begin(FIELDS)
-                found.look()
-                assert len(found.shards) == 3, "the shards know what they are of"
+                assert len(Store(folder).shards) == 3, "the shards know what they are of"
             elif path.read_bytes() != before and (told or path.name != store.RECORD):
                 assert f"damaged shards in {folder}" in told and f": {path.parent.name}/{path.name}: " in told
-                assert found.damaged == [path.parent] and len(found.shards) == 2
+                assert found.gone == [path.parent] and len(found.shards) == 2
             path.write_bytes(before)
     assert len(Store(folder).shards) == 3 and not capsys.readouterr().out
 
@@ -168,8 +166,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_shard(found.folder, found.of, images, good)
-    found.look()
-    assert len(found.shards) == 1 and len(list(found.folder.iterdir())) == 2
+    assert len(Store(found.folder).shards) == 1 and len(list(found.folder.iterdir())) == 2
 
 
 def test_what_killed_writers_left_is_removed_after_a_while(folder):
@@ -181,5 +178,5 @@ def test_what_killed_writers_left_is_removed_after_a_while(folder):
     store.os.utime(old, (0, 0))
     found = Store(folder)
     assert len(found.shards) == 3
-    found.remove([])
+    found.begin(FIELDS)
     assert [path.name for path in folder.glob(".*")] == [".4567.host-1.partial"]

@@ -35,9 +35,9 @@ def extracted(monkeypatch):
     seen: list[str] = []
     plain = storing.extract_images
 
-    def extract_images(job, images, store, wanted, **more):
-        seen.extend(image.name for image in wanted)
-        return plain(job, images, store, wanted, **more)
+    def extract_images(load, part, **more):
+        seen.extend(image.name for image in part[1])
+        return plain(load, part, **more)
 
     monkeypatch.setattr(storing, "extract_images", extract_images)
     return seen
