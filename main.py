@@ -26,7 +26,7 @@ import train
 import utils
 from cache.feature_cache import FeatureCache
 from config import Config, UserError
-from detector import checkpoints, runs
+from detector import checkpoints, class_data, runs
 from detector.detector import make_detector, needed_bytes
 from reporting import figures, findings, pages, report, tables
 from shell import engine
@@ -56,7 +56,7 @@ def fit_all(config: Config, cache: FeatureCache, device: torch.device, cluster: 
         if executor := executor or cluster:
             task = partial(train.fit_there, config, cache, threads)
         else:
-            task = partial(train.fit, config, cache, train.token_sources(cache, device))
+            task = partial(train.fit, config, cache, class_data.token_sources(cache, device))
         for number, (pair, result) in enumerate(engine.outcomes(executor, task, missing), 1):
             done[pair], left = result, len(missing) - number
             told = f"AUROC {tables.number(result['auroc'])}  {result.get('seconds', 0):.0f} s"
@@ -71,7 +71,7 @@ def write_report(config: Config, cache: FeatureCache, results: list[dict], secon
     """Tables and pictures of a run whose pairs are all done, class by class from what each left -> its
     summary. seconds: since this run began, without those before it that it goes on with."""
     print("all classes are done: writing the report", flush=True)
-    folder, drawing = checkpoints.run_folder(config), config.keep == "all"
+    folder, drawing = checkpoints.run_folder(config.modelname), config.keep == "all"
     failing = {result["class"] for result in results if "reason" in result}
     images = findings.raw_images(config, cache)
     found, by_class, records = {}, {}, {}
@@ -109,10 +109,11 @@ def main(config: Config) -> None:
     if config.check and config.preset != TABLE.stem:
         raise UserError(f"check: there is a committed table of the preset {TABLE.stem} alone")
     began, device = time.perf_counter(), utils.set_up(config.device, config.threads)
-    with runs.writing(config), engine.on_cluster(config.cluster) as cluster:
+    folder = checkpoints.run_folder(config.modelname)
+    with runs.writing(folder), engine.on_cluster(config.cluster) as cluster:
         cache = extractor.ensure_features(config, device, partial(make_detector, config), executor=cluster)
         results = fit_all(config, cache, device, cluster)
-        runs.sweep_up(config)  # which lists the folders, too: NFS may not show what others wrote before that
+        runs.sweep_up(folder)  # which lists the folders, too: NFS may not show what others wrote before that
         summary = write_report(config, cache, results, time.perf_counter() - began)
     if failed := {result["class"]: result["reason"] for result in results if "reason" in result}:
         told = f"{len(failed)} of {len(summary.classes)} classes could not be fitted: class "

@@ -28,7 +28,7 @@ from backbone.arithmetic import products
 from cache.feature_cache import FeatureCache
 from config import ClassError, Config, UserError
 from detector import calibration, checkpoints, runs
-from detector.class_data import TokenSource, class_data
+from detector.class_data import TokenSource, class_data, token_sources
 from detector.detector import make_detector
 from detector.evaluation import evaluate, record_of
 from detector.preparation import PreparedClass, prepare_data
@@ -101,10 +101,6 @@ def outcome(result: dict) -> str:
 
 
 # ---------------------------------------------------------------- one class with one seed
-def token_sources(cache: FeatureCache, device: torch.device) -> list[TokenSource]:
-    return [TokenSource(cache.arrays(split), device) for split in datasets.SPLITS]
-
-
 def prepare(
     config: Config, cache: FeatureCache, sources: list[TokenSource], class_name: str, seed: int
 ) -> PreparedClass:
@@ -136,8 +132,8 @@ def fit_there(config: Config, cache: FeatureCache, threads: int, pair: runs.Clas
 
 
 def main(config: Config) -> None:
-    device = utils.set_up(config.device, config.threads)
-    with runs.writing(config):
+    device, folder = utils.set_up(config.device, config.threads), checkpoints.run_folder(config.modelname)
+    with runs.writing(folder):
         cache = extractor.ensure_features(config, device, partial(make_detector, config), one_class=True)
         (name,) = datasets.choose_classes(cache.labels, config.class_name)
         pair = runs.ClassSeed(name, config.seed)
@@ -146,7 +142,7 @@ def main(config: Config) -> None:
             result, kept = fit(config, cache, token_sources(cache, device), pair), "kept"
     if "reason" in result:
         raise UserError(f"class {name}: {result['reason']}")
-    path = checkpoints.checkpoint_path(config, *pair)
+    path = checkpoints.checkpoint_path(folder, *pair)
     print(f"{name}: {outcome(result)}  {result['seconds']:.0f} s  {kept} in {path}.json")
     held_out = checkpoints.read_record(path).held_out_scores
     if len(held_out):

@@ -30,7 +30,7 @@ import extractor
 import train
 import utils
 from config import UserError, make_config
-from detector import evaluation, places
+from detector import class_data, evaluation, places
 from detector.baselines import simple_scores
 from reporting.tables import as_markdown
 from shell.command_line import OneLineParser
@@ -156,7 +156,7 @@ def fit(study: str, number: int, of_set: str, knobs: dict, class_name: str, seed
     config = make_config(chosen.knobs | knobs | variant.knobs | {"baselines": baselines, "seed": seed})
     places.NEAR, places.RING = variant.near, variant.ring
     cache = extractor.ensure_features(config, device)
-    prepared = train.prepare(config, cache, train.token_sources(cache, device), class_name, seed)
+    prepared = train.prepare(config, cache, class_data.token_sources(cache, device), class_name, seed)
     if variant.change:
         see_otherwise(prepared.detector.flow, variant.change)
     (last, _), found = train.count_epochs(prepared), {}

@@ -43,8 +43,8 @@ class Record:
     scoring: int = SCORING
 
 
-def run_folder(config: Config) -> Path:
-    return Path("runs") / config.modelname
+def run_folder(modelname: str) -> Path:
+    return Path("runs") / modelname
 
 
 def checkpoint_files(path: Path) -> tuple[Path, Path]:
@@ -53,14 +53,14 @@ def checkpoint_files(path: Path) -> tuple[Path, Path]:
     return path.with_name(f"{stem}.json"), path.with_name(f"{stem}.safetensors")
 
 
-def checkpoint_path(config: Config, class_name: str, seed: int) -> Path:
-    """Where a class and seed of a run is kept, without the ending."""
-    return run_folder(config) / "classes" / f"{file_name(class_name)}-seed{seed}"
+def checkpoint_path(run: Path, class_name: str, seed: int) -> Path:
+    """Where a class and seed of a run's folder is kept, without the ending."""
+    return run / "classes" / f"{file_name(class_name)}-seed{seed}"
 
 
 def save_fitted(config: Config, features: dict, detector: nn.Module, record: Record) -> Path:
     """Keep a fitted class: its weights, then its record. features: the sidecar of the cache."""
-    path = checkpoint_path(config, record.result["class"], record.result["seed"])
+    path = checkpoint_path(run_folder(config.modelname), record.result["class"], record.result["seed"])
     file, weights = checkpoint_files(path)
     file.unlink(missing_ok=True)  # an older run's: it would not fit what is written now
     weights.unlink(missing_ok=True)
@@ -79,20 +79,11 @@ def fingerprint(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
-def weights_fault(record: Record, path: Path) -> str | None:
-    """What is wrong with the weights beside a record (missing, cut, changed), or None when they are those
-    that were written with it."""
-    if record.weights is None:
-        return f"no weights were kept in {path} (keep was results)"
-    if not path.is_file():
-        return f"the weights {path} are missing"
-    return None if fingerprint(path) == record.weights else f"the weights {path} are cut or were changed"
-
-
-def read_record(path: Path) -> Record:
+def read_record(path: Path, whole: bool = False) -> Record:
     """The record of a checkpoint. Raises OSError when it is not there, and ValueError, with the reason in one
-    line, when it was changed or is of another version."""
-    file = checkpoint_files(path)[0]
+    line, when it was changed or is of another version; and, where the checkpoint is to be ``whole``, when
+    the weights beside it are not those that were written with it."""
+    file, weights = checkpoint_files(path)
     content = {name: value for name, value in read_sealed(file).items() if name != "checksum"}
     try:
         record = Record(**content)
@@ -108,6 +99,10 @@ def read_record(path: Path) -> Record:
         raise ValueError(f"{file} is no record of this version: {error}") from None
     if record.scoring != SCORING:
         raise ValueError(f"{file} was fitted by a version whose scores are others; train it again")
+    if whole and record.weights is None:
+        raise ValueError(f"no weights were kept in {weights}: keep was results")
+    if whole and fingerprint(weights) != record.weights:
+        raise ValueError(f"the weights {weights} are cut or were changed")
     return record
 
 

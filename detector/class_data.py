@@ -79,6 +79,11 @@ class TokenSource:
         return torch.from_numpy(self.arrays["tokens"].semantic())
 
 
+def token_sources(cache: feature_cache.FeatureCache, device: torch.device) -> list[TokenSource]:
+    """Of both splits."""
+    return [TokenSource(cache.arrays(split), device) for split in datasets.SPLITS]
+
+
 def in_batches(index: np.ndarray, size: int) -> list:
     """Row numbers cut into consecutive batches, ``size`` long but the last; of none, one empty batch."""
     return [index[i : i + size] for i in range(0, max(1, len(index)), size)]

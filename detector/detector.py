@@ -14,7 +14,7 @@ import utils
 from backbone.arithmetic import products
 from backbone.token_grid import Bands, centred_window, place_grid_of
 from config import Config, UserError
-from detector.checkpoints import Record, checkpoint_files, config_of, read_record, weights_fault
+from detector.checkpoints import Record, checkpoint_files, config_of, read_record
 from detector.class_data import EVAL_BATCH, Features
 from detector.image_density import ImageDensity, Standardized
 from detector.normalization import NORMALIZATIONS, PatchNormalizer, power_l2
@@ -243,9 +243,7 @@ def load_detector(path: str | Path) -> tuple[Detector, Record]:
     Raises UserError unless both are what was written together."""
     record_file, weights = checkpoint_files(Path(path))
     try:
-        record = read_record(record_file)
-        if fault := weights_fault(record, weights):
-            raise UserError(f"{fault}; train it again")
+        record = read_record(record_file, whole=True)
         detector = make_detector(config_of(record), record.features, record.result["n_train"])
         detector.load_state_dict(load_file(weights))
     except UserError as error:

@@ -8,13 +8,14 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
 from cache.feature_cache import FeatureCache
 from config import OWN_PICTURES, Config, UserError, knobs_affecting
-from detector import checkpoints
+from detector.checkpoints import SCORING, checkpoint_path, read_record, run_folder
 from shell.files import as_strict_json, read_sealed, sweep, write_sealed
 
 
@@ -25,10 +26,9 @@ class ClassSeed(NamedTuple):
 
 # ---------------------------------------------------------------- one modelname, one writer
 @contextlib.contextmanager
-def writing(config: Config) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     """Hold the run's folder as the only script that writes it, with its tasks. Raises UserError when it
     cannot be written, or another run is at it; what was made for nothing is taken away again."""
-    folder = checkpoints.run_folder(config)
     path = folder / ".writer"
     lock = FileLock(path)
     try:
@@ -36,7 +36,6 @@ def writing(config: Config) -> Iterator[None]:
             (folder / "classes").mkdir(parents=True, exist_ok=True)
             lock.acquire(blocking=False)
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-            sweep_up(config)
         except Timeout:
             who = path.read_text() or "another process"
             advice = "wait for its end, or give another --modelname"
@@ -55,9 +54,8 @@ def writing(config: Config) -> Iterator[None]:
                 made.rmdir()  # where nothing was written into it
 
 
-def sweep_up(config: Config) -> None:
-    """Remove what killed processes left half-written."""
-    folder = checkpoints.run_folder(config)
+def sweep_up(folder: Path) -> None:
+    """Remove what killed processes left half-written in the run's folder."""
     for place in (folder, folder / "classes", folder / "figures"):
         sweep(place)
 
@@ -68,21 +66,22 @@ def settle(config: Config, cache: FeatureCache, pairs: list[ClassSeed]) -> dict[
     results of those that are finished. Raises UserError, with the knobs that differ, when it holds the
     classes of another configuration: they are neither mixed nor overwritten, but dropped by ``restart``, all
     of them."""
-    folder, made_by = checkpoints.run_folder(config), identity(config, cache)
+    sweep_up(folder := run_folder(config.modelname))
+    made_by = identity(config, cache)
     try:
         there = read_sealed(folder / "run.json")
         differing = differences(there, made_by)
     except (OSError, ValueError):
         differing = "an earlier version of this program made them"
     if config.restart:
-        drop(config, None if differing else pairs)
+        drop(folder, None if differing else pairs)
     elif differing and any((folder / "classes").glob("*-seed*.json")):
         raise UserError(
             f"{folder} holds classes of another configuration: {differing}; give another --modelname, or "
             "drop what is there with --restart"
         )
     write_sealed(folder / "run.json", made_by)
-    return {pair: result for pair in pairs if (result := finished(config, made_by, pair))}
+    return {pair: result for pair in pairs if (result := finished(config, made_by, folder, pair))}
 
 
 def identity(config: Config, cache: FeatureCache) -> dict:
@@ -90,7 +89,7 @@ def identity(config: Config, cache: FeatureCache) -> dict:
     the false-alarm rate is one of the knobs: it says how many pictures are held out."""
     held_out_for = ("false_alarms",) if config.dataset in OWN_PICTURES else ()
     knobs = {name: getattr(config, name) for name in (*knobs_affecting("features", "fit"), *held_out_for)}
-    return as_strict_json({"config": knobs, "features": cache.meta, "scoring": checkpoints.SCORING})
+    return as_strict_json({"config": knobs, "features": cache.meta, "scoring": SCORING})
 
 
 def differences(there: dict, wanted: dict) -> str:
@@ -106,32 +105,25 @@ def differences(there: dict, wanted: dict) -> str:
     return ", ".join(told.values())
 
 
-def drop(config: Config, pairs: list[ClassSeed] | None = None) -> None:
-    """Remove what earlier runs of this name left, of some pairs or (None) of all, the identity, too."""
-    folder = checkpoints.run_folder(config)
+def drop(folder: Path, pairs: list[ClassSeed] | None) -> None:
+    """Remove what earlier runs left in the folder, of some pairs or (None) of all."""
     paths = [folder / name for name in ("results.json", "results.csv", "results.md", "report.html")]
-    if pairs is None:
-        paths += [folder / "run.json", *(folder / "classes").glob("*-seed*")]
-    else:
-        for pair in pairs:
-            paths += checkpoints.checkpoint_files(checkpoints.checkpoint_path(config, *pair))
-    for path in paths:
+    names = {checkpoint_path(folder, *pair).name for pair in pairs or ()}
+    kept = (folder / "classes").glob("*-seed*")
+    for path in (*paths, *(path for path in kept if pairs is None or path.stem in names)):
         path.unlink(missing_ok=True)
 
 
-def finished(config: Config, made_by: dict, pair: ClassSeed) -> dict | None:
+def finished(config: Config, made_by: dict, folder: Path, pair: ClassSeed) -> dict | None:
     """The result of a pair that was finished under this ``identity``; None when it was not, or
     its files are not whole, or lack what is asked for now."""
-    path = checkpoints.checkpoint_path(config, *pair)
     try:
-        record = checkpoints.read_record(path)
+        record = read_record(checkpoint_path(folder, *pair), whole=config.keep != "results")
     except (OSError, ValueError):
         return None
     result, knobs = record.result, {name: record.config.get(name) for name in made_by["config"]}
     found = {"config": knobs, "features": record.features, "scoring": record.scoring}
     if found != made_by or ClassSeed(result["class"], result["seed"]) != pair:
-        return None
-    if config.keep != "results" and checkpoints.weights_fault(record, checkpoints.checkpoint_files(path)[1]):
         return None
     compared = config.baselines and pair.seed == config.seed and result["n_test"]
     return None if compared and not record.simple_scores else result

@@ -12,7 +12,7 @@ from backbone.token_grid import place_grid_of
 from cache.feature_cache import FeatureCache
 from config import Config, UserError
 from detector import calibration, heat_map
-from detector.checkpoints import Record, checkpoint_path, read_record
+from detector.checkpoints import Record, checkpoint_path, read_record, run_folder
 from detector.detector import Detector, load_detector
 from images.layouts import read_mask
 from reporting.report import Found, best_of, over_seeds
@@ -32,8 +32,8 @@ class Left(NamedTuple):
 
 
 def read_class(config: Config, class_name: str) -> Left:
-    seeds = range(config.seed, config.seed + config.n_seeds)
-    paths = [checkpoint_path(config, class_name, seed) for seed in seeds]
+    folder, seeds = run_folder(config.modelname), range(config.seed, config.seed + config.n_seeds)
+    paths = [checkpoint_path(folder, class_name, seed) for seed in seeds]
     records = [read_record(path) for path in paths]
     held_out = records[0].held_out_scores
     threshold = calibration.threshold(held_out, config.false_alarms) if len(held_out) else None

@@ -78,7 +78,7 @@ by_score = pytest.mark.parametrize("options", EVERY_SCORE, ids=lambda options: o
 
 def make(cache, class_name: str = "a", seed: int = 0, **more) -> PreparedClass:
     """A class ready for training."""
-    sources = train.token_sources(cache, torch.device("cpu"))
+    sources = class_data.token_sources(cache, torch.device("cpu"))
     return train.prepare(settings(**more), cache, sources, class_name, seed)
 
 

@@ -123,7 +123,7 @@ def settings(**more) -> Config:
 
 
 def fit(cache, **more):
-    sources = train.token_sources(cache, torch.device("cpu"))
+    sources = class_data.token_sources(cache, torch.device("cpu"))
     prepared = train.prepare(settings(**more), cache, sources, "a", 0)
     return prepared, train.train(prepared)
 

@@ -25,11 +25,12 @@ def labels_of(*classes: str) -> Labels:
 # ---------------------------------------------------------------- of classes
 def test_every_class_has_files_of_its_own():
     names = [*STRANGE, "line\nbreak", "a/b", "a\\b", "a_b", "x" * 300, "x" * 301, "~", "ä" * 100]
-    paths = [checkpoints.checkpoint_path(Config(), name, seed) for name in names for seed in (0, 1)]
+    run = checkpoints.run_folder(Config.modelname)
+    paths = [checkpoints.checkpoint_path(run, name, seed) for name in names for seed in (0, 1)]
     files = [file for path in paths for file in checkpoints.checkpoint_files(path)]
     assert len(set(files)) == 4 * len(names)
     for file in files:
-        assert file.parent == checkpoints.run_folder(Config()) / "classes" and file.name.isprintable()
+        assert file.parent == run / "classes" and file.name.isprintable()
         assert len(file.name.encode()) < 200 and file.name[0] not in ".-"
     assert file_name("two words ü") == "two words ü", "a plain name stays readable"
 

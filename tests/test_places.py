@@ -230,7 +230,9 @@ def settings(**more) -> Config:
 
 
 def make(cache, seed=0, **more):
-    return train.prepare(settings(**more), cache, train.token_sources(cache, torch.device("cpu")), "a", seed)
+    return train.prepare(
+        settings(**more), cache, class_data.token_sources(cache, torch.device("cpu")), "a", seed
+    )
 
 
 def fit(cache, **more):
