@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -138,14 +138,13 @@ class ImageSet:
         there = {split: dict(zip(self.labels.split(split).names, self.images[split])) for split in SPLITS}
         return [there[split][name] for split, name in chosen]
 
-    def sizes(self, most: int) -> dict[str, list[tuple[int, int]]]:
-        """Height and width by class of at most so many training images, evenly spaced, that can be read."""
-        train, found = self.labels.train, defaultdict(list)
-        for i in np.linspace(0, len(train.names) - 1, min(most, len(train.names))).astype(int):
+    def sizes(self, most: int) -> list[tuple[int, int]]:
+        """Height and width of at most so many training images, evenly spaced, that can be read."""
+        train, found = self.images["train"], []
+        for i in np.linspace(0, len(train) - 1, min(most, len(train))).astype(int):
             with contextlib.suppress(UserError):
-                size = self.images["train"][i].size()
-                found[self.labels.classes[train.category[i]]].append(size)
-        return dict(found)
+                found.append(train[i].size())
+        return found
 
 
 def choose_classes(labels: Labels, class_name: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Backbones: timm models by name, their weights, the tokens they turn images into, and the size of images
 that suits them. Frozen and made quick for the device."""
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -131,13 +132,6 @@ class Backbone(nn.Module):
             features, maps = self.model.forward_features(images), []
         semantic, patches = self.split(features)
         return torch.cat([semantic.unsqueeze(1), patches], 1), maps
-
-    @property
-    def stride(self) -> int:
-        """Pixels of a side for each cell of the coarsest map: images of multiples of it fit."""
-        stages = getattr(self.model, "feature_info", ())
-        found = [stage["reduction"] for stage in stages if "reduction" in stage]
-        return max(found, default=round(self.img_size[0] / self.grid[0]))
 
     def band_depths(self) -> tuple[int, ...]:
         """The stages or blocks whose maps are kept: the last four stages of a CNN, every quarter of a
@@ -279,7 +273,6 @@ def fold_batch_norms(model: nn.Module, img_size: tuple[int, int]) -> nn.Module:
 # ---------------------------------------------------------------- the size of the images
 PIXELS = 2 * 224 * 224
 SIZES_READ = 200  # training pictures whose sizes decide
-ANOTHER_SHAPE = math.log(1.5)  # so much longer or shorter: a class is told of
 ENLARGED, LEAST_SIDE = 5, 96  # small pictures for a CNN: so many times as large, so many pixels at least
 
 
@@ -295,36 +288,25 @@ def size_for(extractor: str, images: ImageSet | None, chosen: dict[str, list[int
     return height, width
 
 
-def choose_size(extractor: str, found: dict[str, list[tuple[int, int]]]) -> tuple[int, int]:
-    """The size, of about PIXELS, that pictures of these sizes by class ask for (``size_in_shape``); the
-    backbone's own where there are none, or where it takes no other."""
+def choose_size(extractor: str, found: list[tuple[int, int]]) -> tuple[int, int]:
+    """The size, of about PIXELS, that pictures of these sizes ask for (``size_in_shape``); the backbone's own
+    where there are none, or where weights depend on it but those of positions, which timm resamples."""
     own = timm_model(extractor).own_size
     if not found:
         return own
     backbone = outline(extractor, own)
     enlarged = ENLARGED if backbone.is_map else math.inf  # a transformer's positions are of its own size
-    size = size_in_shape(np.concatenate(list(found.values())), PIXELS, own, backbone.stride, enlarged)
-    if not takes(backbone, extractor, size):
-        print(f"img_size auto: {extractor} takes {own[0]}x{own[1]} only", flush=True)
-        return own
-    ratios = {name: np.median([height / width for height, width in sizes]) for name, sizes in found.items()}
-    others = [n for n, ratio in ratios.items() if abs(math.log(ratio * size[1] / size[0])) > ANOTHER_SHAPE]
-    if others:
-        told = f"pictures of {', '.join(others)} are squeezed into {size[0]}x{size[1]}"
-        advice = "a class of another shape keeps it in a data set of its own"
-        print(f"img_size auto: {told}; {advice}", flush=True)
-    return size
-
-
-def takes(own: Backbone, extractor: str, img_size: tuple[int, int]) -> bool:
-    """Whether a backbone, outlined at its own size, and its weights serve images of another one: no weights
-    but those of positions, which timm resamples, may depend on it."""
-    try:
-        other = outline(extractor, img_size).named_parameters()
-    except UserError:
-        return False
-    weights = dict(own.named_parameters())
-    return all("pos" in name or values.shape == weights[name].shape for name, values in other)
+    stages = getattr(backbone.model, "feature_info", ())
+    cells = [stage["reduction"] for stage in stages if "reduction" in stage]  # pixels of a side of each
+    stride = max(cells, default=round(own[0] / backbone.grid[0]))
+    size = size_in_shape(np.array(found), PIXELS, own, stride, enlarged)
+    weights = dict(backbone.named_parameters())
+    with contextlib.suppress(UserError):
+        other = outline(extractor, size).named_parameters()
+        if all("pos" in name or values.shape == weights[name].shape for name, values in other):
+            return size
+    print(f"img_size auto: {extractor} takes {own[0]}x{own[1]} only", flush=True)
+    return own
 
 
 def size_in_shape(

@@ -1,7 +1,5 @@
 """img_size auto: pictures keep their shape, and small ones are enlarged."""
 
-import shutil
-
 import numpy as np
 import pytest
 from conftest import write_image
@@ -31,20 +29,6 @@ def size_of(**options) -> tuple[int, int]:
 )
 def test_size_in_the_pictures_shape(sizes, pixels, size):
     assert size_in_shape(np.array(sizes), pixels, (224, 224), 32, 5) == size
-
-
-def test_classes_of_another_shape_are_told(tmp_path, capsys):
-    """Two long and one square class: the square one is squeezed, and said to be."""
-    for name, width in (("belt", 40), ("board", 100), ("rail", 110)):
-        for i in range(3):
-            write_image(tmp_path / f"train/{name}/{i}.png", np.zeros((40, width, 3), np.uint8))
-    height, width = size_of(dataset_path=str(tmp_path))
-    assert width / height > 2
-    told = f"img_size auto: pictures of belt are squeezed into {height}x{width}; a class of another"
-    assert told in capsys.readouterr().out
-    shutil.rmtree(tmp_path / "train/belt")
-    size_of(dataset_path=str(tmp_path))
-    assert "squeezed" not in capsys.readouterr().out
 
 
 def test_small_images_are_enlarged_for_a_cnn_alone(tmp_path):
