@@ -79,11 +79,8 @@ class Extraction:
         self.batch = min(batch or BATCH[device.type], MOST_IN_BATCH)
         if device.type == "cpu":  # threads that each read and compute whole batches
             chosen = min(MOST_THREADS, torch.get_num_threads())
-            utils.check_memory(
-                f"a batch of {self.batch} images of {self.img_size[0]}x{self.img_size[1]}",
-                PIXEL * self.batch * math.prod(self.img_size),
-                "choose a smaller extract_batch or img_size",
-            )
+            needed = PIXEL * self.batch * math.prod(self.img_size)
+            utils.check_memory("a batch of images", needed, "choose a smaller extract_batch or img_size")
         else:  # that read images for the one that drives the device
             chosen = max(1, min(MOST_READERS, cpu_count() - 1) // SHARDS_AT_ONCE[device.type])
         self.threads = chosen if workers < 0 else max(1, workers)

@@ -46,18 +46,20 @@ def cache_identity(
     size = config.img_size if isinstance(config.img_size, tuple) else known.own_size
     if config.img_size == "auto" and listed:
         size = backbones.size_for(config.extractor, images, listed.sizes)
+    weights = backbones.weights_source(config.extractor, config.weights_path, config.seed)
     norm, of_maps = config.pixel_norm or (*known.mean, *known.std), OfMaps()
     square = places = (config.places, config.places)
     if config.bands:
         of_maps["bands"] = Bands()
     if config.places:
         of_maps["places"] = Places(places := place_grid(config.places, size, known.own_size))
-    grid = TokenGrid.named(config.token_grid)
+    side = config.token_grid.removeprefix("released")
+    grid = TokenGrid(side, "correct" if side == config.token_grid else "released")  # as in released8
     by_content = ("dataset", "pixel_norm", "weights_path")  # norm_mean and norm_std, weights
     fields = {name: getattr(config, name) for name in knobs_affecting("features") if name not in by_content}
     fields |= {
         "timm_model": known.name,
-        "weights": backbones.weights_source(config.extractor, config.weights_path, config.seed),
+        "weights": weights,
         "img_size": list(size),
         "norm_mean": list(norm[:3]),
         "norm_std": list(norm[3:]),

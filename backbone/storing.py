@@ -51,10 +51,8 @@ def extract(
     store.begin(fields)
     size = len(wanted) * DTYPE.itemsize * sum(map(math.prod, fields["shapes"].values()))
     if size > (free := shutil.disk_usage(folder).free):
-        raise UserError(
-            f"the features need {size / 1e9:.2f} GB, the disk of {folder} has {free / 1e9:.2f} GB free; "
-            "free some, or choose a smaller token_grid"
-        )
+        told = f"the features need {size / 1e9:.2f} GB, the disk of {folder} has {free / 1e9:.2f} GB free"
+        raise UserError(f"{told}; free some, or choose a smaller token_grid")
     where = "by other processes" if executor else f"on {device}"
     told = f"{fields['tokens']} tokens of {fields['n_feat']} channels each, {size / 1e9:.2g} GB in {folder}"
     print(f"extracting {len(wanted)} images {where} in {fields['precision']}: {told}", flush=True)

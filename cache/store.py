@@ -94,14 +94,11 @@ class Store:
         return np.array(found, np.int64).reshape(-1, 2)
 
     def begin(self, fields: dict) -> None:
-        """Make a store without sound shards one of these features. Raises UserError where it is one of
-        others."""
-        if self.gone and not self.shards:
-            self.fields = {}
-        if self.fields:
-            refuse_others(self.folder, self.fields, fields)
+        """Make a store of which nothing is left one of these features. Raises UserError on one of others."""
+        if kept := self.fields if self.shards or not self.gone else {}:
+            refuse_others(self.folder, kept, fields)
         self.clear()
-        if not self.fields:
+        if not kept:
             self.fields = as_strict_json(fields)
             write_sealed(self.folder / IDENTITY, {"format": FORMAT, "fields": self.fields})
 

@@ -166,6 +166,5 @@ def _anywhere(root: str, folder: str, made_of: str) -> Callable[[bytes], object]
 @functools.cache
 def code() -> str:
     """A hash of the repository's sources as this process found them first."""
-    packages = sorted(path.parent for path in ROOT.glob("*/__init__.py"))
-    files = [path for folder in (ROOT, *packages) for path in sorted(folder.glob("*.py"))]
+    files = sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
