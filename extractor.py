@@ -24,11 +24,13 @@ import datasets
 import utils
 from backbone.identity import cache_identity
 from backbone.storing import extract
-from cache.feature_cache import EXTRACT, FeatureCache, ImageList, complete, feature_folder, list_file, prune
+from cache.feature_cache import EXTRACT, FeatureCache, ImageList, complete, list_file, prune
 from cache.store import Store
 from config import Config, UserError
 from images.images import measured, note
 from shell import engine
+
+FEATURES = "features"  # the folder of the features of all data sets and backbones
 
 
 def ensure_features(
@@ -48,7 +50,7 @@ def ensure_features(
     classes none is extracted. Raises UserError."""
     name = datasets.name_of(config)
     images = None if config.pretrained else datasets.images_of(config)
-    root = feature_folder(config.feature_path)
+    root = Path(config.feature_path or FEATURES)
     path, restart = list_file(root, name), thorough and config.restart and not config.pretrained
     before = None if restart else ImageList.read(path)
     if not (known := images or before):
@@ -82,7 +84,7 @@ def ensure_features(
 
 def main(config: Config) -> None:
     if config.prune:
-        prune(feature_folder(config.feature_path), config.prune)
+        prune(Path(config.feature_path or FEATURES), config.prune)
         return
     device = utils.set_up(config.device, config.threads)
     with engine.on_cluster(config.cluster) as cluster:

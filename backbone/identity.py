@@ -53,8 +53,7 @@ def cache_identity(
         of_maps["bands"] = Bands()
     if config.places:
         of_maps["places"] = Places(places := place_grid(config.places, size, known.own_size))
-    side = config.token_grid.removeprefix("released")
-    grid = TokenGrid(side, "correct" if side == config.token_grid else "released")  # as in released8
+    grid = TokenGrid.named(config.token_grid)
     by_content = ("dataset", "pixel_norm", "weights_path")  # norm_mean and norm_std, weights
     fields = {name: getattr(config, name) for name in knobs_affecting("features") if name not in by_content}
     fields |= {

@@ -34,6 +34,12 @@ class TokenGrid:
     name: str
     pooling: str
 
+    @classmethod
+    def named(cls, knob: str) -> "TokenGrid":
+        """The grid that the knob ``token_grid`` names; released8 is 8 pooled as released."""
+        name = knob.removeprefix("released")
+        return cls(name, "correct" if name == knob else "released")
+
     def cached_shape(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns kept of the backbone's grid. Raises UserError on more than it has."""
         if self.name == "full":

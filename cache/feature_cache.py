@@ -17,14 +17,6 @@ from shell.files import as_strict_json, checksum, read_sealed, write_sealed
 EXTRACT = "run python extractor.py with the same settings, or set pretrained False"
 
 
-def feature_folder(feature_path: str | None) -> Path:
-    """The folder of all stores. Raises UserError when it is a file."""
-    folder = Path(feature_path or "features")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"feature_path: expected a folder, {folder} is a file")
-    return folder
-
-
 def list_file(root: Path, name: str) -> Path:
     """Where the list of images of a data set is kept (datasets.name_of)."""
     return root / "datasets" / f"{name}.json"
