@@ -41,9 +41,8 @@ def writing(folder: Path) -> Iterator[None]:
             advice = "wait for its end, or give another --modelname"
             raise UserError(f"{folder} is being written by {who}; {advice}") from None
         except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written ({error.strerror}); start in another folder"
-            ) from None
+            told = f"{folder} cannot be written ({error.strerror}); start in another folder"
+            raise UserError(told) from None
         yield
     finally:
         if lock.is_locked:
@@ -66,7 +65,8 @@ def settle(config: Config, cache: FeatureCache, pairs: list[ClassSeed]) -> dict[
     results of those that are finished. Raises UserError, with the knobs that differ, when it holds the
     classes of another configuration: they are neither mixed nor overwritten, but dropped by ``restart``, all
     of them."""
-    sweep_up(folder := run_folder(config.modelname))
+    folder = run_folder(config.modelname)
+    sweep_up(folder)
     made_by = identity(config, cache)
     try:
         there = read_sealed(folder / "run.json")
@@ -109,8 +109,8 @@ def drop(folder: Path, pairs: list[ClassSeed] | None) -> None:
     """Remove what earlier runs left in the folder, of some pairs or (None) of all."""
     paths = [folder / name for name in ("results.json", "results.csv", "results.md", "report.html")]
     names = {checkpoint_path(folder, *pair).name for pair in pairs or ()}
-    kept = (folder / "classes").glob("*-seed*")
-    for path in (*paths, *(path for path in kept if pairs is None or path.stem in names)):
+    kept = [path for path in (folder / "classes").glob("*-seed*") if pairs is None or path.stem in names]
+    for path in paths + kept:
         path.unlink(missing_ok=True)
 
 
