@@ -105,6 +105,12 @@ def test_meta_follows_images_labels_and_features(folder, tmp_path):
         add(tmp_path / "third", weights_sha256="abc")
 
 
+def test_a_store_of_which_nothing_is_left_takes_other_features(folder):
+    again = {*IMAGES.all_hashes, *hashes_of(["other"])}
+    Store(folder, again=again).begin(FIELDS | {"weights_sha256": "other"})
+    assert Store(folder).fields["weights_sha256"] == "other" and not Store(folder).shards
+
+
 # ---------------------------------------------------------------- lists of images
 def test_lists_are_kept(tmp_path):
     listed = ImageList(LABELS, IMAGES.hashes, {"tiny auto": [32, 48]}, ["abc"])
