@@ -185,13 +185,12 @@ def compare_extraction(args: argparse.Namespace, device: torch.device) -> Table:
     config = config_of(args, preset="accurate", mirror=False, img_size=None)  # bands and places, own size
     identity, count = cache_identity(config, device), args.images
     images = spread(datasets.images_of(config), {"train": count, "test": 0})
-    pictures = images.images["train"]
     ours, by_torch = (Extraction(identity, device) for _ in range(2))
     ours.compile()
     released = released_loop(identity, device)
 
     def extracted(job: Extraction) -> None:
-        for batch in job.features(pictures):
+        for batch in job.features(images.images["train"]):
             _ = [values.cpu() for values in batch.values()]
 
     jobs = {"the released loop": lambda: released(images, "train", range(count))}
@@ -202,7 +201,7 @@ def compare_extraction(args: argparse.Namespace, device: torch.device) -> Table:
             found[beside(cores)] = times(jobs, args.repeats)
     rows = [[name, *(shown([count / s for s in own[name]]) for own in found.values())] for name in jobs]
     exact = released(images, "train", range(count))[:, 0]
-    tokens = torch.cat([batch["tokens"][:, 0].cpu() for batch in ours.features(pictures)]).float()
+    tokens = torch.cat([each["tokens"][:, 0].cpu() for each in ours.features(images.images["train"])]).float()
     off = f"{(tokens - exact).norm() / exact.norm():.1e}"
     rows.append(["ours, semantic tokens off the released ones", *[off] * len(found)])
     return [f"{count} images at {identity.img_size}, images/s", *found], rows

@@ -130,11 +130,11 @@ def contact_sheet(cache: FeatureCache, images: datasets.ImageSet, left: Left) ->
     font = ImageFont.truetype(findfont(FontProperties()), LINE - 5)
     height = 2 * LINE + (1 + bool(left.detector)) * SIDE + 4 * LINE  # of a strip: heading, images, words
     sheet = Image.new("RGB", (SHEET * SIDE, len(strips) * height), "white")
-    canvas, places = ImageDraw.Draw(sheet), cache.arrays("test").get("places")
+    canvas, arrays = ImageDraw.Draw(sheet), cache.arrays("test")
     for number, (heading, positions) in enumerate(strips.items()):
         rows, top = test.rows[positions], number * height + 2 * LINE
         canvas.text((sheet.width / 2, top - LINE), heading, "black", font, anchor="mm")
-        maps = left.detector.place_map(places[rows]) if left.detector else [None] * len(rows)
+        maps = left.detector.place_map(arrays["places"][rows]) if left.detector else [None] * len(rows)
         for place, (row, score, values) in enumerate(zip(rows, test.scores[positions], maps)):
             pixels, at = images.read("test", int(row)), (place * SIDE, top)
             size = pixels.shape[:2]
