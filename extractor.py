@@ -50,7 +50,8 @@ def ensure_features(
     classes none is extracted. Raises UserError."""
     name = datasets.name_of(config)
     images = None if config.pretrained else datasets.images_of(config)
-    root = Path(config.feature_path or FEATURES)
+    if (root := Path(config.feature_path or FEATURES)).is_file():
+        raise UserError(f"feature_path: expected a folder, {root} is a file")
     path, restart = list_file(root, name), thorough and config.restart and not config.pretrained
     before = None if restart else ImageList.read(path)
     if not (known := images or before):

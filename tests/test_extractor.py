@@ -285,7 +285,10 @@ def test_with_mirror_an_image_and_its_mirror_image_give_mirrored_features(mixed)
     torch.testing.assert_close(found["bands"], mirrored["bands"], **near)
 
 
-def test_a_mistake_in_the_class_shows_before_extraction(mixed, tmp_path):
+def test_mistakes_show_before_extraction(mixed, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="feature_path: expected a folder, .*file is a file"):
+        extractor.ensure_features(small(mixed, feature_path=str(tmp_path / "file")), CPU)
     with pytest.raises(UserError, match="unknown class"):
         extractor.ensure_features(small(mixed, class_name="c"), CPU)
     with pytest.raises(UserError, match="give it with --class_name"):
