@@ -95,10 +95,11 @@ class Store:
 
     def begin(self, fields: dict) -> None:
         """Make a store of which nothing is left one of these features. Raises UserError on one of others."""
-        if kept := self.fields if self.shards or not self.gone else {}:
-            refuse_others(self.folder, kept, fields)
+        stays = bool(self.shards or not self.gone and self.fields)
+        if stays:
+            refuse_others(self.folder, self.fields, fields)
         self.clear()
-        if not kept:
+        if not stays:
             self.fields = as_strict_json(fields)
             write_sealed(self.folder / IDENTITY, {"format": FORMAT, "fields": self.fields})
 
