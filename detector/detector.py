@@ -13,9 +13,10 @@ import model
 import utils
 from backbone.arithmetic import products
 from backbone.token_grid import Bands, centred_window, place_grid_of
+from cache.store import CachedArray
 from config import Config, UserError
 from detector.checkpoints import Record, checkpoint_files, config_of, read_record
-from detector.class_data import EVAL_BATCH, Features
+from detector.class_data import EVAL_BATCH, Features, in_batches
 from detector.image_density import ImageDensity, Standardized
 from detector.normalization import NORMALIZATIONS, PatchNormalizer, power_l2
 from detector.places import SEEN, Places
@@ -168,13 +169,17 @@ class PlaceFlow(Detector):
         }
 
     @torch.no_grad()
-    def place_map(self, places: Tensor | np.ndarray) -> np.ndarray:
-        """Place tokens (n, P, E) -> how unusual every place is (n, P), in standard deviations of its own
+    def place_map(self, places: Tensor) -> np.ndarray:
+        """Place tokens (B, P, E) -> how unusual every place is (B, P), in standard deviations of its own
         log-likelihood beyond ``USUAL``."""
-        with products(self.one_scene.device):
-            batches = torch.as_tensor(places).split(EVAL_BATCH["cpu"])
-            found = [self.latents(self.places.whiten(batch.float()))[1] for batch in batches]
-            return (self.places.unusual(torch.cat(found)) - USUAL).cpu().numpy()
+        with products(places.device):
+            _, likelihoods = self.latents(self.places.whiten(places))
+            return (self.places.unusual(likelihoods) - USUAL).cpu().numpy()
+
+    def place_maps(self, places: CachedArray, rows: np.ndarray) -> np.ndarray:
+        """The same of the images ``rows`` (n) of a cached array -> (n, P), read a batch at a time."""
+        batches = (torch.from_numpy(places[batch]).float() for batch in in_batches(rows, EVAL_BATCH["cpu"]))
+        return np.concatenate([self.place_map(batch) for batch in batches])
 
     def read_places(self, one_scene: float) -> None:
         """Weigh the parts: 1 where the class's normal images show one scene, 0 where places are not read."""

@@ -134,7 +134,7 @@ def contact_sheet(cache: FeatureCache, images: datasets.ImageSet, left: Left) ->
     for number, (heading, positions) in enumerate(strips.items()):
         rows, top = test.rows[positions], number * height + 2 * LINE
         canvas.text((sheet.width / 2, top - LINE), heading, "black", font, anchor="mm")
-        maps = left.detector.place_map(arrays["places"][rows]) if left.detector else [None] * len(rows)
+        maps = left.detector.place_maps(arrays["places"], rows) if left.detector else [None] * len(rows)
         for place, (row, score, values) in enumerate(zip(rows, test.scores[positions], maps)):
             pixels, at = images.read("test", int(row)), (place * SIDE, top)
             size = pixels.shape[:2]

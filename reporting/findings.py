@@ -94,6 +94,6 @@ def localisation(
     size = next(iter(masks.values())).shape
     masks |= {row: np.zeros(size, bool) for row in rows[labels == 0] if row not in masks}
     kept = np.array([row for row in rows if row in masks])
-    maps, grid = detector.place_map(cache.arrays("test")["places"][kept]), place_grid_of(cache.fields)
+    maps, grid = detector.place_maps(cache.arrays("test")["places"], kept), place_grid_of(cache.fields)
     sized = [heat_map.of_places(values, grid, masks[row].shape) for row, values in zip(kept, maps)]
     return heat_map.localisation(sized, [masks[row] for row in kept])

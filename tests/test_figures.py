@@ -4,12 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from fabricated import GRID, fabricate
 from PIL import Image
 from test_report import record_of, summary_of
 
 import datasets
+from cache.store import CachedArray
 from detector import calibration
 from detector.checkpoints import Record
 from reporting import figures
@@ -73,8 +73,8 @@ def test_only_what_there_is_gets_a_picture(tmp_path):
 class Detector:
     """Of the places of the fabricated cache, the first is unusual."""
 
-    def place_map(self, places: torch.Tensor) -> np.ndarray:
-        return np.where(np.arange(GRID[0] * GRID[1]) == 0, 9.0, 0.0)[None].repeat(len(places), 0)
+    def place_maps(self, places: CachedArray, rows: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(GRID[0] * GRID[1]) == 0, 9.0, 0.0)[None].repeat(len(rows), 0)
 
 
 @pytest.mark.parametrize("detector", [None, Detector()])
