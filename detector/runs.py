@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from cache.feature_cache import FeatureCache
 from config import OWN_PICTURES, Config, UserError, knobs_affecting
-from detector.checkpoints import SCORING, checkpoint_path, read_record, run_folder
+from detector.checkpoints import SCORING, checkpoint_files, checkpoint_path, read_record, run_folder
 from shell.files import as_strict_json, read_sealed, sweep, write_sealed
 
 
@@ -108,9 +108,11 @@ def differences(there: dict, wanted: dict) -> str:
 def drop(folder: Path, pairs: list[ClassSeed] | None) -> None:
     """Remove what earlier runs left in the folder, of some pairs or (None) of all."""
     paths = [folder / name for name in ("results.json", "results.csv", "results.md", "report.html")]
-    names = {checkpoint_path(folder, *pair).name for pair in pairs or ()}
-    kept = [path for path in (folder / "classes").glob("*-seed*") if pairs is None or path.stem in names]
-    for path in paths + kept:
+    if pairs is None:
+        paths += (folder / "classes").glob("*-seed*")
+    for pair in pairs or ():
+        paths += checkpoint_files(checkpoint_path(folder, *pair))
+    for path in paths:
         path.unlink(missing_ok=True)
 
 
