@@ -218,9 +218,10 @@ def _file_set(dataset: str, root: Path) -> ImageSet:
     table = list(layouts.READERS.get(dataset, layouts.folders)(root, skipped))
     images.tell_skipped(root, skipped)
     rows = {split: [row for row in table if (row.split == "test") == (split == "test")] for split in SPLITS}
-    names = sorted({row.label.partition("/")[0] for row in rows["train"]}, reverse=True)
-    classes = tuple(sorted({layouts.folded(name): name for name in names}.values()))
-    number = {layouts.folded(name): i for i, name in enumerate(classes)}
+    classes: dict[str, str] = {}
+    for name in sorted({row.label.partition("/")[0] for row in rows["train"]}):
+        classes.setdefault(layouts.folded(name), name)
+    number = {name: i for i, name in enumerate(classes)}
     per_category = any("/" in row.label for row in table)
     folder = root if root.is_dir() else root.parent
 
@@ -239,7 +240,7 @@ def _file_set(dataset: str, root: Path) -> ImageSet:
         names = [row.path.as_posix().removeprefix(f"{folder.as_posix()}/") for row in rows]
         return Split.of(names, category, defect, kind, [row.split == "validation" for row in rows])
 
-    labels = Labels(classes, split_of(rows["train"]), split_of(rows["test"]), per_category)
+    labels = Labels(tuple(classes.values()), split_of(rows["train"]), split_of(rows["test"]), per_category)
     masks = [row.mask for row, kind in zip(rows["test"], labels.test.kind) if kind]
     if any(masks) and not all(masks):
         images.note_once(f"masks for {len(masks) - masks.count(None)} of {len(masks)} defects in {folder}")
