@@ -46,7 +46,6 @@ def cache_identity(
     size = config.img_size if isinstance(config.img_size, tuple) else known.own_size
     if config.img_size == "auto" and listed:
         size = backbones.size_for(config.extractor, images, listed.sizes)
-    weights = backbones.weights_source(config.extractor, config.weights_path, config.seed)
     norm, of_maps = config.pixel_norm or (*known.mean, *known.std), OfMaps()
     square = places = (config.places, config.places)
     if config.bands:
@@ -58,7 +57,7 @@ def cache_identity(
     fields = {name: getattr(config, name) for name in knobs_affecting("features") if name not in by_content}
     fields |= {
         "timm_model": known.name,
-        "weights": weights,
+        "weights": backbones.weights_source(config.extractor, config.weights_path, config.seed),
         "img_size": list(size),
         "norm_mean": list(norm[:3]),
         "norm_std": list(norm[3:]),

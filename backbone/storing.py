@@ -57,16 +57,18 @@ def extract(
     told = f"{fields['tokens']} tokens of {fields['n_feat']} channels each, {size / 1e9:.2g} GB in {folder}"
     print(f"extracting {len(wanted)} images {where} in {fields['precision']}: {told}", flush=True)
     compiled = len(wanted) >= job.batch and sum(map(len, images.images.values())) >= COMPILED_FROM
-    load = functools.partial(load_elsewhere, config, identity, folder, compiled, uuid.uuid4().hex)
-    if compiled and not executor:
-        job.compile()
     pictures = images.named(image[:2] for image in wanted)
     rows = SHARD_ROWS if executor else -(-len(wanted) // SHARDS_AT_ONCE[device.type])
     parts = [(pictures[i : i + rows], wanted[i : i + rows]) for i in range(0, len(wanted), rows)]
     unreadable: list[Wanted] = []
     with tqdm(total=len(wanted), unit="img", disable=utils.NO_BAR, smoothing=0.05) as bar:
-        here = functools.partial(extract_images, lambda: (job, store), advance=bar.update)
-        task = functools.partial(extract_images, load) if executor else here
+        if executor:
+            load = functools.partial(load_elsewhere, config, identity, folder, compiled, uuid.uuid4().hex)
+            task = functools.partial(extract_images, load)
+        else:
+            if compiled:
+                job.compile()
+            task = functools.partial(extract_images, lambda: (job, store), advance=bar.update)
         threads = len(parts) > 1 and not executor
         with utils.Threads(len(parts)) if threads else contextlib.nullcontext(executor) as pool:
             for (_, part), left_out in outcomes(pool, task, parts):
