@@ -128,6 +128,7 @@ STUDIES = {
         (),
         [
             Variant("low and high band, position"),
+            Variant("no flow: Gaussians of the places", {"least_steps": 1, "lr_init": 0.0}),
             Variant("no condition", {"fusion": "none"}),
             Variant("position", change=only(2)),
             Variant("low band, position", change=only(0, 2)),
