@@ -181,7 +181,9 @@ def prune(root: Path, named: str) -> None:
     names = [] if named == "list" else [name.strip() for name in named.split(",")]
     if strange := [name for name in names if name not in lists]:
         raise UserError(unknown("data set", strange[0], ["list", *lists]))
-    for path in sorted(root.glob(f"*/{IDENTITY}")):
+    if not (stores := sorted(root.glob(f"*/{IDENTITY}"))):
+        print(f"no features in {root}")
+    for path in stores:
         store = Store(path.parent)
         counts = {name: (store.find(each.all_hashes)[:, 0] >= 0).sum() for name, each in lists.items()}
         of = ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "of no data set"

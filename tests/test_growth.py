@@ -147,6 +147,8 @@ def test_a_folder_that_grows_keeps_its_size(folder, extracted):
 def test_prune_drops_what_no_named_data_set_has(folder, extracted, capsys):
     """And what two processes have written."""
     config = settings()
+    extractor.main(settings(prune="list"))
+    assert capsys.readouterr().out == "no features in features\n"
     extractor.main(config)
     shutil.copytree("images/train/a", "product")
     add(Path("product"), "more.png")
