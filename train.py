@@ -69,7 +69,7 @@ def train_epochs(prepared: PreparedClass) -> Iterator[tuple[int, float]]:
                 optimizer.step()
                 optimizer.zero_grad()
                 losses.append(loss.detach())
-        yield epoch + 1, torch.stack(losses).mean().item()
+        yield epoch + 1, torch.stack(losses).mean().item() / prepared.loss_scale
 
 
 def count_epochs(prepared: PreparedClass) -> tuple[int, int]:
