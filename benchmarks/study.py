@@ -38,8 +38,8 @@ from shell.signals import KEPT, guarded
 
 HOW = (
     "AUROC, mean over a set's classes (± standard deviation over the seeds). Last column: the difference to "
-    "the first row of the same score (and epoch), mean over the classes of all sets, seeds averaged, with "
-    "its 95 % interval over the classes (Student's t)."
+    "the first row of the same score (and epoch), of the seeds that both have, mean over the classes of all "
+    "sets, with its 95 % interval over the classes (Student's t)."
 )
 
 
@@ -128,7 +128,7 @@ STUDIES = {
         (),
         [
             Variant("low and high band, position"),
-            Variant("no flow: Gaussians of the places", {"least_steps": 1, "lr_init": 0.0}),
+            Variant("Gaussians of the places, no flow", {"least_steps": 1, "lr_init": 0.0}),
             Variant("no condition", {"fusion": "none"}),
             Variant("position", change=only(2)),
             Variant("low band, position", change=only(0, 2)),
@@ -188,19 +188,21 @@ def tasks(study: str, sets: list[Set], more: dict, seeds: int) -> list[tuple]:
 # ---------------------------------------------------------------- the table
 def make_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and rows."""
-    by_class: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
+    by_class: dict[str, dict[tuple[str, str], dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in sorted(rows, key=lambda row: row.seed):
-        by_class[row.detector][row.set, row.of_class].append(row.auroc)
+        by_class[row.detector][row.set, row.of_class][row.seed] = row.auroc
     firsts: dict[str, dict] = {}  # of each score and number of epochs
     sets, lines = list(dict.fromkeys(row.set for row in rows)), []
     for detector, classes in by_class.items():
-        own = [[values for (of_set, _), values in classes.items() if of_set == name] for name in sets]
+        own = [[[*seeds.values()] for (of_set, _), seeds in classes.items() if of_set == name] for name in sets]
         of = detector.partition(", epoch " if ", epoch " in detector else ": ")[2]
         first, told = firsts.setdefault(of, classes), ""
         if of and first is not classes:
-            more = [np.mean(values) - np.mean(first[key]) for key, values in classes.items() if key in first]
-            half = stats.t.ppf(0.975, len(more) - 1) * stats.sem(more)
-            told = f"{np.mean(more):+.4f} ± {half:.4f}"
+            both = [(seeds, first[key]) for key, seeds in classes.items() if {*seeds} & {*first.get(key, ())}]
+            more = [np.mean([one[seed] - other[seed] for seed in {*one} & {*other}]) for one, other in both]
+            told = f"{np.mean(more):+.4f}" if more else ""
+            if len(more) > 1:
+                told += f" ± {stats.t.ppf(0.975, len(more) - 1) * stats.sem(more):.4f}"
         cells = [auroc_cell(np.mean(values, 0)) if values else "" for values in own]
         lines.append([detector, *cells, told])
     return ["detector", *sets, "- the first"], lines
