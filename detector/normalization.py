@@ -14,7 +14,8 @@ RIDGE = 1e-6  # in units of the mean eigenvalue: what float32 needs to tell dire
 
 def spread(tokens: Tensor) -> float:
     """How much the directions of tokens (n, C) differ, whatever n is, after ``power_l2``: 0 when all are
-    alike, 1 when they cancel (the circular variance, squared: Mardia and Jupp, Directional Statistics)."""
+    alike, n / (n - 1) when they cancel (the circular variance, squared: Mardia and Jupp, Directional
+    Statistics)."""
     n = len(tokens)
     return (1 - power_l2(tokens).mean(0).square().sum().item()) * n / max(1, n - 1)
 

@@ -91,7 +91,7 @@ LITE0, VIT = "EfficientNet-Lite0", "ViT-Tiny"
 README = {  # detector and backbone of a row -> table in results/ and the detector there
     ("`paper`: mean z²", LITE0): ("paper-lite0", "whole score"),
     ("`paper`: mean z², one epoch", VIT): ("paper", "hilo, epoch 1: latent"),
-    ("best baseline: Gaussian, semantic token", VIT): ("paper", "Gaussian, power + L2"),
+    ("best baseline: Gaussian, semantic token", VIT): ("paper", "Gaussian, raw"),
     ("**`accurate`**: whole score", LITE0): ("suite", "whole score"),
     ("best baseline: Gaussian, joint token", LITE0): ("suite", "Gaussian, joint token"),
 }
@@ -103,7 +103,6 @@ RESULTS = {  # the same of results/README.md, whose rows have one backbone
     "places before training": ("suite", "places, before training"),
     "likelihood: the flow alone": ("suite", "likelihood"),
     "**`paper`: mean z²**, as released": ("paper-lite0", "whole score"),
-    "`paper`: likelihood": ("paper-lite0", "likelihood"),
     "`released`: mean z²": ("released", "whole score"),
     "`released`: likelihood": ("released", "likelihood"),
     "Gaussian, joint token": ("suite", "Gaussian, joint token"),
