@@ -17,7 +17,8 @@ def p_values(held_out: np.ndarray, scores: np.ndarray) -> np.ndarray:
     of any shape; NaN where none were held out.
 
     Among pictures like the n held-out ones, a p-value of at most alpha comes with probability at most alpha,
-    whatever scores they had no part in (conformal prediction: Vovk, Gammerman and Shafer 2005, section 2.2)."""
+    whatever the scores are that they had no part in (conformal prediction: Vovk, Gammerman and Shafer
+    2005, section 2.2)."""
     if not len(held_out):
         return np.full(np.shape(scores), np.nan)
     ordered = np.sort(np.asarray(held_out, float))

@@ -108,7 +108,7 @@ class ClassData:
     held_rows: np.ndarray  # normal training images held out for likelihood
     test_rows: np.ndarray
     labels: np.ndarray  # of test_rows: 0 normal, 1 anomalous
-    held_pictures: np.ndarray  # of held_rows: the picture that each is a tile of, itself without tiles
+    held_pictures: np.ndarray  # of held_rows: the picture that each is a tile or a copy of
 
     @property
     def parts(self) -> dict[str, tuple[TokenSource, np.ndarray]]:
@@ -124,11 +124,20 @@ def class_data(
     are all the same.
 
     Held out are those that the data set itself does, where there are such; else a share at random, of one's
-    own pictures as many as the false-alarm rate needs, up to a fifth. With tiles, all of a picture are."""
+    own pictures as many as the false-alarm rate needs, up to a fifth. With tiles, all of a picture are; else
+    all copies of a picture, whose tokens are the same."""
     train_rows, test_rows, test_labels = labels.one_class(class_name)
-    pictures = train_rows
+    tokens = train.semantic[train_rows].numpy()
+    if len(tokens) > 1 and (tokens == tokens[0]).all():
+        raise ClassError(
+            f"class {class_name}: the cached features of its training images are all the same; so are its "
+            "images, or the cache is damaged"
+        )
     if config.tiles:
         pictures = np.array([datasets.picture_of(labels.train.names[i]) for i in train_rows])
+    else:
+        first: dict[bytes, int] = {}
+        pictures = np.array([first.setdefault(each.tobytes(), row) for each, row in zip(tokens, train_rows)])
     shuffled = np.random.RandomState(seed).permutation(np.unique(pictures))
     n_held = math.ceil(held_share(config.holdout, config.dataset) * len(shuffled))
     if config.dataset in OWN_PICTURES and n_held:
@@ -141,10 +150,4 @@ def class_data(
         counts = f"{len(fit_rows)} training, {len(held_rows)} held-out and {len(test_rows)} test images"
         expected = f"expected at least {FEWEST} to train on and one of the others"
         raise ClassError(f"class {class_name}: {counts}; {expected}: give more normal ones, or --holdout 0.1")
-    sample = train[evenly(fit_rows, 64)].semantic
-    if (sample == sample[0]).all():
-        raise ClassError(
-            f"class {class_name}: the cached features of its training images are all the same; so are its "
-            "images, or the cache is damaged"
-        )
     return ClassData(class_name, train, test, fit_rows, held_rows, test_rows, test_labels, pictures[held])

@@ -120,6 +120,18 @@ def test_what_a_data_set_holds_out_does_not_train(cache):
         assert len(other.held_rows) == usual and (other.held_rows == before.held_rows).all()
 
 
+def test_copies_of_a_picture_are_held_out_together(cache):
+    """A threshold does not rest on pictures that were fitted to."""
+    train, test = (class_data.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS)
+    first, second = np.split(cache.labels.one_class("a")[0], 2)
+    train.semantic = train.semantic.clone()
+    train.semantic[second] = train.semantic[first]
+    found = class_data.class_data(settings(holdout=0.2), cache.labels, "a", 0, train, test)
+    held, fitted = np.isin(first, found.held_rows), np.isin(first, found.fit_rows)
+    assert held.sum() == 4 and (held != fitted).all() and (held == np.isin(second, found.held_rows)).all()
+    assert set(found.held_pictures) == set(first[held])
+
+
 def test_the_same_picture_in_both_splits_or_under_two_labels_is_told(tmp_path, capsys):
     """By every script that asks for features."""
     root = tree(tmp_path / "set", "train/good/1.png", "test/good/2.png", "test/hole/3.png")
