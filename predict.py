@@ -29,9 +29,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", type=Path, help="a run, runs/<modelname>, or a class: .../classes/<class>-seed<n>")
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("images", nargs="*", default=[], help="files, folders, globs; -: a list from stdin")
-    asked.add_argument("--watch", type=Path, metavar="FOLDER", help="score pictures as they arrive there")
+    add("images", nargs="*", default=[], help="files, folders, globs; -: a list from stdin")
+    add("--watch", type=Path, metavar="FOLDER", help="score pictures as they arrive there; no images then")
     add("--class_name", help="of a run: these classes only, separated by commas [all]")
     add("--seed", type=int, help="of a run: this seed [the first]")
     add("--output", type=Path, metavar="FILE", help="write the CSV there, not to the screen")
@@ -42,7 +41,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weights_path", type=Path, metavar="FILE", help="where the file of the fit's --weights_path is now")
     add("--threads", type=int, default=0, help="CPU threads; 0: all cores [0]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    return parser.parse_args(argv)
+    parsed = parser.parse_intermixed_args(argv)
+    if bool(parsed.images) == bool(parsed.watch):
+        parser.error("expected images or --watch FOLDER, " + ("not both" if parsed.watch else "got neither"))
+    return parsed
 
 
 if __name__ == "__main__":  # parse before the slow imports
@@ -88,6 +90,9 @@ def main(arguments: argparse.Namespace) -> int:
     page, maps, output = arguments.page, arguments.heat_maps, arguments.output
     arrivals = watch.Arrivals(arguments.watch) if arguments.watch else None
     files = [] if arrivals else images.find_images(arguments.images)
+    for file in (page, output):
+        if file and file.is_dir():
+            raise UserError(f"expected a file to write to, {file} is a folder")
     if page and arrivals:
         raise UserError("page: expected pictures that are there, --watch has no end; leave one out")
     if maps:

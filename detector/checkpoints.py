@@ -127,13 +127,14 @@ def find_checkpoints(path: Path, class_name: str | None, seed: int | None) -> li
     if not numbered:
         raise UserError(f"expected a run with classes/<class>-seed<n>.json in {path}, found none")
     first = min(number for _, _, number in numbered) if seed is None else seed
-    files = {name: file for file, name, number in numbered if number == first}
+    files = {name.casefold(): file for file, name, number in numbered if number == first}
     if not files:
         raise UserError(f"{path} holds no class of seed {seed}")
     if class_name in (None, "all"):
         return list(files.values())
-    chosen = [class_name] if file_name(class_name) in files else [*map(str.strip, class_name.split(","))]
+    whole = file_name(class_name).casefold() in files  # else several
+    chosen = [class_name] if whole else [*map(str.strip, class_name.split(","))]
     for name in chosen:
-        if file_name(name) not in files:
+        if file_name(name).casefold() not in files:
             raise UserError(knobs.unknown("class", name, files))
-    return [files[file_name(name)] for name in chosen]
+    return [files[file_name(name).casefold()] for name in chosen]
