@@ -71,20 +71,21 @@ def ensure_features(
     store = Store(root / identity.name, verified=hashes, again=hashes if restart else frozenset())
     cache, left_out = FeatureCache(store, listed), listed.unreadable if config.unreadable == "skip" else ()
     missing = [image for image in cache.absent.values() if image.hash not in left_out]
+    listed.write(path, before)  # before they are extracted: what a signal leaves is of this data set
     if images and missing:
         found = extract(config, identity, images, store, missing, device, check, executor)
         tried, unreadable = ({image.hash for image in each} for each in (missing, found))
         listed.unreadable = sorted({*listed.unreadable} - tried | unreadable)
+        listed.write(path)
         cache = FeatureCache(Store(store.folder), listed)
     else:
         told = "all sound" if thorough else "reusing the cache"
         print(f"features: {told if images else 'pretrained, taken as they are'}: {store.folder}", flush=True)
-    listed.write(path, before)
     return complete(cache, config.unreadable)
 
 
 def main(config: Config) -> None:
-    if config.prune:
+    if config.prune is not None:
         prune(Path(config.feature_path or FEATURES), config.prune)
         return
     device = utils.set_up(config.device, config.threads)

@@ -175,9 +175,13 @@ def complete(cache: FeatureCache, unreadable: str) -> FeatureCache:
 
 def prune(root: Path, named: str) -> None:
     """Print what each store takes of the disk and holds of each data set; then, unless ``named`` is "list",
-    drop all features and lists but those of the data sets that it names. Raises UserError on another name."""
-    files = sorted(list_file(root, "*").parent.glob("*.json"))
-    lists = {path.stem: found for path in files if (found := ImageList.read(path))}
+    drop all features and lists but those of the data sets that it names. Raises UserError on another name,
+    and on a damaged list."""
+    lists = {}
+    for path in sorted(list_file(root, "*").parent.glob("*.json")):
+        if not (found := ImageList.read(path)):
+            raise UserError(f"{path} is damaged: run extractor.py on its data set, or delete the file")
+        lists[path.stem] = found
     names = [] if named == "list" else [name.strip() for name in named.split(",")]
     if strange := [name for name in names if name not in lists]:
         raise UserError(unknown("data set", strange[0], ["list", *lists]))
@@ -188,7 +192,7 @@ def prune(root: Path, named: str) -> None:
         counts = {name: (store.find(each.all_hashes)[:, 0] >= 0).sum() for name, each in lists.items()}
         of = ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "of no data set"
         print(f"{path.parent}: {store.size() / 1e6:.1f} MB ({of})", flush=True)
-        if names:
+        if names and store.fields:  # which are empty where the identity is damaged
             freed = store.keep_only({image for name in names for image in lists[name].all_hashes})
             print(f"  {freed / 1e6:.1f} MB dropped", flush=True)
     for name in lists:

@@ -176,3 +176,36 @@ def test_prune_drops_what_no_named_data_set_has(folder, extracted, capsys):
     assert {path.stem for path in Path("features/datasets").iterdir()} == {name}
     extractor.main(config)
     assert len(extracted) == 11
+
+
+def test_prune_touches_nothing_that_is_damaged(folder):
+    extractor.main(settings())
+    product = settings(dataset_path="product")
+    shutil.copytree("images/train/a", "product")
+    extractor.main(product)
+    listed = next(Path("features/datasets").glob("folder-product-*.json"))
+    kept = listed.read_bytes()
+    listed.write_bytes(kept + b"x")
+    for names in ("list", next(Path("features/datasets").glob("folder-images-*.json")).stem):
+        with pytest.raises(UserError, match=f"{listed} is damaged: run extractor.py on its data set"):
+            extractor.main(settings(prune=names))
+    extractor.main(product)
+    assert listed.read_bytes() == kept
+    identity = next(Path("features").glob("*/identity.json"))
+    identity.write_text("damaged")
+    extractor.main(settings(prune=listed.stem))
+    assert identity.exists() and list(identity.parent.glob("*/tokens.npy"))
+
+
+def test_what_an_interrupted_extraction_leaves_is_of_its_data_set(folder, monkeypatch):
+    """For --prune, which would drop it else; it is not taken for finished."""
+
+    def features(*arguments, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(extraction.Extraction, "features", features)
+    with pytest.raises(KeyboardInterrupt):
+        extractor.main(settings())
+    assert list(Path("features/datasets").glob("folder-images-*.json"))
+    with pytest.raises(UserError, match="images have no features"):
+        extractor.ensure_features(settings(pretrained=True), CPU)
