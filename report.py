@@ -42,7 +42,7 @@ def list_runs(root: Path) -> str:
             about = [str(run.config[knob]) for knob in ("dataset", "extractor", "preset")]
             about += [",".join(map(str, run.seeds)), number(run.mean["auroc"])]
         except UserError:
-            about = ["another version" if (folder / "results.json").exists() else "unfinished", *[""] * 4]
+            about = ["another version" if (folder / "results.json").exists() else "no report", *[""] * 4]
         date = datetime.date.fromtimestamp(folder.stat().st_mtime)
         rows.append([folder.relative_to(root).as_posix(), *(shorten(word, 18) for word in about), str(date)])
     if not rows:
@@ -55,7 +55,7 @@ def find_run(name: str, root: Path) -> Path:
     for folder in (root / name, Path(name)):
         if (folder / "results.json").is_file():
             return folder
-    raise UserError(f"no finished run {name!r} in {root}/; report.py without a name lists what there is")
+    raise UserError(f"no report of {name!r} in {root}/; main.py writes it; report.py lists what there is")
 
 
 def compare(names: list[str], root: Path) -> str:

@@ -167,8 +167,8 @@ def fit(study: str, number: int, of_set: str, knobs: dict, class_name: str, seed
             name = f"{variant.name}, epoch {epoch}" if chosen.epochs else variant.name
             found |= {f"{name}: {score}": scores[score] for score in chosen.scores if score in scores}
     found |= simple_scores(prepared) if prepared.compares else {}
-    labels = prepared.data.labels
-    return [Row(name, of_set, class_name, seed, utils.auroc(labels, own)) for name, own in found.items()]
+    aurocs = {name: utils.auroc(prepared.data.labels, scores) for name, scores in found.items()}
+    return [Row(name, of_set, class_name, seed, auroc) for name, auroc in aurocs.items()]
 
 
 def tasks(study: str, sets: list[Set], more: dict, seeds: int) -> list[tuple]:
@@ -194,15 +194,14 @@ def make_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     firsts: dict[str, dict] = {}  # of each score and number of epochs
     sets, lines = list(dict.fromkeys(row.set for row in rows)), []
     for detector, classes in by_class.items():
-        own = [[[*seeds.values()] for (of_set, _), seeds in classes.items() if of_set == name] for name in sets]
+        own = [[[*each.values()] for key, each in classes.items() if key[0] == name] for name in sets]
         of = detector.partition(", epoch " if ", epoch " in detector else ": ")[2]
         first, told = firsts.setdefault(of, classes), ""
         if of and first is not classes:
             both = [(seeds, first[key]) for key, seeds in classes.items() if {*seeds} & {*first.get(key, ())}]
             more = [np.mean([one[seed] - other[seed] for seed in {*one} & {*other}]) for one, other in both]
-            told = f"{np.mean(more):+.4f}" if more else ""
-            if len(more) > 1:
-                told += f" ± {stats.t.ppf(0.975, len(more) - 1) * stats.sem(more):.4f}"
+            half = stats.t.ppf(0.975, len(more) - 1) * stats.sem(more) if len(more) > 1 else np.nan
+            told = f"{np.mean(more):+.4f} ± {half:.4f}".removesuffix(" ± nan")
         cells = [auroc_cell(np.mean(values, 0)) if values else "" for values in own]
         lines.append([detector, *cells, told])
     return ["detector", *sets, "- the first"], lines

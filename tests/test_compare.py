@@ -52,7 +52,7 @@ def test_list_says_what_every_run_is(tmp_path):
     lines = lines_of(text := command.list_runs(tmp_path))
     assert max(map(len, text.splitlines())) <= 100
     assert lines["done"].split()[1:6] == ["digits", "efficientnet_lite0", "paper", "0", "1.0000"]
-    assert "unfinished" in lines["grid/begun"] and "another version" in lines["odd"]
+    assert "no report" in lines["grid/begun"] and "another version" in lines["odd"]
 
 
 def test_compare_pairs_each_class(tmp_path):
@@ -89,6 +89,6 @@ def test_script(tmp_path):
     write_run(tmp_path / "runs", "other", {"y": scores_of(1.0)})
     for names, told in (((), "data set"), (("one",), "FPR95"), (("one", "one"), "+0.0000")):
         assert told in script("report.py", *names, cwd=tmp_path).stdout
-    for names, told in ((("two",), "no finished run 'two'"), (("one", "other"), "no class in common")):
+    for names, told in ((("two",), "no report of 'two'"), (("one", "other"), "no class in common")):
         done = script("report.py", *names, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and told in done.stderr
