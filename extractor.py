@@ -42,12 +42,11 @@ def ensure_features(
     one_class: bool = False,
 ) -> FeatureCache:
     """The features of a configuration's images. What is missing is extracted first; with ``pretrained``
-    nothing is, and the images need not be there.
+    nothing is, and the images need not be there. Raises UserError.
 
     check: called with what ``FeatureCache.meta`` will say of the features before any is extracted, to refuse
-    what will not go with them. thorough: as extractor.py does it: every byte that is there is checked,
-    ``restart`` is obeyed. executor: of the processes that extract, if not this one. one_class: of several
-    classes none is extracted. Raises UserError."""
+    what will not go with them. thorough: every byte that is there is checked, ``restart`` is obeyed.
+    executor: of the processes that extract, if not this one. one_class: of several none is extracted."""
     name = datasets.name_of(config)
     images = None if config.pretrained else datasets.images_of(config)
     if (root := Path(config.feature_path or FEATURES)).is_file():
@@ -58,8 +57,7 @@ def ensure_features(
         raise UserError(f"no features are listed in {path}; {EXTRACT}")
     classes = datasets.choose_classes(known.labels, config.class_name)  # a mistake shows before all is hashed
     if one_class and len(classes) > 1:
-        given = f"give it with --class_name (now {config.class_name!r})"
-        raise UserError(f"train.py fits one class: {given}; main.py fits several")
+        raise UserError(f"train.py fits one class: give it with --class_name (now {config.class_name!r})")
     listed = known if isinstance(known, ImageList) else ImageList.of(known, before)
     if images:
         if listed.pixel_scale is None:
@@ -71,16 +69,20 @@ def ensure_features(
     store = Store(root / identity.name, verified=hashes, again=hashes if restart else frozenset())
     cache, left_out = FeatureCache(store, listed), listed.unreadable if config.unreadable == "skip" else ()
     missing = [image for image in cache.absent.values() if image.hash not in left_out]
-    listed.write(path, before)  # before they are extracted: what a signal leaves is of this data set
+
+    def begin(fields: dict) -> None:
+        check(fields)
+        listed.write(path, before)  # what a signal leaves is of this data set
+
     if images and missing:
-        found = extract(config, identity, images, store, missing, device, check, executor)
+        found = extract(config, identity, images, store, missing, device, begin, executor)
         tried, unreadable = ({image.hash for image in each} for each in (missing, found))
         listed.unreadable = sorted({*listed.unreadable} - tried | unreadable)
-        listed.write(path)
         cache = FeatureCache(Store(store.folder), listed)
     else:
         told = "all sound" if thorough else "reusing the cache"
         print(f"features: {told if images else 'pretrained, taken as they are'}: {store.folder}", flush=True)
+    listed.write(path, None if images and missing else before)
     return complete(cache, config.unreadable)
 
 

@@ -175,8 +175,7 @@ def complete(cache: FeatureCache, unreadable: str) -> FeatureCache:
 
 def prune(root: Path, named: str) -> None:
     """Print what each store takes of the disk and holds of each data set; then, unless ``named`` is "list",
-    drop all features and lists but those of the data sets that it names. Raises UserError on another name,
-    and on a damaged list."""
+    drop all but what the data sets that it names have. Raises UserError on other names and damaged lists."""
     lists = {}
     for path in sorted(list_file(root, "*").parent.glob("*.json")):
         if not (found := ImageList.read(path)):
@@ -195,6 +194,5 @@ def prune(root: Path, named: str) -> None:
         if names and store.fields:  # which are empty where the identity is damaged
             freed = store.keep_only({image for name in names for image in lists[name].all_hashes})
             print(f"  {freed / 1e6:.1f} MB dropped", flush=True)
-    for name in lists:
-        if names and name not in names:
-            list_file(root, name).unlink(missing_ok=True)
+    for name in {*lists}.difference(names) if names else ():
+        list_file(root, name).unlink(missing_ok=True)
