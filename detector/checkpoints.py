@@ -9,6 +9,7 @@ from torch import nn
 
 import config as knobs
 from config import Config, UserError, make_config
+from images.layouts import folded
 from shell.files import file_name, read_sealed, sha256_of_file, whole_file, write_sealed
 
 # Of the formulas that scores are made by: kept with what they made, and raised with every change of them.
@@ -127,14 +128,16 @@ def find_checkpoints(path: Path, class_name: str | None, seed: int | None) -> li
     if not numbered:
         raise UserError(f"expected a run with classes/<class>-seed<n>.json in {path}, found none")
     first = min(number for _, _, number in numbered) if seed is None else seed
-    files = {name.casefold(): file for file, name, number in numbered if number == first}
+    files = {name: file for file, name, number in numbered if number == first}
     if not files:
         raise UserError(f"{path} holds no class of seed {seed}")
     if class_name in (None, "all"):
         return list(files.values())
-    whole = file_name(class_name).casefold() in files  # else several
+    known = {folded(name): file for name, file in files.items()}
+    whole = folded(file_name(class_name)) in known  # else several
     chosen = [class_name] if whole else [*map(str.strip, class_name.split(","))]
-    for name in chosen:
-        if file_name(name).casefold() not in files:
+    keys = [folded(file_name(name)) for name in chosen]
+    for name, key in zip(chosen, keys):
+        if key not in known:
             raise UserError(knobs.unknown("class", name, files))
-    return [files[file_name(name).casefold()] for name in chosen]
+    return [known[key] for key in keys]
