@@ -167,8 +167,8 @@ def fit(study: str, number: int, of_set: str, knobs: dict, class_name: str, seed
             name = f"{variant.name}, epoch {epoch}" if chosen.epochs else variant.name
             found |= {f"{name}: {score}": scores[score] for score in chosen.scores if score in scores}
     found |= simple_scores(prepared) if prepared.compares else {}
-    aurocs = {name: utils.auroc(prepared.data.labels, scores) for name, scores in found.items()}
-    return [Row(name, of_set, class_name, seed, auroc) for name, auroc in aurocs.items()]
+    labels = prepared.data.labels
+    return [Row(name, of_set, class_name, seed, utils.auroc(labels, own)) for name, own in found.items()]
 
 
 def tasks(study: str, sets: list[Set], more: dict, seeds: int) -> list[tuple]:
@@ -200,8 +200,9 @@ def make_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         if of and first is not classes:
             both = [(seeds, first[key]) for key, seeds in classes.items() if {*seeds} & {*first.get(key, ())}]
             more = [np.mean([one[seed] - other[seed] for seed in {*one} & {*other}]) for one, other in both]
-            half = stats.t.ppf(0.975, len(more) - 1) * stats.sem(more) if len(more) > 1 else np.nan
-            told = f"{np.mean(more):+.4f} ± {half:.4f}".removesuffix(" ± nan")
+            told = f"{np.mean(more):+.4f}"
+            if len(more) > 1:  # one class has no interval
+                told += f" ± {stats.t.ppf(0.975, len(more) - 1) * stats.sem(more):.4f}"
         cells = [auroc_cell(np.mean(values, 0)) if values else "" for values in own]
         lines.append([detector, *cells, told])
     return ["detector", *sets, "- the first"], lines
