@@ -173,7 +173,7 @@ def build_flow(
     return flow
 
 
-# ---------------------------------------------------------------- likelihood and neighbours
+# ---------------------------------------------------------------- likelihood
 LOG_ROOT_2PI = 0.5 * math.log(2 * math.pi)  # of the normal base density, nats per channel
 
 
@@ -190,14 +190,3 @@ def negative_log_likelihood(
 ) -> Tensor:
     """The same with its constant: -log p / C."""
     return loss_per_image(z, log_det, outside, channels) + LOG_ROOT_2PI
-
-
-def squared_distances(query: Tensor, reference: Tensor) -> Tensor:
-    """Squared Euclidean distances of the rows of query (m, C) to those of reference (n, C) -> (m, n)."""
-    squares = query.square().sum(1, keepdim=True) + reference.square().sum(1)
-    return (squares - 2 * torch.matmul(query, reference.t())).clamp_min(0)
-
-
-def nearest_neighbours(distances: Tensor, k: int = 2) -> Tensor:
-    """Mean distance to the k nearest, from squared distances (m, n) -> (m)."""
-    return distances.topk(min(k, distances.shape[1]), dim=1, largest=False).values.sqrt().mean(1)

@@ -14,7 +14,6 @@ from detector.detector import PlaceFlow
 from detector.image_density import Gaussian
 from detector.normalization import power_l2
 from detector.preparation import PLACE_BATCH, PLACE_SAMPLE, PreparedClass
-from model import nearest_neighbours, squared_distances
 
 CHUNK = 1024  # rows whose distances to all others are held at once
 
@@ -22,8 +21,9 @@ CHUNK = 1024  # rows whose distances to all others are held at once
 def neighbours(reference: Tensor, query: Tensor) -> np.ndarray:
     """Mean Euclidean distance to the two nearest rows of reference (PANDA and DN2 use two): (n, C), (m, C) ->
     (m)."""
-    parts = [nearest_neighbours(squared_distances(rows, reference)) for rows in query.split(CHUNK)]
-    return torch.cat(parts).cpu().numpy()
+    k = min(2, len(reference))
+    nearest = [torch.cdist(rows, reference).topk(k, largest=False).values for rows in query.split(CHUNK)]
+    return torch.cat(nearest).mean(1).numpy()
 
 
 def gaussian(reference: Tensor, query: Tensor) -> np.ndarray:
@@ -32,7 +32,7 @@ def gaussian(reference: Tensor, query: Tensor) -> np.ndarray:
     n, channels = reference.shape
     density = Gaussian(channels, min(n - 1, channels))
     density.fit(reference)
-    return torch.cat([density(rows) for rows in query.split(CHUNK)]).cpu().numpy()
+    return torch.cat([density(rows) for rows in query.split(CHUNK)]).numpy()
 
 
 SEMANTIC = {  # name in the table -> (detector, what is done to the semantic tokens first)

@@ -8,7 +8,6 @@ from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor, nn
 
 from detector.normalization import EPS, Principal
-from model import squared_distances
 
 # Where kernels are centred between the mean of all tokens (0) and a training image's (1). Kernels widen a
 # density; drawn to the mean they do not (smoothed bootstrap with shrinkage: Silverman and Young 1987).
@@ -125,6 +124,12 @@ def left_out_energies(
     energies = (squares / kept.clamp_min(EPS)).sum(1)
     own = (1 - shrinkage) * more / (n - 1)
     return (more**2 * energies / (1 - own * energies).clamp_min(1e-6)).float()
+
+
+def squared_distances(query: Tensor, reference: Tensor) -> Tensor:
+    """Squared Euclidean distances of the rows of query (m, C) to those of reference (n, C) -> (m, n)."""
+    squares = query.square().sum(1, keepdim=True) + reference.square().sum(1)
+    return (squares - 2 * torch.matmul(query, reference.t())).clamp_min(0)
 
 
 def left_out_distances(tokens: Tensor, centres: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import scipy.fft
 import torch
 from conftest import make_cache
+from fabricated import make
 
 import train
 from backbone.token_grid import Bands, ring_of
@@ -106,25 +107,14 @@ def fabricate(folder, meaning: float, texture: float, channels=CHANNELS):
     return make_cache(folder, labels, tokens, bands, grid=(6, 6), band_channels=channels)
 
 
-def settings(**more) -> Config:
-    options = {
-        "bands": True,
-        "score": "likelihood",
-        "holdout": 0.25,
-        "normalize": "power_l2+whiten",
-        "fusion": "spectral",
-        "n_coupling_blocks": 2,
-        "fc_internal": 16,
-        "batch_size": 16,
-        "lr_init": 1e-3,
-        "identity_start": True,
-    }
-    return Config(**(options | more))
+OPTIONS = {
+    "bands": True, "score": "likelihood", "holdout": 0.25, "normalize": "power_l2+whiten",
+    "fusion": "spectral", "fc_internal": 16, "batch_size": 16, "identity_start": True,
+}  # fmt: skip
 
 
 def fit(cache, **more):
-    sources = class_data.token_sources(cache, torch.device("cpu"))
-    prepared = train.prepare(settings(**more), cache, sources, "a", 0)
+    prepared = make(cache, **OPTIONS | more)
     return prepared, train.train(prepared)
 
 

@@ -173,19 +173,6 @@ def test_likelihood_score_is_a_density():
     assert abs(total.item() - 1) < 1e-3
 
 
-def test_squared_distances_by_hand():
-    known = torch.tensor([[0.0, 1.0], [3.0, -3.0], [2.0, 1.0]])
-    assert model.squared_distances(known[:2], known).tolist() == [[0, 25, 4], [25, 0, 17]]
-    far = 100 + torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
-    assert model.squared_distances(far, far + 1e-3).min() == 0, "rounding makes none negative"
-
-
-def test_nearest_neighbours_by_hand():
-    squares = torch.tensor([[9.0, 1.0, 4.0], [0.0, 25.0, 100.0]])
-    assert model.nearest_neighbours(squares).tolist() == [1.5, 2.5]
-    assert model.nearest_neighbours(squares[:, :1]).tolist() == [3.0, 0.0], "fewer than two are known"
-
-
 @every_variant
 def test_tokens_that_do_not_fit_are_refused_when_the_flow_runs(name):
     """Channels, patch tokens and batches that do not belong together: expected and got, no silent

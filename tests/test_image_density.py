@@ -14,8 +14,8 @@ from detector.image_density import (
     kernel_energy,
     left_out_distances,
     one_scene,
+    squared_distances,
 )
-from model import squared_distances
 
 
 def tokens(n: int, channels: int, seed: int = 0) -> torch.Tensor:
@@ -58,6 +58,13 @@ def test_the_kernels_are_those_of_a_plain_loop(n, channels):
     unit = density.kernel_unit
     got = (density(unseen)[:, 1] * unit.deviation + unit.mean).exp() * channels
     assert got.numpy() == pytest.approx(wanted, rel=1e-3)
+
+
+def test_squared_distances_by_hand():
+    known = torch.tensor([[0.0, 1.0], [3.0, -3.0], [2.0, 1.0]])
+    assert squared_distances(known[:2], known).tolist() == [[0, 25, 4], [25, 0, 17]]
+    far = 100 + torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
+    assert squared_distances(far, far + 1e-3).min() == 0, "rounding makes none negative"
 
 
 def test_kernel_density_is_a_density():

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_cache
+from fabricated import JOINED, make
 from torch.nn import functional as F
 
 import model
 import train
 import utils
 from backbone.token_grid import Bands, Places, place_grid, rotation
-from config import Config
 from datasets import Labels, Split
 from detector import baselines, class_data
 from detector.image_density import one_scene
@@ -220,23 +220,11 @@ def fabricate(folder, spread: float, light: float = 0.0, n_train: int = N_TRAIN)
     )  # fmt: skip
 
 
-def settings(**more) -> Config:
-    options = {
-        "bands": True, "places": 7, "score": "joined", "holdout": 0.25, "fusion": "bands",
-        "n_coupling_blocks": 2, "fc_internal": 16, "batch_size": 64, "lr_init": 5e-3, "least_steps": 20,
-        "identity_start": True, "extractor": "resnet18",
-    }  # fmt: skip
-    return Config(**(options | more))
-
-
-def make(cache, seed=0, **more):
-    return train.prepare(
-        settings(**more), cache, class_data.token_sources(cache, torch.device("cpu")), "a", seed
-    )
+OPTIONS = JOINED | {"places": 7, "holdout": 0.25, "fc_internal": 16, "batch_size": 64, "lr_init": 5e-3}
 
 
 def fit(cache, **more):
-    prepared = make(cache, **more)
+    prepared = make(cache, **OPTIONS | more)
     return prepared, train.train(prepared)
 
 
