@@ -163,16 +163,16 @@ def choose_classes(labels: Labels, class_name: str) -> list[str]:
 
 
 def repeated(labels: Labels, hashes: dict[str, list[str]]) -> str:
-    """The line on images of the same hash in both splits, or under two labels; "" without any."""
+    """The line on images of the same hash in two splits, or under two labels; "" without any."""
     first: dict[str, tuple] = {}
     twice: list[str] = []
     for split in SPLITS:
         rows = labels.split(split)
-        for image, name, *label in zip(hashes[split], rows.names, rows.category, rows.defect):
+        for image, name, *label in zip(hashes[split], rows.names, rows.category, rows.defect, rows.held):
             other, *there = first.setdefault(image, (name, split, label))
             if image != images.UNREADABLE and there != [split, label]:
                 twice.append(f"{name} is {other}")
-    told = f"{len(twice)} pictures in train and test or under two labels, too"
+    told = f"{len(twice)} pictures in two splits or under two labels, too"
     return f"{told}: {utils.first_named(twice, '; ')}" if twice else ""
 
 
@@ -193,10 +193,11 @@ def images_of(config: Config) -> ImageSet:
 def name_of(config: Config) -> str:
     """What the images of a configuration are called beside those of others: the data set, for image folders
     elsewhere than in their default place the folder's name and a hash of its place, and the tiles' side."""
-    name = config.dataset
+    name, home = config.dataset, Path("data", config.dataset.removesuffix("_fine")).resolve()
     tiles = f"-tiles{config.tiles}" if config.tiles else ""
-    place = Path(config.dataset_path or f"data/{name}").resolve()
-    if name == "digits" or name in published.FORMS or place == Path(f"data/{name}").resolve():
+    place = Path(config.dataset_path or home).resolve()
+    arrays = name in published.FORMS and not all((place / split).is_dir() for split in SPLITS)
+    if name == "digits" or arrays or place == home:
         return name + tiles
     folder = re.sub(r"[^\w-]", "_", place.name)[:40]
     place_hash = hashlib.sha256(str(place).encode(errors="surrogateescape")).hexdigest()[:6]

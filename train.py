@@ -144,9 +144,12 @@ def main(config: Config) -> None:
         raise UserError(f"class {name}: {result['reason']}")
     path = checkpoints.checkpoint_path(folder, *pair)
     print(f"{name}: {outcome(result)}  {result['seconds']:.0f} s  {kept} in {path}.json")
-    held_out = checkpoints.read_record(path).held_out_scores
-    if len(held_out):
-        print(calibration.threshold(held_out, config.false_alarms))
+    record = checkpoints.read_record(path)
+    if len(record.held_out_scores):
+        print(calibration.threshold(record.held_out_scores, config.false_alarms))
+        if (fitted := record.config["false_alarms"]) != config.false_alarms:
+            asked = f"give it --false_alarms {config.false_alarms:g}"
+            print(f"predict.py takes the rate of the fit, {fitted:g}: {asked}")
 
 
 if __name__ == "__main__":

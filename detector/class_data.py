@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import math
 from typing import NamedTuple
 
@@ -124,8 +125,8 @@ def class_data(
     are all the same.
 
     Held out are those that the data set itself does, where there are such; else a share at random, of one's
-    own pictures as many as the false-alarm rate needs, up to a fifth. With tiles, all of a picture are; else
-    all copies of a picture, whose tokens are the same."""
+    own pictures as many as the false-alarm rate needs, up to a fifth: all tiles of a picture, and all its
+    copies, whose tokens are the same."""
     train_rows, test_rows, test_labels = labels.one_class(class_name)
     tokens = train.semantic[train_rows].numpy()
     if len(tokens) > 1 and (tokens == tokens[0]).all():
@@ -133,11 +134,13 @@ def class_data(
             f"class {class_name}: the cached features of its training images are all the same; so are its "
             "images, or the cache is damaged"
         )
-    if config.tiles:
-        pictures = np.array([datasets.picture_of(labels.train.names[i]) for i in train_rows])
-    else:
-        first: dict[bytes, int] = {}
-        pictures = np.array([first.setdefault(each.tobytes(), row) for each, row in zip(tokens, train_rows)])
+    names = [labels.train.names[row] for row in train_rows]
+    names = [datasets.picture_of(name) for name in names] if config.tiles else names
+    content: dict[str, bytes] = {}
+    for name, token in zip(names, tokens):
+        content[name] = hashlib.sha256(content.get(name, b"") + token.tobytes()).digest()
+    first: dict[bytes, int] = {}  # row of each picture
+    pictures = np.array([first.setdefault(content[name], row) for name, row in zip(names, train_rows)])
     shuffled = np.random.RandomState(seed).permutation(np.unique(pictures))
     n_held = math.ceil(held_share(config.holdout, config.dataset) * len(shuffled))
     if config.dataset in OWN_PICTURES and n_held:

@@ -185,5 +185,7 @@ class PictureDetector:
 
     def calibrate(self, good: Any) -> calibration.Threshold:
         """Let p-values and verdicts rest on fresh normal pictures instead -> the new threshold."""
-        self.held_out = np.atleast_1d(self.score(good))
-        return self.threshold
+        held_out = np.atleast_1d(self.score(good))
+        threshold = calibration.threshold(held_out, self.false_alarms)  # of none there is no threshold
+        self.held_out = held_out
+        return threshold

@@ -168,7 +168,10 @@ def opened(picture: Any) -> Iterator[Image.Image]:
         if isinstance(picture, Path) and not stat.S_ISREG(os.stat(picture).st_mode):
             raise ValueError("no regular file")
         is_open = isinstance(picture, Image.Image)
-        with contextlib.nullcontext(picture) if is_open else Image.open(picture, formats=FORMATS) as image:
+        with (  # a stream: of a path Pillow maps uncompressed pixels in rows of the turned width
+            contextlib.nullcontext(picture) if is_open else open(str(picture), "rb") as stream,
+            contextlib.nullcontext(stream) if is_open else Image.open(stream, formats=FORMATS) as image,
+        ):
             if not 0 < image.width * image.height <= MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, expected 1 to {MOST_PIXELS:,}")
             yield image
@@ -177,8 +180,8 @@ def opened(picture: Any) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise UserError(f"no {what}: there is no such file") from None
     except Exception as error:  # every format fails in its own way on damaged bytes
-        reason = f"{type(error).__name__}: {[*str(error).splitlines(), ''][0][:120]}"
-        reason = reason.replace(f" {str(picture)!r}", "")  # Pillow names the file once more
+        reason = str(error).replace(f" <_io.BufferedReader name={str(picture)!r}>", "")  # named once more
+        reason = f"{type(error).__name__}: {[*reason.splitlines(), ''][0][:120]}"
         raise UserError(f"unreadable {what} ({reason})") from None
 
 
@@ -218,10 +221,13 @@ def pixels_of(picture: Any, scale: PixelScale | None = None) -> np.ndarray:
 def size_of(path: Path) -> tuple[int, int]:
     """Height and width of a file as ``pixels_of`` turns it, from its head alone. Raises UserError."""
     with opened(path) as image:
-        # PNG's own getexif decodes the whole image; a TIFF's size is turned already
-        exif = {} if image.format == "TIFF" else Image.Image.getexif(image)
+        # PNG's own decodes all where EXIF does not stand before the pixels
+        own = image.format == "PNG" and b"eXIf" in path.read_bytes()
+        exif = image.getexif() if own else Image.Image.getexif(image)
         sideways = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return image.size if sideways else image.size[::-1]
+        return (
+            image.size if sideways and image.format != "TIFF" else image.size[::-1]
+        )  # that is turned already
 
 
 def wide_values(image: Any) -> np.ndarray | None:
@@ -294,10 +300,12 @@ def tiles_of(size: tuple[int, int], side: int) -> list[Tile]:
 
 
 def whole_scores(scores: np.ndarray, pictures: np.ndarray) -> np.ndarray:
-    """The scores of pictures from those of their tiles (n), the picture of each tile given (n), in order: the
-    greatest, which a small defect does not share with the rest of its picture."""
-    first = np.unique(pictures, return_index=True)[1]
-    return np.maximum.reduceat(scores, np.sort(first))
+    """The scores of pictures in order from those of their tiles or copies (n), the picture of each given (n):
+    the greatest, which a small defect does not share with the rest of its picture."""
+    _, first, picture = np.unique(pictures, return_index=True, return_inverse=True)
+    greatest = np.full(len(first), -np.inf, scores.dtype)
+    np.maximum.at(greatest, picture, scores)
+    return greatest[np.argsort(first)]
 
 
 def whole_map(maps: Sequence[np.ndarray], tiles: Sequence[Tile], size: tuple[int, int]) -> np.ndarray:

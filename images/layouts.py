@@ -132,7 +132,12 @@ def mvtec(root: Path, skipped: Counter) -> Iterator[Row]:
     MVTec sets, too: AD 2 (``test_public``, with ``ground_truth`` in it), LOCO (a folder of masks for each
     picture), 3D-AD (``<defect>/rgb``, masks in ``<defect>/gt``); ``validation`` pictures are held out."""
     expected = f"categories in {root}, <category>/train/good (or ok) and <category>/test/<good or defect>"
-    for name, category in _categories(place_of(root, expected, _categories)).items():
+    base = place_of(root, expected, _categories)
+    found = _categories(base)
+    for name in subfolders(base) if base not in found.values() else ():
+        if name not in found and inside(base / name, "test").is_dir():
+            raise not_as_expected(base / name, "train/good (or ok) beside test in it")
+    for name, category in found.items():
         yield from _labelled(category, skipped, PLACES, NORMAL_NAMES, f"{name}/")
 
 

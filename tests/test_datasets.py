@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 import extractor
 from config import Config, UserError
-from datasets import SPLITS, choose_classes
+from datasets import SPLITS, choose_classes, name_of
 from detector import class_data
 from images.images import pixels_of
 
@@ -120,13 +120,16 @@ def test_what_a_data_set_holds_out_does_not_train(cache):
         assert len(other.held_rows) == usual and (other.held_rows == before.held_rows).all()
 
 
-def test_copies_of_a_picture_are_held_out_together(cache):
+@pytest.mark.parametrize("tiles", [0, 32])
+def test_copies_of_a_picture_are_held_out_together(cache, tiles):
     """A threshold does not rest on pictures that were fitted to."""
+    names = [f"{name}#0,0" for name in cache.labels.train.names]
+    labels = dataclasses.replace(cache.labels, train=dataclasses.replace(cache.labels.train, names=names))
     train, test = (class_data.TokenSource(cache.arrays(split), torch.device("cpu")) for split in SPLITS)
     first, second = np.split(cache.labels.one_class("a")[0], 2)
     train.semantic = train.semantic.clone()
     train.semantic[second] = train.semantic[first]
-    found = class_data.class_data(settings(holdout=0.2), cache.labels, "a", 0, train, test)
+    found = class_data.class_data(settings(holdout=0.2, tiles=tiles), labels, "a", 0, train, test)
     held, fitted = np.isin(first, found.held_rows), np.isin(first, found.fit_rows)
     assert held.sum() == 4 and (held != fitted).all() and (held == np.isin(second, found.held_rows)).all()
     assert set(found.held_pictures) == set(first[held])
@@ -145,7 +148,17 @@ def test_the_same_picture_in_both_splits_or_under_two_labels_is_told(tmp_path, c
 
     assert "two labels" not in told()
     shutil.copy(root / "train/good/1.png", root / "test/good/2.png")
-    line = "note: {} in train and test or under two labels, too: test/good/2.png is train/good/1.png"
+    line = "note: {} in two splits or under two labels, too: test/good/2.png is train/good/1.png"
     assert line.format("1 pictures") in told()
     shutil.copy(root / "train/good/1.png", root / "test/hole/3.png")
     assert line.format("2 pictures") + "; test/hole/3.png is train/good/1.png\n" in told()
+    for name in ("test/good/2.png", "validation/good/4.png"):
+        shutil.copy(root / "test/hole/3.png", tree(root, name) / name)
+    assert "3 pictures in two splits" in told()
+
+
+def test_image_folders_have_lists_of_their_own(tmp_path):
+    """Those of a data set that is published as arrays, too, but in its default place."""
+    roots = [tree(tmp_path / name, "train/a/1.png", "test/a/2.png") for name in "ab"]
+    names = [name_of(Config(dataset="cifar10", dataset_path=str(root))) for root in (*roots, tmp_path)]
+    assert len({*names}) == 3 and names[2] == name_of(Config(dataset="cifar10")) == "cifar10"

@@ -13,6 +13,7 @@ from fabricated import small_run
 import datasets
 import extractor
 from backbone import extraction, storing
+from cache.store import Store
 from config import Config, UserError
 from datasets import SPLITS
 
@@ -176,6 +177,9 @@ def test_prune_drops_what_no_named_data_set_has(folder, extracted, capsys):
     assert {path.stem for path in Path("features/datasets").iterdir()} == {name}
     extractor.main(config)
     assert len(extracted) == 11
+    Store(Path("features/begun")).begin({"a": 1})
+    extractor.main(settings(prune=name))
+    assert Store(Path("features/begun")).fields, "an extraction that has just begun needs it"
 
 
 def test_prune_touches_nothing_that_is_damaged(folder):

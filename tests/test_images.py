@@ -75,6 +75,12 @@ def test_exif_orientation(tmp_path, orientation):
         assert (saved(tmp_path / f"a.{ending}", pixels, exif=turned(orientation)) == TURNED).all()
         with Image.open(tmp_path / f"a.{ending}") as opened:
             assert (images.pixels_of(opened) == TURNED).all()
+    gray = saved(tmp_path / "gray.tif", pixels[..., 0].copy(), exif=turned(orientation))
+    assert (gray == TURNED[..., :1]).all()
+    late = png(pixels.astype(np.uint16) * 257, turned(orientation).tobytes().removeprefix(b"Exif\0\0"))
+    (tmp_path / "late.png").write_bytes(late)
+    for path in tmp_path.iterdir():
+        assert images.size_of(path) == images.pixels_of(path).shape[:2] == TURNED.shape[:2], path
 
 
 # ---------------------------------------------------------------- more than eight bits

@@ -120,6 +120,9 @@ def test_mvtec_categories(tmp_path):
     for root in (tmp_path, tmp_path / "sets"):
         assert load_images("mvtec", str(root)).labels.classes == ("bottle", "cable")
     assert load_images("mvtec", str(tmp_path / "sets/bottle")).labels.classes == ("bottle",)
+    tree(tmp_path / "sets/capsule", "test/good/1.png", "test/crack/2.png")
+    with pytest.raises(UserError, match="train/good .*capsule holds test/"):
+        load_images("mvtec", str(tmp_path / "sets"))
 
 
 def test_what_any_mask_of_a_picture_marks_is_marked(tmp_path):

@@ -119,6 +119,9 @@ def test_three_lines_in_a_notebook(here):
     top = max(loaded.held_out)
     assert loaded.p_value(top + 1) == 0.25 and loaded.verdict(top + 1) == "anomalous"
     assert loaded.verdict([top, top + 1]).tolist() == ["normal", "anomalous"]
+    with pytest.raises(UserError, match="no normal pictures"):
+        loaded.calibrate([])
+    assert loaded.threshold.score == top
     assert loaded.calibrate(arrays[:10]).n == 10 and loaded.p_value(1e9) == pytest.approx(1 / 11)
 
 

@@ -191,6 +191,10 @@ def test_train_keeps_and_refuses_as_main_does(run, capsys):
     assert run.fitted == [("b", 0), ("a", 0), ("c", 0)]
     with pytest.raises(UserError, match="clamp"):
         train.main(dataclasses.replace(one, clamp=1.0))
+    held = settings(modelname="held", class_name="b", holdout=0.25)
+    train.main(held)
+    train.main(dataclasses.replace(held, false_alarms=0.4))
+    assert "rate of the fit, 0.05: give it --false_alarms 0.4" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- one writer

@@ -34,6 +34,8 @@ def test_tiles_cover_a_picture(size):
 
 def test_from_tiles_to_the_whole():
     assert whole_scores(np.array([1.0, 3, 2, 5, 4, 0]), ["b", "b", "b", "a", "a", "c"]).tolist() == [3, 5, 0]
+    apart = whole_scores(np.array([9.0, 1, 2, 9]), np.array([5, 7, 8, 5]))
+    assert apart.tolist() == [9, 1, 2], "copies of a picture need not follow one another"
     tiles = tiles_of((6, 4), 4)
     whole = whole_map([np.full((4, 4), value) for value in (1.0, 2.0)], tiles, (6, 4))
     assert whole[:, 0].tolist() == [1, 1, 2, 2, 2, 2]
