@@ -170,7 +170,7 @@ def opened(picture: Any) -> Iterator[Image.Image]:
         is_open = isinstance(picture, Image.Image)
         with (  # a stream: of a path Pillow maps uncompressed pixels in rows of the turned width
             contextlib.nullcontext(picture) if is_open else open(str(picture), "rb") as stream,
-            contextlib.nullcontext(stream) if is_open else Image.open(stream, formats=FORMATS) as image,
+            contextlib.nullcontext(picture) if is_open else Image.open(stream, formats=FORMATS) as image,
         ):
             if not 0 < image.width * image.height <= MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, expected 1 to {MOST_PIXELS:,}")
