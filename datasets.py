@@ -179,25 +179,33 @@ def repeated(labels: Labels, hashes: dict[str, list[str]]) -> str:
 # ---------------------------------------------------------------- raw images
 def images_of(config: Config) -> ImageSet:
     """The images a configuration asks for. Raises UserError when they are not where ``dataset_path`` says."""
-    dataset = config.dataset
-    root = Path(config.dataset_path or f"data/{dataset.removesuffix('_fine')}")  # they are CIFAR100's
+    dataset, root = config.dataset, Path(config.dataset_path or _home(config.dataset))
     if dataset == "digits":
         found = _array_set(published.digits())
-    elif dataset in published.FORMS and not all((root / split).is_dir() for split in SPLITS):
+    elif _as_published(dataset, root):
         found = _array_set(published.load(dataset, root))
     else:
         found = _file_set(dataset, root)
     return tiled(found, config.tiles) if config.tiles else found
 
 
+def _home(dataset: str) -> Path:
+    """Where a data set lies unless ``dataset_path`` says otherwise."""
+    return Path("data", dataset.removesuffix("_fine"))  # they are CIFAR100's
+
+
+def _as_published(dataset: str, root: Path) -> bool:
+    """Whether a data set is there as the arrays that it is published as, not as image folders."""
+    return dataset in published.FORMS and not all((root / split).is_dir() for split in SPLITS)
+
+
 def name_of(config: Config) -> str:
     """What the images of a configuration are called beside those of others: the data set, for image folders
     elsewhere than in their default place the folder's name and a hash of its place, and the tiles' side."""
-    name, home = config.dataset, Path("data", config.dataset.removesuffix("_fine")).resolve()
+    name, home = config.dataset, _home(config.dataset).resolve()
     tiles = f"-tiles{config.tiles}" if config.tiles else ""
     place = Path(config.dataset_path or home).resolve()
-    arrays = name in published.FORMS and not all((place / split).is_dir() for split in SPLITS)
-    if name == "digits" or arrays or place == home:
+    if name == "digits" or _as_published(name, place) or place == home:
         return name + tiles
     folder = re.sub(r"[^\w-]", "_", place.name)[:40]
     place_hash = hashlib.sha256(str(place).encode(errors="surrogateescape")).hexdigest()[:6]

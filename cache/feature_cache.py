@@ -191,7 +191,7 @@ def prune(root: Path, named: str) -> None:
         counts = {name: (store.find(each.all_hashes)[:, 0] >= 0).sum() for name, each in lists.items()}
         of = ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "of no data set"
         print(f"{path.parent}: {store.size() / 1e6:.1f} MB ({of})", flush=True)
-        if names and store.fields:  # which are empty where the identity is damaged
+        if names:
             freed = store.keep_only({image for name in names for image in lists[name].all_hashes})
             print(f"  {freed / 1e6:.1f} MB dropped", flush=True)
     for name in {*lists}.difference(names) if names else ():

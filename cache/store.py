@@ -126,7 +126,7 @@ class Store:
                 write_shard(self.folder, self.of, [shard.images[i] for i in rows], arrays)
             images.difference_update(shard.images)  # which two processes may have written
         self.clear()
-        if not (left := Store(self.folder)).shards and self.shards:  # else an extraction may have begun it
+        if not (left := Store(self.folder)).shards and self.shards:  # else just begun, or damaged
             (self.folder / IDENTITY).unlink(missing_ok=True)
         return self.size() - left.size()
 

@@ -219,15 +219,15 @@ def pixels_of(picture: Any, scale: PixelScale | None = None) -> np.ndarray:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Height and width of a file as ``pixels_of`` turns it, from its head alone. Raises UserError."""
+    """Height and width of a file as ``pixels_of`` turns it. Raises UserError."""
     with opened(path) as image:
-        # PNG's own decodes all where EXIF does not stand before the pixels
+        if image.format == "TIFF":  # turned already
+            return image.size[::-1]
+        # PNG's own getexif decodes the whole image where EXIF does not stand before the pixels
         own = image.format == "PNG" and b"eXIf" in path.read_bytes()
         exif = image.getexif() if own else Image.Image.getexif(image)
         sideways = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return (
-            image.size if sideways and image.format != "TIFF" else image.size[::-1]
-        )  # that is turned already
+        return image.size if sideways else image.size[::-1]
 
 
 def wide_values(image: Any) -> np.ndarray | None:
@@ -302,10 +302,10 @@ def tiles_of(size: tuple[int, int], side: int) -> list[Tile]:
 def whole_scores(scores: np.ndarray, pictures: np.ndarray) -> np.ndarray:
     """The scores of pictures in order from those of their tiles or copies (n), the picture of each given (n):
     the greatest, which a small defect does not share with the rest of its picture."""
-    _, first, picture = np.unique(pictures, return_index=True, return_inverse=True)
-    greatest = np.full(len(first), -np.inf, scores.dtype)
-    np.maximum.at(greatest, picture, scores)
-    return greatest[np.argsort(first)]
+    greatest: dict = {}
+    for picture, score in zip(pictures, scores):
+        greatest[picture] = max(score, greatest.get(picture, score))
+    return np.array([*greatest.values()], scores.dtype)
 
 
 def whole_map(maps: Sequence[np.ndarray], tiles: Sequence[Tile], size: tuple[int, int]) -> np.ndarray:
